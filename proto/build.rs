@@ -1,0 +1,26 @@
+//! Generates the wire types from `protos/` with protox, so that no protoc is needed.
+
+use std::{env, fs, path::PathBuf};
+
+use prost::Message as _;
+
+const PROTOS: [&str; 5] = [
+    "admin.proto",
+    "connection.proto",
+    "connectioncontext.proto",
+    "networkservice.proto",
+    "registry.proto",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=protos");
+    let descriptors = protox::compile(PROTOS, ["protos"])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure()
+        // Equal inputs give equal bytes: maps are compared and printed in tests and in `--json`.
+        .btree_map(".")
+        .type_attribute(".proxynsmgr.admin", "#[derive(serde::Serialize)]")
+        .compile_fds(descriptors)?;
+    Ok(())
+}
