@@ -1,1 +1,6 @@
-//! Placeholder.
+//! The network side of the agent: NSM v1 services, registries, DNS.
+
+#![forbid(unsafe_code)]
+
+pub mod dial;
+pub mod token;

@@ -1,0 +1,339 @@
+//! The tokens that name who asks, hop by hop.
+//!
+//! Every NSM call carries two pieces of gRPC metadata: `nsm-client-token`, a JWT whose `sub` is the
+//! caller's SPIFFE id, and `nsm-client-token-expires`, when it expires (RFC 3339 with nanoseconds).
+//! The receiver writes both into the previous path segment; the smallest expiry on the path is how
+//! long a connection lives without a refresh. (NSM sdk, `pkg/tools/token`.)
+//!
+//! A token is signed once and handed out until half of its life is over: a signature on every call
+//! would cost more than the call, and a token with half a life left still carries a connection over
+//! several refreshes.
+//!
+//! Here the key is a shared secret (HS256), as NSM's own test chains use over plain HTTP/2: such a
+//! token names the caller, it does not prove who it is.
+
+use std::{
+    fmt,
+    str::FromStr as _,
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use jsonwebtoken::{EncodingKey, Header};
+use prost_types::Timestamp;
+use serde::Serialize;
+use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
+
+/// The metadata key of the token itself.
+pub const TOKEN_KEY: &str = "nsm-client-token";
+
+/// The metadata key of the token's expiry.
+pub const EXPIRES_KEY: &str = "nsm-client-token-expires";
+
+/// Why the metadata of a call holds no usable token.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    /// The call carries no such metadata at all: the caller is not an NSM client.
+    #[error("the metadata {0:?} is missing: an NSM call carries {TOKEN_KEY:?} and {EXPIRES_KEY:?}")]
+    Missing(&'static str),
+    /// The value holds bytes that are no printable ASCII.
+    #[error("the metadata {0:?} is not ASCII text")]
+    NotText(&'static str),
+    /// The token is there but empty.
+    #[error("the metadata {TOKEN_KEY:?} is empty")]
+    Empty,
+    /// The expiry is no time of RFC 3339.
+    #[error(
+        "the metadata {EXPIRES_KEY:?} is {0:?}, not a time of RFC 3339 such as 2026-01-02T15:04:05.000000006Z"
+    )]
+    BadExpiry(String),
+}
+
+/// The claims of a path token (RFC 7519 section 4.1).
+#[derive(Serialize)]
+struct Claims<'a> {
+    sub: &'a str,
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    aud: &'a [String],
+    exp: u64,
+}
+
+/// A token, ready to be put into metadata, and the times between which it is handed out.
+struct Signed {
+    token: MetadataValue<Ascii>,
+    expires_text: MetadataValue<Ascii>,
+    issued: SystemTime,
+    expires: SystemTime,
+}
+
+/// Signs tokens of one identity and hands each out until half of its life is over.
+pub struct TokenSource {
+    spiffe_id: String,
+    audience: Vec<String>,
+    key: EncodingKey,
+    lifetime: Duration,
+    current: Mutex<Option<Signed>>,
+}
+
+impl TokenSource {
+    /// Tokens of `spiffe_id`, signed by HS256 with `secret`, each valid for `lifetime`.
+    pub fn hs256(spiffe_id: &str, secret: &[u8], lifetime: Duration) -> Self {
+        // With two crypto backends in one build the library cannot choose and panics at the first
+        // signature; naming ours rules that out. An error says that one is named already.
+        let _ = jsonwebtoken::crypto::rust_crypto::DEFAULT_PROVIDER.install_default();
+        Self {
+            spiffe_id: spiffe_id.to_owned(),
+            audience: Vec::new(),
+            key: EncodingKey::from_secret(secret),
+            lifetime,
+            current: Mutex::new(None),
+        }
+    }
+
+    /// The same source with the claim `aud` set: the SPIFFE ids of the peers the token is for.
+    #[must_use]
+    pub fn with_audience(mut self, audience: impl IntoIterator<Item = String>) -> Self {
+        self.audience = audience.into_iter().collect();
+        self
+    }
+
+    /// The SPIFFE id that the tokens name.
+    pub fn spiffe_id(&self) -> &str {
+        &self.spiffe_id
+    }
+
+    /// A token that is valid at `now`, and when it expires.
+    pub fn token(&self, now: SystemTime) -> (String, SystemTime) {
+        self.with_current(now, |signed| {
+            let token = signed.token.to_str().expect("a JWT is base64url and dots");
+            (token.to_owned(), signed.expires)
+        })
+    }
+
+    /// Puts the token and its expiry into the metadata of a call, in place of what is there.
+    pub fn apply(&self, metadata: &mut MetadataMap) {
+        self.apply_at(SystemTime::now(), metadata);
+    }
+
+    fn apply_at(&self, now: SystemTime, metadata: &mut MetadataMap) {
+        let (token, expires) = self.with_current(now, |signed| {
+            (signed.token.clone(), signed.expires_text.clone())
+        });
+        metadata.insert(TOKEN_KEY, token);
+        metadata.insert(EXPIRES_KEY, expires);
+    }
+
+    fn with_current<T>(&self, now: SystemTime, use_it: impl FnOnce(&Signed) -> T) -> T {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*current {
+            Some(signed) if signed.is_fresh(now) => use_it(signed),
+            _ => use_it(current.insert(self.sign(now))),
+        }
+    }
+
+    fn sign(&self, now: SystemTime) -> Signed {
+        let expires = now + self.lifetime;
+        let since_epoch = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
+        // `exp` counts whole seconds: rounded up, so that the token never dies before the time
+        // that its metadata promises.
+        let exp = since_epoch.as_secs() + u64::from(since_epoch.subsec_nanos() > 0);
+        let claims = Claims {
+            sub: &self.spiffe_id,
+            aud: &self.audience,
+            exp,
+        };
+        let token = jsonwebtoken::encode(&Header::default(), &claims, &self.key)
+            .expect("HS256 with a secret signs any claims that are plain JSON");
+        Signed {
+            token: token.parse().expect("a JWT is base64url and dots"),
+            expires_text: Timestamp::from(expires)
+                .to_string()
+                .parse()
+                .expect("a time of RFC 3339 is ASCII"),
+            issued: now,
+            expires,
+        }
+    }
+}
+
+impl fmt::Debug for TokenSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Never the key.
+        f.debug_struct("TokenSource")
+            .field("spiffe_id", &self.spiffe_id)
+            .field("audience", &self.audience)
+            .field("lifetime", &self.lifetime)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Signed {
+    /// Whether the first half of the token's life is still running. A clock that was set back
+    /// makes a token look as if it came from the future: such a token is not handed out either.
+    fn is_fresh(&self, now: SystemTime) -> bool {
+        let Ok(age) = now.duration_since(self.issued) else {
+            return false;
+        };
+        let life = self.expires.duration_since(self.issued).unwrap_or_default();
+        age < life / 2
+    }
+}
+
+/// Reads the caller's token and its expiry from the metadata of a call.
+///
+/// Whether the token is still valid, and whether its signature is, is for the caller to decide.
+///
+/// # Errors
+///
+/// Either piece is missing, is not text, or the expiry is no time of RFC 3339.
+pub fn read(metadata: &MetadataMap) -> Result<(String, SystemTime), TokenError> {
+    let token = text(metadata, TOKEN_KEY)?;
+    if token.is_empty() {
+        return Err(TokenError::Empty);
+    }
+    let expires = text(metadata, EXPIRES_KEY)?;
+    let time = Timestamp::from_str(expires)
+        .ok()
+        .and_then(|time| SystemTime::try_from(time).ok())
+        .ok_or_else(|| TokenError::BadExpiry(expires.to_owned()))?;
+    Ok((token.to_owned(), time))
+}
+
+fn text<'m>(metadata: &'m MetadataMap, key: &'static str) -> Result<&'m str, TokenError> {
+    metadata
+        .get(key)
+        .ok_or(TokenError::Missing(key))?
+        .to_str()
+        .map_err(|_| TokenError::NotText(key))
+}
+
+#[cfg(test)]
+mod tests {
+    use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+    use serde::Deserialize;
+
+    use super::*;
+
+    const ID: &str = "spiffe://cluster-1.example/agent";
+    const SECRET: &[u8] = b"insecure";
+    const LIFETIME: Duration = Duration::from_secs(600);
+
+    fn at(seconds: f64) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(1_800_000_000) + Duration::from_secs_f64(seconds)
+    }
+
+    #[derive(Deserialize)]
+    struct Decoded {
+        sub: String,
+        aud: Option<Vec<String>>,
+        exp: u64,
+    }
+
+    fn decode(token: &str) -> Decoded {
+        let mut validation = Validation::new(Algorithm::HS256);
+        validation.validate_aud = false;
+        validation.validate_exp = false;
+        jsonwebtoken::decode::<Decoded>(token, &DecodingKey::from_secret(SECRET), &validation)
+            .unwrap()
+            .claims
+    }
+
+    #[test]
+    fn a_token_names_the_caller_and_expires() {
+        let source = TokenSource::hs256(ID, SECRET, LIFETIME);
+        let (token, expires) = source.token(at(0.5));
+        let claims = decode(&token);
+        assert_eq!(claims.sub, ID);
+        assert_eq!(claims.aud, None);
+        assert_eq!(expires, at(600.5));
+        // Whole seconds, never before the time that the metadata promises.
+        assert_eq!(claims.exp, 1_800_000_601);
+    }
+
+    #[test]
+    fn an_audience_is_signed_in() {
+        let source = TokenSource::hs256(ID, SECRET, LIFETIME)
+            .with_audience(["spiffe://cluster-2.example/agent".to_owned()]);
+        let claims = decode(&source.token(at(0.0)).0);
+        assert_eq!(
+            claims.aud.as_deref(),
+            Some(&["spiffe://cluster-2.example/agent".to_owned()][..])
+        );
+    }
+
+    #[test]
+    fn a_token_is_kept_for_half_of_its_life() {
+        let source = TokenSource::hs256(ID, SECRET, LIFETIME);
+        let first = source.token(at(0.0));
+        assert_eq!(source.token(at(299.0)), first);
+        let second = source.token(at(300.0));
+        assert_eq!(second.1, at(900.0));
+        assert_ne!(second.0, first.0);
+        // A clock set back: the token from the future is not handed out.
+        assert_eq!(source.token(at(200.0)).1, at(800.0));
+    }
+
+    #[test]
+    fn metadata_round_trip_keeps_the_nanoseconds() {
+        let source = TokenSource::hs256(ID, SECRET, LIFETIME);
+        let now = at(0.0) + Duration::from_nanos(123_456_789);
+        let mut metadata = MetadataMap::new();
+        metadata.insert(TOKEN_KEY, "stale".parse().unwrap());
+        source.apply_at(now, &mut metadata);
+        assert_eq!(
+            metadata.get(EXPIRES_KEY).unwrap(),
+            "2027-01-15T08:10:00.123456789Z"
+        );
+        assert_eq!(metadata.get_all(TOKEN_KEY).iter().count(), 1);
+        let (token, expires) = read(&metadata).unwrap();
+        assert_eq!((token, expires), source.token(now));
+        assert_eq!(expires, now + LIFETIME);
+    }
+
+    #[test]
+    fn what_go_writes_is_read() {
+        let mut metadata = MetadataMap::new();
+        metadata.insert(TOKEN_KEY, "t".parse().unwrap());
+        for (text, expected) in [
+            ("2027-01-15T08:00:00Z", at(0.0)),
+            ("2027-01-15T10:00:00.5+02:00", at(0.5)),
+            ("2027-01-15T02:30:00-05:30", at(0.0)),
+        ] {
+            metadata.insert(EXPIRES_KEY, text.parse().unwrap());
+            assert_eq!(read(&metadata).unwrap().1, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn missing_and_malformed_are_told_apart() {
+        let mut metadata = MetadataMap::new();
+        assert_eq!(read(&metadata), Err(TokenError::Missing(TOKEN_KEY)));
+        metadata.insert(TOKEN_KEY, "".parse().unwrap());
+        assert_eq!(read(&metadata), Err(TokenError::Empty));
+        metadata.insert(TOKEN_KEY, "t".parse().unwrap());
+        assert_eq!(read(&metadata), Err(TokenError::Missing(EXPIRES_KEY)));
+        for bad in ["", "soon", "1800000000", "2027-13-01T00:00:00Z"] {
+            metadata.insert(EXPIRES_KEY, bad.parse().unwrap());
+            assert_eq!(
+                read(&metadata),
+                Err(TokenError::BadExpiry(bad.to_owned())),
+                "{bad:?}"
+            );
+        }
+        metadata.insert(
+            TOKEN_KEY,
+            MetadataValue::try_from(b"\xff\xfe".as_slice()).unwrap(),
+        );
+        assert_eq!(read(&metadata), Err(TokenError::NotText(TOKEN_KEY)));
+    }
+
+    #[test]
+    fn debug_never_shows_the_secret() {
+        let text = format!("{:?}", TokenSource::hs256(ID, SECRET, LIFETIME));
+        assert!(text.contains(ID), "{text}");
+        assert!(
+            !text.contains("insecure") && !text.contains("105, 110"),
+            "{text}"
+        );
+    }
+}
