@@ -3,4 +3,5 @@
 #![forbid(unsafe_code)]
 
 pub mod dial;
+pub mod registry;
 pub mod token;

@@ -1,0 +1,125 @@
+//! What the registry refuses.
+
+use std::time::SystemTime;
+
+use thiserror::Error;
+
+/// Why the registry refused a call or ended a watch.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum RegistryError {
+    /// An entry without a name cannot be found again.
+    #[error("a {kind} needs a name; the one given is empty")]
+    NoName {
+        /// `network service` or `network service endpoint`.
+        kind: &'static str,
+    },
+    /// A name over the limit.
+    #[error("the name of a {kind} has {length} bytes, more than the {limit} allowed: {start}…")]
+    NameTooLong {
+        /// `network service` or `network service endpoint`.
+        kind: &'static str,
+        /// Its first characters.
+        start: String,
+        /// Its length in bytes.
+        length: usize,
+        /// What is allowed, in bytes.
+        limit: usize,
+    },
+    /// More service names on one endpoint than the limit.
+    #[error(
+        "endpoint {name} lists {count} network services, more than the {limit} allowed; register \
+         several endpoints"
+    )]
+    TooManyServices {
+        /// The endpoint.
+        name: String,
+        /// How many it lists.
+        count: usize,
+        /// What is allowed.
+        limit: usize,
+    },
+    /// An entry whose labels, matches or path ids are too large.
+    #[error(
+        "{kind} {name} has {size} bytes, more than the {limit} allowed; give it fewer labels or \
+         matches"
+    )]
+    TooLarge {
+        /// `network service` or `network service endpoint`.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// Its encoded size in bytes.
+        size: usize,
+        /// What is allowed, in bytes.
+        limit: usize,
+    },
+    /// The endpoint would be gone before it is there.
+    #[error(
+        "endpoint {name} asks to expire, or carries a token that expires, {ago_ms} ms ago; compare \
+         the clocks of both hosts"
+    )]
+    Expired {
+        /// The endpoint.
+        name: String,
+        /// How long ago, in milliseconds.
+        ago_ms: u128,
+    },
+    /// The registry is full.
+    #[error(
+        "the registry holds {limit} {kind}s, its limit, and has no room for {name}; unregister some \
+         or raise the limit"
+    )]
+    Full {
+        /// `network service` or `network service endpoint`.
+        kind: &'static str,
+        /// The name that found no room.
+        name: String,
+        /// What is allowed.
+        limit: usize,
+    },
+    /// Every watch that is allowed is open.
+    #[error("{limit} watches are open, the limit; close some or raise the limit")]
+    TooManyWatchers {
+        /// What is allowed.
+        limit: usize,
+    },
+    /// The watcher did not take its events in time and was dropped.
+    #[error(
+        "the watcher fell {depth} events behind and was dropped, so that it does not hold memory \
+         without bound; watch again and read faster"
+    )]
+    Lagged {
+        /// How many events wait at most.
+        depth: usize,
+    },
+    /// The agent is going away.
+    #[error("the registry is closing because the agent stops; ask again when it is back")]
+    Closed,
+}
+
+impl RegistryError {
+    pub(super) fn expired(name: &str, expiry: SystemTime, now: SystemTime) -> Self {
+        let ago = now.duration_since(expiry).unwrap_or_default();
+        Self::Expired {
+            name: name.to_owned(),
+            ago_ms: ago.as_millis(),
+        }
+    }
+}
+
+impl From<RegistryError> for tonic::Status {
+    fn from(error: RegistryError) -> Self {
+        let message = error.to_string();
+        match error {
+            RegistryError::NoName { .. }
+            | RegistryError::NameTooLong { .. }
+            | RegistryError::TooManyServices { .. }
+            | RegistryError::TooLarge { .. }
+            | RegistryError::Expired { .. } => Self::invalid_argument(message),
+            RegistryError::Full { .. }
+            | RegistryError::TooManyWatchers { .. }
+            | RegistryError::Lagged { .. } => Self::resource_exhausted(message),
+            RegistryError::Closed => Self::unavailable(message),
+        }
+    }
+}
