@@ -1,0 +1,345 @@
+//! Mechanisms: how two hops connect, as typed values instead of a map of strings.
+//!
+//! On the wire a mechanism is a class, a type and string parameters; the keys are NSM's (`api/pkg/api/networkservice/mechanisms`).
+//! Each side fills its own: the client `src_*`, the server `dst_*` and `vni`. An empty string is the same as no value, because proxies
+//! clear values so. Parameters that are not ours pass through untouched: a later NSM, or another forwarder, may know them.
+
+mod kernel;
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+pub use kernel::{IfName, IfNameError, Kernel, NetnsUrl, NetnsUrlError};
+
+use crate::vni::Vni;
+
+/// A mechanism's parameters as they stand on the wire.
+pub type Parameters = BTreeMap<String, String>;
+
+/// Class of mechanisms within a node.
+pub const LOCAL: &str = "LOCAL";
+/// Class of mechanisms between nodes.
+pub const REMOTE: &str = "REMOTE";
+
+/// Type: an interface in the pod's network namespace.
+pub const KERNEL: &str = "KERNEL";
+/// Type: shared memory interface.
+pub const MEMIF: &str = "MEMIF";
+/// Type: VXLAN tunnel (RFC 7348).
+pub const VXLAN: &str = "VXLAN";
+/// Type: WireGuard tunnel.
+pub const WIREGUARD: &str = "WIREGUARD";
+/// Type: IPsec tunnel.
+pub const IPSEC: &str = "IPSEC";
+/// Type: SR-IOV function handed to user space.
+pub const VFIO: &str = "VFIO";
+
+/// Key: the client side's tunnel address.
+pub const SRC_IP: &str = "src_ip";
+/// Key: the server side's tunnel address.
+pub const DST_IP: &str = "dst_ip";
+/// Key: the UDP port on which the client side receives.
+pub const SRC_PORT: &str = "src_port";
+/// Key: the UDP port on which the server side receives.
+pub const DST_PORT: &str = "dst_port";
+/// Key: the client side's address before a proxy swapped it.
+pub const ORIG_SRC_IP: &str = "orig_src_ip";
+/// Key: the server side's address before a proxy swapped it.
+pub const ORIG_DST_IP: &str = "orig_dst_ip";
+/// Key: the VXLAN network identifier.
+pub const VNI: &str = "vni";
+/// Key: the largest packet that the tunnel carries, in bytes.
+pub const MTU: &str = "MTU";
+/// Key: the interface's name in the pod.
+pub const NAME: &str = "name";
+/// Key: URL of the pod's network namespace, `file://` or `inode://`.
+pub const INODE_URL: &str = "inodeURL";
+/// Key: the inode of the pod's network namespace.
+pub const NETNS_INODE: &str = "netnsInode";
+/// Key: PCI address of an SR-IOV device.
+pub const PCI_ADDRESS: &str = "pciAddress";
+/// Key: token of an SR-IOV device.
+pub const DEVICE_TOKEN_ID: &str = "tokenID";
+/// Key: WireGuard's or IPsec's public key of the client side.
+pub const SRC_PUBLIC_KEY: &str = "src_public_key";
+/// Key: WireGuard's or IPsec's public key of the server side.
+pub const DST_PUBLIC_KEY: &str = "dst_public_key";
+
+/// VXLAN's UDP port (RFC 7348 section 8).
+pub const VXLAN_PORT: u16 = 4789;
+
+/// The smallest MTU of an IPv4 link (RFC 791 section 3.2).
+const MIN_MTU: u32 = 68;
+/// The largest IP packet.
+const MAX_MTU: u32 = 65_535;
+
+/// Why a mechanism's parameters cannot be used, or no mechanism fits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MechanismError {
+    /// No IP address.
+    #[error(
+        "mechanism parameter {key} = `{value}` is no IP address: send one such as 192.0.2.1 or 2001:db8::1"
+    )]
+    Address {
+        /// The parameter.
+        key: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// An address that no tunnel can end at.
+    #[error(
+        "mechanism parameter {key} = `{value}` is no address of one host: send the node's unicast address"
+    )]
+    NotUnicast {
+        /// The parameter.
+        key: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// No UDP port.
+    #[error(
+        "mechanism parameter {key} = `{value}` is no UDP port: send a number from 1 to 65535, {VXLAN_PORT} by default"
+    )]
+    Port {
+        /// The parameter.
+        key: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// No VNI.
+    #[error("mechanism parameter {VNI} = `{value}` is no VNI: send a number from 1 to {max}", max = Vni::MAX)]
+    Vni {
+        /// What it holds.
+        value: String,
+    },
+    /// No MTU.
+    #[error(
+        "mechanism parameter {MTU} = `{value}` is no MTU: send a number of bytes from {MIN_MTU} to {MAX_MTU}, or leave it out"
+    )]
+    Mtu {
+        /// What it holds.
+        value: String,
+    },
+    /// No interface name.
+    #[error("mechanism parameter {NAME}: {0}")]
+    IfName(#[from] IfNameError),
+    /// No namespace URL.
+    #[error("mechanism parameter {INODE_URL}: {0}")]
+    Netns(#[from] NetnsUrlError),
+    /// Nothing was offered.
+    #[error("the request offers no mechanism: send mechanism_preferences; {} supported", list(.supported))]
+    NoneOffered {
+        /// (class, type) of what this hop supports.
+        supported: Vec<(String, String)>,
+    },
+    /// Nothing that was offered is supported.
+    #[error("no common mechanism: {} offered, {} supported", list(.offered), list(.supported))]
+    NoCommon {
+        /// (class, type) of what was offered.
+        offered: Vec<(String, String)>,
+        /// (class, type) of what this hop supports.
+        supported: Vec<(String, String)>,
+    },
+}
+
+fn list(mechanisms: &[(String, String)]) -> String {
+    let names: Vec<_> = mechanisms
+        .iter()
+        .map(|(class, kind)| format!("{class}/{kind}"))
+        .collect();
+    if names.is_empty() {
+        "none".to_owned()
+    } else {
+        names.join(", ")
+    }
+}
+
+/// A parameter's value; an empty one counts as absent.
+fn value<'a>(params: &'a Parameters, key: &str) -> Option<&'a str> {
+    params
+        .get(key)
+        .map(String::as_str)
+        .filter(|value| !value.is_empty())
+}
+
+fn set(params: &mut Parameters, key: &str, value: Option<impl ToString>) {
+    match value {
+        Some(value) => drop(params.insert(key.to_owned(), value.to_string())),
+        None => drop(params.remove(key)),
+    }
+}
+
+/// A VXLAN tunnel's parameters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vxlan {
+    /// The client side's address.
+    pub src_ip: Option<IpAddr>,
+    /// The server side's address.
+    pub dst_ip: Option<IpAddr>,
+    /// The UDP port on which the client side receives; [`VXLAN_PORT`] when not said.
+    pub src_port: u16,
+    /// The UDP port on which the server side receives; [`VXLAN_PORT`] when not said.
+    pub dst_port: u16,
+    /// The identifier, once the server has chosen it.
+    pub vni: Option<Vni>,
+    /// The largest packet inside, in bytes.
+    pub mtu: Option<u32>,
+}
+
+impl Default for Vxlan {
+    fn default() -> Self {
+        Self {
+            src_ip: None,
+            dst_ip: None,
+            src_port: VXLAN_PORT,
+            dst_port: VXLAN_PORT,
+            vni: None,
+            mtu: None,
+        }
+    }
+}
+
+impl Vxlan {
+    /// Reads the parameters.
+    ///
+    /// # Errors
+    /// A value that cannot be used, with its key.
+    pub fn parse(params: &Parameters) -> Result<Self, MechanismError> {
+        Ok(Self {
+            src_ip: parse_address(params, SRC_IP)?,
+            dst_ip: parse_address(params, DST_IP)?,
+            src_port: parse_port(params, SRC_PORT)?,
+            dst_port: parse_port(params, DST_PORT)?,
+            vni: value(params, VNI)
+                .map(|text| {
+                    text.parse().map_err(|_| MechanismError::Vni {
+                        value: text.to_owned(),
+                    })
+                })
+                .transpose()?,
+            mtu: parse_mtu(params)?,
+        })
+    }
+
+    /// Writes the parameters and leaves those it does not know alone. What is absent is removed. A port stands beside its address: a side
+    /// that is not filled in yet says nothing of its port, unless the port is not the default.
+    pub fn write(&self, params: &mut Parameters) {
+        let port =
+            |ip: Option<IpAddr>, port: u16| (ip.is_some() || port != VXLAN_PORT).then_some(port);
+        set(params, SRC_IP, self.src_ip);
+        set(params, DST_IP, self.dst_ip);
+        set(params, SRC_PORT, port(self.src_ip, self.src_port));
+        set(params, DST_PORT, port(self.dst_ip, self.dst_port));
+        set(params, VNI, self.vni);
+        set(params, MTU, self.mtu);
+    }
+}
+
+fn parse_address(params: &Parameters, key: &'static str) -> Result<Option<IpAddr>, MechanismError> {
+    let Some(text) = value(params, key) else {
+        return Ok(None);
+    };
+    let address: IpAddr = text.parse().map_err(|_| MechanismError::Address {
+        key,
+        value: text.to_owned(),
+    })?;
+    let address = address.to_canonical();
+    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+    // To the kernel an unspecified remote is no remote, and a multicast one floods.
+    if address.is_unspecified() || address.is_multicast() || broadcast {
+        return Err(MechanismError::NotUnicast {
+            key,
+            value: text.to_owned(),
+        });
+    }
+    Ok(Some(address))
+}
+
+fn parse_port(params: &Parameters, key: &'static str) -> Result<u16, MechanismError> {
+    let Some(text) = value(params, key) else {
+        return Ok(VXLAN_PORT);
+    };
+    match decimal(text).map(u16::try_from) {
+        Some(Ok(port)) if port != 0 => Ok(port),
+        _ => Err(MechanismError::Port {
+            key,
+            value: text.to_owned(),
+        }),
+    }
+}
+
+/// NSM writes an MTU of 0 for one that is not known.
+fn parse_mtu(params: &Parameters) -> Result<Option<u32>, MechanismError> {
+    let Some(text) = value(params, MTU) else {
+        return Ok(None);
+    };
+    match decimal(text).map(u32::try_from) {
+        Some(Ok(0)) => Ok(None),
+        Some(Ok(mtu)) if (MIN_MTU..=MAX_MTU).contains(&mtu) => Ok(Some(mtu)),
+        _ => Err(MechanismError::Mtu {
+            value: text.to_owned(),
+        }),
+    }
+}
+
+/// A number without sign.
+fn decimal(text: &str) -> Option<u64> {
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        text.parse().ok()
+    } else {
+        None
+    }
+}
+
+/// Which of the mechanisms offered, as (class, type), this hop takes: the first that it supports (NSM's `mechanisms` server). An offer
+/// without class is matched by its type alone, as NSM does.
+///
+/// # Errors
+/// [`MechanismError::NoneOffered`] for an empty offer: NSM refuses it too, and a mechanism that nobody asked for would help nobody.
+/// [`MechanismError::NoCommon`] with both lists otherwise.
+pub fn choose<'a>(
+    offered: impl Iterator<Item = (&'a str, &'a str)>,
+    supported: &[(&str, &str)],
+) -> Result<usize, MechanismError> {
+    let own = |mechanisms: &[(&str, &str)]| {
+        mechanisms
+            .iter()
+            .map(|(class, kind)| ((*class).to_owned(), (*kind).to_owned()))
+            .collect()
+    };
+    let offered: Vec<_> = offered.collect();
+    if offered.is_empty() {
+        return Err(MechanismError::NoneOffered {
+            supported: own(supported),
+        });
+    }
+    let is_supported = |(class, kind): &(&str, &str)| {
+        supported
+            .iter()
+            .any(|(c, k)| kind == k && (class.is_empty() || class == c))
+    };
+    offered
+        .iter()
+        .position(is_supported)
+        .ok_or_else(|| MechanismError::NoCommon {
+            offered: own(&offered),
+            supported: own(supported),
+        })
+}
+
+/// The largest packet that fits into a VXLAN tunnel, for an underlay whose MTU is known; 0, unknown, stays 0. Outer Ethernet is the
+/// underlay's own; IP (20 or 40 bytes), UDP (8), VXLAN (8) and the inner Ethernet header (14) come off.
+#[must_use]
+pub fn vxlan_mtu(underlay_mtu: u32, remote: IpAddr) -> u32 {
+    let overhead = if remote.to_canonical().is_ipv4() {
+        50
+    } else {
+        70
+    };
+    underlay_mtu.saturating_sub(overhead)
+}
+
+/// The lower of two MTUs, 0 being unknown: what is known counts.
+#[must_use]
+pub fn lower_mtu(a: u32, b: u32) -> u32 {
+    if a == 0 || b == 0 { a.max(b) } else { a.min(b) }
+}
