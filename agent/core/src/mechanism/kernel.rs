@@ -67,6 +67,14 @@ pub enum IfNameError {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IfName(String);
 
+impl IfName {
+    /// The name, as [`Display`](fmt::Display) writes it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 impl TryFrom<&str> for IfName {
     type Error = IfNameError;
 
