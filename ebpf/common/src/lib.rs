@@ -1,1 +1,274 @@
-//! Placeholder.
+//! What the BPF programs and user space agree on: map keys, map values, constants.
+//!
+//! Every type that crosses a map is `repr(C)` and free of padding: the kernel compares hash keys byte by byte, so a
+//! padding byte that one side leaves uninitialised is a key that is never found. The sizes are asserted below at compile
+//! time. Integers are in host order; addresses are the 16 bytes of an IPv6 address, IPv4 as `::ffff:a.b.c.d`, so that one
+//! map serves both families.
+//!
+//! A change of any layout or of what a field means changes [`LAYOUT`]: an agent adopts pinned maps only when theirs is the
+//! same, and starts with fresh maps otherwise.
+
+#![no_std]
+
+/// Version of everything in this file that is seen through a pinned map.
+pub const LAYOUT: u32 = 1;
+
+/// Tunnels that one node can hold: the bar is 10,000 connections, the rest is head room.
+pub const MAX_SLOTS: u32 = 16_384;
+
+/// Entries of the TUNNELS map: each tunnel has its own entry and at most one marker of its VNI (see [`TunnelKey`]).
+pub const MAX_TUNNEL_ENTRIES: u32 = 2 * MAX_SLOTS;
+
+/// UDP destination port of VXLAN (RFC 7348, section 8).
+pub const VXLAN_PORT: u16 = 4789;
+
+/// Words of the PORTS bitmap: one bit for each of the 65,536 UDP ports.
+pub const PORT_WORDS: u32 = 65_536 / 64;
+
+/// Bytes of the EVENTS ring buffer: a multiple of every page size in use (4 to 64 KiB), room for 1,024 events.
+pub const EVENTS_BYTES: u32 = 64 * 1024;
+
+/// Length of the window in which events are budgeted, nanoseconds.
+pub const EVENT_WINDOW_NS: u64 = 1_000_000_000;
+
+/// Events each CPU may emit in a window. An attacker who floods us with wrong sources must not turn the ring buffer
+/// into work for user space; the DROPS counters stay exact whatever happens here.
+pub const EVENTS_PER_WINDOW: u32 = 16;
+
+/// A 16 byte address: IPv6, or IPv4 mapped into it (RFC 4291, section 2.5.5.2).
+pub type Address = [u8; 16];
+
+/// No address. As the address of a [`TunnelKey`] it marks a VNI as ours.
+pub const UNSPECIFIED: Address = [0; 16];
+
+/// The mapped form of an IPv4 address.
+#[inline(always)]
+#[must_use]
+pub const fn mapped(v4: [u8; 4]) -> Address {
+    [
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3],
+    ]
+}
+
+/// Where the bit of `port` is in the PORTS bitmap: word, and mask within the word.
+#[inline(always)]
+#[must_use]
+pub const fn port_bit(port: u16) -> (u32, u64) {
+    (port as u32 / 64, 1 << (port % 64))
+}
+
+/// Key of TUNNELS.
+///
+/// Two kinds of entry share the map. `(vni, peer)` is a tunnel, found with one look-up by every packet of it.
+/// `(vni, UNSPECIFIED)` only says that the VNI is ours; it is looked up when the first look-up finds nothing, and tells a
+/// wrong source from a foreign VNI.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TunnelKey {
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// The peer's public address: destination of what we send, source of what it sends.
+    pub peer: Address,
+}
+
+/// Value of TUNNELS.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Index into COUNTERS. Of a marker: the slot of the tunnel that made it.
+    pub slot: u32,
+    /// The source that packets of this tunnel must have; of a marker, that of the tunnel that made it. It goes into events.
+    pub expected: Address,
+}
+
+/// Value of COUNTERS, one for each slot and CPU. "In" is from the peer to us. Packets and bytes are those of the wire: the
+/// outer frame from its Ethernet header on; a packet that the kernel segments later (GSO) or has merged (GRO) counts as
+/// the packets it stands for.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets from the peer.
+    pub in_packets: u64,
+    /// Bytes from the peer.
+    pub in_bytes: u64,
+    /// Packets to the peer.
+    pub out_packets: u64,
+    /// Bytes to the peer.
+    pub out_bytes: u64,
+    /// When the last packet came in: CLOCK_MONOTONIC at the resolution of a timer tick, nanoseconds; 0 = never.
+    pub last_in_ns: u64,
+    /// When the last packet went out, likewise.
+    pub last_out_ns: u64,
+}
+
+/// Value of EVENT_BUDGET, one for each CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EventBudget {
+    /// Start of the current window, as `bpf_ktime_get_ns`.
+    pub window_start_ns: u64,
+    /// Events emitted in the window.
+    pub spent: u64,
+}
+
+/// A record of EVENTS.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// When, as `bpf_ktime_get_ns` (CLOCK_MONOTONIC, nanoseconds).
+    pub time_ns: u64,
+    /// Why: a [`Reason`] as its number.
+    pub reason: u32,
+    /// The VNI of the packet.
+    pub vni: u32,
+    /// The slot of the tunnel that owns the VNI.
+    pub slot: u32,
+    /// The interface on which it happened.
+    pub ifindex: u32,
+    /// The source that the packet had.
+    pub source: Address,
+    /// The source that the tunnel expects.
+    pub expected: Address,
+}
+
+/// Whether a packet goes on to the kernel (and to other programs on the same hook) or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Handed on, untouched.
+    Passed,
+    /// Dropped.
+    Dropped,
+    /// Not about a packet.
+    NoPacket,
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $number:literal, $name:literal, $fate:ident;)+) => {
+        /// Why a packet was not counted to a tunnel, or an event was not told: the index into DROPS.
+        ///
+        /// Numbers are part of the layout: append, never reorder.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Reason {
+            $($(#[$doc])* $variant = $number,)+
+        }
+
+        impl Reason {
+            /// Every reason, in the order of its number.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The name that people and metrics read.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+
+            /// What became of the packet.
+            #[must_use]
+            pub const fn fate(self) -> Fate {
+                match self { $(Self::$variant => Fate::$fate,)+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// A VXLAN packet came in whose VNI is not ours: a CNI may share the port.
+    ForeignVniIn = 0, "foreign_vni_in", Passed;
+    /// A VXLAN packet went out whose VNI is not ours.
+    ForeignVniOut = 1, "foreign_vni_out", Passed;
+    /// A packet of our VNI came in from an address that is not the peer's.
+    WrongSource = 2, "wrong_source", Dropped;
+    /// A packet of our VNI went out to an address that is not the peer's.
+    WrongDestination = 3, "wrong_destination", Passed;
+    /// To a tunnel port, but no VXLAN header follows, or it lacks the I flag: the kernel's VXLAN receiver refuses it.
+    Malformed = 4, "malformed", Passed;
+    /// A later fragment of a UDP datagram: it has no UDP header and cannot be told apart.
+    Fragment = 5, "fragment", Passed;
+    /// A first fragment that ends before the VXLAN header: after reassembly it would have passed the source check unseen.
+    TinyFragment = 6, "tiny_fragment", Dropped;
+    /// IPv6 with more extension headers than we follow: it too could carry our VNI past the source check.
+    ExtensionHeaders = 7, "extension_headers", Dropped;
+    /// An event was not told because its CPU had spent the budget of the window.
+    EventSuppressed = 8, "event_suppressed", NoPacket;
+    /// An event was not told because the ring buffer was full.
+    EventLost = 9, "event_lost", NoPacket;
+}
+
+/// Entries of DROPS.
+pub const REASONS: u32 = Reason::ALL.len() as u32;
+
+impl Reason {
+    /// The reason with this number.
+    #[must_use]
+    pub fn from_number(number: u32) -> Option<Self> {
+        Self::ALL.get(number as usize).copied()
+    }
+}
+
+// A struct is free of padding exactly when it is as large as its fields together.
+const _: () = {
+    assert!(size_of::<TunnelKey>() == 4 + 16);
+    assert!(size_of::<Tunnel>() == 4 + 16);
+    assert!(size_of::<Counters>() == 6 * 8);
+    assert!(size_of::<EventBudget>() == 2 * 8);
+    assert!(size_of::<Event>() == 8 + 4 * 4 + 2 * 16);
+    let mut i = 0;
+    while i < Reason::ALL.len() {
+        assert!(
+            Reason::ALL[i] as usize == i,
+            "reasons are numbered without gaps"
+        );
+        i += 1;
+    }
+};
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{Counters, Event, EventBudget, Tunnel, TunnelKey};
+
+    // SAFETY: repr(C), Copy, 'static, no padding (asserted above), every bit pattern of their integers is valid.
+    unsafe impl aya::Pod for TunnelKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Tunnel {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Counters {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for EventBudget {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Event {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_round_trip_and_have_distinct_names() {
+        for reason in Reason::ALL {
+            assert_eq!(Reason::from_number(*reason as u32), Some(*reason));
+            assert_eq!(
+                Reason::ALL
+                    .iter()
+                    .filter(|other| other.name() == reason.name())
+                    .count(),
+                1
+            );
+        }
+        assert_eq!(Reason::from_number(REASONS), None);
+    }
+
+    #[test]
+    fn every_port_has_a_bit_of_its_own() {
+        let (first, last) = (port_bit(0), port_bit(u16::MAX));
+        assert_eq!(first, (0, 1));
+        assert_eq!(last, (PORT_WORDS - 1, 1 << 63));
+        assert_eq!(port_bit(VXLAN_PORT), (74, 1 << 53));
+    }
+
+    #[test]
+    fn mapped_addresses_read_as_rust_reads_them() {
+        let v4 = core::net::Ipv4Addr::new(192, 0, 2, 1);
+        assert_eq!(mapped(v4.octets()), v4.to_ipv6_mapped().octets());
+    }
+}

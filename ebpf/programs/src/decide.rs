@@ -1,0 +1,175 @@
+//! What a frame on the underlay is to us: traffic of a tunnel, or why it is not.
+
+use nsm_ebpf_common::{Address, Reason, Tunnel, TunnelKey, UNSPECIFIED};
+
+use crate::{
+    Bytes,
+    packet::{self, NotVxlan, Vxlan},
+};
+
+/// Which way a frame goes, seen from this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the peer.
+    In,
+    /// To the peer.
+    Out,
+}
+
+/// What the node knows: the maps.
+pub trait Node {
+    /// Whether tunnels use this UDP destination port.
+    fn is_tunnel_port(&self, port: u16) -> bool;
+    /// The entry of TUNNELS.
+    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel>;
+}
+
+/// What the kernel says about a frame beside its bytes (`struct __sk_buff`).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Size {
+    /// Bytes of the frame as it is now.
+    pub len: u32,
+    /// Packets on the wire that it stands for; 0 or 1 for one.
+    pub gso_segs: u32,
+    /// Inner payload bytes of each of those packets; 0 when there is one.
+    pub gso_size: u32,
+}
+
+/// Traffic of a tunnel, in units of the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traffic {
+    /// Slot of the tunnel.
+    pub slot: u32,
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of outer frames.
+    pub bytes: u64,
+}
+
+/// Why a frame is not counted to a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Miss {
+    /// Not VXLAN.
+    Other,
+    /// VXLAN, but the VNI is not ours.
+    ForeignVni,
+    /// Our VNI, but the peer's address is not that of the tunnel.
+    WrongPeer(WrongPeer),
+    /// A later fragment.
+    Fragment,
+    /// A first fragment without a VXLAN header.
+    TinyFragment,
+    /// A tunnel port without a VXLAN header.
+    Malformed,
+    /// Too many IPv6 extension headers.
+    ExtensionHeaders,
+}
+
+/// Our VNI with somebody else's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrongPeer {
+    /// The VNI.
+    pub vni: u32,
+    /// The address that the packet had.
+    pub address: Address,
+    /// The tunnel that owns the VNI.
+    pub owner: Tunnel,
+}
+
+impl From<NotVxlan> for Miss {
+    #[inline(always)]
+    fn from(why: NotVxlan) -> Self {
+        match why {
+            NotVxlan::Other => Self::Other,
+            NotVxlan::Fragment => Self::Fragment,
+            NotVxlan::TinyFragment => Self::TinyFragment,
+            NotVxlan::Malformed => Self::Malformed,
+            NotVxlan::ExtensionHeaders => Self::ExtensionHeaders,
+        }
+    }
+}
+
+impl Miss {
+    /// The reason under which the frame is counted in DROPS; `None` for traffic that is none of our business.
+    /// [`Reason::fate`] says what happens to it, but only on the way in: what the node itself sends is never dropped.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reason(&self, direction: Direction) -> Option<Reason> {
+        match (self, direction) {
+            (Self::Other, _) => None,
+            (Self::ForeignVni, Direction::In) => Some(Reason::ForeignVniIn),
+            (Self::ForeignVni, Direction::Out) => Some(Reason::ForeignVniOut),
+            (Self::WrongPeer(_), Direction::In) => Some(Reason::WrongSource),
+            (Self::WrongPeer(_), Direction::Out) => Some(Reason::WrongDestination),
+            // Other programs' fragments and tunnels may leave as they like.
+            (Self::TinyFragment | Self::ExtensionHeaders, Direction::Out) => None,
+            (Self::Fragment, _) => Some(Reason::Fragment),
+            (Self::TinyFragment, Direction::In) => Some(Reason::TinyFragment),
+            (Self::Malformed, _) => Some(Reason::Malformed),
+            (Self::ExtensionHeaders, Direction::In) => Some(Reason::ExtensionHeaders),
+        }
+    }
+}
+
+/// Attributes a frame to a tunnel: one look-up when it is one of ours, two when not.
+///
+/// # Errors
+///
+/// [`Miss`] says what the frame is instead.
+#[inline(always)]
+pub fn decide<B: Bytes + ?Sized, N: Node>(
+    direction: Direction,
+    frame: &B,
+    size: Size,
+    node: &N,
+) -> Result<Traffic, Miss> {
+    let vxlan = packet::parse(frame, |port| node.is_tunnel_port(port))?;
+    let peer = match direction {
+        Direction::In => vxlan.source,
+        Direction::Out => vxlan.destination,
+    };
+    let mut key = TunnelKey {
+        vni: vxlan.vni,
+        peer,
+    };
+    if let Some(tunnel) = node.tunnel(&key) {
+        let (packets, bytes) = on_the_wire(frame, size, &vxlan);
+        return Ok(Traffic {
+            slot: tunnel.slot,
+            packets,
+            bytes,
+        });
+    }
+    key.peer = UNSPECIFIED;
+    match node.tunnel(&key) {
+        Some(owner) => Err(Miss::WrongPeer(WrongPeer {
+            vni: vxlan.vni,
+            address: peer,
+            owner,
+        })),
+        None => Err(Miss::ForeignVni),
+    }
+}
+
+/// Packets and bytes that `frame` is on the wire. A frame that waits for segmentation holds its headers once; each of its
+/// segments will carry them.
+#[inline(always)]
+fn on_the_wire<B: Bytes + ?Sized>(frame: &B, size: Size, vxlan: &Vxlan) -> (u64, u64) {
+    if size.gso_size == 0 {
+        return (1, u64::from(size.len));
+    }
+    let headers = vxlan.payload + packet::inner_headers(frame, vxlan.payload);
+    let segments = match size.gso_segs {
+        // Frames from virtual machines may come with the size of a segment only.
+        0 => size
+            .len
+            .saturating_sub(headers)
+            .div_ceil(size.gso_size)
+            .max(1),
+        known => known,
+    };
+    (
+        u64::from(segments),
+        u64::from(size.len) + u64::from(segments - 1) * u64::from(headers),
+    )
+}

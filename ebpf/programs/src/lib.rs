@@ -1,0 +1,27 @@
+//! What the BPF programs decide, as plain Rust: it runs in the kernel and, unchanged, in the tests of the host.
+//!
+//! [`packet`] finds the VXLAN header in a frame, [`decide`] says what the frame is to us. Both see the world only through
+//! two small traits: [`Bytes`] (a frame) and [`decide::Node`] (the maps). The kernel's side of them is in `main.rs`.
+//!
+//! Rules that keep the verifier content: every loop is bounded by a constant, nothing recurses, nothing can panic, every
+//! function is inlined into its program.
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod decide;
+pub mod packet;
+
+/// A frame, read piecewise. Reading past its end gives `None`, never a panic.
+pub trait Bytes {
+    /// The `N` bytes that start at `offset`.
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+}
+
+impl Bytes for [u8] {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let start = offset as usize;
+        self.get(start..start.checked_add(N)?)?.try_into().ok()
+    }
+}

@@ -1,0 +1,248 @@
+//! The BPF programs: tcx (or clsact) classifiers for ingress and egress of the underlay. The decisions are in the library;
+//! here are the maps, the access to a packet, and the one place where a decision becomes an action.
+//!
+//! Both return TC_ACT_UNSPEC, which is also TCX_NEXT: other programs on the hook have their say. Only our VNI from a wrong
+//! source (and what could hide it) is dropped, and only on the way in.
+
+#![no_std]
+#![no_main]
+#![expect(
+    missing_docs,
+    unreachable_pub,
+    reason = "the macros of aya-ebpf export each program under a second, undocumented name"
+)]
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
+    helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_skb_load_bytes},
+    macros::{btf_map, classifier},
+    programs::TcContext,
+};
+use nsm_ebpf_common::{
+    Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate,
+    MAX_SLOTS, MAX_TUNNEL_ENTRIES, PORT_WORDS, REASONS, Reason, Tunnel, TunnelKey, port_bit,
+};
+use nsm_ebpf_programs::{
+    Bytes,
+    decide::{Direction, Miss, Node, Size, Traffic, WrongPeer, decide},
+};
+
+/// Bit for each UDP destination port that tunnels use.
+#[btf_map]
+static PORTS: Array<u64, { PORT_WORDS as usize }> = Array::new();
+
+/// (VNI, peer) to slot; (VNI, unspecified) marks a VNI as ours.
+#[btf_map]
+static TUNNELS: HashMap<TunnelKey, Tunnel, { MAX_TUNNEL_ENTRIES as usize }> = HashMap::new();
+
+/// Slot to what has passed.
+#[btf_map]
+static COUNTERS: PerCpuArray<Counters, { MAX_SLOTS as usize }> = PerCpuArray::new();
+
+/// Reason to how often.
+#[btf_map]
+static DROPS: PerCpuArray<u64, { REASONS as usize }> = PerCpuArray::new();
+
+/// What user space should hear of at once.
+#[btf_map]
+static EVENTS: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();
+
+/// How much of EVENTS this CPU has used in the current window.
+#[btf_map]
+static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new();
+
+/// Written by user space: [`nsm_ebpf_common::LAYOUT`] of the agent that made the maps.
+#[btf_map]
+static LAYOUT: Array<u32, 1> = Array::new();
+
+/// From the peers to us.
+#[classifier]
+pub fn underlay_ingress(ctx: TcContext) -> i32 {
+    handle(&ctx, Direction::In)
+}
+
+/// From us to the peers.
+#[classifier]
+pub fn underlay_egress(ctx: TcContext) -> i32 {
+    handle(&ctx, Direction::Out)
+}
+
+#[inline(always)]
+fn handle(ctx: &TcContext, direction: Direction) -> i32 {
+    let size = Size {
+        len: ctx.len(),
+        // SAFETY: the kernel hands a valid __sk_buff to a classifier; the verifier checks each access.
+        gso_segs: unsafe { (*ctx.skb.skb).gso_segs },
+        // SAFETY: as above.
+        gso_size: unsafe { (*ctx.skb.skb).gso_size },
+    };
+    match decide(direction, &Skb::new(ctx), size, &Maps) {
+        Ok(traffic) => {
+            count(direction, &traffic);
+            TC_ACT_UNSPEC
+        }
+        Err(miss) => act(ctx, direction, &miss),
+    }
+}
+
+#[inline(always)]
+fn count(direction: Direction, traffic: &Traffic) {
+    let Some(counters) = COUNTERS.get_ptr_mut(traffic.slot) else {
+        return;
+    };
+    // SAFETY: a pointer into this CPU's value, not null; classifiers of one CPU do not interrupt each other.
+    let counters = unsafe { &mut *counters };
+    // SAFETY: takes no argument, reads a clock.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    match direction {
+        Direction::In => {
+            counters.in_packets += traffic.packets;
+            counters.in_bytes += traffic.bytes;
+            counters.last_in_ns = now;
+        }
+        Direction::Out => {
+            counters.out_packets += traffic.packets;
+            counters.out_bytes += traffic.bytes;
+            counters.last_out_ns = now;
+        }
+    }
+}
+
+/// What happens to a frame that is not a tunnel's.
+#[inline(always)]
+fn act(ctx: &TcContext, direction: Direction, miss: &Miss) -> i32 {
+    let Some(reason) = miss.reason(direction) else {
+        return TC_ACT_UNSPEC;
+    };
+    bump(reason);
+    if let (Miss::WrongPeer(wrong), Direction::In) = (miss, direction) {
+        tell(ctx, reason, wrong);
+    }
+    match reason.fate() {
+        Fate::Dropped => TC_ACT_SHOT,
+        Fate::Passed | Fate::NoPacket => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(always)]
+fn bump(reason: Reason) {
+    if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
+        // SAFETY: as in `count`.
+        unsafe { *count += 1 };
+    }
+}
+
+/// Tells user space of a packet from a wrong source, within the budget of this CPU.
+#[inline(always)]
+fn tell(ctx: &TcContext, reason: Reason, wrong: &WrongPeer) {
+    // SAFETY: takes no argument, reads a clock.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else {
+        return;
+    };
+    // SAFETY: as in `count`.
+    let budget = unsafe { &mut *budget };
+    if now.wrapping_sub(budget.window_start_ns) >= EVENT_WINDOW_NS {
+        budget.window_start_ns = now;
+        budget.spent = 0;
+    }
+    if budget.spent >= u64::from(EVENTS_PER_WINDOW) {
+        bump(Reason::EventSuppressed);
+        return;
+    }
+    budget.spent += 1;
+
+    let Some(mut entry) = EVENTS.reserve(0) else {
+        bump(Reason::EventLost);
+        return;
+    };
+    entry.write(Event {
+        time_ns: now,
+        reason: reason as u32,
+        vni: wrong.vni,
+        slot: wrong.owner.slot,
+        // SAFETY: as in `handle`.
+        ifindex: unsafe { (*ctx.skb.skb).ifindex },
+        source: wrong.address,
+        expected: wrong.owner.expected,
+    });
+    entry.submit(0);
+}
+
+/// The maps, as the decision sees them.
+struct Maps;
+
+impl Node for Maps {
+    #[inline(always)]
+    fn is_tunnel_port(&self, port: u16) -> bool {
+        let (word, mask) = port_bit(port);
+        PORTS.get(word).is_some_and(|bits| bits & mask != 0)
+    }
+
+    #[inline(always)]
+    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel> {
+        // SAFETY: the value is copied out at once. An entry that user space replaces meanwhile is reused only after all
+        // programs that might see it have ended, or holds another whole value: both are states the map was in.
+        unsafe { TUNNELS.get(key) }.copied()
+    }
+}
+
+/// A packet. Its linear part is read in place; what lies in fragments of the buffer by a helper.
+struct Skb<'a> {
+    ctx: &'a TcContext,
+    data: usize,
+    data_end: usize,
+}
+
+impl<'a> Skb<'a> {
+    #[inline(always)]
+    fn new(ctx: &'a TcContext) -> Self {
+        Self {
+            ctx,
+            data: ctx.data(),
+            data_end: ctx.data_end(),
+        }
+    }
+}
+
+/// Offsets up to here are read in place: the verifier must see a bound, and headers in front of VXLAN end far before.
+const MAX_DIRECT_OFFSET: u32 = 1024;
+
+impl Bytes for Skb<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        if offset <= MAX_DIRECT_OFFSET {
+            let start = self.data + offset as usize;
+            if start + N <= self.data_end {
+                // SAFETY: within the linear part, as just compared; the verifier proves it again. Alignment 1.
+                return Some(unsafe { (start as *const [u8; N]).read() });
+            }
+        }
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes N bytes or fails.
+        let result = unsafe {
+            bpf_skb_load_bytes(
+                self.ctx.as_ptr().cast(),
+                offset,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+            )
+        };
+        // SAFETY: written by the helper.
+        (result == 0).then(|| unsafe { bytes.assume_init() })
+    }
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Nothing above can panic; if something did, the verifier would refuse this loop at load time.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

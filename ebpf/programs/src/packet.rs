@@ -1,0 +1,270 @@
+//! From the first byte of an Ethernet frame to the end of its VXLAN header.
+//!
+//! Followed: up to two VLAN tags, IPv4 with options, IPv6 with extension headers, UDP, VXLAN (RFC 7348, section 5). Lengths
+//! are believed only as far as the kernel itself believes them: what we count, the kernel's VXLAN receiver would take.
+//!
+//! Fragments: only a first fragment has a UDP header. It is taken for its datagram, later ones are passed. A first fragment
+//! that ends before the VXLAN header is refused as a whole: passed on, it would be put together behind us and reach a tunnel
+//! whose source nobody checked.
+
+use nsm_ebpf_common::{Address, mapped};
+
+use crate::Bytes;
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_QINQ: u16 = 0x88a8;
+
+const ETHERNET_HEADER: u32 = 14;
+const ETHERNET_TYPE_OFFSET: u32 = 12;
+const VLAN_TAG: u32 = 4;
+const IPV6_HEADER: u32 = 40;
+const UDP_HEADER: u32 = 8;
+const VXLAN_HEADER: u32 = 8;
+
+const PROTOCOL_TCP: u8 = 6;
+const PROTOCOL_UDP: u8 = 17;
+
+// IPv6 extension headers (RFC 8200, section 4; AH: RFC 4302).
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+const MOBILITY: u8 = 135;
+
+/// Extension headers that are followed. RFC 8504 (section 5.3) lets a host stop there, and names 8.
+const MAX_EXTENSION_HEADERS: u32 = 8;
+
+/// Flag I of the VXLAN header: the VNI is valid (RFC 7348, section 5).
+const VXLAN_FLAG_VNI: u8 = 0x08;
+
+/// What a VXLAN packet says about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vxlan {
+    /// Network identifier, 24 bits.
+    pub vni: u32,
+    /// Source address of the outer IP header.
+    pub source: Address,
+    /// Destination address of the outer IP header.
+    pub destination: Address,
+    /// Offset of the inner Ethernet header: the size of everything before it.
+    pub payload: u32,
+}
+
+/// Why a frame is no VXLAN packet that we could attribute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotVxlan {
+    /// Other traffic: not IP, not UDP, not to a tunnel port, or cut off before that can be said.
+    Other,
+    /// A later fragment of a UDP datagram.
+    Fragment,
+    /// A first fragment that ends before the VXLAN header.
+    TinyFragment,
+    /// To a tunnel port, but there is no VXLAN header, or its I flag is not set.
+    Malformed,
+    /// More IPv6 extension headers than we follow.
+    ExtensionHeaders,
+}
+
+/// Outer IP header, as far as it matters.
+struct Ip {
+    source: Address,
+    destination: Address,
+    /// Offset of the UDP header.
+    payload: u32,
+    /// More fragments follow this one.
+    more_fragments: bool,
+}
+
+/// Finds the VXLAN header of `frame`, which starts with its Ethernet header.
+///
+/// # Errors
+///
+/// [`NotVxlan`] says what the frame is instead.
+#[inline(always)]
+pub fn parse<B: Bytes + ?Sized>(
+    frame: &B,
+    is_tunnel_port: impl FnOnce(u16) -> bool,
+) -> Result<Vxlan, NotVxlan> {
+    let ip = parse_ip(frame)?;
+    // Of the ports, length and checksum only the last three words' first two matter: destination port and length.
+    let cut_off = if ip.more_fragments {
+        NotVxlan::TinyFragment
+    } else {
+        NotVxlan::Other
+    };
+    let udp: [u8; 6] = frame.load(ip.payload).ok_or(cut_off)?;
+    if !is_tunnel_port(u16::from_be_bytes([udp[2], udp[3]])) {
+        return Err(NotVxlan::Other);
+    }
+
+    let refused = if ip.more_fragments {
+        NotVxlan::TinyFragment
+    } else {
+        NotVxlan::Malformed
+    };
+    // A length of 0 is that of a packet too large for the field, which the kernel segments later.
+    let length = u32::from(u16::from_be_bytes([udp[4], udp[5]]));
+    if length != 0 && length < UDP_HEADER + VXLAN_HEADER {
+        return Err(NotVxlan::Malformed);
+    }
+    let vxlan: [u8; 8] = frame.load(ip.payload + UDP_HEADER).ok_or(refused)?;
+    if vxlan[0] & VXLAN_FLAG_VNI == 0 {
+        return Err(NotVxlan::Malformed);
+    }
+    Ok(Vxlan {
+        vni: u32::from_be_bytes([0, vxlan[4], vxlan[5], vxlan[6]]),
+        source: ip.source,
+        destination: ip.destination,
+        payload: ip.payload + UDP_HEADER + VXLAN_HEADER,
+    })
+}
+
+#[inline(always)]
+fn parse_ip<B: Bytes + ?Sized>(frame: &B) -> Result<Ip, NotVxlan> {
+    let mut offset = ETHERNET_HEADER;
+    let mut ethertype = load_u16(frame, ETHERNET_TYPE_OFFSET)?;
+    // A tag that the card took off is not in the data; one or two may still be.
+    if is_vlan(ethertype) {
+        ethertype = load_u16(frame, offset + 2)?;
+        offset += VLAN_TAG;
+        if is_vlan(ethertype) {
+            ethertype = load_u16(frame, offset + 2)?;
+            offset += VLAN_TAG;
+        }
+    }
+    match ethertype {
+        ETHERTYPE_IPV4 => parse_ipv4(frame, offset),
+        ETHERTYPE_IPV6 => parse_ipv6(frame, offset),
+        _ => Err(NotVxlan::Other),
+    }
+}
+
+#[inline(always)]
+fn parse_ipv4<B: Bytes + ?Sized>(frame: &B, offset: u32) -> Result<Ip, NotVxlan> {
+    let header: [u8; 20] = frame.load(offset).ok_or(NotVxlan::Other)?;
+    let header_length = u32::from(header[0] & 0x0f) * 4;
+    if header[0] >> 4 != 4 || header_length < 20 || header[9] != PROTOCOL_UDP {
+        return Err(NotVxlan::Other);
+    }
+    // Three flags (reserved, don't fragment, more fragments), then the offset in units of 8 bytes.
+    let fragment = u16::from_be_bytes([header[6], header[7]]);
+    if fragment & 0x1fff != 0 {
+        return Err(NotVxlan::Fragment);
+    }
+    Ok(Ip {
+        source: mapped([header[12], header[13], header[14], header[15]]),
+        destination: mapped([header[16], header[17], header[18], header[19]]),
+        payload: offset + header_length,
+        more_fragments: fragment & 0x2000 != 0,
+    })
+}
+
+#[inline(always)]
+fn parse_ipv6<B: Bytes + ?Sized>(frame: &B, offset: u32) -> Result<Ip, NotVxlan> {
+    let fixed: [u8; 8] = frame.load(offset).ok_or(NotVxlan::Other)?;
+    if fixed[0] >> 4 != 6 {
+        return Err(NotVxlan::Other);
+    }
+    let mut next = fixed[6];
+    let mut at = offset + IPV6_HEADER;
+    let mut more_fragments = false;
+    let mut followed = 0;
+    while next != PROTOCOL_UDP {
+        if !is_extension(next) {
+            return Err(NotVxlan::Other);
+        }
+        if followed == MAX_EXTENSION_HEADERS {
+            return Err(NotVxlan::ExtensionHeaders);
+        }
+        followed += 1;
+        // The kernel refuses an unfragmented packet that ends here by itself.
+        let cut_off = if more_fragments {
+            NotVxlan::TinyFragment
+        } else {
+            NotVxlan::Other
+        };
+        let header: [u8; 4] = frame.load(at).ok_or(cut_off)?;
+        if next == FRAGMENT {
+            let fragment = u16::from_be_bytes([header[2], header[3]]);
+            if fragment & 0xfff8 != 0 {
+                // Of a later fragment the next header is that of the first one: most often UDP itself.
+                return Err(if header[0] == PROTOCOL_UDP {
+                    NotVxlan::Fragment
+                } else {
+                    NotVxlan::Other
+                });
+            }
+            more_fragments |= fragment & 1 != 0;
+        }
+        at += match next {
+            FRAGMENT => 8,
+            AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
+            _ => (u32::from(header[1]) + 1) * 8,
+        };
+        next = header[0];
+    }
+    let source: Address = frame.load(offset + 8).ok_or(NotVxlan::Other)?;
+    let destination: Address = frame.load(offset + 24).ok_or(NotVxlan::Other)?;
+    Ok(Ip {
+        source,
+        destination,
+        payload: at,
+        more_fragments,
+    })
+}
+
+/// Size of the inner headers of a packet that the kernel will segment: Ethernet, IP and TCP or UDP. Every segment repeats
+/// them. 0 when they are of another kind.
+#[inline(always)]
+pub fn inner_headers<B: Bytes + ?Sized>(frame: &B, payload: u32) -> u32 {
+    measure_inner(frame, payload).map_or(0, |end| end - payload)
+}
+
+#[inline(always)]
+fn measure_inner<B: Bytes + ?Sized>(frame: &B, payload: u32) -> Option<u32> {
+    let ethertype = load_u16(frame, payload + ETHERNET_TYPE_OFFSET).ok()?;
+    let ip = payload + ETHERNET_HEADER;
+    let (transport, protocol) = match ethertype {
+        ETHERTYPE_IPV4 => {
+            let header: [u8; 10] = frame.load(ip)?;
+            (ip + u32::from(header[0] & 0x0f) * 4, header[9])
+        }
+        ETHERTYPE_IPV6 => {
+            let header: [u8; 7] = frame.load(ip)?;
+            (ip + IPV6_HEADER, header[6])
+        }
+        _ => return None,
+    };
+    match protocol {
+        PROTOCOL_TCP => {
+            let [data_offset] = frame.load(transport + 12)?;
+            Some(transport + u32::from(data_offset >> 4) * 4)
+        }
+        PROTOCOL_UDP => Some(transport + UDP_HEADER),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn load_u16<B: Bytes + ?Sized>(frame: &B, offset: u32) -> Result<u16, NotVxlan> {
+    frame
+        .load(offset)
+        .map(u16::from_be_bytes)
+        .ok_or(NotVxlan::Other)
+}
+
+#[inline(always)]
+const fn is_vlan(ethertype: u16) -> bool {
+    matches!(ethertype, ETHERTYPE_VLAN | ETHERTYPE_QINQ)
+}
+
+#[inline(always)]
+const fn is_extension(header: u8) -> bool {
+    matches!(
+        header,
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS | MOBILITY
+    )
+}
