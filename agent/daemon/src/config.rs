@@ -1,0 +1,617 @@
+//! What the agent is told: typed, checked, and each value with its source.
+//!
+//! Four layers, each over the one before: defaults, the YAML file, the environment, the flags. Every
+//! layer ends in the same table ([`keys`]): a key has one name, one parser, one text, one variable
+//! and one flag, so that `tunnel.port`, `NSM_TUNNEL_PORT` and `--tunnel-port` cannot drift apart.
+//! With nothing given at all the result is an agent that is a whole domain by itself.
+//!
+//! Nothing is half right: every mistake of every layer is collected and told at once, each with the
+//! file and line, the key, the value, and what is allowed. What is loaded needs no further check
+//! but those that only the running machine can answer (is the port free, does the path exist).
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nsm_controlplane::dial::DialUrl;
+use nsm_core::{mechanism::IfName, name::Domain};
+
+mod flags;
+mod keys;
+mod node;
+mod print;
+mod value;
+
+pub(crate) use self::{
+    flags::ConfigFlags,
+    value::{ListenUrl, parse_duration},
+};
+use self::{
+    keys::{KEYS, Key, LISTEN_ON},
+    node::{Bad, Entry, Node, Value},
+};
+
+/// Where the configuration file lies unless `--config` or `NSM_CONFIG_FILE` says otherwise. Only
+/// here may it be absent.
+pub(crate) const DEFAULT_FILE: &str = "/etc/proxy-nsmgr/config.yaml";
+
+/// The variable that names the configuration file.
+const FILE_VARIABLE: &str = "NSM_CONFIG_FILE";
+
+/// Variables that other commands of this program read.
+const OTHER_VARIABLES: [&str; 3] = [FILE_VARIABLE, "NSM_CONNECT_TO", "NSM_ADMIN_URL"];
+
+/// The prefix of our variables, and of those of every NSM component.
+const PREFIX: &str = "NSM_";
+
+/// The configuration of one agent.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Config {
+    /// The name of this agent on paths; the host's name by default.
+    pub(crate) name: String,
+    /// The domain whose names are served here.
+    pub(crate) domain: Domain,
+    /// Where each role listens.
+    pub(crate) listen: Listen,
+    /// What peers are told to dial to reach this agent's proxy; derived from the tunnel's address and the
+    /// proxy's port when absent.
+    pub(crate) advertise_url: Option<DialUrl>,
+    /// An NSMgr that serves this node's clients in our place; the NSMgr role is on without it.
+    pub(crate) upstream_nsmgr_url: Option<DialUrl>,
+    /// The registry of this domain; the agent is one itself without it.
+    pub(crate) registry_url: Option<DialUrl>,
+    /// A registry proxy that answers for other domains in our place.
+    pub(crate) registry_proxy_url: Option<DialUrl>,
+    /// Whether this agent makes links on this node.
+    pub(crate) forwarder: bool,
+    /// How domains are resolved.
+    pub(crate) resolver: Resolver,
+    /// The tunnels of this node.
+    pub(crate) tunnel: Tunnel,
+    /// The file of internal and external addresses.
+    pub(crate) map_ip_file: PathBuf,
+    /// Whether the file was named, so that its absence is an error.
+    pub(crate) map_ip_file_required: bool,
+    /// The BPF programs on the underlay.
+    pub(crate) bpf: Bpf,
+    /// The longest life of a token that is signed here.
+    pub(crate) max_token_lifetime: Duration,
+    /// How tokens are signed.
+    pub(crate) token: Token,
+    /// The longest time that a Request may take.
+    pub(crate) request_timeout: Duration,
+    /// The longest time that a connection to a peer may take.
+    pub(crate) dial_timeout: Duration,
+    /// What a client may cost.
+    pub(crate) limits: Limits,
+    /// What is logged, and how.
+    pub(crate) log: Log,
+}
+
+/// Where each role listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Listen {
+    /// Local clients and endpoints.
+    pub(crate) nsmgr: ListenUrl,
+    /// Proxies of other domains.
+    pub(crate) proxy: ListenUrl,
+    /// Registries of other domains, and other nodes of this one.
+    pub(crate) registry: ListenUrl,
+    /// `proxy-nsmgr status`.
+    pub(crate) admin: ListenUrl,
+}
+
+/// How domains are resolved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Resolver {
+    /// DNS servers (UDP, then TCP); the system's own where empty.
+    pub(crate) servers: Vec<SocketAddr>,
+    /// Domains whose addresses are known here and not asked for.
+    pub(crate) hosts: BTreeMap<Domain, Vec<IpAddr>>,
+    /// The longest time that one question may take, with all its retries.
+    pub(crate) timeout: Duration,
+    /// The port of a domain's registry where no SRV record names it.
+    pub(crate) registry_port: u16,
+    /// The port of a domain's proxy where no SRV record names it.
+    pub(crate) proxy_port: u16,
+}
+
+/// The tunnels of this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tunnel {
+    /// The local address of tunnels; the source address of the default route when absent.
+    pub(crate) ip: Option<IpAddr>,
+    /// The UDP port of VXLAN.
+    pub(crate) port: u16,
+    /// The MTU of the underlay; 0 takes it from the underlay's link.
+    pub(crate) mtu: u32,
+}
+
+/// The BPF programs on the underlay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Bpf {
+    /// Whether they are attached at all.
+    pub(crate) enabled: bool,
+    /// Where their maps are pinned.
+    pub(crate) pin_dir: PathBuf,
+    /// The underlay's links; the one with the tunnel's address where empty.
+    pub(crate) interfaces: Vec<IfName>,
+    /// How they are attached.
+    pub(crate) hook: Hook,
+}
+
+/// How BPF programs are attached to a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hook {
+    /// tcx where the kernel has it (6.6), else clsact.
+    Auto,
+    /// tcx or nothing.
+    Tcx,
+    /// clsact and its filters.
+    Clsact,
+}
+
+/// How tokens are signed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Token {
+    /// The algorithm of the signature.
+    pub(crate) algorithm: TokenAlgorithm,
+    /// The key of HS256.
+    pub(crate) secret: String,
+    /// Who the tokens say we are; `spiffe://<domain>/<name>` when absent.
+    pub(crate) spiffe_id: Option<String>,
+}
+
+/// The algorithm of a token's signature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TokenAlgorithm {
+    /// HMAC with SHA-256 and a shared secret: names the caller, proves nothing.
+    Hs256,
+}
+
+/// What a client may cost.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// The largest message that is taken, in bytes.
+    pub(crate) max_message_bytes: usize,
+    /// The most connections that are open at once.
+    pub(crate) max_connections: usize,
+    /// The most streams of one client's transport connection.
+    pub(crate) max_streams_per_client: u32,
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Log {
+    /// A level, perhaps with levels of single modules: `info,h2=warn`.
+    pub(crate) level: String,
+    /// How a line looks.
+    pub(crate) format: LogFormat,
+}
+
+/// How a line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Where a value came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Nobody said anything else.
+    Default,
+    /// A line of the configuration file.
+    File { path: PathBuf, line: u64 },
+    /// A variable of the environment.
+    Environment(String),
+    /// A flag, with its dashes.
+    Flag(String),
+}
+
+/// What was given to the program: what [`Config::load`] reads.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Inputs {
+    /// The file that `--config` names.
+    pub(crate) file: Option<PathBuf>,
+    /// The environment.
+    pub(crate) environment: BTreeMap<OsString, OsString>,
+    /// The flags that are keys, with their texts.
+    pub(crate) flags: ConfigFlags,
+}
+
+/// A configuration with the source of each value.
+#[derive(Debug, Clone)]
+pub(crate) struct Loaded {
+    /// The configuration itself.
+    pub(crate) config: Config,
+    /// What is odd but no error, one sentence each; logged when the log is up.
+    pub(crate) warnings: Vec<String>,
+    /// Keys that somebody set, and who did last.
+    sources: BTreeMap<&'static str, Source>,
+}
+
+/// One mistake in a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// Where it stands.
+    pub(crate) source: Source,
+    /// What is wrong there.
+    pub(crate) what: String,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {}: {cause}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        cause: io::Error,
+    },
+    /// The file is no YAML.
+    #[error("{}:{line}: the file is no YAML: {cause}", path.display())]
+    Yaml {
+        /// The file.
+        path: PathBuf,
+        /// The line at which reading ended.
+        line: u64,
+        /// The parser's reason.
+        cause: String,
+    },
+    /// Keys or values are wrong.
+    #[error("{}", join(.0))]
+    Invalid(Vec<Problem>),
+}
+
+/// What changed between two configurations.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    /// Keys that take effect on a reload.
+    pub(crate) reloadable: Vec<&'static str>,
+    /// Keys that take effect after a restart only.
+    pub(crate) restart: Vec<&'static str>,
+}
+
+impl Config {
+    /// The configuration of an agent that was told nothing, on a host of this name.
+    pub(crate) fn default_for(host_name: &str) -> Self {
+        keys::defaults(host_name)
+    }
+
+    /// Reads the four layers.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read or is no YAML; else every wrong key and value of all layers.
+    pub(crate) fn load(inputs: &Inputs) -> Result<Loaded, ConfigError> {
+        let mut layers = Layers::new(Self::default_for(&host_name()));
+        if let Some((path, root)) = read_file(inputs)? {
+            layers.file(&path, root);
+        }
+        layers.environment(&inputs.environment);
+        for (key, text) in inputs.flags.iter() {
+            let source = Source::Flag(key.flag());
+            layers.apply(key, &Node::text(text), source);
+        }
+        layers.finish()
+    }
+
+    /// What peers' tokens and paths call this agent.
+    pub(crate) fn spiffe_id(&self) -> String {
+        match &self.token.spiffe_id {
+            Some(id) => id.clone(),
+            None => format!("spiffe://{}/{}", self.domain, self.name),
+        }
+    }
+
+    /// What of `new` a running agent with `old` can take over, and what it cannot.
+    ///
+    /// The content of the IP map file is watched by itself; here it is about the configuration.
+    pub(crate) fn reloadable_changes(old: &Self, new: &Self) -> Changes {
+        let mut changes = Changes::default();
+        for key in KEYS.iter().filter(|key| (key.show)(old) != (key.show)(new)) {
+            if key.reloads {
+                changes.reloadable.push(key.path);
+            } else {
+                changes.restart.push(key.path);
+            }
+        }
+        changes
+    }
+
+    /// Rules between keys, as the path of the key to blame and a sentence.
+    fn contradictions(&self) -> Vec<(&'static str, String)> {
+        let mut found = Vec::new();
+        let listeners = [
+            ("listen.nsmgr", &self.listen.nsmgr),
+            ("listen.proxy", &self.listen.proxy),
+            ("listen.registry", &self.listen.registry),
+            ("listen.admin", &self.listen.admin),
+        ];
+        for (at, (path, url)) in listeners.iter().enumerate() {
+            if let Some((other, _)) = listeners[..at].iter().find(|(_, other)| other == url) {
+                found.push((*path, format!("{path} and {other} are both {url}")));
+            }
+        }
+        for (path, upstream, own_path, own) in [
+            (
+                "upstream_nsmgr_url",
+                &self.upstream_nsmgr_url,
+                "listen.nsmgr",
+                &self.listen.nsmgr,
+            ),
+            (
+                "registry_url",
+                &self.registry_url,
+                "listen.registry",
+                &self.listen.registry,
+            ),
+        ] {
+            if upstream
+                .as_ref()
+                .is_some_and(|url| url.to_string() == own.to_string())
+            {
+                found.push((
+                    path,
+                    format!("{path} is {own_path}: the agent would ask itself for ever"),
+                ));
+            }
+        }
+        found
+    }
+}
+
+impl Loaded {
+    /// The configuration as a YAML file that gives the same one, each value with its source.
+    pub(crate) fn to_yaml(&self) -> String {
+        print::to_yaml(&self.config, |key| {
+            self.sources.get(key).unwrap_or(&Source::Default)
+        })
+    }
+}
+
+/// The layers as they are laid over each other.
+struct Layers {
+    config: Config,
+    sources: BTreeMap<&'static str, Source>,
+    warnings: Vec<String>,
+    problems: Vec<Problem>,
+}
+
+impl Layers {
+    fn new(config: Config) -> Self {
+        Self {
+            config,
+            sources: BTreeMap::new(),
+            warnings: Vec::new(),
+            problems: Vec::new(),
+        }
+    }
+
+    fn file(&mut self, path: &Path, root: Node) {
+        let source = |line| Source::File {
+            path: path.to_owned(),
+            line,
+        };
+        match root.value {
+            Value::Null => {}
+            Value::Map(entries) => self.entries(&source, "", entries),
+            _ => self.problem(
+                source(root.line),
+                "the file holds no keys: write lines such as `name: node-1`".to_owned(),
+            ),
+        }
+    }
+
+    fn entries(&mut self, source: &impl Fn(u64) -> Source, prefix: &str, entries: Vec<Entry>) {
+        for Entry { line, key, node } in entries {
+            let path = format!("{prefix}{key}");
+            if let Some(found) = KEYS.iter().find(|known| known.path == path) {
+                if node.value != Value::Null {
+                    self.apply(found, &node, source(line));
+                }
+                continue;
+            }
+            let section = format!("{path}.");
+            if !KEYS.iter().any(|known| known.path.starts_with(&section)) {
+                let message = keys::unknown(&path);
+                self.problem(source(line), message);
+                continue;
+            }
+            match node.value {
+                Value::Map(inner) => self.entries(source, &section, inner),
+                Value::Null => {}
+                _ => self.problem(
+                    source(line),
+                    format!("{path}: {} is no section: keys stand below it", node.value),
+                ),
+            }
+        }
+    }
+
+    fn environment(&mut self, variables: &BTreeMap<OsString, OsString>) {
+        let mut found = BTreeMap::new();
+        for (name, text) in variables {
+            let Some(name) = name.to_str().filter(|name| name.starts_with(PREFIX)) else {
+                continue;
+            };
+            let source = Source::Environment(name.to_owned());
+            match text.to_str() {
+                Some(text) => {
+                    found.insert(name, text);
+                }
+                None => self.problem(source, "the value is no UTF-8".to_owned()),
+            }
+        }
+        // First, so that a variable of one listener wins over the list of all.
+        if let Some(text) = found.remove(LISTEN_ON) {
+            let source = Source::Environment(LISTEN_ON.to_owned());
+            match keys::listen_on(text) {
+                Ok(urls) => {
+                    for (key, url) in urls {
+                        self.apply(key, &Node::text(&url), source.clone());
+                    }
+                }
+                Err(what) => self.problem(source, what),
+            }
+        }
+        for key in KEYS {
+            // An empty variable is what a manifest with nothing filled in gives: as good as none.
+            if let Some(text) = found.remove(key.variable().as_str())
+                && !text.is_empty()
+            {
+                let source = Source::Environment(key.variable());
+                self.apply(key, &Node::text(text), source);
+            }
+        }
+        for name in found
+            .into_keys()
+            .filter(|name| !OTHER_VARIABLES.contains(name))
+        {
+            self.warnings.push(format!(
+                "the environment variable {name} is no key of this agent and is ignored"
+            ));
+        }
+    }
+
+    fn apply(&mut self, key: &'static Key, node: &Node, source: Source) {
+        match (key.apply)(&mut self.config, node) {
+            Ok(()) => {
+                self.sources.insert(key.path, source);
+            }
+            Err(Bad {
+                line,
+                value,
+                allowed,
+            }) => {
+                let source = match source {
+                    Source::File { path, .. } if line > 0 => Source::File { path, line },
+                    source => source,
+                };
+                let what = format!("{}: {value} is not allowed: {allowed}", key.path);
+                self.problem(source, what);
+            }
+        }
+    }
+
+    fn problem(&mut self, source: Source, what: String) {
+        self.problems.push(Problem { source, what });
+    }
+
+    fn finish(mut self) -> Result<Loaded, ConfigError> {
+        if self.problems.is_empty() {
+            for (path, what) in self.config.contradictions() {
+                let source = self.sources.get(path).cloned().unwrap_or(Source::Default);
+                self.problem(source, what);
+            }
+        }
+        if !self.problems.is_empty() {
+            return Err(ConfigError::Invalid(self.problems));
+        }
+        self.config.map_ip_file_required = self.sources.contains_key("map_ip_file");
+        Ok(Loaded {
+            config: self.config,
+            warnings: self.warnings,
+            sources: self.sources,
+        })
+    }
+}
+
+fn read_file(inputs: &Inputs) -> Result<Option<(PathBuf, Node)>, ConfigError> {
+    let named = inputs.file.clone().or_else(|| {
+        let variable = inputs.environment.get(std::ffi::OsStr::new(FILE_VARIABLE));
+        variable.filter(|path| !path.is_empty()).map(PathBuf::from)
+    });
+    let (path, required) = match named {
+        Some(path) => (path, true),
+        None => (PathBuf::from(DEFAULT_FILE), false),
+    };
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !required => return Ok(None),
+        Err(cause) => return Err(ConfigError::Read { path, cause }),
+    };
+    let root = parse_yaml(&text).map_err(|(line, cause)| ConfigError::Yaml {
+        path: path.clone(),
+        line,
+        cause,
+    })?;
+    Ok(Some((path, root)))
+}
+
+fn parse_yaml(text: &str) -> Result<Node, (u64, String)> {
+    serde_saphyr::from_str::<Option<Node>>(text)
+        .map(|root| {
+            root.unwrap_or(Node {
+                line: 0,
+                value: Value::Null,
+            })
+        })
+        .map_err(|error| {
+            let error = error.without_snippet();
+            let line = error.location().map_or(0, |location| location.line());
+            (line, error.to_string())
+        })
+}
+
+/// The host's name in this UTS namespace.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() || name == "(none)" {
+        "proxy-nsmgr".to_owned()
+    } else {
+        name.to_owned()
+    }
+}
+
+fn join(problems: &[Problem]) -> String {
+    let lines: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    lines.join("\n")
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.source, self.what)
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Self::Environment(name) => f.write_str(name),
+            Self::Flag(name) => f.write_str(name),
+        }
+    }
+}
+
+impl fmt::Display for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.reloadable.is_empty() && self.restart.is_empty() {
+            return f.write_str("nothing changed");
+        }
+        if !self.reloadable.is_empty() {
+            write!(f, "reloaded: {}", self.reloadable.join(", "))?;
+        }
+        if !self.restart.is_empty() {
+            let between = if self.reloadable.is_empty() { "" } else { "; " };
+            write!(f, "{between}needs a restart: {}", self.restart.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

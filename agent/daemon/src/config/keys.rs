@@ -1,0 +1,709 @@
+//! The table of keys: for each its name, its flag and variable, its parser and its text.
+
+use std::{
+    fmt::Display,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use nsm_controlplane::dial::DialUrl;
+use nsm_core::name::{Domain, InterdomainName};
+
+use super::{
+    Bpf, Config, Hook, Limits, Listen, ListenUrl, Log, LogFormat, Resolver, Token, TokenAlgorithm,
+    Tunnel,
+    node::{Bad, Node},
+    value::{
+        DURATION_ALLOWED, parse_bool, parse_duration, parse_log_level, parse_size, show_duration,
+        show_size,
+    },
+};
+
+/// The variable with which NSM's own components are told all their listen URLs at once.
+pub(super) const LISTEN_ON: &str = "NSM_LISTEN_ON";
+
+/// One key.
+pub(crate) struct Key {
+    /// `section.key` or `key`.
+    pub(super) path: &'static str,
+    /// NSM's name of the variable, where it is not the one that follows from the path.
+    variable: Option<&'static str>,
+    /// What stands behind the flag in help texts.
+    pub(super) placeholder: &'static str,
+    /// One sentence for help texts.
+    pub(super) help: &'static str,
+    /// Whether a reload takes a new value over.
+    pub(super) reloads: bool,
+    /// Takes a value of any layer.
+    pub(super) apply: fn(&mut Config, &Node) -> Result<(), Bad>,
+    /// The value as it would stand in a file.
+    pub(super) show: fn(&Config) -> Shown,
+}
+
+/// A value as it would stand in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Shown {
+    /// Derived when the agent starts.
+    Unset,
+    /// Set, and not to be shown: the text is for comparison.
+    Hidden(String),
+    Text(String),
+    List(Vec<String>),
+    Map(Vec<(String, Vec<String>)>),
+}
+
+impl Key {
+    /// The flag, with its dashes.
+    pub(super) fn flag(&self) -> String {
+        format!("--{}", self.flag_name())
+    }
+
+    /// The flag without its dashes.
+    pub(super) fn flag_name(&self) -> String {
+        self.path.replace(['.', '_'], "-")
+    }
+
+    /// The variable.
+    pub(super) fn variable(&self) -> String {
+        match self.variable {
+            Some(name) => name.to_owned(),
+            None => format!("NSM_{}", self.path.replace('.', "_").to_ascii_uppercase()),
+        }
+    }
+}
+
+const SECRET: &str = "insecure";
+
+/// The configuration of an agent that was told nothing.
+pub(super) fn defaults(host_name: &str) -> Config {
+    let tcp = |port| ListenUrl::Tcp(SocketAddr::from(([0, 0, 0, 0], port)));
+    Config {
+        name: host_name.to_owned(),
+        domain: "cluster.local".parse().expect("a DNS name"),
+        listen: Listen {
+            nsmgr: ListenUrl::Unix("/var/lib/networkservicemesh/nsm.io.sock".into()),
+            proxy: tcp(5006),
+            registry: tcp(5005),
+            admin: ListenUrl::Unix("/run/proxy-nsmgr/admin.sock".into()),
+        },
+        advertise_url: None,
+        upstream_nsmgr_url: None,
+        registry_url: None,
+        registry_proxy_url: None,
+        forwarder: true,
+        resolver: Resolver {
+            servers: Vec::new(),
+            hosts: std::collections::BTreeMap::new(),
+            timeout: Duration::from_secs(5),
+            registry_port: 5005,
+            proxy_port: 5006,
+        },
+        tunnel: Tunnel {
+            ip: None,
+            port: 4789,
+            mtu: 0,
+        },
+        map_ip_file: "map-ip.yaml".into(),
+        map_ip_file_required: false,
+        bpf: Bpf {
+            enabled: true,
+            pin_dir: "/sys/fs/bpf/proxy-nsmgr".into(),
+            interfaces: Vec::new(),
+            hook: Hook::Auto,
+        },
+        max_token_lifetime: Duration::from_secs(600),
+        token: Token {
+            algorithm: TokenAlgorithm::Hs256,
+            secret: SECRET.to_owned(),
+            spiffe_id: None,
+        },
+        request_timeout: Duration::from_secs(15),
+        dial_timeout: Duration::from_secs(5),
+        limits: Limits {
+            max_message_bytes: 1 << 20,
+            max_connections: 16384,
+            max_streams_per_client: 1024,
+        },
+        log: Log {
+            level: "info".to_owned(),
+            format: LogFormat::Text,
+        },
+    }
+}
+
+/// A key that needs a restart and whose variable follows from its path.
+const fn key(
+    path: &'static str,
+    placeholder: &'static str,
+    help: &'static str,
+    apply: fn(&mut Config, &Node) -> Result<(), Bad>,
+    show: fn(&Config) -> Shown,
+) -> Key {
+    Key {
+        path,
+        variable: None,
+        placeholder,
+        help,
+        reloads: false,
+        apply,
+        show,
+    }
+}
+
+impl Key {
+    const fn variable_is(mut self, name: &'static str) -> Self {
+        self.variable = Some(name);
+        self
+    }
+
+    const fn reloadable(mut self) -> Self {
+        self.reloads = true;
+        self
+    }
+}
+
+/// Every key, in the order of help texts and of `--print-config`; keys of a section stand together.
+pub(crate) static KEYS: &[Key] = &[
+    key(
+        "name",
+        "NAME",
+        "The agent's name on paths; the host's name by default",
+        |c, n| set(&mut c.name, n.parse(parse_name)),
+        |c| text(&c.name),
+    ),
+    key(
+        "domain",
+        "DOMAIN",
+        "The domain whose names (`service@domain`) are served here",
+        |c, n| set(&mut c.domain, n.parse(str::parse::<Domain>)),
+        |c| text(&c.domain),
+    ),
+    key(
+        "listen.nsmgr",
+        "URL",
+        "Where local clients and endpoints connect",
+        |c, n| set(&mut c.listen.nsmgr, n.parse(str::parse)),
+        |c| text(&c.listen.nsmgr),
+    ),
+    key(
+        "listen.proxy",
+        "URL",
+        "Where proxies of other domains connect",
+        |c, n| set(&mut c.listen.proxy, n.parse(str::parse)),
+        |c| text(&c.listen.proxy),
+    ),
+    key(
+        "listen.registry",
+        "URL",
+        "Where other domains, and other nodes of this one, ask for endpoints",
+        |c, n| set(&mut c.listen.registry, n.parse(str::parse)),
+        |c| text(&c.listen.registry),
+    ),
+    key(
+        "listen.admin",
+        "URL",
+        "Where `proxy-nsmgr status` asks; a unix socket",
+        |c, n| set(&mut c.listen.admin, n.parse(parse_admin)),
+        |c| text(&c.listen.admin),
+    ),
+    key(
+        "advertise_url",
+        "URL",
+        "What peers are told to dial; by default the tunnel's address and the proxy's port",
+        |c, n| set(&mut c.advertise_url, n.parse(parse_peer)),
+        |c| optional(c.advertise_url.as_ref()),
+    ),
+    key(
+        "upstream_nsmgr_url",
+        "URL",
+        "An NSMgr that serves this node; switches the NSMgr role off",
+        |c, n| set(&mut c.upstream_nsmgr_url, n.parse(parse_peer)),
+        |c| optional(c.upstream_nsmgr_url.as_ref()),
+    ),
+    key(
+        "registry_url",
+        "URL",
+        "The registry of this domain; switches the registry role off",
+        |c, n| set(&mut c.registry_url, n.parse(parse_peer)),
+        |c| optional(c.registry_url.as_ref()),
+    ),
+    key(
+        "registry_proxy_url",
+        "URL",
+        "A registry proxy that answers for other domains",
+        |c, n| set(&mut c.registry_proxy_url, n.parse(parse_peer)),
+        |c| optional(c.registry_proxy_url.as_ref()),
+    ),
+    key(
+        "forwarder",
+        "BOOL",
+        "Whether this agent makes links on this node",
+        |c, n| set(&mut c.forwarder, n.parse(parse_bool)),
+        |c| text(c.forwarder),
+    ),
+    key(
+        "resolver.servers",
+        "ADDRESS[:PORT],…",
+        "DNS servers; the system's own by default",
+        |c, n| set(&mut c.resolver.servers, n.list(parse_server)),
+        |c| list(&c.resolver.servers),
+    ),
+    key(
+        "resolver.hosts",
+        "DOMAIN=ADDRESS,…",
+        "Domains whose addresses are known and not asked for",
+        |c, n| set(&mut c.resolver.hosts, hosts(n)),
+        |c| {
+            let hosts = c.resolver.hosts.iter();
+            Shown::Map(
+                hosts
+                    .map(|(name, ips)| (name.to_string(), strings(ips)))
+                    .collect(),
+            )
+        },
+    )
+    .reloadable(),
+    key(
+        "resolver.timeout",
+        "DURATION",
+        "The longest time for one DNS question",
+        |c, n| set(&mut c.resolver.timeout, n.parse(parse_positive)),
+        |c| duration(c.resolver.timeout),
+    ),
+    key(
+        "resolver.registry_port",
+        "PORT",
+        "The port of a domain's registry without an SRV record",
+        |c, n| set(&mut c.resolver.registry_port, n.parse(parse_port)),
+        |c| text(c.resolver.registry_port),
+    ),
+    key(
+        "resolver.proxy_port",
+        "PORT",
+        "The port of a domain's proxy without an SRV record",
+        |c, n| set(&mut c.resolver.proxy_port, n.parse(parse_port)),
+        |c| text(c.resolver.proxy_port),
+    ),
+    key(
+        "tunnel.ip",
+        "ADDRESS",
+        "The local address of tunnels; by default that of the default route",
+        |c, n| set(&mut c.tunnel.ip, n.parse(parse_unicast).map(Some)),
+        |c| optional(c.tunnel.ip.as_ref()),
+    ),
+    key(
+        "tunnel.port",
+        "PORT",
+        "The UDP port of VXLAN",
+        |c, n| set(&mut c.tunnel.port, n.parse(parse_port)),
+        |c| text(c.tunnel.port),
+    ),
+    key(
+        "tunnel.mtu",
+        "BYTES",
+        "The MTU of the underlay; 0 takes its link's",
+        |c, n| set(&mut c.tunnel.mtu, n.parse(parse_mtu)),
+        |c| text(c.tunnel.mtu),
+    ),
+    key(
+        "map_ip_file",
+        "FILE",
+        "A YAML file of `internal: external` addresses; watched",
+        |c, n| set(&mut c.map_ip_file, n.parse(parse_path)),
+        |c| text(c.map_ip_file.display()),
+    )
+    .variable_is("NSM_MAP_IP_FILE_PATH")
+    .reloadable(),
+    key(
+        "bpf.enabled",
+        "BOOL",
+        "Whether BPF programs count and check tunnel packets",
+        |c, n| set(&mut c.bpf.enabled, n.parse(parse_bool)),
+        |c| text(c.bpf.enabled),
+    ),
+    key(
+        "bpf.pin_dir",
+        "DIR",
+        "Where BPF maps are pinned, below a bpf file system",
+        |c, n| set(&mut c.bpf.pin_dir, n.parse(parse_absolute)),
+        |c| text(c.bpf.pin_dir.display()),
+    ),
+    key(
+        "bpf.interfaces",
+        "NAME,…",
+        "Links of the underlay; by default the one with the tunnel's address",
+        |c, n| set(&mut c.bpf.interfaces, n.list(str::parse)),
+        |c| list(&c.bpf.interfaces),
+    ),
+    key(
+        "bpf.hook",
+        "auto|tcx|clsact",
+        "How BPF programs are attached",
+        |c, n| set(&mut c.bpf.hook, n.parse(parse_hook)),
+        |c| {
+            text(match c.bpf.hook {
+                Hook::Auto => "auto",
+                Hook::Tcx => "tcx",
+                Hook::Clsact => "clsact",
+            })
+        },
+    ),
+    key(
+        "max_token_lifetime",
+        "DURATION",
+        "The longest life of a token that is signed here",
+        |c, n| set(&mut c.max_token_lifetime, n.parse(parse_lifetime)),
+        |c| duration(c.max_token_lifetime),
+    ),
+    key(
+        "token.algorithm",
+        "hs256",
+        "How tokens are signed",
+        |c, n| set(&mut c.token.algorithm, n.parse(parse_algorithm)),
+        |c| {
+            text(match c.token.algorithm {
+                TokenAlgorithm::Hs256 => "hs256",
+            })
+        },
+    ),
+    key(
+        "token.secret",
+        "TEXT",
+        "The shared secret of hs256",
+        |c, n| set(&mut c.token.secret, n.parse(parse_secret).map_err(hide)),
+        |c| {
+            if c.token.secret == SECRET {
+                text(SECRET)
+            } else {
+                Shown::Hidden(c.token.secret.clone())
+            }
+        },
+    ),
+    key(
+        "token.spiffe_id",
+        "ID",
+        "Who tokens say we are; `spiffe://<domain>/<name>` by default",
+        |c, n| set(&mut c.token.spiffe_id, n.parse(parse_spiffe_id).map(Some)),
+        |c| optional(c.token.spiffe_id.as_ref()),
+    ),
+    key(
+        "request_timeout",
+        "DURATION",
+        "The longest time for a Request",
+        |c, n| set(&mut c.request_timeout, n.parse(parse_positive)),
+        |c| duration(c.request_timeout),
+    ),
+    key(
+        "dial_timeout",
+        "DURATION",
+        "The longest time to connect to a peer",
+        |c, n| set(&mut c.dial_timeout, n.parse(parse_positive)),
+        |c| duration(c.dial_timeout),
+    ),
+    key(
+        "limits.max_message_bytes",
+        "BYTES",
+        "The largest message that is taken",
+        |c, n| set(&mut c.limits.max_message_bytes, n.parse(parse_message_size)),
+        |c| text(show_size(c.limits.max_message_bytes)),
+    ),
+    key(
+        "limits.max_connections",
+        "NUMBER",
+        "The most connections open at once",
+        |c, n| set(&mut c.limits.max_connections, n.parse(parse_count)),
+        |c| text(c.limits.max_connections),
+    ),
+    key(
+        "limits.max_streams_per_client",
+        "NUMBER",
+        "The most streams of one client",
+        |c, n| set(&mut c.limits.max_streams_per_client, n.parse(parse_count)),
+        |c| text(c.limits.max_streams_per_client),
+    ),
+    key(
+        "log.level",
+        "LEVEL",
+        "trace, debug, info, warn, error or off; modules too: info,h2=warn",
+        |c, n| set(&mut c.log.level, n.parse(parse_log_level)),
+        |c| text(&c.log.level),
+    )
+    .reloadable(),
+    key(
+        "log.format",
+        "text|json",
+        "How a line of the log looks",
+        |c, n| set(&mut c.log.format, n.parse(parse_format)),
+        |c| {
+            text(match c.log.format {
+                LogFormat::Text => "text",
+                LogFormat::Json => "json",
+            })
+        },
+    ),
+];
+
+/// A sentence about a key that does not exist, with the one that was probably meant.
+pub(super) fn unknown(path: &str) -> String {
+    let leaf = |path: &str| path.rsplit('.').next().unwrap_or_default().to_owned();
+    let near = KEYS
+        .iter()
+        .map(|key| (distance(path, key.path), key.path))
+        .min()
+        .filter(|(distance, known)| *distance <= 2.max(known.len() / 4));
+    let same_leaf = || {
+        let mut found = KEYS.iter().filter(|key| leaf(key.path) == leaf(path));
+        found.next().map(|key| (0, key.path))
+    };
+    match near.or_else(same_leaf) {
+        Some((_, known)) => format!("{path}: no such key; did you mean {known}?"),
+        None => format!("{path}: no such key; `proxy-nsmgr agent --print-config` lists all"),
+    }
+}
+
+/// The number of characters to change, add or drop to make one text of the other (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let change = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The listeners that the URLs of `NSM_LISTEN_ON` are for: a socket is the NSMgr's, a port the proxy's.
+pub(super) fn listen_on(text: &str) -> Result<Vec<(&'static Key, String)>, String> {
+    let mut found: Vec<(&'static Key, String)> = Vec::new();
+    for part in text
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
+        let url: ListenUrl = part
+            .parse()
+            .map_err(|allowed| format!("{part:?} is not allowed: {allowed}"))?;
+        let path = match url {
+            ListenUrl::Unix(_) => "listen.nsmgr",
+            ListenUrl::Tcp(_) => "listen.proxy",
+        };
+        let key = KEYS
+            .iter()
+            .find(|key| key.path == path)
+            .expect("a key of the table");
+        if found.iter().any(|(other, _)| other.path == path) {
+            return Err(format!(
+                "{text:?} has two URLs for {path}: one unix:// and one tcp:// URL are allowed"
+            ));
+        }
+        found.push((key, part.to_owned()));
+    }
+    Ok(found)
+}
+
+fn set<T>(field: &mut T, value: Result<T, Bad>) -> Result<(), Bad> {
+    *field = value?;
+    Ok(())
+}
+
+fn text(value: impl Display) -> Shown {
+    Shown::Text(value.to_string())
+}
+
+fn optional(value: Option<&impl Display>) -> Shown {
+    value.map_or(Shown::Unset, text)
+}
+
+fn strings<T: Display>(values: &[T]) -> Vec<String> {
+    values.iter().map(ToString::to_string).collect()
+}
+
+fn list<T: Display>(values: &[T]) -> Shown {
+    Shown::List(strings(values))
+}
+
+fn duration(value: Duration) -> Shown {
+    Shown::Text(show_duration(value))
+}
+
+/// A secret is not shown in an error either.
+fn hide(bad: Bad) -> Bad {
+    Bad {
+        value: "the value".to_owned(),
+        ..bad
+    }
+}
+
+fn hosts(node: &Node) -> Result<std::collections::BTreeMap<Domain, Vec<IpAddr>>, Bad> {
+    let mut hosts = std::collections::BTreeMap::<Domain, Vec<IpAddr>>::new();
+    for (name, node) in node.pairs()? {
+        let domain = name.parse::<Domain>().map_err(|error| Bad {
+            value: format!("{name:?}"),
+            ..node.bad(error.to_string())
+        })?;
+        hosts
+            .entry(domain)
+            .or_default()
+            .push(node.parse(parse_unicast)?);
+    }
+    Ok(hosts)
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    InterdomainName::new(text, None)
+        .map(|name| name.target().to_owned())
+        .map_err(|error| error.to_string())
+}
+
+fn parse_peer(text: &str) -> Result<Option<DialUrl>, String> {
+    match text.parse() {
+        Ok(url) => Ok(Some(url)),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn parse_admin(text: &str) -> Result<ListenUrl, &'static str> {
+    match text.parse()? {
+        url @ ListenUrl::Unix(_) => Ok(url),
+        // It answers whoever reaches it: the rights of a socket's file keep others out.
+        ListenUrl::Tcp(_) => Err("unix:///path: the admin API is for this machine only"),
+    }
+}
+
+fn parse_server(text: &str) -> Result<SocketAddr, &'static str> {
+    const ALLOWED: &str =
+        "the address of a DNS server such as 192.0.2.53, 192.0.2.53:53 or [2001:db8::53]:53";
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok(SocketAddr::new(ip, 53));
+    }
+    let server = text.parse::<SocketAddr>().map_err(|_| ALLOWED)?;
+    if server.port() == 0 {
+        Err(ALLOWED)
+    } else {
+        Ok(server)
+    }
+}
+
+fn parse_unicast(text: &str) -> Result<IpAddr, &'static str> {
+    const ALLOWED: &str = "the address of one host such as 192.0.2.1 or 2001:db8::1";
+    let ip = text.parse::<IpAddr>().map_err(|_| ALLOWED)?;
+    let broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
+    if ip.is_unspecified() || ip.is_multicast() || broadcast {
+        return Err(ALLOWED);
+    }
+    Ok(ip)
+}
+
+fn parse_port(text: &str) -> Result<u16, &'static str> {
+    text.parse::<u16>()
+        .ok()
+        .filter(|&port| port != 0)
+        .ok_or("a port between 1 and 65535")
+}
+
+fn parse_mtu(text: &str) -> Result<u32, &'static str> {
+    match text.parse::<u32>() {
+        // 576 is the least that every IPv4 host takes (RFC 791).
+        Ok(mtu) if mtu == 0 || (576..=65535).contains(&mtu) => Ok(mtu),
+        _ => Err("0 for the MTU of the underlay's link, or 576 to 65535"),
+    }
+}
+
+fn parse_path(text: &str) -> Result<PathBuf, &'static str> {
+    if text.is_empty() || text.contains('\0') {
+        return Err("the path of a file");
+    }
+    Ok(PathBuf::from(text))
+}
+
+fn parse_absolute(text: &str) -> Result<PathBuf, &'static str> {
+    parse_path(text)
+        .ok()
+        .filter(|path| path.is_absolute())
+        .ok_or("an absolute path")
+}
+
+fn parse_hook(text: &str) -> Result<Hook, &'static str> {
+    match text {
+        "auto" => Ok(Hook::Auto),
+        "tcx" => Ok(Hook::Tcx),
+        "clsact" => Ok(Hook::Clsact),
+        _ => Err("auto, tcx or clsact"),
+    }
+}
+
+fn parse_format(text: &str) -> Result<LogFormat, &'static str> {
+    match text {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        _ => Err("text or json"),
+    }
+}
+
+fn parse_algorithm(text: &str) -> Result<TokenAlgorithm, &'static str> {
+    match text {
+        "hs256" => Ok(TokenAlgorithm::Hs256),
+        _ => Err("hs256"),
+    }
+}
+
+fn parse_secret(text: &str) -> Result<String, &'static str> {
+    if text.is_empty() {
+        Err("a text that is not empty")
+    } else {
+        Ok(text.to_owned())
+    }
+}
+
+fn parse_spiffe_id(text: &str) -> Result<String, &'static str> {
+    let is_id = text
+        .strip_prefix("spiffe://")
+        .is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/') && rest.is_ascii())
+        && !text.contains(|c: char| c.is_whitespace() || c.is_control());
+    if is_id {
+        Ok(text.to_owned())
+    } else {
+        Err("a SPIFFE id such as spiffe://cluster-1.example/agent")
+    }
+}
+
+fn parse_positive(text: &str) -> Result<Duration, &'static str> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err("a duration above 0 such as 15s or 500ms"),
+        duration => Ok(duration),
+    }
+}
+
+/// Below a second every client would refresh all the time; above a day a lost client would hold its
+/// addresses for ever.
+fn parse_lifetime(text: &str) -> Result<Duration, &'static str> {
+    let range = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
+    match parse_duration(text) {
+        Ok(lifetime) if range.contains(&lifetime) => Ok(lifetime),
+        Ok(_) => Err("a duration from 1s to 24h"),
+        Err(_) => Err(DURATION_ALLOWED),
+    }
+}
+
+/// Below 4 KiB a path of eight segments with their tokens does not fit.
+fn parse_message_size(text: &str) -> Result<usize, &'static str> {
+    match parse_size(text)? {
+        size if (4 << 10..=64 << 20).contains(&size) => Ok(size),
+        _ => Err("4KiB to 64MiB"),
+    }
+}
+
+fn parse_count<T: std::str::FromStr + PartialOrd + From<u8>>(
+    text: &str,
+) -> Result<T, &'static str> {
+    text.parse::<T>()
+        .ok()
+        .filter(|count| *count >= T::from(1))
+        .ok_or("a number above 0")
+}
