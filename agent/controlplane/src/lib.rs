@@ -3,5 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod dial;
+pub mod dns;
 pub mod registry;
 pub mod token;

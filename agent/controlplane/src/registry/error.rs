@@ -98,10 +98,10 @@ pub enum RegistryError {
 }
 
 impl RegistryError {
-    pub(super) fn expired(name: &str, expiry: SystemTime, now: SystemTime) -> Self {
+    pub(super) fn expired(name: String, expiry: SystemTime, now: SystemTime) -> Self {
         let ago = now.duration_since(expiry).unwrap_or_default();
         Self::Expired {
-            name: name.to_owned(),
+            name,
             ago_ms: ago.as_millis(),
         }
     }

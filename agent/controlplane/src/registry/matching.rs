@@ -1,9 +1,11 @@
-//! What a query compares (NSM `matchutils`): a field that the query leaves empty matches anything;
-//! names exactly, the URL by substring, service names and labels by subset, the expiry by second.
+//! What a query compares: `nsm_core::registry` decides, on views of the messages.
+//!
+//! NSM's registry compares the expiry too, by the second, where a query carries one.
 
 use std::collections::BTreeMap;
 
-use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
+use nsm_core::registry::{EndpointView, ServiceView, endpoint_matches, service_matches};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 
 use super::table::Entry;
 
@@ -17,8 +19,8 @@ impl Entry for NetworkService {
     }
 
     fn matches(&self, candidate: &Self) -> bool {
-        (self.name.is_empty() || self.name == candidate.name)
-            && (self.payload.is_empty() || self.payload == candidate.payload)
+        // The rules are compared as they came, so that no candidate has to be parsed for it.
+        service_matches(&service_view(self), &service_view(candidate))
             && (self.matches.is_empty() || self.matches == candidate.matches)
     }
 }
@@ -33,34 +35,41 @@ impl Entry for NetworkServiceEndpoint {
     }
 
     fn matches(&self, candidate: &Self) -> bool {
-        (self.name.is_empty() || self.name == candidate.name)
-            && (self.url.is_empty() || candidate.url.contains(&self.url))
-            && self
-                .network_service_names
-                .iter()
-                .all(|service| candidate.network_service_names.contains(service))
-            && labels_within(
-                &self.network_service_labels,
-                &candidate.network_service_labels,
-            )
-            && self.expiration_time.is_none_or(|asked| {
-                candidate
-                    .expiration_time
-                    .is_some_and(|expiry| expiry.seconds == asked.seconds)
-            })
+        let with_labels = !self.network_service_labels.is_empty();
+        endpoint_matches(
+            &endpoint_view(self, with_labels),
+            &endpoint_view(candidate, with_labels),
+        ) && self.expiration_time.is_none_or(|asked| {
+            candidate
+                .expiration_time
+                .is_some_and(|expiry| expiry.seconds == asked.seconds)
+        })
     }
 }
 
-fn labels_within(
-    asked: &BTreeMap<String, NetworkServiceLabels>,
-    given: &BTreeMap<String, NetworkServiceLabels>,
-) -> bool {
-    asked.iter().all(|(service, asked)| {
-        given.get(service).is_some_and(|given| {
-            asked
-                .labels
-                .iter()
-                .all(|(key, value)| given.labels.get(key) == Some(value))
-        })
-    })
+fn service_view(service: &NetworkService) -> ServiceView<'_> {
+    ServiceView {
+        name: &service.name,
+        payload: &service.payload,
+        matches: &[],
+    }
+}
+
+/// Labels cost an allocation, so they are left out where the query has none.
+fn endpoint_view(endpoint: &NetworkServiceEndpoint, with_labels: bool) -> EndpointView<'_> {
+    let labels = if with_labels {
+        endpoint
+            .network_service_labels
+            .iter()
+            .map(|(service, labels)| (service.as_str(), &labels.labels))
+            .collect()
+    } else {
+        BTreeMap::new()
+    };
+    EndpointView {
+        name: &endpoint.name,
+        services: &endpoint.network_service_names,
+        labels,
+        url: &endpoint.url,
+    }
 }

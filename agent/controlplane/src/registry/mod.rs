@@ -31,6 +31,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use nsm_core::expiry::granted_expiry;
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use prost::Message;
 use tokio::{sync::Notify, time::Instant};
@@ -203,14 +204,16 @@ impl Registry {
             });
         }
         let asked = endpoint.expiration_time.map(from_timestamp);
-        let expiry = bounds
-            .iter()
-            .copied()
-            .chain(asked)
-            .fold(now + limits.max_expiry, SystemTime::min);
-        let Ok(lifetime) = expiry.duration_since(now) else {
-            return Err(RegistryError::expired(&endpoint.name, expiry, now));
-        };
+        let expiry = granted_expiry(now, asked, bounds, limits.max_expiry);
+        let lifetime = expiry.duration_since(now).unwrap_or_default();
+        if lifetime.is_zero() {
+            let earliest = bounds.iter().copied().chain(asked).min();
+            return Err(RegistryError::expired(
+                endpoint.name,
+                earliest.unwrap_or(now),
+                now,
+            ));
+        }
         endpoint.expiration_time = Some(expiry.into());
 
         let mut state = self.inner.open()?;

@@ -1,0 +1,233 @@
+//! Where a domain's registry and proxy are.
+//!
+//! `target@X` is resolved by the first rule that applies:
+//! 1. `X` is in the configured hosts: what stands there;
+//! 2. `X` is `ip:port`: that address for both; `X` is an address: it with the default ports;
+//! 3. SRV `registry.nsm-system.X` and `nsmgr-proxy.nsm-system.X`, target and port honoured;
+//! 4. A and AAAA of `X` with the default ports, for each service that has no SRV record.
+//!
+//! Questions of rules 3 and 4 are asked at once (see `rules`), so a new domain costs one round trip.
+//!
+//! Invariants:
+//! - One flight a domain: callers that come while a question is in flight share its answer. A
+//!   flight is a task of its own, so that a caller that gives up fails nobody else.
+//! - An answer holds for the smallest TTL of the records it was made of, at least 1 s and at most
+//!   1 h; "no such domain" for at most 5 s, a server's failure for 1 s.
+//! - Every answer comes within [`ResolverConfig::timeout`], whatever the servers do.
+//! - Cache, flights and targets are bounded.
+//!
+//! /etc/hosts is not read: it cannot carry ports, and [`ResolverConfig::hosts`] can.
+
+mod cache;
+mod error;
+mod hosts;
+mod rules;
+mod srv;
+#[cfg(test)]
+mod tests;
+mod upstream;
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    time::Duration,
+};
+
+use nsm_core::name::Domain;
+use tokio::{sync::watch, time::Instant};
+
+use self::{
+    cache::{Cache, Known, MAX_FLIGHTS, Outcome},
+    rules::{Found, Refusal},
+    upstream::Upstream,
+};
+pub use self::{
+    error::ResolveError,
+    hosts::{HostEntry, HostError, HostTarget},
+};
+
+/// How domains are resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolverConfig {
+    /// The DNS servers, in the order in which they are asked; none means those of /etc/resolv.conf,
+    /// read when the resolver is made and when it is reloaded.
+    pub servers: Vec<SocketAddr>,
+    /// Domains that are not asked for.
+    pub hosts: BTreeMap<Domain, HostEntry>,
+    /// How long one resolution may take, all its questions together.
+    pub timeout: Duration,
+    /// The port of a registry that publishes none.
+    pub registry_port: u16,
+    /// The port of a proxy NSMgr that publishes none.
+    pub proxy_port: u16,
+    /// What stands before the domain in the registry's SRV record.
+    pub registry_name: String,
+    /// What stands before the domain in the proxy NSMgr's SRV record.
+    pub proxy_name: String,
+}
+
+impl Default for ResolverConfig {
+    fn default() -> Self {
+        Self {
+            servers: Vec::new(),
+            hosts: BTreeMap::new(),
+            // Below the 5 s that NSM gives a dial: the caller still hears why.
+            timeout: Duration::from_secs(2),
+            registry_port: 5005,
+            proxy_port: 5006,
+            registry_name: "registry.nsm-system".to_owned(),
+            proxy_name: "nsmgr-proxy.nsm-system".to_owned(),
+        }
+    }
+}
+
+/// Where a domain's services are, and how that is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// Addresses of the registry, in the order in which to try them.
+    pub registry: Vec<SocketAddr>,
+    /// Addresses of the proxy NSMgr, in the order in which to try them; none when the domain
+    /// publishes a registry only.
+    pub proxy: Vec<SocketAddr>,
+    /// The question that decided, for people: `SRV registry.nsm-system.cluster-2.example`.
+    pub question: String,
+    /// The answer, for people.
+    pub answer: String,
+    /// Who answered: a DNS server, or a phrase that says why none was asked.
+    pub server: String,
+    /// The answer was remembered.
+    pub cached: bool,
+    /// Until when the answer holds.
+    pub expires: Instant,
+}
+
+/// Resolves domains; clones share the cache.
+#[derive(Clone)]
+pub struct Resolver {
+    setup: Arc<RwLock<Arc<Setup>>>,
+}
+
+/// A configuration with its servers and its cache: a reload starts a new one, so that no answer of
+/// the former configuration outlives it.
+struct Setup {
+    config: ResolverConfig,
+    upstream: Upstream,
+    cache: Mutex<Cache>,
+}
+
+impl Resolver {
+    /// Makes a resolver. Reads /etc/resolv.conf when the configuration names no servers; when that
+    /// fails, domains that need a question fail with the reason and all others resolve.
+    #[must_use]
+    pub fn new(config: ResolverConfig) -> Self {
+        Self {
+            setup: Arc::new(RwLock::new(Arc::new(Setup::new(config)))),
+        }
+    }
+
+    /// Takes another configuration. What is in flight still answers its callers; nothing that was
+    /// remembered is used again.
+    pub fn reload(&self, config: ResolverConfig) {
+        let setup = Arc::new(Setup::new(config));
+        *self.setup.write().unwrap_or_else(PoisonError::into_inner) = setup;
+    }
+
+    /// Resolves a domain within [`ResolverConfig::timeout`]. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// The domain does not exist or has no address, or no server could say.
+    pub async fn resolve(&self, domain: &Domain) -> Result<Arc<Resolved>, ResolveError> {
+        let setup = Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner));
+        let now = Instant::now();
+        if let Some(found) = rules::known(&setup.config, domain) {
+            return Ok(Arc::new(Resolved::new(found, now)));
+        }
+        let known = setup.cache().look_up(domain, now);
+        let flight = match known {
+            Known::Answer(outcome) => return outcome,
+            Known::InFlight(flight) => flight,
+            Known::Unknown(sender, flight) => {
+                tokio::spawn(setup.fly(domain.clone(), sender));
+                flight
+            }
+            Known::Full => {
+                return Err(ResolveError::Busy {
+                    domain: domain.to_string(),
+                    limit: MAX_FLIGHTS,
+                });
+            }
+        };
+        land(flight).await.unwrap_or_else(|| {
+            Err(ResolveError::Interrupted {
+                domain: domain.to_string(),
+            })
+        })
+    }
+}
+
+impl Setup {
+    fn new(config: ResolverConfig) -> Self {
+        Self {
+            upstream: Upstream::new(&config.servers, config.timeout),
+            config,
+            cache: Mutex::new(Cache::default()),
+        }
+    }
+
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        // The cache holds no invariant across calls that a panic could break.
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for a domain, remembers what came of it and tells everybody who waits.
+    async fn fly(self: Arc<Self>, domain: Domain, waiting: watch::Sender<Option<Outcome>>) {
+        let answer = rules::ask(&self.config, &self.upstream, &domain).await;
+        let now = Instant::now();
+        let (fresh, kept, expires) = match answer {
+            Ok(found) => {
+                let resolved = Resolved::new(found, now);
+                tracing::debug!(
+                    domain = %domain,
+                    dns.question = %resolved.question,
+                    dns.answer = %resolved.answer,
+                    dns.server = %resolved.server,
+                    "domain resolved"
+                );
+                let expires = resolved.expires;
+                let remembered = Resolved {
+                    cached: true,
+                    ..resolved.clone()
+                };
+                (Ok(Arc::new(resolved)), Ok(Arc::new(remembered)), expires)
+            }
+            Err(Refusal { error, ttl }) => {
+                tracing::debug!(domain = %domain, %error, "domain not resolved");
+                (Err(error.clone()), Err(error), now + ttl)
+            }
+        };
+        self.cache().land(domain, kept, expires, now);
+        // Nobody may wait any more; the answer is remembered all the same.
+        waiting.send_replace(Some(fresh));
+    }
+}
+
+impl Resolved {
+    fn new(found: Found, now: Instant) -> Self {
+        Self {
+            answer: found.answer(),
+            registry: found.registry,
+            proxy: found.proxy,
+            question: found.question,
+            server: found.server,
+            cached: false,
+            expires: now + found.ttl,
+        }
+    }
+}
+
+/// Waits for a flight; none when it was given up.
+async fn land(mut flight: watch::Receiver<Option<Outcome>>) -> Option<Outcome> {
+    flight.wait_for(Option::is_some).await.ok()?.clone()
+}

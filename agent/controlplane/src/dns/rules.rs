@@ -1,0 +1,462 @@
+//! From a domain to addresses: which questions are asked and what their answers mean.
+//!
+//! Service records of both services and the address of the domain are asked for at the same time,
+//! so that the usual case costs one round trip whichever way a domain is published; what turns out
+//! not to be needed is dropped. Only the answer "there is no such record" leads on to the next
+//! rule: when a server fails or stays silent the cause is reported, because falling back to default
+//! ports then would connect to something that the domain did not name.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    time::Duration,
+};
+
+use futures_util::future::{Either, FutureExt as _, join, join_all, select};
+use hickory_resolver::proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
+use nsm_core::name::{Domain, DomainTarget};
+use tokio::time::{Instant, timeout};
+
+use super::{
+    HostTarget, ResolverConfig,
+    error::ResolveError,
+    srv,
+    upstream::{Question, Records, Reply, Upstream},
+};
+
+/// Answers are kept at least this long: a TTL of 0 must not mean a question for every Request.
+const TTL_FLOOR: Duration = Duration::from_secs(1);
+
+/// Answers are kept at most this long: a peer that moves is found again within the hour.
+const TTL_CEILING: Duration = Duration::from_secs(3600);
+
+/// "There is no such record" is kept at most this long: who publishes it waits for us.
+const NEGATIVE_CEILING: Duration = Duration::from_secs(5);
+
+/// Failures of servers are kept this long, so that a burst of Requests is one question.
+const FAILURE_TTL: Duration = Duration::from_secs(1);
+
+/// How long a known IPv4 address waits for the IPv6 one (RFC 8305 section 3: 50 ms).
+const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
+
+/// What a domain resolved to.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) registry: Vec<SocketAddr>,
+    /// Empty when the domain publishes a registry only.
+    pub(super) proxy: Vec<SocketAddr>,
+    pub(super) question: String,
+    pub(super) server: String,
+    pub(super) ttl: Duration,
+}
+
+impl Found {
+    /// The answer, for people.
+    pub(super) fn answer(&self) -> String {
+        let list = |addresses: &[SocketAddr]| {
+            let texts: Vec<_> = addresses.iter().map(SocketAddr::to_string).collect();
+            texts.join(", ")
+        };
+        let registry = list(&self.registry);
+        if self.proxy.is_empty() {
+            return format!("registry {registry}, no proxy");
+        }
+        format!("registry {registry}, proxy {}", list(&self.proxy))
+    }
+}
+
+/// A failure and how long it is kept.
+#[derive(Clone, Debug)]
+pub(super) struct Refusal {
+    pub(super) error: ResolveError,
+    pub(super) ttl: Duration,
+}
+
+/// What is known without a question: literal addresses, and hosts given as such.
+pub(super) fn known(config: &ResolverConfig, domain: &Domain) -> Option<Found> {
+    let (registry, proxy, server) = match (config.hosts.get(domain), domain.target()) {
+        (Some(entry), _) => (
+            entry.registry.literal(config.registry_port)?,
+            entry.proxy.literal(config.proxy_port)?,
+            "the resolver's hosts",
+        ),
+        (None, DomainTarget::Socket(address)) => (address, address, "the name itself"),
+        (None, DomainTarget::Ip(ip)) => (
+            SocketAddr::new(ip, config.registry_port),
+            SocketAddr::new(ip, config.proxy_port),
+            "the name itself",
+        ),
+        (None, DomainTarget::Name(_)) => return None,
+    };
+    Some(Found {
+        registry: vec![registry],
+        proxy: vec![proxy],
+        question: domain.to_string(),
+        server: server.to_owned(),
+        ttl: TTL_CEILING,
+    })
+}
+
+/// Asks for a domain, within the configured time.
+pub(super) async fn ask(
+    config: &ResolverConfig,
+    upstream: &Upstream,
+    domain: &Domain,
+) -> Result<Found, Refusal> {
+    let asker = Asker {
+        config,
+        upstream,
+        domain: domain.as_str(),
+        deadline: Instant::now() + config.timeout,
+    };
+    let (registry, proxy) = match config.hosts.get(domain) {
+        Some(entry) => {
+            let (registry, proxy) = join(
+                asker.host(&entry.registry, config.registry_port),
+                asker.host(&entry.proxy, config.proxy_port),
+            )
+            .await;
+            (registry?, Some(proxy?))
+        }
+        None => asker.published().await?,
+    };
+    let proxy_ttl = proxy.as_ref().map_or(TTL_CEILING, |proxy| proxy.ttl);
+    Ok(Found {
+        proxy: proxy.map(|proxy| proxy.addresses).unwrap_or_default(),
+        question: registry.question,
+        server: registry.server,
+        ttl: registry.ttl.min(proxy_ttl).clamp(TTL_FLOOR, TTL_CEILING),
+        registry: registry.addresses,
+    })
+}
+
+struct Asker<'a> {
+    config: &'a ResolverConfig,
+    upstream: &'a Upstream,
+    domain: &'a str,
+    deadline: Instant,
+}
+
+/// What a service record says.
+enum Service {
+    At(Located),
+    /// There is a record, and it says that the service is not offered.
+    NotOffered {
+        question: String,
+        server: String,
+    },
+    /// There is no record, and that holds for so long.
+    NotPublished {
+        ttl: Duration,
+    },
+}
+
+/// Where a service is.
+struct Located {
+    addresses: Vec<SocketAddr>,
+    question: String,
+    server: String,
+    ttl: Duration,
+}
+
+/// The addresses of a host, IPv4 first.
+#[derive(Clone)]
+struct Addresses {
+    ips: Vec<IpAddr>,
+    question: String,
+    server: String,
+    ttl: Duration,
+}
+
+impl Asker<'_> {
+    /// Where an entry of the static hosts leads.
+    async fn host(&self, target: &HostTarget, default_port: u16) -> Result<Located, Refusal> {
+        if let Some(address) = target.literal(default_port) {
+            return Ok(Located {
+                addresses: vec![address],
+                question: address.to_string(),
+                server: "the resolver's hosts".to_owned(),
+                ttl: TTL_CEILING,
+            });
+        }
+        let HostTarget::Name { name, port } = target else {
+            return Err(self.unspeakable(self.domain));
+        };
+        let host = self.name(name)?;
+        let found = self.addresses(&host).await?;
+        Ok(found.at(port.unwrap_or(default_port)))
+    }
+
+    /// Registry and proxy as the domain publishes them: service records, else its address with the
+    /// default ports. A domain may have a registry and no proxy (NSM's floating domain).
+    async fn published(&self) -> Result<(Located, Option<Located>), Refusal> {
+        let name = self.name(self.domain)?;
+        let address = self.addresses(&name).shared();
+        let services = pin!(join(
+            self.service(&self.config.registry_name),
+            self.service(&self.config.proxy_name),
+        ));
+        let (registry, proxy) = match select(services, address.clone()).await {
+            Either::Left((services, _)) => services,
+            Either::Right((_, services)) => services.await,
+        };
+
+        let mut negative_ttl = TTL_CEILING;
+        let mut registry = match registry? {
+            Service::At(located) => located,
+            Service::NotOffered { question, server } => {
+                return Err(Refusal {
+                    error: ResolveError::NotOffered {
+                        domain: self.domain.to_owned(),
+                        question,
+                        server,
+                    },
+                    ttl: NEGATIVE_CEILING,
+                });
+            }
+            Service::NotPublished { ttl } => {
+                negative_ttl = negative_ttl.min(ttl);
+                address.clone().await?.at(self.config.registry_port)
+            }
+        };
+        let proxy = match proxy? {
+            Service::At(located) => Some(located),
+            Service::NotOffered { .. } => None,
+            Service::NotPublished { ttl } => {
+                negative_ttl = negative_ttl.min(ttl);
+                match address.await {
+                    Ok(found) => Some(found.at(self.config.proxy_port)),
+                    Err(refusal) if refusal.is_absence() => None,
+                    Err(refusal) => return Err(refusal),
+                }
+            }
+        };
+        registry.ttl = registry.ttl.min(negative_ttl);
+        Ok((registry, proxy))
+    }
+
+    /// The service record `service.domain` and the addresses of its targets.
+    async fn service(&self, service: &str) -> Result<Service, Refusal> {
+        // A domain so long that the name of the service does not fit cannot have the record.
+        let Ok(name) = Name::from_ascii(format!("{service}.{}.", self.domain)) else {
+            return Ok(Service::NotPublished { ttl: TTL_CEILING });
+        };
+        let question = Question {
+            name,
+            kind: RecordType::SRV,
+        };
+        let records = match self.ask(&question).await? {
+            Reply::Records(records) => records,
+            Reply::Nothing(nothing) => {
+                return Ok(Service::NotPublished {
+                    ttl: nothing.ttl.unwrap_or(TTL_CEILING),
+                });
+            }
+        };
+        let targets = targets(&records.answers);
+        if targets.is_empty() {
+            return Ok(Service::NotOffered {
+                question: question.to_string(),
+                server: records.server.to_string(),
+            });
+        }
+        let hosts = join_all(targets.iter().map(|srv| self.target(srv, &records))).await;
+
+        let mut located = Located {
+            addresses: Vec::new(),
+            question: question.to_string(),
+            server: records.server.to_string(),
+            ttl: min_ttl(&records.answers),
+        };
+        let mut refusal = None;
+        for (srv, host) in targets.iter().zip(hosts) {
+            match host {
+                Ok(found) => {
+                    located.ttl = located.ttl.min(found.ttl);
+                    located.addresses.extend(found.with_port(srv.port));
+                }
+                Err(error) => refusal = Some(error),
+            }
+        }
+        // One target that can be found is enough; that none can is the last one's fault.
+        match refusal {
+            Some(refusal) if located.addresses.is_empty() => Err(refusal),
+            _ => Ok(Service::At(located)),
+        }
+    }
+
+    /// The addresses of a service record's target: those that came with it, else asked for.
+    async fn target(&self, srv: &SRV, records: &Records) -> Result<Addresses, Refusal> {
+        let told: Vec<_> = records
+            .additionals
+            .iter()
+            .filter(|record| record.name == srv.target)
+            .cloned()
+            .collect();
+        let ips = ips(&told);
+        if ips.is_empty() {
+            return self.addresses(&srv.target).await;
+        }
+        Ok(Addresses {
+            ips,
+            question: String::new(),
+            server: records.server.to_string(),
+            ttl: min_ttl(&told),
+        })
+    }
+
+    /// The addresses of a host.
+    async fn addresses(&self, host: &Name) -> Result<Addresses, Refusal> {
+        let question = |kind| Question {
+            name: host.clone(),
+            kind,
+        };
+        let (v4, v6) = (question(RecordType::A), question(RecordType::AAAA));
+        let ask_v4 = pin!(self.ask(&v4));
+        let ask_v6 = pin!(self.ask(&v6));
+        let (of_v4, of_v6) = match select(ask_v4, ask_v6).await {
+            Either::Left((of_v4 @ Ok(Reply::Records(_)), ask_v6)) => {
+                (of_v4, timeout(RESOLUTION_DELAY, ask_v6).await.ok())
+            }
+            Either::Left((of_v4, ask_v6)) => (of_v4, Some(ask_v6.await)),
+            Either::Right((of_v6, ask_v4)) => (ask_v4.await, Some(of_v6)),
+        };
+
+        let mut found: Option<Addresses> = None;
+        let mut nothing = None;
+        let mut refusal = None;
+        for (question, answer) in [(&v4, Some(of_v4)), (&v6, of_v6)] {
+            match answer {
+                Some(Ok(Reply::Records(records))) => {
+                    let ips = ips(&records.answers);
+                    let ttl = min_ttl(&records.answers);
+                    if let Some(found) = &mut found {
+                        found.ips.extend(ips);
+                        found.ttl = found.ttl.min(ttl);
+                    } else if !ips.is_empty() {
+                        found = Some(Addresses {
+                            ips,
+                            question: question.to_string(),
+                            server: records.server.to_string(),
+                            ttl,
+                        });
+                    }
+                }
+                Some(Ok(Reply::Nothing(answer))) => nothing = Some(answer),
+                Some(Err(error)) => refusal = refusal.or(Some(error)),
+                None => {}
+            }
+        }
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        if let Some(refusal) = refusal {
+            return Err(refusal);
+        }
+        let domain = self.domain.to_owned();
+        let server = nothing.map_or_else(String::new, |nothing| nothing.server.to_string());
+        let error = if nothing.is_some_and(|nothing| !nothing.exists) {
+            ResolveError::NoDomain {
+                domain,
+                question: v4.to_string(),
+                server,
+            }
+        } else {
+            ResolveError::NoAddress {
+                domain,
+                question: format!("{v4} and {v6}"),
+                server,
+            }
+        };
+        let ttl = nothing.and_then(|nothing| nothing.ttl);
+        Err(Refusal {
+            error,
+            ttl: ttl
+                .unwrap_or(NEGATIVE_CEILING)
+                .clamp(TTL_FLOOR, NEGATIVE_CEILING),
+        })
+    }
+
+    async fn ask(&self, question: &Question) -> Result<Reply, Refusal> {
+        self.upstream
+            .ask(question, self.deadline)
+            .await
+            .map_err(|unanswered| Refusal {
+                error: self.upstream.explain(self.domain, question, &unanswered),
+                ttl: FAILURE_TTL,
+            })
+    }
+
+    fn name(&self, host: &str) -> Result<Name, Refusal> {
+        Name::from_ascii(format!("{host}.")).map_err(|_| self.unspeakable(host))
+    }
+
+    /// A name that DNS cannot carry has no address.
+    fn unspeakable(&self, host: &str) -> Refusal {
+        Refusal {
+            error: ResolveError::NoAddress {
+                domain: self.domain.to_owned(),
+                question: format!("A {host}"),
+                server: "the resolver".to_owned(),
+            },
+            ttl: NEGATIVE_CEILING,
+        }
+    }
+}
+
+impl Refusal {
+    /// Whether the answer is that there is nothing, rather than that nobody could say.
+    fn is_absence(&self) -> bool {
+        matches!(
+            self.error,
+            ResolveError::NoDomain { .. } | ResolveError::NoAddress { .. }
+        )
+    }
+}
+
+impl Addresses {
+    fn with_port(&self, port: u16) -> impl Iterator<Item = SocketAddr> {
+        self.ips.iter().map(move |ip| SocketAddr::new(*ip, port))
+    }
+
+    fn at(self, port: u16) -> Located {
+        Located {
+            addresses: self.with_port(port).collect(),
+            question: self.question,
+            server: self.server,
+            ttl: self.ttl,
+        }
+    }
+}
+
+/// The targets in the order in which they are tried; none when the service is not offered.
+fn targets(answers: &[Record]) -> Vec<SRV> {
+    let records = answers
+        .iter()
+        .filter_map(|record| match &record.data {
+            RData::SRV(srv) if !srv.target.is_root() && srv.port != 0 => Some(srv.clone()),
+            _ => None,
+        })
+        .collect();
+    srv::order(records, |highest| rand::random_range(0..=highest))
+}
+
+/// The addresses in records, IPv4 first, without those that no host has.
+fn ips(records: &[Record]) -> Vec<IpAddr> {
+    let mut ips: Vec<_> = records
+        .iter()
+        .filter_map(|record| match &record.data {
+            RData::A(a) => Some(IpAddr::V4(a.0)),
+            RData::AAAA(aaaa) => Some(IpAddr::V6(aaaa.0)),
+            _ => None,
+        })
+        .filter(|ip| !ip.is_unspecified() && !ip.is_multicast())
+        .collect();
+    ips.sort_by_key(IpAddr::is_ipv6);
+    ips
+}
+
+fn min_ttl(records: &[Record]) -> Duration {
+    let seconds = records.iter().map(|record| record.ttl).min().unwrap_or(0);
+    Duration::from_secs(seconds.into())
+}
