@@ -19,3 +19,6 @@ pub mod registry;
 pub mod select;
 pub mod tunnel;
 pub mod vni;
+
+#[cfg(test)]
+mod tests;

@@ -72,6 +72,9 @@ pub fn select(
     candidates: &[Candidate<'_>],
     turn: u64,
 ) -> Vec<usize> {
+    if candidates.is_empty() {
+        return Vec::new();
+    }
     let routes = if matches.is_empty() {
         vec![Route {
             weight: 1,
@@ -83,7 +86,7 @@ pub fn select(
     order(&routes, candidates.len(), turn)
 }
 
-/// A route with the candidates that fit it.
+/// A route with the candidates that fit it: one at least.
 struct Route {
     weight: u64,
     members: Vec<usize>,

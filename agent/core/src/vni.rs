@@ -115,6 +115,8 @@ impl fmt::Display for Vni {
 #[derive(Debug, Clone)]
 pub struct VniPool {
     management: Vni,
+    /// How many VNIs of each parity may be handed out.
+    of_one_parity: u32,
     in_use: HashSet<Vni>,
     quarantined: HashMap<Vni, SystemTime>,
     /// `quarantined` in the order of release. Can hold entries that are no longer true: `quarantined` decides.
@@ -133,9 +135,19 @@ impl VniPool {
     pub fn new(management: Vni) -> Self {
         Self {
             management,
+            of_one_parity: OF_ONE_PARITY,
             in_use: HashSet::new(),
             quarantined: HashMap::new(),
             releases: VecDeque::new(),
+        }
+    }
+
+    /// A pool that is soon exhausted.
+    #[cfg(test)]
+    pub(crate) fn small(of_one_parity: u32) -> Self {
+        Self {
+            of_one_parity,
+            ..Self::default()
         }
     }
 
@@ -153,9 +165,9 @@ impl VniPool {
     ) -> Result<Vni, VniError> {
         self.end_quarantines(now);
         let even = mapped(remote) <= mapped(local);
-        let start = random() % OF_ONE_PARITY;
+        let start = random() % self.of_one_parity;
         // Each step that fails meets a VNI of the pool or the management VNI, so the walk is as short as the pool is small.
-        let walk = (0..OF_ONE_PARITY).map(|step| (start + step) % OF_ONE_PARITY);
+        let walk = (0..self.of_one_parity).map(|step| (start + step) % self.of_one_parity);
         let found = walk
             .map(|n| Vni(2 * n + if even { 2 } else { 1 }))
             .find(|vni| self.is_free(*vni));

@@ -1,0 +1,28 @@
+//! Tests of the rules that other crates call, one file a module.
+
+mod expiry;
+mod ipmap;
+mod mechanism;
+mod name;
+mod path;
+mod prefix;
+mod registry;
+mod select;
+mod vni;
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// A moment to count from: no test reads the clock.
+fn at(seconds: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
+}
+
+fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect()
+}
