@@ -1,0 +1,309 @@
+//! What this node does for a connection: which of the two sides is a pod here, which is a tunnel.
+//!
+//! | previous hop | next hop | here |
+//! |---|---|---|
+//! | a client's pod | an endpoint's pod | a veth pair |
+//! | a client's pod | another node | the client's end of a VXLAN tunnel |
+//! | another node | an endpoint's pod | the endpoint's end, which chooses the VNI |
+//! | another node | another node | nothing: mechanisms pass through |
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nsm_core::{
+    mechanism::{
+        IfName, KERNEL, Kernel, LOCAL, NetnsUrl, REMOTE, VXLAN, Vxlan, choose, lower_mtu, vxlan_mtu,
+    },
+    tunnel::{LinkAlias, LinkSpec, MacAddr, VxlanSpec},
+    vni::Vni,
+};
+use nsm_proto::{
+    connection::{Connection, Mechanism},
+    connectioncontext::{ConnectionContext, IpContext},
+};
+use uuid::Uuid;
+
+use crate::{
+    convert,
+    error::RequestError,
+    forwarder::{Plan, Underlay},
+    route::{Arrival, Route},
+};
+
+/// The MTU of a veth pair for which nobody asked for another.
+const VETH_MTU: u32 = 1500;
+
+/// What this node does for a connection.
+#[derive(Debug, Clone)]
+pub(crate) enum Case {
+    /// Client and endpoint are pods of this node.
+    PodToPod(Kernel, Mechanism),
+    /// The client is a pod of this node.
+    PodToTunnel(Kernel, Mechanism),
+    /// The endpoint is a pod of this node.
+    TunnelToPod(Vxlan, Mechanism),
+    /// Neither is.
+    Through,
+}
+
+impl Case {
+    /// Decides, and parses the previous hop's mechanism where this node acts on it.
+    pub(crate) fn of(
+        arrival: Arrival,
+        has_forwarder: bool,
+        connection: &Connection,
+        preferences: &[Mechanism],
+        route: &Route,
+    ) -> Result<Self, RequestError> {
+        if !has_forwarder {
+            return Ok(Self::Through);
+        }
+        match arrival {
+            Arrival::Local { trusted } => {
+                let (kernel, mechanism) = client_pod(connection, preferences, trusted)?;
+                Ok(if route.is_local() {
+                    Self::PodToPod(kernel, mechanism)
+                } else {
+                    Self::PodToTunnel(kernel, mechanism)
+                })
+            }
+            Arrival::Network if route.is_local() => {
+                let mechanism = agreed(connection, preferences, &[(REMOTE, VXLAN)])?;
+                let vxlan = Vxlan::parse(&mechanism.parameters)?;
+                if vxlan.src_ip.is_none() {
+                    return Err(RequestError::Missing("src_ip in its VXLAN mechanism"));
+                }
+                Ok(Self::TunnelToPod(vxlan, mechanism))
+            }
+            Arrival::Network => Ok(Self::Through),
+        }
+    }
+}
+
+fn client_pod(
+    connection: &Connection,
+    preferences: &[Mechanism],
+    trusted: bool,
+) -> Result<(Kernel, Mechanism), RequestError> {
+    let mechanism = agreed(connection, preferences, &[(LOCAL, KERNEL)])?;
+    let kernel = Kernel::parse(&mechanism.parameters)?;
+    match &kernel.netns {
+        None => Err(RequestError::Missing("inodeURL in its KERNEL mechanism")),
+        // A path is only a claim; whoever is not root must prove with a descriptor that the
+        // namespace is its own.
+        Some(NetnsUrl::File(path)) if !trusted => Err(RequestError::Forbidden(format!(
+            "only a client that runs as root may name a network namespace by its path ({})",
+            path.display()
+        ))),
+        Some(_) => Ok((kernel, mechanism)),
+    }
+}
+
+/// The mechanism the previous hop has, or the first it prefers that we support.
+fn agreed(
+    connection: &Connection,
+    preferences: &[Mechanism],
+    supported: &[(&str, &str)],
+) -> Result<Mechanism, RequestError> {
+    let offered: Vec<&Mechanism> = connection
+        .mechanism
+        .iter()
+        .filter(|mechanism| !mechanism.r#type.is_empty())
+        .chain(preferences)
+        .collect();
+    let at = choose(
+        offered
+            .iter()
+            .map(|mechanism| (mechanism.cls.as_str(), mechanism.r#type.as_str())),
+        supported,
+    )?;
+    Ok(offered[at].clone())
+}
+
+/// The MAC address of our end of connection `id`: the same for every refresh, without keeping it.
+pub(crate) fn mac(id: &str, end: &str) -> MacAddr {
+    let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{end}/{id}").as_bytes());
+    let mut bytes = [0; 6];
+    bytes.copy_from_slice(&hash.as_bytes()[..6]);
+    MacAddr::local_random(bytes)
+}
+
+/// The MTU our tunnel can carry, and not more than the connection's so far.
+pub(crate) fn tunnel_mtu(
+    context: &ConnectionContext,
+    underlay: &Underlay,
+    asked: Option<u32>,
+) -> u32 {
+    let own = vxlan_mtu(underlay.mtu, underlay.ip);
+    lower_mtu(lower_mtu(context.mtu, asked.unwrap_or(0)), own)
+}
+
+/// Both ends of a connection as its context describes them.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    src_addresses: Vec<IpNet>,
+    dst_addresses: Vec<IpNet>,
+    src_mac: Option<MacAddr>,
+    dst_mac: Option<MacAddr>,
+    neighbours: Vec<(IpAddr, MacAddr)>,
+    mtu: u32,
+    alias: LinkAlias,
+    ip: IpContext,
+}
+
+impl Ends {
+    /// Parses the context both sides agreed on.
+    pub(crate) fn parse(
+        alias: LinkAlias,
+        context: &ConnectionContext,
+    ) -> Result<Self, RequestError> {
+        let ip = context.ip_context.clone().unwrap_or_default();
+        let ethernet = context.ethernet_context.clone().unwrap_or_default();
+        let mut neighbours = Vec::new();
+        for neighbour in &ip.ip_neighbors {
+            let address = neighbour.ip.parse().map_err(|_| RequestError::Field {
+                field: "ip_neighbors",
+                value: neighbour.ip.clone(),
+                reason: "write an address".to_owned(),
+            })?;
+            if let Some(mac) = convert::mac("ip_neighbors", &neighbour.hardware_address)? {
+                neighbours.push((address, mac));
+            }
+        }
+        Ok(Self {
+            src_addresses: convert::addresses("src_ip_addrs", &ip.src_ip_addrs)?,
+            dst_addresses: convert::addresses("dst_ip_addrs", &ip.dst_ip_addrs)?,
+            src_mac: convert::mac("src_mac", &ethernet.src_mac)?,
+            dst_mac: convert::mac("dst_mac", &ethernet.dst_mac)?,
+            neighbours,
+            mtu: context.mtu,
+            alias,
+            ip,
+        })
+    }
+
+    fn client(&self, name: IfName) -> Result<LinkSpec, RequestError> {
+        Ok(LinkSpec {
+            alias: self.alias.clone(),
+            name,
+            mac: self.src_mac,
+            mtu: self.mtu,
+            addresses: self.src_addresses.clone(),
+            routes: convert::routes("src_routes", &self.ip.src_routes)?,
+            neighbours: self.neighbours_of(&self.dst_addresses, self.dst_mac),
+        })
+    }
+
+    fn endpoint(&self, name: IfName) -> Result<LinkSpec, RequestError> {
+        Ok(LinkSpec {
+            alias: self.alias.clone(),
+            name,
+            mac: self.dst_mac,
+            mtu: self.mtu,
+            addresses: self.dst_addresses.clone(),
+            routes: convert::routes("dst_routes", &self.ip.dst_routes)?,
+            neighbours: self.neighbours_of(&self.src_addresses, self.src_mac),
+        })
+    }
+
+    /// The other end's addresses at its MAC, so that no ARP or neighbour discovery crosses the
+    /// tunnel; an end that does not tell its MAC is found by them all the same.
+    fn neighbours_of(&self, addresses: &[IpNet], mac: Option<MacAddr>) -> Vec<(IpAddr, MacAddr)> {
+        let mut neighbours = self.neighbours.clone();
+        if let Some(mac) = mac {
+            neighbours.extend(addresses.iter().map(|address| (address.addr(), mac)));
+        }
+        neighbours
+    }
+
+    /// The client's end of a tunnel.
+    pub(crate) fn client_tunnel(
+        &self,
+        client: &Kernel,
+        name: IfName,
+        tunnel: Tunnel,
+    ) -> Result<Plan, RequestError> {
+        Ok(Plan::Vxlan {
+            netns: netns(client, "the client's")?,
+            spec: tunnel.spec(self.client(name)?),
+        })
+    }
+
+    /// The endpoint's end of a tunnel.
+    pub(crate) fn endpoint_tunnel(
+        &self,
+        endpoint: &Kernel,
+        name: IfName,
+        tunnel: Tunnel,
+    ) -> Result<Plan, RequestError> {
+        Ok(Plan::Vxlan {
+            netns: netns(endpoint, "the endpoint's")?,
+            spec: tunnel.spec(self.endpoint(name)?),
+        })
+    }
+
+    /// Both ends on this node.
+    pub(crate) fn pair(
+        &self,
+        client: (&Kernel, IfName),
+        endpoint: (&Kernel, IfName),
+    ) -> Result<Plan, RequestError> {
+        Ok(Plan::Veth {
+            client: (netns(client.0, "the client's")?, self.client(client.1)?),
+            endpoint: (
+                netns(endpoint.0, "the endpoint's")?,
+                self.endpoint(endpoint.1)?,
+            ),
+        })
+    }
+}
+
+/// Where a tunnel goes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tunnel {
+    pub(crate) vni: Vni,
+    pub(crate) local: IpAddr,
+    pub(crate) remote: IpAddr,
+    pub(crate) port: u16,
+}
+
+impl Tunnel {
+    fn spec(self, link: LinkSpec) -> VxlanSpec {
+        VxlanSpec {
+            link,
+            vni: self.vni,
+            local: self.local,
+            remote: self.remote,
+            port: self.port,
+        }
+    }
+}
+
+fn netns(kernel: &Kernel, whose: &str) -> Result<NetnsUrl, RequestError> {
+    kernel.netns.clone().ok_or_else(|| RequestError::Field {
+        field: "inodeURL",
+        value: String::new(),
+        reason: format!("{whose} KERNEL mechanism must name a network namespace"),
+    })
+}
+
+/// The interface's name: as asked, else from the connection's id.
+pub(crate) fn interface(kernel: &Kernel, id: &str) -> IfName {
+    kernel.name.clone().unwrap_or_else(|| {
+        let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, id.as_bytes())
+            .simple()
+            .to_string();
+        format!("nsm-{}", &hash[..8])
+            .parse()
+            .expect("twelve characters of letters, digits and a hyphen name an interface")
+    })
+}
+
+/// The MTU of a veth pair.
+pub(crate) fn pair_mtu(context: &ConnectionContext) -> u32 {
+    if context.mtu == 0 {
+        VETH_MTU
+    } else {
+        context.mtu
+    }
+}

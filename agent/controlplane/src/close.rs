@@ -1,0 +1,122 @@
+//! A Close: idempotent, it always frees what the Request made, whether or not the next hop is
+//! still there to be told.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use nsm_proto::connection::{Connection, ConnectionEventType};
+use tokio::time::Instant;
+
+use crate::{
+    connections::{Established, Turn, lock},
+    error::RequestError,
+    peers::Peer,
+    plane::ControlPlane,
+    request::Call,
+};
+
+/// How long a next hop may take to answer a Close. What it holds ends with its token anyway; the
+/// client that closes should not wait for a dead peer longer than a person would.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+
+impl ControlPlane {
+    /// Closes a connection; one that is not there is closed already.
+    ///
+    /// # Errors
+    /// Only for a message that breaks the path rules, or when an earlier event of the connection
+    /// is still at work at the deadline.
+    pub async fn close(&self, call: Call<Connection>) -> Result<(), RequestError> {
+        let plane = self.clone();
+        tokio::spawn(async move {
+            let mut connection = call.message;
+            let (_, hop, _) = plane.enter(&mut connection, call.token)?;
+            let turn = plane
+                .shared
+                .connections
+                .admit_known(&hop.id, call.deadline)
+                .await?;
+            if let Some(turn) = turn {
+                plane.tear_down(&turn, call.deadline).await;
+            }
+            Ok(())
+        })
+        .await
+        .unwrap_or(Err(RequestError::Internal))
+    }
+
+    /// Closes the connection of our segment `id`, for a reason of our own.
+    pub(crate) async fn close_by_id(&self, id: &str, deadline: Instant) {
+        match self.shared.connections.admit_known(id, deadline).await {
+            Ok(Some(turn)) => {
+                // A refresh that was ahead in the queue has moved the expiry: it has won.
+                let refreshed = turn
+                    .current()
+                    .is_some_and(|current| current.expires > SystemTime::now())
+                    && !self.shared.connections.is_draining();
+                if !refreshed {
+                    self.tear_down(&turn, deadline).await;
+                }
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(connection.id = %id, %error, "could not close; trying again");
+                self.shared
+                    .expiries
+                    .set(id, SystemTime::now() + CLOSE_TIMEOUT);
+            }
+        }
+    }
+
+    /// Takes an established connection away: this node's part first, then the next hop's.
+    pub(crate) async fn tear_down(&self, turn: &Turn, deadline: Instant) {
+        let Some(established) = turn.current() else {
+            return;
+        };
+        let id = turn.id();
+        self.shared.expiries.remove(id);
+        if let (Some(plan), Ok(forwarder)) = (&established.plan, self.forwarder())
+            && let Err(error) = forwarder.down(plan).await
+        {
+            tracing::error!(
+                connection.id = %id, %error,
+                "a link could not be deleted; it is collected when the agent starts again"
+            );
+        }
+        if let Some(vni) = established.vni {
+            lock(&self.shared.vnis).release(vni, SystemTime::now());
+        }
+        turn.set(None);
+        let peer = self.shared.peers.get(&established.route.url);
+        peer.leave(id);
+        self.shared
+            .monitors
+            .publish(ConnectionEventType::Delete, &established.view);
+        let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
+        self.close_at(&peer, self.downstream_view(&established), deadline)
+            .await;
+    }
+
+    /// The connection as the next hop knows it.
+    pub(crate) fn downstream_view(&self, established: &Arc<Established>) -> Connection {
+        Connection {
+            network_service: established.route.service.clone(),
+            network_service_endpoint_name: established.route.endpoint.clone(),
+            mechanism: established.next_mechanism.clone(),
+            ..established.view.clone()
+        }
+    }
+
+    /// Closes at a next hop. A failure is logged, not told: whoever closes cannot do more, and
+    /// what is left there ends with its token.
+    pub(crate) async fn close_at(&self, peer: &Peer, connection: Connection, deadline: Instant) {
+        let id = connection.id.clone();
+        if let Err(error) = self.shared.peers.close(peer, connection, deadline).await {
+            tracing::warn!(
+                connection.id = %id, peer.url = %peer.url, %error,
+                "the next hop did not close: its part ends with the token"
+            );
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The connections of this agent, and the rule that one event at a time works on each.
+//!
+//! A [`Slot`] is found by the id of our own path segment. Its queue admits one Request, Close or
+//! expiry at a time, in order of arrival; readers (status, monitors) look at the established state
+//! without queueing. A slot without an established connection and without a waiter is forgotten,
+//! so refused Requests leave nothing behind.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
+};
+
+use nsm_core::vni::Vni;
+use nsm_proto::connection::{Connection, Mechanism};
+use tokio::{sync::OwnedMutexGuard, time::Instant};
+
+use crate::{error::RequestError, forwarder::Plan, route::Route};
+
+/// A connection that a Request made and a Close or its expiry will take away.
+#[derive(Debug, Clone)]
+pub(crate) struct Established {
+    /// Our own view: `id` and `path.index` are those of our segment, names and mechanism are those
+    /// the client sees. This is what monitors are told.
+    pub(crate) view: Connection,
+    /// The next hop, and the names it knows the connection by.
+    pub(crate) route: Route,
+    /// The mechanism agreed with the next hop, with the addresses of this node's own view.
+    pub(crate) next_mechanism: Option<Mechanism>,
+    /// What stands on this node for it.
+    pub(crate) plan: Option<Plan>,
+    /// The VNI we hold for it.
+    pub(crate) vni: Option<Vni>,
+    /// When the previous hop's token ends, and with it the connection.
+    pub(crate) expires: SystemTime,
+}
+
+/// One connection's place in the store.
+#[derive(Debug, Default)]
+pub(crate) struct Slot {
+    queue: Arc<tokio::sync::Mutex<()>>,
+    current: Mutex<Option<Arc<Established>>>,
+}
+
+impl Slot {
+    /// What is established now.
+    pub(crate) fn current(&self) -> Option<Arc<Established>> {
+        lock(&self.current).clone()
+    }
+
+    fn set(&self, established: Option<Arc<Established>>) {
+        *lock(&self.current) = established;
+    }
+}
+
+/// A use of a slot. The last one to go forgets a slot in which nothing is established, whether it
+/// finished its work, timed out in the queue or was cancelled.
+#[derive(Debug)]
+struct SlotUse {
+    id: String,
+    slot: Arc<Slot>,
+    store: Arc<Store>,
+}
+
+impl Drop for SlotUse {
+    fn drop(&mut self) {
+        let mut slots = lock(&self.store.slots);
+        // Two holders: the map and this use. Anyone else in the queue holds a third.
+        if Arc::strong_count(&self.slot) == 2 && self.slot.current().is_none() {
+            slots.remove(&self.id);
+        }
+    }
+}
+
+/// The right to work on one connection; dropped, the next event may.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    _queue: OwnedMutexGuard<()>,
+    held: SlotUse,
+}
+
+impl Turn {
+    /// The id of our segment.
+    pub(crate) fn id(&self) -> &str {
+        &self.held.id
+    }
+
+    /// What is established now.
+    pub(crate) fn current(&self) -> Option<Arc<Established>> {
+        self.held.slot.current()
+    }
+
+    /// Replaces what is established.
+    pub(crate) fn set(&self, established: Option<Arc<Established>>) {
+        self.held.slot.set(established);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Store {
+    slots: Mutex<HashMap<String, Arc<Slot>>>,
+    draining: AtomicBool,
+}
+
+/// All connections of this agent.
+#[derive(Debug, Clone)]
+pub(crate) struct Connections {
+    store: Arc<Store>,
+    limit: usize,
+}
+
+impl Connections {
+    /// An empty store of at most `limit` connections.
+    pub(crate) fn with_limit(limit: usize) -> Self {
+        Self {
+            store: Arc::default(),
+            limit,
+        }
+    }
+
+    /// Queues for the connection, making its slot when it has none.
+    ///
+    /// # Errors
+    /// When the store is full, when the agent drains, or when the queue did not move until
+    /// `deadline`.
+    pub(crate) async fn admit(&self, id: &str, deadline: Instant) -> Result<Turn, RequestError> {
+        let held = {
+            let mut slots = lock(&self.store.slots);
+            if !slots.contains_key(id) {
+                if self.store.draining.load(Ordering::Acquire) {
+                    return Err(RequestError::Draining);
+                }
+                if slots.len() >= self.limit {
+                    return Err(RequestError::TooManyConnections(self.limit));
+                }
+            }
+            let slot = Arc::clone(slots.entry(id.to_owned()).or_default());
+            self.hold(id, slot)
+        };
+        queue(held, deadline).await
+    }
+
+    /// Queues for a connection that exists; `None` when it does not.
+    ///
+    /// # Errors
+    /// When the queue did not move until `deadline`.
+    pub(crate) async fn admit_known(
+        &self,
+        id: &str,
+        deadline: Instant,
+    ) -> Result<Option<Turn>, RequestError> {
+        let held = {
+            let slots = lock(&self.store.slots);
+            let Some(slot) = slots.get(id).cloned() else {
+                return Ok(None);
+            };
+            self.hold(id, slot)
+        };
+        queue(held, deadline).await.map(Some)
+    }
+
+    fn hold(&self, id: &str, slot: Arc<Slot>) -> SlotUse {
+        SlotUse {
+            id: id.to_owned(),
+            slot,
+            store: Arc::clone(&self.store),
+        }
+    }
+
+    /// Replaces the established state of `id` by what `change` makes of it, unless a Request or
+    /// Close is at work on it: their outcome is newer than any event.
+    pub(crate) fn update(
+        &self,
+        id: &str,
+        change: impl FnOnce(&Established) -> Option<Established>,
+    ) -> Option<Arc<Established>> {
+        let slots = lock(&self.store.slots);
+        let slot = slots.get(id)?;
+        let _queue = slot.queue.try_lock().ok()?;
+        let changed = Arc::new(change(&*slot.current()?)?);
+        slot.set(Some(Arc::clone(&changed)));
+        Some(changed)
+    }
+
+    /// Every established connection.
+    pub(crate) fn all(&self) -> Vec<Arc<Established>> {
+        lock(&self.store.slots)
+            .values()
+            .filter_map(|slot| slot.current())
+            .collect()
+    }
+
+    /// Slots in use, established or at work.
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.store.slots).len()
+    }
+
+    /// Refuses new connections from now on; those that exist can still be refreshed and closed.
+    pub(crate) fn drain(&self) {
+        self.store.draining.store(true, Ordering::Release);
+    }
+
+    /// Whether the agent is on its way out.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.store.draining.load(Ordering::Acquire)
+    }
+}
+
+async fn queue(held: SlotUse, deadline: Instant) -> Result<Turn, RequestError> {
+    let began = Instant::now();
+    let queue = Arc::clone(&held.slot.queue);
+    match tokio::time::timeout_at(deadline, queue.lock_owned()).await {
+        Ok(guard) => Ok(Turn {
+            _queue: guard,
+            held,
+        }),
+        Err(_) => Err(RequestError::Busy {
+            id: held.id.clone(),
+            after: began.elapsed(),
+        }),
+    }
+}
+
+/// A poisoned lock means that a holder panicked; the data is still whole, since every critical
+/// section here is a single assignment or map operation.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

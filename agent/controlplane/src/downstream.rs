@@ -1,0 +1,139 @@
+//! Listening to what becomes of our connections further down the path.
+//!
+//! One stream a peer, for all connections that go through it: its selector names our segment with
+//! any id. What the peer tells is merged into our own view and told upstream; a stream that breaks
+//! means that the peer's part is gone or unreachable, and every connection through it is DOWN
+//! until the next Request through that peer succeeds.
+
+use std::sync::Arc;
+
+use nsm_proto::connection::{
+    Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector, PathSegment, State,
+};
+use tokio::task::AbortHandle;
+use tokio_stream::StreamExt as _;
+use tonic::{Code, Status};
+
+use crate::{connections::Established, peers::Peer, plane::ControlPlane};
+
+/// Starts to watch `peer` until its last connection leaves or its stream breaks.
+pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
+    tokio::spawn(async move {
+        match follow(&plane, &peer).await {
+            // An endpoint need not serve monitors; its death is then seen by the next refresh.
+            Err(status) if status.code() == Code::Unimplemented => {
+                tracing::debug!(peer.url = %peer.url, "the peer serves no monitor");
+                std::future::pending::<()>().await;
+            }
+            ended => {
+                let cause = ended.err().map_or_else(
+                    || "the peer ended the stream".to_owned(),
+                    |status| status.message().to_owned(),
+                );
+                tracing::warn!(peer.url = %peer.url, cause, "lost the peer's monitor stream");
+                for id in peer.users() {
+                    plane.apply(&id, down);
+                }
+            }
+        }
+    })
+    .abort_handle()
+}
+
+async fn follow(plane: &ControlPlane, peer: &Peer) -> Result<(), Status> {
+    let selector = MonitorScopeSelector {
+        path_segments: vec![PathSegment {
+            name: plane.shared.settings.name.clone(),
+            ..PathSegment::default()
+        }],
+        network_services: Vec::new(),
+    };
+    let mut client = plane.shared.peers.monitor(peer).await?;
+    let request = plane.shared.peers.outgoing(selector, None);
+    let mut events = client.monitor_connections(request).await?.into_inner();
+    while let Some(event) = events.next().await {
+        plane.handle_event(event?);
+    }
+    Ok(())
+}
+
+impl ControlPlane {
+    fn handle_event(&self, event: ConnectionEvent) {
+        let kind = event.r#type();
+        for told in event.connections.into_values() {
+            let Some((id, index)) = self.own_segment(&told) else {
+                continue;
+            };
+            self.apply(&id, |established| merge(established, &told, index, kind));
+        }
+    }
+
+    /// The id and index of our segment in a connection that the next hop tells of: the next hop's
+    /// own segment is ours or the one after it.
+    fn own_segment(&self, told: &Connection) -> Option<(String, u32)> {
+        let path = told.path.as_ref()?;
+        [path.index.checked_sub(1), Some(path.index)]
+            .into_iter()
+            .flatten()
+            .find_map(|index| {
+                let segment = path.path_segments.get(index as usize)?;
+                (segment.name == self.shared.settings.name).then(|| (segment.id.clone(), index))
+            })
+    }
+
+    /// Changes the view of a connection and tells the monitors, if there is something to tell.
+    fn apply(&self, id: &str, change: impl FnOnce(&Established) -> Option<Established>) {
+        if let Some(changed) = self.shared.connections.update(id, change) {
+            self.shared
+                .monitors
+                .publish(ConnectionEventType::Update, &changed.view);
+        }
+    }
+}
+
+fn down(established: &Established) -> Option<Established> {
+    if established.view.state() == State::Down {
+        return None;
+    }
+    let mut changed = established.clone();
+    changed.view.set_state(State::Down);
+    Some(changed)
+}
+
+/// Our view with what the next hop tells in it; `None` when that is nothing new. Fresh tokens
+/// alone are no news: every refresh brings them down the path by itself.
+fn merge(
+    established: &Established,
+    told: &Connection,
+    index: u32,
+    kind: ConnectionEventType,
+) -> Option<Established> {
+    let view = &established.view;
+    if view.path.as_ref().map(|path| path.index) != Some(index) {
+        return None;
+    }
+    let state = match kind {
+        ConnectionEventType::Delete => State::Down,
+        _ => told.state(),
+    };
+    let same_path = ids(told).eq(ids(view));
+    if state == view.state() && same_path {
+        return None;
+    }
+    let mut changed = established.clone();
+    changed.view.set_state(state);
+    if !same_path && let Some(path) = &told.path {
+        let mut path = path.clone();
+        path.index = index;
+        changed.view.path = Some(path);
+    }
+    Some(changed)
+}
+
+fn ids(connection: &Connection) -> impl Iterator<Item = (&str, &str)> {
+    connection
+        .path
+        .iter()
+        .flat_map(|path| &path.path_segments)
+        .map(|segment| (segment.name.as_str(), segment.id.as_str()))
+}

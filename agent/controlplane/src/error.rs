@@ -1,0 +1,231 @@
+//! Why a Request, Close or registry call was refused, and the gRPC code each cause travels as.
+//!
+//! One variant a cause. The text goes to the client and, through it, to a person: it says what
+//! failed, on what, and what can be done about it.
+
+use std::time::Duration;
+
+use nsm_core::{mechanism::MechanismError, name::NameError, path::PathError, vni::VniError};
+use tonic::{Code, Status};
+
+use crate::{dial::DialError, dns::ResolveError, forwarder::ForwarderError};
+
+/// Why the control plane refused a call.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// A service or endpoint name cannot be parsed.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// The path of the connection breaks NSM's rules.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// A mechanism's parameters cannot be parsed, or there is no common mechanism.
+    #[error(transparent)]
+    Mechanism(#[from] MechanismError),
+    /// A field of the message cannot be parsed.
+    #[error("{field} `{value}` is not valid: {reason}")]
+    Field {
+        /// The field's name in the message.
+        field: &'static str,
+        /// What it held.
+        value: String,
+        /// What it should have held.
+        reason: String,
+    },
+    /// A field that must be there is not.
+    #[error("the request has no {0}: set it and ask again")]
+    Missing(&'static str),
+    /// The token of the previous hop has expired.
+    #[error(
+        "the token of path segment `{segment}` expired {ago:?} ago: refresh the token, and check the clocks of both nodes"
+    )]
+    Expired {
+        /// The segment's name.
+        segment: String,
+        /// How long ago.
+        ago: Duration,
+    },
+    /// The token metadata of the call cannot be read.
+    #[error(transparent)]
+    Token(#[from] crate::token::TokenError),
+    /// The domain of the name cannot be resolved.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// No such service.
+    #[error(
+        "no network service `{service}` in domain `{domain}`: check the name, and that an endpoint has registered it"
+    )]
+    NoService {
+        /// The service without its domain.
+        service: String,
+        /// The domain that was asked.
+        domain: String,
+    },
+    /// The service exists, its endpoints do not.
+    #[error("network service `{service}` in domain `{domain}` has no endpoint now")]
+    NoEndpoint {
+        /// The service without its domain.
+        service: String,
+        /// The domain that was asked.
+        domain: String,
+    },
+    /// The named endpoint does not exist.
+    #[error("no endpoint `{endpoint}` in domain `{domain}`")]
+    NoSuchEndpoint {
+        /// The endpoint without its domain.
+        endpoint: String,
+        /// The domain that was asked.
+        domain: String,
+    },
+    /// The service's matches leave no endpoint for the labels of the client.
+    #[error(
+        "none of the {count} endpoints of network service `{service}` in domain `{domain}` matches the client's labels {labels:?}"
+    )]
+    NoMatch {
+        /// The service without its domain.
+        service: String,
+        /// The domain that was asked.
+        domain: String,
+        /// Endpoints that were considered.
+        count: usize,
+        /// The labels of the client.
+        labels: Vec<String>,
+    },
+    /// The peer cannot be dialled.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// The peer answered with an error.
+    #[error("{url} refused {method}: {message}")]
+    Refused {
+        /// The peer's URL.
+        url: String,
+        /// The gRPC method.
+        method: &'static str,
+        /// The code of its answer, passed on.
+        code: Code,
+        /// Its words.
+        message: String,
+    },
+    /// The peer did not answer in time.
+    #[error(
+        "{url} accepted {method} and did not answer within {after:?}: check that agent's load and log"
+    )]
+    Silent {
+        /// The peer's URL.
+        url: String,
+        /// The gRPC method.
+        method: &'static str,
+        /// The time it had.
+        after: Duration,
+    },
+    /// The peer's answer breaks the protocol.
+    #[error("{url} answered {method} wrongly: {fault}")]
+    BadAnswer {
+        /// The peer's URL.
+        url: String,
+        /// The gRPC method.
+        method: &'static str,
+        /// What was wrong.
+        fault: String,
+    },
+    /// Every endpoint that was tried failed.
+    #[error("all {} endpoints of `{service}` failed: {}", causes.len(), causes.join("; "))]
+    AllFailed {
+        /// The service asked for.
+        service: String,
+        /// One sentence an endpoint.
+        causes: Vec<String>,
+        /// The code of the last failure.
+        code: Code,
+    },
+    /// The dataplane could not do its part.
+    #[error(transparent)]
+    Forwarder(#[from] ForwarderError),
+    /// This agent has no forwarder and the request needs one.
+    #[error(
+        "this agent's forwarder role is switched off, and the request needs a {0} link on this node: set `forwarder: true`"
+    )]
+    NoForwarder(&'static str),
+    /// No VNI could be had.
+    #[error(transparent)]
+    Vni(#[from] VniError),
+    /// The servers kept choosing VNIs that are taken here.
+    #[error(
+        "{url} chose VNI {vni}, which is in use on this node, {tries} times in a row: close unused tunnels, or ask again"
+    )]
+    VniTaken {
+        /// The peer's URL.
+        url: String,
+        /// The last VNI.
+        vni: u32,
+        /// How often we asked.
+        tries: u32,
+    },
+    /// The agent holds as many connections as it may.
+    #[error("this agent holds {0} connections, its limit: raise `limits.max_connections`")]
+    TooManyConnections(usize),
+    /// An earlier event of the same connection takes too long.
+    #[error("an earlier Request or Close of connection `{id}` is still at work after {after:?}")]
+    Busy {
+        /// The connection's id here.
+        id: String,
+        /// How long this one waited.
+        after: Duration,
+    },
+    /// The agent is draining.
+    #[error("this agent is shutting down: ask another, or again in a moment")]
+    Draining,
+    /// The caller may not ask this here.
+    #[error("{0}")]
+    Forbidden(String),
+    /// A task of the agent died; its log has the panic.
+    #[error("internal fault: the request's task ended early, see the agent's log")]
+    Internal,
+}
+
+impl RequestError {
+    /// The gRPC code the error travels as.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Name(_)
+            | Self::Path(_)
+            | Self::Field { .. }
+            | Self::Missing(_)
+            | Self::Token(_)
+            | Self::Mechanism(_) => Code::InvalidArgument,
+            Self::Expired { .. } => Code::Unauthenticated,
+            Self::Resolve(_) | Self::Dial(_) | Self::Draining => Code::Unavailable,
+            Self::NoService { .. }
+            | Self::NoEndpoint { .. }
+            | Self::NoSuchEndpoint { .. }
+            | Self::NoMatch { .. } => Code::NotFound,
+            Self::Refused { code, .. } | Self::AllFailed { code, .. } => *code,
+            Self::Silent { .. } | Self::Busy { .. } => Code::DeadlineExceeded,
+            Self::BadAnswer { .. } | Self::Internal => Code::Internal,
+            Self::Forwarder(error) => error.code(),
+            Self::NoForwarder(_) => Code::FailedPrecondition,
+            Self::Vni(_) | Self::VniTaken { .. } | Self::TooManyConnections(_) => {
+                Code::ResourceExhausted
+            }
+            Self::Forbidden(_) => Code::PermissionDenied,
+        }
+    }
+
+    /// Whether another endpoint of the same service may do better.
+    pub(crate) fn is_about_the_endpoint(&self) -> bool {
+        match self {
+            Self::Dial(_) | Self::BadAnswer { .. } | Self::VniTaken { .. } => true,
+            Self::Refused { code, .. } => !matches!(
+                code,
+                Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated
+            ),
+            _ => false,
+        }
+    }
+}
+
+impl From<RequestError> for Status {
+    fn from(error: RequestError) -> Self {
+        Status::new(error.code(), error.to_string())
+    }
+}

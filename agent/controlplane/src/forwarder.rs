@@ -1,0 +1,100 @@
+//! What the control plane asks of the node's dataplane: a port, implemented where the daemon is
+//! wired, so that this crate knows no netlink and no BPF.
+//!
+//! A [`Plan`] is the whole of what one connection needs on this node. `up` is all or nothing and
+//! idempotent; `down` of a plan that is not up is a success.
+
+use std::net::IpAddr;
+
+use nsm_core::{
+    mechanism::NetnsUrl,
+    tunnel::{LinkSpec, VxlanSpec},
+};
+use tonic::Code;
+
+/// The node's end of a tunnel towards one peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Underlay {
+    /// The address our VXLAN packets leave from, as the node's links know it.
+    pub ip: IpAddr,
+    /// The UDP port of tunnels on this node.
+    pub port: u16,
+    /// The MTU of the link towards the peer, in bytes.
+    pub mtu: u32,
+}
+
+/// The links of one connection on this node.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Plan {
+    /// One end of a tunnel, in the namespace of the client or of the endpoint.
+    Vxlan {
+        /// The pod's namespace.
+        netns: NetnsUrl,
+        /// The link.
+        spec: VxlanSpec,
+    },
+    /// Client and endpoint are both on this node.
+    Veth {
+        /// The client's namespace and link.
+        client: (NetnsUrl, LinkSpec),
+        /// The endpoint's namespace and link.
+        endpoint: (NetnsUrl, LinkSpec),
+    },
+}
+
+/// Packets and bytes of a tunnel, as seen on the underlay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets sent to the peer.
+    pub tx_packets: u64,
+    /// Bytes sent to the peer, outer headers included.
+    pub tx_bytes: u64,
+    /// Packets received from the peer.
+    pub rx_packets: u64,
+    /// Bytes received from the peer, outer headers included.
+    pub rx_bytes: u64,
+}
+
+/// Why the dataplane refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwarderError {
+    /// The VNI and port exist on this node already: ask for another VNI.
+    #[error("VNI {0} is in use on this node")]
+    VniTaken(u32),
+    /// The request names something that is not there or not allowed.
+    #[error("{0}")]
+    Invalid(String),
+    /// The agent lacks a capability.
+    #[error("{0}")]
+    NotPermitted(String),
+    /// The kernel refused; its own words are in the text.
+    #[error("{0}")]
+    Kernel(String),
+}
+
+impl ForwarderError {
+    /// The gRPC code the error travels as.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::VniTaken(_) => Code::ResourceExhausted,
+            Self::Invalid(_) => Code::InvalidArgument,
+            Self::NotPermitted(_) | Self::Kernel(_) => Code::FailedPrecondition,
+        }
+    }
+}
+
+/// The dataplane of this node.
+#[tonic::async_trait]
+pub trait Forwarder: Send + Sync + 'static {
+    /// Our end of a tunnel towards `remote`, or towards anywhere when it is not known yet.
+    async fn underlay(&self, remote: Option<IpAddr>) -> Result<Underlay, ForwarderError>;
+
+    /// Makes the plan real, or leaves nothing behind.
+    async fn up(&self, plan: &Plan) -> Result<(), ForwarderError>;
+
+    /// Takes the plan's links away; a success when they are not there.
+    async fn down(&self, plan: &Plan) -> Result<(), ForwarderError>;
+
+    /// What passed through the plan's tunnel so far; `None` where nothing counts.
+    fn counters(&self, plan: &Plan) -> Option<Counters>;
+}

@@ -1,0 +1,207 @@
+//! Who wants to hear of which connections.
+//!
+//! Subscribers are indexed by the first segment id their selector names, so that an event costs
+//! what its own listeners cost, not what all listeners of the agent cost. A subscriber that does
+//! not read is cut off: it asks again and gets the whole state anew, and memory stays bounded.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use nsm_core::path::selector_matches;
+use nsm_proto::connection::{
+    Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector,
+};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::connections::lock;
+
+/// Events a subscriber may lag behind before it is cut off. A node's worst burst is one event for
+/// each of its connections of one peer; the subscriber of a single connection never comes near.
+const BACKLOG: usize = 1024;
+
+type Sender = mpsc::Sender<Result<ConnectionEvent, Status>>;
+
+#[derive(Debug)]
+struct Subscriber {
+    selector: MonitorScopeSelector,
+    sender: Sender,
+}
+
+#[derive(Debug, Default)]
+struct Subscribers {
+    /// By the first concrete segment id of the selector; "" holds those that name none.
+    by_segment: HashMap<String, BTreeMap<u64, Subscriber>>,
+}
+
+/// The agent's monitors.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Monitors {
+    subscribers: Arc<Mutex<Subscribers>>,
+    next: Arc<AtomicU64>,
+}
+
+/// A stream of events; dropped, the subscription is gone.
+#[derive(Debug)]
+pub struct Events {
+    receiver: mpsc::Receiver<Result<ConnectionEvent, Status>>,
+    monitors: Monitors,
+    key: (String, u64),
+}
+
+impl tokio_stream::Stream for Events {
+    type Item = Result<ConnectionEvent, Status>;
+
+    fn poll_next(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Self::Item>> {
+        self.receiver.poll_recv(context)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.monitors.remove(&self.key);
+    }
+}
+
+impl Monitors {
+    /// Subscribes, with the matching connections of `now` as the first event.
+    ///
+    /// `now` is asked for after the subscription stands, so nothing falls between the two.
+    pub(crate) fn subscribe(
+        &self,
+        selector: MonitorScopeSelector,
+        now: impl FnOnce() -> Vec<Connection>,
+    ) -> Events {
+        let (sender, receiver) = mpsc::channel(BACKLOG);
+        let segment = selector
+            .path_segments
+            .iter()
+            .map(|segment| segment.id.as_str())
+            .find(|id| !id.is_empty())
+            .unwrap_or_default()
+            .to_owned();
+        let key = (segment, self.next.fetch_add(1, Ordering::Relaxed));
+        let first = sender.clone();
+        {
+            let mut subscribers = lock(&self.subscribers);
+            subscribers
+                .by_segment
+                .entry(key.0.clone())
+                .or_default()
+                .insert(
+                    key.1,
+                    Subscriber {
+                        selector: selector.clone(),
+                        sender,
+                    },
+                );
+            let connections = now()
+                .into_iter()
+                .filter(|connection| matches(&selector, connection))
+                .map(|connection| (connection.id.clone(), connection))
+                .collect();
+            // The channel is empty and larger than one event: this cannot fail.
+            let _ = first.try_send(Ok(ConnectionEvent {
+                r#type: ConnectionEventType::InitialStateTransfer.into(),
+                connections,
+            }));
+        }
+        Events {
+            receiver,
+            monitors: self.clone(),
+            key,
+        }
+    }
+
+    /// Tells everyone who asked for it what became of `connection`.
+    pub(crate) fn publish(&self, kind: ConnectionEventType, connection: &Connection) {
+        let mut subscribers = lock(&self.subscribers);
+        if subscribers.by_segment.is_empty() {
+            return;
+        }
+        let segments = connection
+            .path
+            .iter()
+            .flat_map(|path| &path.path_segments)
+            .map(|segment| segment.id.as_str());
+        for segment in segments.chain(std::iter::once("")) {
+            let Some(listeners) = subscribers.by_segment.get_mut(segment) else {
+                continue;
+            };
+            listeners.retain(|_, subscriber| {
+                if !matches(&subscriber.selector, connection) {
+                    return true;
+                }
+                let event = ConnectionEvent {
+                    r#type: kind.into(),
+                    connections: BTreeMap::from([(connection.id.clone(), connection.clone())]),
+                };
+                match subscriber.sender.try_send(Ok(event)) {
+                    Ok(()) => true,
+                    // Its sender goes with it: after what is queued, its stream ends, and it asks anew.
+                    Err(error) => {
+                        tracing::debug!(%error, "a monitor does not read its events: cut off");
+                        false
+                    }
+                }
+            });
+            if listeners.is_empty() {
+                subscribers.by_segment.remove(segment);
+            }
+        }
+    }
+
+    /// Streams that are open now.
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.subscribers)
+            .by_segment
+            .values()
+            .map(BTreeMap::len)
+            .sum()
+    }
+
+    fn remove(&self, (segment, number): &(String, u64)) {
+        let mut subscribers = lock(&self.subscribers);
+        if let Some(listeners) = subscribers.by_segment.get_mut(segment) {
+            listeners.remove(number);
+            if listeners.is_empty() {
+                subscribers.by_segment.remove(segment);
+            }
+        }
+    }
+
+    /// Ends every stream, for the drain.
+    pub(crate) fn end_all(&self) {
+        lock(&self.subscribers).by_segment.clear();
+    }
+}
+
+fn matches(selector: &MonitorScopeSelector, connection: &Connection) -> bool {
+    let services = &selector.network_services;
+    if !services.is_empty() && !services.contains(&connection.network_service) {
+        return false;
+    }
+    let asked: Vec<(&str, &str)> = selector
+        .path_segments
+        .iter()
+        .map(|segment| (segment.name.as_str(), segment.id.as_str()))
+        .collect();
+    if asked.is_empty() {
+        return true;
+    }
+    let path: Vec<(&str, &str)> = connection
+        .path
+        .iter()
+        .flat_map(|path| &path.path_segments)
+        .map(|segment| (segment.name.as_str(), segment.id.as_str()))
+        .collect();
+    selector_matches(&asked, &path)
+}

@@ -1,0 +1,245 @@
+//! The next hops of our connections: one HTTP/2 connection and one monitor stream for each URL,
+//! whatever the number of NSM connections that go there.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use nsm_proto::{
+    connection::{Connection, monitor_connection_client::MonitorConnectionClient},
+    networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
+};
+use tokio::{
+    sync::OnceCell,
+    task::AbortHandle,
+    time::{Instant, timeout_at},
+};
+use tonic::{Code, Request, Response, Status, transport::Channel};
+
+use crate::{connections::lock, dial, error::RequestError, token::TokenSource};
+
+/// Peers without connections that are kept for the next Request before the oldest go.
+const IDLE_PEERS: usize = 256;
+
+/// A next hop.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) url: String,
+    channel: OnceCell<Channel>,
+    users: Mutex<HashSet<String>>,
+    monitor: Mutex<Option<AbortHandle>>,
+    max_message_bytes: usize,
+}
+
+impl Peer {
+    async fn channel(&self, timeout: Duration) -> Result<Channel, RequestError> {
+        let channel = self
+            .channel
+            .get_or_try_init(|| dial::dial(&self.url, timeout))
+            .await?;
+        Ok(channel.clone())
+    }
+
+    /// Ids of our connections that go through this peer.
+    pub(crate) fn users(&self) -> Vec<String> {
+        lock(&self.users).iter().cloned().collect()
+    }
+
+    /// How many of our connections go through this peer.
+    pub(crate) fn user_count(&self) -> usize {
+        lock(&self.users).len()
+    }
+
+    /// Counts a connection in, and starts the monitor with the first one or when it has ended.
+    pub(crate) fn join(&self, id: &str, start_monitor: impl FnOnce() -> AbortHandle) {
+        lock(&self.users).insert(id.to_owned());
+        let mut monitor = lock(&self.monitor);
+        if monitor.as_ref().is_none_or(AbortHandle::is_finished) {
+            *monitor = Some(start_monitor());
+        }
+    }
+
+    /// Counts a connection out; the last one ends the monitor.
+    pub(crate) fn leave(&self, id: &str) {
+        let mut users = lock(&self.users);
+        users.remove(id);
+        if users.is_empty()
+            && let Some(monitor) = lock(&self.monitor).take()
+        {
+            monitor.abort();
+        }
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        if let Some(monitor) = lock(&self.monitor).take() {
+            monitor.abort();
+        }
+    }
+}
+
+/// Every peer of this agent.
+#[derive(Debug)]
+pub(crate) struct Peers {
+    peers: Mutex<HashMap<String, Arc<Peer>>>,
+    dial_timeout: Duration,
+    max_message_bytes: usize,
+    tokens: Arc<TokenSource>,
+}
+
+impl Peers {
+    /// No peers yet.
+    pub(crate) fn connecting_with(
+        tokens: Arc<TokenSource>,
+        dial_timeout: Duration,
+        max_message_bytes: usize,
+    ) -> Self {
+        Self {
+            peers: Mutex::default(),
+            dial_timeout,
+            max_message_bytes,
+            tokens,
+        }
+    }
+
+    /// The peer behind `url`.
+    pub(crate) fn get(&self, url: &str) -> Arc<Peer> {
+        let mut peers = lock(&self.peers);
+        if peers.len() >= IDLE_PEERS && !peers.contains_key(url) {
+            peers.retain(|_, peer| Arc::strong_count(peer) > 1 || peer.user_count() > 0);
+        }
+        Arc::clone(peers.entry(url.to_owned()).or_insert_with(|| {
+            Arc::new(Peer {
+                url: url.to_owned(),
+                channel: OnceCell::new(),
+                users: Mutex::default(),
+                monitor: Mutex::default(),
+                max_message_bytes: self.max_message_bytes,
+            })
+        }))
+    }
+
+    /// Every peer that carries connections, with their number.
+    pub(crate) fn in_use(&self) -> Vec<(String, usize)> {
+        lock(&self.peers)
+            .values()
+            .map(|peer| (peer.url.clone(), peer.user_count()))
+            .filter(|(_, users)| *users > 0)
+            .collect()
+    }
+
+    /// A channel to `url` for the registry services.
+    pub(crate) async fn channel(
+        &self,
+        url: &str,
+        deadline: Instant,
+    ) -> Result<Channel, RequestError> {
+        self.get(url).channel(self.dial_budget(deadline)).await
+    }
+
+    fn dial_budget(&self, deadline: Instant) -> Duration {
+        self.dial_timeout
+            .min(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Sends a Request to the peer.
+    pub(crate) async fn request(
+        &self,
+        peer: &Peer,
+        request: NetworkServiceRequest,
+        deadline: Instant,
+    ) -> Result<Connection, RequestError> {
+        let channel = peer.channel(self.dial_budget(deadline)).await?;
+        let mut client =
+            NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
+        let request = self.outgoing(request, Some(deadline));
+        let response = call(&peer.url, "Request", deadline, client.request(request)).await?;
+        Ok(response.into_inner())
+    }
+
+    /// Sends a Close to the peer.
+    pub(crate) async fn close(
+        &self,
+        peer: &Peer,
+        connection: Connection,
+        deadline: Instant,
+    ) -> Result<(), RequestError> {
+        let channel = peer.channel(self.dial_budget(deadline)).await?;
+        let mut client =
+            NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
+        let request = self.outgoing(connection, Some(deadline));
+        call(&peer.url, "Close", deadline, client.close(request)).await?;
+        Ok(())
+    }
+
+    /// A monitor client of the peer.
+    pub(crate) async fn monitor(
+        &self,
+        peer: &Peer,
+    ) -> Result<MonitorConnectionClient<Channel>, RequestError> {
+        let channel = peer.channel(self.dial_timeout).await?;
+        Ok(MonitorConnectionClient::new(channel).max_decoding_message_size(peer.max_message_bytes))
+    }
+
+    /// A message with our token, and with what is left of the time as its gRPC timeout.
+    pub(crate) fn outgoing<T>(&self, message: T, deadline: Option<Instant>) -> Request<T> {
+        let mut request = Request::new(message);
+        self.tokens.apply(request.metadata_mut());
+        if let Some(deadline) = deadline {
+            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+        }
+        request
+    }
+}
+
+/// Awaits a call until `deadline`, and says in its error who was called and how it failed.
+pub(crate) async fn call<T>(
+    url: &str,
+    method: &'static str,
+    deadline: Instant,
+    answer: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<Response<T>, RequestError> {
+    let began = Instant::now();
+    let silent = || RequestError::Silent {
+        url: url.to_owned(),
+        method,
+        after: began.elapsed(),
+    };
+    match timeout_at(deadline, answer).await {
+        Ok(Ok(response)) => Ok(response),
+        // The client side of our own timeout is told as cancelled or deadline exceeded.
+        Ok(Err(_)) if Instant::now() >= deadline => Err(silent()),
+        Ok(Err(status)) => Err(refused(url, method, &status)),
+        Err(_) => Err(silent()),
+    }
+}
+
+/// The peer's status as our error. Tonic tells a broken transport as `Unknown`: whoever asks us
+/// should see that the peer could not be reached.
+pub(crate) fn refused(url: &str, method: &'static str, status: &Status) -> RequestError {
+    let transport = std::error::Error::source(status).map(|source| {
+        let mut text = source.to_string();
+        let mut cause = source.source();
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        text
+    });
+    let code = match status.code() {
+        Code::Unknown if transport.is_some() => Code::Unavailable,
+        code => code,
+    };
+    RequestError::Refused {
+        url: url.to_owned(),
+        method,
+        code,
+        message: transport.map_or_else(
+            || status.message().to_owned(),
+            |transport| format!("{} ({transport})", status.message()),
+        ),
+    }
+}

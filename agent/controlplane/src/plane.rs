@@ -1,0 +1,267 @@
+//! The control plane of one agent: everything its roles share.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use nsm_core::{ipmap::IpMap, name::Domain, vni::VniPool};
+use tokio::time::Instant;
+
+use crate::{
+    bypass::Bypass,
+    connections::{Connections, Established, lock},
+    directory::Directory,
+    dns::Resolver,
+    expiry::Expiries,
+    forwarder::Forwarder,
+    monitor::Monitors,
+    peers::Peers,
+    token::TokenSource,
+};
+
+/// What an agent is called and how long it waits; fixed for its life.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The name of our path segments.
+    pub name: String,
+    /// The domain this agent belongs to.
+    pub domain: Domain,
+    /// The URL other agents and registries know us by, `tcp://address:port`.
+    pub advertise_url: String,
+    /// How long a Request, and each call it makes, may take.
+    pub request_timeout: Duration,
+    /// How long a connection to a peer may take to stand.
+    pub dial_timeout: Duration,
+    /// Connections at one time; more are refused.
+    pub max_connections: usize,
+    /// The largest message that is read, in bytes.
+    pub max_message_bytes: usize,
+}
+
+/// Where this agent looks up its own domain.
+#[derive(Clone)]
+pub enum OwnRegistry {
+    /// The registry role of this agent.
+    Here(crate::registry::Registry),
+    /// A registry of this domain somewhere else, by URL.
+    At(String),
+}
+
+/// The control plane of one agent. Cheap to clone; all clones are the same plane.
+#[derive(Clone)]
+pub struct ControlPlane {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) settings: Settings,
+    pub(crate) tokens: Arc<TokenSource>,
+    pub(crate) resolver: Resolver,
+    pub(crate) directory: Directory,
+    pub(crate) peers: Peers,
+    pub(crate) connections: Connections,
+    pub(crate) expiries: Expiries,
+    pub(crate) monitors: Monitors,
+    pub(crate) bypass: Bypass,
+    /// Endpoints that registered on this node's socket, by name.
+    pub(crate) local_endpoints: Mutex<HashMap<String, LocalEndpoint>>,
+    pub(crate) forwarder: Option<Arc<dyn Forwarder>>,
+    pub(crate) vnis: Mutex<VniPool>,
+    ip_map: RwLock<Arc<IpMap>>,
+    turn: AtomicU64,
+}
+
+/// An endpoint of this node.
+#[derive(Debug, Clone)]
+pub(crate) struct LocalEndpoint {
+    /// Its own URL; the registry holds ours in its place.
+    pub(crate) url: String,
+    /// When its registration lapses.
+    pub(crate) expires: SystemTime,
+}
+
+impl ControlPlane {
+    /// A control plane that serves nobody yet; see [`crate::server`] for its listeners.
+    pub fn start(
+        settings: Settings,
+        tokens: Arc<TokenSource>,
+        resolver: Resolver,
+        registry: OwnRegistry,
+        forwarder: Option<Arc<dyn Forwarder>>,
+        vnis: VniPool,
+    ) -> Self {
+        let tokens_of_peers = Arc::clone(&tokens);
+        let plane = Self {
+            shared: Arc::new(Shared {
+                directory: Directory::from(registry),
+                peers: Peers::connecting_with(
+                    tokens_of_peers,
+                    settings.dial_timeout,
+                    settings.max_message_bytes,
+                ),
+                connections: Connections::with_limit(settings.max_connections),
+                expiries: Expiries::default(),
+                monitors: Monitors::default(),
+                bypass: Bypass::default(),
+                local_endpoints: Mutex::default(),
+                forwarder,
+                vnis: Mutex::new(vnis),
+                ip_map: RwLock::default(),
+                turn: AtomicU64::new(0),
+                settings,
+                tokens,
+                resolver,
+            }),
+        };
+        tokio::spawn(plane.clone().close_expired());
+        plane
+    }
+
+    /// Replaces the map between internal and public addresses.
+    pub fn set_ip_map(&self, map: IpMap) {
+        *self
+            .shared
+            .ip_map
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
+    }
+
+    /// The resolver of domains, to reload its configuration.
+    pub fn resolver(&self) -> &Resolver {
+        &self.shared.resolver
+    }
+
+    /// Every established connection, as `status` shows it.
+    pub fn connections(&self) -> Vec<ConnectionView> {
+        let mut views: Vec<ConnectionView> = self
+            .shared
+            .connections
+            .all()
+            .into_iter()
+            .map(|established| ConnectionView { established })
+            .collect();
+        views.sort_by(|a, b| a.id().cmp(b.id()));
+        views
+    }
+
+    /// URL and number of connections of every peer that carries some.
+    pub fn peers(&self) -> Vec<(String, usize)> {
+        let mut peers = self.shared.peers.in_use();
+        peers.sort();
+        peers
+    }
+
+    /// What is held now, to compare before and after.
+    pub fn holdings(&self) -> Holdings {
+        Holdings {
+            connections: self.shared.connections.len(),
+            vnis: lock(&self.shared.vnis).in_use(),
+            monitors: self.shared.monitors.len(),
+        }
+    }
+
+    /// Refuses new connections, then closes all that are left: towards the endpoints, on this
+    /// node, and for the monitors. Returns when all is gone or `grace` is over.
+    pub async fn drain(&self, grace: Duration) {
+        self.shared.connections.drain();
+        let deadline = Instant::now() + grace;
+        let ids: Vec<String> = self
+            .shared
+            .connections
+            .all()
+            .iter()
+            .map(|established| established.view.id.clone())
+            .collect();
+        let mut closing = tokio::task::JoinSet::new();
+        for id in ids {
+            let plane = self.clone();
+            closing.spawn(async move { plane.close_by_id(&id, deadline).await });
+        }
+        closing.join_all().await;
+        self.shared.monitors.end_all();
+    }
+
+    /// A task for the life of the plane: closes what nobody refreshed.
+    async fn close_expired(self) {
+        loop {
+            let id = self.shared.expiries.next().await;
+            tracing::info!(connection.id = %id, "the previous hop's token has expired: closing");
+            let plane = self.clone();
+            tokio::spawn(async move {
+                let deadline = Instant::now() + plane.shared.settings.request_timeout;
+                plane.close_by_id(&id, deadline).await;
+            });
+        }
+    }
+}
+
+impl std::fmt::Debug for ControlPlane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ControlPlane")
+            .field("settings", &self.shared.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(crate) fn ip_map(&self) -> Arc<IpMap> {
+        Arc::clone(&self.ip_map.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A number that grows with every use, for spreading load.
+    pub(crate) fn turn(&self) -> u64 {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Numbers of things that must be gone when the last connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holdings {
+    /// Connections, established or at work.
+    pub connections: usize,
+    /// VNIs in use.
+    pub vnis: usize,
+    /// Open monitor streams.
+    pub monitors: usize,
+}
+
+/// An established connection, for showing.
+#[derive(Debug, Clone)]
+pub struct ConnectionView {
+    established: Arc<Established>,
+}
+
+impl ConnectionView {
+    /// The id of our segment.
+    pub fn id(&self) -> &str {
+        &self.established.view.id
+    }
+
+    /// The connection as monitors of this agent see it.
+    pub fn connection(&self) -> &nsm_proto::connection::Connection {
+        &self.established.view
+    }
+
+    /// The type of the mechanism towards the endpoint, empty when there is none.
+    pub fn next_mechanism(&self) -> &str {
+        self.established
+            .next_mechanism
+            .as_ref()
+            .map_or("", |mechanism| mechanism.r#type.as_str())
+    }
+
+    /// What stands on this node for it.
+    pub fn plan(&self) -> Option<&crate::forwarder::Plan> {
+        self.established.plan.as_ref()
+    }
+
+    /// When it is closed unless it is refreshed.
+    pub fn expires(&self) -> SystemTime {
+        self.established.expires
+    }
+}

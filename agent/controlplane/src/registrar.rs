@@ -1,0 +1,413 @@
+//! The registry services as our listeners serve them: a name of our own domain goes to our
+//! domain's registry, a name of another to that domain's.
+//!
+//! What goes out loses its `@domain`, what comes back gets it again. An endpoint that is found in
+//! another domain, or registered there, is told with our own URL: the Request for it then comes to
+//! our proxy, which knows the true one (see [`crate::bypass`]).
+
+use std::{collections::BTreeMap, time::SystemTime};
+
+use nsm_core::name::{Domain, InterdomainName};
+use nsm_proto::registry::{
+    NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
+    network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+    network_service_registry_client::NetworkServiceRegistryClient,
+};
+use tokio::time::Instant;
+use tokio_stream::StreamExt as _;
+use tonic::{Status, transport::Channel};
+
+use crate::{
+    connections::lock,
+    convert,
+    directory::Directory,
+    error::RequestError,
+    path_header::PathHeader,
+    peers::call,
+    plane::{ControlPlane, LocalEndpoint},
+    registry::{Registry, grpc::EndpointStream, grpc::ServiceStream},
+    request::Call,
+    route::Arrival,
+};
+
+/// The registry that a message belongs to.
+enum Target<'a> {
+    Here(&'a Registry),
+    At { url: String, channel: Channel },
+}
+
+/// The domain that the names of one message share, and where it is served.
+struct Addressed<'a> {
+    target: Target<'a>,
+    /// As the message names it; put back on what is answered.
+    domain: Option<Domain>,
+    is_ours: bool,
+}
+
+impl ControlPlane {
+    async fn address<'a>(
+        &'a self,
+        names: impl IntoIterator<Item = &str>,
+        deadline: Instant,
+    ) -> Result<Addressed<'a>, RequestError> {
+        let domain = common_domain(names)?;
+        let own = &self.shared.settings.domain;
+        let is_ours = domain.as_ref().is_none_or(|domain| domain == own);
+        let target = match (&domain, &self.shared.directory) {
+            (Some(domain), _) if !is_ours => self.registry_of(domain, deadline).await?,
+            (_, Directory::Here(registry)) => Target::Here(registry),
+            (_, Directory::At(url)) => Target::At {
+                url: url.clone(),
+                channel: self.shared.peers.channel(url, deadline).await?,
+            },
+        };
+        Ok(Addressed {
+            target,
+            domain,
+            is_ours,
+        })
+    }
+
+    async fn registry_of(
+        &self,
+        domain: &Domain,
+        deadline: Instant,
+    ) -> Result<Target<'static>, RequestError> {
+        let resolved = self.shared.resolver.resolve(domain).await?;
+        let mut last = RequestError::Missing("registry address");
+        for address in &resolved.registry {
+            let url = format!("tcp://{address}");
+            match self.shared.peers.channel(&url, deadline).await {
+                Ok(channel) => return Ok(Target::At { url, channel }),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Registers a network service.
+    pub(crate) async fn register_service(
+        &self,
+        call_: Call<NetworkService>,
+        path: Option<PathHeader>,
+    ) -> Result<NetworkService, Status> {
+        let mut service = call_.message;
+        let place = self
+            .address([service.name.as_str()], call_.deadline)
+            .await?;
+        place.strip(&mut service.name)?;
+        let mut registered = match &place.target {
+            Target::Here(registry) => registry.register_service(service)?,
+            Target::At { url, channel } => {
+                let request = self.outgoing(service, call_.deadline, path);
+                let mut client = NetworkServiceRegistryClient::new(channel.clone());
+                let answer = client.register(request);
+                call(url, "Register", call_.deadline, answer)
+                    .await?
+                    .into_inner()
+            }
+        };
+        place.join(&mut registered.name);
+        Ok(registered)
+    }
+
+    /// Takes a network service out.
+    pub(crate) async fn unregister_service(
+        &self,
+        call_: Call<NetworkService>,
+        path: Option<PathHeader>,
+    ) -> Result<(), Status> {
+        let mut service = call_.message;
+        let place = self
+            .address([service.name.as_str()], call_.deadline)
+            .await?;
+        place.strip(&mut service.name)?;
+        match &place.target {
+            Target::Here(registry) => {
+                registry.unregister_service(&service.name);
+            }
+            Target::At { url, channel } => {
+                let request = self.outgoing(service, call_.deadline, path);
+                let mut client = NetworkServiceRegistryClient::new(channel.clone());
+                call(
+                    url,
+                    "Unregister",
+                    call_.deadline,
+                    client.unregister(request),
+                )
+                .await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds network services, or watches them.
+    pub(crate) async fn find_services(
+        &self,
+        call_: Call<NetworkServiceQuery>,
+    ) -> Result<ServiceStream, Status> {
+        let mut query = call_.message;
+        let wanted = query.network_service.get_or_insert_default();
+        let place = self.address([wanted.name.as_str()], call_.deadline).await?;
+        place.strip(&mut wanted.name)?;
+        let found: ServiceStream = match &place.target {
+            Target::Here(registry) => registry.service_stream(query)?,
+            Target::At { url, channel } => {
+                let bound = Some(call_.deadline).filter(|_| !query.watch);
+                let request = self.shared.peers.outgoing(query, bound);
+                let mut client = NetworkServiceRegistryClient::new(channel.clone());
+                let answer = client.find(request);
+                Box::pin(
+                    call(url, "Find", call_.deadline, answer)
+                        .await?
+                        .into_inner(),
+                )
+            }
+        };
+        let domain = place.domain;
+        Ok(Box::pin(found.map(move |answer| {
+            let mut answer = answer?;
+            if let Some(service) = &mut answer.network_service {
+                join(domain.as_ref(), &mut service.name);
+            }
+            Ok(answer)
+        })))
+    }
+
+    /// Registers an endpoint. One that comes by the local socket is reached through us.
+    pub(crate) async fn register_endpoint(
+        &self,
+        call_: Call<NetworkServiceEndpoint>,
+        path: Option<PathHeader>,
+    ) -> Result<NetworkServiceEndpoint, Status> {
+        let mut endpoint = call_.message;
+        let place = self.address(names(&endpoint), call_.deadline).await?;
+        place.translate(&mut endpoint, strip)?;
+        let through_us = matches!(call_.arrival, Arrival::Local { .. }) || !place.is_ours;
+        let own_url = endpoint.url.clone();
+        if through_us {
+            if own_url.is_empty() {
+                return Err(RequestError::Missing("url of the endpoint").into());
+            }
+            endpoint.url.clone_from(&self.shared.settings.advertise_url);
+        }
+        let bounds: Vec<SystemTime> = call_.token.iter().map(|(_, expires)| *expires).collect();
+        let mut registered = match &place.target {
+            Target::Here(registry) => {
+                registry.register_endpoint(endpoint, SystemTime::now(), &bounds)?
+            }
+            Target::At { url, channel } => {
+                let request = self.outgoing(endpoint, call_.deadline, path);
+                let mut client = NetworkServiceEndpointRegistryClient::new(channel.clone());
+                let answer = client.register(request);
+                call(url, "Register", call_.deadline, answer)
+                    .await?
+                    .into_inner()
+            }
+        };
+        let bare_name = registered.name.clone();
+        place.translate(&mut registered, join_text)?;
+        if through_us {
+            registered.url.clone_from(&own_url);
+            if place.is_ours {
+                self.keep_local(bare_name, own_url, &registered);
+            } else {
+                self.shared.bypass.learn(&registered.name, &own_url);
+            }
+        }
+        Ok(registered)
+    }
+
+    fn keep_local(&self, name: String, url: String, registered: &NetworkServiceEndpoint) {
+        let now = SystemTime::now();
+        let expires = registered
+            .expiration_time
+            .as_ref()
+            .and_then(convert::time)
+            .unwrap_or(now);
+        let mut local = lock(&self.shared.local_endpoints);
+        local.retain(|_, endpoint| endpoint.expires > now);
+        local.insert(name, LocalEndpoint { url, expires });
+    }
+
+    /// Takes an endpoint out.
+    pub(crate) async fn unregister_endpoint(
+        &self,
+        call_: Call<NetworkServiceEndpoint>,
+        path: Option<PathHeader>,
+    ) -> Result<(), Status> {
+        let mut endpoint = call_.message;
+        let place = self.address(names(&endpoint), call_.deadline).await?;
+        self.shared.bypass.forget(&endpoint.name);
+        place.translate(&mut endpoint, strip)?;
+        if place.is_ours {
+            lock(&self.shared.local_endpoints).remove(&endpoint.name);
+        }
+        match &place.target {
+            Target::Here(registry) => {
+                registry.unregister_endpoint(&endpoint.name);
+            }
+            Target::At { url, channel } => {
+                endpoint.url.clone_from(&self.shared.settings.advertise_url);
+                let request = self.outgoing(endpoint, call_.deadline, path);
+                let mut client = NetworkServiceEndpointRegistryClient::new(channel.clone());
+                call(
+                    url,
+                    "Unregister",
+                    call_.deadline,
+                    client.unregister(request),
+                )
+                .await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds endpoints, or watches them. Those of another domain are told with our own URL.
+    pub(crate) async fn find_endpoints(
+        &self,
+        call_: Call<NetworkServiceEndpointQuery>,
+    ) -> Result<EndpointStream, Status> {
+        let mut query = call_.message;
+        let wanted = query.network_service_endpoint.get_or_insert_default();
+        let place = self.address(names(wanted), call_.deadline).await?;
+        place.translate(wanted, strip)?;
+        let found: EndpointStream = match &place.target {
+            Target::Here(registry) => registry.endpoint_stream(query)?,
+            Target::At { url, channel } => {
+                let bound = Some(call_.deadline).filter(|_| !query.watch);
+                let request = self.shared.peers.outgoing(query, bound);
+                let mut client = NetworkServiceEndpointRegistryClient::new(channel.clone());
+                let answer = client.find(request);
+                Box::pin(
+                    call(url, "Find", call_.deadline, answer)
+                        .await?
+                        .into_inner(),
+                )
+            }
+        };
+        let proxy = match &place.domain {
+            Some(domain) if !place.is_ours => {
+                let resolved = self.shared.resolver.resolve(domain).await;
+                let resolved = resolved.map_err(RequestError::from)?;
+                resolved.proxy.first().map(|proxy| format!("tcp://{proxy}"))
+            }
+            _ => None,
+        };
+        let (plane, domain) = (self.clone(), place.domain);
+        Ok(Box::pin(found.map(move |answer| {
+            let mut answer = answer?;
+            if let Some(endpoint) = &mut answer.network_service_endpoint {
+                translate(endpoint, domain.as_ref(), join_text)?;
+                if let Some(proxy) = &proxy {
+                    // An endpoint of a floating domain is served by its own domain's proxy; one
+                    // of a plain domain by the proxy that DNS names.
+                    plane.shared.bypass.learn(&endpoint.name, proxy);
+                    endpoint
+                        .url
+                        .clone_from(&plane.shared.settings.advertise_url);
+                }
+            }
+            Ok(answer)
+        })))
+    }
+
+    fn outgoing<T>(
+        &self,
+        message: T,
+        deadline: Instant,
+        path: Option<PathHeader>,
+    ) -> tonic::Request<T> {
+        let mut request = self.shared.peers.outgoing(message, Some(deadline));
+        if let Some(path) = path {
+            path.apply(request.metadata_mut());
+        }
+        request
+    }
+}
+
+impl Addressed<'_> {
+    fn strip(&self, name: &mut String) -> Result<(), RequestError> {
+        *name = strip(name, None)?;
+        Ok(())
+    }
+
+    fn join(&self, name: &mut String) {
+        join(self.domain.as_ref(), name);
+    }
+
+    fn translate(
+        &self,
+        endpoint: &mut NetworkServiceEndpoint,
+        change: fn(&str, Option<&Domain>) -> Result<String, RequestError>,
+    ) -> Result<(), RequestError> {
+        translate(endpoint, self.domain.as_ref(), change)
+    }
+}
+
+/// Every name of an endpoint: its own and its services', labels included.
+fn translate(
+    endpoint: &mut NetworkServiceEndpoint,
+    domain: Option<&Domain>,
+    change: fn(&str, Option<&Domain>) -> Result<String, RequestError>,
+) -> Result<(), RequestError> {
+    endpoint.name = change(&endpoint.name, domain)?;
+    for service in &mut endpoint.network_service_names {
+        *service = change(service, domain)?;
+    }
+    let labels = std::mem::take(&mut endpoint.network_service_labels);
+    endpoint.network_service_labels = labels
+        .into_iter()
+        .map(|(service, labels)| Ok((change(&service, domain)?, labels)))
+        .collect::<Result<BTreeMap<_, _>, RequestError>>()?;
+    Ok(())
+}
+
+fn names(endpoint: &NetworkServiceEndpoint) -> impl Iterator<Item = &str> {
+    std::iter::once(endpoint.name.as_str())
+        .chain(endpoint.network_service_names.iter().map(String::as_str))
+}
+
+/// The one domain that the names carry, if any.
+fn common_domain<'a>(
+    names: impl IntoIterator<Item = &'a str>,
+) -> Result<Option<Domain>, RequestError> {
+    let mut common: Option<Domain> = None;
+    for name in names.into_iter().filter(|name| name.contains('@')) {
+        let parsed: InterdomainName = name.parse()?;
+        match (&common, parsed.domain()) {
+            (Some(first), Some(domain)) if first != domain => {
+                return Err(RequestError::Field {
+                    field: "name",
+                    value: name.to_owned(),
+                    reason: format!(
+                        "an endpoint belongs to one domain, and another of its names is of `{first}`"
+                    ),
+                });
+            }
+            (_, domain) => common = domain.cloned().or(common),
+        }
+    }
+    Ok(common)
+}
+
+fn strip(name: &str, _: Option<&Domain>) -> Result<String, RequestError> {
+    if !name.contains('@') {
+        return Ok(name.to_owned());
+    }
+    Ok(name.parse::<InterdomainName>()?.target().to_owned())
+}
+
+fn join_text(name: &str, domain: Option<&Domain>) -> Result<String, RequestError> {
+    let mut name = name.to_owned();
+    join(domain, &mut name);
+    Ok(name)
+}
+
+/// Puts the domain back. A name that is none stays none.
+fn join(domain: Option<&Domain>, name: &mut String) {
+    if let Some(domain) = domain.filter(|_| !name.is_empty()) {
+        name.push('@');
+        name.push_str(domain.as_str());
+    }
+}

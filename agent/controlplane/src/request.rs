@@ -1,0 +1,793 @@
+//! A Request, from the message to the connection that stands: every role's part, top to bottom.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use nsm_core::{
+    mechanism::{KERNEL, Kernel, LOCAL, REMOTE, VXLAN, Vxlan},
+    path::{Hop, Path, check_reply},
+    tunnel::LinkAlias,
+    vni::Vni,
+};
+use nsm_proto::{
+    connection::{Connection, ConnectionEventType, Mechanism, State},
+    connectioncontext::ConnectionContext,
+    networkservice::NetworkServiceRequest,
+};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::{
+    case::{Case, Ends, Tunnel, interface, mac, pair_mtu, tunnel_mtu},
+    connections::{Established, Turn, lock},
+    convert, downstream,
+    error::RequestError,
+    forwarder::{Forwarder, ForwarderError, Plan},
+    peers::Peer,
+    plane::ControlPlane,
+    route::{Arrival, Crossing, Resolution, Route},
+};
+
+/// Endpoints tried for one Request. Each may cost a dial timeout; the deadline bounds them all.
+const MAX_ENDPOINTS: usize = 4;
+
+/// VNIs asked for in one Request. A server chooses among eight million at random: a second
+/// collision in a row means that something else is wrong.
+const MAX_VNIS: u32 = 4;
+
+/// How long a Close may take that undoes a Request which failed.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A call as a listener hands it on.
+#[derive(Debug)]
+pub struct Call<T> {
+    /// The message.
+    pub message: T,
+    /// The listener it came in by.
+    pub arrival: Arrival,
+    /// The previous hop's token and its expiry, from the call's metadata.
+    pub token: Option<(String, SystemTime)>,
+    /// When the caller stops waiting.
+    pub deadline: Instant,
+}
+
+/// What a Request gives back.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// The connection, as the previous hop knows it.
+    pub connection: Connection,
+    /// How the domain was resolved, when it was.
+    pub resolution: Option<Resolution>,
+    /// The type of the mechanism towards the endpoint.
+    pub next_mechanism: Option<String>,
+    /// The tunnel's VNI, when this node has an end of it.
+    pub vni: Option<u32>,
+}
+
+/// A Request in the terms of its next hop's side.
+struct Ask {
+    arrival: Arrival,
+    /// As it came, but for `id` and `path`, which are those of our segment.
+    connection: Connection,
+    path: Path,
+    preferences: Vec<Mechanism>,
+    expires: SystemTime,
+    deadline: Instant,
+}
+
+impl ControlPlane {
+    /// Makes or refreshes a connection. The work goes on when the caller goes away, so that it
+    /// either stands, to be closed by its token's expiry, or leaves nothing behind.
+    ///
+    /// # Errors
+    /// See [`RequestError`]: nothing of a Request that fails is left on either side.
+    pub async fn request(&self, call: Call<NetworkServiceRequest>) -> Result<Answer, RequestError> {
+        let plane = self.clone();
+        tokio::spawn(plane.serve_request(call))
+            .await
+            .unwrap_or(Err(RequestError::Internal))
+    }
+
+    async fn serve_request(
+        self,
+        call: Call<NetworkServiceRequest>,
+    ) -> Result<Answer, RequestError> {
+        let mut connection = call
+            .message
+            .connection
+            .ok_or(RequestError::Missing("connection"))?;
+        let asked_id = connection.id.clone();
+        let (path, hop, expires) = self.enter(&mut connection, call.token)?;
+        let turn = self
+            .shared
+            .connections
+            .admit(&hop.id, call.deadline)
+            .await?;
+        if connection.state() == State::ReselectRequested && turn.current().is_some() {
+            self.tear_down(&turn, call.deadline).await;
+        }
+        connection.set_state(State::Up);
+        let ask = Ask {
+            arrival: call.arrival,
+            connection,
+            path,
+            preferences: call.message.mechanism_preferences,
+            expires,
+            deadline: call.deadline,
+        };
+        let prior = turn.current();
+        let established = self.establish(&ask, prior.as_deref()).await?;
+        Ok(self.commit(&turn, prior, established, &hop, asked_id))
+    }
+
+    /// The server's part of the path rules: the previous hop's token into its segment, our own
+    /// segment added or found again, our token into it.
+    pub(crate) fn enter(
+        &self,
+        connection: &mut Connection,
+        token: Option<(String, SystemTime)>,
+    ) -> Result<(Path, Hop, SystemTime), RequestError> {
+        let mut path = convert::path(connection.path.take().unwrap_or_default());
+        let now = SystemTime::now();
+        if let Some((token, expires)) = token
+            && let Some(previous) = path.segments.get_mut(path.index as usize)
+        {
+            previous.token = token;
+            previous.expires = Some(expires);
+        }
+        let fresh_id = own_id(&path, &self.shared.settings.name);
+        let hop = path.descend(&connection.id, &self.shared.settings.name, || fresh_id)?;
+        let previous = hop
+            .previous
+            .and_then(|at| path.segments.get(at as usize))
+            .ok_or(RequestError::Missing("previous path segment"))?;
+        let expires = previous
+            .expires
+            .ok_or(RequestError::Missing("expiry of the previous path segment"))?;
+        if let Ok(ago) = now.duration_since(expires) {
+            return Err(RequestError::Expired {
+                segment: previous.name.clone(),
+                ago,
+            });
+        }
+        let (own_token, own_expires) = self.shared.tokens.token(now);
+        if let Some(own) = path.segments.get_mut(hop.index as usize) {
+            own.token = own_token;
+            own.expires = Some(own_expires);
+        }
+        connection.id.clone_from(&hop.id);
+        Ok((path, hop, expires))
+    }
+
+    /// Tries the way it went before, then every endpoint that serves the name.
+    async fn establish(
+        &self,
+        ask: &Ask,
+        prior: Option<&Established>,
+    ) -> Result<Established, RequestError> {
+        let mut failures = Vec::new();
+        if let Some(prior) = prior.filter(|prior| serves(prior, &ask.connection)) {
+            match self.try_route(ask, &prior.route, Some(prior)).await {
+                Err(error) if error.is_about_the_endpoint() => failures.push(error),
+                outcome => return outcome,
+            }
+        }
+        let routes = self
+            .shared
+            .routes(ask.arrival, &ask.connection, ask.deadline)
+            .await?;
+        for route in routes.iter().take(MAX_ENDPOINTS) {
+            match self.try_route(ask, route, prior).await {
+                Err(error) if error.is_about_the_endpoint() => {
+                    tracing::debug!(endpoint = %route.endpoint, %error, "an endpoint failed");
+                    failures.push(error);
+                }
+                outcome => return outcome,
+            }
+        }
+        Err(all_failed(&ask.connection.network_service, failures))
+    }
+
+    /// Asks one next hop, and sets up our part of what it grants.
+    async fn try_route(
+        &self,
+        ask: &Ask,
+        route: &Route,
+        prior: Option<&Established>,
+    ) -> Result<Established, RequestError> {
+        let forwarder = self.shared.forwarder.clone();
+        let case = Case::of(
+            ask.arrival,
+            forwarder.is_some(),
+            &ask.connection,
+            &ask.preferences,
+            route,
+        )?;
+        let peer = self.shared.peers.get(&route.url);
+        let mut next_mechanism = prior
+            .filter(|prior| prior.route.url == route.url)
+            .and_then(|prior| prior.next_mechanism.clone());
+        let mut taken = 0;
+        for _ in 0..MAX_VNIS {
+            let request = self.offer(ask, route, &case, next_mechanism.take()).await?;
+            let sent_source = source(&request);
+            let reply = match self
+                .shared
+                .peers
+                .request(&peer, request.clone(), ask.deadline)
+                .await
+            {
+                Ok(reply) => reply,
+                Err(error) => {
+                    // It may have done its part all the same.
+                    if matches!(error, RequestError::Silent { .. }) && prior.is_none() {
+                        self.undo_at(&peer, request.connection);
+                    }
+                    return Err(error);
+                }
+            };
+            let accepted = self
+                .accept(ask, route, &case, reply.clone(), sent_source, prior)
+                .await;
+            match accepted {
+                Ok(established) => return Ok(established),
+                Err(error) => {
+                    let is_taken = match &error {
+                        RequestError::Forwarder(ForwarderError::VniTaken(vni)) => Some(*vni),
+                        _ => None,
+                    };
+                    let stood_there = prior.is_some_and(|prior| prior.route.url == route.url);
+                    if !stood_there || is_taken.is_some() {
+                        let undo = undo_connection(ask, route, reply);
+                        self.close_at(&peer, undo, Instant::now() + UNDO_TIMEOUT)
+                            .await;
+                    }
+                    match is_taken {
+                        Some(vni) if matches!(case, Case::PodToTunnel(..)) => taken = vni,
+                        _ => return Err(error),
+                    }
+                }
+            }
+        }
+        Err(RequestError::VniTaken {
+            url: route.url.clone(),
+            vni: taken,
+            tries: MAX_VNIS,
+        })
+    }
+
+    /// The Request to the next hop: names as it knows them, the mechanism we want towards it, and
+    /// what this node can promise of the connection's context.
+    async fn offer(
+        &self,
+        ask: &Ask,
+        route: &Route,
+        case: &Case,
+        standing: Option<Mechanism>,
+    ) -> Result<NetworkServiceRequest, RequestError> {
+        let mut connection = ask.connection.clone();
+        connection.path = Some(convert::wire_path(ask.path.clone()));
+        connection.network_service.clone_from(&route.service);
+        connection
+            .network_service_endpoint_name
+            .clone_from(&route.endpoint);
+        if connection.payload.is_empty() {
+            connection.payload.clone_from(&route.payload);
+        }
+        let mut preferences = Vec::new();
+        match case {
+            Case::PodToPod(..) => {
+                let context = connection.context.get_or_insert_default();
+                context.mtu = pair_mtu(context);
+                set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
+                preferences.push(convert::mechanism(LOCAL, KERNEL, [].into()));
+            }
+            Case::PodToTunnel(..) => {
+                let underlay = self.forwarder()?.underlay(None).await?;
+                let context = connection.context.get_or_insert_default();
+                context.mtu = tunnel_mtu(context, &underlay, None);
+                set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
+                let mut parameters = [].into();
+                Vxlan {
+                    src_ip: Some(underlay.ip),
+                    dst_ip: None,
+                    src_port: underlay.port,
+                    dst_port: underlay.port,
+                    vni: None,
+                    mtu: Some(context.mtu),
+                }
+                .write(&mut parameters);
+                preferences.push(convert::mechanism(REMOTE, VXLAN, parameters));
+            }
+            Case::TunnelToPod(vxlan, _) => {
+                let underlay = self.forwarder()?.underlay(vxlan.src_ip).await?;
+                let context = connection.context.get_or_insert_default();
+                context.mtu = tunnel_mtu(context, &underlay, vxlan.mtu);
+                set_mac(context, End::Endpoint, &mac(&ask.connection.id, "endpoint"));
+                preferences.push(convert::mechanism(LOCAL, KERNEL, [].into()));
+            }
+            Case::Through => preferences.clone_from(&ask.preferences),
+        }
+        if !matches!(case, Case::Through) {
+            connection.mechanism = standing;
+        }
+        self.cross_request(
+            route,
+            connection.mechanism.iter_mut().chain(&mut preferences),
+        );
+        Ok(NetworkServiceRequest {
+            connection: Some(connection),
+            mechanism_preferences: preferences,
+        })
+    }
+
+    /// Checks the next hop's reply and makes this node's part of it real.
+    async fn accept(
+        &self,
+        ask: &Ask,
+        route: &Route,
+        case: &Case,
+        mut reply: Connection,
+        sent_source: Option<String>,
+        prior: Option<&Established>,
+    ) -> Result<Established, RequestError> {
+        check(ask, route, case, &reply)?;
+        self.cross_reply(route, reply.mechanism.as_mut(), sent_source.as_deref());
+        let next_mechanism = reply.mechanism.take();
+        let parameters = next_mechanism
+            .as_ref()
+            .map(|mechanism| mechanism.parameters.clone())
+            .unwrap_or_default();
+        let wrong = |error: &dyn std::fmt::Display| bad_answer(route, error.to_string());
+        let id = &ask.connection.id;
+        let context = reply.context.get_or_insert_default();
+        let (client_mechanism, plan, vni) = match case {
+            Case::Through => (next_mechanism.clone(), None, None),
+            Case::PodToPod(client, mechanism) => {
+                let endpoint = Kernel::parse(&parameters).map_err(|error| wrong(&error))?;
+                set_mac(context, End::Endpoint, &mac(id, "endpoint"));
+                let name = interface(client, id);
+                let plan = Ends::parse(self.alias(id)?, context)?.pair(
+                    (client, name.clone()),
+                    (&endpoint, interface(&endpoint, id)),
+                )?;
+                self.bring_up(&plan, prior).await?;
+                (Some(named(mechanism, client, &name)), Some(plan), None)
+            }
+            Case::PodToTunnel(client, mechanism) => {
+                let vxlan = Vxlan::parse(&parameters).map_err(|error| wrong(&error))?;
+                let (Some(vni), Some(remote)) = (vxlan.vni, vxlan.dst_ip) else {
+                    return Err(wrong(&"its VXLAN mechanism lacks vni or dst_ip"));
+                };
+                let underlay = self.forwarder()?.underlay(Some(remote)).await?;
+                context.mtu = tunnel_mtu(context, &underlay, vxlan.mtu);
+                let name = interface(client, id);
+                let plan = Ends::parse(self.alias(id)?, context)?.client_tunnel(
+                    client,
+                    name.clone(),
+                    Tunnel {
+                        vni,
+                        local: underlay.ip,
+                        remote,
+                        port: vxlan.dst_port,
+                    },
+                )?;
+                let held = prior.and_then(|prior| prior.vni);
+                if held != Some(vni) {
+                    let claimed = lock(&self.shared.vnis).claim(vni, SystemTime::now());
+                    claimed.map_err(|_| ForwarderError::VniTaken(vni.get()))?;
+                }
+                if let Err(error) = self.bring_up(&plan, prior).await {
+                    self.release_unless(held, vni);
+                    return Err(error);
+                }
+                (Some(named(mechanism, client, &name)), Some(plan), Some(vni))
+            }
+            Case::TunnelToPod(vxlan, mechanism) => {
+                let endpoint = Kernel::parse(&parameters).map_err(|error| wrong(&error))?;
+                set_mac(context, End::Endpoint, &mac(id, "endpoint"));
+                let (mechanism, plan, vni) = self
+                    .answer_tunnel(id, vxlan, mechanism, &endpoint, context, route, prior)
+                    .await?;
+                (Some(mechanism), Some(plan), Some(vni))
+            }
+        };
+        reply.id.clone_from(id);
+        reply
+            .network_service
+            .clone_from(&ask.connection.network_service);
+        reply
+            .network_service_endpoint_name
+            .clone_from(&route.endpoint_told);
+        reply.mechanism = client_mechanism;
+        reply.set_state(State::Up);
+        Ok(Established {
+            view: reply,
+            route: route.clone(),
+            next_mechanism,
+            plan,
+            vni,
+            expires: ask.expires,
+        })
+    }
+
+    /// The server's end of a tunnel: chooses the VNI (again, when the kernel says that something
+    /// else on this node has it) and answers with our address.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one connection's facts, used once and together"
+    )]
+    async fn answer_tunnel(
+        &self,
+        id: &str,
+        asked: &Vxlan,
+        mechanism: &Mechanism,
+        endpoint: &Kernel,
+        context: &mut ConnectionContext,
+        route: &Route,
+        prior: Option<&Established>,
+    ) -> Result<(Mechanism, Plan, Vni), RequestError> {
+        let remote = asked
+            .src_ip
+            .ok_or(RequestError::Missing("src_ip in its VXLAN mechanism"))?;
+        let underlay = self.forwarder()?.underlay(Some(remote)).await?;
+        context.mtu = tunnel_mtu(context, &underlay, asked.mtu);
+        let ends = Ends::parse(self.alias(id)?, context)?;
+        let name = interface(endpoint, id);
+        let held = prior.and_then(|prior| prior.vni);
+        let mut kept = held;
+        for attempt in 1.. {
+            let vni = match kept.take() {
+                Some(vni) => vni,
+                None => lock(&self.shared.vnis).allocate(
+                    self.shared.ip_map().external(underlay.ip),
+                    remote,
+                    SystemTime::now(),
+                    rand::random,
+                )?,
+            };
+            let tunnel = Tunnel {
+                vni,
+                local: underlay.ip,
+                remote,
+                port: underlay.port,
+            };
+            let outcome = match ends.endpoint_tunnel(endpoint, name.clone(), tunnel) {
+                Ok(plan) => self.bring_up(&plan, prior).await.map(|()| plan),
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(plan) => {
+                    let mut answer = mechanism.clone();
+                    Vxlan {
+                        dst_ip: Some(underlay.ip),
+                        dst_port: underlay.port,
+                        vni: Some(vni),
+                        mtu: Some(context.mtu),
+                        ..asked.clone()
+                    }
+                    .write(&mut answer.parameters);
+                    if route.crossing == Crossing::In {
+                        self.shared.ip_map().reply_out(&mut answer.parameters);
+                    }
+                    return Ok((answer, plan, vni));
+                }
+                Err(error) => {
+                    self.release_unless(held, vni);
+                    let again =
+                        matches!(error, RequestError::Forwarder(ForwarderError::VniTaken(_)));
+                    if !again || attempt >= MAX_VNIS {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        unreachable!("the loop above ends by returning")
+    }
+
+    fn release_unless(&self, held: Option<Vni>, vni: Vni) {
+        if held != Some(vni) {
+            lock(&self.shared.vnis).release(vni, SystemTime::now());
+        }
+    }
+
+    /// Makes the plan real; what stood before and cannot be changed into it goes first.
+    async fn bring_up(&self, plan: &Plan, prior: Option<&Established>) -> Result<(), RequestError> {
+        let forwarder = self.forwarder()?;
+        let replaced = prior
+            .and_then(|prior| prior.plan.as_ref())
+            .filter(|old| !is_same_link(old, plan));
+        if let Some(old) = replaced {
+            forwarder.down(old).await?;
+        }
+        let outcome = forwarder.up(plan).await;
+        if let (Err(_), Some(old)) = (&outcome, replaced)
+            && let Err(error) = forwarder.up(old).await
+        {
+            tracing::error!(%error, "the link that stood before could not be restored");
+        }
+        Ok(outcome?)
+    }
+
+    /// Stores the connection, tells the monitors, and answers.
+    fn commit(
+        &self,
+        turn: &Turn,
+        prior: Option<Arc<Established>>,
+        established: Established,
+        hop: &Hop,
+        asked_id: String,
+    ) -> Answer {
+        let id = turn.id();
+        let answer = Answer {
+            connection: Connection {
+                id: asked_id,
+                path: established.view.path.clone().map(|mut path| {
+                    path.index = hop.previous.unwrap_or_default();
+                    path
+                }),
+                ..established.view.clone()
+            },
+            resolution: established.route.resolution.clone(),
+            next_mechanism: established
+                .next_mechanism
+                .as_ref()
+                .map(|mechanism| mechanism.r#type.clone()),
+            vni: established.vni.map(Vni::get),
+        };
+        if let Some(prior) = prior {
+            if prior.route.url != established.route.url {
+                let peer = self.shared.peers.get(&prior.route.url);
+                peer.leave(id);
+                self.undo_at(&peer, Some(self.downstream_view(&prior)));
+            }
+            if let Some(vni) = prior.vni
+                && prior.vni != established.vni
+            {
+                lock(&self.shared.vnis).release(vni, SystemTime::now());
+            }
+        }
+        let established = Arc::new(established);
+        let peer = self.shared.peers.get(&established.route.url);
+        turn.set(Some(Arc::clone(&established)));
+        self.shared.expiries.set(id, established.expires);
+        peer.join(id, || downstream::watch(self.clone(), Arc::clone(&peer)));
+        self.shared
+            .monitors
+            .publish(ConnectionEventType::Update, &established.view);
+        answer
+    }
+
+    pub(crate) fn forwarder(&self) -> Result<&dyn Forwarder, RequestError> {
+        self.shared
+            .forwarder
+            .as_deref()
+            .ok_or(RequestError::NoForwarder("network"))
+    }
+
+    fn alias(&self, id: &str) -> Result<LinkAlias, RequestError> {
+        LinkAlias::new(self.shared.settings.domain.as_str(), id).map_err(|error| {
+            RequestError::Field {
+                field: "id of our path segment",
+                value: id.to_owned(),
+                reason: error.to_string(),
+            }
+        })
+    }
+
+    /// The proxy's part on the way out or in: public addresses for internal ones.
+    fn cross_request<'a>(
+        &self,
+        route: &Route,
+        mechanisms: impl Iterator<Item = &'a mut Mechanism>,
+    ) {
+        let map = self.shared.ip_map();
+        for mechanism in mechanisms {
+            match route.crossing {
+                Crossing::Inside => {}
+                Crossing::Out => {
+                    map.request_out(&mut mechanism.parameters);
+                }
+                Crossing::In => map.request_in(&mut mechanism.parameters),
+            }
+        }
+    }
+
+    /// The proxy's part on the way back. A tunnel that ends here is swapped where it is answered.
+    fn cross_reply(
+        &self,
+        route: &Route,
+        mechanism: Option<&mut Mechanism>,
+        sent_source: Option<&str>,
+    ) {
+        let Some(mechanism) = mechanism else { return };
+        let map = self.shared.ip_map();
+        match route.crossing {
+            Crossing::Inside => {}
+            Crossing::Out => map.reply_in(&mut mechanism.parameters, sent_source),
+            Crossing::In => map.reply_out(&mut mechanism.parameters),
+        }
+    }
+
+    /// Takes back, in the background, what a next hop may have granted.
+    fn undo_at(&self, peer: &Arc<Peer>, connection: Option<Connection>) {
+        let Some(connection) = connection else { return };
+        let (plane, peer) = (self.clone(), Arc::clone(peer));
+        tokio::spawn(async move {
+            plane
+                .close_at(&peer, connection, Instant::now() + UNDO_TIMEOUT)
+                .await;
+        });
+    }
+}
+
+#[derive(Clone, Copy)]
+enum End {
+    Client,
+    Endpoint,
+}
+
+fn set_mac(context: &mut ConnectionContext, end: End, mac: &nsm_core::tunnel::MacAddr) {
+    let ethernet = context.ethernet_context.get_or_insert_default();
+    match end {
+        End::Client => ethernet.src_mac = mac.to_string(),
+        End::Endpoint => ethernet.dst_mac = mac.to_string(),
+    }
+}
+
+/// The id of our segment when the previous hop has none for us: derived from who asks, so that a
+/// Request whose reply was lost and is sent again finds the connection that it made.
+fn own_id(path: &Path, own_name: &str) -> String {
+    let mut who = Vec::new();
+    for segment in path.segments.iter().take(path.index as usize + 1) {
+        for text in [&segment.name, &segment.id] {
+            who.extend_from_slice(&(text.len() as u64).to_be_bytes());
+            who.extend_from_slice(text.as_bytes());
+        }
+    }
+    who.extend_from_slice(own_name.as_bytes());
+    Uuid::new_v5(&Uuid::NAMESPACE_OID, &who).to_string()
+}
+
+/// Whether the connection goes on where it stands.
+fn serves(prior: &Established, asked: &Connection) -> bool {
+    let endpoint = &asked.network_service_endpoint_name;
+    prior.view.network_service == asked.network_service
+        && (endpoint.is_empty() || *endpoint == prior.view.network_service_endpoint_name)
+}
+
+/// Whether a plan can be reached from another by changing the link that stands.
+fn is_same_link(old: &Plan, new: &Plan) -> bool {
+    match (old, new) {
+        (
+            Plan::Vxlan { netns, spec },
+            Plan::Vxlan {
+                netns: new_netns,
+                spec: new_spec,
+            },
+        ) => {
+            netns == new_netns
+                && spec.link.name == new_spec.link.name
+                && spec.vni == new_spec.vni
+                && spec.port == new_spec.port
+                && spec.remote == new_spec.remote
+        }
+        (
+            Plan::Veth { client, endpoint },
+            Plan::Veth {
+                client: new_client,
+                endpoint: new_endpoint,
+            },
+        ) => {
+            client.0 == new_client.0
+                && client.1.name == new_client.1.name
+                && endpoint.0 == new_endpoint.0
+                && endpoint.1.name == new_endpoint.1.name
+        }
+        _ => false,
+    }
+}
+
+/// The client's mechanism with the interface's name in it.
+fn named(mechanism: &Mechanism, kernel: &Kernel, name: &nsm_core::mechanism::IfName) -> Mechanism {
+    let mut mechanism = mechanism.clone();
+    Kernel {
+        name: Some(name.clone()),
+        ..kernel.clone()
+    }
+    .write(&mut mechanism.parameters);
+    mechanism
+}
+
+/// The source address before it was swapped, to be restored in the reply.
+fn source(request: &NetworkServiceRequest) -> Option<String> {
+    request
+        .connection
+        .iter()
+        .flat_map(|connection| &connection.mechanism)
+        .chain(&request.mechanism_preferences)
+        .find_map(|mechanism| {
+            mechanism
+                .parameters
+                .get(nsm_core::mechanism::ORIG_SRC_IP)
+                .or_else(|| mechanism.parameters.get(nsm_core::mechanism::SRC_IP))
+                .cloned()
+        })
+}
+
+/// What a next hop must not change.
+fn check(ask: &Ask, route: &Route, case: &Case, reply: &Connection) -> Result<(), RequestError> {
+    if reply.id != ask.connection.id {
+        return Err(bad_answer(
+            route,
+            format!(
+                "the connection's id is `{}`, we sent `{}`",
+                reply.id, ask.connection.id
+            ),
+        ));
+    }
+    let path = convert::path(reply.path.clone().unwrap_or_default());
+    check_reply(&ask.path, &path).map_err(|error| bad_answer(route, error.to_string()))?;
+    let (cls, r#type) = match case {
+        Case::Through => return Ok(()),
+        Case::PodToTunnel(..) => (REMOTE, VXLAN),
+        Case::PodToPod(..) | Case::TunnelToPod(..) => (LOCAL, KERNEL),
+    };
+    match &reply.mechanism {
+        None => Err(bad_answer(
+            route,
+            format!("it chose no mechanism, we offered {cls} {type}"),
+        )),
+        Some(mechanism) if mechanism.cls != cls || mechanism.r#type != r#type => Err(bad_answer(
+            route,
+            format!(
+                "it chose the mechanism {} {}, we offered {cls} {type}",
+                mechanism.cls, mechanism.r#type
+            ),
+        )),
+        Some(_) => Ok(()),
+    }
+}
+
+fn bad_answer(route: &Route, fault: String) -> RequestError {
+    RequestError::BadAnswer {
+        url: route.url.clone(),
+        method: "Request",
+        fault,
+    }
+}
+
+/// The connection to close at a next hop whose reply we could not use.
+fn undo_connection(ask: &Ask, route: &Route, reply: Connection) -> Connection {
+    let ours = convert::wire_path(ask.path.clone());
+    let path = match reply.path {
+        Some(mut path) if path.path_segments.len() > ours.path_segments.len() => {
+            path.index = ours.index;
+            path
+        }
+        _ => ours,
+    };
+    Connection {
+        id: ask.connection.id.clone(),
+        path: Some(path),
+        network_service: route.service.clone(),
+        network_service_endpoint_name: route.endpoint.clone(),
+        mechanism: reply.mechanism,
+        ..ask.connection.clone()
+    }
+}
+
+fn all_failed(service: &str, mut failures: Vec<RequestError>) -> RequestError {
+    match failures.len() {
+        1 => failures.remove(0),
+        _ => RequestError::AllFailed {
+            service: service.to_owned(),
+            code: failures
+                .last()
+                .map_or(tonic::Code::Unavailable, RequestError::code),
+            causes: failures.iter().map(ToString::to_string).collect(),
+        },
+    }
+}

@@ -1,0 +1,291 @@
+//! Where a Request goes next: the NSMgr's and the proxy's part of the decision.
+//!
+//! - From a local client, a name of another domain goes to that domain's proxy, found by DNS and
+//!   its registry; anything else is looked up in our own domain.
+//! - From the network, a name that a Find through this proxy has taught us goes where it was
+//!   found; any other `@domain` means us, under whatever name the caller knows our domain, and is
+//!   stripped (NSM `interdomainbypass`).
+
+use nsm_core::{
+    name::{Domain, InterdomainName},
+    select::{Candidate, select},
+};
+use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
+use tokio::time::Instant;
+
+use crate::{
+    connections::lock,
+    convert,
+    directory::{Found, Wanted},
+    dns::Resolved,
+    error::RequestError,
+    plane::Shared,
+};
+
+/// Which listener a call came in by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrival {
+    /// The NSMgr's socket: a client or endpoint on this node. `trusted` is true for a peer process
+    /// of root, which may name a network namespace by path.
+    Local {
+        /// Whether the peer process runs as root.
+        trusted: bool,
+    },
+    /// The proxy's port: another agent, NSMgr or proxy.
+    Network,
+}
+
+/// Whether the next hop lies in another domain than the previous one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Crossing {
+    /// Both hops are of our domain.
+    Inside,
+    /// The Request leaves our domain: the peer must see public addresses.
+    Out,
+    /// The Request has come from another domain.
+    In,
+}
+
+/// The next hop of a connection, and the names it knows it by.
+#[derive(Debug, Clone)]
+pub(crate) struct Route {
+    pub(crate) url: String,
+    pub(crate) crossing: Crossing,
+    /// The service as the next hop is asked for it.
+    pub(crate) service: String,
+    /// The endpoint as the next hop is asked for it.
+    pub(crate) endpoint: String,
+    /// The endpoint as the previous hop is told it.
+    pub(crate) endpoint_told: String,
+    /// What the service carries, where the registry said.
+    pub(crate) payload: String,
+    pub(crate) resolution: Option<Resolution>,
+}
+
+/// How a domain was resolved, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolution {
+    /// The domain asked for.
+    pub domain: String,
+    /// The DNS question, as its name and type.
+    pub question: String,
+    /// The answer in short.
+    pub answer: String,
+}
+
+impl Route {
+    /// Whether the next hop is an endpoint on this node.
+    pub(crate) fn is_local(&self) -> bool {
+        self.url.starts_with("unix:")
+    }
+}
+
+impl Shared {
+    /// The ways to a service or endpoint, best first; never empty.
+    pub(crate) async fn routes(
+        &self,
+        arrival: Arrival,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        let service = parse(&connection.network_service)?;
+        let endpoint = parse(&connection.network_service_endpoint_name)?;
+        if service.is_none() && endpoint.is_none() {
+            return Err(RequestError::Missing("network_service"));
+        }
+        let domain = [&service, &endpoint]
+            .into_iter()
+            .flatten()
+            .find_map(InterdomainName::domain)
+            .cloned();
+        let wanted = Wanted {
+            service: service.as_ref().map_or("", InterdomainName::target),
+            endpoint: endpoint.as_ref().map_or("", InterdomainName::target),
+        };
+        match (arrival, domain) {
+            (Arrival::Network, Some(_))
+                if let Some(url) = self.bypass.url(&connection.network_service_endpoint_name) =>
+            {
+                Ok(vec![Route {
+                    url,
+                    crossing: Crossing::Out,
+                    service: connection.network_service.clone(),
+                    endpoint: connection.network_service_endpoint_name.clone(),
+                    endpoint_told: connection.network_service_endpoint_name.clone(),
+                    payload: connection.payload.clone(),
+                    resolution: None,
+                }])
+            }
+            (Arrival::Local { .. }, Some(domain)) if domain != self.settings.domain => {
+                self.routes_out(&domain, wanted, connection, deadline).await
+            }
+            (_, domain) => {
+                self.routes_here(arrival, domain, wanted, connection, deadline)
+                    .await
+            }
+        }
+    }
+
+    async fn routes_out(
+        &self,
+        domain: &Domain,
+        wanted: Wanted<'_>,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        let (found, resolved) = self.find_in(domain, wanted, deadline).await?;
+        let chosen = self.choose(&found, wanted, domain, connection)?;
+        let payload = payload(&found);
+        let resolution = resolution(domain, &resolved);
+        let mut routes = Vec::new();
+        for endpoint in chosen {
+            let name = format!("{}@{domain}", endpoint.name);
+            for proxy in &resolved.proxy {
+                routes.push(Route {
+                    url: format!("tcp://{proxy}"),
+                    crossing: Crossing::Out,
+                    service: format!("{}@{domain}", wanted.service),
+                    endpoint: name.clone(),
+                    endpoint_told: name.clone(),
+                    payload: payload.clone(),
+                    resolution: Some(resolution.clone()),
+                });
+            }
+        }
+        if routes.is_empty() {
+            return Err(RequestError::Missing("proxy address"));
+        }
+        Ok(routes)
+    }
+
+    async fn routes_here(
+        &self,
+        arrival: Arrival,
+        domain: Option<Domain>,
+        wanted: Wanted<'_>,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        let found = self.find_here(wanted, deadline).await?;
+        let own = &self.settings.domain;
+        let chosen = self.choose(&found, wanted, own, connection)?;
+        let payload = payload(&found);
+        let crossing = match (&domain, arrival) {
+            (Some(_), Arrival::Network) => Crossing::In,
+            _ => Crossing::Inside,
+        };
+        let local = lock(&self.local_endpoints);
+        let routes: Vec<Route> = chosen
+            .into_iter()
+            .filter_map(|endpoint| {
+                let url = match local.get(&endpoint.name) {
+                    Some(endpoint) => endpoint.url.clone(),
+                    // Registered through an earlier life of this agent, and not again since.
+                    None if endpoint.url == self.settings.advertise_url => return None,
+                    None => endpoint.url.clone(),
+                };
+                Some(Route {
+                    url,
+                    crossing,
+                    service: wanted.service.to_owned(),
+                    endpoint: endpoint.name.clone(),
+                    endpoint_told: match &domain {
+                        Some(domain) => format!("{}@{domain}", endpoint.name),
+                        None => endpoint.name.clone(),
+                    },
+                    payload: payload.clone(),
+                    resolution: None,
+                })
+            })
+            .collect();
+        if routes.is_empty() {
+            return Err(RequestError::NoEndpoint {
+                service: wanted.service.to_owned(),
+                domain: own.to_string(),
+            });
+        }
+        Ok(routes)
+    }
+
+    /// The endpoints that serve the connection, best first; never empty.
+    fn choose<'a>(
+        &self,
+        found: &'a Found,
+        wanted: Wanted<'_>,
+        domain: &Domain,
+        connection: &Connection,
+    ) -> Result<Vec<&'a NetworkServiceEndpoint>, RequestError> {
+        let domain = domain.to_string();
+        let service = wanted.service.to_owned();
+        if found.endpoints.is_empty() {
+            return Err(if !wanted.endpoint.is_empty() {
+                RequestError::NoSuchEndpoint {
+                    endpoint: wanted.endpoint.to_owned(),
+                    domain,
+                }
+            } else if found.service.is_some() {
+                RequestError::NoEndpoint { service, domain }
+            } else {
+                RequestError::NoService { service, domain }
+            });
+        }
+        if !wanted.endpoint.is_empty() {
+            return Ok(found.endpoints.iter().collect());
+        }
+        let no_labels = std::collections::BTreeMap::new();
+        let candidates: Vec<Candidate<'_>> = found
+            .endpoints
+            .iter()
+            .map(|endpoint| Candidate {
+                name: &endpoint.name,
+                labels: endpoint
+                    .network_service_labels
+                    .get(wanted.service)
+                    .map_or(&no_labels, |labels| &labels.labels),
+            })
+            .collect();
+        let matches = found
+            .service
+            .as_ref()
+            .map(convert::matches)
+            .unwrap_or_default();
+        let chosen = select(&matches, &connection.labels, &candidates, self.turn());
+        if chosen.is_empty() {
+            return Err(RequestError::NoMatch {
+                service,
+                domain,
+                count: candidates.len(),
+                labels: connection
+                    .labels
+                    .iter()
+                    .map(|(key, value)| format!("{key}={value}"))
+                    .collect(),
+            });
+        }
+        Ok(chosen.into_iter().map(|at| &found.endpoints[at]).collect())
+    }
+}
+
+fn payload(found: &Found) -> String {
+    found
+        .service
+        .as_ref()
+        .map(|service| service.payload.clone())
+        .unwrap_or_default()
+}
+
+fn resolution(domain: &Domain, resolved: &Resolved) -> Resolution {
+    Resolution {
+        domain: domain.to_string(),
+        question: resolved.question.clone(),
+        answer: resolved.answer.clone(),
+    }
+}
+
+/// A name that may be absent.
+fn parse(name: &str) -> Result<Option<InterdomainName>, RequestError> {
+    if name.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(name.parse()?))
+}

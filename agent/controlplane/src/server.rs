@@ -1,0 +1,393 @@
+//! The agent's listeners: NSM v1 on a Unix socket for this node, and on TCP for everyone else.
+//!
+//! Both serve the same services; what differs is the [`Arrival`], and with it what a caller may
+//! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use nsm_proto::{
+    connection::{
+        Connection, MonitorScopeSelector,
+        monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
+    },
+    networkservice::{
+        NetworkServiceRequest,
+        network_service_server::{NetworkService, NetworkServiceServer},
+    },
+    registry::{
+        NetworkService as Service, NetworkServiceEndpoint as Endpoint, NetworkServiceEndpointQuery,
+        NetworkServiceQuery,
+        network_service_endpoint_registry_server::{
+            NetworkServiceEndpointRegistry, NetworkServiceEndpointRegistryServer,
+        },
+        network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
+    },
+};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    time::Instant,
+};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::{
+    Request, Response, Status,
+    metadata::{AsciiMetadataValue, MetadataMap},
+    service::Routes,
+    transport::{Server, server::UdsConnectInfo},
+};
+
+use crate::{
+    error::RequestError,
+    monitor::Events,
+    path_header::PathHeader,
+    plane::ControlPlane,
+    registry::grpc::{EndpointStream, ServiceStream},
+    request::{Answer, Call},
+    route::Arrival,
+    token::{self, TokenError},
+};
+
+/// How often an idle HTTP/2 connection is probed. A peer that vanished without a word is noticed
+/// after this and [`KEEPALIVE_TIMEOUT`] together; gRPC's own rule allows servers any interval.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long the answer to such a probe may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Metadata of a Request's answer for people: what happened behind the agent. Real NSM clients
+/// ignore keys they do not know.
+pub mod facts {
+    /// The domain of the name asked for.
+    pub const DOMAIN: &str = "nsm-domain";
+    /// The DNS question that resolved it.
+    pub const DNS_QUESTION: &str = "nsm-dns-question";
+    /// The answer to it.
+    pub const DNS_ANSWER: &str = "nsm-dns-answer";
+    /// The type of the mechanism towards the endpoint.
+    pub const REMOTE_MECHANISM: &str = "nsm-remote-mechanism";
+    /// The VNI of the tunnel.
+    pub const VNI: &str = "nsm-vni";
+}
+
+/// What bounds one listener.
+#[derive(Debug, Clone, Copy)]
+pub struct ListenerLimits {
+    /// The largest message that is read, in bytes.
+    pub max_message_bytes: usize,
+    /// Calls and streams that one client connection may have open.
+    pub max_streams: u32,
+}
+
+/// The socket of a listener: bound before anything is served, so that a taken port fails early.
+#[derive(Debug)]
+pub enum Socket {
+    /// The NSMgr's socket.
+    Unix(UnixListener),
+    /// The proxy's or registry's port.
+    Tcp(TcpListener),
+}
+
+impl Socket {
+    /// Binds a TCP address.
+    ///
+    /// # Errors
+    /// The address is taken or not ours.
+    pub async fn tcp(address: SocketAddr) -> std::io::Result<Self> {
+        TcpListener::bind(address).await.map(Self::Tcp)
+    }
+
+    /// Binds a Unix socket; a file that an agent left behind is replaced, one that somebody still
+    /// listens on is not.
+    ///
+    /// # Errors
+    /// Somebody listens there, or the folder cannot be written.
+    pub fn unix(path: &Path) -> std::io::Result<Self> {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => {
+                return Err(std::io::Error::new(
+                    std::io::ErrorKind::AddrInUse,
+                    "another process listens on this socket",
+                ));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path)?;
+            }
+            Err(_) => {}
+        }
+        UnixListener::bind(path).map(Self::Unix)
+    }
+}
+
+/// One listener's view of the control plane.
+#[derive(Debug, Clone)]
+pub struct Front {
+    plane: ControlPlane,
+    arrival: Kind,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Node,
+    Network,
+}
+
+impl ControlPlane {
+    /// The services for the clients and endpoints of this node.
+    pub fn node_front(&self) -> Front {
+        Front {
+            plane: self.clone(),
+            arrival: Kind::Node,
+        }
+    }
+
+    /// The services for everyone else.
+    pub fn network_front(&self) -> Front {
+        Front {
+            plane: self.clone(),
+            arrival: Kind::Network,
+        }
+    }
+}
+
+/// Serves `front`, and what else is in `extra`, on `socket` until `shutdown` resolves.
+///
+/// # Errors
+/// The listener broke.
+pub async fn serve(
+    socket: Socket,
+    front: Front,
+    mut extra: Routes,
+    limits: ListenerLimits,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    let size = limits.max_message_bytes;
+    extra = extra
+        .add_service(NetworkServiceServer::new(front.clone()).max_decoding_message_size(size))
+        .add_service(MonitorConnectionServer::new(front.clone()).max_decoding_message_size(size))
+        .add_service(
+            NetworkServiceRegistryServer::new(front.clone()).max_decoding_message_size(size),
+        )
+        .add_service(
+            NetworkServiceEndpointRegistryServer::new(front).max_decoding_message_size(size),
+        );
+    let router = Server::builder()
+        .max_concurrent_streams(limits.max_streams)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .tcp_nodelay(true)
+        .add_routes(extra);
+    match socket {
+        Socket::Unix(listener) => {
+            router
+                .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
+                .await
+        }
+        Socket::Tcp(listener) => {
+            router
+                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
+                .await
+        }
+    }
+}
+
+impl Front {
+    fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
+        let arrival = match self.arrival {
+            Kind::Network => Arrival::Network,
+            Kind::Node => Arrival::Local {
+                trusted: request
+                    .extensions()
+                    .get::<UdsConnectInfo>()
+                    .and_then(|peer| peer.peer_cred)
+                    .is_some_and(|peer| peer.uid() == 0),
+            },
+        };
+        let token = token::read(request.metadata())
+            .map(Some)
+            .or_else(|error| {
+                if matches!(error, TokenError::Missing(_)) {
+                    Ok(None)
+                } else {
+                    Err(error)
+                }
+            })
+            .map_err(RequestError::from)?;
+        let limit = self.plane.shared.settings.request_timeout;
+        let timeout = caller_timeout(request.metadata()).map_or(limit, |asked| asked.min(limit));
+        Ok(Call {
+            arrival,
+            token,
+            deadline: Instant::now() + timeout,
+            message: request.into_inner(),
+        })
+    }
+
+    fn registry_call<T>(
+        &self,
+        request: Request<T>,
+    ) -> Result<(Call<T>, Option<PathHeader>), Status> {
+        let metadata = request.metadata().clone();
+        let call = self.call(request)?;
+        let (own_token, _) = self.plane.shared.tokens.token(std::time::SystemTime::now());
+        let previous = call.token.as_ref().map(|(token, _)| token.as_str());
+        let path = PathHeader::descend(&metadata, previous, &own_token)?;
+        Ok((call, path))
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkService for Front {
+    async fn request(
+        &self,
+        request: Request<NetworkServiceRequest>,
+    ) -> Result<Response<Connection>, Status> {
+        let call = self.call(request)?;
+        let answer = self.plane.request(call).await.inspect_err(|error| {
+            tracing::info!(%error, "refused a Request");
+        })?;
+        Ok(with_facts(answer))
+    }
+
+    async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
+        let call = self.call(request)?;
+        self.plane.close(call).await?;
+        Ok(Response::new(()))
+    }
+}
+
+#[tonic::async_trait]
+impl MonitorConnection for Front {
+    type MonitorConnectionsStream = Events;
+
+    async fn monitor_connections(
+        &self,
+        request: Request<MonitorScopeSelector>,
+    ) -> Result<Response<Events>, Status> {
+        let shared = &self.plane.shared;
+        let events = shared.monitors.subscribe(request.into_inner(), || {
+            shared
+                .connections
+                .all()
+                .into_iter()
+                .map(|established| established.view.clone())
+                .collect()
+        });
+        Ok(Response::new(events))
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkServiceRegistry for Front {
+    type FindStream = ServiceStream;
+
+    async fn register(&self, request: Request<Service>) -> Result<Response<Service>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        let registered = self.plane.register_service(call, path.clone()).await?;
+        Ok(with_path(registered, path))
+    }
+
+    async fn find(
+        &self,
+        request: Request<NetworkServiceQuery>,
+    ) -> Result<Response<ServiceStream>, Status> {
+        let call = self.call(request)?;
+        Ok(Response::new(self.plane.find_services(call).await?))
+    }
+
+    async fn unregister(&self, request: Request<Service>) -> Result<Response<()>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        self.plane.unregister_service(call, path.clone()).await?;
+        Ok(with_path((), path))
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkServiceEndpointRegistry for Front {
+    type FindStream = EndpointStream;
+
+    async fn register(&self, request: Request<Endpoint>) -> Result<Response<Endpoint>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        let registered = self.plane.register_endpoint(call, path.clone()).await?;
+        Ok(with_path(registered, path))
+    }
+
+    async fn find(
+        &self,
+        request: Request<NetworkServiceEndpointQuery>,
+    ) -> Result<Response<EndpointStream>, Status> {
+        let call = self.call(request)?;
+        Ok(Response::new(self.plane.find_endpoints(call).await?))
+    }
+
+    async fn unregister(&self, request: Request<Endpoint>) -> Result<Response<()>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        self.plane.unregister_endpoint(call, path.clone()).await?;
+        Ok(with_path((), path))
+    }
+}
+
+fn with_path<T>(message: T, path: Option<PathHeader>) -> Response<T> {
+    let mut response = Response::new(message);
+    if let Some(path) = path {
+        path.echo(response.metadata_mut());
+    }
+    response
+}
+
+fn with_facts(answer: Answer) -> Response<Connection> {
+    let mut response = Response::new(answer.connection);
+    let metadata = response.metadata_mut();
+    let mut put = |key: &'static str, value: Option<String>| {
+        if let Some(value) = value.and_then(|value| AsciiMetadataValue::try_from(value).ok()) {
+            metadata.insert(key, value);
+        }
+    };
+    if let Some(resolution) = answer.resolution {
+        put(facts::DOMAIN, Some(resolution.domain));
+        put(facts::DNS_QUESTION, Some(resolution.question));
+        put(facts::DNS_ANSWER, Some(resolution.answer));
+    }
+    put(facts::REMOTE_MECHANISM, answer.next_mechanism);
+    put(facts::VNI, answer.vni.map(|vni| vni.to_string()));
+    response
+}
+
+/// The caller's `grpc-timeout`: digits and a unit (gRPC over HTTP/2, "Timeout").
+fn caller_timeout(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(value * 3600),
+        "M" => Duration::from_secs(value * 60),
+        "S" => Duration::from_secs(value),
+        "m" => Duration::from_millis(value),
+        "u" => Duration::from_micros(value),
+        "n" => Duration::from_nanos(value),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grpc_timeout_is_read_and_a_bad_one_is_none() {
+        let read = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().expect("ASCII"));
+            caller_timeout(&metadata)
+        };
+        assert_eq!(read("15S"), Some(Duration::from_secs(15)));
+        assert_eq!(read("250m"), Some(Duration::from_millis(250)));
+        for bad in ["", "S", "15", "-1S", "123456789S", "1x"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+}
