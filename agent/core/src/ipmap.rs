@@ -129,21 +129,22 @@ impl IpMap {
         }
     }
 
-    /// A reply leaves the endpoint's domain: `dst_ip` becomes public and `orig_dst_ip` remembers it. A destination that a proxy further
-    /// down has swapped already (a floating domain) stays as it is.
+    /// A reply leaves the endpoint's domain: `dst_ip` becomes public and `orig_dst_ip` remembers it. A destination that this map does
+    /// not have and that a proxy further down has swapped (a floating domain) stays as it is, as does one that was swapped here before.
     pub fn reply_out(&self, params: &mut Parameters) {
-        if params
-            .get(ORIG_DST_IP)
-            .is_some_and(|original| !original.is_empty())
-        {
-            return;
-        }
         let Some(text) = params.get(DST_IP).cloned() else {
             return;
         };
-        let Ok(destination) = text.parse() else {
+        let Ok(destination) = text.parse::<IpAddr>() else {
             return;
         };
+        // `orig_dst_ip` alone does not tell: a refresh can bring it along from the reply before.
+        let is_swapped = params
+            .get(ORIG_DST_IP)
+            .is_some_and(|original| !original.is_empty());
+        if is_swapped && !self.external.contains_key(&destination.to_canonical()) {
+            return;
+        }
         params.insert(DST_IP.to_owned(), self.external(destination).to_string());
         params.insert(ORIG_DST_IP.to_owned(), text);
     }

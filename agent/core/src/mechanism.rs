@@ -10,7 +10,10 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 pub use kernel::{IfName, IfNameError, Kernel, NetnsUrl, NetnsUrlError};
 
-use crate::vni::Vni;
+use crate::{
+    tunnel::{VXLAN_PORT, vxlan_overhead},
+    vni::Vni,
+};
 
 /// A mechanism's parameters as they stand on the wire.
 pub type Parameters = BTreeMap<String, String>;
@@ -63,9 +66,6 @@ pub const DEVICE_TOKEN_ID: &str = "tokenID";
 pub const SRC_PUBLIC_KEY: &str = "src_public_key";
 /// Key: WireGuard's or IPsec's public key of the server side.
 pub const DST_PUBLIC_KEY: &str = "dst_public_key";
-
-/// VXLAN's UDP port (RFC 7348 section 8).
-pub const VXLAN_PORT: u16 = 4789;
 
 /// The smallest MTU of an IPv4 link (RFC 791 section 3.2).
 const MIN_MTU: u32 = 68;
@@ -326,16 +326,11 @@ pub fn choose<'a>(
         })
 }
 
-/// The largest packet that fits into a VXLAN tunnel, for an underlay whose MTU is known; 0, unknown, stays 0. Outer Ethernet is the
-/// underlay's own; IP (20 or 40 bytes), UDP (8), VXLAN (8) and the inner Ethernet header (14) come off.
+/// The largest packet that fits into a VXLAN tunnel, for an underlay whose MTU is known: 50 bytes less over IPv4, 70 over IPv6. 0,
+/// unknown, stays 0.
 #[must_use]
 pub fn vxlan_mtu(underlay_mtu: u32, remote: IpAddr) -> u32 {
-    let overhead = if remote.to_canonical().is_ipv4() {
-        50
-    } else {
-        70
-    };
-    underlay_mtu.saturating_sub(overhead)
+    underlay_mtu.saturating_sub(vxlan_overhead(remote.to_canonical()))
 }
 
 /// The lower of two MTUs, 0 being unknown: what is known counts.

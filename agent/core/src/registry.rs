@@ -20,15 +20,15 @@ pub struct EndpointView<'a> {
     pub url: &'a str,
 }
 
-/// What of a network service is matched.
+/// What of a network service is matched. Its rules are compared and not read, so they may be of any type, the wire's too.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ServiceView<'a> {
+pub struct ServiceView<'a, M = Match> {
     /// Its name.
     pub name: &'a str,
     /// Its payload, `IP` or `ETHERNET`.
     pub payload: &'a str,
     /// Its rules for the choice of an endpoint.
-    pub matches: &'a [Match],
+    pub matches: &'a [M],
 }
 
 /// Whether an endpoint answers a query.
@@ -50,7 +50,10 @@ pub fn endpoint_matches(query: &EndpointView<'_>, candidate: &EndpointView<'_>) 
 
 /// Whether a network service answers a query. Its rules are matched as a whole: all of them, in their order.
 #[must_use]
-pub fn service_matches(query: &ServiceView<'_>, candidate: &ServiceView<'_>) -> bool {
+pub fn service_matches<M: PartialEq>(
+    query: &ServiceView<'_, M>,
+    candidate: &ServiceView<'_, M>,
+) -> bool {
     name_matches(query.name, candidate.name)
         && name_matches(query.payload, candidate.payload)
         && (query.matches.is_empty() || query.matches == candidate.matches)

@@ -123,7 +123,7 @@ fn what_is_no_address_is_left_alone() {
 
 #[test]
 fn a_proxy_between_swaps_nothing_twice() {
-    let middle = ip_map(&[("203.0.113.5", "10.9.9.9"), ("198.51.100.6", "10.8.8.8")]);
+    let middle = ip_map(&[("10.3.0.7", "192.0.2.7")]);
     let sent = map(&[("orig_src_ip", "10.1.0.5"), ("src_ip", "203.0.113.5")]);
     let mut params = sent.clone();
     assert_eq!(middle.request_out(&mut params), None);
@@ -132,6 +132,17 @@ fn a_proxy_between_swaps_nothing_twice() {
     let mut params = reply.clone();
     middle.reply_out(&mut params);
     assert_eq!(params, reply);
+}
+
+#[test]
+fn a_reply_is_swapped_once_also_when_the_refresh_was_not_cleared() {
+    let server = ip_map(&[("10.2.0.6", "198.51.100.6")]);
+    let swapped = map(&[("orig_dst_ip", "10.2.0.6"), ("dst_ip", "198.51.100.6")]);
+    let mut params = map(&[("orig_dst_ip", "10.2.0.6"), ("dst_ip", "10.2.0.6")]);
+    server.reply_out(&mut params);
+    assert_eq!(params, swapped);
+    server.reply_out(&mut params);
+    assert_eq!(params, swapped);
 }
 
 #[test]
