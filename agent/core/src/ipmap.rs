@@ -155,16 +155,15 @@ impl IpMap {
         let Some(source) = params.get(SRC_IP) else {
             return;
         };
-        let echo = params
-            .get(ORIG_SRC_IP)
-            .filter(|echo| echo.parse::<IpAddr>().is_ok());
-        let internal = match (sent_src_ip, echo) {
-            (Some(sent), _) => sent.to_owned(),
-            (None, Some(echo)) => echo.clone(),
-            (None, None) => match source.parse() {
-                Ok(source) => self.internal(source).to_string(),
-                Err(_) => return,
-            },
+        let is_address = |text: &&str| text.parse::<IpAddr>().is_ok();
+        let echo = params.get(ORIG_SRC_IP).map(String::as_str);
+        let known = sent_src_ip
+            .filter(is_address)
+            .or_else(|| echo.filter(is_address));
+        let internal = match (known, source.parse()) {
+            (Some(known), _) => known.to_owned(),
+            (None, Ok(source)) => self.internal(source).to_string(),
+            (None, Err(_)) => return,
         };
         params.insert(SRC_IP.to_owned(), internal);
         params.insert(ORIG_SRC_IP.to_owned(), String::new());

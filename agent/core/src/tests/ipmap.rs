@@ -158,6 +158,7 @@ fn what_was_sent_is_believed_rather_than_its_echo() {
     assert_eq!(reply("10.1.0.5", None), "10.1.0.5");
     assert_eq!(reply("", None), "10.1.0.5", "the map knows it too");
     assert_eq!(reply("nonsense", None), "10.1.0.5");
+    assert_eq!(reply("10.1.0.5", Some("")), "10.1.0.5", "nothing was sent");
 }
 
 #[test]
