@@ -1,12 +1,18 @@
-//! The project's commands.
+//! The project's commands, as `cargo xtask COMMAND`.
 
+mod cargo;
+mod ci;
+mod dependencies;
 mod ebpf;
+mod packages;
+mod test;
 
 use anyhow::Result;
 use clap::Parser;
 
 /// The project's commands.
 #[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
 enum Command {
     /// Build the BPF object and its manifest.
     BuildEbpf,
@@ -16,11 +22,20 @@ enum Command {
         #[arg(long)]
         rebuild: bool,
     },
+    /// Check that no crate imports what it must not.
+    CheckDependencies,
+    /// Run all tests; without root those that need none, and say which were left out.
+    Test,
+    /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests.
+    Ci,
 }
 
 fn main() -> Result<()> {
     match Command::parse() {
         Command::BuildEbpf => ebpf::build(),
         Command::CheckEbpf { rebuild } => ebpf::check(rebuild),
+        Command::CheckDependencies => dependencies::check(),
+        Command::Test => test::run(),
+        Command::Ci => ci::run(),
     }
 }

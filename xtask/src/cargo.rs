@@ -1,0 +1,131 @@
+//! Running cargo, and finding what it built.
+
+use std::{
+    env,
+    ffi::OsString,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+/// The agent's package and program.
+pub(crate) const AGENT: &str = "proxy-nsmgr";
+
+/// The package and program of the worlds' DNS server.
+pub(crate) const WORLD_DNS: &str = "nsm-world-dns";
+
+/// The workspace of the BPF programs: another target and compiler, so another workspace.
+pub(crate) const BPF_PROGRAMS: &str = "ebpf/programs/Cargo.toml";
+
+/// The workspace's root directory.
+pub(crate) fn root() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask
+        .parent()
+        .expect("xtask is a directory of the workspace")
+        .to_owned()
+}
+
+/// A cargo command in the workspace's root.
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
+    // Cargo names itself to what it runs; `cargo` alone might be another version.
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
+    command
+        .current_dir(root())
+        .args(arguments)
+        .stdin(Stdio::null());
+    command
+}
+
+/// Runs a command as a named step, its output going where ours goes.
+pub(crate) fn step(name: &str, mut command: Command) -> Result<()> {
+    eprintln!("==> {name}");
+    let start = Instant::now();
+    let status = command
+        .status()
+        .with_context(|| format!("{name}: cannot start {command:?}"))?;
+    ensure!(status.success(), "{name} failed ({status}): {command:?}");
+    eprintln!("    {name}: {:.1} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The programs that worlds run.
+#[derive(Debug, Clone)]
+pub(crate) struct Programs {
+    pub(crate) agent: PathBuf,
+    pub(crate) dns: PathBuf,
+}
+
+impl Programs {
+    /// Names the programs to tests, which else build them by themselves (`nsm_world::binary`).
+    pub(crate) fn name_to(&self, command: &mut Command) {
+        command
+            .env("PROXY_NSMGR_BIN", &self.agent)
+            .env("NSM_WORLD_DNS_BIN", &self.dns);
+    }
+}
+
+/// Builds the programs with `cargo build ARGUMENTS`; cargo shows its progress on stderr.
+///
+/// # Errors
+/// When the build fails or has not built both.
+pub(crate) fn build_programs(arguments: &[&str]) -> Result<Programs> {
+    let mut command = cargo(&[
+        "build",
+        "--locked",
+        "--bins",
+        "--message-format=json-render-diagnostics",
+    ]);
+    let mut child = command
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let stdout = child.stdout.take().expect("stdout is piped");
+    let (mut agent, mut dns) = (None, None);
+    for line in BufReader::new(stdout).lines() {
+        match executable(&line.context("read cargo's messages")?) {
+            Some((name, path)) if name == AGENT => agent = Some(path),
+            Some((name, path)) if name == WORLD_DNS => dns = Some(path),
+            _ => {}
+        }
+    }
+    let status = child.wait().context("wait for cargo")?;
+    ensure!(status.success(), "cargo build failed ({status})");
+    Ok(Programs {
+        agent: agent.with_context(|| format!("cargo build named no program {AGENT}"))?,
+        dns: dns.with_context(|| format!("cargo build named no program {WORLD_DNS}"))?,
+    })
+}
+
+/// Name and path of the executable that a message of cargo tells of.
+fn executable(message: &str) -> Option<(String, PathBuf)> {
+    let message: Value = serde_json::from_str(message).ok()?;
+    if message["reason"] != "compiler-artifact" {
+        return None;
+    }
+    let path = message["executable"].as_str()?;
+    Some((message["target"]["name"].as_str()?.to_owned(), path.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executables_are_told_from_libraries() {
+        let program = r#"{"reason":"compiler-artifact","target":{"name":"proxy-nsmgr"},"executable":"/t/proxy-nsmgr"}"#;
+        assert_eq!(
+            executable(program),
+            Some((AGENT.to_owned(), "/t/proxy-nsmgr".into()))
+        );
+        let library =
+            r#"{"reason":"compiler-artifact","target":{"name":"serde"},"executable":null}"#;
+        assert_eq!(executable(library), None);
+        assert_eq!(executable("warning: not json"), None);
+    }
+}

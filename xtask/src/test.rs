@@ -1,0 +1,114 @@
+//! `cargo xtask test`: every test there is.
+//!
+//! Tests that make namespaces, links or BPF programs are `#[ignore = "needs root: …"]`, so that `cargo test` is whole for
+//! everybody. As root this runs them too; otherwise it names each that it left out.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::Stdio,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{
+    cargo::{self, BPF_PROGRAMS, cargo, step},
+    packages,
+};
+
+/// Runs all tests.
+///
+/// # Errors
+/// When one fails, or what they need cannot be built or installed.
+pub(crate) fn run() -> Result<()> {
+    let root = packages::is_root();
+    if root {
+        packages::ensure(packages::TESTS)?;
+    }
+    // Built once, with the features that the tests' own build has, so that nothing is built twice.
+    eprintln!("==> the programs that tests start");
+    let programs = cargo::build_programs(&["--workspace"])?;
+    let left_out = workspace_tests(&programs, root)?;
+    let bpf = cargo(&["test", "--locked", "--manifest-path", BPF_PROGRAMS]);
+    step("tests of the BPF programs' parser and decisions", bpf)?;
+    report(&left_out);
+    Ok(())
+}
+
+/// Runs the workspace's tests and returns those that were left out.
+fn workspace_tests(programs: &cargo::Programs, root: bool) -> Result<Vec<String>> {
+    eprintln!(
+        "==> tests of the workspace{}",
+        if root { ", as root" } else { "" }
+    );
+    let mut command = cargo(&["test", "--workspace", "--locked", "--no-fail-fast"]);
+    programs.name_to(&mut command);
+    if root {
+        command.args(["--", "--include-ignored"]);
+    }
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo test")?;
+    let stdout = child.stdout.take().expect("stdout is piped");
+    let (mut left_out, mut failed) = (Vec::new(), Vec::new());
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("read the output of cargo test")?;
+        println!("{line}");
+        left_out.extend(ignored(&line));
+        failed.extend(
+            line.strip_prefix("test ")
+                .and_then(|line| line.strip_suffix(" ... FAILED"))
+                .map(str::to_owned),
+        );
+    }
+    let status = child.wait().context("wait for cargo test")?;
+    ensure!(
+        status.success(),
+        "tests failed ({status}): {}",
+        failed.join(", ")
+    );
+    Ok(left_out)
+}
+
+/// Name and reason of an ignored test, from libtest's line about it.
+fn ignored(line: &str) -> Option<String> {
+    let (name, reason) = line.strip_prefix("test ")?.split_once(" ... ignored")?;
+    let reason = reason.strip_prefix(", ").unwrap_or("no reason given");
+    Some(format!("{name}: {reason}"))
+}
+
+fn report(left_out: &[String]) {
+    if left_out.is_empty() {
+        eprintln!("==> all tests passed");
+        return;
+    }
+    eprintln!(
+        "==> passed, but {} tests were left out (run as root for these):",
+        left_out.len()
+    );
+    for test in left_out {
+        eprintln!("    {test}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_tests_are_told_with_their_reason() {
+        assert_eq!(
+            ignored("test link::creates ... ignored, needs root: links").as_deref(),
+            Some("link::creates: needs root: links")
+        );
+        assert_eq!(
+            ignored("test bare ... ignored").as_deref(),
+            Some("bare: no reason given")
+        );
+        assert_eq!(ignored("test fine ... ok"), None);
+        assert_eq!(
+            ignored("test result: ok. 3 passed; 0 failed; 2 ignored"),
+            None
+        );
+    }
+}
