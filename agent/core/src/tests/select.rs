@@ -126,6 +126,8 @@ fn a_selector_is_filled_with_the_clients_labels() {
         choice(&node("{{.node}}"), &[], &endpoints).is_empty(),
         "the client does not say its node"
     );
+    let dashed = choice(&node("{{.a-b}}"), &[("a-b", "n1")], &endpoints);
+    assert!(dashed.is_empty(), "no key to Go's templates");
     for odd in [
         "{{.node",
         "{{node}}",

@@ -167,9 +167,7 @@ fn exhaustion_says_how_many_are_in_use() {
         assert_eq!(found, vni(expected));
     }
     pool.release(vni(2), at(0));
-    let error = pool
-        .allocate(ip(HIGH), ip(LOW), at(0), || 5)
-        .unwrap_err();
+    let error = pool.allocate(ip(HIGH), ip(LOW), at(0), || 5).unwrap_err();
     let expected = VniError::Exhausted {
         parity: "even",
         in_use: 2,
@@ -182,6 +180,21 @@ fn exhaustion_says_how_many_are_in_use() {
     );
     let rested = pool.allocate(ip(HIGH), ip(LOW), at(0) + QUARANTINE, || 5);
     assert_eq!(rested, Ok(vni(2)));
+}
+
+#[test]
+fn a_vni_that_is_claimed_rests_no_more() {
+    let mut pool = VniPool::small(1);
+    pool.claim(vni(2), at(0)).unwrap();
+    pool.release(vni(2), at(0));
+    pool.claim(vni(2), at(1)).unwrap();
+    let error = pool.allocate(ip(HIGH), ip(LOW), at(1), || 0).unwrap_err();
+    let expected = VniError::Exhausted {
+        parity: "even",
+        in_use: 1,
+        quarantined: 0,
+    };
+    assert_eq!(error, expected);
 }
 
 #[derive(Debug, Clone)]
