@@ -294,15 +294,16 @@ impl ControlPlane {
             }
             _ => None,
         };
-        let (plane, domain) = (self.clone(), place.domain);
+        let (plane, domain, is_ours) = (self.clone(), place.domain, place.is_ours);
         Ok(Box::pin(found.map(move |answer| {
             let mut answer = answer?;
             if let Some(endpoint) = &mut answer.network_service_endpoint {
                 translate(endpoint, domain.as_ref(), join_text)?;
-                if let Some(proxy) = &proxy {
-                    // An endpoint of a floating domain is served by its own domain's proxy; one
-                    // of a plain domain by the proxy that DNS names.
-                    plane.shared.bypass.learn(&endpoint.name, proxy);
+                if !is_ours {
+                    // A floating domain has no proxy: the endpoint's URL is then that of the
+                    // proxy which registered it there.
+                    let url = proxy.as_deref().unwrap_or(&endpoint.url);
+                    plane.shared.bypass.learn(&endpoint.name, url);
                     endpoint
                         .url
                         .clone_from(&plane.shared.settings.advertise_url);

@@ -140,9 +140,14 @@ impl Shared {
         let mut routes = Vec::new();
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
-            for proxy in &resolved.proxy {
+            // A floating domain has no proxy: its endpoints are registered with the URL of theirs.
+            let urls = match resolved.proxy.as_slice() {
+                [] => vec![endpoint.url.clone()],
+                proxies => proxies.iter().map(|proxy| format!("tcp://{proxy}")).collect(),
+            };
+            for url in urls {
                 routes.push(Route {
-                    url: format!("tcp://{proxy}"),
+                    url,
                     crossing: Crossing::Out,
                     service: format!("{}@{domain}", wanted.service),
                     endpoint: name.clone(),
@@ -151,9 +156,6 @@ impl Shared {
                     resolution: Some(resolution.clone()),
                 });
             }
-        }
-        if routes.is_empty() {
-            return Err(RequestError::Missing("proxy address"));
         }
         Ok(routes)
     }

@@ -27,7 +27,10 @@ use tokio::{
     net::{TcpListener, UnixListener},
     time::Instant,
 };
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::{
+    StreamExt as _,
+    wrappers::{TcpListenerStream, UnixListenerStream},
+};
 use tonic::{
     Request, Response, Status,
     metadata::{AsciiMetadataValue, MetadataMap},
@@ -151,33 +154,38 @@ impl ControlPlane {
     }
 }
 
-/// Serves `front`, and what else is in `extra`, on `socket` until `shutdown` resolves.
+impl Front {
+    /// The NSM v1 services of this front, beside what is in `routes`.
+    #[must_use]
+    pub fn add_to(self, routes: Routes, limits: ListenerLimits) -> Routes {
+        let size = limits.max_message_bytes;
+        routes
+            .add_service(NetworkServiceServer::new(self.clone()).max_decoding_message_size(size))
+            .add_service(MonitorConnectionServer::new(self.clone()).max_decoding_message_size(size))
+            .add_service(
+                NetworkServiceRegistryServer::new(self.clone()).max_decoding_message_size(size),
+            )
+            .add_service(
+                NetworkServiceEndpointRegistryServer::new(self).max_decoding_message_size(size),
+            )
+    }
+}
+
+/// Serves `routes` on `socket` until `shutdown` resolves.
 ///
 /// # Errors
 /// The listener broke.
 pub async fn serve(
     socket: Socket,
-    front: Front,
-    mut extra: Routes,
+    routes: Routes,
     limits: ListenerLimits,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let size = limits.max_message_bytes;
-    extra = extra
-        .add_service(NetworkServiceServer::new(front.clone()).max_decoding_message_size(size))
-        .add_service(MonitorConnectionServer::new(front.clone()).max_decoding_message_size(size))
-        .add_service(
-            NetworkServiceRegistryServer::new(front.clone()).max_decoding_message_size(size),
-        )
-        .add_service(
-            NetworkServiceEndpointRegistryServer::new(front).max_decoding_message_size(size),
-        );
     let router = Server::builder()
         .max_concurrent_streams(limits.max_streams)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .tcp_nodelay(true)
-        .add_routes(extra);
+        .add_routes(routes);
     match socket {
         Socket::Unix(listener) => {
             router
@@ -185,9 +193,14 @@ pub async fn serve(
                 .await
         }
         Socket::Tcp(listener) => {
-            router
-                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
-                .await
+            // The builder's own `tcp_nodelay` does not reach sockets that come from outside.
+            let incoming = TcpListenerStream::new(listener).map(|stream| {
+                if let Ok(stream) = &stream {
+                    let _ = stream.set_nodelay(true);
+                }
+                stream
+            });
+            router.serve_with_incoming_shutdown(incoming, shutdown).await
         }
     }
 }
