@@ -48,6 +48,8 @@ pub struct Query {
     pub transport: String,
     /// "NOERROR", "NXDOMAIN", "SERVFAIL", "REFUSED", "TRUNCATED", or "SILENT".
     pub outcome: String,
+    /// The data of the records in the answer, as text.
+    pub answer: Vec<String>,
     /// Who asked.
     pub from: Option<IpAddr>,
 }
@@ -264,6 +266,11 @@ fn parse_query(line: &str) -> Option<Query> {
         kind: text("type")?,
         transport: text("transport")?,
         outcome: text("outcome")?,
+        answer: value["answer"]
+            .as_array()?
+            .iter()
+            .filter_map(|data| data.as_str().map(str::to_owned))
+            .collect(),
         from: text("from")?.parse().ok(),
     })
 }

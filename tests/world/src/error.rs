@@ -88,12 +88,12 @@ pub enum WorldError {
     /// Something did not happen in time.
     #[error(transparent)]
     Wait(#[from] WaitError),
-    /// A process ended before what was waited for.
-    #[error("process {name} ended ({status}) before {what}; its last words:\n{tail}")]
-    Ended {
+    /// A process did not do what was waited for.
+    #[error("waited in vain for {what}: process {name} {status}; its last words:\n{tail}")]
+    InVain {
         /// The process's name.
         name: String,
-        /// How it ended.
+        /// Whether it runs, or how it ended.
         status: String,
         /// What was waited for.
         what: String,

@@ -219,17 +219,17 @@ impl Process {
         });
         match found {
             Ok(Ok(found)) => Ok(found),
-            Ok(Err(status)) => Err(self.ended_before(what, describe(status))),
-            Err(error) => {
-                Err(self.ended_before(what, format!("not yet, after {:?}", error.waited)))
-            }
+            Ok(Err(_)) | Err(_) => Err(self.in_vain(what)),
         }
     }
 
-    fn ended_before(&self, what: &str, status: String) -> WorldError {
-        WorldError::Ended {
+    /// The error about something that did not happen: whether the process still runs, and its last words.
+    pub(crate) fn in_vain(&self, what: &str) -> WorldError {
+        WorldError::InVain {
             name: self.name().to_owned(),
-            status,
+            status: self
+                .exited()
+                .map_or_else(|| "still runs".to_owned(), describe),
             what: what.to_owned(),
             tail: self.body.tail(),
         }
@@ -360,8 +360,8 @@ pub(crate) fn recorded(list: &Path) -> Vec<ProcessId> {
 
 fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit code {code}"),
-        (None, Some(signal)) => format!("signal {signal}"),
+        (Some(code), _) => format!("ended with exit code {code}"),
+        (None, Some(signal)) => format!("ended by signal {signal}"),
         (None, None) => status.to_string(),
     }
 }

@@ -203,7 +203,12 @@ fn dns_answers_fails_and_counts_over_udp_and_tcp() -> Result {
         "NXDOMAIN where there is no SRV"
     );
     assert_eq!(dns.asked("cluster-1.example", "A")?, 2);
-    assert_eq!(dns.queries()?[1].transport, "tcp");
+    let second = &dns.queries()?[1];
+    assert_eq!(second.transport, "tcp");
+    assert_eq!(
+        second.answer,
+        [world.node("node-1")?.public_ip().to_string()]
+    );
 
     dns.fail("cluster-1.example", NameFault::ServFail)?;
     assert_eq!(udp("cluster-1.example", A)?, (2, false, 0));

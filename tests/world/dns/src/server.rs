@@ -57,6 +57,17 @@ impl Answer {
             Self::Silence => "SILENT".to_owned(),
         }
     }
+
+    /// The records' data as text.
+    fn data(&self) -> Vec<String> {
+        match self {
+            Self::Records(records) => records
+                .iter()
+                .map(|record| record.data.to_string())
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
 }
 
 impl Handler {
@@ -85,6 +96,7 @@ impl Handler {
             "type": kind.to_string(),
             "transport": if request.protocol() == Protocol::Udp { "udp" } else { "tcp" },
             "outcome": answer.outcome(),
+            "answer": answer.data(),
             "from": request.src().ip().to_string(),
         });
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
@@ -235,6 +247,10 @@ mod tests {
             panic!("no records");
         };
         assert_eq!((records.len(), records[0].ttl), (2, 30));
+        assert_eq!(
+            Answer::Records(records).data(),
+            ["203.0.113.10", "203.0.113.11"]
+        );
         let Answer::Records(records) = ask(
             "registry.nsm-system.cluster-1.example.",
             RecordType::SRV,
