@@ -2,6 +2,7 @@
 
 mod cargo;
 mod ci;
+mod demo;
 mod dependencies;
 mod ebpf;
 mod packages;
@@ -24,6 +25,8 @@ enum Command {
     },
     /// Check that no crate imports what it must not.
     CheckDependencies,
+    /// Show a client of one domain that pings an endpoint of another.
+    Demo(demo::Arguments),
     /// Run all tests; without root those that need none, and say which were left out.
     Test,
     /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests.
@@ -35,6 +38,7 @@ fn main() -> Result<()> {
         Command::BuildEbpf => ebpf::build(),
         Command::CheckEbpf { rebuild } => ebpf::check(rebuild),
         Command::CheckDependencies => dependencies::check(),
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Test => test::run(),
         Command::Ci => ci::run(),
     }

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     cargo::{self, BPF_PROGRAMS, cargo, step},
-    packages,
+    demo, packages,
 };
 
 /// Runs all tests.
@@ -30,6 +30,12 @@ pub(crate) fn run() -> Result<()> {
     let left_out = workspace_tests(&programs, root)?;
     let bpf = cargo(&["test", "--locked", "--manifest-path", BPF_PROGRAMS]);
     step("tests of the BPF programs' parser and decisions", bpf)?;
+    if root {
+        for cloud in ["packet", "aws"] {
+            eprintln!("==> the demo, {cloud}");
+            demo::check(cloud, &programs)?;
+        }
+    }
     report(&left_out);
     Ok(())
 }

@@ -1,0 +1,445 @@
+//! `cargo xtask demo`: a client of one domain pings an endpoint of another, before the reader's eyes.
+//!
+//! Everything is real: two agents, an endpoint and a client, each a process of its own; a DNS server that is asked; a VXLAN
+//! link that the kernel carries; BPF programs that count. What the demo claims it has looked up: counters from the agents'
+//! status, the DNS answer from the server's log, leaks from the kernel after all processes have ended.
+
+mod report;
+mod story;
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, interrupt, registry_name};
+use serde_json::Value;
+
+use crate::{
+    cargo::{self, Programs},
+    packages,
+};
+use report::{Bpf, Connection, Counters, Dns, Leaked, Ping, Report};
+use story::Story;
+
+const CLIENT_DOMAIN: &str = "cluster-1.example";
+const ENDPOINT_DOMAIN: &str = "cluster-2.example";
+const SERVICE: &str = "icmp-responder";
+const ENDPOINT_CIDR: &str = "172.16.1.0/24";
+const PINGS: u32 = 20;
+
+/// A Request takes milliseconds; on a machine that is busy with a build it may take seconds.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Each process drains on SIGTERM; the slowest, an agent, within its own deadline.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Counters are per packet, but read after the ping has ended.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What `cargo xtask demo` can be told.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Arguments {
+    /// How nodes come by public addresses: directly on their link, or by 1:1 NAT in front of a private one.
+    #[arg(long, value_enum, default_value_t = CloudShape::Packet)]
+    cloud: CloudShape,
+    /// Leave everything running, with the commands to look around, until Ctrl-C.
+    #[arg(long)]
+    keep: bool,
+    /// Print what was found as JSON on standard output; the story goes to standard error.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CloudShape {
+    Packet,
+    Aws,
+}
+
+/// Builds what is needed, tells the story and checks its end.
+///
+/// # Errors
+/// When something is missing, a step fails, a ping is lost, counters do not show it, or anything is left behind.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    ensure!(
+        packages::is_root(),
+        "the demo makes network namespaces, links and BPF programs: run it as root (sudo -E env PATH=$PATH cargo xtask demo)"
+    );
+    packages::ensure(packages::DEMO)?;
+    let programs = programs()?;
+    let report = tell(arguments, &programs)?;
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report)?);
+    }
+    Ok(())
+}
+
+/// Runs the demo with programs that are built already, and returns what it found. For `cargo xtask test`.
+pub(crate) fn check(cloud: &str, programs: &Programs) -> Result<()> {
+    let cloud = CloudShape::from_str(cloud, true).map_err(anyhow::Error::msg)?;
+    tell(
+        &Arguments {
+            cloud,
+            keep: false,
+            json: true,
+        },
+        programs,
+    )
+    .map(drop)
+}
+
+/// The programs of the release profile, or those that the environment names.
+fn programs() -> Result<Programs> {
+    let named = |variable: &str| std::env::var_os(variable).map(PathBuf::from);
+    if let (Some(agent), Some(dns)) = (named("PROXY_NSMGR_BIN"), named("NSM_WORLD_DNS_BIN")) {
+        return Ok(Programs { agent, dns });
+    }
+    eprintln!(
+        "==> building {} and {} (release)",
+        cargo::AGENT,
+        cargo::WORLD_DNS
+    );
+    cargo::build_programs(&[
+        "--release",
+        "--package",
+        cargo::AGENT,
+        "--package",
+        cargo::WORLD_DNS,
+    ])
+}
+
+/// Everything that runs, in the order in which it must end: what is dropped first stands first.
+struct Scene {
+    client: Client,
+    endpoint: Endpoint,
+    client_agent: Agent,
+    endpoint_agent: Agent,
+    client_pod: Pod,
+    endpoint_pod: Pod,
+    world: World,
+}
+
+fn tell(arguments: &Arguments, programs: &Programs) -> Result<Report> {
+    let mut story = Story::begin(arguments.json);
+    let (scene, connected, setup) = raise_curtain(arguments, programs, &mut story)?;
+    let shown = show(&scene, &connected, &mut story).inspect_err(|_| {
+        eprintln!("the last lines of each process:\n{}", scene.world.logs());
+    })?;
+    if arguments.keep {
+        story.text(&ways_to_look_around(&scene, programs, &shown.address));
+        let signal = interrupt::wait();
+        story.step(&format!("{signal}: tearing down"));
+    }
+    let leaked = lower_curtain(scene, &mut story)?;
+    let report = Report {
+        connection: shown.connection,
+        setup_ms: setup.as_secs_f64() * 1e3,
+        dns: shown.dns,
+        ping: shown.ping,
+        counters: shown.counters,
+        bpf: shown.bpf,
+        leaked,
+    };
+    report.check(PINGS)?;
+    story.step("done");
+    Ok(report)
+}
+
+/// What is seen while everything runs.
+struct Shown {
+    connection: Connection,
+    /// The endpoint's, in the tunnel.
+    address: String,
+    dns: Dns,
+    ping: Ping,
+    counters: Counters,
+    bpf: Bpf,
+}
+
+fn show(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Shown> {
+    let dns = dns_answer(&scene.world, story)?;
+    let connection = connection(scene, connected, story)?;
+    let address = endpoint_address(connected)?;
+    let ping = ping(&scene.client_pod, &address)?;
+    story.step(&format!(
+        "ping {address}: {} of {} answered, round trip {} µs (p50)",
+        ping.received, ping.sent, ping.rtt_us_p50
+    ));
+    let counters = Counters {
+        client_node: counters_of(&scene.client_agent, connection.vni, &ping)?,
+        endpoint_node: counters_of(&scene.endpoint_agent, connection.vni, &ping)?,
+    };
+    let bpf = report::bpf(&scene.client_agent.status()?)?;
+    let sides = [
+        (&scene.client_agent, &counters.client_node),
+        (&scene.endpoint_agent, &counters.endpoint_node),
+    ];
+    for (agent, counters) in sides {
+        let node = agent.node().name();
+        story.step(&format!(
+            "BPF ({}) on {node}: {} packets out, {} in",
+            bpf.hook, counters.tx_packets, counters.rx_packets
+        ));
+        story.text(&agent.status_table()?);
+    }
+    Ok(Shown {
+        connection,
+        address,
+        dns,
+        ping,
+        counters,
+        bpf,
+    })
+}
+
+/// World, agents, endpoint and client; with the client's own words about its connection, and how long it took.
+fn raise_curtain(
+    arguments: &Arguments,
+    programs: &Programs,
+    story: &mut Story,
+) -> Result<(Scene, Value, Duration)> {
+    let cloud = match arguments.cloud {
+        CloudShape::Packet => Cloud::Packet,
+        CloudShape::Aws => Cloud::Aws,
+    };
+    let world = World::builder("demo")
+        .cloud(cloud)
+        .dns_program(&programs.dns)
+        .domain(CLIENT_DOMAIN, |domain| {
+            domain.node("node-1").pod("client").srv(5005, 5006)
+        })
+        .domain(ENDPOINT_DOMAIN, |domain| {
+            domain.node("node-2").pod("endpoint").srv(5005, 5006)
+        })
+        .build()?;
+    story.step("two domains and an internet with DNS stand:");
+    for node in world.nodes() {
+        let address = if node.private_ip() == node.public_ip() {
+            node.public_ip().to_string()
+        } else {
+            format!("{} behind {}", node.private_ip(), node.public_ip())
+        };
+        let pods: Vec<_> = node
+            .pods()
+            .iter()
+            .map(|pod| pod.name().to_owned())
+            .collect();
+        story.detail(&format!(
+            "{}: {} at {address}, with pod {}",
+            node.domain(),
+            node.name(),
+            pods.join(", ")
+        ));
+    }
+
+    let start_agent =
+        |name: &str| Agent::start(&world, &world.node(name)?, &programs.agent, |_| {});
+    let (client_agent, endpoint_agent) = (start_agent("node-1")?, start_agent("node-2")?);
+    for agent in [&client_agent, &endpoint_agent] {
+        agent.wait_ready()?;
+        story.step(&format!(
+            "agent on {} is ready (pid {})",
+            agent.node().name(),
+            agent.process.pid()
+        ));
+    }
+
+    let (client_pod, endpoint_pod) = (world.pod("client")?, world.pod("endpoint")?);
+    let endpoint =
+        endpoint_agent.endpoint(&world, &endpoint_pod, SERVICE, ENDPOINT_CIDR, |_| {})?;
+    story.step(&format!(
+        "endpoint for {SERVICE} is registered in {ENDPOINT_DOMAIN}, with {ENDPOINT_CIDR}"
+    ));
+
+    let service = format!("{SERVICE}@{ENDPOINT_DOMAIN}");
+    story.step(&format!("client in {CLIENT_DOMAIN} asks for {service}"));
+    let start = Instant::now();
+    let client = client_agent.connect(&world, &client_pod, &service, |_| {})?;
+    let connected = client.wait_for_event("connected", CONNECT_DEADLINE)?;
+    let elapsed = start.elapsed();
+    let setup = report::setup_time(&connected).unwrap_or(elapsed);
+    let scene = Scene {
+        client,
+        endpoint,
+        client_agent,
+        endpoint_agent,
+        client_pod,
+        endpoint_pod,
+        world,
+    };
+    Ok((scene, connected, setup))
+}
+
+/// What the world's DNS server was asked about the endpoint's domain, by its own log.
+fn dns_answer(world: &World, story: &mut Story) -> Result<Dns> {
+    let queries = world.dns().queries()?;
+    for query in queries
+        .iter()
+        .filter(|query| query.name.ends_with(ENDPOINT_DOMAIN))
+    {
+        story.detail(&format!(
+            "DNS: {} {}? {} {}",
+            query.name,
+            query.kind,
+            query.outcome,
+            query.answer.join(" ")
+        ));
+    }
+    let answered = |name: &str, kind: &str| {
+        let query = queries
+            .iter()
+            .find(|query| query.name == name && query.kind == kind)?;
+        Some(Dns {
+            question: format!("{name} {kind}"),
+            answer: query.answer.join(" "),
+        })
+    };
+    answered(ENDPOINT_DOMAIN, "A")
+        .or_else(|| answered(&registry_name(ENDPOINT_DOMAIN), "SRV"))
+        .with_context(|| format!("nobody asked DNS for {ENDPOINT_DOMAIN}"))
+}
+
+/// The connection, as the client was told, with the tunnel that its node's agent made for it.
+fn connection(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Connection> {
+    let connection = report::connection(connected, &scene.client_agent.status()?)?;
+    story.step(&format!(
+        "connected to {}: {} VNI {}, MTU {}",
+        connection.endpoint, connection.mechanism, connection.vni, connection.mtu
+    ));
+    story.detail(&format!("path: {}", connection.path.join(" → ")));
+    Ok(connection)
+}
+
+fn endpoint_address(connected: &Value) -> Result<String> {
+    let address = report::endpoint_address(connected);
+    address.with_context(|| format!("the connection has no address of the endpoint: {connected}"))
+}
+
+fn ping(pod: &Pod, address: &str) -> Result<Ping> {
+    let count = PINGS.to_string();
+    let output = pod
+        .command("ping")?
+        .args(["-c", &count, "-i", "0.01", "-W", "2", address])
+        .output();
+    let output = output.context("cannot start ping")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let said = String::from_utf8_lossy(&output.stderr);
+    Ping::parse(&text).with_context(|| format!("ping said neither sent nor received: {text}{said}"))
+}
+
+/// Packets of the tunnel as BPF counted them on an agent's node, once they cover the ping.
+fn counters_of(agent: &Agent, vni: u32, ping: &Ping) -> Result<report::NodeCounters> {
+    let mut last = Ok(None);
+    let waited = nsm_world::wait_until("counters that cover the ping", SETTLE_DEADLINE, || {
+        last = agent.status().map(|status| report::counters(&status, vni));
+        matches!(&last, Ok(Some(counters)) if counters.cover(ping))
+    });
+    match (last?, waited) {
+        (Some(counters), Ok(())) => Ok(counters),
+        (Some(counters), Err(_)) => bail!(
+            "{} pings were answered, but BPF on {} counted only {counters:?}",
+            ping.received,
+            agent.node().name()
+        ),
+        (None, _) => bail!(
+            "the agent on {} shows no counters for VNI {vni}",
+            agent.node().name()
+        ),
+    }
+}
+
+/// Ends everything in order, counts what the processes left behind, tears the world down and counts again.
+fn lower_curtain(scene: Scene, story: &mut Story) -> Result<Leaked> {
+    let Scene {
+        client,
+        endpoint,
+        client_agent,
+        endpoint_agent,
+        world,
+        ..
+    } = scene;
+    client.close(END_DEADLINE).context("close the connection")?;
+    story.step("client has closed its connection");
+    endpoint.stop(END_DEADLINE).context("end the endpoint")?;
+    for agent in [&client_agent, &endpoint_agent] {
+        agent
+            .process
+            .terminate(END_DEADLINE)
+            .with_context(|| format!("end the agent on {}", agent.node().name()))?;
+    }
+    // Tearing down would remove what agents forgot, and so hide it.
+    let left_by_processes = world.leaks()?;
+    world.tear_down();
+    let left_at_all = world.leaks()?;
+    let leaked = Leaked {
+        links: left_by_processes.links.len() + left_at_all.links.len(),
+        pins: left_by_processes.pins.len() + left_at_all.pins.len(),
+        netns: left_at_all.netns.len(),
+        processes: left_at_all.processes.len(),
+    };
+    story.step(&format!(
+        "torn down; left behind: {} links, {} pins, {} namespaces, {} processes",
+        leaked.links, leaked.pins, leaked.netns, leaked.processes
+    ));
+    if !left_by_processes.links.is_empty() || !left_by_processes.pins.is_empty() {
+        story.detail(&format!(
+            "{:?} {:?}",
+            left_by_processes.links, left_by_processes.pins
+        ));
+    }
+    Ok(leaked)
+}
+
+fn ways_to_look_around(scene: &Scene, programs: &Programs, address: &str) -> String {
+    let mut text = String::from("everything keeps running; in another shell, as root:\n");
+    let mut line =
+        |what: &str, command: String| text.push_str(&format!("\n  # {what}\n  {command}\n"));
+    let (client, endpoint) = (
+        scene.client_pod.netns_name(),
+        scene.endpoint_pod.netns_name(),
+    );
+    line(
+        "ping through the tunnel",
+        format!("ip netns exec {client} ping {address}"),
+    );
+    line(
+        "the client's end of the tunnel",
+        format!("ip -n {client} -d addr show nsm-1"),
+    );
+    line("the endpoint's", format!("ip -n {endpoint} -d addr"));
+    for agent in [&scene.client_agent, &scene.endpoint_agent] {
+        let node = agent.node();
+        line(
+            &format!("what the agent on {} knows", node.name()),
+            format!(
+                "{} status --admin {}",
+                programs.agent.display(),
+                agent.admin_url()
+            ),
+        );
+        line(
+            &format!("what BPF counts on {}", node.name()),
+            format!(
+                "bpftool map dump pinned {}/COUNTERS",
+                node.pin_dir().display()
+            ),
+        );
+        line(
+            &format!("packets on the underlay of {}", node.name()),
+            format!(
+                "ip netns exec {} tcpdump -ni {} udp port 4789",
+                node.netns_name(),
+                node.interface()
+            ),
+        );
+    }
+    line(
+        "logs",
+        format!("tail -n 50 {}/log/*", scene.world.run_dir().display()),
+    );
+    text.push_str("\nCtrl-C tears all of it down.\n");
+    text
+}

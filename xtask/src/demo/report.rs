@@ -1,0 +1,322 @@
+//! What the demo found: its JSON, how it is read from what programs print, and when it is good enough.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde::Serialize;
+use serde_json::Value;
+
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    pub(super) connection: Connection,
+    /// From the client's Request to its Connection.
+    pub(super) setup_ms: f64,
+    pub(super) dns: Dns,
+    pub(super) ping: Ping,
+    pub(super) counters: Counters,
+    pub(super) bpf: Bpf,
+    pub(super) leaked: Leaked,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Connection {
+    pub(super) id: String,
+    pub(super) network_service: String,
+    pub(super) endpoint: String,
+    pub(super) mechanism: String,
+    pub(super) vni: u32,
+    pub(super) mtu: u32,
+    /// Names of the path's segments.
+    pub(super) path: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Dns {
+    pub(super) question: String,
+    pub(super) answer: String,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Ping {
+    pub(super) sent: u32,
+    pub(super) received: u32,
+    pub(super) rtt_us_p50: u32,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Counters {
+    pub(super) client_node: NodeCounters,
+    pub(super) endpoint_node: NodeCounters,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(super) struct NodeCounters {
+    pub(super) tx_packets: u64,
+    pub(super) rx_packets: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Bpf {
+    pub(super) hook: String,
+    pub(super) object_sha256: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Leaked {
+    pub(super) links: usize,
+    pub(super) pins: usize,
+    pub(super) netns: usize,
+    pub(super) processes: usize,
+}
+
+impl Report {
+    /// Whether the demo shows what it claims.
+    pub(super) fn check(&self, pings: u32) -> Result<()> {
+        let Ping { sent, received, .. } = self.ping;
+        ensure!(
+            sent == pings && received == pings,
+            "{received} of {sent} pings were answered, not all {pings}"
+        );
+        let Leaked {
+            links,
+            pins,
+            netns,
+            processes,
+        } = self.leaked;
+        ensure!(
+            links + pins + netns + processes == 0,
+            "left behind: {links} links, {pins} pins, {netns} namespaces, {processes} processes"
+        );
+        Ok(())
+    }
+}
+
+impl Ping {
+    /// Reads what `ping` of iputils prints.
+    pub(super) fn parse(output: &str) -> Option<Self> {
+        let summary = output
+            .lines()
+            .find(|line| line.contains("packets transmitted"))?;
+        let number = |text: &str| text.split_whitespace().next()?.parse().ok();
+        let mut parts = summary.split(", ");
+        let (sent, received) = (number(parts.next()?)?, number(parts.next()?)?);
+        let mut round_trips: Vec<u32> = output
+            .lines()
+            .filter_map(|line| {
+                line.split_once("time=")?
+                    .1
+                    .strip_suffix(" ms")?
+                    .parse::<f64>()
+                    .ok()
+            })
+            .map(|ms| (ms * 1e3).round() as u32)
+            .collect();
+        round_trips.sort_unstable();
+        let rtt_us_p50 = round_trips.get(round_trips.len() / 2).copied().unwrap_or(0);
+        Some(Self {
+            sent,
+            received,
+            rtt_us_p50,
+        })
+    }
+}
+
+impl NodeCounters {
+    /// Whether they have at least the pings' packets in both directions.
+    pub(super) fn cover(&self, ping: &Ping) -> bool {
+        let pings = u64::from(ping.received);
+        self.tx_packets >= pings && self.rx_packets >= pings
+    }
+}
+
+/// The connection of the client's `connected` event, with the tunnel of the agent's status.
+pub(super) fn connection(connected: &Value, status: &Value) -> Result<Connection> {
+    let told = TunnelOf::find(status, connected)?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let path = connected["path"]
+        .as_array()
+        .context("the client's event has no path")?;
+    Ok(Connection {
+        id: text(&connected["id"]),
+        network_service: text(&connected["network_service"]),
+        endpoint: text(&connected["endpoint"]),
+        mechanism: text(&told.connection["endpoint_mechanism"]),
+        vni: told.vni,
+        mtu: connected["mtu"]
+            .as_u64()
+            .and_then(|mtu| mtu.try_into().ok())
+            .unwrap_or(0),
+        path: path.iter().map(text).collect(),
+    })
+}
+
+/// A connection in an agent's status.
+struct TunnelOf<'a> {
+    connection: &'a Value,
+    vni: u32,
+}
+
+impl<'a> TunnelOf<'a> {
+    fn find(status: &'a Value, connected: &Value) -> Result<Self> {
+        let connections = status["connections"]
+            .as_array()
+            .context("the agent's status has no connections")?;
+        let endpoint = &connected["endpoint"];
+        let with_tunnel = connections.iter().find(|connection| {
+            connection["endpoint"] == *endpoint && !connection["tunnel"].is_null()
+        });
+        let connection = with_tunnel.with_context(|| {
+            format!(
+                "the agent shows no tunnel to {endpoint}: {}",
+                status["connections"]
+            )
+        })?;
+        let vni = vni(connection).with_context(|| format!("a tunnel without VNI: {connection}"))?;
+        Ok(Self { connection, vni })
+    }
+}
+
+fn vni(connection: &Value) -> Option<u32> {
+    connection["tunnel"]["vni"].as_u64()?.try_into().ok()
+}
+
+/// How long the client waited for its connection, by its own clock.
+pub(super) fn setup_time(connected: &Value) -> Option<Duration> {
+    let ms = connected["setup_ms"].as_f64()?;
+    (ms >= 0.0).then(|| Duration::from_secs_f64(ms / 1e3))
+}
+
+/// The endpoint's address, without the prefix length.
+pub(super) fn endpoint_address(connected: &Value) -> Option<String> {
+    let address = connected["dst_addresses"].as_array()?.first()?.as_str()?;
+    Some(address.split('/').next().unwrap_or(address).to_owned())
+}
+
+/// The counters of the tunnel with that VNI.
+pub(super) fn counters(status: &Value, vni: u32) -> Option<NodeCounters> {
+    let connections = status["connections"].as_array()?;
+    let connection = connections
+        .iter()
+        .find(|connection| self::vni(connection) == Some(vni))?;
+    let counters = &connection["tunnel"]["counters"];
+    Some(NodeCounters {
+        tx_packets: counters["tx_packets"].as_u64()?,
+        rx_packets: counters["rx_packets"].as_u64()?,
+    })
+}
+
+/// The BPF programs that count.
+pub(super) fn bpf(status: &Value) -> Result<Bpf> {
+    let text = |name: &str| status["bpf"][name].as_str().unwrap_or_default().to_owned();
+    let bpf = Bpf {
+        hook: text("hook"),
+        object_sha256: text("object_sha256"),
+    };
+    ensure!(
+        bpf.hook != "none" && !bpf.hook.is_empty(),
+        "no BPF program is attached: {}",
+        status["degraded"]
+    );
+    Ok(bpf)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const PING: &str = "PING 172.16.1.0 (172.16.1.0) 56(84) bytes of data.
+64 bytes from 172.16.1.0: icmp_seq=1 ttl=64 time=0.204 ms
+64 bytes from 172.16.1.0: icmp_seq=2 ttl=64 time=0.060 ms
+64 bytes from 172.16.1.0: icmp_seq=3 ttl=64 time=0.065 ms
+
+--- 172.16.1.0 ping statistics ---
+4 packets transmitted, 3 received, 25% packet loss, time 26ms
+rtt min/avg/max/mdev = 0.060/0.442/1.201/0.536 ms
+";
+
+    #[test]
+    fn ping_is_read() {
+        assert_eq!(
+            Ping::parse(PING),
+            Some(Ping {
+                sent: 4,
+                received: 3,
+                rtt_us_p50: 65
+            })
+        );
+        assert_eq!(Ping::parse("ping: connect: Network is unreachable"), None);
+    }
+
+    #[test]
+    fn loss_and_leaks_are_failures() {
+        let leaked = |links| Leaked {
+            links,
+            pins: 0,
+            netns: 0,
+            processes: 0,
+        };
+        let report = |received, leaked| Report {
+            connection: Connection {
+                id: String::new(),
+                network_service: String::new(),
+                endpoint: String::new(),
+                mechanism: String::new(),
+                vni: 1,
+                mtu: 1450,
+                path: Vec::new(),
+            },
+            setup_ms: 1.0,
+            dns: Dns {
+                question: String::new(),
+                answer: String::new(),
+            },
+            ping: Ping {
+                sent: 20,
+                received,
+                rtt_us_p50: 50,
+            },
+            counters: Counters {
+                client_node: NodeCounters {
+                    tx_packets: 20,
+                    rx_packets: 20,
+                },
+                endpoint_node: NodeCounters {
+                    tx_packets: 20,
+                    rx_packets: 20,
+                },
+            },
+            bpf: Bpf {
+                hook: "tcx".into(),
+                object_sha256: String::new(),
+            },
+            leaked,
+        };
+        report(20, leaked(0)).check(20).unwrap();
+        assert!(report(19, leaked(0)).check(20).is_err());
+        assert!(report(20, leaked(1)).check(20).is_err());
+    }
+
+    #[test]
+    fn counters_are_those_of_the_tunnel() {
+        let status = json!({"connections": [
+            {"tunnel": {"vni": 6, "counters": {"tx_packets": 1, "rx_packets": 2}}},
+            {"tunnel": {"vni": 7, "counters": {"tx_packets": 20, "rx_packets": 19}}},
+            {"tunnel": null}]});
+        let found = counters(&status, 7).unwrap();
+        assert_eq!(
+            found,
+            NodeCounters {
+                tx_packets: 20,
+                rx_packets: 19
+            }
+        );
+        assert!(!found.cover(&Ping {
+            sent: 20,
+            received: 20,
+            rtt_us_p50: 1
+        }));
+        assert_eq!(counters(&status, 8), None);
+    }
+}
