@@ -7,14 +7,11 @@
 mod report;
 mod story;
 
-use std::{
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, interrupt, registry_name};
+use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, interrupt};
 use serde_json::Value;
 
 use crate::{
@@ -124,7 +121,7 @@ struct Scene {
 
 fn tell(arguments: &Arguments, programs: &Programs) -> Result<Report> {
     let mut story = Story::begin(arguments.json);
-    let (scene, connected, setup) = raise_curtain(arguments, programs, &mut story)?;
+    let (scene, connected) = raise_curtain(arguments, programs, &mut story)?;
     let shown = show(&scene, &connected, &mut story).inspect_err(|_| {
         eprintln!("the last lines of each process:\n{}", scene.world.logs());
     })?;
@@ -136,7 +133,7 @@ fn tell(arguments: &Arguments, programs: &Programs) -> Result<Report> {
     let leaked = lower_curtain(scene, &mut story)?;
     let report = Report {
         connection: shown.connection,
-        setup_ms: setup.as_secs_f64() * 1e3,
+        setup_ms: report::setup_ms(&connected)?,
         dns: shown.dns,
         ping: shown.ping,
         counters: shown.counters,
@@ -160,9 +157,9 @@ struct Shown {
 }
 
 fn show(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Shown> {
-    let dns = dns_answer(&scene.world, story)?;
-    let connection = connection(scene, connected, story)?;
-    let address = endpoint_address(connected)?;
+    let dns = dns_answer(&scene.world, connected, story)?;
+    let connection = connection(connected, story)?;
+    let address = report::endpoint_address(connected)?;
     let ping = ping(&scene.client_pod, &address)?;
     story.step(&format!(
         "ping {address}: {} of {} answered, round trip {} µs (p50)",
@@ -195,12 +192,12 @@ fn show(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Shown> {
     })
 }
 
-/// World, agents, endpoint and client; with the client's own words about its connection, and how long it took.
+/// World, agents, endpoint and client; with the client's own words about its connection.
 fn raise_curtain(
     arguments: &Arguments,
     programs: &Programs,
     story: &mut Story,
-) -> Result<(Scene, Value, Duration)> {
+) -> Result<(Scene, Value)> {
     let cloud = match arguments.cloud {
         CloudShape::Packet => Cloud::Packet,
         CloudShape::Aws => Cloud::Aws,
@@ -256,11 +253,8 @@ fn raise_curtain(
 
     let service = format!("{SERVICE}@{ENDPOINT_DOMAIN}");
     story.step(&format!("client in {CLIENT_DOMAIN} asks for {service}"));
-    let start = Instant::now();
     let client = client_agent.connect(&world, &client_pod, &service, |_| {})?;
     let connected = client.wait_for_event("connected", CONNECT_DEADLINE)?;
-    let elapsed = start.elapsed();
-    let setup = report::setup_time(&connected).unwrap_or(elapsed);
     let scene = Scene {
         client,
         endpoint,
@@ -270,52 +264,42 @@ fn raise_curtain(
         endpoint_pod,
         world,
     };
-    Ok((scene, connected, setup))
+    Ok((scene, connected))
 }
 
-/// What the world's DNS server was asked about the endpoint's domain, by its own log.
-fn dns_answer(world: &World, story: &mut Story) -> Result<Dns> {
+/// What the client was told about DNS; and that the world's server, by its own log, was really asked.
+fn dns_answer(world: &World, connected: &Value, story: &mut Story) -> Result<Dns> {
     let queries = world.dns().queries()?;
+    let mut answered = false;
     for query in queries
         .iter()
         .filter(|query| query.name.ends_with(ENDPOINT_DOMAIN))
     {
-        story.detail(&format!(
-            "DNS: {} {}? {} {}",
-            query.name,
-            query.kind,
-            query.outcome,
+        answered |= !query.answer.is_empty();
+        let answer = if query.answer.is_empty() {
+            query.outcome.clone()
+        } else {
             query.answer.join(" ")
-        ));
+        };
+        story.detail(&format!("DNS: {} {} is {answer}", query.name, query.kind));
     }
-    let answered = |name: &str, kind: &str| {
-        let query = queries
-            .iter()
-            .find(|query| query.name == name && query.kind == kind)?;
-        Some(Dns {
-            question: format!("{name} {kind}"),
-            answer: query.answer.join(" "),
-        })
-    };
-    answered(ENDPOINT_DOMAIN, "A")
-        .or_else(|| answered(&registry_name(ENDPOINT_DOMAIN), "SRV"))
-        .with_context(|| format!("nobody asked DNS for {ENDPOINT_DOMAIN}"))
+    ensure!(
+        answered,
+        "nobody got an answer from DNS about {ENDPOINT_DOMAIN}"
+    );
+    report::dns(connected)
 }
 
-/// The connection, as the client was told, with the tunnel that its node's agent made for it.
-fn connection(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Connection> {
-    let connection = report::connection(connected, &scene.client_agent.status()?)?;
+/// The connection, as the client was told.
+fn connection(connected: &Value, story: &mut Story) -> Result<Connection> {
+    let connection = report::connection(connected)?;
+    let setup = report::setup_ms(connected)?;
     story.step(&format!(
-        "connected to {}: {} VNI {}, MTU {}",
+        "connected to {} within {setup} ms: {} VNI {}, MTU {}",
         connection.endpoint, connection.mechanism, connection.vni, connection.mtu
     ));
     story.detail(&format!("path: {}", connection.path.join(" → ")));
     Ok(connection)
-}
-
-fn endpoint_address(connected: &Value) -> Result<String> {
-    let address = report::endpoint_address(connected);
-    address.with_context(|| format!("the connection has no address of the endpoint: {connected}"))
 }
 
 fn ping(pod: &Pod, address: &str) -> Result<Ping> {

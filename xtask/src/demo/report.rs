@@ -1,9 +1,7 @@
 //! What the demo found: its JSON, how it is read from what programs print, and when it is good enough.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 #[derive(Debug, Serialize)]
@@ -18,7 +16,7 @@ pub(super) struct Report {
     pub(super) leaked: Leaked,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Connection {
     pub(super) id: String,
     pub(super) network_service: String,
@@ -30,7 +28,7 @@ pub(super) struct Connection {
     pub(super) path: Vec<String>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Dns {
     pub(super) question: String,
     pub(super) answer: String,
@@ -129,67 +127,43 @@ impl NodeCounters {
     }
 }
 
-/// The connection of the client's `connected` event, with the tunnel of the agent's status.
-pub(super) fn connection(connected: &Value, status: &Value) -> Result<Connection> {
-    let told = TunnelOf::find(status, connected)?;
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let path = connected["path"]
-        .as_array()
-        .context("the client's event has no path")?;
-    Ok(Connection {
-        id: text(&connected["id"]),
-        network_service: text(&connected["network_service"]),
-        endpoint: text(&connected["endpoint"]),
-        mechanism: text(&told.connection["endpoint_mechanism"]),
-        vni: told.vni,
-        mtu: connected["mtu"]
-            .as_u64()
-            .and_then(|mtu| mtu.try_into().ok())
-            .unwrap_or(0),
-        path: path.iter().map(text).collect(),
-    })
+/// The connection of the client's `connected` event.
+pub(super) fn connection(connected: &Value) -> Result<Connection> {
+    let told = &connected["connection"];
+    let connection: Connection = serde_json::from_value(told.clone())
+        .with_context(|| format!("the client's connection is not what the demo expects: {told}"))?;
+    ensure!(
+        connection.mechanism == "VXLAN",
+        "the tunnel is {}, not VXLAN",
+        connection.mechanism
+    );
+    Ok(connection)
 }
 
-/// A connection in an agent's status.
-struct TunnelOf<'a> {
-    connection: &'a Value,
-    vni: u32,
+/// What the client was told about DNS.
+pub(super) fn dns(connected: &Value) -> Result<Dns> {
+    let told = &connected["dns"];
+    serde_json::from_value(told.clone())
+        .with_context(|| format!("the client was not told what DNS was asked: {told}"))
 }
 
-impl<'a> TunnelOf<'a> {
-    fn find(status: &'a Value, connected: &Value) -> Result<Self> {
-        let connections = status["connections"]
-            .as_array()
-            .context("the agent's status has no connections")?;
-        let endpoint = &connected["endpoint"];
-        let with_tunnel = connections.iter().find(|connection| {
-            connection["endpoint"] == *endpoint && !connection["tunnel"].is_null()
-        });
-        let connection = with_tunnel.with_context(|| {
-            format!(
-                "the agent shows no tunnel to {endpoint}: {}",
-                status["connections"]
-            )
-        })?;
-        let vni = vni(connection).with_context(|| format!("a tunnel without VNI: {connection}"))?;
-        Ok(Self { connection, vni })
-    }
+/// How long the client waited for its connection, by its own clock, in milliseconds.
+pub(super) fn setup_ms(connected: &Value) -> Result<f64> {
+    connected["setup_ms"]
+        .as_f64()
+        .context("the client did not tell how long it waited")
+}
+
+/// The endpoint's address, without the prefix length.
+pub(super) fn endpoint_address(connected: &Value) -> Result<String> {
+    let addresses = connected["connection"]["dst_addresses"].as_array();
+    let first = addresses.and_then(|addresses| addresses.first()?.as_str());
+    let first = first.with_context(|| format!("no address of the endpoint in {connected}"))?;
+    Ok(first.split('/').next().unwrap_or(first).to_owned())
 }
 
 fn vni(connection: &Value) -> Option<u32> {
     connection["tunnel"]["vni"].as_u64()?.try_into().ok()
-}
-
-/// How long the client waited for its connection, by its own clock.
-pub(super) fn setup_time(connected: &Value) -> Option<Duration> {
-    let ms = connected["setup_ms"].as_f64()?;
-    (ms >= 0.0).then(|| Duration::from_secs_f64(ms / 1e3))
-}
-
-/// The endpoint's address, without the prefix length.
-pub(super) fn endpoint_address(connected: &Value) -> Option<String> {
-    let address = connected["dst_addresses"].as_array()?.first()?.as_str()?;
-    Some(address.split('/').next().unwrap_or(address).to_owned())
 }
 
 /// The counters of the tunnel with that VNI.
@@ -296,6 +270,23 @@ rtt min/avg/max/mdev = 0.060/0.442/1.201/0.536 ms
         report(20, leaked(0)).check(20).unwrap();
         assert!(report(19, leaked(0)).check(20).is_err());
         assert!(report(20, leaked(1)).check(20).is_err());
+    }
+
+    #[test]
+    fn the_clients_words_are_read() {
+        let connected = json!({"event": "connected", "connection": {
+            "id": "nsc-id", "network_service": "icmp-responder@cluster-2.example",
+            "endpoint": "nse@cluster-2.example", "mechanism": "VXLAN", "vni": 4242, "mtu": 1450,
+            "path": ["nsc", "agent-1"], "src_addresses": ["172.16.1.1/32"],
+            "dst_addresses": ["172.16.1.0/32"], "interface": "nsm-1"},
+            "setup_ms": 2.5, "dns": {"question": "A cluster-2.example", "answer": "198.51.100.10"}});
+        assert_eq!(connection(&connected).unwrap().vni, 4242);
+        assert_eq!(endpoint_address(&connected).unwrap(), "172.16.1.0");
+        assert_eq!(dns(&connected).unwrap().answer, "198.51.100.10");
+        let without =
+            json!({"event": "connected", "connection": {"mechanism": "KERNEL"}, "dns": null});
+        assert!(connection(&without).is_err() && dns(&without).is_err());
+        assert!(endpoint_address(&without).is_err() && setup_ms(&without).is_err());
     }
 
     #[test]
