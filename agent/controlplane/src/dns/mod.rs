@@ -20,6 +20,7 @@
 
 mod cache;
 mod error;
+mod exchange;
 mod hosts;
 mod rules;
 mod srv;

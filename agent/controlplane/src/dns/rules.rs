@@ -13,15 +13,16 @@ use std::{
 };
 
 use futures_util::future::{Either, FutureExt as _, join, join_all, select};
-use hickory_resolver::proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
+use hickory_proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
 use nsm_core::name::{Domain, DomainTarget};
 use tokio::time::{Instant, timeout};
 
 use super::{
     HostTarget, ResolverConfig,
     error::ResolveError,
+    exchange::Question,
     srv,
-    upstream::{Question, Records, Reply, Upstream},
+    upstream::{Records, Reply, Upstream},
 };
 
 /// Answers are kept at least this long: a TTL of 0 must not mean a question for every Request.
@@ -266,7 +267,7 @@ impl Asker<'_> {
             addresses: Vec::new(),
             question: question.to_string(),
             server: records.server.to_string(),
-            ttl: min_ttl(&records.answers),
+            ttl: records.ttl,
         };
         let mut refusal = None;
         for (srv, host) in targets.iter().zip(hosts) {
@@ -329,7 +330,7 @@ impl Asker<'_> {
             match answer {
                 Some(Ok(Reply::Records(records))) => {
                     let ips = ips(&records.answers);
-                    let ttl = min_ttl(&records.answers);
+                    let ttl = records.ttl;
                     if let Some(found) = &mut found {
                         found.ips.extend(ips);
                         found.ttl = found.ttl.min(ttl);

@@ -1,35 +1,38 @@
 //! The DNS servers: one question to all of them, one answer back.
 //!
-//! Each server is a hickory client of its own, so that an answer and a failure have a server's name
-//! on them. Servers are asked in their order: the next one as soon as one fails, or when one stays
-//! silent for its share of the time; the first usable answer wins. TCP comes after UDP when an
-//! answer is truncated, and once more for each server at the end, for a network that lets only
-//! TCP pass. Hickory's cache is off: there is one cache, that of the resolver, above this.
-//!
-//! Answers are used when hickory has matched source, id and question.
+//! Servers are asked in their order: the next one as soon as one fails, or when one stays silent
+//! for its share of the time; the first usable answer wins. After UDP to each comes TCP to each,
+//! for a network that lets only TCP pass. Aliases are followed, in the answer or by asking again.
 
-use std::{collections::VecDeque, fmt, io, net::SocketAddr, pin::Pin, time::Duration};
+use std::{
+    collections::VecDeque,
+    fmt, fs,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use hickory_resolver::{
-    Resolver as Hickory,
-    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
-    net::{
-        DnsError, NetError,
-        runtime::{RuntimeProvider, TokioRuntimeProvider},
-    },
-    proto::{
-        op::ResponseCode,
-        rr::{Name, Record, RecordType},
-    },
-    system_conf::read_system_conf,
+use hickory_proto::{
+    op::{Message, ResponseCode},
+    rr::{Name, RData, Record},
 };
-use tokio::{
-    net::UdpSocket,
-    time::{Instant, timeout_at},
+use tokio::time::{Instant, timeout_at};
+
+use super::{
+    error::ResolveError,
+    exchange::{self, Cause, Question},
 };
 
-use super::error::ResolveError;
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// The port of DNS (RFC 1035 section 4.2).
+const PORT: u16 = 53;
+
+/// Servers that are asked: more would share the time until none has enough.
+const MAX_SERVERS: usize = 8;
+
+/// Aliases that are followed, within one answer and by asking again.
+const MAX_ALIASES: usize = 8;
 
 /// The servers, in the order in which they are asked.
 pub(super) struct Upstream {
@@ -42,23 +45,16 @@ pub(super) struct Upstream {
 }
 
 /// One way to ask.
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Attempt {
     server: SocketAddr,
     transport: Transport,
-    client: Hickory<Connected>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Transport {
     Udp,
     Tcp,
-}
-
-/// A question that is asked.
-#[derive(Clone, Debug)]
-pub(super) struct Question {
-    pub(super) name: Name,
-    pub(super) kind: RecordType,
 }
 
 /// A usable answer.
@@ -69,8 +65,11 @@ pub(super) enum Reply {
 
 /// Records that answer the question.
 pub(super) struct Records {
+    /// Of the type asked for, aliases followed.
     pub(super) answers: Vec<Record>,
     pub(super) additionals: Vec<Record>,
+    /// The smallest of the answers and the aliases that led to them.
+    pub(super) ttl: Duration,
     pub(super) server: SocketAddr,
 }
 
@@ -79,42 +78,34 @@ pub(super) struct Records {
 pub(super) struct Nothing {
     /// False for NXDOMAIN: the name has no records of any type.
     pub(super) exists: bool,
-    /// How long the zone says that this holds, where it says so.
+    /// How long the zone says that this holds, where it says so (RFC 2308 section 5).
     pub(super) ttl: Option<Duration>,
     pub(super) server: SocketAddr,
 }
 
 /// No server gave a usable answer: each attempt and what came of it.
-pub(super) struct Unanswered(Vec<(SocketAddr, Transport, Cause)>);
-
-/// What came of one attempt that failed.
-#[derive(Clone, Debug)]
-enum Cause {
-    /// The server answered with an error code.
-    Code(ResponseCode),
-    /// Nothing came back.
-    Silent,
-    /// The host or its network refused.
-    Unreachable(String),
-    /// Something came back that is no answer.
-    Bad(String),
-}
+pub(super) struct Unanswered(Vec<(Attempt, Cause)>);
 
 impl Upstream {
     /// The given servers or, when there are none, those of /etc/resolv.conf.
     pub(super) fn new(servers: &[SocketAddr], timeout: Duration) -> Self {
         let (servers, none) = if servers.is_empty() {
-            match read_system_conf() {
-                Ok((config, _)) => (addresses(&config), "none is configured".to_owned()),
-                Err(error) => (Vec::new(), format!("/etc/resolv.conf: {error}")),
+            match fs::read_to_string(RESOLV_CONF) {
+                Ok(text) => (nameservers(&text), format!("{RESOLV_CONF} names none")),
+                Err(error) => (Vec::new(), format!("{RESOLV_CONF}: {error}")),
             }
         } else {
             (servers.to_vec(), String::new())
         };
         let attempts: Vec<_> = [Transport::Udp, Transport::Tcp]
             .into_iter()
-            .flat_map(|transport| servers.iter().map(move |server| (*server, transport)))
-            .filter_map(|(server, transport)| Attempt::new(server, transport, timeout))
+            .flat_map(|transport| {
+                let servers = servers.iter().take(MAX_SERVERS);
+                servers.map(move |server| Attempt {
+                    server: *server,
+                    transport,
+                })
+            })
             .collect();
         let shares = u32::try_from(attempts.len()).unwrap_or(u32::MAX).max(1);
         Self {
@@ -131,9 +122,49 @@ impl Upstream {
         question: &Question,
         deadline: Instant,
     ) -> Result<Reply, Unanswered> {
-        let mut waiting: VecDeque<&Attempt> = self.attempts.iter().collect();
+        let mut aliased = Duration::MAX;
+        let mut name = question.name.clone();
+        for _ in 0..MAX_ALIASES {
+            let kind = question.kind;
+            let question = Question { name, kind };
+            let (server, message) = self.exchange(&question, deadline).await?;
+            let read = read(&question, message);
+            aliased = aliased.min(read.ttl);
+            if !read.answers.is_empty() {
+                return Ok(Reply::Records(Records {
+                    answers: read.answers,
+                    additionals: read.additionals,
+                    ttl: aliased,
+                    server,
+                }));
+            }
+            // A server that does not recurse leaves the end of the chain to us.
+            if read.canonical == question.name || !read.exists {
+                return Ok(Reply::Nothing(Nothing {
+                    exists: read.exists,
+                    ttl: read.negative_ttl,
+                    server,
+                }));
+            }
+            name = read.canonical;
+        }
+        Err(Unanswered(
+            self.attempts
+                .first()
+                .map(|attempt| (*attempt, Cause::Bad("too many aliases".to_owned())))
+                .into_iter()
+                .collect(),
+        ))
+    }
+
+    async fn exchange(
+        &self,
+        question: &Question,
+        deadline: Instant,
+    ) -> Result<(SocketAddr, Message), Unanswered> {
+        let mut waiting: VecDeque<Attempt> = self.attempts.iter().copied().collect();
         let mut running = FuturesUnordered::new();
-        let mut silent: Vec<&Attempt> = Vec::new();
+        let mut silent: Vec<Attempt> = Vec::new();
         let mut tried = Vec::new();
         loop {
             if let Some(attempt) = waiting.pop_front() {
@@ -146,22 +177,18 @@ impl Upstream {
                 deadline.min(Instant::now() + self.stagger)
             };
             match timeout_at(turn, running.next()).await {
-                Ok(Some((_, Ok(reply)))) => return Ok(reply),
+                Ok(Some((attempt, Ok(message)))) => return Ok((attempt.server, message)),
                 Ok(Some((attempt, Err(cause)))) => {
                     // Who answers with an error by UDP has no other answer by TCP.
                     if matches!(cause, Cause::Code(_)) {
                         waiting.retain(|other| other.server != attempt.server);
                     }
-                    silent.retain(|other| !std::ptr::eq(*other, attempt));
-                    tried.push((attempt.server, attempt.transport, cause));
+                    silent.retain(|other| *other != attempt);
+                    tried.push((attempt, cause));
                 }
                 Ok(None) if waiting.is_empty() => return Err(Unanswered(tried)),
                 Err(_) if Instant::now() >= deadline => {
-                    tried.extend(
-                        silent
-                            .iter()
-                            .map(|attempt| (attempt.server, attempt.transport, Cause::Silent)),
-                    );
+                    tried.extend(silent.iter().map(|attempt| (*attempt, Cause::Silent)));
                     return Err(Unanswered(tried));
                 }
                 // The turn of the next attempt has come.
@@ -170,7 +197,8 @@ impl Upstream {
         }
     }
 
-    /// Says why `domain` cannot be resolved.
+    /// Says why `domain` cannot be resolved: the most telling cause names the error, the text holds
+    /// them all.
     pub(super) fn explain(
         &self,
         domain: &str,
@@ -178,196 +206,144 @@ impl Upstream {
         Unanswered(tried): &Unanswered,
     ) -> ResolveError {
         let domain = domain.to_owned();
-        if tried.is_empty() && self.attempts.is_empty() {
+        if self.attempts.is_empty() {
             return ResolveError::NoServers {
                 domain,
                 reason: self.none.clone(),
             };
         }
         let question = question.to_string();
-        let causes = || tried.iter().map(|(_, _, cause)| cause);
-        let text = tried
+        let any = |telling: fn(&Cause) -> bool| tried.iter().any(|(_, cause)| telling(cause));
+        let text: Vec<_> = tried
             .iter()
-            .map(|(server, transport, cause)| format!("{server} by {transport}: {cause}"))
-            .collect::<Vec<_>>()
-            .join("; ");
-        // The most telling cause names the error; the text holds them all.
-        if causes().any(|cause| matches!(cause, Cause::Code(_))) {
-            return ResolveError::ServerFailed {
+            .map(|(attempt, cause)| format!("{attempt}: {cause}"))
+            .collect();
+        let tried = text.join("; ");
+        if any(|cause| matches!(cause, Cause::Code(_))) {
+            ResolveError::ServerFailed {
                 domain,
                 question,
-                tried: text,
-            };
-        }
-        if causes().any(|cause| matches!(cause, Cause::Bad(_))) {
-            return ResolveError::BadAnswer {
+                tried,
+            }
+        } else if any(|cause| matches!(cause, Cause::Bad(_))) {
+            ResolveError::BadAnswer {
                 domain,
                 question,
-                tried: text,
-            };
-        }
-        if causes().all(|cause| matches!(cause, Cause::Unreachable(_))) && !tried.is_empty() {
-            return ResolveError::Unreachable {
+                tried,
+            }
+        } else if any(|cause| matches!(cause, Cause::Silent)) {
+            ResolveError::Timeout {
                 domain,
                 question,
-                tried: text,
-            };
-        }
-        ResolveError::Timeout {
-            domain,
-            question,
-            tried: text,
-            waited: self.timeout,
+                tried,
+                waited: self.timeout,
+            }
+        } else {
+            ResolveError::Unreachable {
+                domain,
+                question,
+                tried,
+            }
         }
     }
 }
 
 impl Attempt {
-    /// None when hickory refuses its own defaults, which it does only with TLS.
-    fn new(server: SocketAddr, transport: Transport, timeout: Duration) -> Option<Self> {
-        let connections = match transport {
-            Transport::Udp => vec![ConnectionConfig::udp(), ConnectionConfig::tcp()],
-            Transport::Tcp => vec![ConnectionConfig::tcp()],
-        };
-        let connections = connections
-            .into_iter()
-            .map(|mut connection| {
-                connection.port = server.port();
-                connection
-            })
-            .collect();
-        let config = ResolverConfig::from_name_servers(vec![NameServerConfig::new(
-            server.ip(),
-            true,
-            connections,
-        )]);
-        let mut builder = Hickory::builder_with_config(config, Connected::default());
-        let options: &mut ResolverOpts = builder.options_mut();
-        options.cache_size = 0;
-        options.use_hosts_file = ResolveHosts::Never;
-        options.timeout = timeout;
-        options.attempts = 0;
-        Some(Self {
-            server,
-            transport,
-            client: builder.build().ok()?,
-        })
-    }
-
-    async fn ask(&self, question: &Question) -> Result<Reply, Cause> {
-        let server = self.server;
-        let nothing = |exists, ttl: Option<u32>| {
-            Ok(Reply::Nothing(Nothing {
-                exists,
-                ttl: ttl.map(|seconds| Duration::from_secs(seconds.into())),
-                server,
-            }))
-        };
-        match self
-            .client
-            .lookup(question.name.clone(), question.kind)
-            .await
-        {
-            Ok(lookup) => {
-                let wanted = |record: &Record| record.record_type() == question.kind;
-                if !lookup.answers().iter().any(wanted) {
-                    return nothing(true, None);
-                }
-                Ok(Reply::Records(Records {
-                    answers: lookup.answers().to_vec(),
-                    additionals: lookup.additionals().to_vec(),
-                    server,
-                }))
-            }
-            Err(NetError::Dns(DnsError::NoRecordsFound(none))) => nothing(
-                none.response_code != ResponseCode::NXDomain,
-                none.negative_ttl,
-            ),
-            Err(NetError::Dns(DnsError::ResponseCode(code))) => Err(Cause::Code(code)),
-            Err(NetError::Timeout) => Err(Cause::Silent),
-            Err(NetError::Io(error)) if error.kind() == io::ErrorKind::TimedOut => {
-                Err(Cause::Silent)
-            }
-            Err(NetError::Io(error)) => Err(Cause::Unreachable(error.to_string())),
-            Err(error) => Err(Cause::Bad(error.to_string())),
+    async fn ask(self, question: &Question) -> Result<Message, Cause> {
+        match self.transport {
+            Transport::Udp => exchange::by_udp(self.server, question).await,
+            Transport::Tcp => exchange::by_tcp(self.server, question).await,
         }
     }
 }
 
-impl fmt::Display for Question {
+impl fmt::Display for Attempt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = self.name.to_ascii();
-        write!(f, "{} {}", self.kind, name.trim_end_matches('.'))
+        let transport = match self.transport {
+            Transport::Udp => "UDP",
+            Transport::Tcp => "TCP",
+        };
+        write!(f, "{} by {transport}", self.server)
     }
 }
 
-impl fmt::Display for Transport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Udp => "UDP",
-            Self::Tcp => "TCP",
-        })
-    }
+/// What an answer says.
+struct Read {
+    answers: Vec<Record>,
+    additionals: Vec<Record>,
+    /// Where the aliases lead; the name asked for when there are none.
+    canonical: Name,
+    ttl: Duration,
+    exists: bool,
+    negative_ttl: Option<Duration>,
 }
 
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Code(ResponseCode::ServFail) => f.write_str("SERVFAIL"),
-            Self::Code(ResponseCode::Refused) => f.write_str("REFUSED"),
-            Self::Code(code) => write!(f, "error code {} ({code})", u16::from(*code)),
-            Self::Silent => f.write_str("no answer"),
-            Self::Unreachable(why) => write!(f, "cannot be reached: {why}"),
-            Self::Bad(why) => write!(f, "no usable answer: {why}"),
-        }
+/// Reads an answer, following its aliases in whatever order they stand.
+fn read(question: &Question, message: Message) -> Read {
+    let mut canonical = question.name.clone();
+    let mut ttl = u32::MAX;
+    for _ in 0..MAX_ALIASES {
+        let alias = message
+            .answers
+            .iter()
+            .find_map(|record| match &record.data {
+                RData::CNAME(target) if record.name == canonical => Some((record.ttl, &target.0)),
+                _ => None,
+            });
+        let Some((alias_ttl, target)) = alias else {
+            break;
+        };
+        ttl = ttl.min(alias_ttl);
+        canonical = target.clone();
     }
-}
-
-fn addresses(config: &ResolverConfig) -> Vec<SocketAddr> {
-    config
-        .name_servers()
+    let negative_ttl = message
+        .authorities
         .iter()
-        .map(|server| {
-            let port = server.connections.first().map_or(53, |first| first.port);
-            SocketAddr::new(server.ip, port)
+        .find_map(|record| match &record.data {
+            RData::SOA(soa) => Some(record.ttl.min(soa.minimum)),
+            _ => None,
+        });
+    let wanted =
+        |record: &Record| record.record_type() == question.kind && record.name == canonical;
+    let answers: Vec<_> = message.answers.into_iter().filter(wanted).collect();
+    let ttl = answers.iter().map(|record| record.ttl).fold(ttl, u32::min);
+    Read {
+        answers,
+        additionals: message.additionals,
+        canonical,
+        ttl: Duration::from_secs(ttl.into()),
+        exists: message.metadata.response_code != ResponseCode::NXDomain,
+        negative_ttl: negative_ttl.map(|seconds| Duration::from_secs(seconds.into())),
+    }
+}
+
+/// The servers of a resolv.conf(5).
+fn nameservers(text: &str) -> Vec<SocketAddr> {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split_ascii_whitespace();
+            (words.next()? == "nameserver").then(|| words.next())?
+        })
+        .filter_map(|address| match address.parse::<IpAddr>() {
+            Ok(ip) => Some(SocketAddr::new(ip, PORT)),
+            Err(error) => {
+                tracing::warn!(dns.server = address, %error, "server in {RESOLV_CONF} passed over");
+                None
+            }
         })
         .collect()
 }
 
-/// Hickory's tokio runtime, with UDP sockets that are connected to their server: the kernel then
-/// reports an ICMP refusal at once instead of letting the question time out, and drops what others
-/// send. Linux lets a connected socket `sendto` its own peer, which is what hickory does.
-#[derive(Clone, Default)]
-struct Connected(TokioRuntimeProvider);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl RuntimeProvider for Connected {
-    type Handle = <TokioRuntimeProvider as RuntimeProvider>::Handle;
-    type Timer = <TokioRuntimeProvider as RuntimeProvider>::Timer;
-    type Udp = UdpSocket;
-    type Tcp = <TokioRuntimeProvider as RuntimeProvider>::Tcp;
-
-    fn create_handle(&self) -> Self::Handle {
-        self.0.create_handle()
-    }
-
-    fn connect_tcp(
-        &self,
-        server: SocketAddr,
-        bind: Option<SocketAddr>,
-        timeout: Option<Duration>,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
-        self.0.connect_tcp(server, bind, timeout)
-    }
-
-    fn bind_udp(
-        &self,
-        local: SocketAddr,
-        server: SocketAddr,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<UdpSocket>>>> {
-        Box::pin(async move {
-            let socket = UdpSocket::bind(local).await?;
-            socket.connect(server).await?;
-            Ok(socket)
-        })
+    #[test]
+    fn servers_are_read_from_resolv_conf() {
+        let text = "# nameserver 192.0.2.9\nsearch example\nnameserver 192.0.2.1 # first\n\
+                    options ndots:5\n\tnameserver\t2001:db8::1\nnameserver nonsense\nnameserver\n";
+        let found = nameservers(text);
+        let wanted = ["192.0.2.1:53", "[2001:db8::1]:53"].map(|text| text.parse().unwrap());
+        assert_eq!(found, wanted);
     }
 }

@@ -129,8 +129,16 @@ impl Zone {
     pub(super) fn fault_all(self, owner: &str, fault: Fault) -> Self {
         self.fault(owner, RecordType::A, fault)
             .fault(owner, RecordType::AAAA, fault)
-            .fault(&format!("registry.nsm-system.{owner}"), RecordType::SRV, fault)
-            .fault(&format!("nsmgr-proxy.nsm-system.{owner}"), RecordType::SRV, fault)
+            .fault(
+                &format!("registry.nsm-system.{owner}"),
+                RecordType::SRV,
+                fault,
+            )
+            .fault(
+                &format!("nsmgr-proxy.nsm-system.{owner}"),
+                RecordType::SRV,
+                fault,
+            )
     }
 
     pub(super) fn negative_ttl(mut self, seconds: u32) -> Self {
@@ -190,7 +198,7 @@ impl DnsServer {
         self.released.send_replace(true);
     }
 
-    pub(super) fn log(&self) -> Vec<(String, RecordType, Protocol)> {
+    fn log(&self) -> Vec<(String, RecordType, Protocol)> {
         let log = self.handler.asked.lock();
         log.unwrap_or_else(PoisonError::into_inner).clone()
     }
