@@ -45,6 +45,7 @@ pub use fault::{Fault, FaultGuard};
 pub use leaks::{Leaks, Link};
 pub use mesh::{Agent, Client, Endpoint};
 pub use netns::{command_in, inside};
+pub use nix::sys::signal::Signal;
 pub use plan::Cloud;
 pub use process::Process;
 pub use wait::{WaitError, wait_until};
