@@ -1,3 +1,5 @@
 //! The kernel side of the agent: network namespaces, the links of connections, and BPF.
 //!
 //! What to do is decided in `nsm_core::tunnel`, which is pure; this crate observes the kernel and applies.
+
+pub mod bpf;

@@ -1,6 +1,6 @@
 //! What a frame on the underlay is to us: traffic of a tunnel, or why it is not.
 
-use nsm_ebpf_common::{Address, Reason, Tunnel, TunnelKey, UNSPECIFIED};
+use nsm_ebpf_common::{Reason, Tunnel, TunnelKey, UNSPECIFIED};
 
 use crate::{
     Bytes,
@@ -21,7 +21,10 @@ pub trait Node {
     /// Whether tunnels use this UDP destination port.
     fn is_tunnel_port(&self, port: u16) -> bool;
     /// The entry of TUNNELS.
-    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel>;
+    fn tunnel(&self, key: &TunnelKey) -> Option<&Tunnel>;
+    /// Hears of every packet that has our VNI and somebody else's address, before [`Miss::WrongPeer`] is returned. Told
+    /// here and not in the error: an error that carries values costs the program registers the verifier cannot follow.
+    fn wrong_peer(&self, direction: Direction, packet: &TunnelKey, owner: &Tunnel);
 }
 
 /// What the kernel says about a frame beside its bytes (`struct __sk_buff`).
@@ -54,7 +57,7 @@ pub enum Miss {
     /// VXLAN, but the VNI is not ours.
     ForeignVni,
     /// Our VNI, but the peer's address is not that of the tunnel.
-    WrongPeer(WrongPeer),
+    WrongPeer,
     /// A later fragment.
     Fragment,
     /// A first fragment without a VXLAN header.
@@ -63,17 +66,6 @@ pub enum Miss {
     Malformed,
     /// Too many IPv6 extension headers.
     ExtensionHeaders,
-}
-
-/// Our VNI with somebody else's address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WrongPeer {
-    /// The VNI.
-    pub vni: u32,
-    /// The address that the packet had.
-    pub address: Address,
-    /// The tunnel that owns the VNI.
-    pub owner: Tunnel,
 }
 
 impl From<NotVxlan> for Miss {
@@ -94,13 +86,13 @@ impl Miss {
     /// [`Reason::fate`] says what happens to it, but only on the way in: what the node itself sends is never dropped.
     #[inline(always)]
     #[must_use]
-    pub const fn reason(&self, direction: Direction) -> Option<Reason> {
+    pub const fn reason(self, direction: Direction) -> Option<Reason> {
         match (self, direction) {
             (Self::Other, _) => None,
             (Self::ForeignVni, Direction::In) => Some(Reason::ForeignVniIn),
             (Self::ForeignVni, Direction::Out) => Some(Reason::ForeignVniOut),
-            (Self::WrongPeer(_), Direction::In) => Some(Reason::WrongSource),
-            (Self::WrongPeer(_), Direction::Out) => Some(Reason::WrongDestination),
+            (Self::WrongPeer, Direction::In) => Some(Reason::WrongSource),
+            (Self::WrongPeer, Direction::Out) => Some(Reason::WrongDestination),
             // Other programs' fragments and tunnels may leave as they like.
             (Self::TinyFragment | Self::ExtensionHeaders, Direction::Out) => None,
             (Self::Fragment, _) => Some(Reason::Fragment),
@@ -128,7 +120,7 @@ pub fn decide<B: Bytes + ?Sized, N: Node>(
         Direction::In => vxlan.source,
         Direction::Out => vxlan.destination,
     };
-    let mut key = TunnelKey {
+    let key = TunnelKey {
         vni: vxlan.vni,
         peer,
     };
@@ -140,13 +132,15 @@ pub fn decide<B: Bytes + ?Sized, N: Node>(
             bytes,
         });
     }
-    key.peer = UNSPECIFIED;
-    match node.tunnel(&key) {
-        Some(owner) => Err(Miss::WrongPeer(WrongPeer {
-            vni: vxlan.vni,
-            address: peer,
-            owner,
-        })),
+    let marker = TunnelKey {
+        vni: vxlan.vni,
+        peer: UNSPECIFIED,
+    };
+    match node.tunnel(&marker) {
+        Some(owner) => {
+            node.wrong_peer(direction, &key, owner);
+            Err(Miss::WrongPeer)
+        }
         None => Err(Miss::ForeignVni),
     }
 }

@@ -4,7 +4,8 @@
 //! two small traits: [`Bytes`] (a frame) and [`decide::Node`] (the maps). The kernel's side of them is in `main.rs`.
 //!
 //! Rules that keep the verifier content: every loop is bounded by a constant, nothing recurses, nothing can panic, every
-//! function is inlined into its program.
+//! function is inlined into its program. One step of the chain of IPv6 extension headers is the exception
+//! ([`Bytes::next_header`]): the verifier walks every way through a loop body as often as it turns.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -12,10 +13,18 @@
 pub mod decide;
 pub mod packet;
 
+use packet::{Header, Step};
+
 /// A frame, read piecewise. Reading past its end gives `None`, never a panic.
 pub trait Bytes {
     /// The `N` bytes that start at `offset`.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+
+    /// One step along IPv6 extension headers. In the kernel it is a function that the verifier checks once, by itself.
+    #[inline(always)]
+    fn next_header(&self, at: Header) -> Step {
+        packet::next_header(self, at)
+    }
 }
 
 impl Bytes for [u8] {

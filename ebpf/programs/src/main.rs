@@ -16,7 +16,7 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
     helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_skb_load_bytes},
     macros::{btf_map, classifier},
@@ -28,7 +28,8 @@ use nsm_ebpf_common::{
 };
 use nsm_ebpf_programs::{
     Bytes,
-    decide::{Direction, Miss, Node, Size, Traffic, WrongPeer, decide},
+    decide::{Direction, Miss, Node, Size, Traffic, decide},
+    packet::{self, Header, Step},
 };
 
 /// Bit for each UDP destination port that tunnels use.
@@ -80,12 +81,12 @@ fn handle(ctx: &TcContext, direction: Direction) -> i32 {
         // SAFETY: as above.
         gso_size: unsafe { (*ctx.skb.skb).gso_size },
     };
-    match decide(direction, &Skb::new(ctx), size, &Maps) {
+    match decide(direction, &Skb::new(ctx), size, &Maps { ctx }) {
         Ok(traffic) => {
             count(direction, &traffic);
             TC_ACT_UNSPEC
         }
-        Err(miss) => act(ctx, direction, &miss),
+        Err(miss) => act(direction, miss),
     }
 }
 
@@ -114,14 +115,11 @@ fn count(direction: Direction, traffic: &Traffic) {
 
 /// What happens to a frame that is not a tunnel's.
 #[inline(always)]
-fn act(ctx: &TcContext, direction: Direction, miss: &Miss) -> i32 {
+fn act(direction: Direction, miss: Miss) -> i32 {
     let Some(reason) = miss.reason(direction) else {
         return TC_ACT_UNSPEC;
     };
     bump(reason);
-    if let (Miss::WrongPeer(wrong), Direction::In) = (miss, direction) {
-        tell(ctx, reason, wrong);
-    }
     match reason.fate() {
         Fate::Dropped => TC_ACT_SHOT,
         Fate::Passed | Fate::NoPacket => TC_ACT_UNSPEC,
@@ -138,7 +136,7 @@ fn bump(reason: Reason) {
 
 /// Tells user space of a packet from a wrong source, within the budget of this CPU.
 #[inline(always)]
-fn tell(ctx: &TcContext, reason: Reason, wrong: &WrongPeer) {
+fn tell(ctx: &TcContext, packet: &TunnelKey, owner: &Tunnel) {
     // SAFETY: takes no argument, reads a clock.
     let now = unsafe { bpf_ktime_get_ns() };
     let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else {
@@ -162,21 +160,23 @@ fn tell(ctx: &TcContext, reason: Reason, wrong: &WrongPeer) {
     };
     entry.write(Event {
         time_ns: now,
-        reason: reason as u32,
-        vni: wrong.vni,
-        slot: wrong.owner.slot,
+        reason: Reason::WrongSource as u32,
+        vni: packet.vni,
+        slot: owner.slot,
         // SAFETY: as in `handle`.
         ifindex: unsafe { (*ctx.skb.skb).ifindex },
-        source: wrong.address,
-        expected: wrong.owner.expected,
+        source: packet.peer,
+        expected: owner.expected,
     });
     entry.submit(0);
 }
 
 /// The maps, as the decision sees them.
-struct Maps;
+struct Maps<'a> {
+    ctx: &'a TcContext,
+}
 
-impl Node for Maps {
+impl Node for Maps<'_> {
     #[inline(always)]
     fn is_tunnel_port(&self, port: u16) -> bool {
         let (word, mask) = port_bit(port);
@@ -184,10 +184,17 @@ impl Node for Maps {
     }
 
     #[inline(always)]
-    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel> {
-        // SAFETY: the value is copied out at once. An entry that user space replaces meanwhile is reused only after all
-        // programs that might see it have ended, or holds another whole value: both are states the map was in.
-        unsafe { TUNNELS.get(key) }.copied()
+    fn tunnel(&self, key: &TunnelKey) -> Option<&Tunnel> {
+        // SAFETY: this program never changes the map. An entry that user space removes meanwhile may be filled anew while we
+        // look: then a packet counts to a tunnel that was there a moment before or after it.
+        unsafe { TUNNELS.get(key) }
+    }
+
+    #[inline(always)]
+    fn wrong_peer(&self, direction: Direction, packet: &TunnelKey, owner: &Tunnel) {
+        if direction == Direction::In {
+            tell(self.ctx, packet, owner);
+        }
     }
 }
 
@@ -222,19 +229,51 @@ impl Bytes for Skb<'_> {
                 return Some(unsafe { (start as *const [u8; N]).read() });
             }
         }
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-        // SAFETY: the helper writes N bytes or fails.
-        let result = unsafe {
-            bpf_skb_load_bytes(
-                self.ctx.as_ptr().cast(),
-                offset,
-                bytes.as_mut_ptr().cast(),
-                N as u32,
-            )
-        };
-        // SAFETY: written by the helper.
-        (result == 0).then(|| unsafe { bytes.assume_init() })
+        load_by_helper(self.ctx, offset)
     }
+
+    #[inline(always)]
+    fn next_header(&self, at: Header) -> Step {
+        Step::unpack(extension_header(self.ctx.skb.skb, at.pack()))
+    }
+}
+
+/// Exported, so that it is a global function to the verifier: checked once, by itself, instead of on every way through the
+/// loop that calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn extension_header(skb: *mut __sk_buff, at: u64) -> u64 {
+    let ctx = TcContext::new(skb);
+    packet::next_header(&ByHelper { ctx: &ctx }, Header::unpack(at)).pack()
+}
+
+/// A packet at offsets that nobody bounded.
+struct ByHelper<'a> {
+    ctx: &'a TcContext,
+}
+
+impl Bytes for ByHelper<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        load_by_helper(self.ctx, offset)
+    }
+}
+
+/// Reads from a packet, wherever its bytes lie.
+#[inline(always)]
+fn load_by_helper<const N: usize>(ctx: &TcContext, offset: u32) -> Option<[u8; N]> {
+    let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+    // SAFETY: the helper writes N bytes or fails.
+    let result = unsafe {
+        bpf_skb_load_bytes(
+            ctx.as_ptr().cast(),
+            offset,
+            bytes.as_mut_ptr().cast(),
+            N as u32,
+        )
+    };
+    // SAFETY: written by the helper.
+    (result == 0).then(|| unsafe { bytes.assume_init() })
 }
 
 #[panic_handler]

@@ -89,7 +89,7 @@ pub fn parse<B: Bytes + ?Sized>(
     is_tunnel_port: impl FnOnce(u16) -> bool,
 ) -> Result<Vxlan, NotVxlan> {
     let ip = parse_ip(frame)?;
-    // Of the ports, length and checksum only the last three words' first two matter: destination port and length.
+    // Source port, destination port, length; the checksum is the kernel's to judge.
     let cut_off = if ip.more_fragments {
         NotVxlan::TinyFragment
     } else {
@@ -168,52 +168,139 @@ fn parse_ipv6<B: Bytes + ?Sized>(frame: &B, offset: u32) -> Result<Ip, NotVxlan>
     if fixed[0] >> 4 != 6 {
         return Err(NotVxlan::Other);
     }
-    let mut next = fixed[6];
-    let mut at = offset + IPV6_HEADER;
-    let mut more_fragments = false;
+    let mut header = Header {
+        kind: fixed[6],
+        offset: offset + IPV6_HEADER,
+        more_fragments: false,
+    };
     let mut followed = 0;
-    while next != PROTOCOL_UDP {
-        if !is_extension(next) {
+    while header.kind != PROTOCOL_UDP {
+        if !is_extension(header.kind) {
             return Err(NotVxlan::Other);
         }
         if followed == MAX_EXTENSION_HEADERS {
             return Err(NotVxlan::ExtensionHeaders);
         }
         followed += 1;
-        // The kernel refuses an unfragmented packet that ends here by itself.
-        let cut_off = if more_fragments {
-            NotVxlan::TinyFragment
-        } else {
-            NotVxlan::Other
-        };
-        let header: [u8; 4] = frame.load(at).ok_or(cut_off)?;
-        if next == FRAGMENT {
-            let fragment = u16::from_be_bytes([header[2], header[3]]);
-            if fragment & 0xfff8 != 0 {
-                // Of a later fragment the next header is that of the first one: most often UDP itself.
-                return Err(if header[0] == PROTOCOL_UDP {
-                    NotVxlan::Fragment
-                } else {
-                    NotVxlan::Other
-                });
-            }
-            more_fragments |= fragment & 1 != 0;
+        match frame.next_header(header) {
+            Step::Header(next) => header = next,
+            Step::Fragment => return Err(NotVxlan::Fragment),
+            Step::CutOff if header.more_fragments => return Err(NotVxlan::TinyFragment),
+            // The kernel refuses an unfragmented packet that ends here by itself.
+            Step::CutOff | Step::Other => return Err(NotVxlan::Other),
         }
-        at += match next {
-            FRAGMENT => 8,
-            AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
-            _ => (u32::from(header[1]) + 1) * 8,
-        };
-        next = header[0];
     }
     let source: Address = frame.load(offset + 8).ok_or(NotVxlan::Other)?;
     let destination: Address = frame.load(offset + 24).ok_or(NotVxlan::Other)?;
     Ok(Ip {
         source,
         destination,
-        payload: at,
+        payload: header.offset,
+        more_fragments: header.more_fragments,
+    })
+}
+
+/// A place in the chain of IPv6 headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// What kind of header is there (IANA's protocol numbers).
+    pub kind: u8,
+    /// Where in the frame.
+    pub offset: u32,
+    /// Whether a header before it said that more fragments follow.
+    pub more_fragments: bool,
+}
+
+/// What comes after an extension header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The next header.
+    Header(Header),
+    /// Nothing that we could read: this is a later fragment of a UDP datagram.
+    Fragment,
+    /// Likewise, of something else.
+    Other,
+    /// The frame ends.
+    CutOff,
+}
+
+/// Reads the extension header at `at`.
+#[inline(always)]
+pub fn next_header<B: Bytes + ?Sized>(frame: &B, at: Header) -> Step {
+    let Some(header) = frame.load::<4>(at.offset) else {
+        return Step::CutOff;
+    };
+    let [kind, length, ..] = header;
+    let mut more_fragments = at.more_fragments;
+    if at.kind == FRAGMENT {
+        let fragment = u16::from_be_bytes([header[2], header[3]]);
+        if fragment & 0xfff8 != 0 {
+            // Of a later fragment the next header is that of the first one: most often UDP itself.
+            return if kind == PROTOCOL_UDP {
+                Step::Fragment
+            } else {
+                Step::Other
+            };
+        }
+        more_fragments |= fragment & 1 != 0;
+    }
+    let size = match at.kind {
+        FRAGMENT => 8,
+        AUTHENTICATION => (u32::from(length) + 2) * 4,
+        _ => (u32::from(length) + 1) * 8,
+    };
+    Step::Header(Header {
+        kind,
+        offset: at.offset.saturating_add(size),
         more_fragments,
     })
+}
+
+/// A [`Header`] and a [`Step`] as one number: what a function in the kernel can take and return.
+impl Header {
+    /// Kind in the low byte, then the flag, then in the upper half the offset.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(self) -> u64 {
+        self.kind as u64 | (self.more_fragments as u64) << 8 | (self.offset as u64) << 32
+    }
+
+    /// The reverse.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack(packed: u64) -> Self {
+        Self {
+            kind: packed as u8,
+            offset: (packed >> 32) as u32,
+            more_fragments: packed & 0x100 != 0,
+        }
+    }
+}
+
+impl Step {
+    /// As [`Header::pack`], with the step itself in the third byte.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(self) -> u64 {
+        match self {
+            Self::Header(header) => header.pack(),
+            Self::Fragment => 1 << 16,
+            Self::Other => 2 << 16,
+            Self::CutOff => 3 << 16,
+        }
+    }
+
+    /// The reverse.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack(packed: u64) -> Self {
+        match packed >> 16 & 0xff {
+            0 => Self::Header(Header::unpack(packed)),
+            1 => Self::Fragment,
+            2 => Self::Other,
+            _ => Self::CutOff,
+        }
+    }
 }
 
 /// Size of the inner headers of a packet that the kernel will segment: Ethernet, IP and TCP or UDP. Every segment repeats
@@ -240,7 +327,8 @@ fn measure_inner<B: Bytes + ?Sized>(frame: &B, payload: u32) -> Option<u32> {
     };
     match protocol {
         PROTOCOL_TCP => {
-            let [data_offset] = frame.load(transport + 12)?;
+            // With its flags: the verifier learns nothing from the bound of a single byte.
+            let [data_offset, _flags] = frame.load(transport + 12)?;
             Some(transport + u32::from(data_offset >> 4) * 4)
         }
         PROTOCOL_UDP => Some(transport + UDP_HEADER),

@@ -1,0 +1,440 @@
+//! The BPF programs on the underlay: loaded, attached, and their maps as plain values.
+//!
+//! [`Bpf::load`] takes the object that is compiled into this crate, hooks its two programs to the underlay interfaces of the
+//! calling thread's network namespace, and pins maps and links below [`BpfConfig::pin_dir`]. From then on
+//! [`Bpf::add_tunnel`] is a few map writes: nothing is attached or loaded inside a Request, which would take milliseconds.
+//!
+//! Invariants:
+//!
+//! - Pins outlive the process. An agent that starts again adopts the maps when their layout is its own (counters go on), puts
+//!   its programs in place of the old ones without a gap, and removes the links of interfaces it no longer wants.
+//! - One agent a pin directory: a lock on the directory says so, and dies with the process.
+//! - A failed [`Bpf::load`] leaves nothing behind that it made; what an earlier agent left stays.
+//! - A slot is in use by one tunnel at most. It is zeroed before its tunnel can be seen by the programs, and the slot that was
+//!   freed longest ago is used first, so that a late packet of the old tunnel does not count to the new one.
+//!
+//! How it fails: without rights or kernel support every call returns a [`BpfError`] that says what is missing; the agent then
+//! runs without. The programs themselves fail open, but for wrong sources.
+
+mod attach;
+mod error;
+mod events;
+mod pins;
+mod run;
+mod slots;
+mod tables;
+mod underlay;
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{LazyLock, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use aya::{Ebpf, EbpfLoader};
+use nsm_core::vni::Vni;
+use nsm_ebpf_common::VXLAN_PORT;
+use sha2::{Digest as _, Sha256};
+
+use self::{attach::Attachments, pins::PinDir, tables::Tables};
+pub use self::{
+    attach::Hook,
+    error::{BpfError, Capability},
+    events::{Event, Events},
+    run::{Gso, RunReport},
+    underlay::underlay_interfaces,
+};
+
+/// The programs, as `cargo xtask build-ebpf` made them. Aligned, because the loader reads its headers in place.
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../ebpf/proxy-nsmgr.bpf.o");
+
+static OBJECT_SHA256: LazyLock<String> = LazyLock::new(|| {
+    Sha256::digest(OBJECT)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+});
+
+/// Where the maps and links are pinned unless told otherwise.
+pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/proxy-nsmgr";
+
+/// What to load, and where.
+#[derive(Clone, Debug)]
+pub struct BpfConfig {
+    /// A directory on a BPF filesystem, made when missing. One for each agent of a machine.
+    pub pin_dir: PathBuf,
+    /// The underlay interfaces; empty: those that [`underlay_interfaces`] finds.
+    pub interfaces: Vec<String>,
+    /// Addresses of our ends of tunnels: interfaces that hold one are underlay too. Used only when `interfaces` is empty.
+    pub tunnel_addresses: Vec<IpAddr>,
+    /// UDP destination ports of tunnels. [`Bpf::add_port`] adds to them.
+    pub ports: Vec<u16>,
+    /// Which hook to use; `None`: tcx where the kernel has it, else clsact.
+    pub hook: Option<Hook>,
+    /// Mount a BPF filesystem on `/sys/fs/bpf` when `pin_dir` lies there and none is mounted.
+    pub mount_bpffs: bool,
+    /// What [`Bpf::close`] does: leave programs and maps in the kernel for the next agent, or remove everything.
+    pub keep_pins: bool,
+}
+
+impl Default for BpfConfig {
+    fn default() -> Self {
+        Self {
+            pin_dir: PathBuf::from(DEFAULT_PIN_DIR),
+            interfaces: Vec::new(),
+            tunnel_addresses: Vec::new(),
+            ports: vec![VXLAN_PORT],
+            hook: None,
+            mount_bpffs: true,
+            keep_pins: true,
+        }
+    }
+}
+
+/// Which way a packet goes, seen from this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Direction {
+    /// From the peer.
+    In,
+    /// To the peer.
+    Out,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::In => "ingress",
+            Self::Out => "egress",
+        })
+    }
+}
+
+/// The place of a tunnel's counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot(u32);
+
+impl Slot {
+    /// The key in the COUNTERS map.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What passed through a tunnel on the underlay, since its slot was taken: packets of the wire and bytes of whole outer
+/// frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TunnelCounters {
+    /// Packets to the peer.
+    pub tx_packets: u64,
+    /// Bytes to the peer.
+    pub tx_bytes: u64,
+    /// Packets from the peer.
+    pub rx_packets: u64,
+    /// Bytes from the peer.
+    pub rx_bytes: u64,
+    /// When the last packet was sent, on CLOCK_MONOTONIC, to a timer tick (1 to 10 ms); `None` = never.
+    pub last_tx: Option<Duration>,
+    /// When the last packet was received, likewise.
+    pub last_rx: Option<Duration>,
+}
+
+/// A tunnel that the programs know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownTunnel {
+    /// Its VNI.
+    pub vni: u32,
+    /// The peer's public address.
+    pub peer: IpAddr,
+    /// Where its counters are.
+    pub slot: Slot,
+}
+
+/// The loaded programs and their maps. Shared freely between threads; calls take microseconds and exclude each other.
+pub struct Bpf {
+    state: Mutex<State>,
+    hook: Hook,
+    keep_pins: bool,
+}
+
+struct State {
+    ebpf: Ebpf,
+    tables: Tables,
+    attachments: Attachments,
+    events: Option<Events>,
+    pins: PinDir,
+}
+
+impl Bpf {
+    /// Loads the programs and attaches them to the underlay interfaces of the calling thread's network namespace.
+    ///
+    /// Takes 8 to 16 ms an interface and direction: the kernel waits for its readers.
+    ///
+    /// # Errors
+    ///
+    /// No BPF filesystem at the pin directory, another agent that uses it, missing rights, no such interface, a kernel that
+    /// refuses the programs: each with what to do. Nothing stays behind.
+    pub fn load(config: &BpfConfig) -> Result<Self, BpfError> {
+        let pins = PinDir::open(&config.pin_dir, config.mount_bpffs)?;
+        let adopted = pins.prepare_maps()?;
+        let loaded = Self::load_into(config, &pins);
+        if loaded.is_err() && !adopted {
+            pins.remove_all();
+        }
+        let (mut ebpf, tables, attachments, hook) = loaded?;
+        let events = Events::take(&mut ebpf)?;
+        let state = State {
+            ebpf,
+            tables,
+            attachments,
+            events: Some(events),
+            pins,
+        };
+        Ok(Self {
+            state: Mutex::new(state),
+            hook,
+            keep_pins: config.keep_pins,
+        })
+    }
+
+    fn load_into(
+        config: &BpfConfig,
+        pins: &PinDir,
+    ) -> Result<(Ebpf, Tables, Attachments, Hook), BpfError> {
+        let mut loader = EbpfLoader::new();
+        for map in pins::MAPS {
+            loader.map_pin_path(map, pins.map(map));
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(error::loading)?;
+        for direction in [Direction::In, Direction::Out] {
+            attach::program(&mut ebpf, direction)
+                .load()
+                .map_err(|source| error::loading(source.into()))?;
+        }
+        let mut tables = Tables::adopt(&mut ebpf)?;
+        for port in &config.ports {
+            tables.add_port(*port)?;
+        }
+
+        let interfaces = match config.interfaces.as_slice() {
+            [] => underlay_interfaces(&config.tunnel_addresses)?,
+            named => named.to_vec(),
+        };
+        let hook = attach::choose_hook(config.hook)?;
+        let mut attachments = Attachments::new(hook);
+        for interface in &interfaces {
+            if let Err(error) = attachments.attach(&mut ebpf, pins, interface) {
+                attachments.undo(pins);
+                return Err(error);
+            }
+        }
+        attachments.remove_strays(pins);
+        Ok((ebpf, tables, attachments, hook))
+    }
+
+    /// Hooks the programs to one more interface, for one that appears later. Does nothing when they are there already.
+    ///
+    /// # Errors
+    ///
+    /// No such interface, one without Ethernet headers, missing rights.
+    pub fn attach(&self, interface: &str) -> Result<(), BpfError> {
+        let state = &mut *self.state();
+        state
+            .attachments
+            .attach(&mut state.ebpf, &state.pins, interface)
+    }
+
+    /// Takes the programs off an interface. Does nothing when they are not there.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel or the BPF filesystem refuses.
+    pub fn detach(&self, interface: &str) -> Result<(), BpfError> {
+        let state = &mut *self.state();
+        state.attachments.detach(&state.pins, interface)
+    }
+
+    /// The interfaces that the programs are attached to.
+    #[must_use]
+    pub fn interfaces(&self) -> Vec<String> {
+        self.state().attachments.interfaces()
+    }
+
+    /// The hook in use.
+    #[must_use]
+    pub const fn hook(&self) -> Hook {
+        self.hook
+    }
+
+    /// Lets the programs count this tunnel and drop packets of its VNI from anybody else. A tunnel that they know already
+    /// keeps its slot and its counters.
+    ///
+    /// # Errors
+    ///
+    /// When all slots are taken, when `peer` cannot be a tunnel's end, when the kernel refuses.
+    pub fn add_tunnel(&self, vni: Vni, peer: IpAddr) -> Result<Slot, BpfError> {
+        self.state().tables.add_tunnel(vni.get(), peer)
+    }
+
+    /// Forgets a tunnel and frees its slot; whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn remove_tunnel(&self, vni: Vni, peer: IpAddr) -> Result<bool, BpfError> {
+        self.state().tables.remove_tunnel(vni.get(), peer)
+    }
+
+    /// All tunnels that the programs know, among them those that an earlier agent left: ordered by slot.
+    #[must_use]
+    pub fn tunnels(&self) -> Vec<KnownTunnel> {
+        self.state().tables.tunnels()
+    }
+
+    /// How many slots are taken.
+    #[must_use]
+    pub fn slots_in_use(&self) -> usize {
+        self.state().tables.slots_in_use()
+    }
+
+    /// What passed through the tunnel of a slot, of all CPUs together.
+    ///
+    /// # Errors
+    ///
+    /// When the slot is not in use.
+    pub fn counters(&self, slot: Slot) -> Result<TunnelCounters, BpfError> {
+        self.state().tables.counters(slot)
+    }
+
+    /// How often each [`nsm_ebpf_common::Reason`] occurred, by name, of all CPUs together.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn drops(&self) -> Result<BTreeMap<&'static str, u64>, BpfError> {
+        self.state().tables.drops()
+    }
+
+    /// Lets the programs look at one more UDP destination port. Ports survive a restart like tunnels.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn add_port(&self, port: u16) -> Result<(), BpfError> {
+        self.state().tables.add_port(port)
+    }
+
+    /// Lets the programs ignore a UDP destination port.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn remove_port(&self, port: u16) -> Result<(), BpfError> {
+        self.state().tables.remove_port(port)
+    }
+
+    /// What the programs tell at once. There is one reader: the second call gets `None`.
+    #[must_use]
+    pub fn take_events(&self) -> Option<Events> {
+        self.state().events.take()
+    }
+
+    /// Runs a program on a frame that is never sent, `repeat` times (BPF_PROG_TEST_RUN); maps are changed as by real
+    /// traffic. For tests and measurements.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the frame: it must hold at least an Ethernet header.
+    pub fn test_run(
+        &self,
+        direction: Direction,
+        frame: &[u8],
+        gso: Gso,
+        repeat: u32,
+    ) -> Result<RunReport, BpfError> {
+        let state = &mut *self.state();
+        run::test_run(
+            attach::program(&mut state.ebpf, direction),
+            frame,
+            gso,
+            repeat,
+        )
+    }
+
+    /// Ends the use of the programs as [`BpfConfig::keep_pins`] says.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::detach_and_unpin`].
+    pub fn close(self) -> Result<(), BpfError> {
+        if self.keep_pins {
+            Ok(())
+        } else {
+            self.detach_and_unpin()
+        }
+    }
+
+    /// Removes everything from the kernel: links, maps, pins, the pin directory.
+    ///
+    /// # Errors
+    ///
+    /// When something could not be removed; everything else is.
+    pub fn detach_and_unpin(self) -> Result<(), BpfError> {
+        let mut state = self
+            .state
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        let detached = state.attachments.detach_all(&state.pins);
+        let removed = state.pins.remove_all_checked();
+        detached.and(removed)
+    }
+
+    /// SHA-256 of the object that this program carries, in hex.
+    #[must_use]
+    pub fn object_sha256() -> &'static str {
+        &OBJECT_SHA256
+    }
+
+    /// A panic elsewhere leaves maps as some valid state: each change is ordered so.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Bpf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bpf")
+            .field("hook", &self.hook)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Bpf;
+
+    #[test]
+    fn the_manifest_describes_the_object() {
+        let manifest = include_str!("../../../../ebpf/manifest.json");
+        let expected = format!("\"object_sha256\": \"{}\"", Bpf::object_sha256());
+        assert!(
+            manifest.contains(&expected),
+            "{manifest} does not hold {expected}"
+        );
+    }
+
+    #[test]
+    fn it_can_be_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Bpf>();
+    }
+}

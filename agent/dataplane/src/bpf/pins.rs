@@ -1,0 +1,277 @@
+//! The pin directory: what outlives the process.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData, MapInfo, MapType};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+use nsm_ebpf_common::{
+    Counters, EVENTS_BYTES, EventBudget, LAYOUT, MAX_SLOTS, MAX_TUNNEL_ENTRIES, PORT_WORDS,
+    REASONS, Tunnel, TunnelKey,
+};
+
+use super::{
+    BpfError, Direction,
+    error::{Capability, missing_of},
+};
+
+/// Where Linux systems mount the BPF filesystem.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// The maps that are pinned, by name.
+pub(super) const MAPS: [&str; 7] = [
+    "TUNNELS",
+    "COUNTERS",
+    "DROPS",
+    "EVENTS",
+    "EVENT_BUDGET",
+    "PORTS",
+    "LAYOUT",
+];
+
+const LINK_PREFIX: &str = "link_";
+
+/// A directory on a BPF filesystem, locked by this process.
+pub(super) struct PinDir {
+    dir: PathBuf,
+    /// Gone with the process, however that ends.
+    _lock: Flock<File>,
+}
+
+impl PinDir {
+    /// Makes the directory when missing, and takes it.
+    pub(super) fn open(dir: &Path, may_mount: bool) -> Result<Self, BpfError> {
+        if !is_bpffs(dir) {
+            if !may_mount || !dir.starts_with(BPFFS) {
+                return Err(BpfError::NoBpffs {
+                    dir: dir.to_owned(),
+                });
+            }
+            mount_bpffs()?;
+        }
+        let failed = |action| {
+            move |source| BpfError::Pin {
+                action,
+                path: dir.to_owned(),
+                source,
+            }
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(failed("make the pin directory"))?;
+        let handle = File::open(dir).map_err(failed("open the pin directory"))?;
+        let lock = Flock::lock(handle, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            if errno == nix::Error::EWOULDBLOCK {
+                BpfError::InUse {
+                    dir: dir.to_owned(),
+                }
+            } else {
+                failed("lock the pin directory")(errno.into())
+            }
+        })?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    /// Where a map is pinned.
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Where a link is pinned.
+    pub(super) fn link(&self, interface: &str, direction: Direction) -> PathBuf {
+        self.dir.join(link_name(interface, direction))
+    }
+
+    /// Keeps the maps of an earlier agent when their layout is ours and says so, else removes them.
+    pub(super) fn prepare_maps(&self) -> Result<bool, BpfError> {
+        if MAPS.iter().all(|name| self.fits(name)) && self.layout() == Some(LAYOUT) {
+            return Ok(true);
+        }
+        for name in MAPS {
+            self.remove(&self.map(name))?;
+        }
+        Ok(false)
+    }
+
+    fn fits(&self, name: &str) -> bool {
+        let Ok(info) = MapInfo::from_pin(self.map(name)) else {
+            return false;
+        };
+        let found = (
+            info.map_type().ok(),
+            info.key_size(),
+            info.value_size(),
+            info.max_entries(),
+        );
+        found == expected_shape(name)
+    }
+
+    fn layout(&self) -> Option<u32> {
+        let map = Map::from_map_data(MapData::from_pin(self.map("LAYOUT")).ok()?).ok()?;
+        Array::<_, u32>::try_from(map).ok()?.get(&0, 0).ok()
+    }
+
+    /// The pinned links: their paths.
+    pub(super) fn links(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| {
+                entry
+                    .file_name()
+                    .as_encoded_bytes()
+                    .starts_with(LINK_PREFIX.as_bytes())
+            })
+            .map(|entry| entry.path())
+            .collect()
+    }
+
+    /// Removes a pin; one that is not there is fine.
+    pub(super) fn remove(&self, path: &Path) -> Result<(), BpfError> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BpfError::Pin {
+                action: "remove the pin",
+                path: path.to_owned(),
+                source: error,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes every pin of ours and the directory, on a path that already has an error to tell.
+    pub(super) fn remove_all(&self) {
+        if let Err(error) = self.remove_all_checked() {
+            tracing::warn!(pin_dir = %self.dir.display(), %error, "pins stay behind");
+        }
+    }
+
+    /// Removes every pin of ours, and the directory when nobody else put something there.
+    pub(super) fn remove_all_checked(&self) -> Result<(), BpfError> {
+        let maps = MAPS.iter().map(|name| self.map(name));
+        let removed = self
+            .links()
+            .into_iter()
+            .chain(maps)
+            .map(|path| self.remove(&path))
+            .fold(Ok(()), Result::and);
+        match fs::remove_dir(&self.dir) {
+            Ok(()) => removed,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                ) =>
+            {
+                removed
+            }
+            Err(source) => removed.and(Err(BpfError::Pin {
+                action: "remove the pin directory",
+                path: self.dir.clone(),
+                source,
+            })),
+        }
+    }
+}
+
+/// Type, key size, value size, entries that a pinned map must have.
+fn expected_shape(name: &str) -> (Option<MapType>, u32, u32, u32) {
+    const fn size<T>() -> u32 {
+        size_of::<T>() as u32
+    }
+    let (map_type, key, value, entries) = match name {
+        "TUNNELS" => (
+            MapType::Hash,
+            size::<TunnelKey>(),
+            size::<Tunnel>(),
+            MAX_TUNNEL_ENTRIES,
+        ),
+        "COUNTERS" => (MapType::PerCpuArray, 4, size::<Counters>(), MAX_SLOTS),
+        "DROPS" => (MapType::PerCpuArray, 4, size::<u64>(), REASONS),
+        "EVENTS" => (MapType::RingBuf, 0, 0, EVENTS_BYTES),
+        "EVENT_BUDGET" => (MapType::PerCpuArray, 4, size::<EventBudget>(), 1),
+        "PORTS" => (MapType::Array, 4, size::<u64>(), PORT_WORDS),
+        "LAYOUT" => (MapType::Array, 4, size::<u32>(), 1),
+        _ => return (None, 0, 0, 0),
+    };
+    (Some(map_type), key, value, entries)
+}
+
+/// A BPF filesystem reserves names with dots, which VLAN interfaces have.
+fn link_name(interface: &str, direction: Direction) -> String {
+    let escaped = interface.replace('%', "%25").replace('.', "%2e");
+    format!("{LINK_PREFIX}{escaped}_{direction}")
+}
+
+/// Whether `dir`, or what exists of the way to it, is on a BPF filesystem.
+fn is_bpffs(dir: &Path) -> bool {
+    dir.ancestors()
+        .find_map(|ancestor| statfs(ancestor).ok())
+        .is_some_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)
+}
+
+fn mount_bpffs() -> Result<(), BpfError> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700")).map_err(|errno| {
+        BpfError::Mount {
+            dir: PathBuf::from(BPFFS),
+            missing: missing_of(&[Capability::SysAdmin]),
+            source: errno.into(),
+        }
+    })?;
+    tracing::info!(dir = BPFFS, "mounted a BPF filesystem");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_map_has_a_shape() {
+        for name in MAPS {
+            assert_ne!(expected_shape(name).0, None, "{name}");
+        }
+    }
+
+    #[test]
+    fn links_of_different_interfaces_have_different_names_without_dots() {
+        let names: Vec<String> = ["eth0", "eth0.100", "eth0%2e100", "eth0%2e"]
+            .iter()
+            .map(|name| link_name(name, Direction::In))
+            .collect();
+        assert_eq!(names[0], "link_eth0_ingress");
+        assert_eq!(names[1], "link_eth0%2e100_ingress");
+        assert_eq!(names[2], "link_eth0%252e100_ingress");
+        assert!(names.iter().all(|name| !name.contains('.')));
+    }
+
+    #[test]
+    fn a_directory_elsewhere_is_refused_with_the_command() {
+        let dir = tempfile::tempdir().unwrap();
+        for may_mount in [false, true] {
+            let error = PinDir::open(&dir.path().join("a/b"), may_mount)
+                .err()
+                .unwrap();
+            assert!(
+                error.to_string().contains("mount -t bpf bpf /sys/fs/bpf"),
+                "{error}"
+            );
+            assert!(
+                !dir.path().join("a").exists(),
+                "nothing is made before the check"
+            );
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Running a program on a crafted frame (BPF_PROG_TEST_RUN).
+
+use std::time::Duration;
+
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+
+use super::{BpfError, error};
+
+/// What the kernel would say of a frame that stands for several packets of the wire; all zero for a plain one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gso {
+    /// Packets.
+    pub segs: u32,
+    /// Inner payload bytes of each.
+    pub size: u32,
+}
+
+/// What a program did with a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunReport {
+    /// What it returned: -1 (TC_ACT_UNSPEC, TCX_NEXT) hands on, 2 (TC_ACT_SHOT, TCX_DROP) drops.
+    pub verdict: i32,
+    /// Time of one run, the mean of all repetitions.
+    pub duration: Duration,
+}
+
+// `struct __sk_buff` of the kernel's stable interface (linux/bpf.h): its size, and where the fields are that we set.
+const SK_BUFF: usize = 192;
+const SK_BUFF_GSO_SEGS: usize = 164;
+const SK_BUFF_GSO_SIZE: usize = 176;
+
+pub(super) fn test_run(
+    program: &SchedClassifier,
+    frame: &[u8],
+    gso: Gso,
+    repeat: u32,
+) -> Result<RunReport, BpfError> {
+    let mut context = [0; SK_BUFF];
+    context[SK_BUFF_GSO_SEGS..][..4].copy_from_slice(&gso.segs.to_ne_bytes());
+    context[SK_BUFF_GSO_SIZE..][..4].copy_from_slice(&gso.size.to_ne_bytes());
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        ctx_in: Some(&context),
+        repeat,
+        ..TestRunOptions::new()
+    };
+    let result = program
+        .test_run(options)
+        .map_err(|source| error::running(frame.len(), source))?;
+    Ok(RunReport {
+        verdict: result.return_value.cast_signed(),
+        duration: result.duration,
+    })
+}

@@ -1,0 +1,351 @@
+//! The maps as plain values: tunnels, counters, drops, ports.
+//!
+//! What the programs see changes in an order that leaves no wrong state in between: a slot is zeroed before its tunnel
+//! appears, a VNI is marked as ours only while it has a tunnel. An agent that died between two steps left at worst a missing or
+//! a stale marker, which [`Tables::adopt`] repairs.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::{IpAddr, Ipv6Addr},
+    time::Duration,
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    util::nr_cpus,
+};
+use nsm_ebpf_common::{
+    Address, Counters, LAYOUT, MAX_SLOTS, Reason, Tunnel, TunnelKey, UNSPECIFIED, mapped, port_bit,
+};
+
+use super::{BpfError, KnownTunnel, Slot, TunnelCounters, slots::Slots};
+
+pub(super) struct Tables {
+    tunnels: BpfHashMap<MapData, TunnelKey, Tunnel>,
+    counters: PerCpuArray<MapData, Counters>,
+    drops: PerCpuArray<MapData, u64>,
+    ports: Array<MapData, u64>,
+    /// What TUNNELS holds, markers aside.
+    known: HashMap<TunnelKey, u32>,
+    /// How many tunnels each VNI has.
+    vnis: HashMap<u32, u32>,
+    slots: Slots,
+    /// The slots of `known`.
+    used: HashSet<u32>,
+    cpus: usize,
+}
+
+impl Tables {
+    /// Takes the maps out of a loaded object, with what an earlier agent left in them.
+    pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, BpfError> {
+        let mut layout: Array<_, u32> = take(ebpf, "LAYOUT")?;
+        layout
+            .set(0, LAYOUT, 0)
+            .map_err(of_map("LAYOUT", "write"))?;
+        let mut tunnels: BpfHashMap<_, TunnelKey, Tunnel> = take(ebpf, "TUNNELS")?;
+
+        let mut entries = Vec::new();
+        for entry in tunnels.iter() {
+            entries.push(entry.map_err(of_map("TUNNELS", "read"))?);
+        }
+        let mut used = HashSet::new();
+        let mut known = HashMap::new();
+        let mut vnis: HashMap<u32, u32> = HashMap::new();
+        let (markers, rest): (Vec<_>, Vec<_>) = entries
+            .into_iter()
+            .partition(|(key, _)| key.peer == UNSPECIFIED);
+        for (key, tunnel) in rest {
+            if tunnel.slot < MAX_SLOTS && used.insert(tunnel.slot) {
+                known.insert(key, tunnel.slot);
+                *vnis.entry(key.vni).or_default() += 1;
+            } else {
+                tunnels.remove(&key).map_err(of_map("TUNNELS", "clean"))?;
+            }
+        }
+        for (key, _) in &markers {
+            if !vnis.contains_key(&key.vni) {
+                tunnels.remove(key).map_err(of_map("TUNNELS", "clean"))?;
+            }
+        }
+        let marked: HashSet<u32> = markers.iter().map(|(key, _)| key.vni).collect();
+        let mut tables = Self {
+            tunnels,
+            counters: take(ebpf, "COUNTERS")?,
+            drops: take(ebpf, "DROPS")?,
+            ports: take(ebpf, "PORTS")?,
+            slots: Slots::new(MAX_SLOTS, |slot| used.contains(&slot)),
+            used,
+            known,
+            vnis,
+            cpus: nr_cpus().map_err(|(file, source)| BpfError::Cpus {
+                file: file.to_owned(),
+                source,
+            })?,
+        };
+        let unmarked: Vec<(TunnelKey, u32)> = tables
+            .known
+            .iter()
+            .filter(|(key, _)| !marked.contains(&key.vni))
+            .map(|(key, slot)| (*key, *slot))
+            .collect();
+        for (key, slot) in unmarked {
+            tables.mark(key, slot)?;
+        }
+        Ok(tables)
+    }
+
+    pub(super) fn add_tunnel(&mut self, vni: u32, peer: IpAddr) -> Result<Slot, BpfError> {
+        let peer = peer.to_canonical();
+        if peer.is_unspecified() || peer.is_multicast() {
+            return Err(BpfError::NotAPeer { vni, peer });
+        }
+        let key = TunnelKey {
+            vni,
+            peer: address(peer),
+        };
+        if let Some(slot) = self.known.get(&key) {
+            return Ok(Slot(*slot));
+        }
+        let slot = self.slots.take().ok_or(BpfError::SlotsExhausted {
+            vni,
+            peer,
+            capacity: MAX_SLOTS,
+        })?;
+        if let Err(error) = self.insert(key, slot) {
+            self.slots.free(slot);
+            return Err(error);
+        }
+        self.known.insert(key, slot);
+        self.used.insert(slot);
+        *self.vnis.entry(vni).or_default() += 1;
+        Ok(Slot(slot))
+    }
+
+    fn insert(&mut self, key: TunnelKey, slot: u32) -> Result<(), BpfError> {
+        let zero =
+            PerCpuValues::try_from(vec![Counters::default(); self.cpus]).map_err(|source| {
+                BpfError::Map {
+                    map: "COUNTERS",
+                    action: "zero",
+                    source: source.into(),
+                }
+            })?;
+        self.counters
+            .set(slot, zero, 0)
+            .map_err(of_map("COUNTERS", "zero"))?;
+        let tunnel = Tunnel {
+            slot,
+            expected: key.peer,
+        };
+        self.tunnels
+            .insert(key, tunnel, 0)
+            .map_err(of_map("TUNNELS", "add to"))?;
+        let marked = if self.vnis.contains_key(&key.vni) {
+            Ok(())
+        } else {
+            self.mark(key, slot)
+        };
+        if marked.is_err() {
+            // The error that counts is the first one.
+            let _ = self.tunnels.remove(&key);
+        }
+        marked
+    }
+
+    /// Marks the VNI of `key` as ours.
+    fn mark(&mut self, key: TunnelKey, slot: u32) -> Result<(), BpfError> {
+        let marker = TunnelKey {
+            vni: key.vni,
+            peer: UNSPECIFIED,
+        };
+        self.tunnels
+            .insert(
+                marker,
+                Tunnel {
+                    slot,
+                    expected: key.peer,
+                },
+                0,
+            )
+            .map_err(of_map("TUNNELS", "add to"))
+    }
+
+    pub(super) fn remove_tunnel(&mut self, vni: u32, peer: IpAddr) -> Result<bool, BpfError> {
+        let key = TunnelKey {
+            vni,
+            peer: address(peer.to_canonical()),
+        };
+        let Some(slot) = self.known.get(&key).copied() else {
+            return Ok(false);
+        };
+        let last = self.vnis.get(&vni) == Some(&1);
+        if last {
+            forgiving(self.tunnels.remove(&TunnelKey {
+                vni,
+                peer: UNSPECIFIED,
+            }))?;
+        }
+        forgiving(self.tunnels.remove(&key))?;
+        if last {
+            self.vnis.remove(&vni);
+        } else if let Some(count) = self.vnis.get_mut(&vni) {
+            *count -= 1;
+        }
+        self.known.remove(&key);
+        self.used.remove(&slot);
+        self.slots.free(slot);
+        if !last {
+            self.repair_marker(vni, slot)?;
+        }
+        Ok(true)
+    }
+
+    /// The marker names one tunnel of the VNI: when that one went, another.
+    fn repair_marker(&mut self, vni: u32, gone: u32) -> Result<(), BpfError> {
+        let marker = TunnelKey {
+            vni,
+            peer: UNSPECIFIED,
+        };
+        let names_it = self
+            .tunnels
+            .get(&marker, 0)
+            .is_ok_and(|tunnel| tunnel.slot == gone);
+        let heir = self.known.iter().find(|(key, _)| key.vni == vni);
+        match heir.map(|(key, slot)| (*key, *slot)) {
+            Some((key, slot)) if names_it => self.mark(key, slot),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn tunnels(&self) -> Vec<KnownTunnel> {
+        let mut all: Vec<KnownTunnel> = self
+            .known
+            .iter()
+            .map(|(key, slot)| KnownTunnel {
+                vni: key.vni,
+                peer: ip_addr(key.peer),
+                slot: Slot(*slot),
+            })
+            .collect();
+        all.sort_by_key(|tunnel| tunnel.slot);
+        all
+    }
+
+    pub(super) fn slots_in_use(&self) -> usize {
+        self.known.len()
+    }
+
+    pub(super) fn counters(&self, slot: Slot) -> Result<TunnelCounters, BpfError> {
+        if !self.used.contains(&slot.0) {
+            return Err(BpfError::NoSlot(slot));
+        }
+        let cpus = self
+            .counters
+            .get(&slot.0, 0)
+            .map_err(of_map("COUNTERS", "read"))?;
+        let mut sum = Counters::default();
+        for cpu in cpus.iter() {
+            sum.in_packets += cpu.in_packets;
+            sum.in_bytes += cpu.in_bytes;
+            sum.out_packets += cpu.out_packets;
+            sum.out_bytes += cpu.out_bytes;
+            sum.last_in_ns = sum.last_in_ns.max(cpu.last_in_ns);
+            sum.last_out_ns = sum.last_out_ns.max(cpu.last_out_ns);
+        }
+        let when = |ns: u64| (ns != 0).then(|| Duration::from_nanos(ns));
+        Ok(TunnelCounters {
+            tx_packets: sum.out_packets,
+            tx_bytes: sum.out_bytes,
+            rx_packets: sum.in_packets,
+            rx_bytes: sum.in_bytes,
+            last_tx: when(sum.last_out_ns),
+            last_rx: when(sum.last_in_ns),
+        })
+    }
+
+    pub(super) fn drops(&self) -> Result<BTreeMap<&'static str, u64>, BpfError> {
+        Reason::ALL
+            .iter()
+            .map(|reason| {
+                let cpus = self
+                    .drops
+                    .get(&(*reason as u32), 0)
+                    .map_err(of_map("DROPS", "read"))?;
+                Ok((reason.name(), cpus.iter().sum()))
+            })
+            .collect()
+    }
+
+    pub(super) fn add_port(&mut self, port: u16) -> Result<(), BpfError> {
+        self.change_port(port, |word, mask| word | mask)
+    }
+
+    pub(super) fn remove_port(&mut self, port: u16) -> Result<(), BpfError> {
+        self.change_port(port, |word, mask| word & !mask)
+    }
+
+    fn change_port(&mut self, port: u16, change: fn(u64, u64) -> u64) -> Result<(), BpfError> {
+        let (word, mask) = port_bit(port);
+        let old = self.ports.get(&word, 0).map_err(of_map("PORTS", "read"))?;
+        self.ports
+            .set(word, change(old, mask), 0)
+            .map_err(of_map("PORTS", "write"))
+    }
+}
+
+/// Takes a map of a known type out of the object.
+fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    let map = ebpf
+        .take_map(name)
+        .ok_or(BpfError::NoSuchMap { map: name })?;
+    M::try_from(map).map_err(of_map(name, "open"))
+}
+
+fn of_map(map: &'static str, action: &'static str) -> impl Fn(MapError) -> BpfError {
+    move |source| BpfError::Map {
+        map,
+        action,
+        source,
+    }
+}
+
+/// A removal that finds nothing has nothing to do.
+fn forgiving(removed: Result<(), MapError>) -> Result<(), BpfError> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        other => other.map_err(of_map("TUNNELS", "remove from")),
+    }
+}
+
+pub(super) fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+pub(super) fn ip_addr(address: Address) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::from(address)).to_canonical()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{address, ip_addr};
+
+    #[test]
+    fn addresses_of_both_families_survive_the_map() {
+        for text in ["192.0.2.1", "2001:db8::1"] {
+            let ip = text.parse().unwrap();
+            assert_eq!(ip_addr(address(ip)), ip);
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! What the BPF tests share: a sandbox, and frames.
+
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use nsm_core::vni::Vni;
+use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Gso};
+
+/// TC_ACT_UNSPEC: other programs and the kernel go on.
+pub(crate) const NEXT: i32 = -1;
+/// TC_ACT_SHOT.
+pub(crate) const DROP: i32 = 2;
+
+/// Runs a test in a thread with network and mount namespaces of its own and a BPF filesystem on `/sys/fs/bpf`. All of them
+/// are gone with the thread and its child processes, and with them every interface and pin, however the test ends.
+pub(crate) fn sandbox(test: impl FnOnce() + Send + 'static) {
+    let ran = thread::Builder::new()
+        .name("sandbox".to_owned())
+        .spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("unshare");
+            let none = None::<&str>;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private");
+            mount(
+                Some("bpf"),
+                "/sys/fs/bpf",
+                Some("bpf"),
+                MsFlags::empty(),
+                none,
+            )
+            .expect("bpffs");
+            ip("link set lo up");
+            test();
+        })
+        .expect("spawn")
+        .join();
+    if let Err(panic) = ran {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// `ip` with these words.
+pub(crate) fn ip(words: &str) {
+    run("ip", words);
+}
+
+/// Runs a program in the namespaces of the calling thread, and gives back what it wrote.
+pub(crate) fn run(program: &str, words: &str) -> String {
+    let output = Command::new(program)
+        .args(words.split_whitespace())
+        .output()
+        .unwrap_or_else(|error| panic!("cannot start {program}: {error}"));
+    assert!(
+        output.status.success(),
+        "{program} {words}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("text")
+}
+
+pub(crate) const PIN_DIR: &str = "/sys/fs/bpf/proxy-nsmgr";
+
+/// A configuration for these interfaces.
+pub(crate) fn config(interfaces: &[&str]) -> BpfConfig {
+    BpfConfig {
+        pin_dir: PathBuf::from(PIN_DIR),
+        interfaces: interfaces.iter().map(|name| (*name).to_owned()).collect(),
+        mount_bpffs: false,
+        ..BpfConfig::default()
+    }
+}
+
+/// Names in a directory, sorted.
+pub(crate) fn names(dir: impl AsRef<Path>) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .expect("a directory")
+        .map(|entry| {
+            entry
+                .expect("entry")
+                .file_name()
+                .into_string()
+                .expect("UTF-8")
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+pub(crate) fn vni(number: u32) -> Vni {
+    Vni::try_from(number).expect("a VNI")
+}
+
+pub(crate) fn addr(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// Runs a frame through a program once.
+pub(crate) fn verdict(bpf: &Bpf, direction: Direction, frame: &[u8]) -> i32 {
+    bpf.test_run(direction, frame, Gso::default(), 1)
+        .expect("test run")
+        .verdict
+}
+
+/// Every drop counter that is not zero.
+pub(crate) fn drops(bpf: &Bpf) -> Vec<(&'static str, u64)> {
+    bpf.drops()
+        .expect("drops")
+        .into_iter()
+        .filter(|(_, count)| *count != 0)
+        .collect()
+}
+
+/// Loads without interfaces: for tests that hand frames to the programs themselves.
+pub(crate) fn load_detached() -> Result<Bpf, BpfError> {
+    Bpf::load(&config(&[]))
+}
+
+/// A frame, built header by header; its lengths are filled in at the end.
+#[derive(Clone, Debug)]
+pub(crate) struct Frame {
+    pub(crate) vlan_tags: Vec<u16>,
+    pub(crate) source: IpAddr,
+    pub(crate) destination: IpAddr,
+    /// IPv4 options, a multiple of 4 bytes.
+    pub(crate) options: Vec<u8>,
+    /// IPv4 flags and fragment offset.
+    pub(crate) fragment: u16,
+    /// IPv6 extension headers: number, and everything after the next-header byte.
+    pub(crate) extensions: Vec<(u8, Vec<u8>)>,
+    pub(crate) protocol: u8,
+    pub(crate) port: u16,
+    pub(crate) udp_length: Option<u16>,
+    pub(crate) vxlan_flags: u8,
+    pub(crate) vni: u32,
+    pub(crate) inner: Vec<u8>,
+}
+
+impl Frame {
+    /// A VXLAN packet with 64 bytes inside.
+    pub(crate) fn new(source: &str, destination: &str, vni: u32) -> Self {
+        Self {
+            vlan_tags: Vec::new(),
+            source: addr(source),
+            destination: addr(destination),
+            options: Vec::new(),
+            fragment: 0,
+            extensions: Vec::new(),
+            protocol: 17,
+            port: 4789,
+            udp_length: None,
+            vxlan_flags: 0x08,
+            vni,
+            inner: vec![0; 64],
+        }
+    }
+
+    pub(crate) fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let mut payload = vec![self.vxlan_flags, 0, 0, 0];
+        payload.extend(&(self.vni << 8).to_be_bytes());
+        payload.extend(&self.inner);
+        let udp_length = self.udp_length.unwrap_or(payload.len() as u16 + 8);
+        let mut udp = 12345_u16.to_be_bytes().to_vec();
+        udp.extend(self.port.to_be_bytes());
+        udp.extend(udp_length.to_be_bytes());
+        udp.extend([0, 0]);
+        udp.extend(payload);
+
+        let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+        for tag in &self.vlan_tags {
+            frame.extend(tag.to_be_bytes());
+            frame.extend([0, 7]);
+        }
+        match (self.source, self.destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                frame.extend([0x08, 0x00]);
+                frame.extend(self.ipv4(source, destination, udp.len()));
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                frame.extend([0x86, 0xdd]);
+                frame.extend(self.ipv6(source, destination, udp.len()));
+            }
+            _ => panic!("addresses of one family"),
+        }
+        frame.extend(udp);
+        frame
+    }
+
+    fn ipv4(&self, source: Ipv4Addr, destination: Ipv4Addr, payload: usize) -> Vec<u8> {
+        let words = 5 + self.options.len() / 4;
+        let total = (words * 4 + payload) as u16;
+        let mut header = vec![0x40 | words as u8, 0];
+        header.extend(total.to_be_bytes());
+        header.extend([0, 1]);
+        header.extend(self.fragment.to_be_bytes());
+        header.extend([64, self.protocol, 0, 0]);
+        header.extend(source.octets());
+        header.extend(destination.octets());
+        header.extend(&self.options);
+        header
+    }
+
+    fn ipv6(&self, source: Ipv6Addr, destination: Ipv6Addr, payload: usize) -> Vec<u8> {
+        let mut chain = Vec::new();
+        let numbers: Vec<u8> = self
+            .extensions
+            .iter()
+            .map(|(number, _)| *number)
+            .chain([self.protocol])
+            .collect();
+        for ((_, body), next) in self.extensions.iter().zip(&numbers[1..]) {
+            chain.push(*next);
+            chain.extend(body);
+        }
+        let mut header = vec![0x60, 0, 0, 0];
+        header.extend(((chain.len() + payload) as u16).to_be_bytes());
+        header.extend([numbers[0], 64]);
+        header.extend(source.octets());
+        header.extend(destination.octets());
+        header.extend(chain);
+        header
+    }
+}
