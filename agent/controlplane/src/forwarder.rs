@@ -96,5 +96,5 @@ pub trait Forwarder: Send + Sync + 'static {
     async fn down(&self, plan: &Plan) -> Result<(), ForwarderError>;
 
     /// What passed through the plan's tunnel so far; `None` where nothing counts.
-    fn counters(&self, plan: &Plan) -> Option<Counters>;
+    async fn counters(&self, plan: &Plan) -> Option<Counters>;
 }

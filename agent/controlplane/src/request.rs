@@ -285,7 +285,7 @@ impl ControlPlane {
                 preferences.push(convert::mechanism(LOCAL, KERNEL, [].into()));
             }
             Case::PodToTunnel(..) => {
-                let underlay = self.forwarder()?.underlay(None).await?;
+                let underlay = self.forwarder()?.underlay(route.address()).await?;
                 let context = connection.context.get_or_insert_default();
                 context.mtu = tunnel_mtu(context, &underlay, None);
                 set_mac(context, End::Client, &mac(&ask.connection.id, "client"));

@@ -6,6 +6,8 @@
 //!   found; any other `@domain` means us, under whatever name the caller knows our domain, and is
 //!   stripped (NSM `interdomainbypass`).
 
+use std::net::{IpAddr, SocketAddr};
+
 use nsm_core::{
     name::{Domain, InterdomainName},
     select::{Candidate, select},
@@ -78,6 +80,12 @@ impl Route {
     pub(crate) fn is_local(&self) -> bool {
         self.url.starts_with("unix:")
     }
+
+    /// The next hop's address, when its URL holds one.
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        let address: SocketAddr = self.url.strip_prefix("tcp://")?.parse().ok()?;
+        Some(address.ip())
+    }
 }
 
 impl Shared {
@@ -143,7 +151,10 @@ impl Shared {
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs.
             let urls = match resolved.proxy.as_slice() {
                 [] => vec![endpoint.url.clone()],
-                proxies => proxies.iter().map(|proxy| format!("tcp://{proxy}")).collect(),
+                proxies => proxies
+                    .iter()
+                    .map(|proxy| format!("tcp://{proxy}"))
+                    .collect(),
             };
             for url in urls {
                 routes.push(Route {

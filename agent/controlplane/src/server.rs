@@ -200,7 +200,9 @@ pub async fn serve(
                 }
                 stream
             });
-            router.serve_with_incoming_shutdown(incoming, shutdown).await
+            router
+                .serve_with_incoming_shutdown(incoming, shutdown)
+                .await
         }
     }
 }

@@ -204,6 +204,16 @@ impl<T: Entry> Table<T> {
         self.by_scope.clear();
     }
 
+    #[cfg(test)]
+    pub(super) fn scopes(&self) -> usize {
+        self.by_scope.len()
+    }
+
+    #[cfg(test)]
+    pub(super) fn indexed_services(&self) -> usize {
+        self.by_service.len()
+    }
+
     fn unindex(&mut self, entry: &T) {
         for service in entry.services() {
             if let Some(names) = self.by_service.get_mut(service) {

@@ -1,0 +1,382 @@
+//! The control plane's forwarder port on this node's kernel: links by rtnetlink, tunnels known to
+//! the BPF programs before their first packet.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use nsm_controlplane::{
+    forwarder::{Counters, Forwarder, ForwarderError, Plan, Underlay},
+    plane::ControlPlane,
+};
+use nsm_core::{
+    mechanism::NetnsUrl,
+    name::Domain,
+    tunnel::{LinkAlias, VxlanSpec},
+    vni::Vni,
+};
+use nsm_dataplane::{
+    bpf::{Bpf, BpfConfig, BpfError, Hook, Slot},
+    links::{LinkError, Links},
+    netns::{Netns, NetnsError},
+};
+use nsm_proto::admin;
+
+use super::admin::no_bpf;
+use crate::config::{self, Config};
+
+/// The underlay's MTU towards a peer whose address nobody knows yet, bytes. What the peer answers
+/// and the route to it lower the connection's MTU before a link is made.
+const USUAL_MTU: u32 = 1500;
+
+/// The dataplane of this node.
+pub(crate) struct NodeForwarder {
+    links: Links,
+    /// Gone once the agent has let the programs go.
+    bpf: Mutex<Option<Bpf>>,
+    tunnel: config::Tunnel,
+    pin_path: String,
+    degraded: Vec<String>,
+    /// Where the programs count each of our VNIs.
+    slots: Mutex<HashMap<Vni, Slot>>,
+}
+
+impl NodeForwarder {
+    /// Opens netlink and loads the BPF programs; without the rights for BPF it goes on without.
+    ///
+    /// # Errors
+    /// Netlink cannot be opened.
+    pub(crate) async fn start(config: &Config) -> anyhow::Result<Self> {
+        let links = Links::new()?;
+        let mut degraded = Vec::new();
+        let bpf = if config.bpf.enabled {
+            match load_bpf(config).await {
+                Ok(bpf) => {
+                    if bpf.hook() == Hook::Clsact && config.bpf.hook == config::Hook::Auto {
+                        degraded.push(
+                            "this kernel has no tcx (Linux 6.6): the BPF programs are hooked by clsact"
+                                .to_owned(),
+                        );
+                    }
+                    Some(bpf)
+                }
+                Err(error) => {
+                    degraded.push(format!(
+                        "no BPF: {error}; tunnels work, sources are not checked, and counters are those of the links"
+                    ));
+                    None
+                }
+            }
+        } else {
+            degraded.push(
+                "BPF is switched off (`bpf.enabled`): counters are those of the links".to_owned(),
+            );
+            None
+        };
+        Ok(Self {
+            links,
+            bpf: Mutex::new(bpf),
+            tunnel: config.tunnel.clone(),
+            pin_path: config.bpf.pin_dir.display().to_string(),
+            degraded,
+            slots: Mutex::default(),
+        })
+    }
+
+    /// What works less well than it could.
+    pub(crate) fn degraded(&self) -> &[String] {
+        &self.degraded
+    }
+
+    /// The address our tunnels leave from.
+    pub(crate) async fn tunnel_ip(&self) -> Result<IpAddr, ForwarderError> {
+        match self.tunnel.ip {
+            Some(ip) => Ok(ip),
+            None => self.links.default_source().await.map_err(refusal),
+        }
+    }
+
+    /// Facts for `status`.
+    pub(crate) fn bpf_facts(&self) -> admin::Bpf {
+        self.with_bpf(|bpf| admin::Bpf {
+            hook: bpf.hook().to_string(),
+            object_sha256: Bpf::object_sha256().to_owned(),
+            pin_path: self.pin_path.clone(),
+            interfaces: bpf.interfaces(),
+        })
+        .unwrap_or_else(no_bpf)
+    }
+
+    /// Packets by reason, for `status`.
+    pub(crate) fn drops(&self) -> BTreeMap<String, u64> {
+        self.with_bpf(|bpf| bpf.drops().ok())
+            .flatten()
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(reason, count)| (reason.to_owned(), count))
+            .collect()
+    }
+
+    /// Lets the programs go, with everything that is pinned.
+    pub(crate) fn close(&self) {
+        let bpf = self
+            .bpf
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(bpf) = bpf
+            && let Err(error) = bpf.detach_and_unpin()
+        {
+            tracing::warn!(%error, "the BPF programs stay behind");
+        }
+    }
+
+    /// The programs must know a tunnel before its first packet. Without a free slot the tunnel
+    /// works all the same, uncounted.
+    fn count(&self, spec: &VxlanSpec) {
+        match self.with_bpf(|bpf| bpf.add_tunnel(spec.vni, spec.remote)) {
+            None => {}
+            Some(Ok(slot)) => {
+                self.slots().insert(spec.vni, slot);
+            }
+            Some(Err(error)) => {
+                tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel is not counted");
+            }
+        }
+    }
+
+    fn uncount(&self, spec: &VxlanSpec) {
+        self.slots().remove(&spec.vni);
+        let removed = self.with_bpf(|bpf| bpf.remove_tunnel(spec.vni, spec.remote));
+        if let Some(Err(error)) = removed {
+            tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel's slot is not freed");
+        }
+    }
+
+    fn with_bpf<T>(&self, use_it: impl FnOnce(&Bpf) -> T) -> Option<T> {
+        let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
+        bpf.as_ref().map(use_it)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<Vni, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn down_in(&self, netns: &NetnsUrl, alias: &LinkAlias) -> Result<(), ForwarderError> {
+        match open(netns).await {
+            // The kernel has taken the link along with its namespace.
+            Err(error) if error.is_gone() => Ok(()),
+            Err(error) => Err(namespace(&error)),
+            Ok(netns) => {
+                self.links.down(&netns, alias).await.map_err(refusal)?;
+                Ok(())
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Forwarder for NodeForwarder {
+    async fn underlay(&self, remote: Option<IpAddr>) -> Result<Underlay, ForwarderError> {
+        let ip = match (self.tunnel.ip, remote) {
+            (Some(ip), _) => ip,
+            (None, Some(remote)) => self.links.source_address(remote).await.map_err(refusal)?,
+            (None, None) => self.links.default_source().await.map_err(refusal)?,
+        };
+        let mtu = match (self.tunnel.mtu, remote) {
+            (0, Some(remote)) => self.links.underlay_mtu(remote).await.map_err(refusal)?,
+            (0, None) => USUAL_MTU,
+            (mtu, _) => mtu,
+        };
+        Ok(Underlay {
+            ip,
+            port: self.tunnel.port,
+            mtu,
+        })
+    }
+
+    async fn up(&self, plan: &Plan) -> Result<(), ForwarderError> {
+        match plan {
+            Plan::Vxlan { netns, spec } => {
+                let netns = open(netns).await.map_err(|error| namespace(&error))?;
+                let was_known = self.slots().contains_key(&spec.vni);
+                self.count(spec);
+                let outcome = self.links.up_vxlan(&netns, spec).await;
+                if outcome.is_err() && !was_known {
+                    self.uncount(spec);
+                }
+                outcome.map(drop).map_err(refusal)
+            }
+            Plan::Veth { client, endpoint } => {
+                let client_netns = open(&client.0).await.map_err(|error| namespace(&error))?;
+                let endpoint_netns = open(&endpoint.0).await.map_err(|error| namespace(&error))?;
+                self.links
+                    .up_veth((&client_netns, &client.1), (&endpoint_netns, &endpoint.1))
+                    .await
+                    .map(drop)
+                    .map_err(refusal)
+            }
+        }
+    }
+
+    async fn down(&self, plan: &Plan) -> Result<(), ForwarderError> {
+        match plan {
+            Plan::Vxlan { netns, spec } => {
+                let outcome = self.down_in(netns, &spec.link.alias).await;
+                self.uncount(spec);
+                outcome
+            }
+            Plan::Veth { client, endpoint } => {
+                // Either end takes the other along; both are tried, for either namespace may be gone.
+                let first = self.down_in(&client.0, &client.1.alias).await;
+                let second = self.down_in(&endpoint.0, &endpoint.1.alias).await;
+                first.and(second)
+            }
+        }
+    }
+
+    async fn counters(&self, plan: &Plan) -> Option<Counters> {
+        let Plan::Vxlan { netns, spec } = plan else {
+            return None;
+        };
+        let slot = self.slots().get(&spec.vni).copied();
+        let counted = slot.and_then(|slot| self.with_bpf(|bpf| bpf.counters(slot).ok())?);
+        if let Some(counted) = counted {
+            return Some(Counters {
+                tx_packets: counted.tx_packets,
+                tx_bytes: counted.tx_bytes,
+                rx_packets: counted.rx_packets,
+                rx_bytes: counted.rx_bytes,
+            });
+        }
+        let netns = open(netns).await.ok()?;
+        let counted = self
+            .links
+            .statistics(&netns, &spec.link.alias)
+            .await
+            .ok()??;
+        Some(Counters {
+            tx_packets: counted.tx_packets,
+            tx_bytes: counted.tx_bytes,
+            rx_packets: counted.rx_packets,
+            rx_bytes: counted.rx_bytes,
+        })
+    }
+}
+
+/// Deletes what an earlier life of this agent left: links and tunnels that no connection has taken
+/// over within `grace`, the longest time that a client may take until it refreshes.
+pub(crate) async fn collect_orphans(
+    forwarder: Arc<NodeForwarder>,
+    plane: ControlPlane,
+    domain: Domain,
+    grace: Duration,
+) {
+    let found = match forwarder.links.find_ours(domain.as_str()).await {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!(%error, "cannot look for links of an earlier agent");
+            Vec::new()
+        }
+    };
+    let left_tunnels = forwarder.with_bpf(Bpf::tunnels).unwrap_or_default();
+    if found.is_empty() && left_tunnels.is_empty() {
+        return;
+    }
+    tracing::info!(
+        links = found.len(), tunnels = left_tunnels.len(), grace = ?grace,
+        "an earlier agent left links: those that nobody refreshes are deleted"
+    );
+    tokio::time::sleep(grace).await;
+    let live: HashSet<String> = plane
+        .connections()
+        .iter()
+        .map(|view| view.id().to_owned())
+        .collect();
+    for (netns, link) in found {
+        let orphan = link
+            .alias
+            .filter(|alias| !live.contains(alias.connection_id()));
+        let Some(alias) = orphan else { continue };
+        match forwarder.links.down(&netns, &alias).await {
+            Ok(_) => tracing::info!(link = %link.name, %alias, "deleted an orphan"),
+            Err(error) => tracing::warn!(link = %link.name, %error, "an orphan stays"),
+        }
+    }
+    for tunnel in left_tunnels {
+        let Ok(vni) = Vni::try_from(tunnel.vni) else {
+            continue;
+        };
+        if !forwarder.slots().contains_key(&vni) {
+            let _ = forwarder.with_bpf(|bpf| bpf.remove_tunnel(vni, tunnel.peer));
+        }
+    }
+}
+
+/// Loads and attaches: 8 to 16 ms an interface and direction, so on a thread of its own.
+async fn load_bpf(config: &Config) -> Result<Bpf, BpfError> {
+    let bpf_config = BpfConfig {
+        pin_dir: config.bpf.pin_dir.clone(),
+        interfaces: config
+            .bpf
+            .interfaces
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        tunnel_addresses: config.tunnel.ip.into_iter().collect(),
+        ports: vec![config.tunnel.port],
+        hook: match config.bpf.hook {
+            config::Hook::Auto => None,
+            config::Hook::Tcx => Some(Hook::Tcx),
+            config::Hook::Clsact => Some(Hook::Clsact),
+        },
+        ..BpfConfig::default()
+    };
+    tokio::task::spawn_blocking(move || Bpf::load(&bpf_config))
+        .await
+        .expect("loading BPF programs does not panic")
+}
+
+/// Opens a namespace by path at once; by inode it may take a walk through /proc.
+async fn open(url: &NetnsUrl) -> Result<Netns, NetnsError> {
+    match url {
+        NetnsUrl::File(_) => Netns::from_url(url),
+        NetnsUrl::Inode { .. } => {
+            let url = url.clone();
+            tokio::task::spawn_blocking(move || Netns::from_url(&url))
+                .await
+                .expect("looking for a namespace does not panic")
+        }
+    }
+}
+
+fn namespace(error: &NetnsError) -> ForwarderError {
+    match error {
+        NetnsError::OpenDenied { .. } | NetnsError::EnterDenied { .. } => {
+            ForwarderError::NotPermitted(error.to_string())
+        }
+        NetnsError::Failed { .. } => ForwarderError::Kernel(error.to_string()),
+        _ => ForwarderError::Invalid(error.to_string()),
+    }
+}
+
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "the shape that `map_err` wants"
+)]
+fn refusal(error: LinkError) -> ForwarderError {
+    match &error {
+        LinkError::VniTaken { vni, .. } => ForwarderError::VniTaken(*vni),
+        LinkError::Namespace(cause) => namespace(cause),
+        LinkError::NotPermitted { .. } => ForwarderError::NotPermitted(error.to_string()),
+        LinkError::NameTaken { .. }
+        | LinkError::AddressRefused { .. }
+        | LinkError::RouteRefused { .. }
+        | LinkError::NeighbourRefused { .. }
+        | LinkError::SameAlias { .. } => ForwarderError::Invalid(error.to_string()),
+        _ => ForwarderError::Kernel(error.to_string()),
+    }
+}

@@ -1,0 +1,303 @@
+//! `proxy-nsmgr agent`: the four roles wired together, from the first socket to the last link.
+//!
+//! Up: sockets first (a taken port fails at once), then the dataplane, then the control plane,
+//! then the listeners; ready when all of it is in place. Down: no new connections, every
+//! connection closed towards both sides, the listeners' streams ended, the programs unhooked.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use nsm_controlplane::{
+    dns::{Resolver, ResolverConfig},
+    plane::{ControlPlane, OwnRegistry, Settings},
+    registry::{Limits, Registry},
+    server::{Front, ListenerLimits, Socket, serve},
+    token::TokenSource,
+};
+use nsm_core::vni::{Vni, VniPool};
+use tokio::{sync::watch, task::JoinSet};
+use tonic::service::Routes;
+
+use crate::{
+    config::{Config, Inputs, ListenUrl},
+    logging::LogHandle,
+};
+
+mod admin;
+mod forwarder;
+mod ip_map;
+mod readiness;
+mod signals;
+
+use self::{forwarder::NodeForwarder, ip_map::IpMapFile, readiness::Readiness, signals::Signal};
+
+/// VXLAN's management VNI (RFC 8971 section 3): never given to a connection.
+const MANAGEMENT_VNI: u32 = 1;
+
+/// How long closing all connections may take. Kubernetes waits 30 s before it kills.
+const DRAIN_GRACE: Duration = Duration::from_secs(10);
+
+/// How long open calls and streams may take to end after that.
+const LISTENER_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs an agent until it is told to stop.
+///
+/// # Errors
+/// What keeps it from starting: a taken port or socket, a bad IP map file, no rights.
+pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyhow::Result<()> {
+    let mut signals = signals::Signals::listen()?;
+    let sockets = Sockets::bind(&config).await?;
+    let readiness = Readiness::waiting_for(["the listeners"]);
+    let forwarder = start_forwarder(&config, &readiness).await?;
+    let advertise_url = advertise_url(&config, forwarder.as_deref()).await;
+    let registry = match &config.registry_url {
+        Some(url) => {
+            readiness.wait_for(format!("the registry {url}"));
+            OwnRegistry::At(url.to_string())
+        }
+        None => OwnRegistry::Here(Registry::new(Limits::default())),
+    };
+    let tokens = Arc::new(TokenSource::hs256(
+        &config.spiffe_id(),
+        config.token.secret.as_bytes(),
+        config.max_token_lifetime,
+    ));
+    let plane = ControlPlane::start(
+        Settings {
+            name: config.name.clone(),
+            domain: config.domain.clone(),
+            advertise_url,
+            request_timeout: config.request_timeout,
+            dial_timeout: config.dial_timeout,
+            max_connections: config.limits.max_connections,
+            max_message_bytes: config.limits.max_message_bytes,
+        },
+        tokens,
+        Resolver::new(resolver_config(&config)),
+        registry,
+        forwarder
+            .clone()
+            .map(|forwarder| forwarder as Arc<dyn nsm_controlplane::forwarder::Forwarder>),
+        VniPool::new(Vni::try_from(MANAGEMENT_VNI).expect("1 is a VNI")),
+    );
+    let ip_map = IpMapFile::load(&config.map_ip_file, config.map_ip_file_required, &plane)?;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(ip_map.follow(plane.clone()));
+    if let Some(url) = &config.registry_url {
+        tasks.spawn(readiness::until_registry_answers(
+            url.clone(),
+            config.dial_timeout,
+            readiness.clone(),
+        ));
+    }
+    if let Some(forwarder) = &forwarder {
+        tasks.spawn(forwarder::collect_orphans(
+            Arc::clone(forwarder),
+            plane.clone(),
+            config.domain.clone(),
+            config.max_token_lifetime,
+        ));
+    }
+    let (stop, stopped) = watch::channel(false);
+    let listeners = sockets
+        .serve(&config, &plane, forwarder.as_ref(), &readiness, &stopped)
+        .await?;
+    readiness.arrived("the listeners");
+    tracing::info!(
+        name = %config.name, domain = %config.domain, nsmgr = %config.listen.nsmgr,
+        proxy = %config.listen.proxy, registry = %config.listen.registry, "the agent serves"
+    );
+
+    let mut current = config;
+    while signals.next().await == Signal::Reload {
+        reload(&mut current, &inputs, &log, &plane);
+    }
+    tracing::info!("draining");
+    readiness.wait_for("nothing: the agent is shutting down");
+    plane.drain(DRAIN_GRACE).await;
+    // The receivers are the listeners: they end when they see it.
+    let _ = stop.send(true);
+    if tokio::time::timeout(LISTENER_GRACE, listeners.join_all())
+        .await
+        .is_err()
+    {
+        tracing::warn!("some clients kept their streams open: cut off");
+    }
+    tasks.shutdown().await;
+    for url in [&current.listen.nsmgr, &current.listen.admin] {
+        if let ListenUrl::Unix(path) = url {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+    drop(plane);
+    if let Some(forwarder) = forwarder {
+        forwarder.close();
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn start_forwarder(
+    config: &Config,
+    readiness: &Readiness,
+) -> anyhow::Result<Option<Arc<NodeForwarder>>> {
+    if !config.forwarder {
+        return Ok(None);
+    }
+    let forwarder = NodeForwarder::start(config).await?;
+    for reason in forwarder.degraded() {
+        tracing::warn!(reason, "degraded");
+        readiness.degraded(reason.clone());
+    }
+    Ok(Some(Arc::new(forwarder)))
+}
+
+/// What others are told to dial: as configured, else the tunnel's address and the proxy's port.
+async fn advertise_url(config: &Config, forwarder: Option<&NodeForwarder>) -> String {
+    if let Some(url) = &config.advertise_url {
+        return url.to_string();
+    }
+    let ListenUrl::Tcp(listen) = &config.listen.proxy else {
+        return config.listen.proxy.to_string();
+    };
+    let mut address = *listen;
+    if address.ip().is_unspecified() {
+        let ip = match (config.tunnel.ip, forwarder) {
+            (Some(ip), _) => Some(ip),
+            (None, Some(forwarder)) => forwarder.tunnel_ip().await.ok(),
+            (None, None) => None,
+        };
+        if let Some(ip) = ip {
+            address.set_ip(ip);
+        }
+    }
+    format!("tcp://{address}")
+}
+
+fn resolver_config(config: &Config) -> ResolverConfig {
+    ResolverConfig {
+        servers: config.resolver.servers.clone(),
+        hosts: config.resolver.hosts.clone(),
+        timeout: config.resolver.timeout,
+        registry_port: config.resolver.registry_port,
+        proxy_port: config.resolver.proxy_port,
+        ..ResolverConfig::default()
+    }
+}
+
+/// SIGHUP: takes over what can be, names what cannot. A bad file changes nothing.
+fn reload(current: &mut Config, inputs: &Inputs, log: &LogHandle, plane: &ControlPlane) {
+    let new = match Config::load(inputs) {
+        Ok(loaded) => loaded.config,
+        Err(error) => {
+            tracing::error!(%error, "the configuration is not reloaded: mend the file and send SIGHUP again");
+            return;
+        }
+    };
+    let changes = Config::reloadable_changes(current, &new);
+    if !changes.restart.is_empty() {
+        tracing::warn!(keys = ?changes.restart, "these keys need a restart of the agent");
+    }
+    if let Err(error) = log.set_level(&new.log.level) {
+        tracing::error!(%error, "the log level stays as it is");
+    }
+    plane.resolver().reload(resolver_config(&new));
+    ip_map::reload(&new.map_ip_file, plane);
+    current.log.level.clone_from(&new.log.level);
+    current.resolver = new.resolver;
+    tracing::info!(keys = ?changes.reloadable, "reloaded");
+}
+
+/// Every socket of the agent, bound.
+struct Sockets {
+    nsmgr: Option<Socket>,
+    proxy: Socket,
+    registry: Socket,
+    admin: Socket,
+}
+
+impl Sockets {
+    async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let listen = &config.listen;
+        let nsmgr = match config.upstream_nsmgr_url {
+            Some(_) => None,
+            None => Some(bind("listen.nsmgr", &listen.nsmgr).await?),
+        };
+        let admin = bind("listen.admin", &listen.admin).await?;
+        if let ListenUrl::Unix(path) = &listen.admin {
+            restrict(path).context("cannot restrict the admin socket to root")?;
+        }
+        Ok(Self {
+            nsmgr,
+            proxy: bind("listen.proxy", &listen.proxy).await?,
+            registry: bind("listen.registry", &listen.registry).await?,
+            admin,
+        })
+    }
+
+    async fn serve(
+        self,
+        config: &Config,
+        plane: &ControlPlane,
+        forwarder: Option<&Arc<NodeForwarder>>,
+        readiness: &Readiness,
+        stopped: &watch::Receiver<bool>,
+    ) -> anyhow::Result<JoinSet<()>> {
+        let limits = ListenerLimits {
+            max_message_bytes: config.limits.max_message_bytes,
+            max_streams: config.limits.max_streams_per_client,
+        };
+        let mut listeners = JoinSet::new();
+        let mut listen = |name: &'static str, socket, routes: Routes| {
+            let mut stopped = stopped.clone();
+            listeners.spawn(async move {
+                let shutdown = async move {
+                    let _ = stopped.wait_for(|stop| *stop).await;
+                };
+                if let Err(error) = serve(socket, routes, limits, shutdown).await {
+                    tracing::error!(listener = name, %error, "a listener broke");
+                }
+            });
+        };
+        let with = |front: Front| -> anyhow::Result<Routes> {
+            Ok(front.add_to(common_services(readiness)?, limits))
+        };
+        if let Some(socket) = self.nsmgr {
+            listen("nsmgr", socket, with(plane.node_front())?);
+        }
+        listen("proxy", self.proxy, with(plane.network_front())?);
+        listen("registry", self.registry, with(plane.network_front())?);
+        let admin = admin::service(config, plane, forwarder.cloned(), readiness);
+        listen(
+            "admin",
+            self.admin,
+            common_services(readiness)?.add_service(admin),
+        );
+        Ok(listeners)
+    }
+}
+
+/// Health and reflection, on every listener.
+fn common_services(readiness: &Readiness) -> anyhow::Result<Routes> {
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(nsm_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .context("cannot build gRPC reflection")?;
+    Ok(Routes::new(readiness.health_service()).add_service(reflection))
+}
+
+async fn bind(key: &str, url: &ListenUrl) -> anyhow::Result<Socket> {
+    match url {
+        ListenUrl::Unix(path) => Socket::unix(path),
+        ListenUrl::Tcp(address) => Socket::tcp(*address).await,
+    }
+    .with_context(|| {
+        format!("cannot listen on {url}: choose another `{key}`, or stop whoever listens there")
+    })
+}
+
+fn restrict(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+}
