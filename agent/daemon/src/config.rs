@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::dial::DialUrl;
+use nsm_controlplane::{dial::DialUrl, dns::HostEntry};
 use nsm_core::{mechanism::IfName, name::Domain};
 
 mod flags;
@@ -111,8 +111,8 @@ pub(crate) struct Listen {
 pub(crate) struct Resolver {
     /// DNS servers (UDP, then TCP); the system's own where empty.
     pub(crate) servers: Vec<SocketAddr>,
-    /// Domains whose addresses are known here and not asked for.
-    pub(crate) hosts: BTreeMap<Domain, Vec<IpAddr>>,
+    /// Domains whose place is known here and not asked for.
+    pub(crate) hosts: BTreeMap<Domain, HostEntry>,
     /// The longest time that one question may take, with all its retries.
     pub(crate) timeout: Duration,
     /// The port of a domain's registry where no SRV record names it.

@@ -1,19 +1,23 @@
 //! The table of keys: for each its name, its flag and variable, its parser and its text.
 
 use std::{
+    collections::BTreeMap,
     fmt::Display,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
-use nsm_controlplane::dial::DialUrl;
+use nsm_controlplane::{
+    dial::DialUrl,
+    dns::{HostEntry, HostTarget, ResolverConfig},
+};
 use nsm_core::name::{Domain, InterdomainName};
 
 use super::{
     Bpf, Config, Hook, Limits, Listen, ListenUrl, Log, LogFormat, Resolver, Token, TokenAlgorithm,
     Tunnel,
-    node::{Bad, Node},
+    node::{Bad, Node, Value},
     value::{
         DURATION_ALLOWED, parse_bool, parse_duration, parse_log_level, parse_size, show_duration,
         show_size,
@@ -50,7 +54,7 @@ pub(super) enum Shown {
     Hidden(String),
     Text(String),
     List(Vec<String>),
-    Map(Vec<(String, Vec<String>)>),
+    Map(Vec<(String, Shown)>),
 }
 
 impl Key {
@@ -77,6 +81,7 @@ const SECRET: &str = "insecure";
 
 /// The configuration of an agent that was told nothing.
 pub(super) fn defaults(host_name: &str) -> Config {
+    let dns = ResolverConfig::default();
     let tcp = |port| ListenUrl::Tcp(SocketAddr::from(([0, 0, 0, 0], port)));
     Config {
         name: host_name.to_owned(),
@@ -93,11 +98,11 @@ pub(super) fn defaults(host_name: &str) -> Config {
         registry_proxy_url: None,
         forwarder: true,
         resolver: Resolver {
-            servers: Vec::new(),
-            hosts: std::collections::BTreeMap::new(),
-            timeout: Duration::from_secs(5),
-            registry_port: 5005,
-            proxy_port: 5006,
+            servers: dns.servers,
+            hosts: dns.hosts,
+            timeout: dns.timeout,
+            registry_port: dns.registry_port,
+            proxy_port: dns.proxy_port,
         },
         tunnel: Tunnel {
             ip: None,
@@ -248,17 +253,18 @@ pub(crate) static KEYS: &[Key] = &[
         "DNS servers; the system's own by default",
         |c, n| set(&mut c.resolver.servers, n.list(parse_server)),
         |c| list(&c.resolver.servers),
-    ),
+    )
+    .reloadable(),
     key(
         "resolver.hosts",
-        "DOMAIN=ADDRESS,…",
-        "Domains whose addresses are known and not asked for",
+        "DOMAIN=HOST[:PORT],…",
+        "Domains whose place is known and not asked for",
         |c, n| set(&mut c.resolver.hosts, hosts(n)),
         |c| {
             let hosts = c.resolver.hosts.iter();
             Shown::Map(
                 hosts
-                    .map(|(name, ips)| (name.to_string(), strings(ips)))
+                    .map(|(name, entry)| (name.to_string(), show_host(entry)))
                     .collect(),
             )
         },
@@ -270,21 +276,24 @@ pub(crate) static KEYS: &[Key] = &[
         "The longest time for one DNS question",
         |c, n| set(&mut c.resolver.timeout, n.parse(parse_positive)),
         |c| duration(c.resolver.timeout),
-    ),
+    )
+    .reloadable(),
     key(
         "resolver.registry_port",
         "PORT",
         "The port of a domain's registry without an SRV record",
         |c, n| set(&mut c.resolver.registry_port, n.parse(parse_port)),
         |c| text(c.resolver.registry_port),
-    ),
+    )
+    .reloadable(),
     key(
         "resolver.proxy_port",
         "PORT",
         "The port of a domain's proxy without an SRV record",
         |c, n| set(&mut c.resolver.proxy_port, n.parse(parse_port)),
         |c| text(c.resolver.proxy_port),
-    ),
+    )
+    .reloadable(),
     key(
         "tunnel.ip",
         "ADDRESS",
@@ -540,19 +549,54 @@ fn hide(bad: Bad) -> Bad {
     }
 }
 
-fn hosts(node: &Node) -> Result<std::collections::BTreeMap<Domain, Vec<IpAddr>>, Bad> {
-    let mut hosts = std::collections::BTreeMap::<Domain, Vec<IpAddr>>::new();
+/// Each domain with its place: one for both services (`192.0.2.1`, `gw.example:5005`), or a map with
+/// `registry` and `proxy`.
+fn hosts(node: &Node) -> Result<BTreeMap<Domain, HostEntry>, Bad> {
+    let mut hosts = BTreeMap::new();
     for (name, node) in node.pairs()? {
-        let domain = name.parse::<Domain>().map_err(|error| Bad {
-            value: format!("{name:?}"),
-            ..node.bad(error.to_string())
-        })?;
-        hosts
-            .entry(domain)
-            .or_default()
-            .push(node.parse(parse_unicast)?);
+        let bad = |value: &str, allowed: String| Bad {
+            value: format!("{value:?}"),
+            ..node.bad(allowed)
+        };
+        let domain = name
+            .parse::<Domain>()
+            .map_err(|error| bad(&name, error.to_string()))?;
+        let entry = match &node.value {
+            Value::Map(_) => host_entry(&node)?,
+            _ => node.parse(str::parse::<HostTarget>)?.into(),
+        };
+        if hosts.insert(domain, entry).is_some() {
+            return Err(bad(&name, "each domain once".to_owned()));
+        }
     }
     Ok(hosts)
+}
+
+fn host_entry(node: &Node) -> Result<HostEntry, Bad> {
+    let (mut registry, mut proxy) = (None, None);
+    for (service, node) in node.pairs()? {
+        let target = Some(node.parse(str::parse::<HostTarget>)?);
+        match service.as_str() {
+            "registry" => registry = target,
+            "proxy" => proxy = target,
+            _ => return Err(node.bad(format!("{service:?} is neither registry nor proxy"))),
+        }
+    }
+    match (registry, proxy) {
+        (Some(registry), Some(proxy)) => Ok(HostEntry { registry, proxy }),
+        _ => Err(node.bad("registry and proxy, both")),
+    }
+}
+
+fn show_host(entry: &HostEntry) -> Shown {
+    if entry.registry == entry.proxy {
+        return text(&entry.registry);
+    }
+    let service = |name: &str, target| (name.to_owned(), text(target));
+    Shown::Map(vec![
+        service("registry", &entry.registry),
+        service("proxy", &entry.proxy),
+    ])
 }
 
 fn parse_name(text: &str) -> Result<String, String> {

@@ -44,29 +44,47 @@ pub(super) fn to_yaml<'s>(config: &Config, source: impl Fn(&str) -> &'s Source) 
                     source,
                 );
             }
-            Shown::List(items) if items.is_empty() => {
-                commented(&mut yaml, format!("{indent}{leaf}: []"), source);
-            }
-            Shown::List(items) => {
-                let items: Vec<_> = items.iter().map(|item| quoted(item)).collect();
-                let text = format!("{indent}{leaf}: [{}]", items.join(", "));
-                commented(&mut yaml, text, source);
+            list @ Shown::List(_) => {
+                commented(
+                    &mut yaml,
+                    format!("{indent}{leaf}: {}", flow(&list)),
+                    source,
+                );
             }
             Shown::Map(entries) if entries.is_empty() => {
                 commented(&mut yaml, format!("{indent}{leaf}: {{}}"), source);
             }
             Shown::Map(entries) => {
                 commented(&mut yaml, format!("{indent}{leaf}:"), source);
-                for (name, values) in entries {
-                    let values: Vec<_> = values.iter().map(|value| quoted(value)).collect();
+                for (name, value) in entries {
                     let name = scalar(&name);
-                    let values = values.join(", ");
-                    line(&mut yaml, format_args!("{indent}  {name}: [{values}]"));
+                    line(
+                        &mut yaml,
+                        format_args!("{indent}  {name}: {}", flow(&value)),
+                    );
                 }
             }
         }
     }
     yaml
+}
+
+/// A value within one line.
+fn flow(value: &Shown) -> String {
+    match value {
+        Shown::Unset | Shown::Hidden(_) => "null".to_owned(),
+        Shown::Text(text) => scalar(text),
+        Shown::List(items) => {
+            let items: Vec<_> = items.iter().map(|item| quoted(item)).collect();
+            format!("[{}]", items.join(", "))
+        }
+        Shown::Map(entries) => {
+            let entry =
+                |(name, value): &(String, Shown)| format!("{}: {}", scalar(name), flow(value));
+            let entries: Vec<_> = entries.iter().map(entry).collect();
+            format!("{{{}}}", entries.join(", "))
+        }
+    }
 }
 
 fn commented(yaml: &mut String, text: String, comment: impl ToString) {

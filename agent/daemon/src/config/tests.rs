@@ -81,7 +81,7 @@ resolver:
   servers: [192.0.2.53, '[2001:db8::53]:5353']
   hosts:
     cluster-2.example: 203.0.113.2
-    cluster-3.example: [203.0.113.3, '2001:db8::3']
+    cluster-3.example: {registry: '203.0.113.3:1', proxy: gw.example}
   timeout: 500ms
 tunnel:
   ip: 10.0.0.1
@@ -113,8 +113,15 @@ log: {level: 'debug,h2=warn', format: json}
         ]
     );
     let hosts = &config.resolver.hosts;
-    assert_eq!(hosts[&"cluster-2.example".parse().unwrap()].len(), 1);
-    assert_eq!(hosts[&"cluster-3.example".parse().unwrap()].len(), 2);
+    let host = |name: &str| &hosts[&name.parse().unwrap()];
+    let two = host("cluster-2.example");
+    assert_eq!(
+        (two.registry.to_string(), &two.proxy),
+        ("203.0.113.2".to_owned(), &two.registry)
+    );
+    let three = host("cluster-3.example");
+    assert_eq!(three.registry.to_string(), "203.0.113.3:1");
+    assert_eq!(three.proxy.to_string(), "gw.example");
     assert_eq!(config.resolver.timeout, Duration::from_millis(500));
     assert_eq!(config.tunnel.port, 14789);
     assert_eq!(config.tunnel.mtu, 9000);
@@ -163,7 +170,7 @@ fn lists_and_maps_are_said_by_flags_and_variables() {
     let mut world = World::new("");
     world.inputs.environment = env(&[(
         "NSM_RESOLVER_HOSTS",
-        "a.example=192.0.2.1,b.example=192.0.2.2,a.example=2001:db8::1",
+        "a.example=192.0.2.1,b.example=gw.example:7",
     )]);
     world.inputs.flags = flags(&[
         "--resolver-servers",
@@ -172,10 +179,8 @@ fn lists_and_maps_are_said_by_flags_and_variables() {
     ]);
     let config = world.load().unwrap().config;
     assert_eq!(config.resolver.servers.len(), 3);
-    assert_eq!(
-        config.resolver.hosts[&"a.example".parse().unwrap()].len(),
-        2
-    );
+    let host = &config.resolver.hosts[&"b.example".parse().unwrap()];
+    assert_eq!(host.proxy.to_string(), "gw.example:7");
 }
 
 #[test]
@@ -271,7 +276,16 @@ fn a_bad_value_names_file_line_key_value_and_what_is_allowed() {
         ("registry_url: 192.0.2.1", "registry_url"),
         ("forwarder: maybe", "forwarder"),
         ("resolver: {hosts: [a]}", "resolver.hosts"),
-        ("resolver: {hosts: {a.example: b}}", "resolver.hosts"),
+        ("resolver: {hosts: {a.example: a b}}", "resolver.hosts"),
+        (
+            "resolver: {hosts: {a.example: {registry: x}}}",
+            "resolver.hosts",
+        ),
+        (
+            "resolver: {hosts: {a.example: {registry: x, prox: y}}}",
+            "resolver.hosts",
+        ),
+        ("resolver: {hosts: {a@b: x}}", "resolver.hosts"),
         ("resolver: {timeout: 0s}", "resolver.timeout"),
         ("resolver: {timeout: 5}", "resolver.timeout"),
         ("bpf: {interfaces: [an-interface-name]}", "bpf.interfaces"),
@@ -354,7 +368,7 @@ fn what_is_printed_gives_the_same_configuration() {
     for yaml in [
         "",
         "name: '007'\nlog: {level: 'info,h2=warn'}\nadvertise_url: tcp://[2001:db8::1]:1\n",
-        "name: 'null'\nresolver: {hosts: {a.example: [192.0.2.1, '2001:db8::1']}, servers: [192.0.2.53]}\n",
+        "name: 'null'\nresolver: {hosts: {a.example: '192.0.2.1:7', b.example: {registry: '2001:db8::1', proxy: gw.example}}, servers: [192.0.2.53]}\n",
         "name: '1e3'\nbpf: {interfaces: [eth0], enabled: false}\nmap_ip_file: 'a: b # c'\n",
         "name: '#x'\ntoken: {spiffe_id: 'spiffe://a/b'}\nmap_ip_file: '0x10'\n",
     ] {
@@ -391,20 +405,25 @@ fn a_reload_tells_what_it_takes_over() {
         "nothing changed"
     );
     let new = load(
-        "log: {level: debug}\nresolver: {hosts: {a.example: 192.0.2.1}, timeout: 1s}\ntunnel: {port: 1}\nmap_ip_file: /x\ntoken: {secret: x}\n",
+        "log: {level: debug}\nresolver: {hosts: {a.example: 192.0.2.1}, timeout: 1s}\ntunnel: {port: 1}\nmap_ip_file: /x\nrequest_timeout: 1s\ntoken: {secret: x}\n",
     );
     let changes = Config::reloadable_changes(&old, &new);
     assert_eq!(
         changes.reloadable,
-        ["resolver.hosts", "map_ip_file", "log.level"]
+        [
+            "resolver.hosts",
+            "resolver.timeout",
+            "map_ip_file",
+            "log.level"
+        ]
     );
     assert_eq!(
         changes.restart,
-        ["resolver.timeout", "tunnel.port", "token.secret"]
+        ["tunnel.port", "token.secret", "request_timeout"]
     );
     assert_eq!(
         changes.to_string(),
-        "reloaded: resolver.hosts, map_ip_file, log.level; needs a restart: resolver.timeout, tunnel.port, token.secret"
+        "reloaded: resolver.hosts, resolver.timeout, map_ip_file, log.level; needs a restart: tunnel.port, token.secret, request_timeout"
     );
     let newer = Config {
         token: Token {

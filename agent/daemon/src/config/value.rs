@@ -33,7 +33,7 @@ const LISTEN_ALLOWED: &str =
 
 /// Where the agent listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum ListenUrl {
+pub(crate) enum ListenUrl {
     /// A socket at an absolute path.
     Unix(PathBuf),
     /// A TCP address; the port is never 0, for peers are told it.

@@ -1,0 +1,281 @@
+//! One connection as its client sees it: what is asked, what was answered, how it is closed.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant, SystemTime},
+};
+
+use nsm_core::mechanism::{IfName, KERNEL, LOCAL, NAME, Parameters};
+use nsm_proto::{
+    connection::{Connection, Mechanism, MonitorScopeSelector, Path, PathSegment, State},
+    networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
+};
+use uuid::Uuid;
+
+use crate::{
+    netns::Netns,
+    tool::{Agent, CallError},
+    view::{Facts, View},
+};
+
+/// How long the Close of a connection that is about to be replaced may take: its endpoint is gone
+/// most likely, and the agent has forgotten it or will when its token expires.
+const CLOSE_BEFORE_RESELECT: Duration = Duration::from_secs(2);
+
+/// What is asked for.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// The service, with its domain.
+    pub(crate) service: String,
+    /// The client's labels.
+    pub(crate) labels: BTreeMap<String, String>,
+    /// The interface's name.
+    pub(crate) interface: IfName,
+    /// Where the interface is to be.
+    pub(crate) netns: Netns,
+}
+
+/// A Request that was granted.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// The connection, for people and programs.
+    pub(crate) view: View,
+    /// What the agent tells beside it.
+    pub(crate) facts: Facts,
+    /// When the first hop's token expires.
+    pub(crate) expires: SystemTime,
+    /// From the question to the answer.
+    pub(crate) took: Duration,
+}
+
+/// A connection of ours.
+#[derive(Debug)]
+pub(crate) struct Session {
+    agent: Agent,
+    name: String,
+    id: String,
+    wanted: Wanted,
+    /// What was answered last; until then, and after a Close, what is asked for.
+    connection: Connection,
+    /// Whether somebody behind us may hold something of this connection.
+    is_open: bool,
+}
+
+impl Session {
+    /// A connection that nobody was asked for yet.
+    pub(crate) fn begin(agent: Agent, name: String, wanted: Wanted) -> Self {
+        let id = Uuid::new_v4().to_string();
+        let connection = question(&name, &id, &wanted, State::Up);
+        Self {
+            agent,
+            name,
+            id,
+            wanted,
+            connection,
+            is_open: false,
+        }
+    }
+
+    /// The agent that is asked.
+    pub(super) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Which events are about this connection: those with our segment on their path.
+    pub(super) fn selector(&self) -> MonitorScopeSelector {
+        MonitorScopeSelector {
+            path_segments: vec![PathSegment {
+                name: self.name.clone(),
+                id: self.id.clone(),
+                ..PathSegment::default()
+            }],
+            network_services: Vec::new(),
+        }
+    }
+
+    /// Whether an event's connection is this one.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Asks, for the first time or to refresh.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, no answer, or an answer that is not about this connection.
+    pub(crate) async fn request(&mut self) -> Result<Answer, CallError> {
+        self.sign();
+        let request = self.agent.request(NetworkServiceRequest {
+            connection: Some(self.connection.clone()),
+            mechanism_preferences: vec![preference(&self.wanted)],
+        });
+        let mut client = NetworkServiceClient::new(self.agent.channel.clone());
+        // Whatever comes of it, the agent may have begun to make something.
+        self.is_open = true;
+        let began = Instant::now();
+        let response = self.agent.answer(client.request(request)).await?;
+        let took = began.elapsed();
+        let facts = Facts::read(response.metadata());
+        let connection = response.into_inner();
+        let expires =
+            check(&connection, &self.id).map_err(|reason| self.agent.bad_answer(reason))?;
+        self.connection = connection;
+        Ok(Answer {
+            view: View::of(&self.connection, &facts),
+            facts,
+            expires,
+            took,
+        })
+    }
+
+    /// Asks again after a loss: for the same endpoint, or (`reselect`) for any.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::request`].
+    pub(crate) async fn again(&mut self, reselect: bool) -> Result<Answer, CallError> {
+        if reselect {
+            // What it holds is freed now or when its tokens expire; either way we go on.
+            let _ = tokio::time::timeout(CLOSE_BEFORE_RESELECT, self.close()).await;
+            self.connection =
+                question(&self.name, &self.id, &self.wanted, State::ReselectRequested);
+        } else {
+            self.connection.set_state(State::Up);
+        }
+        self.request().await
+    }
+
+    /// Closes what may be open. Nothing is asked where nothing is.
+    ///
+    /// # Errors
+    ///
+    /// The agent refuses or gives no answer; what it holds is freed when our token expires.
+    pub(crate) async fn close(&mut self) -> Result<(), CallError> {
+        if !self.is_open {
+            return Ok(());
+        }
+        self.sign();
+        let request = self.agent.request(self.connection.clone());
+        let mut client = NetworkServiceClient::new(self.agent.channel.clone());
+        self.agent.answer(client.close(request)).await?;
+        self.is_open = false;
+        Ok(())
+    }
+
+    /// Puts a token that is valid now into our segment.
+    fn sign(&mut self) {
+        let own = self.agent.segment(&self.name, &self.id);
+        let path = self.connection.path.get_or_insert_default();
+        path.index = 0;
+        match path.path_segments.first_mut() {
+            Some(segment) => *segment = own,
+            None => path.path_segments.push(own),
+        }
+    }
+}
+
+/// A connection that is asked for and not agreed yet.
+fn question(name: &str, id: &str, wanted: &Wanted, state: State) -> Connection {
+    Connection {
+        id: id.to_owned(),
+        network_service: wanted.service.clone(),
+        labels: wanted.labels.clone(),
+        path: Some(Path {
+            index: 0,
+            path_segments: vec![PathSegment {
+                name: name.to_owned(),
+                id: id.to_owned(),
+                ..PathSegment::default()
+            }],
+        }),
+        state: state.into(),
+        ..Connection::default()
+    }
+}
+
+fn preference(wanted: &Wanted) -> Mechanism {
+    let mut parameters = Parameters::from([(NAME.to_owned(), wanted.interface.to_string())]);
+    wanted.netns.write(&mut parameters);
+    Mechanism {
+        cls: LOCAL.to_owned(),
+        r#type: KERNEL.to_owned(),
+        parameters,
+    }
+}
+
+/// Checks that the answer is about our connection; gives the first expiry on its path.
+fn check(connection: &Connection, id: &str) -> Result<SystemTime, String> {
+    let path = connection
+        .path
+        .as_ref()
+        .ok_or("a connection without a path")?;
+    let first = path
+        .path_segments
+        .first()
+        .map(|segment| segment.id.as_str());
+    if connection.id != id || first != Some(id) || path.index != 0 {
+        return Err(format!(
+            "connection {:?} at index {} of a path that begins with {first:?}; ours is {id:?}",
+            connection.id, path.index
+        ));
+    }
+    let expiries = path
+        .path_segments
+        .iter()
+        .filter_map(|segment| segment.expires);
+    let times = expiries.filter_map(|expires| SystemTime::try_from(expires).ok());
+    times
+        .min()
+        .ok_or_else(|| "a path on which nothing says when it expires".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use prost_types::Timestamp;
+
+    use super::*;
+
+    fn answered(id: &str, first: &str, index: u32, seconds: &[i64]) -> Connection {
+        let mut path_segments: Vec<_> = seconds
+            .iter()
+            .map(|&seconds| PathSegment {
+                expires: Some(Timestamp { seconds, nanos: 0 }),
+                ..PathSegment::default()
+            })
+            .collect();
+        if let Some(segment) = path_segments.first_mut() {
+            segment.id = first.to_owned();
+        }
+        Connection {
+            id: id.to_owned(),
+            path: Some(Path {
+                index,
+                path_segments,
+            }),
+            ..Connection::default()
+        }
+    }
+
+    #[test]
+    fn an_answer_expires_with_the_first_hop() {
+        let connection = answered("a", "a", 0, &[30, 10, 20]);
+        let expected = SystemTime::UNIX_EPOCH + Duration::from_secs(10);
+        assert_eq!(check(&connection, "a"), Ok(expected));
+    }
+
+    #[test]
+    fn an_answer_about_something_else_is_refused() {
+        for wrong in [
+            answered("b", "a", 0, &[1]),
+            answered("a", "b", 0, &[1]),
+            answered("a", "a", 1, &[1]),
+            answered("a", "a", 0, &[]),
+            Connection::default(),
+        ] {
+            assert!(check(&wrong, "a").is_err(), "{wrong:?}");
+        }
+        let mut connection = answered("a", "a", 0, &[1]);
+        connection.path.as_mut().unwrap().path_segments[0].expires = None;
+        assert!(check(&connection, "a").unwrap_err().contains("expires"));
+    }
+}

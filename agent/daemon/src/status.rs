@@ -1,0 +1,263 @@
+//! `proxy-nsmgr status`: what the agent on this node has, as tables for people or as JSON.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use comfy_table::{CellAlignment, Table, presets};
+use nsm_controlplane::dial::DialUrl;
+use nsm_proto::admin::{ConnectionStatus, Status, StatusRequest, admin_client::AdminClient};
+use tonic::Code;
+
+use crate::{cli::StatusArgs, tool::print_line};
+
+/// How long the agent may take to answer: it looks at its own memory and a few maps.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Ids are shown short, as container tools do: enough to tell connections of one node apart.
+const SHORT_ID: usize = 8;
+
+/// Asks the agent and prints its answer.
+///
+/// # Errors
+///
+/// No agent answers on the admin socket.
+pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
+    let status = ask(&args.admin).await?;
+    if args.json {
+        print_line(&serde_json::to_string(&status)?)
+    } else {
+        print_line(render(&status).trim_end())
+    }
+}
+
+async fn ask(admin: &DialUrl) -> anyhow::Result<Status> {
+    let channel = admin
+        .connect(TIMEOUT)
+        .await
+        .with_context(|| no_agent(admin))?;
+    let mut request = tonic::Request::new(StatusRequest {});
+    request.set_timeout(TIMEOUT);
+    match tokio::time::timeout(TIMEOUT, AdminClient::new(channel).get_status(request)).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) if status.code() == Code::Unimplemented => anyhow::bail!(
+            "{admin} serves no admin API: it is not the admin socket of an agent (see listen.admin)"
+        ),
+        Ok(Err(status)) => {
+            anyhow::bail!(
+                "{admin} refused ({:?}): {}",
+                status.code(),
+                status.message()
+            )
+        }
+        Err(_) => {
+            anyhow::bail!("{admin} took the connection and gave no answer within {TIMEOUT:?}")
+        }
+    }
+}
+
+/// What to do about an admin socket that does not take us.
+fn no_agent(admin: &DialUrl) -> String {
+    let DialUrl::Unix(path) = admin else {
+        return "is the agent running?".to_owned();
+    };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            "the admin socket is not for this user: ask as root".to_owned()
+        }
+        Err(_) => {
+            "no agent is running on this node, or its listen.admin is another (--admin)".to_owned()
+        }
+        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                "the admin socket is not for this user: ask as root".to_owned()
+            }
+            _ => "the agent that made the admin socket is not running any more".to_owned(),
+        },
+    }
+}
+
+/// The whole answer as text.
+fn render(status: &Status) -> String {
+    let mut text = String::new();
+    let mut line = |words: String| {
+        text.push_str(&words);
+        text.push('\n');
+    };
+    let ready = if status.ready { "ready" } else { "NOT READY" };
+    line(format!(
+        "{} of {}, version {}: {ready}",
+        status.name, status.domain, status.version
+    ));
+    for reason in &status.waiting_for {
+        line(format!("  waiting for: {reason}"));
+    }
+    for reason in &status.degraded {
+        line(format!("  degraded: {reason}"));
+    }
+    if let Some(bpf) = &status.bpf {
+        line(match bpf.hook.as_str() {
+            "none" | "" => "  bpf: none".to_owned(),
+            hook => format!(
+                "  bpf: {hook} on {}, maps in {}, object {}",
+                list(&bpf.interfaces),
+                bpf.pin_path,
+                short(&bpf.object_sha256)
+            ),
+        });
+    }
+    for listener in &status.listeners {
+        line(format!("  {}: {}", listener.role, listener.url));
+    }
+    section(&mut text, "CONNECTIONS", connections(&status.connections));
+    section(&mut text, "TUNNELS", tunnels(&status.connections));
+    let mut peers = table(&["PEER", "STATE", "CONNECTIONS"], &[2]);
+    for peer in &status.peers {
+        peers.add_row([
+            peer.url.clone(),
+            peer.state.clone(),
+            peer.connections.to_string(),
+        ]);
+    }
+    section(&mut text, "PEERS", peers);
+    let mut drops = table(&["REASON", "PACKETS"], &[1]);
+    for (reason, packets) in status.drops.iter().filter(|(_, packets)| **packets > 0) {
+        drops.add_row([reason.clone(), packets.to_string()]);
+    }
+    section(&mut text, "DROPS", drops);
+    text
+}
+
+fn connections(connections: &[ConnectionStatus]) -> Table {
+    let mut table = table(
+        &[
+            "ID",
+            "SERVICE",
+            "ENDPOINT",
+            "STATE",
+            "MECHANISM",
+            "CLIENT",
+            "SERVER",
+            "MTU",
+            "EXPIRES",
+            "PATH",
+        ],
+        &[7, 8],
+    );
+    for connection in connections {
+        table.add_row([
+            short(&connection.id),
+            connection.network_service.clone(),
+            connection.endpoint.clone(),
+            connection.state.clone(),
+            format!(
+                "{} → {}",
+                connection.client_mechanism, connection.endpoint_mechanism
+            ),
+            list(&connection.src_addresses),
+            list(&connection.dst_addresses),
+            connection.mtu.to_string(),
+            seconds(connection.expires_in_seconds),
+            connection.path.join(" → "),
+        ]);
+    }
+    table
+}
+
+fn tunnels(connections: &[ConnectionStatus]) -> Table {
+    let mut table = table(
+        &[
+            "ID",
+            "VNI",
+            "PORT",
+            "LOCAL",
+            "REMOTE",
+            "INTERFACE",
+            "NETNS",
+            "TX PACKETS",
+            "TX BYTES",
+            "RX PACKETS",
+            "RX BYTES",
+        ],
+        &[1, 2, 7, 8, 9, 10],
+    );
+    for connection in connections {
+        let Some(tunnel) = &connection.tunnel else {
+            continue;
+        };
+        let count = |of: fn(&nsm_proto::admin::Counters) -> u64| {
+            tunnel
+                .counters
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), |counters| of(counters).to_string())
+        };
+        table.add_row([
+            short(&connection.id),
+            tunnel.vni.to_string(),
+            tunnel.port.to_string(),
+            tunnel.local.clone(),
+            tunnel.remote.clone(),
+            tunnel.interface.clone(),
+            tunnel.netns.clone(),
+            count(|counters| counters.tx_packets),
+            count(|counters| counters.tx_bytes),
+            count(|counters| counters.rx_packets),
+            count(|counters| counters.rx_bytes),
+        ]);
+    }
+    table
+}
+
+/// A table with these headers; the columns `right` hold numbers.
+fn table(headers: &[&str], right: &[usize]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_header(headers.to_vec());
+    for (index, column) in table.column_iter_mut().enumerate() {
+        // One space to the left stands between columns, none at the line's start.
+        column.set_padding((0, 2));
+        if right.contains(&index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+fn section(text: &mut String, title: &str, table: Table) {
+    text.push('\n');
+    if table.is_empty() {
+        text.push_str(title);
+        text.push_str(": none\n");
+        return;
+    }
+    text.push_str(title);
+    text.push('\n');
+    for line in table.lines() {
+        text.push_str("  ");
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+}
+
+fn short(id: &str) -> String {
+    id.chars().take(SHORT_ID).collect()
+}
+
+fn list(values: &[String]) -> String {
+    if values.is_empty() {
+        "-".to_owned()
+    } else {
+        values.join(", ")
+    }
+}
+
+fn seconds(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
+        _ => format!("{}h{}m", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,189 @@
+use nsm_proto::admin::{
+    Bpf, Counters, Listener, Peer, Tunnel,
+    admin_server::{Admin, AdminServer},
+};
+
+use super::*;
+
+fn full() -> Status {
+    let connection = |id: &str, tunnel: Option<Tunnel>| ConnectionStatus {
+        id: id.to_owned(),
+        network_service: "icmp-responder@cluster-2.example".to_owned(),
+        endpoint: "nse-1".to_owned(),
+        state: "UP".to_owned(),
+        path: ["nsc", "agent-1", "agent-2", "nse"]
+            .map(str::to_owned)
+            .to_vec(),
+        expires_in_seconds: 599,
+        client_mechanism: "KERNEL".to_owned(),
+        endpoint_mechanism: "VXLAN".to_owned(),
+        src_addresses: vec!["172.16.1.1/32".to_owned()],
+        dst_addresses: vec!["172.16.1.0/32".to_owned(), "fd00::/128".to_owned()],
+        mtu: 1450,
+        tunnel,
+    };
+    let tunnel = Tunnel {
+        vni: 4242,
+        port: 4789,
+        local: "10.0.0.1".to_owned(),
+        remote: "203.0.113.2".to_owned(),
+        interface: "nsm-1".to_owned(),
+        netns: "file:///run/netns/pod".to_owned(),
+        counters: Some(Counters {
+            tx_packets: 20,
+            tx_bytes: 2680,
+            rx_packets: 19,
+            rx_bytes: 2546,
+        }),
+    };
+    let uncounted = Tunnel {
+        counters: None,
+        ..tunnel.clone()
+    };
+    Status {
+        name: "node-1".to_owned(),
+        domain: "cluster-1.example".to_owned(),
+        version: "0.1.0".to_owned(),
+        ready: true,
+        waiting_for: Vec::new(),
+        degraded: vec!["clsact is used: this kernel has no tcx".to_owned()],
+        bpf: Some(Bpf {
+            hook: "clsact".to_owned(),
+            object_sha256: "0123456789abcdef".to_owned(),
+            pin_path: "/sys/fs/bpf/proxy-nsmgr".to_owned(),
+            interfaces: vec!["eth0".to_owned()],
+        }),
+        connections: vec![
+            connection("11111111-aaaa", Some(tunnel)),
+            connection("22222222-bbbb", Some(uncounted)),
+            connection("33333333-cccc", None),
+        ],
+        peers: vec![Peer {
+            url: "tcp://203.0.113.2:5006".to_owned(),
+            state: "connected".to_owned(),
+            connections: 2,
+        }],
+        drops: [("wrong source".to_owned(), 3), ("malformed".to_owned(), 0)].into(),
+        listeners: vec![Listener {
+            role: "proxy".to_owned(),
+            url: "tcp://0.0.0.0:5006".to_owned(),
+        }],
+    }
+}
+
+#[test]
+fn a_full_answer_is_shown_as_tables() {
+    let expected = "\
+node-1 of cluster-1.example, version 0.1.0: ready
+  degraded: clsact is used: this kernel has no tcx
+  bpf: clsact on eth0, maps in /sys/fs/bpf/proxy-nsmgr, object 01234567
+  proxy: tcp://0.0.0.0:5006
+
+CONNECTIONS
+  ID        SERVICE                           ENDPOINT  STATE  MECHANISM       CLIENT         SERVER                      MTU  EXPIRES  PATH
+  11111111  icmp-responder@cluster-2.example  nse-1     UP     KERNEL → VXLAN  172.16.1.1/32  172.16.1.0/32, fd00::/128  1450    9m59s  nsc → agent-1 → agent-2 → nse
+  22222222  icmp-responder@cluster-2.example  nse-1     UP     KERNEL → VXLAN  172.16.1.1/32  172.16.1.0/32, fd00::/128  1450    9m59s  nsc → agent-1 → agent-2 → nse
+  33333333  icmp-responder@cluster-2.example  nse-1     UP     KERNEL → VXLAN  172.16.1.1/32  172.16.1.0/32, fd00::/128  1450    9m59s  nsc → agent-1 → agent-2 → nse
+
+TUNNELS
+  ID         VNI  PORT  LOCAL     REMOTE       INTERFACE  NETNS                  TX PACKETS  TX BYTES  RX PACKETS  RX BYTES
+  11111111  4242  4789  10.0.0.1  203.0.113.2  nsm-1      file:///run/netns/pod          20      2680          19      2546
+  22222222  4242  4789  10.0.0.1  203.0.113.2  nsm-1      file:///run/netns/pod           -         -           -         -
+
+PEERS
+  PEER                    STATE      CONNECTIONS
+  tcp://203.0.113.2:5006  connected            2
+
+DROPS
+  REASON        PACKETS
+  wrong source        3
+";
+    assert_eq!(render(&full()), expected);
+}
+
+#[test]
+fn an_agent_that_has_nothing_says_so() {
+    let status = Status {
+        name: "node-1".to_owned(),
+        domain: "cluster.local".to_owned(),
+        version: "0.1.0".to_owned(),
+        waiting_for: vec!["the proxy's listener".to_owned()],
+        bpf: Some(Bpf {
+            hook: "none".to_owned(),
+            ..Bpf::default()
+        }),
+        ..Status::default()
+    };
+    let expected = "\
+node-1 of cluster.local, version 0.1.0: NOT READY
+  waiting for: the proxy's listener
+  bpf: none
+
+CONNECTIONS: none
+
+TUNNELS: none
+
+PEERS: none
+
+DROPS: none
+";
+    assert_eq!(render(&status), expected);
+}
+
+#[test]
+fn times_are_short() {
+    assert_eq!(seconds(0), "0s");
+    assert_eq!(seconds(60), "1m0s");
+    assert_eq!(seconds(86399), "23h59m");
+}
+
+struct Fixed(Status);
+
+#[tonic::async_trait]
+impl Admin for Fixed {
+    async fn get_status(
+        &self,
+        _: tonic::Request<StatusRequest>,
+    ) -> Result<tonic::Response<Status>, tonic::Status> {
+        Ok(tonic::Response::new(self.0.clone()))
+    }
+}
+
+#[tokio::test]
+async fn the_agent_is_asked_over_its_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("admin.sock");
+    let url = DialUrl::Unix(path.clone());
+
+    let error = format!("{:#}", ask(&url).await.unwrap_err());
+    assert!(
+        error.contains("no agent is running") && error.contains("admin.sock"),
+        "{error}"
+    );
+
+    let listener = tokio::net::UnixListener::bind(&path).unwrap();
+    let server = tonic::transport::Server::builder()
+        .add_service(AdminServer::new(Fixed(full())))
+        .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
+    let server = tokio::spawn(server);
+    assert_eq!(ask(&url).await.unwrap(), full());
+    server.abort();
+    let _ = server.await;
+
+    let error = format!("{:#}", ask(&url).await.unwrap_err());
+    assert!(error.contains("not running any more"), "{error}");
+}
+
+#[tokio::test]
+async fn a_socket_of_something_else_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("admin.sock");
+    let listener = tokio::net::UnixListener::bind(&path).unwrap();
+    let server = tonic::transport::Server::builder()
+        .add_routes(tonic::service::Routes::default())
+        .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
+    let server = tokio::spawn(server);
+    let error = ask(&DialUrl::Unix(path)).await.unwrap_err().to_string();
+    assert!(error.contains("serves no admin API"), "{error}");
+    server.abort();
+}

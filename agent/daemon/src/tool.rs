@@ -1,0 +1,230 @@
+//! What the tools for people share: who they are, how they speak to the agent, what they print.
+
+use std::{
+    future::Future,
+    io::{self, Write as _},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use nsm_controlplane::{
+    dial::{DialError, DialUrl},
+    token::TokenSource,
+};
+use nsm_proto::connection::PathSegment;
+use prost_types::Timestamp;
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::{Code, Request, Response, Status, transport::Channel};
+
+use crate::cli::ClientArgs;
+
+/// How long the goodbye may take: whoever pressed Ctrl-C waits for it.
+pub(crate) const GOODBYE: Duration = Duration::from_secs(5);
+
+/// How long a connection to the agent may take; it is on this node.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The agent, as a tool speaks to it.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    /// Where it is.
+    pub(crate) url: DialUrl,
+    /// The connection to it, which comes back by itself after a break.
+    pub(crate) channel: Channel,
+    /// What the tool says who it is.
+    pub(crate) tokens: TokenSource,
+    /// The longest time for one call.
+    timeout: Duration,
+}
+
+/// Why a call brought nothing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CallError {
+    /// The agent, or somebody behind it, said no.
+    #[error("{url} refused ({code:?}): {message}")]
+    Refused {
+        /// Who was asked.
+        url: DialUrl,
+        /// The kind of refusal.
+        code: Code,
+        /// The reason.
+        message: String,
+    },
+    /// The agent cannot be reached.
+    #[error("{url} is not reachable: {message}")]
+    Unreachable {
+        /// Who was asked.
+        url: DialUrl,
+        /// What is known of the reason.
+        message: String,
+    },
+    /// The agent took the call and did not answer.
+    #[error("{url} gave no answer within {timeout:?}")]
+    Silent {
+        /// Who was asked.
+        url: DialUrl,
+        /// How long was waited.
+        timeout: Duration,
+    },
+    /// The answer is no answer to what was asked.
+    #[error("{url} answered with what cannot be: {reason}")]
+    BadAnswer {
+        /// Who was asked.
+        url: DialUrl,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl Agent {
+    /// Connects to the agent as `name`.
+    ///
+    /// # Errors
+    ///
+    /// The agent cannot be connected to.
+    pub(crate) async fn connect(args: &ClientArgs, name: &str) -> anyhow::Result<Self> {
+        let url = args.connect_to.clone();
+        let dialed = url.connect(args.timeout.min(DIAL_TIMEOUT)).await;
+        let channel = dialed.map_err(|error: DialError| {
+            anyhow::Error::new(error).context(
+                "is the agent running, and is this its listen.nsmgr? (--connect-to, NSM_CONNECT_TO)",
+            )
+        })?;
+        let spiffe_id = format!("spiffe://local/{name}");
+        let secret = args.token_secret.as_bytes();
+        Ok(Self {
+            url,
+            channel,
+            tokens: TokenSource::hs256(&spiffe_id, secret, args.max_token_lifetime),
+            timeout: args.timeout,
+        })
+    }
+
+    /// A call with our token and the deadline in its metadata.
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = self.stream_request(message);
+        request.set_timeout(self.timeout);
+        request
+    }
+
+    /// The same for a stream, which ends when it ends.
+    pub(crate) fn stream_request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        self.tokens.apply(request.metadata_mut());
+        request
+    }
+
+    /// Waits for the answer of a call, no longer than its deadline.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong, with the agent's URL.
+    pub(crate) async fn answer<T>(
+        &self,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<Response<T>, CallError> {
+        match tokio::time::timeout(self.timeout, call).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(status)) => Err(self.failed(&status)),
+            Err(_) => Err(CallError::Silent {
+                url: self.url.clone(),
+                timeout: self.timeout,
+            }),
+        }
+    }
+
+    /// What a status of the agent means.
+    pub(crate) fn failed(&self, status: &Status) -> CallError {
+        let url = self.url.clone();
+        // A status that never was on the wire has the transport's error as its source.
+        if let Some(mut cause) = std::error::Error::source(status) {
+            while let Some(next) = cause.source() {
+                cause = next;
+            }
+            let message = cause.to_string();
+            return CallError::Unreachable { url, message };
+        }
+        CallError::Refused {
+            url,
+            code: status.code(),
+            message: status.message().to_owned(),
+        }
+    }
+
+    /// An answer that cannot be.
+    pub(crate) fn bad_answer(&self, reason: impl ToString) -> CallError {
+        CallError::BadAnswer {
+            url: self.url.clone(),
+            reason: reason.to_string(),
+        }
+    }
+
+    /// Our segment of a path, with a token that is valid now.
+    pub(crate) fn segment(&self, name: &str, id: &str) -> PathSegment {
+        let (token, expires) = self.tokens.token(SystemTime::now());
+        PathSegment {
+            name: name.to_owned(),
+            id: id.to_owned(),
+            token,
+            expires: Some(Timestamp::from(expires)),
+            metrics: std::collections::BTreeMap::new(),
+        }
+    }
+}
+
+/// `prefix-` and eight random digits.
+pub(crate) fn random_name(prefix: &str) -> String {
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    format!("{prefix}-{}", &id[..8])
+}
+
+/// Prints a line at once: who reads us through a pipe must not wait for a full buffer.
+///
+/// # Errors
+///
+/// Standard output is closed.
+pub(crate) fn print_line(line: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}")
+        .and_then(|()| out.flush())
+        .context("standard output is closed")
+}
+
+/// Ctrl-C and SIGTERM.
+#[derive(Debug)]
+pub(crate) struct Stop {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    /// From here on the signals are ours.
+    ///
+    /// # Errors
+    ///
+    /// The system has no room for a handler.
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("cannot listen to signals");
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+        })
+    }
+
+    /// Waits for the next of them.
+    pub(crate) async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+/// Runs the goodbye until it is done, its time is over, or somebody asks again.
+pub(crate) async fn goodbye(stop: &mut Stop, goodbye: impl Future<Output = ()>) {
+    tokio::select! {
+        () = goodbye => {}
+        () = tokio::time::sleep(GOODBYE) => {}
+        () = stop.wait() => {}
+    }
+}
