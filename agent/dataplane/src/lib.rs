@@ -3,3 +3,8 @@
 //! What to do is decided in `nsm_core::tunnel`, which is pure; this crate observes the kernel and applies.
 
 pub mod bpf;
+pub mod links;
+mod netlink;
+pub mod netns;
+
+pub use netlink::{NetlinkError, Refusal};

@@ -1,0 +1,318 @@
+//! The links of connections: made, changed, removed and read, in the pods' network namespaces.
+//!
+//! [`Links`] has the node's namespace, the one where tunnels' UDP sockets live, and is told the pod's at each call. A VXLAN link is
+//! created from the node's side directly inside the pod's namespace: its socket stays on the node, so that no bridge, veth or copy
+//! lies between, and nothing is moved, which would take the kernel a hundred times longer than creating.
+//!
+//! How it fails: a call that created a link and then failed removes that link, also when the caller went away meanwhile, so that an
+//! error or a dropped future leaves no link behind; one that had to be made anew under the same name is gone then, too. A call that changed a link in place leaves what it had reached; the next
+//! call goes on from there. Calls for one alias come one after the other.
+//!
+//! Each call works in a thread of its own that enters the namespaces, uses blocking netlink and ends: a pooled thread would have to
+//! find back, and one that failed to would send the node's traffic into a pod. Starting a thread costs about as much as a hop through
+//! the pool (measured in `tests/links_live/times.rs`).
+
+mod error;
+mod message;
+mod observe;
+mod port;
+mod session;
+mod turns;
+mod underlay;
+
+use std::{io, net::IpAddr, sync::Arc};
+
+use nsm_core::{
+    mechanism::IfName,
+    tunnel::{Link, LinkAlias, LinkSpec, MacAddr, VxlanSpec},
+};
+use tokio::sync::{Semaphore, oneshot};
+
+pub use self::error::{LinkError, LinkHolder, PortHolder};
+use self::turns::{Parcel, Turn, Turns, Undo};
+use crate::{
+    netlink::Netlink,
+    netns::{Netns, NetnsError},
+};
+
+/// Calls that make or read links at once. The kernel does one at a time anyhow (its RTNL lock); more would only be more threads.
+const WORKERS: usize = 8;
+
+/// Calls that remove links at once. Each waits some 20 ms in the kernel, without the lock and so best together with others, and must
+/// not keep those from working who make links.
+const REMOVERS: usize = 32;
+
+/// Stack of a working thread, bytes: directory walks and netlink buffers on the heap need little.
+const STACK: usize = 256 * 1024;
+
+/// Makes, changes, removes and reads links. A clone is the same.
+#[derive(Debug, Clone)]
+pub struct Links {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    node: Netns,
+    turns: Turns,
+    workers: Arc<Semaphore>,
+    removers: Arc<Semaphore>,
+}
+
+/// A link that is as it was wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpLink {
+    /// Its index in the pod's namespace.
+    pub index: u32,
+    /// Its name.
+    pub name: IfName,
+    /// Its Ethernet address, drawn by the kernel when none was wanted.
+    pub mac: MacAddr,
+    /// Whether this call created it.
+    pub created: bool,
+    /// How many operations this call needed; 0 when it was as wanted already.
+    pub operations: usize,
+}
+
+/// What went over a link since it was created, seen from the pod.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkStatistics {
+    /// Packets that the pod received.
+    pub rx_packets: u64,
+    /// Bytes of those, with their Ethernet headers.
+    pub rx_bytes: u64,
+    /// Packets that the pod sent.
+    pub tx_packets: u64,
+    /// Bytes of those, with their Ethernet headers.
+    pub tx_bytes: u64,
+    /// Received packets that the link dropped.
+    pub rx_dropped: u64,
+    /// Sent packets that the link dropped.
+    pub tx_dropped: u64,
+    /// Sent packets that failed, for want of a route on the underlay for one.
+    pub tx_errors: u64,
+}
+
+impl Links {
+    /// Links whose node is the namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// /proc is not mounted.
+    pub fn new() -> Result<Self, NetnsError> {
+        Netns::current().map(Self::in_namespace)
+    }
+
+    /// Links whose node is this namespace.
+    #[must_use]
+    pub fn in_namespace(node: Netns) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                node,
+                turns: Turns::default(),
+                workers: Arc::new(Semaphore::new(WORKERS)),
+                removers: Arc::new(Semaphore::new(REMOVERS)),
+            }),
+        }
+    }
+
+    /// Makes the pod's VXLAN link as wanted: creates it, or changes what differs on the one that has the alias.
+    ///
+    /// # Errors
+    ///
+    /// See [`LinkError`]; [`LinkError::VniTaken`] asks for another VNI. Then nothing is left that this call created.
+    pub async fn up_vxlan(&self, pod: &Netns, spec: &VxlanSpec) -> Result<UpLink, LinkError> {
+        let turn = self.inner.turns.take([&spec.link.alias]).await;
+        let (node, pod, spec) = (self.inner.node.clone(), pod.clone(), spec.clone());
+        let undo = undo_of(&pod, &spec.link.alias, |link: &UpLink| link.created);
+        self.work(
+            &self.inner.workers,
+            turn,
+            move || session::up_vxlan(&node, &pod, &spec),
+            undo,
+        )
+        .await
+    }
+
+    /// Makes a veth pair with an end in each namespace as wanted: creates it, or changes what differs on the pair that has the aliases.
+    ///
+    /// # Errors
+    ///
+    /// See [`LinkError`]. Then nothing is left that this call created.
+    pub async fn up_veth(
+        &self,
+        a: (&Netns, &LinkSpec),
+        b: (&Netns, &LinkSpec),
+    ) -> Result<(UpLink, UpLink), LinkError> {
+        let turn = self.inner.turns.take([&a.1.alias, &b.1.alias]).await;
+        let node = self.inner.node.clone();
+        let (a, b) = ((a.0.clone(), a.1.clone()), (b.0.clone(), b.1.clone()));
+        // The other end goes with it.
+        let undo = undo_of(&a.0, &a.1.alias, |ends: &(UpLink, UpLink)| ends.0.created);
+        self.work(
+            &self.inner.workers,
+            turn,
+            move || session::up_veth(&node, (&a.0, &a.1), (&b.0, &b.1)),
+            undo,
+        )
+        .await
+    }
+
+    /// Removes the pod's link with exactly this alias, and the other end with a veth. False: there was none.
+    ///
+    /// A pod whose namespace is gone took its links along: [`NetnsError::is_gone`] at opening it says so.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered, or the kernel refused.
+    pub async fn down(&self, pod: &Netns, alias: &LinkAlias) -> Result<bool, LinkError> {
+        Ok(self.down_many(pod, std::slice::from_ref(alias)).await? > 0)
+    }
+
+    /// Removes the pod's links with exactly these aliases, in one step of the kernel: it takes as long for many as for one. How many
+    /// there were.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered, or the kernel refused.
+    pub async fn down_many(&self, pod: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkError> {
+        let turn = self.inner.turns.take(aliases).await;
+        let (pod, aliases) = (pod.clone(), aliases.to_vec());
+        self.work(
+            &self.inner.removers,
+            turn,
+            move || session::down(&pod, &aliases),
+            nothing_to_undo(),
+        )
+        .await
+    }
+
+    /// What went over the pod's link with this alias; None when there is none.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered or read.
+    pub async fn statistics(
+        &self,
+        pod: &Netns,
+        alias: &LinkAlias,
+    ) -> Result<Option<LinkStatistics>, LinkError> {
+        let (pod, alias) = (pod.clone(), alias.clone());
+        self.read(move || session::statistics(&pod, &alias)).await
+    }
+
+    /// Every link of this domain's agents in all namespaces that can be found, each with where it is: after a restart, those whose
+    /// connection nobody knows are to be taken down.
+    ///
+    /// Namespaces that cannot be entered are left out, with a log line. The handles keep their namespaces alive: drop them soon.
+    ///
+    /// # Errors
+    ///
+    /// No thread could be started.
+    pub async fn find_ours(&self, domain: &str) -> Result<Vec<(Netns, Link)>, LinkError> {
+        let domain = domain.to_owned();
+        self.read(move || Ok(session::find_ours(&domain))).await
+    }
+
+    /// The largest packet that goes to the peer without being fragmented, as far as this node knows: the route's MTU, one learnt from
+    /// the path, or that of the interface it leaves by, bytes.
+    ///
+    /// # Errors
+    ///
+    /// No route leads there.
+    pub async fn underlay_mtu(&self, remote: IpAddr) -> Result<u32, LinkError> {
+        self.on_node(move |netlink| underlay::mtu(netlink, remote))
+            .await
+    }
+
+    /// The address that this node uses towards the peer.
+    ///
+    /// # Errors
+    ///
+    /// No route leads there.
+    pub async fn source_address(&self, remote: IpAddr) -> Result<IpAddr, LinkError> {
+        self.on_node(move |netlink| underlay::source(netlink, remote))
+            .await
+    }
+
+    /// The address that this node uses towards the rest of the world: that of the default route, IPv4 before IPv6.
+    ///
+    /// # Errors
+    ///
+    /// There is no default route.
+    pub async fn default_source(&self) -> Result<IpAddr, LinkError> {
+        self.on_node(underlay::default_source).await
+    }
+
+    async fn on_node<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Netlink) -> Result<T, LinkError> + Send + 'static,
+    ) -> Result<T, LinkError> {
+        let node = self.inner.node.clone();
+        self.read(move || job(&mut session::open_in(&node)?)).await
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> Result<T, LinkError> + Send + 'static,
+    ) -> Result<T, LinkError> {
+        let turn = self.inner.turns.take([]).await;
+        self.work(&self.inner.workers, turn, job, nothing_to_undo())
+            .await
+    }
+
+    /// Runs a job in a thread of its own. When nobody waits for its result any more, the result is undone.
+    async fn work<T: Send + 'static>(
+        &self,
+        limit: &Arc<Semaphore>,
+        turn: Turn,
+        job: impl FnOnce() -> Result<T, LinkError> + Send + 'static,
+        undo: Undo<T>,
+    ) -> Result<T, LinkError> {
+        let permit = limit
+            .clone()
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
+        let (sender, receiver) = oneshot::channel();
+        let run = move || {
+            let result = job().map(|result| Parcel::new(result, undo, turn));
+            // Whoever gave up drops the parcel, wherever it is on its way.
+            let _ = sender.send(result);
+            drop(permit);
+        };
+        std::thread::Builder::new()
+            .name("nsm-netns".to_owned())
+            .stack_size(STACK)
+            .spawn(run)
+            .map_err(LinkError::Thread)?;
+        match receiver.await {
+            Ok(result) => result.map(Parcel::open),
+            Err(_) => Err(LinkError::Thread(io::Error::other(
+                "it panicked, as the log tells",
+            ))),
+        }
+    }
+}
+
+/// Removes what a call created.
+fn undo_of<T: 'static>(pod: &Netns, alias: &LinkAlias, created: fn(&T) -> bool) -> Undo<T> {
+    let (pod, alias) = (pod.clone(), alias.clone());
+    Box::new(move |result| {
+        if !created(&result) {
+            return;
+        }
+        match session::down(&pod, std::slice::from_ref(&alias)) {
+            Ok(_) => {
+                tracing::debug!(link.alias = %alias, "removed the link of a request that was given up")
+            }
+            Err(error) => {
+                tracing::error!(%error, link.alias = %alias, "the link of a request that was given up stays")
+            }
+        }
+    })
+}
+
+fn nothing_to_undo<T: 'static>() -> Undo<T> {
+    Box::new(drop)
+}

@@ -1,0 +1,259 @@
+//! Why a link is not as wanted.
+
+use std::{fmt, io, net::IpAddr};
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+use nsm_core::tunnel::{Link, LinkAlias, RouteSpec};
+
+use crate::{
+    netlink::{NetlinkError, Refusal},
+    netns::{NetnsError, NetnsId},
+};
+
+/// Why a link could not be made, changed, removed or read. Where the kernel refused, its own words are kept.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The namespace cannot be worked in.
+    #[error(transparent)]
+    Namespace(#[from] NetnsError),
+    /// The name belongs to a link that is not ours, or is another connection's.
+    #[error(
+        "interface name `{name}` is taken in network namespace {netns}, by {holder}: ask for another name"
+    )]
+    NameTaken {
+        /// The name that was wanted.
+        name: String,
+        /// Where.
+        netns: NetnsId,
+        /// What has it.
+        holder: LinkHolder,
+    },
+    /// The VNI is in use on this node, by whomever. Ask for another one: the server that chose it could not know.
+    #[error("VNI {vni} on UDP port {port} is taken on this node ({kernel}): another VNI is needed")]
+    VniTaken {
+        /// The VNI that was wanted.
+        vni: u32,
+        /// Its UDP port.
+        port: u16,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The tunnels' UDP port is held by a socket that is no VXLAN link of our kind.
+    #[error("UDP port {port} cannot be opened for VXLAN on this node ({kernel}): {holder}")]
+    PortTaken {
+        /// The port that was wanted.
+        port: u16,
+        /// Who has it.
+        holder: PortHolder,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// A capability is missing.
+    #[error("not permitted to {action} ({kernel}): run the agent as root, or with {capability}")]
+    NotPermitted {
+        /// What was tried.
+        action: String,
+        /// What is missing.
+        capability: &'static str,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The kernel cannot make links of this kind.
+    #[error(
+        "this kernel has no {kind} links ({kernel}): load the module with `modprobe {kind}`, or enable it in the kernel"
+    )]
+    Unsupported {
+        /// The kind.
+        kind: &'static str,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The kernel refused an address.
+    #[error("address {address} was refused on link `{name}`: {kernel}")]
+    AddressRefused {
+        /// The address.
+        address: IpNet,
+        /// The link.
+        name: String,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The kernel refused a route; "File exists": there is another to the same prefix, which is left alone.
+    #[error("route to {prefix}{via} was refused on link `{name}`: {kernel}{hint}", prefix = .route.prefix, via = display_via(.route.via), hint = route_hint(.kernel))]
+    RouteRefused {
+        /// The route.
+        route: RouteSpec,
+        /// The link.
+        name: String,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The kernel refused a permanent neighbour.
+    #[error("neighbour {ip} was refused on link `{name}`: {kernel}")]
+    NeighbourRefused {
+        /// The neighbour.
+        ip: IpAddr,
+        /// The link.
+        name: String,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The kernel refused something else.
+    #[error("the kernel refused to {action}: {kernel}")]
+    Refused {
+        /// What was tried, on which link.
+        action: String,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// Both ends of a pair would be the same link to us.
+    #[error(
+        "both ends of a veth pair have the alias `{alias}` in network namespace {netns}: give the ends two connection ids"
+    )]
+    SameAlias {
+        /// The alias of both.
+        alias: LinkAlias,
+        /// The namespace of both.
+        netns: NetnsId,
+    },
+    /// It was set as wanted, and then was not.
+    #[error(
+        "link `{name}` does not stay as it was set, {rest} is still to do: does something else in the pod manage its interfaces?"
+    )]
+    Unstable {
+        /// The link.
+        name: String,
+        /// The first operation that is left.
+        rest: String,
+    },
+    /// No way leads there.
+    #[error(
+        "no route to {remote} from this node ({kernel}): check the node's routes and the peer's address"
+    )]
+    NoRoute {
+        /// Where to.
+        remote: IpAddr,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The node has no route to anywhere else.
+    #[error("this node has no default route: tell the agent which address to use")]
+    NoDefaultRoute,
+    /// Netlink itself failed.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// No thread for the work.
+    #[error("no thread could be started for the work in a network namespace: {0}")]
+    Thread(io::Error),
+}
+
+impl From<io::Error> for LinkError {
+    fn from(error: io::Error) -> Self {
+        Self::Netlink(error.into())
+    }
+}
+
+impl LinkError {
+    /// Whether another VNI can help.
+    #[must_use]
+    pub const fn is_vni_taken(&self) -> bool {
+        matches!(self, Self::VniTaken { .. })
+    }
+
+    /// What becomes of a refusal that has no reason of its own.
+    pub(super) fn refused(action: impl Into<String>, kernel: Refusal) -> Self {
+        let action = action.into();
+        match kernel.errno {
+            Errno::EPERM => Self::NotPermitted {
+                action,
+                capability: "CAP_NET_ADMIN",
+                kernel,
+            },
+            _ => Self::Refused { action, kernel },
+        }
+    }
+}
+
+fn display_via(via: Option<IpAddr>) -> String {
+    via.map(|via| format!(" via {via}")).unwrap_or_default()
+}
+
+fn route_hint(kernel: &Refusal) -> &'static str {
+    match kernel.errno {
+        Errno::EEXIST => "; the namespace has another route to it, which is not ours to replace",
+        _ => "",
+    }
+}
+
+/// The link that has a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkHolder {
+    /// Its kind, by the kernel's name.
+    pub kind: String,
+    /// The connection that it belongs to, when it is ours.
+    pub alias: Option<LinkAlias>,
+}
+
+impl From<&Link> for LinkHolder {
+    fn from(link: &Link) -> Self {
+        Self {
+            kind: link.kind.as_str().to_owned(),
+            alias: link.alias.clone(),
+        }
+    }
+}
+
+impl fmt::Display for LinkHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.alias {
+            Some(alias) => write!(
+                f,
+                "the {} link of connection {}",
+                self.kind,
+                alias.connection_id()
+            ),
+            None => write!(f, "a {} that is not ours", self.kind),
+        }
+    }
+}
+
+/// Who holds a UDP port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PortHolder {
+    /// A process.
+    Process {
+        /// Its id.
+        pid: u32,
+        /// Its name.
+        name: String,
+    },
+    /// A socket whose process is not to be seen from here, or has none because the kernel opened it.
+    Socket {
+        /// The socket's inode, 0 for the kernel's own.
+        inode: u64,
+    },
+    /// No socket is listed: it went away, or belongs to a VXLAN link of another kind.
+    Unknown,
+}
+
+impl fmt::Display for PortHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { pid, name } => {
+                write!(f, "process {pid} (`{name}`) holds it; stop it, or agree on another port with the peer")
+            }
+            Self::Socket { inode: 0 } => f.write_str(
+                "the kernel holds it, for a VXLAN link with other properties such as `external`; agree on another port with the peer",
+            ),
+            Self::Socket { inode } => write!(
+                f,
+                "a process that cannot be seen from here holds it (socket {inode}, see `ss -ulpe`); stop it, or agree on another port"
+            ),
+            Self::Unknown => f.write_str(
+                "who holds it is not to be seen, perhaps a VXLAN link with other properties such as `external`; see `ss -ulpen`, \
+                 `ip -d link show type vxlan`",
+            ),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! What the kernel shows of links, as `nsm_core::tunnel` takes it.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
+    link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
+};
+use nsm_core::tunnel::{Link, LinkKind, MacAddr, Route, RouteSpec};
+
+use super::message;
+use crate::netlink::{Netlink, NetlinkError};
+
+/// All links of the socket's namespace, without what lies on them.
+pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<Link>, NetlinkError> {
+    Ok(netlink
+        .dump(&message::get_links(false))?
+        .into_iter()
+        .filter_map(link_of)
+        .collect())
+}
+
+/// Completes a link by what lies on it.
+pub(super) fn contents(netlink: &mut Netlink, link: &mut Link) -> Result<(), NetlinkError> {
+    let index = link.index;
+    let addresses = netlink.dump(&message::get_addresses(index))?;
+    link.addresses = addresses
+        .into_iter()
+        .filter_map(|message| address_of(message, index))
+        .collect();
+    link.routes = routes(netlink, index)?;
+    let neighbours = netlink.dump(&message::get_neighbours(index))?;
+    link.neighbours = neighbours
+        .into_iter()
+        .filter_map(|message| neighbour_of(message, index))
+        .collect();
+    Ok(())
+}
+
+/// The unicast routes of the main table over a link.
+pub(super) fn routes(netlink: &mut Netlink, index: u32) -> Result<Vec<Route>, NetlinkError> {
+    let routes = netlink.dump(&message::get_routes(Some(index)))?;
+    Ok(routes
+        .into_iter()
+        .filter_map(|message| route_of(message, index))
+        .collect())
+}
+
+/// The link that a message describes, without what lies on it.
+pub(super) fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
+    let RouteNetlinkMessage::NewLink(LinkMessage {
+        header, attributes, ..
+    }) = message
+    else {
+        return None;
+    };
+    let mut link = Link {
+        index: header.index,
+        name: String::new(),
+        alias: None,
+        mac: None,
+        mtu: 0,
+        up: header.flags.contains(LinkFlags::Up),
+        kind: LinkKind::Other(String::new()),
+        addresses: Vec::new(),
+        routes: Vec::new(),
+        neighbours: Vec::new(),
+    };
+    let (mut peer, mut infos) = (0, Vec::new());
+    for attribute in attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::IfAlias(alias) => link.alias = alias.parse().ok(),
+            LinkAttribute::Address(bytes) => link.mac = mac_of(&bytes),
+            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::Link(index) => peer = index,
+            LinkAttribute::LinkInfo(info) => infos = info,
+            _ => {}
+        }
+    }
+    link.kind = kind_of(infos, peer);
+    Some(link)
+}
+
+fn kind_of(infos: Vec<LinkInfo>, peer: u32) -> LinkKind {
+    let (mut name, mut data) = (None, Vec::new());
+    for info in infos {
+        match info {
+            LinkInfo::Kind(kind) => name = Some(kind),
+            LinkInfo::Data(InfoData::Vxlan(vxlan)) => data = vxlan,
+            _ => {}
+        }
+    }
+    match name {
+        Some(InfoKind::Vxlan) => vxlan_of(data),
+        Some(InfoKind::Veth) => LinkKind::Veth { peer },
+        other => LinkKind::Other(other.map(|kind| kind.to_string()).unwrap_or_default()),
+    }
+}
+
+fn vxlan_of(data: Vec<InfoVxlan>) -> LinkKind {
+    let (mut vni, mut local, mut remote, mut port) = (0, None, None, 0);
+    for attribute in data {
+        match attribute {
+            InfoVxlan::Id(id) => vni = id,
+            InfoVxlan::Port(number) => port = number,
+            InfoVxlan::Local(ip) => local = Some(IpAddr::V4(ip)),
+            InfoVxlan::Local6(ip) => local = Some(IpAddr::V6(ip)),
+            InfoVxlan::Group(ip) => remote = Some(IpAddr::V4(ip)),
+            InfoVxlan::Group6(ip) => remote = Some(IpAddr::V6(ip)),
+            _ => {}
+        }
+    }
+    LinkKind::Vxlan {
+        vni,
+        local,
+        remote,
+        port,
+    }
+}
+
+fn address_of(message: RouteNetlinkMessage, index: u32) -> Option<IpNet> {
+    let RouteNetlinkMessage::NewAddress(AddressMessage {
+        header, attributes, ..
+    }) = message
+    else {
+        return None;
+    };
+    if header.index != index {
+        return None;
+    }
+    let (mut local, mut address) = (None, None);
+    for attribute in attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(ip),
+            AddressAttribute::Address(ip) => address = Some(ip),
+            _ => {}
+        }
+    }
+    // IPv6 has no LOCAL; on IPv4 ADDRESS is the peer's where there is one.
+    IpNet::new(local.or(address)?, header.prefix_len).ok()
+}
+
+fn neighbour_of(message: RouteNetlinkMessage, index: u32) -> Option<(IpAddr, MacAddr)> {
+    let RouteNetlinkMessage::NewNeighbour(NeighbourMessage {
+        header, attributes, ..
+    }) = message
+    else {
+        return None;
+    };
+    if header.ifindex != index || header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let (mut ip, mut mac) = (None, None);
+    for attribute in attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
+                ip = Some(IpAddr::V4(v4))
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
+                ip = Some(IpAddr::V6(v6))
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => mac = mac_of(&bytes),
+            _ => {}
+        }
+    }
+    Some((ip?, mac?))
+}
+
+fn route_of(message: RouteNetlinkMessage, index: u32) -> Option<Route> {
+    let RouteNetlinkMessage::NewRoute(RouteMessage {
+        header, attributes, ..
+    }) = message
+    else {
+        return None;
+    };
+    if header.kind != RouteType::Unicast || header.table != RouteHeader::RT_TABLE_MAIN {
+        return None;
+    }
+    let (mut destination, mut via, mut out) = (None, None, None);
+    for attribute in attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => destination = ip_of(&address),
+            RouteAttribute::Gateway(address) => via = ip_of(&address),
+            RouteAttribute::Via(RouteVia::Inet6(ip)) => via = Some(IpAddr::V6(ip)),
+            RouteAttribute::Oif(index) => out = Some(index),
+            _ => {}
+        }
+    }
+    // The kernel leaves out the destination of a default route.
+    let any = if header.address_family == netlink_packet_route::AddressFamily::Inet {
+        IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)
+    };
+    let prefix = IpNet::new(destination.unwrap_or(any), header.destination_prefix_length).ok()?;
+    (out == Some(index)).then_some(Route {
+        spec: RouteSpec { prefix, via },
+        ours: header.protocol == message::ROUTE_PROTOCOL,
+    })
+}
+
+pub(super) fn ip_of(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    }
+}
+
+fn mac_of(bytes: &[u8]) -> Option<MacAddr> {
+    bytes.try_into().ok().map(MacAddr::new)
+}

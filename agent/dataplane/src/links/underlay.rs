@@ -1,0 +1,144 @@
+//! What the node's routes say about the way to a peer.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    route::{RouteAttribute, RouteMessage, RouteMetric, RouteType},
+};
+use nix::errno::Errno;
+
+use super::{LinkError, message, observe};
+use crate::netlink::{Netlink, Refusal};
+
+/// Where packets leave.
+struct Way {
+    out: u32,
+    source: Option<IpAddr>,
+    gateway: Option<IpAddr>,
+    mtu: Option<u32>,
+    metric: u32,
+}
+
+pub(super) fn mtu(netlink: &mut Netlink, remote: IpAddr) -> Result<u32, LinkError> {
+    let way = look_up(netlink, remote)?;
+    // Read besides the route's: a route can promise more than its interface carries.
+    let link = netlink
+        .ask(message::get_link(way.out).0, 0)?
+        .map_err(|kernel| LinkError::NoRoute { remote, kernel })?;
+    let interface = link
+        .into_iter()
+        .find_map(observe::link_of)
+        .map(|link| link.mtu);
+    let refused = || LinkError::NoRoute {
+        remote,
+        kernel: Refusal {
+            errno: Errno::ENODEV,
+            text: None,
+        },
+    };
+    way.mtu
+        .into_iter()
+        .chain(interface)
+        .min()
+        .ok_or_else(refused)
+}
+
+pub(super) fn source(netlink: &mut Netlink, remote: IpAddr) -> Result<IpAddr, LinkError> {
+    let kernel = Refusal {
+        errno: Errno::EADDRNOTAVAIL,
+        text: Some("the route has no source address".to_owned()),
+    };
+    look_up(netlink, remote)?
+        .source
+        .ok_or(LinkError::NoRoute { remote, kernel })
+}
+
+pub(super) fn default_source(netlink: &mut Netlink) -> Result<IpAddr, LinkError> {
+    let routes = netlink.dump(&message::get_routes(None))?;
+    let mut defaults: Vec<(bool, Way)> = routes
+        .into_iter()
+        .filter_map(|route| match route {
+            RouteNetlinkMessage::NewRoute(route) if route.header.destination_prefix_length == 0 => {
+                Some((
+                    route.header.address_family != netlink_packet_route::AddressFamily::Inet,
+                    way_of(route)?,
+                ))
+            }
+            _ => None,
+        })
+        .collect();
+    defaults.sort_by_key(|(is_v6, way)| (*is_v6, way.metric));
+    for (is_v6, way) in defaults {
+        // A route without a next hop is asked for an address that lies nowhere (RFC 5737, RFC 3849).
+        let nowhere: IpAddr = if is_v6 {
+            Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()
+        } else {
+            Ipv4Addr::new(203, 0, 113, 1).into()
+        };
+        match way.source {
+            Some(source) => return Ok(source),
+            None => {
+                if let Ok(source) = source(netlink, way.gateway.unwrap_or(nowhere)) {
+                    return Ok(source);
+                }
+            }
+        }
+    }
+    Err(LinkError::NoDefaultRoute)
+}
+
+fn look_up(netlink: &mut Netlink, remote: IpAddr) -> Result<Way, LinkError> {
+    let (request, flags) = message::look_up_route(remote);
+    let answer = netlink
+        .ask(request, flags)?
+        .map_err(|kernel| LinkError::NoRoute { remote, kernel })?;
+    let refused = || LinkError::NoRoute {
+        remote,
+        kernel: Refusal {
+            errno: Errno::ENETUNREACH,
+            text: Some("the route does not lead to a host".to_owned()),
+        },
+    };
+    answer
+        .into_iter()
+        .find_map(|answer| match answer {
+            RouteNetlinkMessage::NewRoute(route) => way_of(route),
+            _ => None,
+        })
+        .ok_or_else(refused)
+}
+
+/// None for a route that delivers nothing, such as `unreachable`, or that has several ways.
+fn way_of(route: RouteMessage) -> Option<Way> {
+    if !matches!(route.header.kind, RouteType::Unicast | RouteType::Local) {
+        return None;
+    }
+    let (mut out, mut way) = (
+        None,
+        Way {
+            out: 0,
+            source: None,
+            gateway: None,
+            mtu: None,
+            metric: 0,
+        },
+    );
+    for attribute in route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => out = Some(index),
+            RouteAttribute::PrefSource(address) => way.source = observe::ip_of(&address),
+            RouteAttribute::Gateway(address) => way.gateway = observe::ip_of(&address),
+            RouteAttribute::Priority(metric) => way.metric = metric,
+            RouteAttribute::Metrics(metrics) => {
+                way.mtu = metrics.into_iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(mtu),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    way.out = out?;
+    Some(way)
+}

@@ -1,0 +1,458 @@
+//! A rtnetlink socket that asks and waits for the answers.
+//!
+//! rtnetlink works inside the `send` call: when it returns, the answers lie in the receive queue. An asynchronous socket would gain
+//! nothing and cost hops between tasks, so this one blocks, and its user has a thread of its own. Several requests can go in one
+//! call; the kernel works on each and acknowledges each, whatever became of the others.
+//!
+//! The socket asks for extended acknowledgements and keeps the kernel's own words ([`Refusal`]): they often are the only place where
+//! the reason stands. netlink-packet-core leaves their attributes undecoded, hence the few lines that read them.
+
+use std::{fmt, io};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NLMSG_OVERRUN, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::errno::Errno;
+
+/// The length of `struct nlmsghdr`.
+const HEADER: usize = 16;
+
+/// The length of the number that an error message starts with.
+const CODE: usize = 4;
+
+/// NLMSGERR_ATTR_MSG of linux/netlink.h: the kernel's words.
+const ATTR_MSG: u16 = 1;
+
+/// Room for one answer. The kernel fills dumps up to what the last call offered, 32 KiB at most; single answers are smaller.
+const BUFFER: usize = 64 * 1024;
+
+/// Requests sent in one call. Each acknowledgement takes about 1 KiB of the receive queue, which has 208 KiB by default.
+const BATCH: usize = 64;
+
+/// How often a dump is repeated that was inconsistent because things changed meanwhile.
+const DUMP_ATTEMPTS: usize = 8;
+
+/// A refusal in the kernel's own words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The error number.
+    pub errno: Errno,
+    /// What the kernel said beside it, when it did (NETLINK_EXT_ACK).
+    pub text: Option<String>,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.text {
+            // nix writes "EEXIST: File exists".
+            Some(text) => write!(f, "{}: {text}", self.errno),
+            None => write!(f, "{}", self.errno),
+        }
+    }
+}
+
+/// A failure of the talk itself, not of what was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// The socket failed.
+    #[error("netlink socket: {0}")]
+    Socket(#[from] io::Error),
+    /// An answer that cannot be read.
+    #[error("netlink answer of the kernel cannot be read: {0}")]
+    Malformed(String),
+    /// A dump was refused.
+    #[error("netlink dump: {0}")]
+    Dump(Refusal),
+    /// Things changed during every attempt.
+    #[error(
+        "netlink dump was interrupted by changes {DUMP_ATTEMPTS} times: too much happens in the namespace, try again"
+    )]
+    Interrupted,
+}
+
+/// What a request got: the messages that it asked for, none for most; or a refusal.
+pub(crate) type Answer = Result<Vec<RouteNetlinkMessage>, Refusal>;
+
+/// A request with its flags beyond REQUEST and ACK.
+pub(crate) type Request = (RouteNetlinkMessage, u16);
+
+/// A socket in the namespace where it was opened.
+pub(crate) struct Netlink {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Netlink {
+    /// Opens a socket in the namespace of the calling thread.
+    pub(crate) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        socket.set_ext_ack(true)?;
+        socket.set_cap_ack(true)?;
+        // The kernel then checks dump requests and filters by what stands in them (Linux 4.20).
+        socket.set_netlink_get_strict_chk(true)?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+            buffer: Vec::with_capacity(BUFFER),
+        })
+    }
+
+    /// Sends the requests and waits for all answers, one a request in the same order.
+    pub(crate) fn transact(&mut self, requests: Vec<Request>) -> Result<Vec<Answer>, NetlinkError> {
+        let mut answers = Vec::with_capacity(requests.len());
+        let mut requests = requests.into_iter();
+        loop {
+            let batch: Vec<Request> = requests.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                return Ok(answers);
+            }
+            self.transact_batch(batch, &mut answers)?;
+        }
+    }
+
+    /// One request.
+    pub(crate) fn ask(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<Answer, NetlinkError> {
+        let answer = self.transact(vec![(message, flags)])?.pop();
+        answer.ok_or_else(|| NetlinkError::Malformed("no answer".to_owned()))
+    }
+
+    /// All that match.
+    pub(crate) fn dump(
+        &mut self,
+        message: &RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
+        for _ in 0..DUMP_ATTEMPTS {
+            if let Some(found) = self.dump_once(message.clone())? {
+                return Ok(found);
+            }
+        }
+        Err(NetlinkError::Interrupted)
+    }
+
+    fn transact_batch(
+        &mut self,
+        batch: Vec<Request>,
+        answers: &mut Vec<Answer>,
+    ) -> Result<(), NetlinkError> {
+        let (first, count) = (self.sequence.wrapping_add(1), batch.len());
+        let mut bytes = Vec::new();
+        for (message, flags) in batch {
+            self.serialize(message, NLM_F_REQUEST | NLM_F_ACK | flags, &mut bytes);
+        }
+        self.socket.send(&bytes, 0)?;
+
+        let mut open: Vec<Option<Answer>> = vec![None; count];
+        let mut found: Vec<Vec<RouteNetlinkMessage>> = vec![Vec::new(); count];
+        while open.iter().any(Option::is_none) {
+            self.receive(|message| {
+                let at = message.sequence.wrapping_sub(first) as usize;
+                // What does not belong to this call is left of one that was given up.
+                if at >= count {
+                    return Ok(());
+                }
+                match message.kind {
+                    NLMSG_ERROR => {
+                        open[at] = Some(
+                            message
+                                .acknowledgement()?
+                                .map(|()| std::mem::take(&mut found[at])),
+                        )
+                    }
+                    _ => found[at].extend(message.decode()),
+                }
+                Ok(())
+            })?;
+        }
+        answers.extend(open.into_iter().flatten());
+        Ok(())
+    }
+
+    /// None: interrupted.
+    fn dump_once(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> Result<Option<Vec<RouteNetlinkMessage>>, NetlinkError> {
+        let mut bytes = Vec::new();
+        self.serialize(message, NLM_F_REQUEST | NLM_F_DUMP, &mut bytes);
+        self.socket.send(&bytes, 0)?;
+
+        let sequence = self.sequence;
+        let (mut found, mut done, mut interrupted) = (Vec::new(), false, false);
+        while !done {
+            self.receive(|message| {
+                if message.sequence != sequence {
+                    return Ok(());
+                }
+                interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                match message.kind {
+                    // The end of a dump carries its result as an acknowledgement does.
+                    NLMSG_DONE | NLMSG_ERROR => {
+                        done = true;
+                        message.acknowledgement()?.map_err(NetlinkError::Dump)?;
+                    }
+                    _ => found.extend(message.decode()),
+                }
+                Ok(())
+            })?;
+        }
+        Ok((!interrupted).then_some(found))
+    }
+
+    fn serialize(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        header.sequence_number = self.sequence;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        message.finalize();
+        let start = bytes.len();
+        // Every message starts at a multiple of four (NLMSG_ALIGNTO).
+        bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        message.serialize(&mut bytes[start..]);
+    }
+
+    /// Reads one datagram and hands on its messages.
+    fn receive(
+        &mut self,
+        mut handle: impl FnMut(Raw<'_>) -> Result<(), NetlinkError>,
+    ) -> Result<(), NetlinkError> {
+        self.buffer.clear();
+        loop {
+            match self.socket.recv(&mut self.buffer, nix::libc::MSG_TRUNC) {
+                Ok(length) if length > self.buffer.len() => {
+                    return Err(NetlinkError::Malformed(format!(
+                        "{length} bytes, more than the buffer's {BUFFER}"
+                    )));
+                }
+                Ok(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let mut rest = self.buffer.as_slice();
+        while !rest.is_empty() {
+            let (message, after) = Raw::split(rest)?;
+            if message.kind == NLMSG_OVERRUN {
+                return Err(NetlinkError::Malformed("answers were lost".to_owned()));
+            }
+            handle(message)?;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+/// One message as it stands in a datagram.
+struct Raw<'a> {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    /// With the header.
+    bytes: &'a [u8],
+}
+
+impl<'a> Raw<'a> {
+    fn split(datagram: &'a [u8]) -> Result<(Self, &'a [u8]), NetlinkError> {
+        let short =
+            || NetlinkError::Malformed(format!("a message of {} bytes is cut off", datagram.len()));
+        let length = u32_at(datagram, 0).ok_or_else(short)? as usize;
+        let bytes = datagram
+            .get(..length)
+            .filter(|bytes| bytes.len() >= HEADER)
+            .ok_or_else(short)?;
+        let message = Self {
+            kind: u16_at(bytes, 4).ok_or_else(short)?,
+            flags: u16_at(bytes, 6).ok_or_else(short)?,
+            sequence: u32_at(bytes, 8).ok_or_else(short)?,
+            bytes,
+        };
+        Ok((
+            message,
+            datagram
+                .get(length.next_multiple_of(4)..)
+                .unwrap_or_default(),
+        ))
+    }
+
+    /// The message, or nothing when the decoder does not know it all: it is then about something that is not ours, such as a device of
+    /// a kind newer than the decoder, and must not stop the rest.
+    fn decode(&self) -> Option<RouteNetlinkMessage> {
+        match NetlinkMessage::<RouteNetlinkMessage>::deserialize(self.bytes) {
+            Ok(NetlinkMessage {
+                payload: NetlinkPayload::InnerMessage(message),
+                ..
+            }) => Some(message),
+            Ok(_) => None,
+            Err(error) => {
+                tracing::debug!(%error, kind = self.kind, "netlink message left out: it cannot be decoded");
+                None
+            }
+        }
+    }
+
+    /// Reads an NLMSG_ERROR or NLMSG_DONE.
+    fn acknowledgement(&self) -> Result<Result<(), Refusal>, NetlinkError> {
+        let code = u32_at(self.bytes, HEADER).ok_or_else(|| {
+            NetlinkError::Malformed("an acknowledgement without its number".to_owned())
+        })?;
+        let code = code.cast_signed();
+        if code >= 0 {
+            return Ok(Ok(()));
+        }
+        Ok(Err(Refusal {
+            errno: Errno::from_raw(code.saturating_neg()),
+            text: self.kernel_text(),
+        }))
+    }
+
+    /// The kernel's words: attributes behind the number and, in an NLMSG_ERROR, behind the request that it repeats, all of it or
+    /// (NLM_F_CAPPED) its header alone.
+    fn kernel_text(&self) -> Option<String> {
+        if self.flags & NLM_F_ACK_TLVS == 0 {
+            return None;
+        }
+        let repeated = match self.kind {
+            NLMSG_ERROR if self.flags & NLM_F_CAPPED != 0 => HEADER,
+            NLMSG_ERROR => (u32_at(self.bytes, HEADER + CODE)? as usize).next_multiple_of(4),
+            _ => 0,
+        };
+        let mut attributes = self.bytes.get(HEADER + CODE + repeated..)?;
+        loop {
+            let (length, kind) = (usize::from(u16_at(attributes, 0)?), u16_at(attributes, 2)?);
+            let value = attributes.get(4..length)?;
+            if kind == ATTR_MSG {
+                let text = value.split(|&byte| byte == 0).next()?;
+                return Some(String::from_utf8_lossy(text).into_owned());
+            }
+            attributes = attributes.get(length.next_multiple_of(4)..)?;
+        }
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An NLMSG_ERROR as Linux sends it with NETLINK_CAP_ACK and NETLINK_EXT_ACK.
+    fn refusal(errno: Errno, text: &str) -> Vec<u8> {
+        let value = [text.as_bytes(), b"\0"].concat();
+        // First an attribute that is not the text: the offset of the bad attribute.
+        let mut attributes = [
+            &8u16.to_ne_bytes()[..],
+            &2u16.to_ne_bytes(),
+            &36u32.to_ne_bytes(),
+        ]
+        .concat();
+        attributes.extend(u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
+        attributes.extend(ATTR_MSG.to_ne_bytes());
+        attributes.extend(&value);
+        attributes.resize(attributes.len().next_multiple_of(4), 0);
+        let length = u32::try_from(HEADER + CODE + HEADER + attributes.len()).unwrap();
+        [
+            &length.to_ne_bytes()[..],
+            &NLMSG_ERROR.to_ne_bytes(),
+            &(NLM_F_ACK_TLVS | NLM_F_CAPPED).to_ne_bytes(),
+            &7u32.to_ne_bytes(),
+            &0u32.to_ne_bytes(),
+            &(-(errno as i32)).to_ne_bytes(),
+            &[0; HEADER],
+            &attributes,
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn keeps_the_kernels_words() {
+        let bytes = refusal(
+            Errno::EEXIST,
+            "A VXLAN device with the specified VNI already exists",
+        );
+        let (message, rest) = Raw::split(&bytes).unwrap();
+        assert!(rest.is_empty());
+        assert_eq!(message.sequence, 7);
+        let refusal = message.acknowledgement().unwrap().unwrap_err();
+        assert_eq!(refusal.errno, Errno::EEXIST);
+        assert_eq!(
+            refusal.to_string(),
+            "EEXIST: File exists: A VXLAN device with the specified VNI already exists"
+        );
+    }
+
+    #[test]
+    fn the_kernel_answers() {
+        let mut netlink = Netlink::open().unwrap();
+        let lookup = |name: &str| {
+            let mut message = LinkMessage::default();
+            message
+                .attributes
+                .push(LinkAttribute::IfName(name.to_owned()));
+            (RouteNetlinkMessage::GetLink(message), 0)
+        };
+        let answers = netlink
+            .transact(vec![lookup("lo"), lookup("no-such-link"), lookup("lo")])
+            .unwrap();
+        assert_eq!(answers.len(), 3);
+        assert!(
+            matches!(answers[0].as_deref(), Ok([RouteNetlinkMessage::NewLink(_)])),
+            "{answers:?}"
+        );
+        assert_eq!(answers[1].as_ref().unwrap_err().errno, Errno::ENODEV);
+        assert!(answers[2].is_ok());
+        // More than one call's worth.
+        let many = netlink
+            .transact((0..3 * BATCH + 1).map(|_| lookup("lo")).collect())
+            .unwrap();
+        assert_eq!(
+            many.iter().filter(|answer| answer.is_ok()).count(),
+            3 * BATCH + 1
+        );
+
+        let all = netlink
+            .dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))
+            .unwrap();
+        assert!(!all.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_datagram_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200), flags: u16) {
+            if let Ok((mut message, _)) = Raw::split(&bytes) {
+                message.flags = flags;
+                let _ = message.acknowledgement();
+                let _ = message.decode();
+            }
+        }
+
+        #[test]
+        fn no_cut_refusal_panics(cut in 0usize..200, at in 0usize..200, byte: u8) {
+            let mut bytes = refusal(Errno::EEXIST, "words");
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            bytes.truncate(bytes.len() - cut % bytes.len());
+            if let Ok((message, _)) = Raw::split(&bytes) {
+                let _ = message.acknowledgement();
+            }
+        }
+    }
+}
