@@ -137,17 +137,21 @@ pub(crate) fn matches(service: &registry::NetworkService) -> Vec<select::Match> 
     service
         .matches
         .iter()
-        .map(|rule| select::Match {
-            source: rule.source_selector.clone(),
-            routes: rule
+        .map(|rule| {
+            let routes = rule
                 .routes
                 .iter()
                 .map(|route| select::Destination {
                     selector: route.destination_selector.clone(),
                     weight: route.weight,
                 })
-                .collect(),
-            fallthrough: rule.fallthrough,
+                .collect();
+            select::Match::from_wire(
+                rule.source_selector.clone(),
+                routes,
+                rule.fallthrough,
+                rule.metadata.is_some(),
+            )
         })
         .collect()
 }

@@ -109,7 +109,7 @@ impl ControlPlane {
             self.tear_down(&turn, call.deadline).await;
         }
         connection.set_state(State::Up);
-        let ask = Ask {
+        let mut ask = Ask {
             arrival: call.arrival,
             connection,
             path,
@@ -118,6 +118,9 @@ impl ControlPlane {
             deadline: call.deadline,
         };
         let prior = turn.current();
+        if let Some(prior) = &prior {
+            resume(&mut ask.path, &prior.view);
+        }
         let established = self.establish(&ask, prior.as_deref()).await?;
         Ok(self.commit(&turn, prior, established, &hop, asked_id))
     }
@@ -649,6 +652,16 @@ fn own_id(path: &Path, own_name: &str) -> String {
     }
     who.extend_from_slice(own_name.as_bytes());
     Uuid::new_v5(&Uuid::NAMESPACE_OID, &who).to_string()
+}
+
+/// Puts the hops below ours back on the path of a client that never saw the answer which named
+/// them: they know the connection by these ids.
+fn resume(path: &mut Path, view: &Connection) {
+    let known = convert::path(view.path.clone().unwrap_or_default());
+    if path.segments.len() == path.index as usize + 1 {
+        path.segments
+            .extend(known.segments.into_iter().skip(path.segments.len()));
+    }
 }
 
 /// Whether the connection goes on where it stands.

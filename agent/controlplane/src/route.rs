@@ -145,6 +145,10 @@ impl Shared {
         let chosen = self.choose(&found, wanted, domain, connection)?;
         let payload = payload(&found);
         let resolution = resolution(domain, &resolved);
+        let service = match wanted.service {
+            "" => String::new(),
+            service => format!("{service}@{domain}"),
+        };
         let mut routes = Vec::new();
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
@@ -160,9 +164,9 @@ impl Shared {
                 routes.push(Route {
                     url,
                     crossing: Crossing::Out,
-                    service: format!("{}@{domain}", wanted.service),
+                    service: service.clone(),
                     endpoint: name.clone(),
-                    endpoint_told: name.clone(),
+                    endpoint_told: told_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: Some(resolution.clone()),
                 });
@@ -202,10 +206,7 @@ impl Shared {
                     crossing,
                     service: wanted.service.to_owned(),
                     endpoint: endpoint.name.clone(),
-                    endpoint_told: match &domain {
-                        Some(domain) => format!("{}@{domain}", endpoint.name),
-                        None => endpoint.name.clone(),
-                    },
+                    endpoint_told: told_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: None,
                 })
@@ -276,6 +277,19 @@ impl Shared {
             });
         }
         Ok(chosen.into_iter().map(|at| &found.endpoints[at]).collect())
+    }
+}
+
+/// The endpoint `target` as the previous hop is told it: with the domain in the words in which it
+/// asked, because it compares them.
+fn told_name(asked: &Connection, target: &str) -> String {
+    let endpoint = &asked.network_service_endpoint_name;
+    if endpoint.contains('@') {
+        return endpoint.clone();
+    }
+    match asked.network_service.split_once('@') {
+        Some((_, domain)) => format!("{target}@{domain}"),
+        None => target.to_owned(),
     }
 }
 

@@ -1,0 +1,8 @@
+//! Whole agents talking NSM v1 to each other, to clients, to endpoints and to peers that do wrong.
+//!
+//! Every scenario compares what is held on all sides before and after: connections, VNIs, monitor
+//! streams, links in the kernels, registry entries, and the endpoints' own connections.
+
+mod flow;
+mod selection;
+mod support;

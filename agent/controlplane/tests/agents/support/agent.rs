@@ -1,0 +1,204 @@
+//! A whole agent in this process: control plane, listeners, a kernel that is none.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use nsm_controlplane::{
+    dns::{Resolver, ResolverConfig},
+    forwarder::Forwarder,
+    plane::{ControlPlane, OwnRegistry, Settings},
+    registry::{Limits, Registry},
+    server::{ListenerLimits, Socket, serve},
+    token::TokenSource,
+};
+use nsm_core::{name::Domain, vni::VniPool};
+use tempfile::TempDir;
+use tonic::service::Routes;
+
+use super::{kernel::FakeKernel, process::Process};
+
+/// How an agent differs from the usual one.
+#[derive(Clone)]
+pub struct Setup {
+    pub name: String,
+    pub domain: String,
+    /// Tunnel address and MTU; none: no forwarder.
+    pub kernel: Option<(IpAddr, u32)>,
+    pub request_timeout: Duration,
+    pub dial_timeout: Duration,
+    pub max_connections: usize,
+    pub token_lifetime: Duration,
+    /// The URL of another agent that has the domain's registry.
+    pub registry: Option<String>,
+}
+
+impl Setup {
+    pub fn new(name: &str, domain: &str, ip: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            domain: domain.to_owned(),
+            kernel: Some((ip.parse().expect("an address"), 1500)),
+            request_timeout: Duration::from_secs(10),
+            dial_timeout: Duration::from_secs(2),
+            max_connections: 1000,
+            token_lifetime: Duration::from_secs(600),
+            registry: None,
+        }
+    }
+
+    pub fn without_forwarder(mut self) -> Self {
+        self.kernel = None;
+        self
+    }
+
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        let (_, own) = self.kernel.as_mut().expect("a forwarder");
+        *own = mtu;
+        self
+    }
+
+    pub fn request_timeout(mut self, timeout: Duration) -> Self {
+        self.request_timeout = timeout;
+        self
+    }
+
+    pub fn dial_timeout(mut self, timeout: Duration) -> Self {
+        self.dial_timeout = timeout;
+        self
+    }
+
+    pub fn token_lifetime(mut self, lifetime: Duration) -> Self {
+        self.token_lifetime = lifetime;
+        self
+    }
+
+    pub fn max_connections(mut self, limit: usize) -> Self {
+        self.max_connections = limit;
+        self
+    }
+
+    pub fn registry_at(mut self, url: &str) -> Self {
+        self.registry = Some(url.to_owned());
+        self
+    }
+}
+
+/// A running agent.
+pub struct Agent {
+    pub plane: ControlPlane,
+    pub registry: Registry,
+    pub domain: Domain,
+    pub address: SocketAddr,
+    /// What other agents dial.
+    pub url: String,
+    /// What clients and endpoints of its node dial.
+    pub node_url: String,
+    /// The folder of its socket and of its endpoints'.
+    pub folder: TempDir,
+    kernel: Option<Arc<FakeKernel>>,
+    process: Mutex<Option<Process>>,
+}
+
+/// The largest message that agents of these tests read.
+pub const MAX_MESSAGE: usize = 256 << 10;
+
+impl Agent {
+    pub async fn start(setup: Setup) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("nsm.sock");
+        let kernel = setup
+            .kernel
+            .map(|(ip, mtu)| Arc::new(FakeKernel::new(ip, mtu)));
+        let (process, (plane, registry, address)) =
+            Process::start(run(setup.clone(), socket.clone(), kernel.clone())).await;
+        Self {
+            plane,
+            registry,
+            domain: setup.domain.parse().expect("a domain"),
+            address,
+            url: format!("tcp://{address}"),
+            node_url: format!("unix://{}", socket.display()),
+            folder,
+            kernel,
+            process: Mutex::new(Some(process)),
+        }
+    }
+
+    pub fn kernel(&self) -> &FakeKernel {
+        self.kernel.as_deref().expect("it has a forwarder")
+    }
+
+    pub fn has_kernel(&self) -> bool {
+        self.kernel.is_some()
+    }
+
+    /// `kill -9`.
+    pub fn kill(&self) {
+        self.process.lock().expect("not poisoned").take();
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.process.lock().expect("not poisoned").is_some()
+    }
+
+    /// Takes another resolver configuration.
+    pub fn resolve_by(&self, config: ResolverConfig) {
+        self.plane.resolver().reload(config);
+    }
+}
+
+async fn run(
+    setup: Setup,
+    socket: PathBuf,
+    kernel: Option<Arc<FakeKernel>>,
+) -> (ControlPlane, Registry, SocketAddr) {
+    let network = Socket::tcp("127.0.0.1:0".parse().expect("an address"))
+        .await
+        .expect("a port");
+    let Socket::Tcp(listener) = &network else {
+        unreachable!("made as TCP")
+    };
+    let address = listener.local_addr().expect("bound");
+    let node = Socket::unix(&socket).expect("a socket");
+    let registry = Registry::new(Limits::default());
+    let plane = ControlPlane::start(
+        Settings {
+            name: setup.name.clone(),
+            domain: setup.domain.parse().expect("a domain"),
+            advertise_url: format!("tcp://{address}"),
+            request_timeout: setup.request_timeout,
+            dial_timeout: setup.dial_timeout,
+            max_connections: setup.max_connections,
+            max_message_bytes: MAX_MESSAGE,
+        },
+        Arc::new(TokenSource::hs256(
+            &format!("spiffe://{}/{}", setup.domain, setup.name),
+            b"of the tests",
+            setup.token_lifetime,
+        )),
+        Resolver::new(ResolverConfig {
+            servers: vec![address],
+            ..ResolverConfig::default()
+        }),
+        match &setup.registry {
+            Some(url) => OwnRegistry::At(url.clone()),
+            None => OwnRegistry::Here(registry.clone()),
+        },
+        kernel.map(|kernel| kernel as Arc<dyn Forwarder>),
+        VniPool::default(),
+    );
+    let limits = ListenerLimits {
+        max_message_bytes: MAX_MESSAGE,
+        max_streams: 1000,
+    };
+    let fronts = [(network, plane.network_front()), (node, plane.node_front())];
+    for (socket, front) in fronts {
+        let routes = front.add_to(Routes::default(), limits);
+        tokio::spawn(serve(socket, routes, limits, std::future::pending()));
+    }
+    (plane, registry, address)
+}

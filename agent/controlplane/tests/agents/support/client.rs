@@ -1,0 +1,316 @@
+//! A client that speaks the wire API, and says what it likes.
+
+use std::time::{Duration, SystemTime};
+
+use nsm_controlplane::{dial::dial, token::TokenSource};
+use nsm_proto::{
+    connection::{
+        Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, Path,
+        PathSegment, monitor_connection_client::MonitorConnectionClient,
+    },
+    networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
+    registry::{
+        NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
+        network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+        network_service_registry_client::NetworkServiceRegistryClient,
+    },
+};
+use tokio_stream::StreamExt as _;
+use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transport::Channel};
+
+use super::{agent::Agent, unique, within};
+
+/// A client of one agent.
+pub struct Client {
+    name: String,
+    netns: String,
+    channel: Channel,
+    /// How long the token of a call lives; none: calls carry no token.
+    pub lifetime: Option<Duration>,
+}
+
+/// What a Request got.
+#[derive(Debug, Clone)]
+pub struct Granted {
+    pub connection: Connection,
+    pub facts: MetadataMap,
+}
+
+impl Granted {
+    /// A fact of the answer's metadata.
+    pub fn fact(&self, key: &str) -> &str {
+        self.facts
+            .get(key)
+            .unwrap_or_else(|| panic!("no {key} in {:?}", self.facts))
+            .to_str()
+            .expect("text")
+    }
+
+    /// The id of the agent's segment.
+    pub fn agent_id(&self) -> String {
+        self.connection.path.as_ref().expect("a path").path_segments[1]
+            .id
+            .clone()
+    }
+}
+
+impl Client {
+    /// On the agent's node, by its Unix socket.
+    pub async fn on_node(agent: &Agent) -> Self {
+        Self::at(&agent.node_url).await
+    }
+
+    /// Somewhere else, by the agent's TCP port.
+    pub async fn over_network(agent: &Agent) -> Self {
+        Self::at(&agent.url).await
+    }
+
+    pub async fn at(url: &str) -> Self {
+        let number = unique();
+        Self {
+            name: format!("client-{number}"),
+            netns: format!("inode://4/{}", 1_000_000 + number),
+            channel: dial(url, Duration::from_secs(5)).await.expect("reachable"),
+            lifetime: Some(Duration::from_secs(600)),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The URL of the client's network namespace.
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+
+    /// A first Request as a good client makes it, with an id of its own.
+    pub fn request_for(&self, service: &str) -> NetworkServiceRequest {
+        let id = format!("{}-{}", self.name, unique());
+        NetworkServiceRequest {
+            mechanism_preferences: vec![self.kernel(&format!("nsm{}", unique()))],
+            connection: Some(Connection {
+                path: Some(Path {
+                    index: 0,
+                    path_segments: vec![PathSegment {
+                        name: self.name.clone(),
+                        id: id.clone(),
+                        ..PathSegment::default()
+                    }],
+                }),
+                id,
+                network_service: service.to_owned(),
+                ..Connection::default()
+            }),
+        }
+    }
+
+    /// A KERNEL mechanism in the client's namespace.
+    pub fn kernel(&self, interface: &str) -> Mechanism {
+        mechanism(
+            "LOCAL",
+            "KERNEL",
+            &[("inodeURL", &self.netns), ("name", interface)],
+        )
+    }
+
+    /// Puts the call's metadata on.
+    pub fn call<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(lifetime) = self.lifetime {
+            TokenSource::hs256("spiffe://tests/client", b"secret", lifetime)
+                .apply(request.metadata_mut());
+        }
+        request
+    }
+
+    /// Sends a Request as it is.
+    pub async fn send(&self, request: NetworkServiceRequest) -> Result<Granted, Status> {
+        self.send_call(self.call(request)).await
+    }
+
+    /// Sends a call as it is.
+    pub async fn send_call(
+        &self,
+        request: Request<NetworkServiceRequest>,
+    ) -> Result<Granted, Status> {
+        let mut client = NetworkServiceClient::new(self.channel.clone());
+        let (facts, connection, _) = within(client.request(request)).await?.into_parts();
+        Ok(Granted { connection, facts })
+    }
+
+    /// Asks for a service; it must be granted.
+    pub async fn ask(&self, service: &str) -> Granted {
+        self.send(self.request_for(service))
+            .await
+            .unwrap_or_else(|status| panic!("{service}: {status:?}"))
+    }
+
+    /// Asks for a service; it must be refused.
+    pub async fn refused(&self, request: NetworkServiceRequest) -> Status {
+        self.send(request).await.expect_err("it is refused")
+    }
+
+    /// Asks again with what was answered.
+    pub async fn refresh(&self, granted: &Granted) -> Result<Granted, Status> {
+        self.send(NetworkServiceRequest {
+            connection: Some(granted.connection.clone()),
+            mechanism_preferences: Vec::new(),
+        })
+        .await
+    }
+
+    pub async fn close(&self, connection: &Connection) -> Result<(), Status> {
+        let mut client = NetworkServiceClient::new(self.channel.clone());
+        within(client.close(self.call(connection.clone()))).await?;
+        Ok(())
+    }
+
+    /// Follows the connections that pass this client, under whatever id.
+    pub async fn monitor(&self) -> Watch {
+        self.monitor_selected(MonitorScopeSelector {
+            path_segments: vec![PathSegment {
+                name: self.name.clone(),
+                ..PathSegment::default()
+            }],
+            network_services: Vec::new(),
+        })
+        .await
+    }
+
+    /// Follows what the selector selects.
+    pub async fn monitor_selected(&self, selector: MonitorScopeSelector) -> Watch {
+        let mut client = MonitorConnectionClient::new(self.channel.clone());
+        let events = within(client.monitor_connections(self.call(selector)))
+            .await
+            .expect("monitored")
+            .into_inner();
+        Watch { events }
+    }
+
+    pub async fn register(
+        &self,
+        endpoint: NetworkServiceEndpoint,
+    ) -> Result<NetworkServiceEndpoint, Status> {
+        let mut client = NetworkServiceEndpointRegistryClient::new(self.channel.clone());
+        let answer = within(client.register(self.call(endpoint))).await?;
+        Ok(answer.into_inner())
+    }
+
+    pub async fn unregister(&self, endpoint: NetworkServiceEndpoint) -> Result<(), Status> {
+        let mut client = NetworkServiceEndpointRegistryClient::new(self.channel.clone());
+        within(client.unregister(self.call(endpoint))).await?;
+        Ok(())
+    }
+
+    pub async fn register_service(
+        &self,
+        service: NetworkService,
+    ) -> Result<Response<NetworkService>, Status> {
+        let mut client = NetworkServiceRegistryClient::new(self.channel.clone());
+        within(client.register(self.call(service))).await
+    }
+
+    /// Finds the endpoints of a service.
+    pub async fn find(&self, service: &str) -> Result<Vec<NetworkServiceEndpoint>, Status> {
+        let query = NetworkServiceEndpointQuery {
+            network_service_endpoint: Some(NetworkServiceEndpoint {
+                network_service_names: vec![service.to_owned()],
+                ..NetworkServiceEndpoint::default()
+            }),
+            watch: false,
+        };
+        let mut client = NetworkServiceEndpointRegistryClient::new(self.channel.clone());
+        let found = within(client.find(self.call(query))).await?.into_inner();
+        let found: Vec<_> = within(found.collect::<Vec<_>>()).await;
+        found
+            .into_iter()
+            .map(|answer| Ok(answer?.network_service_endpoint.expect("an endpoint")))
+            .collect()
+    }
+
+    /// Finds a network service.
+    pub async fn find_service(&self, name: &str) -> Result<Vec<NetworkService>, Status> {
+        let query = NetworkServiceQuery {
+            network_service: Some(NetworkService {
+                name: name.to_owned(),
+                ..NetworkService::default()
+            }),
+            watch: false,
+        };
+        let mut client = NetworkServiceRegistryClient::new(self.channel.clone());
+        let found = within(client.find(self.call(query))).await?.into_inner();
+        let found: Vec<_> = within(found.collect::<Vec<_>>()).await;
+        found
+            .into_iter()
+            .map(|answer| Ok(answer?.network_service.expect("a service")))
+            .collect()
+    }
+}
+
+/// A monitor stream.
+pub struct Watch {
+    events: Streaming<ConnectionEvent>,
+}
+
+impl Watch {
+    /// The next event.
+    pub async fn next(&mut self) -> ConnectionEvent {
+        within(self.events.next())
+            .await
+            .expect("the stream goes on")
+            .expect("an event")
+    }
+
+    /// The next event, which is of `kind` and tells of one connection.
+    pub async fn one(&mut self, kind: ConnectionEventType) -> Connection {
+        let event = self.next().await;
+        assert_eq!(event.r#type(), kind, "{event:?}");
+        assert_eq!(event.connections.len(), 1, "{event:?}");
+        event.connections.into_values().next().expect("one")
+    }
+
+    /// What comes until the stream ends.
+    pub async fn rest(mut self) -> Vec<ConnectionEvent> {
+        let mut events = Vec::new();
+        while let Some(event) = within(self.events.next()).await {
+            events.push(event.expect("an event"));
+        }
+        events
+    }
+}
+
+/// A mechanism as it stands on the wire.
+pub fn mechanism(class: &str, kind: &str, parameters: &[(&str, &str)]) -> Mechanism {
+    Mechanism {
+        cls: class.to_owned(),
+        r#type: kind.to_owned(),
+        parameters: parameters
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect(),
+    }
+}
+
+/// A parameter of the mechanism in a connection.
+pub fn parameter<'a>(connection: &'a Connection, key: &str) -> &'a str {
+    connection
+        .mechanism
+        .as_ref()
+        .and_then(|mechanism| mechanism.parameters.get(key))
+        .map_or("", String::as_str)
+}
+
+/// The names on a connection's path.
+pub fn names(connection: &Connection) -> Vec<&str> {
+    let path = connection.path.as_ref().expect("a path");
+    path.path_segments
+        .iter()
+        .map(|segment| segment.name.as_str())
+        .collect()
+}
+
+/// A time on the wire.
+pub fn stamp(time: SystemTime) -> prost_types::Timestamp {
+    time.into()
+}

@@ -1,0 +1,203 @@
+//! A kernel that is none: it keeps what the forwarder port promises of one, and counts.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
+    net::IpAddr,
+    sync::{Mutex, MutexGuard},
+};
+
+use nsm_controlplane::forwarder::{Counters, Forwarder, ForwarderError, Plan, Underlay};
+use nsm_core::tunnel::LinkSpec;
+
+/// The port of tunnels in these tests.
+pub const PORT: u16 = 4789;
+
+/// The links of one connection: what the kernel's tables have of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Standing {
+    /// VNI and port, once on a node.
+    pub tunnel: Option<(u32, u16)>,
+    /// Namespace and interface name, once in a namespace.
+    pub names: BTreeSet<(String, String)>,
+    /// As it was asked for last.
+    pub plan: Plan,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// By alias.
+    standing: BTreeMap<String, Standing>,
+    /// VNIs that something else on the node has.
+    foreign: HashSet<u32>,
+    /// VNIs that were refused because they are foreign.
+    refused: Vec<u32>,
+    faults: VecDeque<ForwarderError>,
+    blind: bool,
+    ups: usize,
+    downs: usize,
+}
+
+/// The dataplane of one node.
+#[derive(Debug)]
+pub struct FakeKernel {
+    ip: IpAddr,
+    mtu: u32,
+    table: Mutex<Table>,
+}
+
+impl FakeKernel {
+    pub fn new(ip: IpAddr, mtu: u32) -> Self {
+        Self {
+            ip,
+            mtu,
+            table: Mutex::default(),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().expect("no holder panics")
+    }
+
+    /// The links that stand, by their alias.
+    pub fn links(&self) -> BTreeMap<String, Standing> {
+        self.table().standing.clone()
+    }
+
+    /// The one connection that has links here.
+    pub fn only(&self) -> Standing {
+        let links = self.links();
+        assert_eq!(links.len(), 1, "{links:#?}");
+        links.into_values().next().expect("one")
+    }
+
+    /// Successful changes up and down so far.
+    pub fn changes(&self) -> (usize, usize) {
+        let table = self.table();
+        (table.ups, table.downs)
+    }
+
+    /// Gives a VNI to something else on the node.
+    pub fn occupy(&self, vni: u32) {
+        self.table().foreign.insert(vni);
+    }
+
+    /// VNIs asked for that something else had.
+    pub fn refused_vnis(&self) -> Vec<u32> {
+        self.table().refused.clone()
+    }
+
+    /// Lets the next `up` fail.
+    pub fn fail_next_up(&self, error: ForwarderError) {
+        self.table().faults.push_back(error);
+    }
+
+    /// Lets every question for the underlay fail.
+    pub fn lose_underlay(&self) {
+        self.table().blind = true;
+    }
+}
+
+#[tonic::async_trait]
+impl Forwarder for FakeKernel {
+    async fn underlay(&self, _: Option<IpAddr>) -> Result<Underlay, ForwarderError> {
+        if self.table().blind {
+            return Err(ForwarderError::Kernel("no route to the peer".to_owned()));
+        }
+        Ok(Underlay {
+            ip: self.ip,
+            port: PORT,
+            mtu: self.mtu,
+        })
+    }
+
+    async fn up(&self, plan: &Plan) -> Result<(), ForwarderError> {
+        let mut table = self.table();
+        if let Some(fault) = table.faults.pop_front() {
+            return Err(fault);
+        }
+        let (alias, wanted) = standing(plan);
+        for link in specs(plan) {
+            if !(68..=65_535).contains(&link.mtu) {
+                return Err(ForwarderError::Kernel(format!("mtu {} invalid", link.mtu)));
+            }
+        }
+        if let Some((vni, _)) = wanted.tunnel
+            && table.foreign.contains(&vni)
+        {
+            table.refused.push(vni);
+            return Err(ForwarderError::VniTaken(vni));
+        }
+        for (other, theirs) in &table.standing {
+            if *other == alias {
+                if theirs.tunnel != wanted.tunnel || theirs.names != wanted.names {
+                    return Err(ForwarderError::Kernel(format!(
+                        "File exists: {alias} has other links: {theirs:?}"
+                    )));
+                }
+                continue;
+            }
+            if let Some((vni, _)) = wanted.tunnel
+                && wanted.tunnel == theirs.tunnel
+            {
+                return Err(ForwarderError::VniTaken(vni));
+            }
+            if let Some((netns, name)) = wanted.names.intersection(&theirs.names).next() {
+                return Err(ForwarderError::Invalid(format!(
+                    "interface `{name}` exists in {netns}"
+                )));
+            }
+        }
+        table.standing.insert(alias, wanted);
+        table.ups += 1;
+        Ok(())
+    }
+
+    async fn down(&self, plan: &Plan) -> Result<(), ForwarderError> {
+        let mut table = self.table();
+        let (alias, gone) = standing(plan);
+        if table
+            .standing
+            .get(&alias)
+            .is_some_and(|it| it.tunnel == gone.tunnel && it.names == gone.names)
+        {
+            table.standing.remove(&alias);
+        }
+        table.downs += 1;
+        Ok(())
+    }
+
+    async fn counters(&self, _: &Plan) -> Option<Counters> {
+        None
+    }
+}
+
+fn specs(plan: &Plan) -> Vec<&LinkSpec> {
+    match plan {
+        Plan::Vxlan { spec, .. } => vec![&spec.link],
+        Plan::Veth { client, endpoint } => vec![&client.1, &endpoint.1],
+    }
+}
+
+fn standing(plan: &Plan) -> (String, Standing) {
+    let alias = specs(plan)[0].alias.to_string();
+    let (tunnel, names) = match plan {
+        Plan::Vxlan { netns, spec } => (
+            Some((spec.vni.get(), spec.port)),
+            BTreeSet::from([(netns.to_string(), spec.link.name.to_string())]),
+        ),
+        Plan::Veth { client, endpoint } => (
+            None,
+            [client, endpoint]
+                .map(|(netns, link)| (netns.to_string(), link.name.to_string()))
+                .into(),
+        ),
+    };
+    (
+        alias,
+        Standing {
+            tunnel,
+            names,
+            plan: plan.clone(),
+        },
+    )
+}

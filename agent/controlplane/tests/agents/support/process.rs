@@ -1,0 +1,41 @@
+//! A process, as far as its peers can tell: tasks and sockets that go at once when it is killed.
+
+use tokio::runtime::{Builder, Runtime};
+
+/// A runtime of one thread.
+pub struct Process {
+    runtime: Option<Runtime>,
+}
+
+impl Process {
+    /// Runs `setup` inside; what it spawns lives until the process is killed.
+    pub async fn start<T: Send + 'static>(
+        setup: impl Future<Output = T> + Send + 'static,
+    ) -> (Self, T) {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let made = runtime.spawn(setup).await.expect("the process starts");
+        (
+            Self {
+                runtime: Some(runtime),
+            },
+            made,
+        )
+    }
+
+    /// Ends it as `kill -9` does: no drain, no goodbye.
+    pub fn kill(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
