@@ -187,6 +187,16 @@ impl Links {
         .await
     }
 
+    /// The pod's link with this alias and what lies on it; None when there is none.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered or read.
+    pub async fn observe(&self, pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, LinkError> {
+        let (pod, alias) = (pod.clone(), alias.clone());
+        self.read(move || session::observe(&pod, &alias)).await
+    }
+
     /// What went over the pod's link with this alias; None when there is none.
     ///
     /// # Errors

@@ -46,11 +46,9 @@ pub struct Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.text {
-            // nix writes "EEXIST: File exists".
-            Some(text) => write!(f, "{}: {text}", self.errno),
-            None => write!(f, "{}", self.errno),
-        }
+        // The kernel's sentence first: the number often says little ("Math result not representable" for a bad length).
+        let text = self.text.as_deref().unwrap_or(self.errno.desc());
+        write!(f, "{text} ({:?})", self.errno)
     }
 }
 
@@ -395,7 +393,7 @@ mod tests {
         assert_eq!(refusal.errno, Errno::EEXIST);
         assert_eq!(
             refusal.to_string(),
-            "EEXIST: File exists: A VXLAN device with the specified VNI already exists"
+            "A VXLAN device with the specified VNI already exists (EEXIST)"
         );
     }
 

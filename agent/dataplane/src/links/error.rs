@@ -70,7 +70,7 @@ pub enum LinkError {
         kernel: Refusal,
     },
     /// The kernel refused an address.
-    #[error("address {address} was refused on link `{name}`: {kernel}")]
+    #[error("address {address} was refused on link `{name}`: {kernel}{hint}", hint = address_hint(.address))]
     AddressRefused {
         /// The address.
         address: IpNet,
@@ -179,9 +179,18 @@ fn display_via(via: Option<IpAddr>) -> String {
     via.map(|via| format!(" via {via}")).unwrap_or_default()
 }
 
+fn address_hint(address: &IpNet) -> &'static str {
+    match address {
+        IpNet::V4(_) => "",
+        IpNet::V6(_) => {
+            "; IPv6 takes an MTU of 1280 or more, and must not be switched off in the pod (net.ipv6.conf.*.disable_ipv6)"
+        }
+    }
+}
+
 fn route_hint(kernel: &Refusal) -> &'static str {
     match kernel.errno {
-        Errno::EEXIST => "; the namespace has another route to it, which is not ours to replace",
+        Errno::EEXIST => "; there is another route to it in the namespace, which is not replaced",
         _ => "",
     }
 }

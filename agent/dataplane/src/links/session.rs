@@ -557,6 +557,18 @@ fn group_of(message: &RouteNetlinkMessage) -> Option<u32> {
         })
 }
 
+pub(super) fn observe(pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, LinkError> {
+    let mut netlink = open_in(pod)?;
+    let links = observe::links(&mut netlink)?;
+    let mut link = links
+        .into_iter()
+        .find(|link| link.alias.as_ref() == Some(alias));
+    if let Some(link) = &mut link {
+        observe::contents(&mut netlink, link)?;
+    }
+    Ok(link)
+}
+
 pub(super) fn statistics(
     pod: &Netns,
     alias: &LinkAlias,

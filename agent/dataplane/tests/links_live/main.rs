@@ -1,0 +1,13 @@
+//! Links against the live kernel, in network namespaces that only the tests have.
+
+// The support is no test by itself, and its failures are the tests'.
+#![allow(clippy::unwrap_used)]
+
+mod converge;
+mod failure;
+mod support;
+mod times;
+mod traffic;
+mod underlay;
+mod veth;
+mod vxlan;

@@ -1,0 +1,283 @@
+//! Network namespaces for one test: without names, so that nothing is left of them however the test ends.
+
+use std::{
+    net::IpAddr,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
+};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
+    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::sched::{CloneFlags, setns, unshare};
+use nsm_core::{
+    mechanism::IfName,
+    tunnel::{LinkAlias, LinkSpec, MacAddr, RouteSpec, VxlanSpec},
+};
+use nsm_dataplane::{links::Links, netns::Netns};
+
+/// Longer than anything takes on a busy machine; nothing waits it out unless it fails.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A new namespace, which lives as long as its handles and what is in it. Its loopback is up, as a pod's is: without any IPv4 address
+/// the kernel has no table of local ones, and takes no next hop.
+pub(crate) fn netns() -> Netns {
+    const LOOPBACK: u32 = 1;
+    let netns = in_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a new network namespace takes root");
+        Netns::current().unwrap()
+    });
+    set_up(&netns, LOOPBACK, true);
+    netns
+}
+
+/// Runs a job in a namespace.
+pub(crate) fn inside<T: Send>(netns: &Netns, job: impl FnOnce() -> T + Send) -> T {
+    in_thread(|| {
+        setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+        job()
+    })
+}
+
+pub(crate) fn in_thread<T: Send>(job: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| scope.spawn(job).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// The names of a namespace's links, but for the loopback, as /proc shows them: what the code under test reads by netlink.
+pub(crate) fn link_names(netns: &Netns) -> Vec<String> {
+    let table = inside(netns, || {
+        std::fs::read_to_string("/proc/thread-self/net/dev").unwrap()
+    });
+    let names = table
+        .lines()
+        .skip(2)
+        .filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()));
+    names.filter(|name| name != "lo").collect()
+}
+
+/// Waits for a condition; the last thing seen tells why it never came.
+pub(crate) fn eventually<T: std::fmt::Debug>(
+    what: &str,
+    mut look: impl FnMut() -> Result<T, String>,
+) -> T {
+    let start = Instant::now();
+    loop {
+        match look() {
+            Ok(found) => return found,
+            Err(seen) => assert!(start.elapsed() < PATIENCE, "{what} did not come: {seen}"),
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// An alias that no other test has.
+pub(crate) fn alias() -> LinkAlias {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let id = NEXT.fetch_add(1, Ordering::Relaxed);
+    LinkAlias::new(domain(), format!("connection-{id}")).unwrap()
+}
+
+/// The domain of this test binary's links.
+pub(crate) fn domain() -> String {
+    format!("test-{}.example", std::process::id())
+}
+
+pub(crate) fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+pub(crate) fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+pub(crate) fn mac(last: u8) -> MacAddr {
+    MacAddr::new([2, 0, 0, 0, 0, last])
+}
+
+pub(crate) fn route(prefix: &str, via: Option<&str>) -> RouteSpec {
+    RouteSpec {
+        prefix: net(prefix),
+        via: via.map(ip),
+    }
+}
+
+pub(crate) fn name(text: &str) -> IfName {
+    IfName::try_from(text).unwrap()
+}
+
+/// One side of a connection as NSM gives it: host addresses and a route to the other.
+pub(crate) fn link(own: u8, other: u8) -> LinkSpec {
+    LinkSpec {
+        alias: alias(),
+        name: name("nsm-1"),
+        mac: Some(mac(own)),
+        mtu: 1450,
+        addresses: vec![
+            net(&format!("172.16.1.{own}/32")),
+            net(&format!("fd00:1::{own}/128")),
+        ],
+        routes: vec![
+            route(&format!("172.16.1.{other}/32"), None),
+            route(&format!("fd00:1::{other}/128"), None),
+        ],
+        neighbours: vec![
+            (ip(&format!("172.16.1.{other}")), mac(other)),
+            (ip(&format!("fd00:1::{other}")), mac(other)),
+        ],
+    }
+}
+
+pub(crate) fn vxlan(vni: u32) -> VxlanSpec {
+    VxlanSpec {
+        link: link(1, 2),
+        vni: vni.try_into().unwrap(),
+        local: ip("192.0.2.1"),
+        remote: ip("192.0.2.2"),
+        port: 4789,
+    }
+}
+
+/// Says something to the kernel in a namespace, as somebody else than the agent would.
+pub(crate) fn meddle(netns: &Netns, message: RouteNetlinkMessage, flags: u16) {
+    let mut message = NetlinkMessage::from(message);
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    let answer = inside(netns, || {
+        let socket = Socket::new(NETLINK_ROUTE).unwrap();
+        socket.send_to(&bytes, &SocketAddr::new(0, 0), 0).unwrap();
+        socket.recv_from_full().unwrap().0
+    });
+    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).unwrap();
+    match answer.payload {
+        NetlinkPayload::Error(error) => assert_eq!(error.code, None, "{message:?}: {error}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A link that is not ours.
+pub(crate) fn add_foreign_link(netns: &Netns, name: &str) {
+    let mut link = LinkMessage::default();
+    let peer = LinkMessage::default();
+    link.attributes = vec![
+        LinkAttribute::IfName(name.to_owned()),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        ]),
+    ];
+    meddle(
+        netns,
+        RouteNetlinkMessage::NewLink(link),
+        NLM_F_CREATE | NLM_F_EXCL,
+    );
+}
+
+/// Takes a link up or down.
+pub(crate) fn set_up(netns: &Netns, index: u32, up: bool) {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    link.header.flags = if up {
+        LinkFlags::Up
+    } else {
+        LinkFlags::empty()
+    };
+    link.header.change_mask = LinkFlags::Up;
+    meddle(netns, RouteNetlinkMessage::SetLink(link), 0);
+}
+
+pub(crate) fn delete_link(netns: &Netns, index: u32) {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    meddle(netns, RouteNetlinkMessage::DelLink(link), 0);
+}
+
+/// Adds an address that nobody asked the agent for.
+pub(crate) fn add_address(netns: &Netns, index: u32, address: IpNet) {
+    let mut message = AddressMessage::default();
+    message.header.family = if address.addr().is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    message.header.prefix_len = address.prefix_len();
+    message.header.index = index;
+    message.attributes = vec![
+        AddressAttribute::Local(address.addr()),
+        AddressAttribute::Address(address.addr()),
+    ];
+    meddle(
+        netns,
+        RouteNetlinkMessage::NewAddress(message),
+        NLM_F_CREATE,
+    );
+}
+
+/// Adds a route over a link, as a person with `ip route add` would.
+pub(crate) fn add_route(netns: &Netns, index: u32, prefix: IpNet, via: Option<IpAddr>) {
+    let mut message = RouteMessage::default();
+    message.header.address_family = if prefix.addr().is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    message.header.destination_prefix_length = prefix.prefix_len();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Boot;
+    message.header.kind = RouteType::Unicast;
+    message.attributes = vec![
+        RouteAttribute::Destination(prefix.addr().into()),
+        RouteAttribute::Oif(index),
+    ];
+    message
+        .attributes
+        .extend(via.map(|via| RouteAttribute::Gateway(via.into())));
+    meddle(
+        netns,
+        RouteNetlinkMessage::NewRoute(message),
+        NLM_F_CREATE | NLM_F_REPLACE,
+    );
+}
+
+/// Two nodes on one wire, 192.0.2.1 and 192.0.2.2.
+pub(crate) async fn two_nodes() -> (Netns, Netns) {
+    let (one, two) = (netns(), netns());
+    let end = |own: &str| LinkSpec {
+        name: name("eth0"),
+        mtu: 1500,
+        addresses: vec![
+            net(own),
+            net(&own.replace("192.0.2.", "2001:db8::").replace("/24", "/64")),
+        ],
+        routes: vec![],
+        neighbours: vec![],
+        ..link(1, 2)
+    };
+    let (a, b) = (
+        LinkSpec {
+            mac: None,
+            ..end("192.0.2.1/24")
+        },
+        LinkSpec {
+            mac: None,
+            ..end("192.0.2.2/24")
+        },
+    );
+    Links::in_namespace(one.clone())
+        .up_veth((&one, &a), (&two, &b))
+        .await
+        .unwrap();
+    (one, two)
+}
