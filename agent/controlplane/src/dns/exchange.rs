@@ -135,7 +135,7 @@ impl Question {
     }
 
     /// The answer in `bytes`; none when they belong to something else.
-    fn judge(&self, id: u16, bytes: &[u8]) -> Result<Option<Message>, Cause> {
+    pub(super) fn judge(&self, id: u16, bytes: &[u8]) -> Result<Option<Message>, Cause> {
         if bytes.first_chunk() != Some(&id.to_be_bytes()) {
             return Ok(None);
         }

@@ -268,18 +268,18 @@ impl fmt::Display for Attempt {
 }
 
 /// What an answer says.
-struct Read {
-    answers: Vec<Record>,
+pub(super) struct Read {
+    pub(super) answers: Vec<Record>,
     additionals: Vec<Record>,
     /// Where the aliases lead; the name asked for when there are none.
-    canonical: Name,
+    pub(super) canonical: Name,
     ttl: Duration,
     exists: bool,
     negative_ttl: Option<Duration>,
 }
 
 /// Reads an answer, following its aliases in whatever order they stand.
-fn read(question: &Question, message: Message) -> Read {
+pub(super) fn read(question: &Question, message: Message) -> Read {
     let mut canonical = question.name.clone();
     let mut ttl = u32::MAX;
     for _ in 0..MAX_ALIASES {

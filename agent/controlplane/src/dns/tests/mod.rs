@@ -1,5 +1,6 @@
 //! The resolver against DNS servers on loopback.
 
+mod messages;
 mod server;
 
 use std::{
@@ -466,9 +467,13 @@ async fn callers_share_one_flight_and_one_that_leaves_harms_no_other() {
             async move { resolver.resolve(&domain(X)).await },
         ));
     }
-    while server.asked(X, RecordType::A) == 0 {
-        tokio::task::yield_now().await;
-    }
+    let asked = async {
+        while server.asked(X, RecordType::A) == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let asked = tokio::time::timeout(Duration::from_secs(1), asked).await;
+    asked.expect("the question within the resolver's time");
     callers.remove(0).abort();
     server.release();
     for caller in callers {
@@ -488,6 +493,43 @@ async fn a_domain_too_long_for_the_service_name_is_resolved_by_its_address() {
     let server = Zone::new().a(&long, 30, "192.0.2.2").serve().await;
     let found = resolver(&server).resolve(&domain(&long)).await.unwrap();
     assert_eq!(found.registry, addresses(&["192.0.2.2:5005"]));
+}
+
+#[tokio::test]
+async fn the_cache_is_bounded() {
+    let mut cache = Cache::default();
+    let now = Instant::now();
+    let failed = || -> Outcome {
+        Err(ResolveError::Interrupted {
+            domain: String::new(),
+        })
+    };
+    let name = |i: usize| domain(&format!("d{i}.example"));
+    for i in 0..cache::MAX_ANSWERS + 100 {
+        // The later, the longer it holds: what goes is the oldest.
+        let expires = now + Duration::from_secs(1 + i as u64);
+        cache.land(name(i), failed(), expires, now);
+    }
+    assert_eq!(cache.len(), (cache::MAX_ANSWERS, 0));
+    assert!(matches!(
+        cache.look_up(&name(100), now),
+        Known::Answer(Err(_))
+    ));
+    let mut flights = Vec::new();
+    for i in 0..MAX_FLIGHTS {
+        let known = cache.look_up(&domain(&format!("f{i}.example")), now);
+        let Known::Unknown(sender, _) = known else {
+            panic!("a new domain opens a flight");
+        };
+        flights.push(sender);
+    }
+    assert!(matches!(cache.look_up(&name(0), now), Known::Full));
+    // A flight that crashed counts as none.
+    flights.pop();
+    assert!(matches!(cache.look_up(&name(0), now), Known::Unknown(..)));
+    let long_after = now + Duration::from_secs(10_000);
+    cache.land(name(0), failed(), long_after, long_after);
+    assert_eq!(cache.len().0, 1);
 }
 
 #[test]

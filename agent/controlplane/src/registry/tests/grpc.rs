@@ -82,7 +82,5 @@ async fn a_client_that_vanishes_leaves_no_watcher() {
     assert_eq!(registry.watchers(), 50);
     drop(streams);
     drop(endpoints);
-    while registry.watchers() > 0 {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| registry.watchers() == 0).await;
 }

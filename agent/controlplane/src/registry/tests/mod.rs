@@ -25,11 +25,16 @@ fn service(name: &str) -> NetworkService {
     }
 }
 
+/// An endpoint or, without a name, a query.
 fn endpoint(name: &str, services: &[&str]) -> NetworkServiceEndpoint {
+    let url = match name {
+        "" => String::new(),
+        name => format!("tcp://{name}.example:5001"),
+    };
     NetworkServiceEndpoint {
         name: name.to_owned(),
         network_service_names: services.iter().map(ToString::to_string).collect(),
-        url: format!("tcp://{name}.example:5001"),
+        url,
         ..NetworkServiceEndpoint::default()
     }
 }
@@ -60,11 +65,26 @@ impl Registry {
     }
 }
 
+/// Fails a test that would wait for ever; longer than the expiries, which pass on a stopped clock.
+const PATIENCE: Duration = Duration::from_secs(90);
+
 /// The next event as `+name` or `-name`.
 async fn told(watch: &mut EndpointWatch) -> String {
-    let event = watch.next().await.unwrap().unwrap();
+    let event = tokio::time::timeout(PATIENCE, watch.next()).await;
+    let event = event.expect("an event in time").unwrap().unwrap();
     let sign = if event.deleted { '-' } else { '+' };
     format!("{sign}{}", event.entry.name)
+}
+
+/// Waits for a condition that no event tells.
+async fn eventually(condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let waited = tokio::time::timeout(PATIENCE, wait).await;
+    waited.expect("the condition in time");
 }
 
 /// The events that wait.
@@ -280,8 +300,7 @@ async fn a_watch_tells_matches_then_changes() {
     let mut watch = registry.watch_endpoints(endpoint("", &["s"])).unwrap();
     let mut by_name = registry.watch_endpoints(endpoint("a", &[])).unwrap();
     let mut all = registry.watch_endpoints(endpoint("", &[])).unwrap();
-    all.next().await;
-    all.next().await;
+    assert_eq!(waiting(&mut all), ["+a", "+z"]);
     // A query with an URL: no index, all changes are compared.
     let mut odd = NetworkServiceEndpoint {
         url: "tcp://b".to_owned(),
@@ -311,10 +330,14 @@ async fn services_are_watched_too() {
     let registry = registry();
     registry.register_service(service("a")).unwrap();
     let mut watch = registry.watch_services(service("a")).unwrap();
-    assert!(!watch.next().await.unwrap().unwrap().deleted);
+    let mut next = async || {
+        let event = tokio::time::timeout(PATIENCE, watch.next()).await;
+        event.expect("an event in time").unwrap().unwrap()
+    };
+    assert!(!next().await.deleted);
     registry.register_service(service("b")).unwrap();
     registry.unregister_service("a");
-    let gone = watch.next().await.unwrap().unwrap();
+    let gone = next().await;
     assert!(gone.deleted);
     assert_eq!(gone.entry.name, "a");
     assert_eq!(gone.entry.payload, "IP");
@@ -467,9 +490,7 @@ async fn the_expiry_task_ends_with_the_registry() {
     drop(registry);
     assert_eq!(told(&mut watch).await, "+a");
     assert!(watch.next().await.is_none());
-    while tasks() > before {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| tasks() == before).await;
 }
 
 #[tokio::test]
