@@ -1,8 +1,75 @@
 //! `proxy-nsmgr`: the interdomain node agent of Network Service Mesh, and its tools for people.
+//!
+//! `agent` is the product; `connect` and `endpoint` are an NSM v1 client and endpoint that a person
+//! can run by hand, with nothing but the wire API between them and the agent; `status` looks into
+//! a running agent.
 
 #![forbid(unsafe_code)]
 
+mod agent;
+mod backoff;
+mod cli;
 mod config;
+mod connect;
+mod endpoint;
 mod logging;
+mod netns;
+mod status;
+mod tool;
+mod view;
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::{
+    cli::{AgentArgs, Cli, Command},
+    config::{Config, Inputs},
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("proxy-nsmgr: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Agent(args) => agent(*args),
+        Command::Connect(args) => one_thread()?.block_on(connect::run(&args)),
+        Command::Endpoint(args) => one_thread()?.block_on(endpoint::run(&args)),
+        Command::Status(args) => one_thread()?.block_on(status::run(&args)),
+    }
+}
+
+fn agent(args: AgentArgs) -> anyhow::Result<()> {
+    let inputs = Inputs {
+        file: args.config,
+        environment: std::env::vars_os().collect(),
+        flags: args.keys,
+    };
+    let loaded = Config::load(&inputs)?;
+    if args.print_config {
+        return tool::print_line(loaded.to_yaml().trim_end());
+    }
+    let log = logging::start(&loaded.config.log)?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(agent::run(loaded.config, inputs, log))
+}
+
+/// The tools wait for one peer most of the time: one thread is enough.
+fn one_thread() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?)
+}
