@@ -17,7 +17,10 @@ use aya::{
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     },
 };
-use nix::{ifaddrs::getifaddrs, net::if_::if_nameindex};
+use nix::{
+    ifaddrs::getifaddrs,
+    net::if_::{if_nameindex, if_nametoindex},
+};
 
 use super::{
     BpfError, Direction,
@@ -159,7 +162,7 @@ impl Attachments {
 
     fn detach_one(&self, pins: &PinDir, interface: &str) -> Result<(), BpfError> {
         let both = [Direction::In, Direction::Out].map(|direction| match self.hook {
-            Hook::Tcx => pins.remove(&pins.link(interface, direction)),
+            Hook::Tcx => pins.remove_link(&pins.link(interface, direction)),
             Hook::Clsact => detach_clsact(interface, direction),
         });
         both.into_iter().fold(Ok(()), Result::and)
@@ -174,7 +177,7 @@ impl Attachments {
 
     fn take_off(&self, pins: &PinDir, interface: &str, direction: Direction) {
         let taken_off = match self.hook {
-            Hook::Tcx => pins.remove(&pins.link(interface, direction)),
+            Hook::Tcx => pins.remove_link(&pins.link(interface, direction)),
             Hook::Clsact => detach_clsact(interface, direction),
         };
         if let Err(error) = taken_off {
@@ -197,7 +200,7 @@ impl Attachments {
                 continue;
             }
             tracing::info!(link = %link.display(), "removing the link of an earlier agent");
-            if let Err(error) = pins.remove(&link) {
+            if let Err(error) = pins.remove_link(&link) {
                 tracing::warn!(link = %link.display(), %error, "a link stays behind");
             }
         }
@@ -248,7 +251,7 @@ fn attach_tcx(
             if replaced.is_some() && hangs_on(interface, direction, id).map_err(failed)? {
                 return Ok(Made::Replaced);
             }
-            pins.remove(&path)?;
+            pins.remove_link(&path)?;
         }
         Err(error) if is_missing(&error) => {}
         Err(_) => pins.remove(&path)?,
@@ -327,21 +330,23 @@ fn detach_clsact(interface: &str, direction: Direction) -> Result<(), BpfError> 
 
 /// The interface exists here and has Ethernet headers.
 fn check_interface(interface: &str) -> Result<(), BpfError> {
+    if if_nametoindex(interface).is_err() {
+        return Err(BpfError::NoInterface {
+            interface: interface.to_owned(),
+        });
+    }
     let addresses = getifaddrs().map_err(|errno| BpfError::Underlay {
         from: "the interfaces of this network namespace",
         source: errno.into(),
     })?;
+    // One without a hardware address is not listed with a type, and is no Ethernet interface either.
     let hardware = addresses
         .filter(|found| found.interface_name == interface)
         .find_map(|found| Some(found.address?.as_link_addr()?.hatype()));
     match hardware {
-        None => Err(BpfError::NoInterface {
-            interface: interface.to_owned(),
-        }),
         Some(ARPHRD_ETHER | ARPHRD_LOOPBACK) => Ok(()),
-        Some(hardware) => Err(BpfError::NotEthernet {
+        _ => Err(BpfError::NotEthernet {
             interface: interface.to_owned(),
-            hardware,
         }),
     }
 }

@@ -15,6 +15,8 @@ use super::{Direction, Hook, Slot};
 pub enum Capability {
     /// CAP_BPF: load programs, make and pin maps.
     Bpf,
+    /// CAP_PERFMON: programs that compute with packet pointers.
+    Perfmon,
     /// CAP_NET_ADMIN: load classifiers, attach to interfaces.
     NetAdmin,
     /// CAP_SYS_ADMIN: mount a BPF filesystem.
@@ -27,6 +29,7 @@ impl Capability {
         match self {
             Self::NetAdmin => 12,
             Self::SysAdmin => 21,
+            Self::Perfmon => 38,
             Self::Bpf => 39,
         }
     }
@@ -36,6 +39,7 @@ impl fmt::Display for Capability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Bpf => "CAP_BPF",
+            Self::Perfmon => "CAP_PERFMON",
             Self::NetAdmin => "CAP_NET_ADMIN",
             Self::SysAdmin => "CAP_SYS_ADMIN",
         })
@@ -111,14 +115,12 @@ pub enum BpfError {
     },
     /// The interface has no Ethernet headers, which the programs start at.
     #[error(
-        "interface {interface} is not an Ethernet one (its ARPHRD type is {hardware}): tunnel traffic on it cannot be \
-         counted; name the interface below it"
+        "interface {interface} has no Ethernet headers (tun, WireGuard and IP-in-IP have none): tunnel traffic on it \
+         cannot be counted; name the interface below it"
     )]
     NotEthernet {
         /// Its name.
         interface: String,
-        /// Its ARPHRD_* type.
-        hardware: u16,
     },
     /// The programs could not be attached.
     #[error("cannot attach to {hook} {direction} of {interface}")]
@@ -195,6 +197,9 @@ pub enum BpfError {
         /// The address.
         peer: IpAddr,
     },
+    /// The run time of a program could not be had.
+    #[error("cannot account the run time of the BPF programs{}", lacks(&missing_of(&[Capability::SysAdmin])))]
+    Account(#[source] Box<dyn Error + Send + Sync>),
     /// A program could not be run on a frame.
     #[error("cannot run a program on a frame of {length} bytes")]
     TestRun {
@@ -205,14 +210,13 @@ pub enum BpfError {
     },
 }
 
+/// What it takes to load and attach the programs.
+const TO_LOAD: &[Capability] = &[Capability::Bpf, Capability::Perfmon, Capability::NetAdmin];
+
 /// The kernel did not take the object.
 pub(super) fn loading(source: EbpfError) -> BpfError {
-    not_permitted(
-        "load BPF programs",
-        &[Capability::Bpf, Capability::NetAdmin],
-        source,
-    )
-    .unwrap_or_else(|source| BpfError::Load(Box::new(source)))
+    not_permitted("load BPF programs", TO_LOAD, source)
+        .unwrap_or_else(|source| BpfError::Load(Box::new(source)))
 }
 
 /// The kernel did not attach a program.
@@ -223,14 +227,12 @@ pub(super) fn attaching(
     source: ProgramError,
 ) -> BpfError {
     let action = format!("attach BPF programs to {interface}");
-    not_permitted(&action, &[Capability::Bpf, Capability::NetAdmin], source).unwrap_or_else(
-        |source| BpfError::Attach {
-            interface: interface.to_owned(),
-            direction,
-            hook,
-            source: Box::new(source),
-        },
-    )
+    not_permitted(&action, TO_LOAD, source).unwrap_or_else(|source| BpfError::Attach {
+        interface: interface.to_owned(),
+        direction,
+        hook,
+        source: Box::new(source),
+    })
 }
 
 pub(super) fn attaching_tc(interface: &str, direction: Direction, source: TcError) -> BpfError {
@@ -345,7 +347,11 @@ fn lacks(capabilities: &[Capability]) -> String {
         return String::new();
     }
     let names: Vec<String> = capabilities.iter().map(ToString::to_string).collect();
-    format!(": this process lacks {}", names.join(" and "))
+    let (last, others) = names
+        .split_last()
+        .map_or(("", &[][..]), |(last, others)| (last, others));
+    let and = if others.is_empty() { "" } else { " and " };
+    format!(": this process lacks {}{and}{last}", others.join(", "))
 }
 
 /// Links are only ever looked at to be taken over; one that cannot be is made anew.
@@ -373,11 +379,14 @@ mod tests {
     fn a_refusal_names_the_missing_right() {
         let error = BpfError::NotPermitted {
             action: "load BPF programs".to_owned(),
-            missing: vec![Capability::Bpf, Capability::NetAdmin],
+            missing: vec![Capability::Bpf, Capability::Perfmon, Capability::NetAdmin],
             source: Box::new(io::Error::from_raw_os_error(nix::libc::EPERM)),
         };
         let text = error.to_string();
-        assert!(text.contains("lacks CAP_BPF and CAP_NET_ADMIN"), "{text}");
+        assert!(
+            text.contains("lacks CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN"),
+            "{text}"
+        );
     }
 
     #[test]

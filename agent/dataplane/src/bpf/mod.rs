@@ -17,11 +17,13 @@
 //! runs without. The programs themselves fail open, but for wrong sources.
 
 mod attach;
+pub mod cost;
 mod error;
 mod events;
 mod pins;
 mod run;
 mod slots;
+mod sys;
 mod tables;
 mod underlay;
 
@@ -35,6 +37,7 @@ use std::{
 };
 
 use aya::{Ebpf, EbpfLoader};
+use nix::time::{ClockId, clock_gettime};
 use nsm_core::vni::Vni;
 use nsm_ebpf_common::VXLAN_PORT;
 use sha2::{Digest as _, Sha256};
@@ -146,6 +149,14 @@ pub struct TunnelCounters {
     pub last_tx: Option<Duration>,
     /// When the last packet was received, likewise.
     pub last_rx: Option<Duration>,
+}
+
+/// Now, on the clock of [`TunnelCounters::last_rx`] and [`Event::time`].
+#[must_use]
+pub fn now() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .expect("every Linux has CLOCK_MONOTONIC")
+        .into()
 }
 
 /// A tunnel that the programs know.
@@ -368,6 +379,14 @@ impl Bpf {
             gso,
             repeat,
         )
+    }
+
+    /// Time that the kernel accounts to a program, while that account is on.
+    fn run_time(&self, direction: Direction) -> Result<Duration, BpfError> {
+        let state = &mut *self.state();
+        let info = attach::program(&mut state.ebpf, direction).info();
+        info.map(|info| info.run_time())
+            .map_err(|error| BpfError::Account(Box::new(error)))
     }
 
     /// Ends the use of the programs as [`BpfConfig::keep_pins`] says.

@@ -21,6 +21,7 @@ use nsm_ebpf_common::{
 use super::{
     BpfError, Direction,
     error::{Capability, missing_of},
+    sys,
 };
 
 /// Where Linux systems mount the BPF filesystem.
@@ -138,6 +139,15 @@ impl PinDir {
             .collect()
     }
 
+    /// Detaches a pinned link and removes its pin; one that is not there is fine.
+    pub(super) fn remove_link(&self, path: &Path) -> Result<(), BpfError> {
+        // Its interface may be gone. Whatever the reason, the link goes with its last pin.
+        if let Err(error) = sys::detach_pinned_link(path) {
+            tracing::debug!(pin = %path.display(), %error, "a link goes with its pin only");
+        }
+        self.remove(path)
+    }
+
     /// Removes a pin; one that is not there is fine.
     pub(super) fn remove(&self, path: &Path) -> Result<(), BpfError> {
         match fs::remove_file(path) {
@@ -159,13 +169,9 @@ impl PinDir {
 
     /// Removes every pin of ours, and the directory when nobody else put something there.
     pub(super) fn remove_all_checked(&self) -> Result<(), BpfError> {
-        let maps = MAPS.iter().map(|name| self.map(name));
-        let removed = self
-            .links()
-            .into_iter()
-            .chain(maps)
-            .map(|path| self.remove(&path))
-            .fold(Ok(()), Result::and);
+        let links = self.links().into_iter().map(|path| self.remove_link(&path));
+        let maps = MAPS.iter().map(|name| self.remove(&self.map(name)));
+        let removed = links.chain(maps).fold(Ok(()), Result::and);
         match fs::remove_dir(&self.dir) {
             Ok(()) => removed,
             Err(error)

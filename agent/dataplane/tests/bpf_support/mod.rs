@@ -235,3 +235,38 @@ impl Frame {
         header
     }
 }
+
+/// Takes every capability from the calling thread but these (capabilities(7) has their numbers).
+pub(crate) fn drop_capabilities_but(keep: &[u32]) {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Data {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    // _LINUX_CAPABILITY_VERSION_3: two words of 32 capabilities each.
+    let header = Header {
+        version: 0x2008_0522,
+        pid: 0,
+    };
+    let mut data = [Data {
+        effective: 0,
+        permitted: 0,
+        inheritable: 0,
+    }; 2];
+    for capability in keep {
+        let word = &mut data[*capability as usize / 32];
+        word.effective |= 1 << (capability % 32);
+        word.permitted = word.effective;
+    }
+    // SAFETY: both structures are as capset(2) wants them for this version, and outlive the call.
+    let result =
+        unsafe { nix::libc::syscall(nix::libc::SYS_capset, &raw const header, data.as_ptr()) };
+    assert_eq!(result, 0, "capset: {}", std::io::Error::last_os_error());
+}

@@ -1,0 +1,500 @@
+//! Attaching, pinning, adopting, removing: on interfaces of a namespace that lives as long as the test.
+
+mod bpf_support;
+
+use std::{fs, path::Path, process::Command, thread, time::Instant};
+
+use aya::{
+    maps::{Array, Map, MapData},
+    programs::{SchedClassifier, TcAttachType},
+};
+use bpf_support::{
+    DROP, Frame, NEXT, PIN_DIR, addr, config, drop_capabilities_but, ip, load_detached, names, run,
+    sandbox, verdict, vni,
+};
+use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook, underlay_interfaces};
+
+const MAPS: [&str; 7] = [
+    "COUNTERS",
+    "DROPS",
+    "EVENTS",
+    "EVENT_BUDGET",
+    "LAYOUT",
+    "PORTS",
+    "TUNNELS",
+];
+
+const PEER: &str = "198.51.100.7";
+
+/// An Ethernet interface that is up.
+fn link(name: &str) {
+    ip(&format!("link add {name} type veth peer name p-{name}"));
+    ip(&format!("link set {name} up"));
+    ip(&format!("link set p-{name} up"));
+}
+
+/// Everything in the pin directory.
+fn pins(links: &[&str]) -> Vec<String> {
+    let links = links
+        .iter()
+        .flat_map(|name| ["egress", "ingress"].map(|way| format!("link_{name}_{way}")));
+    MAPS.iter()
+        .map(|name| (*name).to_owned())
+        .chain(links)
+        .collect()
+}
+
+/// Identifiers of the programs on both tcx hooks of an interface.
+fn on_tcx(interface: &str) -> [Vec<u32>; 2] {
+    [TcAttachType::Ingress, TcAttachType::Egress].map(|way| {
+        let (_, programs) = SchedClassifier::query_tcx(interface, way).expect("query");
+        programs
+            .iter()
+            .map(aya::programs::ProgramInfo::id)
+            .collect()
+    })
+}
+
+/// How many filters of ours are on both clsact hooks of an interface.
+fn on_clsact(interface: &str) -> [usize; 2] {
+    ["ingress", "egress"].map(|way| {
+        run("tc", &format!("filter show dev {interface} {way}"))
+            .matches(" direct-action")
+            .count()
+    })
+}
+
+fn assert_nothing_left() {
+    let left: Vec<String> = names("/sys/fs/bpf")
+        .into_iter()
+        .filter(|name| !name.ends_with(".debug"))
+        .collect();
+    assert_eq!(left, [""; 0]);
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn programs_hang_on_both_ways_until_they_are_removed() {
+    sandbox(|| {
+        link("u0");
+        link("u0.100");
+        let bpf = Bpf::load(&config(&["u0", "u0.100"])).unwrap();
+        assert_eq!(bpf.hook(), Hook::Tcx);
+        assert_eq!(bpf.interfaces(), ["u0", "u0.100"]);
+        assert_eq!(names(PIN_DIR), pins(&["u0%2e100", "u0"]));
+        for interface in ["u0", "u0.100"] {
+            assert_eq!(on_tcx(interface).map(|programs| programs.len()), [1, 1]);
+        }
+
+        bpf.detach("u0").unwrap();
+        bpf.detach("u0").unwrap();
+        assert_eq!(on_tcx("u0"), [[], []]);
+        link("u1");
+        bpf.attach("u1").unwrap();
+        bpf.attach("u1").unwrap();
+        assert_eq!(on_tcx("u1").map(|programs| programs.len()), [1, 1]);
+        assert_eq!(bpf.interfaces(), ["u0.100", "u1"]);
+
+        bpf.detach_and_unpin().unwrap();
+        for interface in ["u0", "u0.100", "u1"] {
+            assert_eq!(on_tcx(interface), [[], []]);
+        }
+        assert_nothing_left();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn the_next_agent_adopts_maps_and_replaces_programs() {
+    sandbox(|| {
+        link("u0");
+        link("u1");
+        let bpf = Bpf::load(&config(&["u0", "u1"])).unwrap();
+        bpf.add_port(8472).unwrap();
+        let first = bpf.add_tunnel(vni(7), addr(PEER)).unwrap();
+        let slot = bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+        bpf.remove_tunnel(vni(7), addr(PEER)).unwrap();
+        let frame = Frame::new(PEER, "192.0.2.1", 42).bytes();
+        assert_eq!(verdict(&bpf, Direction::In, &frame), NEXT);
+        let old = on_tcx("u1");
+        // As after kill -9: nothing is closed in order.
+        drop(bpf);
+        assert_eq!(on_tcx("u1"), old, "programs outlive the process");
+
+        let bpf = Bpf::load(&config(&["u1"])).unwrap();
+        assert_eq!(
+            names(PIN_DIR),
+            pins(&["u1"]),
+            "the interface that is no longer wanted is let go"
+        );
+        assert_eq!(on_tcx("u0"), [[], []]);
+        let new = on_tcx("u1");
+        for (old, new) in old.iter().zip(&new) {
+            assert_eq!(new.len(), 1);
+            assert_ne!(old, new);
+        }
+        let known = bpf.tunnels();
+        assert_eq!(known.len(), 1);
+        assert_eq!(
+            (known[0].vni, known[0].peer, known[0].slot),
+            (42, addr(PEER), slot)
+        );
+        assert_eq!(bpf.add_tunnel(vni(42), addr(PEER)).unwrap(), slot);
+        let over_8472 = Frame::new(PEER, "192.0.2.1", 42)
+            .with(|f| f.port = 8472)
+            .bytes();
+        assert_eq!(verdict(&bpf, Direction::In, &over_8472), NEXT);
+        assert_eq!(bpf.counters(slot).unwrap().rx_packets, 2, "counters go on");
+        let stranger = Frame::new("203.0.113.9", "192.0.2.1", 42).bytes();
+        assert_eq!(verdict(&bpf, Direction::In, &stranger), DROP);
+        let next = bpf.add_tunnel(vni(9), addr(PEER)).unwrap();
+        assert!(
+            next != slot && next != first,
+            "a new slot, not one in use, not one just freed"
+        );
+        bpf.detach_and_unpin().unwrap();
+        assert_nothing_left();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn close_keeps_or_removes_as_configured() {
+    sandbox(|| {
+        Bpf::load(&config(&[])).unwrap().close().unwrap();
+        assert_eq!(names(PIN_DIR), pins(&[]));
+        let config = BpfConfig {
+            keep_pins: false,
+            ..config(&[])
+        };
+        Bpf::load(&config).unwrap().close().unwrap();
+        assert_nothing_left();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn an_interrupted_change_is_repaired_on_adoption() {
+    use nsm_ebpf_common::{Tunnel, TunnelKey, UNSPECIFIED, mapped};
+    sandbox(|| {
+        let bpf = load_detached().unwrap();
+        let slot = bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+        drop(bpf);
+        let map = MapData::from_pin(format!("{PIN_DIR}/TUNNELS")).unwrap();
+        let map = Map::from_map_data(map).unwrap();
+        let mut tunnels: aya::maps::HashMap<_, TunnelKey, Tunnel> = map.try_into().unwrap();
+        let key = |vni, peer| TunnelKey { vni, peer };
+        let tunnel = |slot| Tunnel {
+            slot,
+            expected: UNSPECIFIED,
+        };
+        // A missing marker, a stale one, a slot used twice, one out of range.
+        tunnels.remove(&key(42, UNSPECIFIED)).unwrap();
+        tunnels.insert(key(5, UNSPECIFIED), tunnel(9), 0).unwrap();
+        tunnels
+            .insert(key(6, mapped([10, 0, 0, 1])), tunnel(20_000), 0)
+            .unwrap();
+
+        let bpf = load_detached().unwrap();
+        assert_eq!(bpf.tunnels().len(), 1);
+        assert_eq!(bpf.tunnels()[0].slot, slot);
+        let from_stranger = |vni| Frame::new("203.0.113.9", "192.0.2.1", vni).bytes();
+        assert_eq!(verdict(&bpf, Direction::In, &from_stranger(42)), DROP);
+        assert_eq!(verdict(&bpf, Direction::In, &from_stranger(5)), NEXT);
+        assert_eq!(verdict(&bpf, Direction::In, &from_stranger(6)), NEXT);
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn maps_of_another_layout_are_replaced() {
+    sandbox(|| {
+        let bpf = load_detached().unwrap();
+        bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+        drop(bpf);
+        let map = Map::from_map_data(MapData::from_pin(format!("{PIN_DIR}/LAYOUT")).unwrap());
+        let mut layout: Array<_, u32> = map.unwrap().try_into().unwrap();
+        layout.set(0, 99, 0).unwrap();
+        let bpf = load_detached().unwrap();
+        assert_eq!(bpf.slots_in_use(), 0, "another version");
+        bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+        drop(bpf);
+
+        fs::remove_file(format!("{PIN_DIR}/DROPS")).unwrap();
+        let create = "type array key 4 value 8 entries 3 name DROPS";
+        run("bpftool", &format!("map create {PIN_DIR}/DROPS {create}"));
+        let bpf = load_detached().unwrap();
+        assert_eq!(bpf.slots_in_use(), 0, "another shape");
+        assert!(bpf.drops().unwrap().values().all(|count| *count == 0));
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn an_interface_that_was_made_anew_is_attached_anew() {
+    sandbox(|| {
+        link("u0");
+        let bpf = Bpf::load(&config(&["u0"])).unwrap();
+        ip("link del u0");
+        link("u0");
+        assert_eq!(on_tcx("u0"), [[], []]);
+        bpf.attach("u0").unwrap();
+        assert_eq!(on_tcx("u0").map(|programs| programs.len()), [1, 1]);
+        drop(bpf);
+
+        ip("link del u0");
+        link("u0");
+        let bpf = Bpf::load(&config(&["u0"])).unwrap();
+        assert_eq!(on_tcx("u0").map(|programs| programs.len()), [1, 1]);
+
+        ip("link del u0");
+        assert!(matches!(
+            bpf.attach("u0"),
+            Err(BpfError::NoInterface { .. })
+        ));
+        bpf.detach_and_unpin().unwrap();
+        assert_nothing_left();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn clsact_does_the_same_where_tcx_is_not() {
+    sandbox(|| {
+        link("u0");
+        link("u1");
+        let clsact = |names: &[&str]| BpfConfig {
+            hook: Some(Hook::Clsact),
+            ..config(names)
+        };
+        let bpf = Bpf::load(&clsact(&["u0", "u1"])).unwrap();
+        assert_eq!(bpf.hook(), Hook::Clsact);
+        assert_eq!([on_clsact("u0"), on_clsact("u1")], [[1, 1]; 2]);
+        bpf.attach("u1").unwrap();
+        assert_eq!(on_clsact("u1"), [1, 1], "once is enough");
+        drop(bpf);
+        assert_eq!(on_clsact("u1"), [1, 1], "filters outlive the process");
+
+        let bpf = Bpf::load(&clsact(&["u1"])).unwrap();
+        assert_eq!([on_clsact("u0"), on_clsact("u1")], [[0, 0], [1, 1]]);
+        drop(bpf);
+
+        let bpf = Bpf::load(&config(&["u1"])).unwrap();
+        assert_eq!(
+            (bpf.hook(), on_clsact("u1")),
+            (Hook::Tcx, [0, 0]),
+            "one hook at a time"
+        );
+        drop(bpf);
+        let bpf = Bpf::load(&clsact(&["u1"])).unwrap();
+        assert_eq!((on_tcx("u1"), on_clsact("u1")), ([vec![], vec![]], [1, 1]));
+        bpf.detach_and_unpin().unwrap();
+        assert_eq!(on_clsact("u1"), [0, 0]);
+        assert_nothing_left();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn a_failed_load_leaves_nothing_of_its_own() {
+    sandbox(|| {
+        link("u0");
+        for hook in [Hook::Tcx, Hook::Clsact] {
+            let broken = BpfConfig {
+                hook: Some(hook),
+                ..config(&["u0", "missing0"])
+            };
+            let error = Bpf::load(&broken).unwrap_err();
+            assert!(
+                error.to_string().contains("no interface missing0"),
+                "{error}"
+            );
+            assert_eq!(
+                (on_tcx("u0"), on_clsact("u0")),
+                ([vec![], vec![]], [0, 0]),
+                "{hook}"
+            );
+            assert_nothing_left();
+        }
+
+        // What an earlier agent left still works after the failure.
+        let bpf = Bpf::load(&config(&["u0"])).unwrap();
+        bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+        drop(bpf);
+        Bpf::load(&config(&["u0", "missing0"])).unwrap_err();
+        assert_eq!(on_tcx("u0").map(|programs| programs.len()), [1, 1]);
+        assert_eq!(load_detached().unwrap().slots_in_use(), 1);
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn an_interface_without_ethernet_headers_is_refused() {
+    sandbox(|| {
+        ip("link add g0 type vxlan external gpe dstport 4790");
+        let error = Bpf::load(&config(&["g0"])).unwrap_err();
+        assert!(matches!(error, BpfError::NotEthernet { .. }), "{error}");
+        assert_nothing_left();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn a_pin_directory_has_one_user() {
+    sandbox(|| {
+        let bpf = load_detached().unwrap();
+        let error = load_detached().unwrap_err();
+        assert!(matches!(error, BpfError::InUse { .. }), "{error}");
+        let other = BpfConfig {
+            pin_dir: "/sys/fs/bpf/a/b.c".into(),
+            ..config(&[])
+        };
+        let error = Bpf::load(&other).unwrap_err();
+        assert!(
+            matches!(error, BpfError::Pin { .. }),
+            "no dots on a BPF filesystem: {error}"
+        );
+        let other = BpfConfig {
+            pin_dir: "/sys/fs/bpf/second".into(),
+            ..config(&[])
+        };
+        Bpf::load(&other).unwrap().detach_and_unpin().unwrap();
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn the_missing_right_is_named_and_three_suffice() {
+    const NET_ADMIN: u32 = 12;
+    const PERFMON: u32 = 38;
+    const BPF: u32 = 39;
+    for (held, expected) in [
+        (vec![], Some("lacks CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN")),
+        (vec![NET_ADMIN], Some("lacks CAP_BPF and CAP_PERFMON")),
+        (vec![BPF, PERFMON], Some("lacks CAP_NET_ADMIN")),
+        (vec![BPF, NET_ADMIN], Some("lacks CAP_PERFMON")),
+        (vec![BPF, PERFMON, NET_ADMIN], None),
+    ] {
+        sandbox(move || {
+            link("u0");
+            drop_capabilities_but(&held);
+            match (Bpf::load(&config(&["u0"])), expected) {
+                (Ok(bpf), None) => {
+                    let frame = Frame::new(PEER, "192.0.2.1", 42).bytes();
+                    assert_eq!(verdict(&bpf, Direction::In, &frame), NEXT);
+                    bpf.detach_and_unpin().unwrap();
+                }
+                (Err(error), Some(expected)) => {
+                    assert!(
+                        error.to_string().contains(expected),
+                        "{error}, not {expected}"
+                    );
+                }
+                (result, expected) => panic!("{result:?}, not {expected:?}"),
+            }
+            assert_nothing_left();
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn a_bpf_filesystem_is_mounted_when_allowed() {
+    sandbox(|| {
+        let mounted = || fs::read_to_string("/proc/thread-self/mounts").unwrap();
+        while mounted().contains("/sys/fs/bpf bpf") {
+            run("umount", "/sys/fs/bpf");
+        }
+        let error = load_detached().unwrap_err();
+        assert!(
+            error.to_string().contains("mount -t bpf bpf /sys/fs/bpf"),
+            "{error}"
+        );
+        let may = BpfConfig {
+            mount_bpffs: true,
+            ..config(&[])
+        };
+        Bpf::load(&may).unwrap().detach_and_unpin().unwrap();
+        assert!(mounted().contains("/sys/fs/bpf bpf"));
+    });
+}
+
+#[test]
+#[ignore = "needs root: interfaces"]
+fn the_underlay_is_found() {
+    sandbox(|| {
+        for name in ["d4", "d6", "held", "other"] {
+            link(name);
+        }
+        ip("addr add 192.0.2.1/24 dev d4");
+        ip("route add default via 192.0.2.254");
+        ip("-6 addr add 2001:db8::1/64 dev d6 nodad");
+        ip("-6 route add default via 2001:db8::ff dev d6");
+        ip("addr add 198.51.100.1/32 dev held");
+        ip("addr add 203.0.113.1/32 dev other");
+        assert_eq!(underlay_interfaces(&[]).unwrap(), ["d4", "d6"]);
+        let held = [addr("198.51.100.1"), addr("192.0.2.1"), addr("127.0.0.1")];
+        assert_eq!(underlay_interfaces(&held).unwrap(), ["d4", "d6", "held"]);
+        let bpf = Bpf::load(&config(&[])).unwrap();
+        assert_eq!(bpf.interfaces(), ["d4", "d6"]);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn bpftool_prints_field_names() {
+    if !Path::new("/usr/sbin/bpftool").exists() && Command::new("bpftool").output().is_err() {
+        eprintln!("left out: there is no bpftool");
+        return;
+    }
+    sandbox(|| {
+        let bpf = load_detached().unwrap();
+        bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+        let dump = |map: &str| run("bpftool", &format!("map dump pinned {PIN_DIR}/{map}"));
+        let counters = dump("COUNTERS");
+        for field in [
+            "in_packets",
+            "in_bytes",
+            "out_packets",
+            "out_bytes",
+            "last_in_ns",
+        ] {
+            assert!(counters.contains(&format!("\"{field}\": ")), "{field}");
+        }
+        let tunnels = dump("TUNNELS");
+        for field in ["\"vni\": 42", "\"peer\"", "\"slot\"", "\"expected\""] {
+            assert!(tunnels.contains(field), "{field} in {tunnels}");
+        }
+        assert!(dump("DROPS").contains("\"value\": "));
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn tunnels_are_added_quickly_and_from_many_threads() {
+    sandbox(|| {
+        let bpf = load_detached().unwrap();
+        let started = Instant::now();
+        thread::scope(|scope| {
+            for worker in 0..8_u32 {
+                let bpf = &bpf;
+                scope.spawn(move || {
+                    for n in 0..500 {
+                        let vni = vni(1 + worker * 500 + n);
+                        let slot = bpf.add_tunnel(vni, addr(PEER)).unwrap();
+                        assert_eq!(bpf.counters(slot).unwrap().rx_packets, 0);
+                        if n % 2 == 0 {
+                            assert!(bpf.remove_tunnel(vni, addr(PEER)).unwrap());
+                        }
+                    }
+                });
+            }
+        });
+        let each = started.elapsed() / 4000;
+        assert_eq!(bpf.slots_in_use(), 2000);
+        // A Request has 5 ms for everything.
+        assert!(each.as_micros() < 500, "{each:?} each");
+    });
+}
