@@ -46,25 +46,30 @@ impl ControlPlane {
         .unwrap_or(Err(RequestError::Internal))
     }
 
-    /// Closes the connection of our segment `id`, for a reason of our own.
-    pub(crate) async fn close_by_id(&self, id: &str, deadline: Instant) {
+    /// Closes the connection of our segment `id` because its expiry has come.
+    pub(crate) async fn close_expired(&self, id: &str, deadline: Instant) {
         match self.shared.connections.admit_known(id, deadline).await {
             Ok(Some(turn)) => {
-                // A refresh that was ahead in the queue has moved the expiry: it has won.
-                let refreshed = turn
-                    .current()
-                    .is_some_and(|current| current.expires > SystemTime::now())
-                    && !self.shared.connections.is_draining();
-                if !refreshed {
+                // A refresh that was ahead in the queue has set another expiry: it has won.
+                if !self.shared.expiries.has(id) {
                     self.tear_down(&turn, deadline).await;
                 }
             }
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(connection.id = %id, %error, "could not close; trying again");
-                self.shared
-                    .expiries
-                    .set(id, SystemTime::now() + CLOSE_TIMEOUT);
+                self.shared.expiries.set_if_none(id, CLOSE_TIMEOUT);
+            }
+        }
+    }
+
+    /// Closes the connection of our segment `id` because the agent goes.
+    pub(crate) async fn close_drained(&self, id: &str, deadline: Instant) {
+        match self.shared.connections.admit_known(id, deadline).await {
+            Ok(Some(turn)) => self.tear_down(&turn, deadline).await,
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(connection.id = %id, %error, "could not close before the end");
             }
         }
     }

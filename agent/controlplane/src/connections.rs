@@ -11,7 +11,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use nsm_core::vni::Vni;
@@ -38,11 +38,16 @@ pub(crate) struct Established {
     pub(crate) expires: SystemTime,
 }
 
+/// What an event makes of an established connection; `None` when it changes nothing.
+pub(crate) type Change = Box<dyn FnOnce(&Established) -> Option<Established> + Send>;
+
 /// One connection's place in the store.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Slot {
     queue: Arc<tokio::sync::Mutex<()>>,
     current: Mutex<Option<Arc<Established>>>,
+    /// The last event that came while a Request or Close was at work.
+    missed: Mutex<Option<Change>>,
 }
 
 impl Slot {
@@ -53,6 +58,14 @@ impl Slot {
 
     fn set(&self, established: Option<Arc<Established>>) {
         *lock(&self.current) = established;
+    }
+}
+
+impl std::fmt::Debug for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Slot")
+            .field("current", &self.current)
+            .finish_non_exhaustive()
     }
 }
 
@@ -124,8 +137,8 @@ impl Connections {
     /// Queues for the connection, making its slot when it has none.
     ///
     /// # Errors
-    /// When the store is full, when the agent drains, or when the queue did not move until
-    /// `deadline`.
+    /// When the store is full, when the agent drains and nothing is established, or when the queue
+    /// did not move until `deadline`.
     pub(crate) async fn admit(&self, id: &str, deadline: Instant) -> Result<Turn, RequestError> {
         let held = {
             let mut slots = lock(&self.store.slots);
@@ -140,7 +153,12 @@ impl Connections {
             let slot = Arc::clone(slots.entry(id.to_owned()).or_default());
             self.hold(id, slot)
         };
-        queue(held, deadline).await
+        let turn = queue(held, deadline).await?;
+        // The drain was ahead in the queue: what it closed does not come back.
+        if self.is_draining() && turn.current().is_none() {
+            return Err(RequestError::Draining);
+        }
+        Ok(turn)
     }
 
     /// Queues for a connection that exists; `None` when it does not.
@@ -170,19 +188,46 @@ impl Connections {
         }
     }
 
-    /// Replaces the established state of `id` by what `change` makes of it, unless a Request or
-    /// Close is at work on it: their outcome is newer than any event.
-    pub(crate) fn update(
+    /// Hands `apply` the turn of a connection and what became of it: at once, or after the Request
+    /// or Close that is at work on it. Of several events that wait the last one counts, so that a
+    /// peer which tells much keeps no more than one waiting.
+    pub(crate) fn on_event(
         &self,
         id: &str,
-        change: impl FnOnce(&Established) -> Option<Established>,
-    ) -> Option<Arc<Established>> {
-        let slots = lock(&self.store.slots);
-        let slot = slots.get(id)?;
-        let _queue = slot.queue.try_lock().ok()?;
-        let changed = Arc::new(change(&*slot.current()?)?);
-        slot.set(Some(Arc::clone(&changed)));
-        Some(changed)
+        patience: Duration,
+        change: Change,
+        apply: impl FnOnce(&Turn, Change) + Send + 'static,
+    ) {
+        let held = {
+            let slots = lock(&self.store.slots);
+            let Some(slot) = slots.get(id).cloned() else {
+                return;
+            };
+            self.hold(id, slot)
+        };
+        if let Ok(guard) = Arc::clone(&held.slot.queue).try_lock_owned() {
+            let turn = Turn {
+                _queue: guard,
+                held,
+            };
+            apply(&turn, change);
+            return;
+        }
+        if lock(&held.slot.missed).replace(change).is_some() {
+            return;
+        }
+        tokio::spawn(async move {
+            let queue = Arc::clone(&held.slot.queue);
+            let guard = tokio::time::timeout(patience, queue.lock_owned()).await;
+            let missed = lock(&held.slot.missed).take();
+            if let (Ok(guard), Some(change)) = (guard, missed) {
+                let turn = Turn {
+                    _queue: guard,
+                    held,
+                };
+                apply(&turn, change);
+            }
+        });
     }
 
     /// Every established connection.
@@ -191,6 +236,11 @@ impl Connections {
             .values()
             .filter_map(|slot| slot.current())
             .collect()
+    }
+
+    /// Ids of all slots, established or at work.
+    pub(crate) fn ids(&self) -> Vec<String> {
+        lock(&self.store.slots).keys().cloned().collect()
     }
 
     /// Slots in use, established or at work.

@@ -14,7 +14,11 @@ use tokio::task::AbortHandle;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 
-use crate::{connections::Established, peers::Peer, plane::ControlPlane};
+use crate::{
+    connections::{Change, Established},
+    peers::Peer,
+    plane::ControlPlane,
+};
 
 /// Starts to watch `peer` until its last connection leaves or its stream breaks.
 pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
@@ -31,8 +35,8 @@ pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
                     |status| status.message().to_owned(),
                 );
                 tracing::warn!(peer.url = %peer.url, cause, "lost the peer's monitor stream");
-                for id in peer.users() {
-                    plane.apply(&id, down);
+                for id in peer.monitor_ended() {
+                    plane.lost(&peer, &id);
                 }
             }
         }
@@ -52,20 +56,38 @@ async fn follow(plane: &ControlPlane, peer: &Peer) -> Result<(), Status> {
     let request = plane.shared.peers.outgoing(selector, None);
     let mut events = client.monitor_connections(request).await?.into_inner();
     while let Some(event) = events.next().await {
-        plane.handle_event(event?);
+        plane.handle_event(&peer.url, event?);
     }
     Ok(())
 }
 
 impl ControlPlane {
-    fn handle_event(&self, event: ConnectionEvent) {
+    /// Takes over what the peer of `url` tells of connections that go through it.
+    fn handle_event(&self, url: &str, event: ConnectionEvent) {
         let kind = event.r#type();
         for told in event.connections.into_values() {
             let Some((id, index)) = self.own_segment(&told) else {
                 continue;
             };
-            self.apply(&id, |established| merge(established, &told, index, kind));
+            let url = url.to_owned();
+            // A peer speaks for its own connections only.
+            let change = move |established: &Established| {
+                (established.route.url == url)
+                    .then(|| merge(established, &told, index, kind))
+                    .flatten()
+            };
+            self.apply(&id, Box::new(change));
         }
+    }
+
+    /// The peer of connection `id` is gone, or cannot be reached. A Request that succeeds
+    /// meanwhile has brought another monitor.
+    fn lost(&self, peer: &Arc<Peer>, id: &str) {
+        let peer = Arc::clone(peer);
+        let change = move |established: &Established| {
+            (!peer.is_monitored()).then(|| down(established)).flatten()
+        };
+        self.apply(id, Box::new(change));
     }
 
     /// The id and index of our segment in a connection that the next hop tells of: the next hop's
@@ -81,13 +103,20 @@ impl ControlPlane {
             })
     }
 
-    /// Changes the view of a connection and tells the monitors, if there is something to tell.
-    fn apply(&self, id: &str, change: impl FnOnce(&Established) -> Option<Established>) {
-        if let Some(changed) = self.shared.connections.update(id, change) {
-            self.shared
-                .monitors
-                .publish(ConnectionEventType::Update, &changed.view);
-        }
+    /// Changes the view of a connection and tells the monitors, if there is something to tell: in
+    /// the connection's turn, so that what is told last is what holds. Peers tell each Request
+    /// that succeeds too, so their last word is true whatever ours was meanwhile.
+    fn apply(&self, id: &str, change: Change) {
+        let monitors = self.shared.monitors.clone();
+        let patience = 2 * self.shared.settings.request_timeout;
+        let connections = &self.shared.connections;
+        connections.on_event(id, patience, change, move |turn, change| {
+            if let Some(changed) = turn.current().and_then(|established| change(&established)) {
+                let changed = Arc::new(changed);
+                turn.set(Some(Arc::clone(&changed)));
+                monitors.publish(ConnectionEventType::Update, &changed.view);
+            }
+        });
     }
 }
 

@@ -1,19 +1,28 @@
 //! When connections end because nobody refreshed them: one timer for all.
+//!
+//! The wall clock is asked once, when an expiry is set; what is left until then runs on the
+//! monotonic clock, so that a clock which is set moves no connection's end.
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex},
-    time::SystemTime,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, SystemTime},
 };
 
-use tokio::sync::Notify;
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout_at},
+};
 
 use crate::connections::lock;
 
+/// What a token that never ends comes to: sums of times stay far from overflow.
+const FOR_EVER: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
 #[derive(Debug, Default)]
 struct Deadlines {
-    order: BTreeSet<(SystemTime, String)>,
-    by_id: HashMap<String, SystemTime>,
+    order: BTreeSet<(Instant, String)>,
+    by_id: HashMap<String, Instant>,
 }
 
 /// The expiry of every connection, earliest first.
@@ -26,7 +35,25 @@ pub(crate) struct Expiries {
 impl Expiries {
     /// Sets or moves the expiry of `id`.
     pub(crate) fn set(&self, id: &str, at: SystemTime) {
-        let mut deadlines = lock(&self.deadlines);
+        let left = at.duration_since(SystemTime::now()).unwrap_or_default();
+        self.put(lock(&self.deadlines), id, left);
+    }
+
+    /// Sets the expiry of `id` to `left` from now, unless it has one.
+    pub(crate) fn set_if_none(&self, id: &str, left: Duration) {
+        let deadlines = lock(&self.deadlines);
+        if !deadlines.by_id.contains_key(id) {
+            self.put(deadlines, id, left);
+        }
+    }
+
+    /// Whether `id` has an expiry that is still to come.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        lock(&self.deadlines).by_id.contains_key(id)
+    }
+
+    fn put(&self, mut deadlines: MutexGuard<'_, Deadlines>, id: &str, left: Duration) {
+        let at = Instant::now() + left.min(FOR_EVER);
         if let Some(old) = deadlines.by_id.insert(id.to_owned(), at) {
             deadlines.order.remove(&(old, id.to_owned()));
         }
@@ -56,23 +83,21 @@ impl Expiries {
                 let mut deadlines = lock(&self.deadlines);
                 match deadlines.order.first() {
                     None => None,
-                    Some((at, _)) => match at.duration_since(SystemTime::now()) {
-                        Ok(left) if !left.is_zero() => Some(left),
-                        _ => {
-                            let (_, id) = deadlines
-                                .order
-                                .pop_first()
-                                .expect("the set was not empty under the same lock");
-                            deadlines.by_id.remove(&id);
-                            return id;
-                        }
-                    },
+                    Some((at, _)) if *at > Instant::now() => Some(*at),
+                    Some(_) => {
+                        let (_, id) = deadlines
+                            .order
+                            .pop_first()
+                            .expect("the set was not empty under the same lock");
+                        deadlines.by_id.remove(&id);
+                        return id;
+                    }
                 }
             };
             match wait {
                 None => self.changed.notified().await,
-                Some(left) => {
-                    let _ = tokio::time::timeout(left, self.changed.notified()).await;
+                Some(at) => {
+                    let _ = timeout_at(at, self.changed.notified()).await;
                 }
             }
         }
@@ -101,6 +126,24 @@ mod tests {
         expiries.set("closed", now - Duration::from_secs(1));
         expiries.remove("closed");
         assert_eq!(expiries.next().await, "late");
+        assert_eq!(expiries.len(), 1);
+    }
+
+    /// What the wall clock says after an expiry was set does not matter, and one beyond all
+    /// bounds is no fault.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_left_runs_on_the_monotonic_clock() {
+        let expiries = Expiries::default();
+        let began = Instant::now();
+        expiries.set("soon", SystemTime::now() + Duration::from_secs(600));
+        expiries.set("never", SystemTime::now() + Duration::from_secs(1 << 40));
+        expiries.set_if_none("soon", Duration::ZERO);
+        expiries.set_if_none("sooner", Duration::from_secs(3));
+        assert_eq!(expiries.next().await, "sooner");
+        assert!(expiries.has("soon") && !expiries.has("sooner"));
+        // The paused clock jumps to the deadline; the wall clock has not moved.
+        assert_eq!(expiries.next().await, "soon");
+        assert!(began.elapsed() >= Duration::from_secs(599));
         assert_eq!(expiries.len(), 1);
     }
 

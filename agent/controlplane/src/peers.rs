@@ -14,11 +14,16 @@ use nsm_proto::{
 use tokio::{
     sync::OnceCell,
     task::AbortHandle,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tonic::{Code, Request, Response, Status, transport::Channel};
 
-use crate::{connections::lock, dial, error::RequestError, token::TokenSource};
+use crate::{
+    connections::lock,
+    dial::{self, DialError},
+    error::RequestError,
+    token::TokenSource,
+};
 
 /// Peers without connections that are kept for the next Request before the oldest go.
 const IDLE_PEERS: usize = 256;
@@ -34,17 +39,24 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    async fn channel(&self, timeout: Duration) -> Result<Channel, RequestError> {
-        let channel = self
+    /// The channel, dialled by the first who asks. Whoever waits for another's attempt waits no
+    /// longer than for its own, so that callers of a dead peer do not queue up behind each other.
+    async fn channel(
+        &self,
+        dial_timeout: Duration,
+        budget: Duration,
+    ) -> Result<Channel, RequestError> {
+        let dialling = self
             .channel
-            .get_or_try_init(|| dial::dial(&self.url, timeout))
-            .await?;
-        Ok(channel.clone())
-    }
-
-    /// Ids of our connections that go through this peer.
-    pub(crate) fn users(&self) -> Vec<String> {
-        lock(&self.users).iter().cloned().collect()
+            .get_or_try_init(|| dial::dial(&self.url, dial_timeout));
+        match timeout(budget, dialling).await {
+            Ok(channel) => Ok(channel?.clone()),
+            Err(_) => Err(DialError::Timeout {
+                url: self.url.parse().map_err(DialError::Url)?,
+                timeout: budget,
+            }
+            .into()),
+        }
     }
 
     /// How many of our connections go through this peer.
@@ -54,11 +66,27 @@ impl Peer {
 
     /// Counts a connection in, and starts the monitor with the first one or when it has ended.
     pub(crate) fn join(&self, id: &str, start_monitor: impl FnOnce() -> AbortHandle) {
-        lock(&self.users).insert(id.to_owned());
+        let mut users = lock(&self.users);
+        users.insert(id.to_owned());
         let mut monitor = lock(&self.monitor);
         if monitor.as_ref().is_none_or(AbortHandle::is_finished) {
             *monitor = Some(start_monitor());
         }
+    }
+
+    /// The monitor's last word: its stream has broken. Gives the connections that it watched over;
+    /// whoever joins after this starts another.
+    pub(crate) fn monitor_ended(&self) -> Vec<String> {
+        let users = lock(&self.users);
+        *lock(&self.monitor) = None;
+        users.iter().cloned().collect()
+    }
+
+    /// Whether a monitor watches over the connections.
+    pub(crate) fn is_monitored(&self) -> bool {
+        lock(&self.monitor)
+            .as_ref()
+            .is_some_and(|monitor| !monitor.is_finished())
     }
 
     /// Counts a connection out; the last one ends the monitor.
@@ -137,12 +165,13 @@ impl Peers {
         url: &str,
         deadline: Instant,
     ) -> Result<Channel, RequestError> {
-        self.get(url).channel(self.dial_budget(deadline)).await
+        self.channel_of(&self.get(url), deadline).await
     }
 
-    fn dial_budget(&self, deadline: Instant) -> Duration {
-        self.dial_timeout
-            .min(deadline.saturating_duration_since(Instant::now()))
+    async fn channel_of(&self, peer: &Peer, deadline: Instant) -> Result<Channel, RequestError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let budget = self.dial_timeout.min(left);
+        peer.channel(self.dial_timeout, budget).await
     }
 
     /// Sends a Request to the peer.
@@ -152,7 +181,7 @@ impl Peers {
         request: NetworkServiceRequest,
         deadline: Instant,
     ) -> Result<Connection, RequestError> {
-        let channel = peer.channel(self.dial_budget(deadline)).await?;
+        let channel = self.channel_of(peer, deadline).await?;
         let mut client =
             NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
         let request = self.outgoing(request, Some(deadline));
@@ -167,7 +196,7 @@ impl Peers {
         connection: Connection,
         deadline: Instant,
     ) -> Result<(), RequestError> {
-        let channel = peer.channel(self.dial_budget(deadline)).await?;
+        let channel = self.channel_of(peer, deadline).await?;
         let mut client =
             NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
         let request = self.outgoing(connection, Some(deadline));
@@ -180,7 +209,7 @@ impl Peers {
         &self,
         peer: &Peer,
     ) -> Result<MonitorConnectionClient<Channel>, RequestError> {
-        let channel = peer.channel(self.dial_timeout).await?;
+        let channel = peer.channel(self.dial_timeout, self.dial_timeout).await?;
         Ok(MonitorConnectionClient::new(channel).max_decoding_message_size(peer.max_message_bytes))
     }
 

@@ -118,7 +118,7 @@ impl ControlPlane {
                 resolver,
             }),
         };
-        tokio::spawn(plane.clone().close_expired());
+        tokio::spawn(plane.clone().watch_expiries());
         plane
     }
 
@@ -170,31 +170,25 @@ impl ControlPlane {
     pub async fn drain(&self, grace: Duration) {
         self.shared.connections.drain();
         let deadline = Instant::now() + grace;
-        let ids: Vec<String> = self
-            .shared
-            .connections
-            .all()
-            .iter()
-            .map(|established| established.view.id.clone())
-            .collect();
         let mut closing = tokio::task::JoinSet::new();
-        for id in ids {
+        // Those at work too: a Request that was admitted before is let finish, and closed.
+        for id in self.shared.connections.ids() {
             let plane = self.clone();
-            closing.spawn(async move { plane.close_by_id(&id, deadline).await });
+            closing.spawn(async move { plane.close_drained(&id, deadline).await });
         }
         closing.join_all().await;
         self.shared.monitors.end_all();
     }
 
     /// A task for the life of the plane: closes what nobody refreshed.
-    async fn close_expired(self) {
+    async fn watch_expiries(self) {
         loop {
             let id = self.shared.expiries.next().await;
             tracing::info!(connection.id = %id, "the previous hop's token has expired: closing");
             let plane = self.clone();
             tokio::spawn(async move {
                 let deadline = Instant::now() + plane.shared.settings.request_timeout;
-                plane.close_by_id(&id, deadline).await;
+                plane.close_expired(&id, deadline).await;
             });
         }
     }

@@ -4,5 +4,7 @@
 //! streams, links in the kernels, registry entries, and the endpoints' own connections.
 
 mod flow;
+mod lifetime;
+mod monitor;
 mod selection;
 mod support;

@@ -179,6 +179,11 @@ impl Endpoint {
         self.state.table().standing.values().cloned().collect()
     }
 
+    /// Takes a connection out of the books of a dead endpoint.
+    pub fn forget(&self, id: &str) {
+        self.state.table().standing.remove(id);
+    }
+
     /// Every Request so far.
     pub fn requests(&self) -> Vec<NetworkServiceRequest> {
         self.state.table().requests.clone()
