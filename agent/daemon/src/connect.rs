@@ -72,39 +72,25 @@ impl From<anyhow::Error> for Ended {
 /// The namespace is none, the agent does not run, or the first Request is refused.
 pub(crate) async fn run(args: &ConnectArgs) -> anyhow::Result<()> {
     let reporter = Reporter::new(args.client.json);
-    let result = connect(args, reporter).await;
-    if let Err(error) = &result {
-        reporter.failed(&format!("{error:#}"));
+    let mut client = match Client::prepare(args, reporter).await {
+        Ok(client) => client,
+        Err(error) => {
+            reporter.failed(&error);
+            return Err(error);
+        }
+    };
+    let Err(ended) = client.connect_and_keep(&args.service.to_string()).await;
+    if let Ended::Failed(error) = &ended {
+        reporter.failed(error);
     }
-    result
-}
-
-async fn connect(args: &ConnectArgs, reporter: Reporter) -> anyhow::Result<()> {
-    let stop = Stop::new()?;
-    let netns = Netns::open(&args.netns)?;
-    let name = args.name.clone().unwrap_or_else(|| random_name("nsc"));
-    let agent = Agent::connect(&args.client, &name).await?;
-    let service = args.service.to_string();
-    reporter.asking(&service, &agent.url, netns.path(), &args.interface)?;
-    let wanted = Wanted {
-        service: service.clone(),
-        labels: label_map(&args.labels),
-        interface: args.interface.clone(),
-        netns,
-    };
-    let mut client = Client {
-        session: Session::begin(agent, name, wanted),
-        stop,
-        reporter,
-        backoff: Backoff::new(SHORTEST_WAIT, LONGEST_WAIT),
-    };
-    let Err(ended) = client.connect_and_keep(&service).await;
-    goodbye(&mut client.stop, async {
-        let closed = client.session.close().await;
-        // Nothing can be done about an output that is closed, and we are leaving.
-        let _ = reporter.closed(closed.err().map(|error| error.to_string()));
-    })
-    .await;
+    if client.session.is_open() {
+        goodbye(&mut client.stop, async {
+            let closed = client.session.close().await;
+            // Nothing can be done about an output that is closed, and we are leaving.
+            let _ = reporter.closed(closed.err().map(|error| error.to_string()));
+        })
+        .await;
+    }
     match ended {
         Ended::Asked => Ok(()),
         Ended::Failed(error) => Err(error),
@@ -119,6 +105,28 @@ struct Client {
 }
 
 impl Client {
+    /// Looks at what can be looked at before anything is asked, and connects to the agent.
+    async fn prepare(args: &ConnectArgs, reporter: Reporter) -> anyhow::Result<Self> {
+        let stop = Stop::new()?;
+        let netns = Netns::open(&args.netns)?;
+        let name = args.name.clone().unwrap_or_else(|| random_name("nsc"));
+        let agent = Agent::connect(&args.client, &name).await?;
+        let service = args.service.to_string();
+        reporter.asking(&service, &agent.url, netns.path(), &args.interface)?;
+        let wanted = Wanted {
+            service,
+            labels: label_map(&args.labels),
+            interface: args.interface.clone(),
+            netns,
+        };
+        Ok(Self {
+            session: Session::begin(agent, name, wanted),
+            stop,
+            reporter,
+            backoff: Backoff::new(SHORTEST_WAIT, LONGEST_WAIT),
+        })
+    }
+
     /// Asks once, then holds the connection until the end.
     async fn connect_and_keep(&mut self, service: &str) -> Result<Infallible, Ended> {
         let asked = unless_stopped(&mut self.stop, self.session.request()).await?;

@@ -122,7 +122,7 @@ async fn register_and_keep(
     reporter: Reporter,
 ) -> anyhow::Result<()> {
     let expires = registration.register().await.context("cannot register")?;
-    reporter.registered(registration.entry(), expires, false);
+    reporter.registered(registration.entry(), expires, None);
     registration.keep(expires, reporter).await;
     Ok(())
 }

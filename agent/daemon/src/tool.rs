@@ -141,6 +141,10 @@ impl Agent {
             while let Some(next) = cause.source() {
                 cause = next;
             }
+            if cause.is::<tonic::TimeoutExpired>() {
+                let timeout = self.timeout;
+                return CallError::Silent { url, timeout };
+            }
             let message = cause.to_string();
             return CallError::Unreachable { url, message };
         }

@@ -102,8 +102,9 @@ impl Reporter {
     }
 
     /// What ends the program. People read it on standard error.
-    pub(crate) fn failed(self, message: &str) {
+    pub(crate) fn failed(self, error: &anyhow::Error) {
         if self.json {
+            let message = &format!("{error:#}");
             // Standard error has it in any case.
             let _ = self.tell(String::new, &Event::Error { message });
         }

@@ -76,6 +76,11 @@ impl Session {
         }
     }
 
+    /// Whether there is something to close.
+    pub(crate) fn is_open(&self) -> bool {
+        self.is_open
+    }
+
     /// The agent that is asked.
     pub(super) fn agent(&self) -> &Agent {
         &self.agent
@@ -110,10 +115,15 @@ impl Session {
             mechanism_preferences: vec![preference(&self.wanted)],
         });
         let mut client = NetworkServiceClient::new(self.agent.channel.clone());
-        // Whatever comes of it, the agent may have begun to make something.
-        self.is_open = true;
+        // Until it answers, the agent may have begun to make something.
+        let was_open = std::mem::replace(&mut self.is_open, true);
         let began = Instant::now();
-        let response = self.agent.answer(client.request(request)).await?;
+        let answered = self.agent.answer(client.request(request)).await;
+        if let Err(CallError::Refused { .. }) = answered {
+            // What is refused was undone by whoever refused it.
+            self.is_open = was_open;
+        }
+        let response = answered?;
         let took = began.elapsed();
         let facts = Facts::read(response.metadata());
         let connection = response.into_inner();

@@ -18,7 +18,7 @@ use nsm_proto::registry::{
 use prost_types::Timestamp;
 use tonic::{Code, Request, metadata::AsciiMetadataValue};
 
-use super::report::Reporter;
+use super::report::{Again, Reporter};
 use crate::{
     backoff::Backoff,
     tool::{Agent, CallError},
@@ -114,10 +114,12 @@ impl Registration {
     pub(crate) async fn keep(&mut self, mut expires: SystemTime, reporter: Reporter) {
         let mut backoff = Backoff::new(SHORTEST_WAIT, LONGEST_WAIT);
         loop {
+            let mut was_lost = false;
             let due = tokio::time::sleep(refresh_after(SystemTime::now(), expires));
             tokio::select! {
-                () = due => {}
+                () = due => backoff.reset(),
                 lost = self.lost() => {
+                    was_lost = true;
                     reporter.error(&lost);
                     tokio::time::sleep(backoff.next(rand::random())).await;
                 }
@@ -129,17 +131,13 @@ impl Registration {
                         break;
                     }
                     Err(error) => {
+                        was_lost = true;
                         reporter.error(&format!("cannot register again: {error}"));
                         tokio::time::sleep(backoff.next(rand::random())).await;
                     }
                 }
             }
-            // Two refreshes in a row without a loss between are what resets the waits: an agent
-            // that comes and goes is asked ever more slowly.
-            if expires > SystemTime::now() + LONGEST_WAIT {
-                backoff.reset();
-            }
-            reporter.registered(&self.entry, expires, true);
+            reporter.registered(&self.entry, expires, Some(Again { was_lost }));
         }
     }
 

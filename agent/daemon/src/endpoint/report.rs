@@ -17,6 +17,13 @@ pub(crate) struct Reporter {
     json: bool,
 }
 
+/// A registration that is not the first.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Again {
+    /// Whether the registry had lost the endpoint, or could not be asked, between.
+    pub(crate) was_lost: bool,
+}
+
 /// Why a connection was closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -57,16 +64,16 @@ impl Reporter {
         Self { json }
     }
 
-    /// The registry has the endpoint; `again` where it had it before.
+    /// The registry has the endpoint. People are told where that is news.
     pub(crate) fn registered(
         self,
         entry: &NetworkServiceEndpoint,
         expires: SystemTime,
-        again: bool,
+        again: Option<Again>,
     ) {
         let left = expires.duration_since(SystemTime::now());
         let seconds = left.unwrap_or_default().as_secs();
-        if again && !self.json {
+        if again.is_some_and(|again| !again.was_lost) && !self.json {
             return;
         }
         self.tell(
@@ -83,7 +90,7 @@ impl Reporter {
                 services: &entry.network_service_names,
                 url: &entry.url,
                 expires_in_seconds: seconds,
-                again,
+                again: again.is_some(),
             },
         );
     }

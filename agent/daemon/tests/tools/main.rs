@@ -1,0 +1,7 @@
+//! The tools as people run them: processes with a command line, signals and exit codes, against an
+//! agent that the test plays. No root is needed: nobody makes an interface here.
+
+mod command_line;
+mod connect;
+mod endpoint;
+mod support;
