@@ -159,6 +159,11 @@ fn our_vni_from_a_wrong_source_is_dropped_counted_and_told() {
             (v4, US, PEER, STRANGER, 42),
             (v6, US6, PEER6, STRANGER6, 43),
         ] {
+            // The unspecified address marks VNIs in the map; as a source it is a stranger's like any other.
+            let nobody = Frame::new(if slot == v4 { "0.0.0.0" } else { "::" }, us, vni);
+            assert_eq!(verdict(&bpf, Direction::In, &nobody.bytes()), DROP);
+            count += 1;
+            assert!(events.next().is_some());
             for (what, frame) in variants(stranger, us, vni).into_iter().take(5) {
                 assert_eq!(verdict(&bpf, Direction::In, &frame.bytes()), DROP, "{what}");
                 count += 1;

@@ -124,7 +124,10 @@ pub fn decide<B: Bytes + ?Sized, N: Node>(
         vni: vxlan.vni,
         peer,
     };
-    if let Some(tunnel) = node.tunnel(&key) {
+    // The unspecified address is nobody's, though a packet may claim it: its key is that of the marker.
+    if peer != UNSPECIFIED
+        && let Some(tunnel) = node.tunnel(&key)
+    {
         let (packets, bytes) = on_the_wire(frame, size, &vxlan);
         return Ok(Traffic {
             slot: tunnel.slot,
