@@ -89,6 +89,12 @@ const RULES: &[Rule] = &[
         &[],
         &[],
     ),
+    rule(
+        "nsm-load",
+        &["nsm-controlplane", "nsm-core", "nsm-proto"],
+        &[],
+        &[],
+    ),
 ];
 
 /// Checks both workspaces.

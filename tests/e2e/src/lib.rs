@@ -1,1 +1,274 @@
-//! Placeholder.
+//! What the end-to-end scenarios share: two domains with an agent each, and a footprint to compare before and after.
+//!
+//! A scenario is a file in `tests/`. It starts a [`Pair`], does one thing, and asks for [`Pair::assert_clean`] at its end.
+//! An ERROR or a panic in an agent's log fails it as well, for ERROR means that a person must act.
+#![forbid(unsafe_code)]
+
+use std::{collections::BTreeSet, path::Path, process::Command, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, binary, wait_until};
+use serde_json::Value;
+
+/// The service that every scenario asks for, and where it is.
+pub const SERVICE: &str = "icmp-responder";
+/// The service with the domain it is in, as the client asks.
+pub const REMOTE_SERVICE: &str = "icmp-responder@cluster-2.example";
+/// What the endpoint gives out.
+pub const CIDR: &str = "172.16.1.0/24";
+
+/// Long enough for a machine that builds something at the same time; nothing takes it when all is well.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Two domains of one node each: `node-1` with the pods `client-0` and on, `node-2` with the pod `endpoint`.
+#[derive(Debug)]
+pub struct Pair {
+    /// The agent of `cluster-1.example`.
+    pub near: Agent,
+    /// The agent of `cluster-2.example`.
+    pub far: Agent,
+    /// Dropped last.
+    pub world: World,
+}
+
+/// What agents hold in the kernel and in their books.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Footprint {
+    /// Links that agents made: namespace, name and VNI.
+    pub links: BTreeSet<(String, String, Option<u32>)>,
+    /// Pinned BPF objects.
+    pub pins: BTreeSet<String>,
+    /// Tunnel slots that BPF counts on, of both nodes.
+    pub slots: usize,
+    /// Entries of the maps that lead to them, of both nodes: a slot may have several.
+    pub entries: usize,
+    /// Connections in the agents' status, of both nodes.
+    pub connections: usize,
+}
+
+impl Pair {
+    /// Builds the world and waits until both agents are ready.
+    ///
+    /// # Errors
+    /// When anything of it fails.
+    pub fn start(name: &str, cloud: Cloud, clients: usize) -> Result<Self> {
+        let world = Self::world(name, cloud, clients)?;
+        let program = binary("proxy-nsmgr")?;
+        let start = |node: &str| Agent::start(&world, &world.node(node)?, &program, |_| {});
+        let (near, far) = (start("node-1")?, start("node-2")?);
+        near.wait_ready()?;
+        far.wait_ready()?;
+        Ok(Self { near, far, world })
+    }
+
+    /// The world of a pair, without its agents.
+    ///
+    /// # Errors
+    /// When it cannot be built.
+    pub fn world(name: &str, cloud: Cloud, clients: usize) -> Result<World> {
+        let world = World::builder(name)
+            .cloud(cloud)
+            .domain("cluster-1.example", |domain| {
+                let pods = (0..clients).map(|n| format!("client-{n}"));
+                pods.fold(domain.node("node-1"), |domain, pod| domain.pod(&pod))
+            })
+            .domain("cluster-2.example", |domain| {
+                domain.node("node-2").pod("endpoint")
+            });
+        Ok(world.build()?)
+    }
+
+    /// The pod `client-<n>`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn client_pod(&self, n: usize) -> Result<Pod> {
+        Ok(self.world.pod(&format!("client-{n}"))?)
+    }
+
+    /// Starts the endpoint in the far domain.
+    ///
+    /// # Errors
+    /// When it does not register.
+    pub fn endpoint(&self) -> Result<Endpoint> {
+        let pod = self.world.pod("endpoint")?;
+        Ok(self
+            .far
+            .endpoint(&self.world, &pod, SERVICE, CIDR, |_| {})?)
+    }
+
+    /// Starts a client for the pod `client-<n>`, and waits for its connection: the client and its `connected` event.
+    ///
+    /// # Errors
+    /// When it is refused or takes too long.
+    pub fn connect(&self, n: usize) -> Result<(Client, Value)> {
+        let client =
+            self.near
+                .connect(&self.world, &self.client_pod(n)?, REMOTE_SERVICE, |_| {})?;
+        let connected = client.wait_for_event("connected", PATIENCE)?;
+        Ok((client, connected))
+    }
+
+    /// Runs `proxy-nsmgr connect` for `client-0` where it must fail, and returns what it said about it.
+    ///
+    /// # Errors
+    /// When it does not fail within `deadline`.
+    pub fn refused(
+        &self,
+        service: &str,
+        deadline: Duration,
+        adjust: impl FnOnce(&mut Command),
+    ) -> Result<String> {
+        let client = self
+            .near
+            .connect(&self.world, &self.client_pod(0)?, service, adjust)?;
+        let status = client
+            .process
+            .wait(deadline)
+            .with_context(|| format!("connect {service}"))?;
+        let said = client.process.stderr();
+        ensure!(!status.success(), "connect {service} was not refused");
+        ensure!(
+            !said.contains("panicked"),
+            "connect {service} panicked: {said}"
+        );
+        Ok(said)
+    }
+
+    /// What both agents hold now.
+    ///
+    /// # Errors
+    /// When something cannot be looked at.
+    pub fn footprint(&self) -> Result<Footprint> {
+        let leaks = self.world.leaks()?;
+        let mut footprint = Footprint {
+            links: leaks
+                .links
+                .into_iter()
+                .map(|link| (link.netns, link.name, link.vni))
+                .collect(),
+            pins: leaks
+                .pins
+                .iter()
+                .map(|pin| pin.display().to_string())
+                .collect(),
+            slots: 0,
+            entries: 0,
+            connections: 0,
+        };
+        for agent in [&self.near, &self.far] {
+            let status = agent.status()?;
+            footprint.connections += status["connections"].as_array().map_or(0, Vec::len);
+            let tunnels = map_entries(&agent.node().pin_dir().join("TUNNELS"))?;
+            let slots: BTreeSet<_> = tunnels.iter().filter_map(slot).collect();
+            footprint.slots += slots.len();
+            footprint.entries += tunnels.len();
+        }
+        Ok(footprint)
+    }
+
+    /// Waits until both agents hold what they held `before`, and checks their logs.
+    ///
+    /// # Errors
+    /// When something more is held after [`PATIENCE`], or an agent logged an ERROR or a panic.
+    pub fn assert_clean(&self, before: &Footprint) -> Result<()> {
+        let mut now = before.clone();
+        let clean = wait_until("the agents to hold what they held before", PATIENCE, || {
+            self.footprint().is_ok_and(|found| {
+                now = found;
+                now == *before
+            })
+        });
+        if clean.is_err() {
+            bail!(
+                "left behind: {now:#?}\nbefore: {before:#?}\n{}",
+                self.world.logs()
+            );
+        }
+        self.assert_quiet()
+    }
+
+    /// Checks that no agent logged an ERROR or a panic.
+    ///
+    /// # Errors
+    /// With the line.
+    pub fn assert_quiet(&self) -> Result<()> {
+        for agent in [&self.near, &self.far] {
+            let log = agent.process.stdout() + &agent.process.stderr();
+            let bad = log
+                .lines()
+                .find(|line| line.contains("ERROR") || line.contains("panicked at"));
+            if let Some(line) = bad {
+                bail!("agent {} logged: {line}", agent.node().name());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The endpoint's address in a client's `connected` event, without the prefix length.
+///
+/// # Errors
+/// When it has none.
+pub fn endpoint_address(connected: &Value) -> Result<String> {
+    address(connected, "dst_addresses")
+}
+
+/// The client's own address, as [`endpoint_address`].
+///
+/// # Errors
+/// When it has none.
+pub fn client_address(connected: &Value) -> Result<String> {
+    address(connected, "src_addresses")
+}
+
+fn address(connected: &Value, which: &str) -> Result<String> {
+    let first = connected["connection"][which][0].as_str();
+    let first = first.with_context(|| format!("no {which} in {connected}"))?;
+    Ok(first.split('/').next().unwrap_or(first).to_owned())
+}
+
+/// Pings from a pod, and returns how many of `count` were answered.
+///
+/// # Errors
+/// When ping cannot be run.
+pub fn ping(pod: &Pod, address: &str, count: u32, arguments: &[&str]) -> Result<u32> {
+    let mut command = pod.command("ping")?;
+    command
+        .args(["-c", &count.to_string(), "-i", "0.01", "-W", "1"])
+        .args(arguments)
+        .arg(address);
+    let output = command.output().context("start ping")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let answered = text.lines().find_map(|line| {
+        line.split_once(" received")?
+            .0
+            .rsplit(' ')
+            .next()?
+            .parse()
+            .ok()
+    });
+    answered.with_context(|| format!("{text}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// The entries of a pinned map, as bpftool shows them.
+fn map_entries(pin: &Path) -> Result<Vec<Value>> {
+    let mut command = Command::new("bpftool");
+    let output = command
+        .args(["--json", "map", "dump", "pinned"])
+        .arg(pin)
+        .output()
+        .context("start bpftool")?;
+    ensure!(
+        output.status.success(),
+        "bpftool map dump {}: {output:?}",
+        pin.display()
+    );
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("bpftool map dump {} is no list", pin.display()))
+}
+
+/// The slot of an entry of TUNNELS.
+fn slot(entry: &Value) -> Option<u64> {
+    entry["formatted"]["value"]["slot"].as_u64()
+}

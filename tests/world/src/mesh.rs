@@ -62,7 +62,7 @@ impl Agent {
             .collect();
         let written = fs::write(&map, pairs).and_then(|()| fs::write(&config, configuration(node)));
         written.map_err(WorldError::io(format!("write {}", config.display())))?;
-        let mut command = node.command(program)?;
+        let mut command = program_on(node, program)?;
         command.arg("agent").arg("--config").arg(&config);
         adjust(&mut command);
         let process = world.spawn(&format!("agent-{}", node.name()), command)?;
@@ -162,7 +162,7 @@ impl Agent {
     /// # Errors
     /// When the node's namespace is gone.
     pub fn connect_command(&self, pod: &Pod, service: &str) -> Result<Command, WorldError> {
-        let mut command = self.node.command(&self.program)?;
+        let mut command = program_on(&self.node, &self.program)?;
         command
             .args([
                 "connect",
@@ -205,7 +205,7 @@ impl Agent {
         cidr: &str,
         adjust: impl FnOnce(&mut Command),
     ) -> Result<Endpoint, WorldError> {
-        let mut command = self.node.command(&self.program)?;
+        let mut command = program_on(&self.node, &self.program)?;
         let socket = self.node.run_dir().join(format!("{}.sock", pod.name()));
         command.args([
             "endpoint",
@@ -254,6 +254,17 @@ impl Client {
     pub fn close(&self, deadline: Duration) -> Result<ExitStatus, WorldError> {
         self.process.terminate(deadline)
     }
+}
+
+/// The program on a node, deaf to the `NSM_*` variables of whoever runs the test: they would override its configuration.
+fn program_on(node: &Node, program: &Path) -> Result<Command, WorldError> {
+    let mut command = node.command(program)?;
+    for (name, _) in std::env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"NSM_") {
+            command.env_remove(name);
+        }
+    }
+    Ok(command)
 }
 
 fn wait_for_event(process: &Process, event: &str, deadline: Duration) -> Result<Value, WorldError> {

@@ -1,0 +1,79 @@
+//! A domain's addresses are asked for once per TTL, and a changed address is noticed.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::Result;
+use nsm_e2e::{PATIENCE, Pair, ping};
+use nsm_world::{Cloud, wait_until};
+
+/// How often each question was asked.
+fn questions(pair: &Pair) -> Result<BTreeMap<(String, String), usize>> {
+    let mut count = BTreeMap::new();
+    for query in pair.world.dns().queries()? {
+        *count.entry((query.name, query.kind)).or_default() += 1;
+    }
+    Ok(count)
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
+    let pair = Pair::start("cache", Cloud::Packet, 3)?;
+    let dns = pair.world.dns();
+    dns.set_srv(
+        &nsm_world::registry_name("cluster-2.example"),
+        5005,
+        "target.example",
+    )?;
+    dns.set_srv(
+        &nsm_world::proxy_name("cluster-2.example"),
+        5006,
+        "target.example",
+    )?;
+    dns.set_addresses("target.example", &[pair.far.node().public_ip().into()])?;
+    let ttl = Duration::from_secs(2);
+    for name in [
+        "target.example",
+        "cluster-2.example",
+        &nsm_world::registry_name("cluster-2.example"),
+        &nsm_world::proxy_name("cluster-2.example"),
+    ] {
+        dns.set_ttl(name, ttl.as_secs() as u32)?;
+    }
+    let _endpoint = pair.endpoint()?;
+    let before = pair.footprint()?;
+
+    let (first, _) = pair.connect(0)?;
+    let after_first = questions(&pair)?;
+    let (second, connected) = pair.connect(1)?;
+    assert_eq!(
+        questions(&pair)?,
+        after_first,
+        "the second client's questions were cached"
+    );
+    let address = nsm_e2e::endpoint_address(&connected)?;
+    assert_eq!(ping(&pair.client_pod(1)?, &address, 1, &[])?, 1);
+
+    // Close and connect again until the cache has aged: no sooner than the TTL, no later than a test may take.
+    let srv = (
+        nsm_world::registry_name("cluster-2.example"),
+        "SRV".to_owned(),
+    );
+    let start = std::time::Instant::now();
+    wait_until("the question to be asked again", PATIENCE, || {
+        let asked = |pair: &Pair| questions(pair).map(|count| count.get(&srv).copied());
+        pair.connect(2)
+            .is_ok_and(|(client, _)| client.close(PATIENCE).is_ok())
+            && asked(&pair).is_ok_and(|count| count > after_first.get(&srv).copied())
+    })?;
+    assert!(
+        start.elapsed() > ttl / 2,
+        "asked again after {:?} of {ttl:?}",
+        start.elapsed()
+    );
+
+    for client in [first, second] {
+        assert!(client.close(PATIENCE)?.success());
+    }
+    pair.assert_clean(&before)
+}

@@ -1,0 +1,77 @@
+//! A client in one domain consumes a service of another, in both cloud shapes.
+
+use anyhow::Result;
+use nsm_e2e::{PATIENCE, Pair, endpoint_address, ping};
+use nsm_world::Cloud;
+
+fn client_reaches_endpoint(name: &str, cloud: Cloud) -> Result<()> {
+    let pair = Pair::start(name, cloud, 1)?;
+    let endpoint = pair.endpoint()?;
+    let before = pair.footprint()?;
+    let (client, connected) = pair.connect(0)?;
+
+    let pod = pair.client_pod(0)?;
+    let address = endpoint_address(&connected)?;
+    assert_eq!(ping(&pod, &address, 20, &[])?, 20);
+    // The largest packet that the MTU allows, and one byte more, both unfragmented.
+    let mtu = connected["connection"]["mtu"].as_u64().unwrap_or_default();
+    let payload = |mtu: u64| (mtu - 28).to_string();
+    assert_eq!(
+        ping(&pod, &address, 3, &["-M", "do", "-s", &payload(mtu)])?,
+        3,
+        "MTU {mtu}"
+    );
+    assert_eq!(
+        ping(&pod, &address, 1, &["-M", "do", "-s", &payload(mtu + 1)])?,
+        0,
+        "MTU {mtu}"
+    );
+
+    // The tunnel runs between public addresses, from the one that the node has.
+    let during = pair.footprint()?;
+    assert_eq!(
+        (during.links.len(), during.slots),
+        (2, before.slots + 2),
+        "{during:?}"
+    );
+    let (near, far) = (pair.near.node(), pair.far.node());
+    let tunnel = &pair.near.status()?["connections"][0]["tunnel"];
+    assert_eq!(tunnel["local"], near.private_ip().to_string());
+    assert_eq!(tunnel["remote"], far.public_ip().to_string());
+    assert!(
+        tunnel["counters"]["tx_packets"].as_u64() >= Some(20),
+        "{tunnel}"
+    );
+    assert!(
+        tunnel["counters"]["rx_packets"].as_u64() >= Some(20),
+        "{tunnel}"
+    );
+    // One address, asked for once.
+    assert_eq!(pair.world.dns().asked("cluster-2.example", "A")?, 1);
+
+    assert!(client.close(PATIENCE)?.success());
+    pair.assert_clean(&before)?;
+    assert!(endpoint.stop(PATIENCE)?.success());
+
+    // Agents that end take everything with them.
+    assert_eq!(
+        pair.world.stop_processes(PATIENCE),
+        Vec::<String>::new(),
+        "had to be killed"
+    );
+    let left = pair.world.leaks()?;
+    assert!(left.links.is_empty() && left.pins.is_empty(), "{left:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn with_public_addresses_on_the_nodes() -> Result<()> {
+    client_reaches_endpoint("packet", Cloud::Packet)
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn with_private_addresses_behind_nat() -> Result<()> {
+    client_reaches_endpoint("aws", Cloud::Aws)
+}
