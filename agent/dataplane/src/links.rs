@@ -8,13 +8,12 @@
 //! error or a dropped future leaves no link behind; one that had to be made anew under the same name is gone then, too. A call that changed a link in place leaves what it had reached; the next
 //! call goes on from there. Calls for one alias come one after the other.
 //!
-//! Each call works in a thread of its own that enters the namespaces, uses blocking netlink and ends: a pooled thread would have to
-//! find back, and one that failed to would send the node's traffic into a pod. Starting a thread costs about as much as a hop through
-//! the pool (measured in `tests/links_live/times.rs`).
+//! The kernel's side blocks, so each call works in one of a few threads that enter the namespaces and come home ([`pool`]).
 
 mod error;
 mod message;
 mod observe;
+mod pool;
 mod port;
 mod session;
 mod turns;
@@ -26,24 +25,22 @@ use nsm_core::{
     mechanism::IfName,
     tunnel::{Link, LinkAlias, LinkSpec, MacAddr, VxlanSpec},
 };
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 pub use self::error::{LinkError, LinkHolder, PortHolder};
+use self::pool::Pool;
 use self::turns::{Parcel, Turn, Turns, Undo};
 use crate::{
     netlink::Netlink,
     netns::{Netns, NetnsError},
 };
 
-/// Calls that make or read links at once. The kernel does one at a time anyhow (its RTNL lock); more would only be more threads.
-const WORKERS: usize = 8;
+/// Threads that make or read links. The kernel does one at a time anyhow (its RTNL lock); more would only wait there.
+const WORKERS: usize = 4;
 
-/// Calls that remove links at once. Each waits some 20 ms in the kernel, without the lock and so best together with others, and must
-/// not keep those from working who make links.
+/// Threads that remove links. Each waits some 20 ms in the kernel, without the lock and so best together with others, and must not
+/// keep those from working who make links.
 const REMOVERS: usize = 32;
-
-/// Stack of a working thread, bytes: directory walks and netlink buffers on the heap need little.
-const STACK: usize = 256 * 1024;
 
 /// Makes, changes, removes and reads links. A clone is the same.
 #[derive(Debug, Clone)]
@@ -55,8 +52,8 @@ pub struct Links {
 struct Inner {
     node: Netns,
     turns: Turns,
-    workers: Arc<Semaphore>,
-    removers: Arc<Semaphore>,
+    workers: Pool,
+    removers: Pool,
 }
 
 /// A link that is as it was wanted.
@@ -108,10 +105,10 @@ impl Links {
     pub fn in_namespace(node: Netns) -> Self {
         Self {
             inner: Arc::new(Inner {
-                node,
+                workers: Pool::new("nsm-links", node.clone(), WORKERS),
+                removers: Pool::new("nsm-links-down", node.clone(), REMOVERS),
                 turns: Turns::default(),
-                workers: Arc::new(Semaphore::new(WORKERS)),
-                removers: Arc::new(Semaphore::new(REMOVERS)),
+                node,
             }),
         }
     }
@@ -271,35 +268,25 @@ impl Links {
             .await
     }
 
-    /// Runs a job in a thread of its own. When nobody waits for its result any more, the result is undone.
+    /// Runs a job in a thread of the pool. When nobody waits for its result any more, the result is undone.
     async fn work<T: Send + 'static>(
         &self,
-        limit: &Arc<Semaphore>,
+        pool: &Pool,
         turn: Turn,
         job: impl FnOnce() -> Result<T, LinkError> + Send + 'static,
         undo: Undo<T>,
     ) -> Result<T, LinkError> {
-        let permit = limit
-            .clone()
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
         let (sender, receiver) = oneshot::channel();
         let run = move || {
             let result = job().map(|result| Parcel::new(result, undo, turn));
             // Whoever gave up drops the parcel, wherever it is on its way.
             let _ = sender.send(result);
-            drop(permit);
         };
-        std::thread::Builder::new()
-            .name("nsm-netns".to_owned())
-            .stack_size(STACK)
-            .spawn(run)
-            .map_err(LinkError::Thread)?;
+        pool.run(Box::new(run)).map_err(LinkError::Thread)?;
         match receiver.await {
             Ok(result) => result.map(Parcel::open),
             Err(_) => Err(LinkError::Thread(io::Error::other(
-                "it panicked, as the log tells",
+                "the work was lost, the log says why",
             ))),
         }
     }

@@ -4,8 +4,8 @@
 //! was expected. The handle keeps the namespace alive. A pod's links would outlive the pod if a handle did, so nothing holds one
 //! longer than a call: keep the path or the [`NetnsId`] and open it again.
 //!
-//! A thread that entered a foreign namespace and went on with other work would send the node's traffic into a pod. Work that needs
-//! another namespace therefore runs in a thread of its own that ends with it ([`crate::links`]); nothing has to be put back.
+//! A thread that entered a foreign namespace and went on with other work would send the node's traffic into a pod: only threads that
+//! do nothing else enter one (`links::pool`).
 
 use std::{
     collections::HashSet,
@@ -32,6 +32,9 @@ use nsm_core::mechanism::NetnsUrl;
 
 /// Where `ip netns add` and container runtimes mount namespaces.
 const RUN_NETNS: &str = "/run/netns";
+
+/// The namespace of the calling thread.
+const THREAD: &str = "/proc/thread-self/ns/net";
 
 /// An open network namespace. A clone is the same handle.
 #[derive(Clone)]
@@ -199,7 +202,7 @@ impl Netns {
     ///
     /// /proc is not mounted.
     pub fn current() -> Result<Self, NetnsError> {
-        Self::open(Path::new("/proc/thread-self/ns/net"))
+        Self::open(Path::new(THREAD))
     }
 
     /// Every namespace that a process is in or that is mounted in /run/netns, each once, those that may not be opened left out.
@@ -226,10 +229,10 @@ impl Netns {
         self.id.inode
     }
 
-    /// Moves the calling thread into the namespace, for good: see the module's reasoning.
+    /// Moves the calling thread into the namespace: see the module's reasoning.
     pub(crate) fn enter(&self) -> Result<(), NetnsError> {
         // Staying needs no right, so an agent without rights can still look up routes.
-        if Self::current().is_ok_and(|current| current.id == self.id) {
+        if id_of(Path::new(THREAD)) == Some(self.id) {
             return Ok(());
         }
         setns(self, CloneFlags::CLONE_NEWNET).map_err(|errno| match errno {

@@ -1,4 +1,4 @@
-//! The work of one call, in a thread of its own: observe, plan, apply.
+//! The work of one call: observe, plan, apply. It leaves its thread in whatever namespace it was in last.
 
 use std::collections::HashSet;
 
@@ -377,7 +377,7 @@ impl<'a> Place<'a> {
                 LinkError::refused(format!("change link `{name}`"), kernel)
             }
             (Operation::SetUp, Wanted::Vxlan(spec)) if kernel.errno == Errno::EADDRINUSE => {
-                // The socket would have been the node's. This thread ends with the call, so it may change over.
+                // The socket would have been the node's.
                 let holder = maker
                     .node
                     .enter()
