@@ -53,6 +53,21 @@ impl Agent {
         program: &Path,
         adjust: impl FnOnce(&mut Command),
     ) -> Result<Self, WorldError> {
+        let mut command = Self::command(node, program)?;
+        adjust(&mut command);
+        let process = world.spawn(&format!("agent-{}", node.name()), command)?;
+        Ok(Self {
+            process,
+            program: program.to_owned(),
+            node: node.clone(),
+        })
+    }
+
+    /// The command of `program agent` on a node, with the node's configuration written; for those who wrap it.
+    ///
+    /// # Errors
+    /// When the configuration cannot be written.
+    pub fn command(node: &Node, program: &Path) -> Result<Command, WorldError> {
         let config = node.run_dir().join("agent.yaml");
         let map = map_ip_file(node);
         let pairs: String = node
@@ -64,13 +79,7 @@ impl Agent {
         written.map_err(WorldError::io(format!("write {}", config.display())))?;
         let mut command = program_on(node, program)?;
         command.arg("agent").arg("--config").arg(&config);
-        adjust(&mut command);
-        let process = world.spawn(&format!("agent-{}", node.name()), command)?;
-        Ok(Self {
-            process,
-            program: program.to_owned(),
-            node: node.clone(),
-        })
+        Ok(command)
     }
 
     /// Waits until the agent says that all of it is in place.

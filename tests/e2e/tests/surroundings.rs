@@ -1,0 +1,125 @@
+//! Nodes that are not as an agent would like them: a port that is taken, no BPF, no rights, a peer that is not there.
+
+use std::{net::UdpSocket, process::Command};
+
+use anyhow::{Result, ensure};
+use nsm_e2e::{PATIENCE, Pair, REMOTE_SERVICE, SERVICE, endpoint_address, ping};
+use nsm_world::{Agent, Cloud, binary};
+use serde_json::Value;
+
+/// A pair whose agents are adjusted.
+fn pair(name: &str, adjust: impl Fn(&mut Command)) -> Result<Pair> {
+    let world = Pair::world(name, Cloud::Packet, 1)?;
+    let program = binary("proxy-nsmgr")?;
+    let start = |node: &str| Agent::start(&world, &world.node(node)?, &program, &adjust);
+    let (near, far) = (start("node-1")?, start("node-2")?);
+    near.wait_ready()?;
+    far.wait_ready()?;
+    Ok(Pair { near, far, world })
+}
+
+/// The main job in short; returns the near agent's status while the connection stood.
+fn connects(pair: &Pair) -> Result<Value> {
+    let _endpoint = pair.endpoint()?;
+    let (client, connected) = pair.connect(0)?;
+    let answered = ping(&pair.client_pod(0)?, &endpoint_address(&connected)?, 5, &[])?;
+    ensure!(answered == 5, "{answered} of 5 pings were answered");
+    let status = pair.near.status()?;
+    ensure!(
+        client.close(PATIENCE)?.success(),
+        "the client did not end well"
+    );
+    Ok(status)
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn the_tunnels_port_is_taken_by_another_program() -> Result<()> {
+    let pair = Pair::start("taken", Cloud::Packet, 1)?;
+    let _endpoint = pair.endpoint()?;
+    let before = pair.footprint()?;
+    let holder = pair
+        .near
+        .node()
+        .inside(|| UdpSocket::bind("0.0.0.0:4789"))??;
+    let said = pair.refused(REMOTE_SERVICE, PATIENCE, |_| {})?;
+    for word in ["4789", "in use"] {
+        ensure!(said.contains(word), "{word:?} is not in: {said}");
+    }
+    // Who holds it: this very process.
+    let own = std::process::id().to_string();
+    ensure!(said.contains(&own), "process {own} is not named: {said}");
+    drop(holder);
+    let (client, _) = pair.connect(0)?;
+    ensure!(
+        client.close(PATIENCE)?.success(),
+        "the client did not end well"
+    );
+    pair.assert_clean(&before)
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn clsact_does_what_tcx_does() -> Result<()> {
+    let pair = pair("clsact", |command| {
+        command.args(["--bpf-hook", "clsact"]);
+    })?;
+    let status = connects(&pair)?;
+    assert_eq!(status["bpf"]["hook"], "clsact");
+    let counters = &status["connections"][0]["tunnel"]["counters"];
+    ensure!(counters["rx_packets"].as_u64() >= Some(5), "{status}");
+    pair.assert_quiet()?;
+    assert_eq!(pair.world.stop_processes(PATIENCE), Vec::<String>::new());
+    let left = pair.world.leaks()?;
+    assert!(left.links.is_empty() && left.pins.is_empty(), "{left:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links"]
+fn without_bpf_the_agent_says_so_and_counts_by_the_link() -> Result<()> {
+    let pair = pair("no-bpf", |command| {
+        command.args(["--bpf-enabled", "false"]);
+    })?;
+    let status = connects(&pair)?;
+    assert_eq!(status["bpf"]["hook"], "none");
+    ensure!(
+        status["degraded"].to_string().contains("BPF"),
+        "{}",
+        status["degraded"]
+    );
+    let counters = &status["connections"][0]["tunnel"]["counters"];
+    ensure!(counters["rx_packets"].as_u64() >= Some(5), "{status}");
+    pair.assert_quiet()
+}
+
+#[test]
+#[ignore = "needs root: namespaces"]
+fn without_rights_the_missing_capability_is_named() -> Result<()> {
+    let world = Pair::world("no-rights", Cloud::Packet, 1)?;
+    let node = world.node("node-1")?;
+    let agent = Agent::command(&node, &binary("proxy-nsmgr")?)?;
+    let mut powerless = node.command("setpriv")?;
+    powerless.args(["--bounding-set=-all", "--inh-caps=-all"]);
+    powerless.arg(agent.get_program()).args(agent.get_args());
+    let agent = world.spawn("agent", powerless)?;
+    let said = agent.wait_for_line("CAP_", PATIENCE)?;
+    ensure!(
+        said.contains("CAP_NET_ADMIN") || said.contains("CAP_BPF"),
+        "{said}"
+    );
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn a_peer_that_is_not_there_is_named_with_its_address() -> Result<()> {
+    let pair = Pair::start("no-peer", Cloud::Packet, 1)?;
+    let before = pair.footprint()?;
+    pair.world
+        .dns()
+        .set_addresses("empty.example", &[pair.world.dns().address().into()])?;
+    let said = pair.refused(&format!("{SERVICE}@empty.example"), PATIENCE, |_| {})?;
+    ensure!(said.contains("192.0.2.53"), "the address is not in: {said}");
+    pair.assert_clean(&before)
+}
