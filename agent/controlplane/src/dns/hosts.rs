@@ -50,13 +50,20 @@ pub enum HostError {
     },
 }
 
+/// Where a target leads once the default port is known.
+pub(super) enum Place<'a> {
+    /// No question is needed.
+    Known(SocketAddr),
+    /// This host is asked for and reached on this port.
+    Host(&'a str, u16),
+}
+
 impl HostTarget {
-    /// The address, when no question is needed for it.
-    pub(super) fn literal(&self, default_port: u16) -> Option<SocketAddr> {
+    pub(super) fn place(&self, default_port: u16) -> Place<'_> {
         match self {
-            Self::Ip(ip) => Some(SocketAddr::new(*ip, default_port)),
-            Self::Socket(address) => Some(*address),
-            Self::Name { .. } => None,
+            Self::Ip(ip) => Place::Known(SocketAddr::new(*ip, default_port)),
+            Self::Socket(address) => Place::Known(*address),
+            Self::Name { name, port } => Place::Host(name, port.unwrap_or(default_port)),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::{Either, FutureExt as _, join, join_all, select};
+use futures_util::future::{Either, FutureExt as _, join_all, select, try_join};
 use hickory_proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
 use nsm_core::name::{Domain, DomainTarget};
 use tokio::time::{Instant, timeout};
@@ -21,8 +21,9 @@ use super::{
     HostTarget, ResolverConfig,
     error::ResolveError,
     exchange::Question,
+    hosts::Place,
     srv,
-    upstream::{Records, Reply, Upstream},
+    upstream::{Nothing, Records, Reply, Upstream},
 };
 
 /// Answers are kept at least this long: a TTL of 0 must not mean a question for every Request.
@@ -39,6 +40,12 @@ const FAILURE_TTL: Duration = Duration::from_secs(1);
 
 /// How long a known IPv4 address waits for the IPv6 one (RFC 8305 section 3: 50 ms).
 const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
+
+/// Who answers for what the configuration says.
+const HOSTS: &str = "the resolver's hosts";
+
+/// Who answers for a domain that is an address.
+const LITERAL: &str = "the name itself";
 
 /// What a domain resolved to.
 #[derive(Debug)]
@@ -76,16 +83,19 @@ pub(super) struct Refusal {
 /// What is known without a question: literal addresses, and hosts given as such.
 pub(super) fn known(config: &ResolverConfig, domain: &Domain) -> Option<Found> {
     let (registry, proxy, server) = match (config.hosts.get(domain), domain.target()) {
-        (Some(entry), _) => (
-            entry.registry.literal(config.registry_port)?,
-            entry.proxy.literal(config.proxy_port)?,
-            "the resolver's hosts",
-        ),
-        (None, DomainTarget::Socket(address)) => (address, address, "the name itself"),
+        (Some(entry), _) => {
+            let registry = entry.registry.place(config.registry_port);
+            let proxy = entry.proxy.place(config.proxy_port);
+            let (Place::Known(registry), Place::Known(proxy)) = (registry, proxy) else {
+                return None;
+            };
+            (registry, proxy, HOSTS)
+        }
+        (None, DomainTarget::Socket(address)) => (address, address, LITERAL),
         (None, DomainTarget::Ip(ip)) => (
             SocketAddr::new(ip, config.registry_port),
             SocketAddr::new(ip, config.proxy_port),
-            "the name itself",
+            LITERAL,
         ),
         (None, DomainTarget::Name(_)) => return None,
     };
@@ -112,12 +122,12 @@ pub(super) async fn ask(
     };
     let (registry, proxy) = match config.hosts.get(domain) {
         Some(entry) => {
-            let (registry, proxy) = join(
+            let (registry, proxy) = try_join(
                 asker.host(&entry.registry, config.registry_port),
                 asker.host(&entry.proxy, config.proxy_port),
             )
-            .await;
-            (registry?, Some(proxy?))
+            .await?;
+            (registry, Some(proxy))
         }
         None => asker.published().await?,
     };
@@ -172,20 +182,19 @@ struct Addresses {
 impl Asker<'_> {
     /// Where an entry of the static hosts leads.
     async fn host(&self, target: &HostTarget, default_port: u16) -> Result<Located, Refusal> {
-        if let Some(address) = target.literal(default_port) {
-            return Ok(Located {
-                addresses: vec![address],
-                question: address.to_string(),
-                server: "the resolver's hosts".to_owned(),
-                ttl: TTL_CEILING,
-            });
-        }
-        let HostTarget::Name { name, port } = target else {
-            return Err(self.unspeakable(self.domain));
+        let (name, port) = match target.place(default_port) {
+            Place::Host(name, port) => (name, port),
+            Place::Known(address) => {
+                return Ok(Located {
+                    addresses: vec![address],
+                    question: address.to_string(),
+                    server: HOSTS.to_owned(),
+                    ttl: TTL_CEILING,
+                });
+            }
         };
-        let host = self.name(name)?;
-        let found = self.addresses(&host).await?;
-        Ok(found.at(port.unwrap_or(default_port)))
+        let found = self.addresses(&self.name(name)?).await?;
+        Ok(found.at(port))
     }
 
     /// Registry and proxy as the domain publishes them: service records, else its address with the
@@ -193,17 +202,17 @@ impl Asker<'_> {
     async fn published(&self) -> Result<(Located, Option<Located>), Refusal> {
         let name = self.name(self.domain)?;
         let address = self.addresses(&name).shared();
-        let services = pin!(join(
+        let services = pin!(try_join(
             self.service(&self.config.registry_name),
             self.service(&self.config.proxy_name),
         ));
         let (registry, proxy) = match select(services, address.clone()).await {
-            Either::Left((services, _)) => services,
-            Either::Right((_, services)) => services.await,
+            Either::Left((services, _)) => services?,
+            Either::Right((_, services)) => services.await?,
         };
 
         let mut negative_ttl = TTL_CEILING;
-        let mut registry = match registry? {
+        let mut registry = match registry {
             Service::At(located) => located,
             Service::NotOffered { question, server } => {
                 return Err(Refusal {
@@ -220,7 +229,7 @@ impl Asker<'_> {
                 address.clone().await?.at(self.config.registry_port)
             }
         };
-        let proxy = match proxy? {
+        let proxy = match proxy {
             Service::At(located) => Some(located),
             Service::NotOffered { .. } => None,
             Service::NotPublished { ttl } => {
@@ -318,6 +327,10 @@ impl Asker<'_> {
         let (of_v4, of_v6) = match select(ask_v4, ask_v6).await {
             Either::Left((of_v4 @ Ok(Reply::Records(_)), ask_v6)) => {
                 (of_v4, timeout(RESOLUTION_DELAY, ask_v6).await.ok())
+            }
+            // NXDOMAIN is said of the name, whatever the type.
+            Either::Left((of_v4 @ Ok(Reply::Nothing(Nothing { exists: false, .. })), _)) => {
+                (of_v4, None)
             }
             Either::Left((of_v4, ask_v6)) => (of_v4, Some(ask_v6.await)),
             Either::Right((of_v6, ask_v4)) => (ask_v4.await, Some(of_v6)),

@@ -152,6 +152,19 @@ async fn a_domain_with_an_address_only_has_the_default_ports() {
 }
 
 #[tokio::test]
+async fn an_address_does_not_wait_for_one_of_the_other_family() {
+    let server = Zone::new()
+        .a(X, 30, "192.0.2.2")
+        .fault(X, RecordType::AAAA, Fault::Silent)
+        .serve()
+        .await;
+    let start = Clock::now();
+    let found = resolver(&server).resolve(&domain(X)).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1));
+    assert_eq!(found.registry, addresses(&["192.0.2.2:5005"]));
+}
+
+#[tokio::test]
 async fn an_alias_is_followed() {
     let server = Zone::new()
         .cname(X, 30, "gw.cluster-2.example")
@@ -255,6 +268,22 @@ async fn a_domain_that_does_not_exist_names_question_and_server() {
     assert_eq!(*question, format!("A {X}"));
     assert_eq!(*by, server.address.to_string());
     assert!(error.to_string().contains("NXDOMAIN"), "{error}");
+}
+
+#[tokio::test]
+async fn nothing_is_waited_for_once_a_name_does_not_exist_or_a_server_fails() {
+    let nowhere = Zone::new().fault(X, RecordType::AAAA, Fault::Silent);
+    let failing = Zone::new().fault_all(X, Fault::Silent).fault(
+        REGISTRY,
+        RecordType::SRV,
+        Fault::Code(ResponseCode::ServFail),
+    );
+    for zone in [nowhere, failing] {
+        let server = zone.serve().await;
+        let start = Clock::now();
+        resolver(&server).resolve(&domain(X)).await.unwrap_err();
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
 }
 
 #[tokio::test]
