@@ -13,22 +13,20 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     fmt, io,
-    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    time::Duration,
 };
-
-use nsm_controlplane::{dial::DialUrl, dns::HostEntry};
-use nsm_core::{mechanism::IfName, name::Domain};
 
 mod flags;
 mod keys;
+mod model;
 mod node;
+mod parse;
 mod print;
 mod value;
 
 pub(crate) use self::{
     flags::ConfigFlags,
+    model::{Config, Hook, Log, LogFormat, Tunnel},
     value::{ListenUrl, parse_duration},
 };
 use self::{
@@ -48,160 +46,6 @@ const OTHER_VARIABLES: [&str; 3] = [FILE_VARIABLE, "NSM_CONNECT_TO", "NSM_ADMIN_
 
 /// The prefix of our variables, and of those of every NSM component.
 const PREFIX: &str = "NSM_";
-
-/// The configuration of one agent.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Config {
-    /// The name of this agent on paths; the host's name by default.
-    pub(crate) name: String,
-    /// The domain whose names are served here.
-    pub(crate) domain: Domain,
-    /// Where each role listens.
-    pub(crate) listen: Listen,
-    /// What peers are told to dial to reach this agent's proxy; derived from the tunnel's address and the
-    /// proxy's port when absent.
-    pub(crate) advertise_url: Option<DialUrl>,
-    /// An NSMgr that serves this node's clients in our place; the NSMgr role is on without it.
-    pub(crate) upstream_nsmgr_url: Option<DialUrl>,
-    /// The registry of this domain; the agent is one itself without it.
-    pub(crate) registry_url: Option<DialUrl>,
-    /// A registry proxy that answers for other domains in our place.
-    pub(crate) registry_proxy_url: Option<DialUrl>,
-    /// Whether this agent makes links on this node.
-    pub(crate) forwarder: bool,
-    /// How domains are resolved.
-    pub(crate) resolver: Resolver,
-    /// The tunnels of this node.
-    pub(crate) tunnel: Tunnel,
-    /// The file of internal and external addresses.
-    pub(crate) map_ip_file: PathBuf,
-    /// Whether the file was named, so that its absence is an error.
-    pub(crate) map_ip_file_required: bool,
-    /// The BPF programs on the underlay.
-    pub(crate) bpf: Bpf,
-    /// The longest life of a token that is signed here.
-    pub(crate) max_token_lifetime: Duration,
-    /// How tokens are signed.
-    pub(crate) token: Token,
-    /// The longest time that a Request may take.
-    pub(crate) request_timeout: Duration,
-    /// The longest time that a connection to a peer may take.
-    pub(crate) dial_timeout: Duration,
-    /// What a client may cost.
-    pub(crate) limits: Limits,
-    /// What is logged, and how.
-    pub(crate) log: Log,
-}
-
-/// Where each role listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Listen {
-    /// Local clients and endpoints.
-    pub(crate) nsmgr: ListenUrl,
-    /// Proxies of other domains.
-    pub(crate) proxy: ListenUrl,
-    /// Registries of other domains, and other nodes of this one.
-    pub(crate) registry: ListenUrl,
-    /// `proxy-nsmgr status`.
-    pub(crate) admin: ListenUrl,
-}
-
-/// How domains are resolved.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Resolver {
-    /// DNS servers (UDP, then TCP); the system's own where empty.
-    pub(crate) servers: Vec<SocketAddr>,
-    /// Domains whose place is known here and not asked for.
-    pub(crate) hosts: BTreeMap<Domain, HostEntry>,
-    /// The longest time that one question may take, with all its retries.
-    pub(crate) timeout: Duration,
-    /// The port of a domain's registry where no SRV record names it.
-    pub(crate) registry_port: u16,
-    /// The port of a domain's proxy where no SRV record names it.
-    pub(crate) proxy_port: u16,
-}
-
-/// The tunnels of this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Tunnel {
-    /// The local address of tunnels; the source address of the default route when absent.
-    pub(crate) ip: Option<IpAddr>,
-    /// The UDP port of VXLAN.
-    pub(crate) port: u16,
-    /// The MTU of the underlay; 0 takes it from the underlay's link.
-    pub(crate) mtu: u32,
-}
-
-/// The BPF programs on the underlay.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Bpf {
-    /// Whether they are attached at all.
-    pub(crate) enabled: bool,
-    /// Where their maps are pinned.
-    pub(crate) pin_dir: PathBuf,
-    /// The underlay's links; the one with the tunnel's address where empty.
-    pub(crate) interfaces: Vec<IfName>,
-    /// How they are attached.
-    pub(crate) hook: Hook,
-}
-
-/// How BPF programs are attached to a link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Hook {
-    /// tcx where the kernel has it (6.6), else clsact.
-    Auto,
-    /// tcx or nothing.
-    Tcx,
-    /// clsact and its filters.
-    Clsact,
-}
-
-/// How tokens are signed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Token {
-    /// The algorithm of the signature.
-    pub(crate) algorithm: TokenAlgorithm,
-    /// The key of HS256.
-    pub(crate) secret: String,
-    /// Who the tokens say we are; `spiffe://<domain>/<name>` when absent.
-    pub(crate) spiffe_id: Option<String>,
-}
-
-/// The algorithm of a token's signature.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum TokenAlgorithm {
-    /// HMAC with SHA-256 and a shared secret: names the caller, proves nothing.
-    Hs256,
-}
-
-/// What a client may cost.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Limits {
-    /// The largest message that is taken, in bytes.
-    pub(crate) max_message_bytes: usize,
-    /// The most connections that are open at once.
-    pub(crate) max_connections: usize,
-    /// The most streams of one client's transport connection.
-    pub(crate) max_streams_per_client: u32,
-}
-
-/// What is logged, and how.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Log {
-    /// A level, perhaps with levels of single modules: `info,h2=warn`.
-    pub(crate) level: String,
-    /// How a line looks.
-    pub(crate) format: LogFormat,
-}
-
-/// How a line of the log looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -283,11 +127,6 @@ pub(crate) struct Changes {
 }
 
 impl Config {
-    /// The configuration of an agent that was told nothing, on a host of this name.
-    pub(crate) fn default_for(host_name: &str) -> Self {
-        keys::defaults(host_name)
-    }
-
     /// Reads the four layers.
     ///
     /// # Errors
@@ -306,14 +145,6 @@ impl Config {
         layers.finish()
     }
 
-    /// What peers' tokens and paths call this agent.
-    pub(crate) fn spiffe_id(&self) -> String {
-        match &self.token.spiffe_id {
-            Some(id) => id.clone(),
-            None => format!("spiffe://{}/{}", self.domain, self.name),
-        }
-    }
-
     /// What of `new` a running agent with `old` can take over, and what it cannot.
     ///
     /// The content of the IP map file is watched by itself; here it is about the configuration.
@@ -327,47 +158,6 @@ impl Config {
             }
         }
         changes
-    }
-
-    /// Rules between keys, as the path of the key to blame and a sentence.
-    fn contradictions(&self) -> Vec<(&'static str, String)> {
-        let mut found = Vec::new();
-        let listeners = [
-            ("listen.nsmgr", &self.listen.nsmgr),
-            ("listen.proxy", &self.listen.proxy),
-            ("listen.registry", &self.listen.registry),
-            ("listen.admin", &self.listen.admin),
-        ];
-        for (at, (path, url)) in listeners.iter().enumerate() {
-            if let Some((other, _)) = listeners[..at].iter().find(|(_, other)| other == url) {
-                found.push((*path, format!("{path} and {other} are both {url}")));
-            }
-        }
-        for (path, upstream, own_path, own) in [
-            (
-                "upstream_nsmgr_url",
-                &self.upstream_nsmgr_url,
-                "listen.nsmgr",
-                &self.listen.nsmgr,
-            ),
-            (
-                "registry_url",
-                &self.registry_url,
-                "listen.registry",
-                &self.listen.registry,
-            ),
-        ] {
-            if upstream
-                .as_ref()
-                .is_some_and(|url| url.to_string() == own.to_string())
-            {
-                found.push((
-                    path,
-                    format!("{path} is {own_path}: the agent would ask itself for ever"),
-                ));
-            }
-        }
-        found
     }
 }
 

@@ -1,27 +1,20 @@
 //! The table of keys: for each its name, its flag and variable, its parser and its text.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Display,
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{fmt::Display, time::Duration};
 
-use nsm_controlplane::{
-    dial::DialUrl,
-    dns::{HostEntry, HostTarget, ResolverConfig},
-};
-use nsm_core::name::{Domain, InterdomainName};
+use nsm_controlplane::dns::HostEntry;
+use nsm_core::name::Domain;
 
 use super::{
-    Bpf, Config, Hook, Limits, Listen, ListenUrl, Log, LogFormat, Resolver, Token, TokenAlgorithm,
-    Tunnel,
-    node::{Bad, Node, Value},
-    value::{
-        DURATION_ALLOWED, parse_bool, parse_duration, parse_log_level, parse_size, show_duration,
-        show_size,
+    model::{Config, DEFAULT_SECRET, Hook, LogFormat, TokenAlgorithm},
+    node::{Bad, Node},
+    parse::{
+        hide, hosts, parse_absolute, parse_admin, parse_algorithm, parse_count, parse_format,
+        parse_hook, parse_lifetime, parse_message_size, parse_mtu, parse_name, parse_path,
+        parse_peer, parse_port, parse_positive, parse_secret, parse_server, parse_spiffe_id,
+        parse_unicast,
     },
+    value::{ListenUrl, parse_bool, parse_log_level, show_duration, show_size},
 };
 
 /// The variable with which NSM's own components are told all their listen URLs at once.
@@ -74,66 +67,6 @@ impl Key {
             Some(name) => name.to_owned(),
             None => format!("NSM_{}", self.path.replace('.', "_").to_ascii_uppercase()),
         }
-    }
-}
-
-const SECRET: &str = "insecure";
-
-/// The configuration of an agent that was told nothing.
-pub(super) fn defaults(host_name: &str) -> Config {
-    let dns = ResolverConfig::default();
-    let tcp = |port| ListenUrl::Tcp(SocketAddr::from(([0, 0, 0, 0], port)));
-    Config {
-        name: host_name.to_owned(),
-        domain: "cluster.local".parse().expect("a DNS name"),
-        listen: Listen {
-            nsmgr: ListenUrl::Unix("/var/lib/networkservicemesh/nsm.io.sock".into()),
-            proxy: tcp(5006),
-            registry: tcp(5005),
-            admin: ListenUrl::Unix("/run/proxy-nsmgr/admin.sock".into()),
-        },
-        advertise_url: None,
-        upstream_nsmgr_url: None,
-        registry_url: None,
-        registry_proxy_url: None,
-        forwarder: true,
-        resolver: Resolver {
-            servers: dns.servers,
-            hosts: dns.hosts,
-            timeout: dns.timeout,
-            registry_port: dns.registry_port,
-            proxy_port: dns.proxy_port,
-        },
-        tunnel: Tunnel {
-            ip: None,
-            port: 4789,
-            mtu: 0,
-        },
-        map_ip_file: "map-ip.yaml".into(),
-        map_ip_file_required: false,
-        bpf: Bpf {
-            enabled: true,
-            pin_dir: "/sys/fs/bpf/proxy-nsmgr".into(),
-            interfaces: Vec::new(),
-            hook: Hook::Auto,
-        },
-        max_token_lifetime: Duration::from_secs(600),
-        token: Token {
-            algorithm: TokenAlgorithm::Hs256,
-            secret: SECRET.to_owned(),
-            spiffe_id: None,
-        },
-        request_timeout: Duration::from_secs(15),
-        dial_timeout: Duration::from_secs(5),
-        limits: Limits {
-            max_message_bytes: 1 << 20,
-            max_connections: 16384,
-            max_streams_per_client: 1024,
-        },
-        log: Log {
-            level: "info".to_owned(),
-            format: LogFormat::Text,
-        },
     }
 }
 
@@ -382,8 +315,8 @@ pub(crate) static KEYS: &[Key] = &[
         "The shared secret of hs256",
         |c, n| set(&mut c.token.secret, n.parse(parse_secret).map_err(hide)),
         |c| {
-            if c.token.secret == SECRET {
-                text(SECRET)
+            if c.token.secret == DEFAULT_SECRET {
+                text(DEFAULT_SECRET)
             } else {
                 Shown::Hidden(c.token.secret.clone())
             }
@@ -541,53 +474,6 @@ fn duration(value: Duration) -> Shown {
     Shown::Text(show_duration(value))
 }
 
-/// A secret is not shown in an error either.
-fn hide(bad: Bad) -> Bad {
-    Bad {
-        value: "the value".to_owned(),
-        ..bad
-    }
-}
-
-/// Each domain with its place: one for both services (`192.0.2.1`, `gw.example:5005`), or a map with
-/// `registry` and `proxy`.
-fn hosts(node: &Node) -> Result<BTreeMap<Domain, HostEntry>, Bad> {
-    let mut hosts = BTreeMap::new();
-    for (name, node) in node.pairs()? {
-        let bad = |value: &str, allowed: String| Bad {
-            value: format!("{value:?}"),
-            ..node.bad(allowed)
-        };
-        let domain = name
-            .parse::<Domain>()
-            .map_err(|error| bad(&name, error.to_string()))?;
-        let entry = match &node.value {
-            Value::Map(_) => host_entry(&node)?,
-            _ => node.parse(str::parse::<HostTarget>)?.into(),
-        };
-        if hosts.insert(domain, entry).is_some() {
-            return Err(bad(&name, "each domain once".to_owned()));
-        }
-    }
-    Ok(hosts)
-}
-
-fn host_entry(node: &Node) -> Result<HostEntry, Bad> {
-    let (mut registry, mut proxy) = (None, None);
-    for (service, node) in node.pairs()? {
-        let target = Some(node.parse(str::parse::<HostTarget>)?);
-        match service.as_str() {
-            "registry" => registry = target,
-            "proxy" => proxy = target,
-            _ => return Err(node.bad(format!("{service:?} is neither registry nor proxy"))),
-        }
-    }
-    match (registry, proxy) {
-        (Some(registry), Some(proxy)) => Ok(HostEntry { registry, proxy }),
-        _ => Err(node.bad("registry and proxy, both")),
-    }
-}
-
 fn show_host(entry: &HostEntry) -> Shown {
     if entry.registry == entry.proxy {
         return text(&entry.registry);
@@ -597,157 +483,4 @@ fn show_host(entry: &HostEntry) -> Shown {
         service("registry", &entry.registry),
         service("proxy", &entry.proxy),
     ])
-}
-
-fn parse_name(text: &str) -> Result<String, String> {
-    InterdomainName::new(text, None)
-        .map(|name| name.target().to_owned())
-        .map_err(|error| error.to_string())
-}
-
-fn parse_peer(text: &str) -> Result<Option<DialUrl>, String> {
-    match text.parse() {
-        Ok(url) => Ok(Some(url)),
-        Err(error) => Err(format!("{error}")),
-    }
-}
-
-fn parse_admin(text: &str) -> Result<ListenUrl, &'static str> {
-    match text.parse()? {
-        url @ ListenUrl::Unix(_) => Ok(url),
-        // It answers whoever reaches it: the rights of a socket's file keep others out.
-        ListenUrl::Tcp(_) => Err("unix:///path: the admin API is for this machine only"),
-    }
-}
-
-fn parse_server(text: &str) -> Result<SocketAddr, &'static str> {
-    const ALLOWED: &str =
-        "the address of a DNS server such as 192.0.2.53, 192.0.2.53:53 or [2001:db8::53]:53";
-    if let Ok(ip) = text.parse::<IpAddr>() {
-        return Ok(SocketAddr::new(ip, 53));
-    }
-    let server = text.parse::<SocketAddr>().map_err(|_| ALLOWED)?;
-    if server.port() == 0 {
-        Err(ALLOWED)
-    } else {
-        Ok(server)
-    }
-}
-
-fn parse_unicast(text: &str) -> Result<IpAddr, &'static str> {
-    const ALLOWED: &str = "the address of one host such as 192.0.2.1 or 2001:db8::1";
-    let ip = text.parse::<IpAddr>().map_err(|_| ALLOWED)?;
-    let broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
-    if ip.is_unspecified() || ip.is_multicast() || broadcast {
-        return Err(ALLOWED);
-    }
-    Ok(ip)
-}
-
-fn parse_port(text: &str) -> Result<u16, &'static str> {
-    text.parse::<u16>()
-        .ok()
-        .filter(|&port| port != 0)
-        .ok_or("a port between 1 and 65535")
-}
-
-fn parse_mtu(text: &str) -> Result<u32, &'static str> {
-    match text.parse::<u32>() {
-        // 576 is the least that every IPv4 host takes (RFC 791).
-        Ok(mtu) if mtu == 0 || (576..=65535).contains(&mtu) => Ok(mtu),
-        _ => Err("0 for the MTU of the underlay's link, or 576 to 65535"),
-    }
-}
-
-fn parse_path(text: &str) -> Result<PathBuf, &'static str> {
-    if text.is_empty() || text.contains('\0') {
-        return Err("the path of a file");
-    }
-    Ok(PathBuf::from(text))
-}
-
-fn parse_absolute(text: &str) -> Result<PathBuf, &'static str> {
-    parse_path(text)
-        .ok()
-        .filter(|path| path.is_absolute())
-        .ok_or("an absolute path")
-}
-
-fn parse_hook(text: &str) -> Result<Hook, &'static str> {
-    match text {
-        "auto" => Ok(Hook::Auto),
-        "tcx" => Ok(Hook::Tcx),
-        "clsact" => Ok(Hook::Clsact),
-        _ => Err("auto, tcx or clsact"),
-    }
-}
-
-fn parse_format(text: &str) -> Result<LogFormat, &'static str> {
-    match text {
-        "text" => Ok(LogFormat::Text),
-        "json" => Ok(LogFormat::Json),
-        _ => Err("text or json"),
-    }
-}
-
-fn parse_algorithm(text: &str) -> Result<TokenAlgorithm, &'static str> {
-    match text {
-        "hs256" => Ok(TokenAlgorithm::Hs256),
-        _ => Err("hs256"),
-    }
-}
-
-fn parse_secret(text: &str) -> Result<String, &'static str> {
-    if text.is_empty() {
-        Err("a text that is not empty")
-    } else {
-        Ok(text.to_owned())
-    }
-}
-
-fn parse_spiffe_id(text: &str) -> Result<String, &'static str> {
-    let is_id = text
-        .strip_prefix("spiffe://")
-        .is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/') && rest.is_ascii())
-        && !text.contains(|c: char| c.is_whitespace() || c.is_control());
-    if is_id {
-        Ok(text.to_owned())
-    } else {
-        Err("a SPIFFE id such as spiffe://cluster-1.example/agent")
-    }
-}
-
-fn parse_positive(text: &str) -> Result<Duration, &'static str> {
-    match parse_duration(text)? {
-        Duration::ZERO => Err("a duration above 0 such as 15s or 500ms"),
-        duration => Ok(duration),
-    }
-}
-
-/// Below a second every client would refresh all the time; above a day a lost client would hold its
-/// addresses for ever.
-fn parse_lifetime(text: &str) -> Result<Duration, &'static str> {
-    let range = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
-    match parse_duration(text) {
-        Ok(lifetime) if range.contains(&lifetime) => Ok(lifetime),
-        Ok(_) => Err("a duration from 1s to 24h"),
-        Err(_) => Err(DURATION_ALLOWED),
-    }
-}
-
-/// Below 4 KiB a path of eight segments with their tokens does not fit.
-fn parse_message_size(text: &str) -> Result<usize, &'static str> {
-    match parse_size(text)? {
-        size if (4 << 10..=64 << 20).contains(&size) => Ok(size),
-        _ => Err("4KiB to 64MiB"),
-    }
-}
-
-fn parse_count<T: std::str::FromStr + PartialOrd + From<u8>>(
-    text: &str,
-) -> Result<T, &'static str> {
-    text.parse::<T>()
-        .ok()
-        .filter(|count| *count >= T::from(1))
-        .ok_or("a number above 0")
 }

@@ -1,4 +1,6 @@
-use super::*;
+use std::time::Duration;
+
+use super::{model::Token, *};
 
 fn env(pairs: &[(&str, &str)]) -> BTreeMap<OsString, OsString> {
     pairs
