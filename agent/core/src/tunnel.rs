@@ -158,6 +158,8 @@ pub enum LinkKind {
     Veth {
         /// The index of the other end, in the namespace where that one is.
         peer: u32,
+        /// That namespace, by the number that it has in the link's own; None: the same.
+        peer_netns: Option<i32>,
     },
     /// Another kind, by the kernel's name; empty for one that has none, such as a network card.
     Other(String),

@@ -8,11 +8,12 @@
 //! error or a dropped future leaves no link behind; one that had to be made anew under the same name is gone then, too. A call that changed a link in place leaves what it had reached; the next
 //! call goes on from there. Calls for one alias come one after the other.
 //!
-//! The kernel's side blocks, so each call works in one of a few threads that enter the namespaces and come home ([`pool`]).
+//! The kernel's side blocks, so each call works in one of a few threads that enter the namespaces and come home (`pool`).
 
 mod error;
 mod message;
 mod observe;
+mod place;
 mod pool;
 mod port;
 mod session;

@@ -100,7 +100,10 @@ impl Kernel {
                 remote: Some(vxlan.remote),
                 port: vxlan.port,
             },
-            Wanted::Veth(_) => LinkKind::Veth { peer: 2 },
+            Wanted::Veth(_) => LinkKind::Veth {
+                peer: 2,
+                peer_netns: Some(0),
+            },
         };
         self.link = Some(Link {
             index: 3,

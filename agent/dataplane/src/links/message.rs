@@ -15,6 +15,7 @@ use netlink_packet_route::{
         LinkInfo, LinkMessage, VxlanDf,
     },
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
+    nsid::{NsidAttribute, NsidMessage},
     route::{
         RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
         RouteType, RouteVia,
@@ -192,6 +193,16 @@ fn link(index: u32) -> LinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message
+}
+
+/// By which number the socket's namespace knows another one.
+pub(super) fn get_netns_id(netns: &Netns) -> Request {
+    let mut message = NsidMessage::default();
+    // Descriptors are never negative.
+    message
+        .attributes
+        .push(NsidAttribute::Fd(netns.as_fd().as_raw_fd().cast_unsigned()));
+    (RouteNetlinkMessage::GetNsId(message), 0)
 }
 
 /// The addresses of a link.

@@ -8,6 +8,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressMessage},
     link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    nsid::NsidAttribute,
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
 };
 use nsm_core::tunnel::{Link, LinkKind, MacAddr, Route, RouteSpec};
@@ -70,7 +71,7 @@ pub(super) fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
         routes: Vec::new(),
         neighbours: Vec::new(),
     };
-    let (mut peer, mut infos) = (0, Vec::new());
+    let (mut peer, mut peer_netns, mut infos) = (0, None, Vec::new());
     for attribute in attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
@@ -78,15 +79,16 @@ pub(super) fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
             LinkAttribute::Address(bytes) => link.mac = mac_of(&bytes),
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Link(index) => peer = index,
+            LinkAttribute::LinkNetNsId(id) => peer_netns = Some(id),
             LinkAttribute::LinkInfo(info) => infos = info,
             _ => {}
         }
     }
-    link.kind = kind_of(infos, peer);
+    link.kind = kind_of(infos, peer, peer_netns);
     Some(link)
 }
 
-fn kind_of(infos: Vec<LinkInfo>, peer: u32) -> LinkKind {
+fn kind_of(infos: Vec<LinkInfo>, peer: u32, peer_netns: Option<i32>) -> LinkKind {
     let (mut name, mut data) = (None, Vec::new());
     for info in infos {
         match info {
@@ -97,7 +99,7 @@ fn kind_of(infos: Vec<LinkInfo>, peer: u32) -> LinkKind {
     }
     match name {
         Some(InfoKind::Vxlan) => vxlan_of(data),
-        Some(InfoKind::Veth) => LinkKind::Veth { peer },
+        Some(InfoKind::Veth) => LinkKind::Veth { peer, peer_netns },
         other => LinkKind::Other(other.map(|kind| kind.to_string()).unwrap_or_default()),
     }
 }
@@ -202,6 +204,20 @@ fn route_of(message: RouteNetlinkMessage, index: u32) -> Option<Route> {
         spec: RouteSpec { prefix, via },
         ours: header.protocol == message::ROUTE_PROTOCOL,
     })
+}
+
+/// The number by which a namespace is known, when it has one.
+pub(super) fn netns_id_of(message: &RouteNetlinkMessage) -> Option<i32> {
+    let RouteNetlinkMessage::NewNsId(message) = message else {
+        return None;
+    };
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NsidAttribute::Id(id) if *id >= 0 => Some(*id),
+            _ => None,
+        })
 }
 
 pub(super) fn ip_of(address: &RouteAddress) -> Option<IpAddr> {

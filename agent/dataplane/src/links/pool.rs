@@ -186,15 +186,15 @@ mod tests {
         let (started, starts) = mpsc::channel();
         let (release, released) = mpsc::channel::<()>();
         let released = Arc::new(Mutex::new(released));
-        for job in 0..4 {
+        for _ in 0..4 {
             let (started, released) = (started.clone(), released.clone());
             pool.run(Box::new(move || {
-                started.send(job).unwrap();
+                started.send(()).unwrap();
                 released.lock().unwrap().recv().unwrap();
             }))
             .unwrap();
         }
-        assert_eq!((starts.recv(), starts.recv()), (Ok(0), Ok(1)));
+        assert_eq!((starts.recv(), starts.recv()), (Ok(()), Ok(())));
         assert_eq!(
             (threads(&pool), starts.try_recv()),
             (2, Err(mpsc::TryRecvError::Empty))
@@ -202,7 +202,7 @@ mod tests {
         for _ in 0..4 {
             release.send(()).unwrap();
         }
-        assert_eq!((starts.recv(), starts.recv()), (Ok(2), Ok(3)));
+        assert_eq!((starts.recv(), starts.recv()), (Ok(()), Ok(())));
         assert_eq!(threads(&pool), 2);
     }
 

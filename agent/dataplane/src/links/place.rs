@@ -1,0 +1,447 @@
+//! Where links are created, and where they are to be: the two sides of one call that makes a link.
+
+use nix::errno::Errno;
+use nsm_core::tunnel::{Link, LinkKind, LinkSpec, Operation, VxlanSpec, Wanted, diff};
+
+use super::{LinkError, LinkHolder, PortHolder, UpLink, message, observe, port, session::open_in};
+use crate::{
+    netlink::{Netlink, NetlinkError, Refusal, Request},
+    netns::Netns,
+};
+
+/// How often a link is changed until it is found as wanted. One round is enough unless something else changes it too.
+const ROUNDS: usize = 3;
+
+/// Where links are created: the node's namespace.
+pub(super) struct Maker<'a> {
+    netlink: Netlink,
+    node: &'a Netns,
+}
+
+impl<'a> Maker<'a> {
+    pub(super) fn open(node: &'a Netns) -> Result<Self, LinkError> {
+        Ok(Self {
+            netlink: open_in(node)?,
+            node,
+        })
+    }
+
+    pub(super) fn create_vxlan(
+        &mut self,
+        place: &mut Place<'_>,
+        spec: &VxlanSpec,
+    ) -> Result<Link, LinkError> {
+        let (request, flags) = message::create_vxlan(place.netns, spec);
+        if let Err(kernel) = self.netlink.ask(request, flags)? {
+            // The kernel says the same of a name and of a VNI.
+            return Err(match kernel.errno {
+                Errno::EEXIST if place.name_is_free()? => LinkError::VniTaken {
+                    vni: spec.vni.get(),
+                    port: spec.port,
+                    kernel,
+                },
+                _ => place.create_refused("vxlan", kernel)?,
+            });
+        }
+        place.created = Created::Named;
+        place.adopt()
+    }
+
+    pub(super) fn create_veth<'b>(
+        &mut self,
+        a: &mut Place<'b>,
+        b: &mut Place<'b>,
+    ) -> Result<(Link, Link), LinkError> {
+        let (request, flags) = message::create_veth((a.netns, a.spec), (b.netns, b.spec));
+        if let Err(kernel) = self.netlink.ask(request, flags)? {
+            let blamed = if a.name_is_free()? { b } else { a };
+            return Err(blamed.create_refused("veth", kernel)?);
+        }
+        (a.created, b.created) = (Created::Named, Created::Named);
+        Ok((a.adopt()?, b.adopt()?))
+    }
+}
+
+/// Where a link is to be: a pod's namespace.
+pub(super) struct Place<'a> {
+    netlink: Netlink,
+    netns: &'a Netns,
+    spec: &'a LinkSpec,
+    created: Created,
+}
+
+/// What this call created, to be removed when it fails.
+enum Created {
+    Nothing,
+    /// A link with the wanted name, not looked at yet.
+    Named,
+    /// The link with this index.
+    Indexed(u32),
+}
+
+impl<'a> Place<'a> {
+    pub(super) fn open(netns: &'a Netns, spec: &'a LinkSpec) -> Result<Self, LinkError> {
+        Ok(Self {
+            netlink: open_in(netns)?,
+            netns,
+            spec,
+            created: Created::Nothing,
+        })
+    }
+
+    /// The link that has the alias, with what lies on it.
+    pub(super) fn observe(&mut self) -> Result<Option<Link>, LinkError> {
+        let links = observe::links(&mut self.netlink)?;
+        let is_ours = |link: &&Link| link.alias.as_ref() == Some(&self.spec.alias);
+        let name = self.spec.name.as_str();
+        if let Some(holder) = links
+            .iter()
+            .find(|link| link.name == name && !is_ours(link))
+        {
+            return Err(self.name_taken(holder.into()));
+        }
+        let mut link = links.into_iter().find(|link| is_ours(&link));
+        if let Some(link) = &mut link {
+            observe::contents(&mut self.netlink, link)?;
+        }
+        Ok(link)
+    }
+
+    fn name_taken(&self, holder: LinkHolder) -> LinkError {
+        LinkError::NameTaken {
+            name: self.spec.name.to_string(),
+            netns: self.netns.id(),
+            holder,
+        }
+    }
+
+    /// Removes the link that was observed; gone already is as good.
+    pub(super) fn remove(&mut self, observed: Option<Link>) -> Result<(), LinkError> {
+        match observed {
+            Some(link) => delete(
+                &mut self.netlink,
+                message::delete_link(link.index),
+                &link.name,
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the two are ends of one pair, the second in that other namespace.
+    pub(super) fn is_pair(
+        &mut self,
+        own: Option<&Link>,
+        other_netns: &Netns,
+        other: Option<&Link>,
+    ) -> Result<bool, LinkError> {
+        let (Some(own), Some(other)) = (own, other) else {
+            return Ok(false);
+        };
+        let (LinkKind::Veth { peer, peer_netns }, LinkKind::Veth { peer: back, .. }) =
+            (&own.kind, &other.kind)
+        else {
+            return Ok(false);
+        };
+        // Indexes alone say little: in pods' namespaces they are all alike.
+        if (*peer, *back) != (other.index, own.index) {
+            return Ok(false);
+        }
+        let Some(leads_to) = *peer_netns else {
+            return Ok(self.netns.id() == other_netns.id());
+        };
+        let (request, flags) = message::get_netns_id(other_netns);
+        let known = self.netlink.ask(request, flags)?.unwrap_or_default();
+        Ok(known
+            .iter()
+            .any(|answer| observe::netns_id_of(answer) == Some(leads_to)))
+    }
+
+    fn name_is_free(&mut self) -> Result<bool, LinkError> {
+        Ok(self.named()?.is_none())
+    }
+
+    fn named(&mut self) -> Result<Option<Link>, LinkError> {
+        let (request, flags) = message::get_link_named(self.spec.name.as_str());
+        match self.netlink.ask(request, flags)? {
+            Ok(found) => Ok(found.into_iter().find_map(observe::link_of)),
+            Err(Refusal {
+                errno: Errno::ENODEV,
+                ..
+            }) => Ok(None),
+            Err(kernel) => Err(LinkError::refused(
+                format!("look for link `{}`", self.spec.name),
+                kernel,
+            )),
+        }
+    }
+
+    /// Why a link could not be created.
+    fn create_refused(
+        &mut self,
+        kind: &'static str,
+        kernel: Refusal,
+    ) -> Result<LinkError, LinkError> {
+        Ok(match kernel.errno {
+            Errno::EEXIST => match self.named()? {
+                Some(holder) => self.name_taken((&holder).into()),
+                None => self.cannot_create(kind, kernel),
+            },
+            Errno::EOPNOTSUPP => LinkError::Unsupported { kind, kernel },
+            _ => self.cannot_create(kind, kernel),
+        })
+    }
+
+    fn cannot_create(&self, kind: &str, kernel: Refusal) -> LinkError {
+        LinkError::refused(
+            format!(
+                "create {kind} link `{}` in network namespace {}",
+                self.spec.name,
+                self.netns.id()
+            ),
+            kernel,
+        )
+    }
+
+    /// Takes a link that was just created for ours: learns its index, marks it.
+    fn adopt(&mut self) -> Result<Link, LinkError> {
+        let name = self.spec.name.as_str();
+        let requests = vec![
+            message::get_link_named(name),
+            message::set_alias(name, &self.spec.alias.to_string()),
+        ];
+        let mut answers = self.netlink.transact(requests)?.into_iter();
+        let refused = |kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel);
+        let (found, marked) = (answers.next(), answers.next());
+        let found = found
+            .and_then(Result::ok)
+            .into_iter()
+            .flatten()
+            .find_map(observe::link_of);
+        if let Some(link) = &found {
+            self.created = Created::Indexed(link.index);
+        }
+        marked.transpose().map_err(refused)?;
+        found.ok_or_else(|| {
+            NetlinkError::Malformed(format!("link `{name}` is not shown after it was created"))
+                .into()
+        })
+    }
+
+    /// Lays on a link that was just created what is wanted there. How many operations it took, the creation included.
+    pub(super) fn fill(
+        &mut self,
+        maker: &Maker<'_>,
+        wanted: Wanted<'_>,
+        link: &Link,
+    ) -> Result<usize, LinkError> {
+        let plan = diff(wanted, None);
+        let rest: Vec<Operation> = plan
+            .iter()
+            .filter(|operation| **operation != Operation::Create)
+            .cloned()
+            .collect();
+        self.apply(maker, wanted, link.index, &rest)?;
+        Ok(plan.len())
+    }
+
+    /// Changes a link in place until it is as wanted.
+    pub(super) fn converge(
+        &mut self,
+        maker: &Maker<'_>,
+        wanted: Wanted<'_>,
+        mut observed: Option<Link>,
+    ) -> Result<UpLink, LinkError> {
+        let mut operations = 0;
+        for _ in 0..ROUNDS {
+            let plan = diff(wanted, observed.as_ref());
+            let Some(link) = observed else { break };
+            if plan.is_empty() {
+                return self.up_link(&link, false, operations);
+            }
+            self.apply(maker, wanted, link.index, &plan)?;
+            operations += plan.len();
+            observed = self.observe()?;
+        }
+        let rest = diff(wanted, observed.as_ref());
+        match (rest.first(), observed) {
+            (None, Some(link)) => self.up_link(&link, false, operations),
+            (rest, _) => Err(LinkError::Unstable {
+                name: self.spec.name.to_string(),
+                rest: format!("{rest:?}"),
+            }),
+        }
+    }
+
+    /// Sends all operations, then looks at the answers in order: the first refusal is the cause, what follows its consequence.
+    fn apply(
+        &mut self,
+        maker: &Maker<'_>,
+        wanted: Wanted<'_>,
+        index: u32,
+        plan: &[Operation],
+    ) -> Result<(), LinkError> {
+        let requests = plan
+            .iter()
+            .filter_map(|operation| request(index, operation))
+            .collect();
+        let answers = self.netlink.transact(requests)?;
+        for (operation, answer) in plan.iter().zip(answers) {
+            let Err(kernel) = answer else { continue };
+            if !self.is_harmless(index, operation, &kernel)? {
+                return Err(self.operation_refused(maker, wanted, operation, kernel));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the operation was refused because there is nothing to do.
+    fn is_harmless(
+        &mut self,
+        index: u32,
+        operation: &Operation,
+        kernel: &Refusal,
+    ) -> Result<bool, LinkError> {
+        Ok(match operation {
+            Operation::RemoveRoute(_)
+            | Operation::RemoveNeighbour(_)
+            | Operation::RemoveAddress(_) => {
+                matches!(
+                    kernel.errno,
+                    Errno::ESRCH | Errno::ENOENT | Errno::EADDRNOTAVAIL
+                )
+            }
+            // There already, or another one that is not ours?
+            Operation::AddRoute(route) if kernel.errno == Errno::EEXIST => {
+                observe::routes(&mut self.netlink, index)?
+                    .iter()
+                    .any(|there| there.spec == *route)
+            }
+            _ => false,
+        })
+    }
+
+    fn operation_refused(
+        &self,
+        maker: &Maker<'_>,
+        wanted: Wanted<'_>,
+        operation: &Operation,
+        kernel: Refusal,
+    ) -> LinkError {
+        let name = self.spec.name.to_string();
+        match (operation, wanted) {
+            _ if kernel.errno == Errno::EPERM => {
+                LinkError::refused(format!("change link `{name}`"), kernel)
+            }
+            (Operation::SetUp, Wanted::Vxlan(spec)) if kernel.errno == Errno::EADDRINUSE => {
+                // The socket would have been the node's.
+                let holder = maker
+                    .node
+                    .enter()
+                    .map_or(PortHolder::Unknown, |()| port::holder(spec.port));
+                LinkError::PortTaken {
+                    port: spec.port,
+                    holder,
+                    kernel,
+                }
+            }
+            (&(Operation::AddAddress(address) | Operation::RemoveAddress(address)), _) => {
+                LinkError::AddressRefused {
+                    address,
+                    name,
+                    kernel,
+                }
+            }
+            (&(Operation::AddRoute(route) | Operation::RemoveRoute(route)), _) => {
+                LinkError::RouteRefused {
+                    route,
+                    name,
+                    kernel,
+                }
+            }
+            (&(Operation::SetNeighbour(ip, _) | Operation::RemoveNeighbour(ip)), _) => {
+                LinkError::NeighbourRefused { ip, name, kernel }
+            }
+            (Operation::SetUp, _) => LinkError::refused(format!("take link `{name}` up"), kernel),
+            (Operation::SetMtu(mtu), _) => {
+                LinkError::refused(format!("set the MTU of link `{name}` to {mtu}"), kernel)
+            }
+            (Operation::SetMac(mac), _) => LinkError::refused(
+                format!("set the Ethernet address of link `{name}` to {mac}"),
+                kernel,
+            ),
+            (Operation::SetEndpoints { local, remote }, _) => LinkError::refused(
+                format!("set the tunnel addresses of link `{name}` to {local} and {remote}"),
+                kernel,
+            ),
+            (Operation::Create | Operation::Delete, _) => {
+                LinkError::refused(format!("make link `{name}`"), kernel)
+            }
+        }
+    }
+
+    pub(super) fn up_link(
+        &self,
+        link: &Link,
+        created: bool,
+        operations: usize,
+    ) -> Result<UpLink, LinkError> {
+        // After a change, what was observed before it may be out of date; what was wanted is not.
+        let mac = self.spec.mac.or(link.mac);
+        let mac = mac.ok_or_else(|| {
+            NetlinkError::Malformed(format!("link `{}` has no Ethernet address", link.name))
+        })?;
+        Ok(UpLink {
+            index: link.index,
+            name: self.spec.name.clone(),
+            mac,
+            created,
+            operations,
+        })
+    }
+
+    /// Removes what this call created, after a failure; that one is the error to report.
+    pub(super) fn undo(&mut self) {
+        let name = self.spec.name.as_str();
+        let request = match std::mem::replace(&mut self.created, Created::Nothing) {
+            Created::Nothing => return,
+            Created::Named => message::delete_link_named(name),
+            Created::Indexed(index) => message::delete_link(index),
+        };
+        if let Err(error) = delete(&mut self.netlink, request, name) {
+            tracing::error!(%error, link.name = name, "a link that could not be completed stays");
+        }
+    }
+}
+
+/// The request of an operation on a link that exists.
+fn request(index: u32, operation: &Operation) -> Option<Request> {
+    Some(match *operation {
+        Operation::Create | Operation::Delete => return None,
+        Operation::SetEndpoints { local, remote } => message::set_endpoints(index, local, remote),
+        Operation::SetMtu(mtu) => message::set_mtu(index, mtu),
+        Operation::SetMac(mac) => message::set_mac(index, mac),
+        Operation::SetUp => message::set_up(index),
+        Operation::RemoveRoute(route) => message::remove_route(index, route),
+        Operation::RemoveNeighbour(ip) => message::remove_neighbour(index, ip),
+        Operation::RemoveAddress(address) => message::remove_address(index, address),
+        Operation::AddAddress(address) => message::add_address(index, address),
+        Operation::SetNeighbour(ip, mac) => message::set_neighbour(index, ip, mac),
+        Operation::AddRoute(route) => message::add_route(index, route),
+    })
+}
+
+/// Deletes a link; gone already is as good.
+pub(super) fn delete(
+    netlink: &mut Netlink,
+    (request, flags): Request,
+    name: &str,
+) -> Result<(), LinkError> {
+    match netlink.ask(request, flags)? {
+        Ok(_)
+        | Err(Refusal {
+            errno: Errno::ENODEV,
+            ..
+        }) => Ok(()),
+        Err(kernel) => Err(LinkError::refused(format!("delete link `{name}`"), kernel)),
+    }
+}
