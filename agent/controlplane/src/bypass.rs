@@ -21,52 +21,69 @@ const CAPACITY: usize = 65_536;
 
 #[derive(Debug, Default)]
 pub(crate) struct Bypass {
-    urls: Mutex<HashMap<String, Entry>>,
+    /// By the name with its domain in lower case: the same domain whoever writes it.
+    ways: Mutex<HashMap<String, Entry>>,
+}
+
+/// Where an endpoint is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Way {
+    /// The URL to dial.
+    pub(crate) url: String,
+    /// The endpoint registered through us: what is asked of it comes in, what we found leaves.
+    pub(crate) registered_here: bool,
+    /// The endpoint runs as root on this node.
+    pub(crate) trusted: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
-    url: String,
+    way: Way,
     lapses: Instant,
 }
 
 impl Bypass {
     /// Learns where the endpoint `name` (with its domain) is served.
-    pub(crate) fn learn(&self, name: &str, url: &str) {
+    pub(crate) fn learn(&self, name: &str, way: Way) {
         let now = Instant::now();
-        let mut urls = lock(&self.urls);
-        if urls.len() >= CAPACITY && !urls.contains_key(name) {
-            urls.retain(|_, entry| entry.lapses > now);
-            let first = urls
+        let name = key(name);
+        let mut ways = lock(&self.ways);
+        if ways.len() >= CAPACITY && !ways.contains_key(&name) {
+            ways.retain(|_, entry| entry.lapses > now);
+            let first = ways
                 .iter()
                 .min_by_key(|(_, entry)| entry.lapses)
                 .map(|(name, _)| name.clone());
-            if urls.len() >= CAPACITY
+            if ways.len() >= CAPACITY
                 && let Some(first) = first
             {
-                urls.remove(&first);
+                ways.remove(&first);
             }
         }
-        urls.insert(
-            name.to_owned(),
-            Entry {
-                url: url.to_owned(),
-                lapses: now + LIFE,
-            },
-        );
+        let lapses = now + LIFE;
+        ways.insert(name, Entry { way, lapses });
     }
 
     /// Where the endpoint is served; asking keeps the entry.
-    pub(crate) fn url(&self, name: &str) -> Option<String> {
+    pub(crate) fn way(&self, name: &str) -> Option<Way> {
         let now = Instant::now();
-        let mut urls = lock(&self.urls);
-        let entry = urls.get_mut(name).filter(|entry| entry.lapses > now)?;
+        let mut ways = lock(&self.ways);
+        let entry = ways
+            .get_mut(&key(name))
+            .filter(|entry| entry.lapses > now)?;
         entry.lapses = now + LIFE;
-        Some(entry.url.clone())
+        Some(entry.way.clone())
     }
 
     /// Forgets the endpoint.
     pub(crate) fn forget(&self, name: &str) {
-        lock(&self.urls).remove(name);
+        lock(&self.ways).remove(&key(name));
+    }
+}
+
+fn key(name: &str) -> String {
+    match name.split_once('@') {
+        Some((target, domain)) => format!("{target}@{}", domain.to_ascii_lowercase()),
+        None => name.to_owned(),
     }
 }

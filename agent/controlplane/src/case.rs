@@ -182,6 +182,13 @@ impl Ends {
         })
     }
 
+    /// Checks what is parsed only where it is used, before anybody is asked.
+    pub(crate) fn check(&self) -> Result<(), RequestError> {
+        convert::routes("src_routes", &self.ip.src_routes)?;
+        convert::routes("dst_routes", &self.ip.dst_routes)?;
+        Ok(())
+    }
+
     fn client(&self, name: IfName) -> Result<LinkSpec, RequestError> {
         Ok(LinkSpec {
             alias: self.alias.clone(),

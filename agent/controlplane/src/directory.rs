@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use nsm_core::name::Domain;
 use nsm_proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
@@ -10,7 +9,7 @@ use nsm_proto::registry::{
 };
 use tokio::time::Instant;
 use tokio_stream::StreamExt as _;
-use tonic::{Streaming, transport::Channel};
+use tonic::{Code, Streaming, transport::Channel};
 
 use crate::{
     dns::Resolved,
@@ -105,17 +104,17 @@ impl Shared {
     /// can be reached is asked.
     pub(crate) async fn find_in(
         &self,
-        domain: &Domain,
+        resolved: &Resolved,
         wanted: Wanted<'_>,
         deadline: Instant,
-    ) -> Result<(Found, Arc<Resolved>), RequestError> {
-        let resolved = self.resolver.resolve(domain).await?;
+    ) -> Result<Found, RequestError> {
         let mut last = None;
         for address in &resolved.registry {
             let url = format!("tcp://{address}");
             match find_at(&self.peers, &url, wanted, deadline).await {
-                Ok(found) => return Ok((found, resolved)),
-                Err(error @ RequestError::Dial(_)) => last = Some(error),
+                Ok(found) => return Ok(found),
+                // One that was reached before tells that it is gone by the call, not by the dial.
+                Err(error) if error.code() == Code::Unavailable => last = Some(error),
                 Err(error) => return Err(error),
             }
         }

@@ -194,7 +194,8 @@ impl RequestError {
             | Self::Token(_)
             | Self::Mechanism(_) => Code::InvalidArgument,
             Self::Expired { .. } => Code::Unauthenticated,
-            Self::Resolve(_) | Self::Dial(_) | Self::Draining => Code::Unavailable,
+            Self::Resolve(error) => Status::from(error.clone()).code(),
+            Self::Dial(_) | Self::Draining => Code::Unavailable,
             Self::NoService { .. }
             | Self::NoEndpoint { .. }
             | Self::NoSuchEndpoint { .. }

@@ -18,8 +18,10 @@ use tokio_stream::StreamExt as _;
 use tonic::{Status, transport::Channel};
 
 use crate::{
+    bypass::Way,
     connections::lock,
     convert,
+    dial::DialUrl,
     directory::Directory,
     error::RequestError,
     path_header::PathHeader,
@@ -185,10 +187,8 @@ impl ControlPlane {
         place.translate(&mut endpoint, strip)?;
         let through_us = matches!(call_.arrival, Arrival::Local { .. }) || !place.is_ours;
         let own_url = endpoint.url.clone();
+        check_url(&own_url, call_.arrival)?;
         if through_us {
-            if own_url.is_empty() {
-                return Err(RequestError::Missing("url of the endpoint").into());
-            }
             endpoint.url.clone_from(&self.shared.settings.advertise_url);
         }
         let bounds: Vec<SystemTime> = call_.token.iter().map(|(_, expires)| *expires).collect();
@@ -209,16 +209,28 @@ impl ControlPlane {
         place.translate(&mut registered, join_text)?;
         if through_us {
             registered.url.clone_from(&own_url);
+            let trusted = matches!(call_.arrival, Arrival::Local { trusted: true });
             if place.is_ours {
-                self.keep_local(bare_name, own_url, &registered);
+                self.keep_local(bare_name, own_url, trusted, &registered);
             } else {
-                self.shared.bypass.learn(&registered.name, &own_url);
+                let way = Way {
+                    url: own_url,
+                    registered_here: true,
+                    trusted,
+                };
+                self.shared.bypass.learn(&registered.name, way);
             }
         }
         Ok(registered)
     }
 
-    fn keep_local(&self, name: String, url: String, registered: &NetworkServiceEndpoint) {
+    fn keep_local(
+        &self,
+        name: String,
+        url: String,
+        trusted: bool,
+        registered: &NetworkServiceEndpoint,
+    ) {
         let now = SystemTime::now();
         let expires = registered
             .expiration_time
@@ -227,7 +239,12 @@ impl ControlPlane {
             .unwrap_or(now);
         let mut local = lock(&self.shared.local_endpoints);
         local.retain(|_, endpoint| endpoint.expires > now);
-        local.insert(name, LocalEndpoint { url, expires });
+        let endpoint = LocalEndpoint {
+            url,
+            trusted,
+            expires,
+        };
+        local.insert(name, endpoint);
     }
 
     /// Takes an endpoint out.
@@ -303,7 +320,16 @@ impl ControlPlane {
                     // A floating domain has no proxy: the endpoint's URL is then that of the
                     // proxy which registered it there.
                     let url = proxy.as_deref().unwrap_or(&endpoint.url);
-                    plane.shared.bypass.learn(&endpoint.name, url);
+                    let own = &plane.shared.settings.advertise_url;
+                    // One that registered through us there is known better already.
+                    if url.starts_with("tcp://") && url != own {
+                        let way = Way {
+                            url: url.to_owned(),
+                            registered_here: false,
+                            trusted: false,
+                        };
+                        plane.shared.bypass.learn(&endpoint.name, way);
+                    }
                     endpoint
                         .url
                         .clone_from(&plane.shared.settings.advertise_url);
@@ -365,8 +391,27 @@ fn translate(
 }
 
 fn names(endpoint: &NetworkServiceEndpoint) -> impl Iterator<Item = &str> {
-    std::iter::once(endpoint.name.as_str())
-        .chain(endpoint.network_service_names.iter().map(String::as_str))
+    std::iter::once(&endpoint.name)
+        .chain(&endpoint.network_service_names)
+        .chain(endpoint.network_service_labels.keys())
+        .map(String::as_str)
+}
+
+/// A URL that we or others can dial: a socket is only there for those of its node.
+fn check_url(url: &str, arrival: Arrival) -> Result<(), RequestError> {
+    let bad = |reason: String| RequestError::Field {
+        field: "url of the endpoint",
+        value: url.to_owned(),
+        reason,
+    };
+    match url.parse::<DialUrl>() {
+        Err(error) => Err(bad(error.to_string())),
+        Ok(DialUrl::Unix(_)) if arrival == Arrival::Network => Err(bad(
+            "a unix:// URL is known on its node only, register it there or write tcp://address:port"
+                .to_owned(),
+        )),
+        Ok(_) => Ok(()),
+    }
 }
 
 /// The one domain that the names carry, if any.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use nsm_core::{
-    mechanism::{KERNEL, Kernel, LOCAL, REMOTE, VXLAN, Vxlan},
+    mechanism::{KERNEL, Kernel, LOCAL, NetnsUrl, Parameters, REMOTE, VXLAN, Vxlan},
     path::{Hop, Path, check_reply},
     tunnel::LinkAlias,
     vni::Vni,
@@ -75,6 +75,9 @@ struct Ask {
     preferences: Vec<Mechanism>,
     expires: SystemTime,
     deadline: Instant,
+    /// Kept by whatever is still to be undone at a next hop: no later Request of the connection
+    /// may reach that hop before.
+    turn: Arc<Turn>,
 }
 
 impl ControlPlane {
@@ -116,13 +119,14 @@ impl ControlPlane {
             preferences: call.message.mechanism_preferences,
             expires,
             deadline: call.deadline,
+            turn: Arc::new(turn),
         };
-        let prior = turn.current();
+        let prior = ask.turn.current();
         if let Some(prior) = &prior {
             resume(&mut ask.path, &prior.view);
         }
         let established = self.establish(&ask, prior.as_deref()).await?;
-        Ok(self.commit(&turn, prior, established, &hop, asked_id))
+        Ok(self.commit(&ask.turn, prior, established, &hop, asked_id))
     }
 
     /// The server's part of the path rules: the previous hop's token into its segment, our own
@@ -181,7 +185,11 @@ impl ControlPlane {
             .shared
             .routes(ask.arrival, &ask.connection, ask.deadline)
             .await?;
-        for route in routes.iter().take(MAX_ENDPOINTS) {
+        let has_failed = |route: &Route| {
+            prior.is_some_and(|prior| !failures.is_empty() && prior.route.is_to_same(route))
+        };
+        let untried: Vec<&Route> = routes.iter().filter(|route| !has_failed(route)).collect();
+        for route in untried.into_iter().take(MAX_ENDPOINTS) {
             match self.try_route(ask, route, prior).await {
                 Err(error) if error.is_about_the_endpoint() => {
                     tracing::debug!(endpoint = %route.endpoint, %error, "an endpoint failed");
@@ -200,14 +208,18 @@ impl ControlPlane {
         route: &Route,
         prior: Option<&Established>,
     ) -> Result<Established, RequestError> {
-        let forwarder = self.shared.forwarder.clone();
         let case = Case::of(
             ask.arrival,
-            forwarder.is_some(),
+            self.shared.forwarder.is_some(),
             &ask.connection,
             &ask.preferences,
             route,
         )?;
+        if !matches!(case, Case::Through)
+            && let Some(context) = &ask.connection.context
+        {
+            Ends::parse(self.alias(&ask.connection.id)?, context)?.check()?;
+        }
         let peer = self.shared.peers.get(&route.url);
         let mut next_mechanism = prior
             .filter(|prior| prior.route.url == route.url)
@@ -226,7 +238,7 @@ impl ControlPlane {
                 Err(error) => {
                     // It may have done its part all the same.
                     if matches!(error, RequestError::Silent { .. }) && prior.is_none() {
-                        self.undo_at(&peer, request.connection);
+                        self.undo_at(&peer, request.connection.unwrap_or_default(), &ask.turn);
                     }
                     return Err(error);
                 }
@@ -243,9 +255,10 @@ impl ControlPlane {
                     };
                     let stood_there = prior.is_some_and(|prior| prior.route.url == route.url);
                     if !stood_there || is_taken.is_some() {
+                        // The next try may be at the same hop, under the same id: undo first.
                         let undo = undo_connection(ask, route, reply);
-                        self.close_at(&peer, undo, Instant::now() + UNDO_TIMEOUT)
-                            .await;
+                        let undone = self.undo_at(&peer, undo, &ask.turn);
+                        let _ = tokio::time::timeout_at(ask.deadline, undone).await;
                     }
                     match is_taken {
                         Some(vni) if matches!(case, Case::PodToTunnel(..)) => taken = vni,
@@ -347,15 +360,24 @@ impl ControlPlane {
         let id = &ask.connection.id;
         let context = reply.context.get_or_insert_default();
         let (client_mechanism, plan, vni) = match case {
-            Case::Through => (next_mechanism.clone(), None, None),
+            Case::Through => {
+                if let Some(plan) = prior.and_then(|prior| prior.plan.as_ref()) {
+                    self.forwarder()?.down(plan).await?;
+                }
+                (next_mechanism.clone(), None, None)
+            }
             Case::PodToPod(client, mechanism) => {
-                let endpoint = Kernel::parse(&parameters).map_err(|error| wrong(&error))?;
+                let endpoint = endpoint_pod(route, &parameters)?;
                 set_mac(context, End::Endpoint, &mac(id, "endpoint"));
                 let name = interface(client, id);
-                let plan = Ends::parse(self.alias(id)?, context)?.pair(
-                    (client, name.clone()),
-                    (&endpoint, interface(&endpoint, id)),
-                )?;
+                let plan = Ends::parse(self.alias(id)?, context)
+                    .and_then(|ends| {
+                        ends.pair(
+                            (client, name.clone()),
+                            (&endpoint, interface(&endpoint, id)),
+                        )
+                    })
+                    .map_err(|error| wrong(&error))?;
                 self.bring_up(&plan, prior).await?;
                 (Some(named(mechanism, client, &name)), Some(plan), None)
             }
@@ -367,16 +389,15 @@ impl ControlPlane {
                 let underlay = self.forwarder()?.underlay(Some(remote)).await?;
                 context.mtu = tunnel_mtu(context, &underlay, vxlan.mtu);
                 let name = interface(client, id);
-                let plan = Ends::parse(self.alias(id)?, context)?.client_tunnel(
-                    client,
-                    name.clone(),
-                    Tunnel {
-                        vni,
-                        local: underlay.ip,
-                        remote,
-                        port: vxlan.dst_port,
-                    },
-                )?;
+                let tunnel = Tunnel {
+                    vni,
+                    local: underlay.ip,
+                    remote,
+                    port: vxlan.dst_port,
+                };
+                let plan = Ends::parse(self.alias(id)?, context)
+                    .and_then(|ends| ends.client_tunnel(client, name.clone(), tunnel))
+                    .map_err(|error| wrong(&error))?;
                 let held = prior.and_then(|prior| prior.vni);
                 if held != Some(vni) {
                     let claimed = lock(&self.shared.vnis).claim(vni, SystemTime::now());
@@ -389,7 +410,7 @@ impl ControlPlane {
                 (Some(named(mechanism, client, &name)), Some(plan), Some(vni))
             }
             Case::TunnelToPod(vxlan, mechanism) => {
-                let endpoint = Kernel::parse(&parameters).map_err(|error| wrong(&error))?;
+                let endpoint = endpoint_pod(route, &parameters)?;
                 set_mac(context, End::Endpoint, &mac(id, "endpoint"));
                 let (mechanism, plan, vni) = self
                     .answer_tunnel(id, vxlan, mechanism, &endpoint, context, route, prior)
@@ -437,7 +458,8 @@ impl ControlPlane {
             .ok_or(RequestError::Missing("src_ip in its VXLAN mechanism"))?;
         let underlay = self.forwarder()?.underlay(Some(remote)).await?;
         context.mtu = tunnel_mtu(context, &underlay, asked.mtu);
-        let ends = Ends::parse(self.alias(id)?, context)?;
+        let ends = Ends::parse(self.alias(id)?, context)
+            .map_err(|error| bad_answer(route, error.to_string()))?;
         let name = interface(endpoint, id);
         let held = prior.and_then(|prior| prior.vni);
         let mut kept = held;
@@ -459,7 +481,7 @@ impl ControlPlane {
             };
             let outcome = match ends.endpoint_tunnel(endpoint, name.clone(), tunnel) {
                 Ok(plan) => self.bring_up(&plan, prior).await.map(|()| plan),
-                Err(error) => Err(error),
+                Err(error) => Err(bad_answer(route, error.to_string())),
             };
             match outcome {
                 Ok(plan) => {
@@ -517,7 +539,7 @@ impl ControlPlane {
     /// Stores the connection, tells the monitors, and answers.
     fn commit(
         &self,
-        turn: &Turn,
+        turn: &Arc<Turn>,
         prior: Option<Arc<Established>>,
         established: Established,
         hop: &Hop,
@@ -544,7 +566,7 @@ impl ControlPlane {
             if prior.route.url != established.route.url {
                 let peer = self.shared.peers.get(&prior.route.url);
                 peer.leave(id);
-                self.undo_at(&peer, Some(self.downstream_view(&prior)));
+                self.undo_at(&peer, self.downstream_view(&prior), turn);
             }
             if let Some(vni) = prior.vni
                 && prior.vni != established.vni
@@ -614,15 +636,21 @@ impl ControlPlane {
         }
     }
 
-    /// Takes back, in the background, what a next hop may have granted.
-    fn undo_at(&self, peer: &Arc<Peer>, connection: Option<Connection>) {
-        let Some(connection) = connection else { return };
-        let (plane, peer) = (self.clone(), Arc::clone(peer));
+    /// Takes back, in the background, what a next hop may have granted. Until that is done the
+    /// connection's next event waits.
+    fn undo_at(
+        &self,
+        peer: &Arc<Peer>,
+        connection: Connection,
+        turn: &Arc<Turn>,
+    ) -> tokio::task::JoinHandle<()> {
+        let (plane, peer, turn) = (self.clone(), Arc::clone(peer), Arc::clone(turn));
         tokio::spawn(async move {
             plane
                 .close_at(&peer, connection, Instant::now() + UNDO_TIMEOUT)
                 .await;
-        });
+            drop(turn);
+        })
     }
 }
 
@@ -761,6 +789,21 @@ fn check(ask: &Ask, route: &Route, case: &Case, reply: &Connection) -> Result<()
             ),
         )),
         Some(_) => Ok(()),
+    }
+}
+
+/// What an endpoint of this node answered of its pod. A path is only a claim: see `case`.
+fn endpoint_pod(route: &Route, parameters: &Parameters) -> Result<Kernel, RequestError> {
+    let kernel = Kernel::parse(parameters).map_err(|error| bad_answer(route, error.to_string()))?;
+    match &kernel.netns {
+        Some(NetnsUrl::File(path)) if !route.trusted => Err(bad_answer(
+            route,
+            format!(
+                "only an endpoint that registered as root may name a network namespace by its path ({})",
+                path.display()
+            ),
+        )),
+        _ => Ok(kernel),
     }
 }
 

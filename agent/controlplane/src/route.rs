@@ -52,6 +52,9 @@ pub(crate) enum Crossing {
 #[derive(Debug, Clone)]
 pub(crate) struct Route {
     pub(crate) url: String,
+    /// The next hop is an endpoint of this node that runs as root: it may name a network namespace
+    /// by its path.
+    pub(crate) trusted: bool,
     pub(crate) crossing: Crossing,
     /// The service as the next hop is asked for it.
     pub(crate) service: String,
@@ -81,6 +84,11 @@ impl Route {
         self.url.starts_with("unix:")
     }
 
+    /// Whether another way leads to the same endpoint by the same hop.
+    pub(crate) fn is_to_same(&self, other: &Self) -> bool {
+        self.url == other.url && self.endpoint == other.endpoint
+    }
+
     /// The next hop's address, when its URL holds one.
     pub(crate) fn address(&self) -> Option<IpAddr> {
         let address: SocketAddr = self.url.strip_prefix("tcp://")?.parse().ok()?;
@@ -101,22 +109,23 @@ impl Shared {
         if service.is_none() && endpoint.is_none() {
             return Err(RequestError::Missing("network_service"));
         }
-        let domain = [&service, &endpoint]
-            .into_iter()
-            .flatten()
-            .find_map(InterdomainName::domain)
-            .cloned();
+        let domain = common_domain(service.as_ref(), endpoint.as_ref())?;
         let wanted = Wanted {
             service: service.as_ref().map_or("", InterdomainName::target),
             endpoint: endpoint.as_ref().map_or("", InterdomainName::target),
         };
         match (arrival, domain) {
             (Arrival::Network, Some(_))
-                if let Some(url) = self.bypass.url(&connection.network_service_endpoint_name) =>
+                if let Some(way) = self.bypass.way(&connection.network_service_endpoint_name) =>
             {
                 Ok(vec![Route {
-                    url,
-                    crossing: Crossing::Out,
+                    url: way.url,
+                    trusted: way.trusted,
+                    crossing: if way.registered_here {
+                        Crossing::In
+                    } else {
+                        Crossing::Out
+                    },
                     service: connection.network_service.clone(),
                     endpoint: connection.network_service_endpoint_name.clone(),
                     endpoint_told: connection.network_service_endpoint_name.clone(),
@@ -125,7 +134,20 @@ impl Shared {
                 }])
             }
             (Arrival::Local { .. }, Some(domain)) if domain != self.settings.domain => {
-                self.routes_out(&domain, wanted, connection, deadline).await
+                let resolved = self.resolver.resolve(&domain).await?;
+                let own = &self.settings.advertise_url;
+                // Our own domain by another name, such as our address.
+                if resolved
+                    .proxy
+                    .iter()
+                    .any(|at| format!("tcp://{at}") == *own)
+                {
+                    return self
+                        .routes_here(arrival, Some(domain), wanted, connection, deadline)
+                        .await;
+                }
+                self.routes_out(&domain, &resolved, wanted, connection, deadline)
+                    .await
             }
             (_, domain) => {
                 self.routes_here(arrival, domain, wanted, connection, deadline)
@@ -137,14 +159,15 @@ impl Shared {
     async fn routes_out(
         &self,
         domain: &Domain,
+        resolved: &Resolved,
         wanted: Wanted<'_>,
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
-        let (found, resolved) = self.find_in(domain, wanted, deadline).await?;
+        let found = self.find_in(resolved, wanted, deadline).await?;
         let chosen = self.choose(&found, wanted, domain, connection)?;
         let payload = payload(&found);
-        let resolution = resolution(domain, &resolved);
+        let resolution = resolution(domain, resolved);
         let service = match wanted.service {
             "" => String::new(),
             service => format!("{service}@{domain}"),
@@ -152,18 +175,29 @@ impl Shared {
         let mut routes = Vec::new();
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
-            // A floating domain has no proxy: its endpoints are registered with the URL of theirs.
-            let urls = match resolved.proxy.as_slice() {
-                [] => vec![endpoint.url.clone()],
+            let out = |url| (url, false, Crossing::Out);
+            // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
+            // which may be us.
+            let ways = match resolved.proxy.as_slice() {
+                [] if endpoint.url == self.settings.advertise_url => self
+                    .bypass
+                    .way(&name)
+                    .map(|way| (way.url, way.trusted, Crossing::Inside))
+                    .into_iter()
+                    .collect(),
+                // Whatever a registry says, a socket of our own node is not in another domain.
+                [] if !endpoint.url.starts_with("tcp://") => Vec::new(),
+                [] => vec![out(endpoint.url.clone())],
                 proxies => proxies
                     .iter()
-                    .map(|proxy| format!("tcp://{proxy}"))
+                    .map(|proxy| out(format!("tcp://{proxy}")))
                     .collect(),
             };
-            for url in urls {
+            for (url, trusted, crossing) in ways {
                 routes.push(Route {
                     url,
-                    crossing: Crossing::Out,
+                    trusted,
+                    crossing,
                     service: service.clone(),
                     endpoint: name.clone(),
                     endpoint_told: told_name(connection, &endpoint.name),
@@ -171,6 +205,12 @@ impl Shared {
                     resolution: Some(resolution.clone()),
                 });
             }
+        }
+        if routes.is_empty() {
+            return Err(RequestError::NoEndpoint {
+                service: wanted.service.to_owned(),
+                domain: domain.to_string(),
+            });
         }
         Ok(routes)
     }
@@ -195,14 +235,19 @@ impl Shared {
         let routes: Vec<Route> = chosen
             .into_iter()
             .filter_map(|endpoint| {
-                let url = match local.get(&endpoint.name) {
-                    Some(endpoint) => endpoint.url.clone(),
-                    // Registered through an earlier life of this agent, and not again since.
-                    None if endpoint.url == self.settings.advertise_url => return None,
-                    None => endpoint.url.clone(),
+                let (url, trusted) = if endpoint.url == self.settings.advertise_url {
+                    // Else registered through an earlier life of this agent, and not again since.
+                    let local = local.get(&endpoint.name)?;
+                    (local.url.clone(), local.trusted)
+                } else if endpoint.url.starts_with("tcp://") {
+                    (endpoint.url.clone(), false)
+                } else {
+                    // A socket of this node that nobody of this node has registered with us.
+                    return None;
                 };
                 Some(Route {
                     url,
+                    trusted,
                     crossing,
                     service: wanted.service.to_owned(),
                     endpoint: endpoint.name.clone(),
@@ -306,6 +351,25 @@ fn resolution(domain: &Domain, resolved: &Resolved) -> Resolution {
         domain: domain.to_string(),
         question: resolved.question.clone(),
         answer: resolved.answer.clone(),
+    }
+}
+
+/// The domain that service and endpoint are of.
+fn common_domain(
+    service: Option<&InterdomainName>,
+    endpoint: Option<&InterdomainName>,
+) -> Result<Option<Domain>, RequestError> {
+    let of_service = service.and_then(InterdomainName::domain);
+    let of_endpoint = endpoint.and_then(InterdomainName::domain);
+    match (of_service, of_endpoint) {
+        (Some(one), Some(other)) if one != other => Err(RequestError::Field {
+            field: "network_service_endpoint_name",
+            value: endpoint.map(ToString::to_string).unwrap_or_default(),
+            reason: format!(
+                "the network service is of domain `{one}`, and so must its endpoint be"
+            ),
+        }),
+        (one, other) => Ok(one.or(other).cloned()),
     }
 }
 

@@ -4,7 +4,10 @@
 //! streams, links in the kernels, registry entries, and the endpoints' own connections.
 
 mod flow;
+mod hostile;
 mod lifetime;
 mod monitor;
+mod refused;
 mod selection;
 mod support;
+mod topology;

@@ -23,21 +23,23 @@ use super::{kernel::FakeKernel, process::Process};
 
 /// How an agent differs from the usual one.
 #[derive(Clone)]
-pub struct Setup {
-    pub name: String,
-    pub domain: String,
+pub(crate) struct Setup {
+    pub(crate) name: String,
+    pub(crate) domain: String,
     /// Tunnel address and MTU; none: no forwarder.
-    pub kernel: Option<(IpAddr, u32)>,
-    pub request_timeout: Duration,
-    pub dial_timeout: Duration,
-    pub max_connections: usize,
-    pub token_lifetime: Duration,
+    pub(crate) kernel: Option<(IpAddr, u32)>,
+    pub(crate) request_timeout: Duration,
+    pub(crate) dial_timeout: Duration,
+    pub(crate) max_connections: usize,
+    pub(crate) token_lifetime: Duration,
+    /// The first agent of the world has the registry.
+    pub(crate) shares_registry: bool,
     /// The URL of another agent that has the domain's registry.
-    pub registry: Option<String>,
+    pub(crate) registry: Option<String>,
 }
 
 impl Setup {
-    pub fn new(name: &str, domain: &str, ip: &str) -> Self {
+    pub(crate) fn new(name: &str, domain: &str, ip: &str) -> Self {
         Self {
             name: name.to_owned(),
             domain: domain.to_owned(),
@@ -46,68 +48,70 @@ impl Setup {
             dial_timeout: Duration::from_secs(2),
             max_connections: 1000,
             token_lifetime: Duration::from_secs(600),
+            shares_registry: false,
             registry: None,
         }
     }
 
-    pub fn without_forwarder(mut self) -> Self {
+    pub(crate) fn without_forwarder(mut self) -> Self {
         self.kernel = None;
         self
     }
 
-    pub fn mtu(mut self, mtu: u32) -> Self {
+    pub(crate) fn mtu(mut self, mtu: u32) -> Self {
         let (_, own) = self.kernel.as_mut().expect("a forwarder");
         *own = mtu;
         self
     }
 
-    pub fn request_timeout(mut self, timeout: Duration) -> Self {
+    pub(crate) fn request_timeout(mut self, timeout: Duration) -> Self {
         self.request_timeout = timeout;
         self
     }
 
-    pub fn dial_timeout(mut self, timeout: Duration) -> Self {
+    pub(crate) fn dial_timeout(mut self, timeout: Duration) -> Self {
         self.dial_timeout = timeout;
         self
     }
 
-    pub fn token_lifetime(mut self, lifetime: Duration) -> Self {
+    pub(crate) fn token_lifetime(mut self, lifetime: Duration) -> Self {
         self.token_lifetime = lifetime;
         self
     }
 
-    pub fn max_connections(mut self, limit: usize) -> Self {
+    pub(crate) fn max_connections(mut self, limit: usize) -> Self {
         self.max_connections = limit;
         self
     }
 
-    pub fn registry_at(mut self, url: &str) -> Self {
-        self.registry = Some(url.to_owned());
+    /// Uses the registry of the first agent of the world.
+    pub(crate) fn sharing_the_registry(mut self) -> Self {
+        self.shares_registry = true;
         self
     }
 }
 
 /// A running agent.
-pub struct Agent {
-    pub plane: ControlPlane,
-    pub registry: Registry,
-    pub domain: Domain,
-    pub address: SocketAddr,
+pub(crate) struct Agent {
+    pub(crate) plane: ControlPlane,
+    pub(crate) registry: Registry,
+    pub(crate) domain: Domain,
+    pub(crate) address: SocketAddr,
     /// What other agents dial.
-    pub url: String,
+    pub(crate) url: String,
     /// What clients and endpoints of its node dial.
-    pub node_url: String,
+    pub(crate) node_url: String,
     /// The folder of its socket and of its endpoints'.
-    pub folder: TempDir,
+    pub(crate) folder: TempDir,
     kernel: Option<Arc<FakeKernel>>,
     process: Mutex<Option<Process>>,
 }
 
 /// The largest message that agents of these tests read.
-pub const MAX_MESSAGE: usize = 256 << 10;
+pub(crate) const MAX_MESSAGE: usize = 256 << 10;
 
 impl Agent {
-    pub async fn start(setup: Setup) -> Self {
+    pub(crate) async fn start(setup: Setup) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("nsm.sock");
         let kernel = setup
@@ -128,25 +132,25 @@ impl Agent {
         }
     }
 
-    pub fn kernel(&self) -> &FakeKernel {
+    pub(crate) fn kernel(&self) -> &FakeKernel {
         self.kernel.as_deref().expect("it has a forwarder")
     }
 
-    pub fn has_kernel(&self) -> bool {
+    pub(crate) fn has_kernel(&self) -> bool {
         self.kernel.is_some()
     }
 
     /// `kill -9`.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         self.process.lock().expect("not poisoned").take();
     }
 
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.process.lock().expect("not poisoned").is_some()
     }
 
     /// Takes another resolver configuration.
-    pub fn resolve_by(&self, config: ResolverConfig) {
+    pub(crate) fn resolve_by(&self, config: ResolverConfig) {
         self.plane.resolver().reload(config);
     }
 }

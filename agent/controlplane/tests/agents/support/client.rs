@@ -21,24 +21,24 @@ use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transpo
 use super::{agent::Agent, unique, within};
 
 /// A client of one agent.
-pub struct Client {
+pub(crate) struct Client {
     name: String,
     netns: String,
     channel: Channel,
     /// How long the token of a call lives; none: calls carry no token.
-    pub lifetime: Option<Duration>,
+    pub(crate) lifetime: Option<Duration>,
 }
 
 /// What a Request got.
 #[derive(Debug, Clone)]
-pub struct Granted {
-    pub connection: Connection,
-    pub facts: MetadataMap,
+pub(crate) struct Granted {
+    pub(crate) connection: Connection,
+    pub(crate) facts: MetadataMap,
 }
 
 impl Granted {
     /// A fact of the answer's metadata.
-    pub fn fact(&self, key: &str) -> &str {
+    pub(crate) fn fact(&self, key: &str) -> &str {
         self.facts
             .get(key)
             .unwrap_or_else(|| panic!("no {key} in {:?}", self.facts))
@@ -47,7 +47,7 @@ impl Granted {
     }
 
     /// The id of the agent's segment.
-    pub fn agent_id(&self) -> String {
+    pub(crate) fn agent_id(&self) -> String {
         self.connection.path.as_ref().expect("a path").path_segments[1]
             .id
             .clone()
@@ -56,16 +56,16 @@ impl Granted {
 
 impl Client {
     /// On the agent's node, by its Unix socket.
-    pub async fn on_node(agent: &Agent) -> Self {
+    pub(crate) async fn on_node(agent: &Agent) -> Self {
         Self::at(&agent.node_url).await
     }
 
     /// Somewhere else, by the agent's TCP port.
-    pub async fn over_network(agent: &Agent) -> Self {
+    pub(crate) async fn over_network(agent: &Agent) -> Self {
         Self::at(&agent.url).await
     }
 
-    pub async fn at(url: &str) -> Self {
+    pub(crate) async fn at(url: &str) -> Self {
         let number = unique();
         Self {
             name: format!("client-{number}"),
@@ -75,17 +75,17 @@ impl Client {
         }
     }
 
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// The URL of the client's network namespace.
-    pub fn netns(&self) -> &str {
+    pub(crate) fn netns(&self) -> &str {
         &self.netns
     }
 
     /// A first Request as a good client makes it, with an id of its own.
-    pub fn request_for(&self, service: &str) -> NetworkServiceRequest {
+    pub(crate) fn request_for(&self, service: &str) -> NetworkServiceRequest {
         let id = format!("{}-{}", self.name, unique());
         NetworkServiceRequest {
             mechanism_preferences: vec![self.kernel(&format!("nsm{}", unique()))],
@@ -106,7 +106,7 @@ impl Client {
     }
 
     /// A KERNEL mechanism in the client's namespace.
-    pub fn kernel(&self, interface: &str) -> Mechanism {
+    pub(crate) fn kernel(&self, interface: &str) -> Mechanism {
         mechanism(
             "LOCAL",
             "KERNEL",
@@ -115,7 +115,7 @@ impl Client {
     }
 
     /// Puts the call's metadata on.
-    pub fn call<T>(&self, message: T) -> Request<T> {
+    pub(crate) fn call<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         if let Some(lifetime) = self.lifetime {
             TokenSource::hs256("spiffe://tests/client", b"secret", lifetime)
@@ -125,12 +125,12 @@ impl Client {
     }
 
     /// Sends a Request as it is.
-    pub async fn send(&self, request: NetworkServiceRequest) -> Result<Granted, Status> {
+    pub(crate) async fn send(&self, request: NetworkServiceRequest) -> Result<Granted, Status> {
         self.send_call(self.call(request)).await
     }
 
     /// Sends a call as it is.
-    pub async fn send_call(
+    pub(crate) async fn send_call(
         &self,
         request: Request<NetworkServiceRequest>,
     ) -> Result<Granted, Status> {
@@ -140,19 +140,19 @@ impl Client {
     }
 
     /// Asks for a service; it must be granted.
-    pub async fn ask(&self, service: &str) -> Granted {
+    pub(crate) async fn ask(&self, service: &str) -> Granted {
         self.send(self.request_for(service))
             .await
             .unwrap_or_else(|status| panic!("{service}: {status:?}"))
     }
 
     /// Asks for a service; it must be refused.
-    pub async fn refused(&self, request: NetworkServiceRequest) -> Status {
+    pub(crate) async fn refused(&self, request: NetworkServiceRequest) -> Status {
         self.send(request).await.expect_err("it is refused")
     }
 
     /// Asks again with what was answered.
-    pub async fn refresh(&self, granted: &Granted) -> Result<Granted, Status> {
+    pub(crate) async fn refresh(&self, granted: &Granted) -> Result<Granted, Status> {
         self.send(NetworkServiceRequest {
             connection: Some(granted.connection.clone()),
             mechanism_preferences: Vec::new(),
@@ -160,14 +160,14 @@ impl Client {
         .await
     }
 
-    pub async fn close(&self, connection: &Connection) -> Result<(), Status> {
+    pub(crate) async fn close(&self, connection: &Connection) -> Result<(), Status> {
         let mut client = NetworkServiceClient::new(self.channel.clone());
         within(client.close(self.call(connection.clone()))).await?;
         Ok(())
     }
 
     /// Follows the connections that pass this client, under whatever id.
-    pub async fn monitor(&self) -> Watch {
+    pub(crate) async fn monitor(&self) -> Watch {
         self.monitor_selected(MonitorScopeSelector {
             path_segments: vec![PathSegment {
                 name: self.name.clone(),
@@ -179,7 +179,7 @@ impl Client {
     }
 
     /// Follows what the selector selects.
-    pub async fn monitor_selected(&self, selector: MonitorScopeSelector) -> Watch {
+    pub(crate) async fn monitor_selected(&self, selector: MonitorScopeSelector) -> Watch {
         let mut client = MonitorConnectionClient::new(self.channel.clone());
         let events = within(client.monitor_connections(self.call(selector)))
             .await
@@ -188,22 +188,29 @@ impl Client {
         Watch { events }
     }
 
-    pub async fn register(
+    pub(crate) async fn register(
         &self,
         endpoint: NetworkServiceEndpoint,
     ) -> Result<NetworkServiceEndpoint, Status> {
-        let mut client = NetworkServiceEndpointRegistryClient::new(self.channel.clone());
-        let answer = within(client.register(self.call(endpoint))).await?;
-        Ok(answer.into_inner())
+        self.register_call(self.call(endpoint)).await
     }
 
-    pub async fn unregister(&self, endpoint: NetworkServiceEndpoint) -> Result<(), Status> {
+    /// Sends a registration as it is.
+    pub(crate) async fn register_call(
+        &self,
+        call: Request<NetworkServiceEndpoint>,
+    ) -> Result<NetworkServiceEndpoint, Status> {
+        let mut client = NetworkServiceEndpointRegistryClient::new(self.channel.clone());
+        Ok(within(client.register(call)).await?.into_inner())
+    }
+
+    pub(crate) async fn unregister(&self, endpoint: NetworkServiceEndpoint) -> Result<(), Status> {
         let mut client = NetworkServiceEndpointRegistryClient::new(self.channel.clone());
         within(client.unregister(self.call(endpoint))).await?;
         Ok(())
     }
 
-    pub async fn register_service(
+    pub(crate) async fn register_service(
         &self,
         service: NetworkService,
     ) -> Result<Response<NetworkService>, Status> {
@@ -212,7 +219,7 @@ impl Client {
     }
 
     /// Finds the endpoints of a service.
-    pub async fn find(&self, service: &str) -> Result<Vec<NetworkServiceEndpoint>, Status> {
+    pub(crate) async fn find(&self, service: &str) -> Result<Vec<NetworkServiceEndpoint>, Status> {
         let query = NetworkServiceEndpointQuery {
             network_service_endpoint: Some(NetworkServiceEndpoint {
                 network_service_names: vec![service.to_owned()],
@@ -230,7 +237,7 @@ impl Client {
     }
 
     /// Finds a network service.
-    pub async fn find_service(&self, name: &str) -> Result<Vec<NetworkService>, Status> {
+    pub(crate) async fn find_service(&self, name: &str) -> Result<Vec<NetworkService>, Status> {
         let query = NetworkServiceQuery {
             network_service: Some(NetworkService {
                 name: name.to_owned(),
@@ -249,13 +256,13 @@ impl Client {
 }
 
 /// A monitor stream.
-pub struct Watch {
+pub(crate) struct Watch {
     events: Streaming<ConnectionEvent>,
 }
 
 impl Watch {
     /// The next event.
-    pub async fn next(&mut self) -> ConnectionEvent {
+    pub(crate) async fn next(&mut self) -> ConnectionEvent {
         within(self.events.next())
             .await
             .expect("the stream goes on")
@@ -263,7 +270,7 @@ impl Watch {
     }
 
     /// The next event, which is of `kind` and tells of one connection.
-    pub async fn one(&mut self, kind: ConnectionEventType) -> Connection {
+    pub(crate) async fn one(&mut self, kind: ConnectionEventType) -> Connection {
         let event = self.next().await;
         assert_eq!(event.r#type(), kind, "{event:?}");
         assert_eq!(event.connections.len(), 1, "{event:?}");
@@ -271,7 +278,7 @@ impl Watch {
     }
 
     /// What comes until the stream ends.
-    pub async fn rest(mut self) -> Vec<ConnectionEvent> {
+    pub(crate) async fn rest(mut self) -> Vec<ConnectionEvent> {
         let mut events = Vec::new();
         while let Some(event) = within(self.events.next()).await {
             events.push(event.expect("an event"));
@@ -281,7 +288,7 @@ impl Watch {
 }
 
 /// A mechanism as it stands on the wire.
-pub fn mechanism(class: &str, kind: &str, parameters: &[(&str, &str)]) -> Mechanism {
+pub(crate) fn mechanism(class: &str, kind: &str, parameters: &[(&str, &str)]) -> Mechanism {
     Mechanism {
         cls: class.to_owned(),
         r#type: kind.to_owned(),
@@ -293,7 +300,7 @@ pub fn mechanism(class: &str, kind: &str, parameters: &[(&str, &str)]) -> Mechan
 }
 
 /// A parameter of the mechanism in a connection.
-pub fn parameter<'a>(connection: &'a Connection, key: &str) -> &'a str {
+pub(crate) fn parameter<'a>(connection: &'a Connection, key: &str) -> &'a str {
     connection
         .mechanism
         .as_ref()
@@ -302,7 +309,7 @@ pub fn parameter<'a>(connection: &'a Connection, key: &str) -> &'a str {
 }
 
 /// The names on a connection's path.
-pub fn names(connection: &Connection) -> Vec<&str> {
+pub(crate) fn names(connection: &Connection) -> Vec<&str> {
     let path = connection.path.as_ref().expect("a path");
     path.path_segments
         .iter()
@@ -311,6 +318,6 @@ pub fn names(connection: &Connection) -> Vec<&str> {
 }
 
 /// A time on the wire.
-pub fn stamp(time: SystemTime) -> prost_types::Timestamp {
+pub(crate) fn stamp(time: SystemTime) -> prost_types::Timestamp {
     time.into()
 }

@@ -14,21 +14,21 @@ const NX_DOMAIN: u8 = 3;
 
 /// Records by name and type; a name without any does not exist.
 #[derive(Default)]
-pub struct Zone {
+pub(crate) struct Zone {
     records: HashMap<(String, u16), Vec<u8>>,
     failing: Vec<String>,
 }
 
 impl Zone {
     /// An address.
-    pub fn a(mut self, name: &str, address: Ipv4Addr) -> Self {
+    pub(crate) fn a(mut self, name: &str, address: Ipv4Addr) -> Self {
         self.records
             .insert((name.to_owned(), A), address.octets().to_vec());
         self
     }
 
     /// A service.
-    pub fn srv(mut self, name: &str, target: &str, port: u16) -> Self {
+    pub(crate) fn srv(mut self, name: &str, target: &str, port: u16) -> Self {
         let mut data = vec![0, 0, 0, 0];
         data.extend(port.to_be_bytes());
         for label in target.split('.') {
@@ -41,13 +41,13 @@ impl Zone {
     }
 
     /// A domain whose server fails.
-    pub fn failing(mut self, name: &str) -> Self {
+    pub(crate) fn failing(mut self, name: &str) -> Self {
         self.failing.push(name.to_owned());
         self
     }
 
     /// Serves until the test's runtime ends.
-    pub async fn serve(self) -> SocketAddr {
+    pub(crate) async fn serve(self) -> SocketAddr {
         let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a UDP port");
         let address = socket.local_addr().expect("bound");
         tokio::spawn(async move {

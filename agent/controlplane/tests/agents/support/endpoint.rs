@@ -40,16 +40,16 @@ use tonic::{Request, Response, Status, transport::Server};
 use super::process::Process;
 
 /// What becomes of a right answer before it is sent.
-pub type Twist = fn(Connection) -> Result<Connection, Status>;
+pub(crate) type Twist = fn(Connection) -> Result<Connection, Status>;
 
 type Events = mpsc::Sender<Result<ConnectionEvent, Status>>;
 
 /// An endpoint, or what an agent takes for the proxy of another domain.
-pub struct Endpoint {
-    pub name: String,
-    pub url: String,
+pub(crate) struct Endpoint {
+    pub(crate) name: String,
+    pub(crate) url: String,
     /// Its registry, when it is a whole domain.
-    pub registry: Option<Registry>,
+    pub(crate) registry: Option<Registry>,
     state: Arc<State>,
     process: Mutex<Process>,
 }
@@ -77,7 +77,11 @@ struct Table {
 
 impl Endpoint {
     /// An endpoint on a Unix socket in `folder`.
-    pub async fn on_node(folder: &std::path::Path, name: &str, serves_monitors: bool) -> Self {
+    pub(crate) async fn on_node(
+        folder: &std::path::Path,
+        name: &str,
+        serves_monitors: bool,
+    ) -> Self {
         let socket = folder.join(format!("{name}.sock"));
         let url = format!("unix://{}", socket.display());
         let state = Arc::new(State::new(name, serves_monitors));
@@ -96,7 +100,7 @@ impl Endpoint {
     }
 
     /// A domain on TCP: a registry and a proxy on one port of loopback.
-    pub async fn domain(name: &str) -> Self {
+    pub(crate) async fn domain(name: &str) -> Self {
         let state = Arc::new(State::new(name, true));
         let serving = Arc::clone(&state);
         let (process, (url, registry)) = Process::start(async move {
@@ -132,37 +136,37 @@ impl Endpoint {
     }
 
     /// Answers wrongly from now on.
-    pub fn twist(&self, twist: Twist) {
+    pub(crate) fn twist(&self, twist: Twist) {
         self.state.table().twist = Some(twist);
     }
 
     /// Answers by the rules again.
-    pub fn mend(&self) {
+    pub(crate) fn mend(&self) {
         self.state.table().twist = None;
     }
 
     /// The VNIs to choose, one a Request; then 7001 and up.
-    pub fn choose_vnis(&self, vnis: impl IntoIterator<Item = u32>) {
+    pub(crate) fn choose_vnis(&self, vnis: impl IntoIterator<Item = u32>) {
         self.state.table().vnis.extend(vnis);
     }
 
     /// The MTU it can do.
-    pub fn limit_mtu(&self, mtu: u32) {
+    pub(crate) fn limit_mtu(&self, mtu: u32) {
         self.state.table().mtu = mtu;
     }
 
     /// Lets Requests wait without an answer, or answers them.
-    pub fn hold(&self, hold: bool) {
+    pub(crate) fn hold(&self, hold: bool) {
         self.state.open.send_replace(!hold);
     }
 
     /// Ends all monitor streams.
-    pub fn end_monitors(&self) {
+    pub(crate) fn end_monitors(&self) {
         self.state.table().monitors.clear();
     }
 
     /// Tells all monitors.
-    pub async fn tell(&self, event: ConnectionEvent) {
+    pub(crate) async fn tell(&self, event: ConnectionEvent) {
         let monitors = self.state.table().monitors.clone();
         for monitor in monitors {
             let _ = monitor.send(Ok(event.clone())).await;
@@ -170,39 +174,34 @@ impl Endpoint {
     }
 
     /// The ids of its connections.
-    pub fn standing(&self) -> Vec<String> {
+    pub(crate) fn standing(&self) -> Vec<String> {
         self.state.table().standing.keys().cloned().collect()
     }
 
-    /// The connections as it answered them.
-    pub fn connections(&self) -> Vec<Connection> {
-        self.state.table().standing.values().cloned().collect()
-    }
-
     /// Takes a connection out of the books of a dead endpoint.
-    pub fn forget(&self, id: &str) {
+    pub(crate) fn forget(&self, id: &str) {
         self.state.table().standing.remove(id);
     }
 
     /// Every Request so far.
-    pub fn requests(&self) -> Vec<NetworkServiceRequest> {
+    pub(crate) fn requests(&self) -> Vec<NetworkServiceRequest> {
         self.state.table().requests.clone()
     }
 
     /// Every Close so far.
-    pub fn closes(&self) -> Vec<Connection> {
+    pub(crate) fn closes(&self) -> Vec<Connection> {
         self.state.table().closes.clone()
     }
 
     /// Open monitor streams.
-    pub fn monitors(&self) -> usize {
+    pub(crate) fn monitors(&self) -> usize {
         let mut table = self.state.table();
         table.monitors.retain(|monitor| !monitor.is_closed());
         table.monitors.len()
     }
 
     /// `kill -9`.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         self.process.lock().expect("not poisoned").kill();
         self.state.table().monitors.clear();
     }

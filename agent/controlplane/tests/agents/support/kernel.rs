@@ -10,17 +10,17 @@ use nsm_controlplane::forwarder::{Counters, Forwarder, ForwarderError, Plan, Und
 use nsm_core::tunnel::LinkSpec;
 
 /// The port of tunnels in these tests.
-pub const PORT: u16 = 4789;
+pub(crate) const PORT: u16 = 4789;
 
 /// The links of one connection: what the kernel's tables have of it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Standing {
+pub(crate) struct Standing {
     /// VNI and port, once on a node.
-    pub tunnel: Option<(u32, u16)>,
+    pub(crate) tunnel: Option<(u32, u16)>,
     /// Namespace and interface name, once in a namespace.
-    pub names: BTreeSet<(String, String)>,
+    pub(crate) names: BTreeSet<(String, String)>,
     /// As it was asked for last.
-    pub plan: Plan,
+    pub(crate) plan: Plan,
 }
 
 #[derive(Debug, Default)]
@@ -39,14 +39,14 @@ struct Table {
 
 /// The dataplane of one node.
 #[derive(Debug)]
-pub struct FakeKernel {
+pub(crate) struct FakeKernel {
     ip: IpAddr,
     mtu: u32,
     table: Mutex<Table>,
 }
 
 impl FakeKernel {
-    pub fn new(ip: IpAddr, mtu: u32) -> Self {
+    pub(crate) fn new(ip: IpAddr, mtu: u32) -> Self {
         Self {
             ip,
             mtu,
@@ -59,40 +59,40 @@ impl FakeKernel {
     }
 
     /// The links that stand, by their alias.
-    pub fn links(&self) -> BTreeMap<String, Standing> {
+    pub(crate) fn links(&self) -> BTreeMap<String, Standing> {
         self.table().standing.clone()
     }
 
     /// The one connection that has links here.
-    pub fn only(&self) -> Standing {
+    pub(crate) fn only(&self) -> Standing {
         let links = self.links();
         assert_eq!(links.len(), 1, "{links:#?}");
         links.into_values().next().expect("one")
     }
 
     /// Successful changes up and down so far.
-    pub fn changes(&self) -> (usize, usize) {
+    pub(crate) fn changes(&self) -> (usize, usize) {
         let table = self.table();
         (table.ups, table.downs)
     }
 
     /// Gives a VNI to something else on the node.
-    pub fn occupy(&self, vni: u32) {
+    pub(crate) fn occupy(&self, vni: u32) {
         self.table().foreign.insert(vni);
     }
 
     /// VNIs asked for that something else had.
-    pub fn refused_vnis(&self) -> Vec<u32> {
+    pub(crate) fn refused_vnis(&self) -> Vec<u32> {
         self.table().refused.clone()
     }
 
     /// Lets the next `up` fail.
-    pub fn fail_next_up(&self, error: ForwarderError) {
+    pub(crate) fn fail_next_up(&self, error: ForwarderError) {
         self.table().faults.push_back(error);
     }
 
     /// Lets every question for the underlay fail.
-    pub fn lose_underlay(&self) {
+    pub(crate) fn lose_underlay(&self) {
         self.table().blind = true;
     }
 }

@@ -29,13 +29,12 @@ use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-pub use self::{
+pub(crate) use self::{
     agent::{Agent, MAX_MESSAGE, Setup},
-    client::{Client, Granted, Watch, mechanism, names, parameter, stamp},
+    client::{Client, mechanism, names, parameter, stamp},
     dns::Zone,
     endpoint::Endpoint,
-    kernel::{FakeKernel, PORT, Standing},
-    process::Process,
+    kernel::{PORT, Standing},
 };
 
 /// Nothing in a test takes as long as this unless it hangs.
@@ -45,20 +44,20 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const GLANCE: Duration = Duration::from_millis(2);
 
 /// A number that no other test of this process has.
-pub fn unique() -> u64 {
+pub(crate) fn unique() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Awaits what must not hang.
-pub async fn within<T>(future: impl Future<Output = T>) -> T {
+pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future)
         .await
         .expect("it does not hang")
 }
 
 /// Waits until `look` sees what is expected, and shows what it saw instead.
-pub async fn eventually<T: PartialEq + Debug>(expected: T, mut look: impl FnMut() -> T) {
+pub(crate) async fn eventually<T: PartialEq + Debug>(expected: T, mut look: impl FnMut() -> T) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let seen = look();
@@ -74,7 +73,7 @@ pub async fn eventually<T: PartialEq + Debug>(expected: T, mut look: impl FnMut(
 }
 
 /// Checks code and words of a refusal.
-pub fn assert_refusal(status: &Status, code: Code, words: &[&str]) {
+pub(crate) fn assert_refusal(status: &Status, code: Code, words: &[&str]) {
     assert_eq!(status.code(), code, "{status:?}");
     for word in words {
         assert!(
@@ -86,7 +85,7 @@ pub fn assert_refusal(status: &Status, code: Code, words: &[&str]) {
 }
 
 /// Agents that can find each other, and everything that may leak.
-pub struct World {
+pub(crate) struct World {
     agents: Vec<Agent>,
     endpoints: Mutex<Vec<Arc<Endpoint>>>,
     hosts: Mutex<BTreeMap<Domain, HostEntry>>,
@@ -95,7 +94,7 @@ pub struct World {
 
 /// What is held everywhere.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Held {
+pub(crate) struct Held {
     agents: Vec<Option<AgentHolds>>,
     /// Connections of each endpoint.
     endpoints: Vec<Vec<String>>,
@@ -111,21 +110,20 @@ struct AgentHolds {
 
 impl World {
     /// Two domains of one agent each: a client's and an endpoint's.
-    pub async fn two() -> Self {
+    pub(crate) async fn two() -> Self {
         Self::of([client_side(), endpoint_side()]).await
     }
 
     /// These agents; a domain is reached at its first agent.
-    pub async fn of(setups: impl IntoIterator<Item = Setup>) -> Self {
+    pub(crate) async fn of(setups: impl IntoIterator<Item = Setup>) -> Self {
         Self::with_dns(setups, Zone::default()).await
     }
 
     /// These agents, with DNS for names that are not theirs.
-    pub async fn with_dns(setups: impl IntoIterator<Item = Setup>, zone: Zone) -> Self {
+    pub(crate) async fn with_dns(setups: impl IntoIterator<Item = Setup>, zone: Zone) -> Self {
         let mut agents: Vec<Agent> = Vec::new();
         for mut setup in setups {
-            // `@0` stands for the URL of the agent before.
-            if setup.registry.as_deref() == Some("the first agent") {
+            if setup.shares_registry {
                 setup.registry = Some(agents[0].url.clone());
             }
             agents.push(Agent::start(setup).await);
@@ -147,13 +145,13 @@ impl World {
     }
 
     /// The agents, in the order of their setups.
-    pub fn agents<const N: usize>(&self) -> [&Agent; N] {
+    pub(crate) fn agents<const N: usize>(&self) -> [&Agent; N] {
         let agents: Vec<&Agent> = self.agents.iter().collect();
         agents.try_into().unwrap_or_else(|_| panic!("{N} agents"))
     }
 
     /// Lets all agents find `domain` at `url`.
-    pub fn publish(&self, domain: &str, url: &str) {
+    pub(crate) fn publish(&self, domain: &str, url: &str) {
         let address = url.strip_prefix("tcp://").expect("a TCP URL");
         let address = HostTarget::Socket(address.parse().expect("an address"));
         self.hosts
@@ -175,17 +173,17 @@ impl World {
     }
 
     /// The DNS server of this world.
-    pub fn dns(&self) -> SocketAddr {
+    pub(crate) fn dns(&self) -> SocketAddr {
         self.dns
     }
 
     /// An endpoint on the agent's node, registered for a service.
-    pub async fn endpoint(&self, agent: &Agent, name: &str, service: &str) -> Arc<Endpoint> {
+    pub(crate) async fn endpoint(&self, agent: &Agent, name: &str, service: &str) -> Arc<Endpoint> {
         self.labelled_endpoint(agent, name, service, &[]).await
     }
 
     /// An endpoint with labels.
-    pub async fn labelled_endpoint(
+    pub(crate) async fn labelled_endpoint(
         &self,
         agent: &Agent,
         name: &str,
@@ -204,7 +202,7 @@ impl World {
     }
 
     /// A domain that a test plays itself: registry and proxy, with one endpoint of one service.
-    pub async fn foreign_domain(&self, domain: &str, service: &str) -> Arc<Endpoint> {
+    pub(crate) async fn foreign_domain(&self, domain: &str, service: &str) -> Arc<Endpoint> {
         let peer = self.keep(Endpoint::domain("stranger").await);
         let registry = peer.registry.as_ref().expect("a domain");
         registry
@@ -219,7 +217,7 @@ impl World {
     }
 
     /// Watches over an endpoint's connections too.
-    pub fn keep(&self, endpoint: Endpoint) -> Arc<Endpoint> {
+    pub(crate) fn keep(&self, endpoint: Endpoint) -> Arc<Endpoint> {
         let endpoint = Arc::new(endpoint);
         self.endpoints
             .lock()
@@ -229,7 +227,7 @@ impl World {
     }
 
     /// What is held now; killed agents hold nothing that matters.
-    pub fn held(&self) -> Held {
+    pub(crate) fn held(&self) -> Held {
         Held {
             agents: self
                 .agents
@@ -247,7 +245,7 @@ impl World {
     }
 
     /// Waits until everything is as it was.
-    pub async fn settles(&self, before: &Held) {
+    pub(crate) async fn settles(&self, before: &Held) {
         eventually(before.clone(), || self.held()).await;
     }
 }
@@ -266,17 +264,17 @@ fn holds(agent: &Agent) -> AgentHolds {
 }
 
 /// The usual agent of the client's domain.
-pub fn client_side() -> Setup {
+pub(crate) fn client_side() -> Setup {
     Setup::new("agent-1", "cluster-1.example", "192.0.2.1")
 }
 
 /// The usual agent of the endpoint's domain.
-pub fn endpoint_side() -> Setup {
+pub(crate) fn endpoint_side() -> Setup {
     Setup::new("agent-2", "cluster-2.example", "192.0.2.2")
 }
 
 /// What an endpoint registers.
-pub fn registration(
+pub(crate) fn registration(
     endpoint: &Endpoint,
     service: &str,
     labels: &[(&str, &str)],

@@ -3,13 +3,13 @@
 use tokio::runtime::{Builder, Runtime};
 
 /// A runtime of one thread.
-pub struct Process {
+pub(crate) struct Process {
     runtime: Option<Runtime>,
 }
 
 impl Process {
     /// Runs `setup` inside; what it spawns lives until the process is killed.
-    pub async fn start<T: Send + 'static>(
+    pub(crate) async fn start<T: Send + 'static>(
         setup: impl Future<Output = T> + Send + 'static,
     ) -> (Self, T) {
         let runtime = Builder::new_multi_thread()
@@ -27,7 +27,7 @@ impl Process {
     }
 
     /// Ends it as `kill -9` does: no drain, no goodbye.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

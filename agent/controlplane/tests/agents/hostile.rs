@@ -1,0 +1,431 @@
+//! Peers and kernels that do wrong: refuse, stay silent, answer nonsense, choose what is taken.
+
+use std::time::{Duration, Instant};
+
+use nsm_controlplane::forwarder::ForwarderError;
+use nsm_proto::{connection::Connection, connectioncontext::Route};
+use tokio::net::TcpListener;
+use tonic::{Code, Status};
+
+use crate::support::{
+    Client, World, assert_refusal, client_side, endpoint_side, eventually, mechanism,
+};
+
+const SERVICE: &str = "svc@peer.example";
+const HONEST: &str = "icmp-responder@cluster-2.example";
+
+fn segments(connection: &mut Connection) -> &mut Vec<nsm_proto::connection::PathSegment> {
+    &mut connection.path.as_mut().expect("a path").path_segments
+}
+
+fn set(mut connection: Connection, key: &str, value: &str) -> Result<Connection, Status> {
+    let parameters = &mut connection.mechanism.as_mut().expect("one").parameters;
+    parameters.insert(key.to_owned(), value.to_owned());
+    Ok(connection)
+}
+
+fn ip(connection: &mut Connection) -> &mut nsm_proto::connectioncontext::IpContext {
+    let context = connection.context.as_mut().expect("a context");
+    context.ip_context.as_mut().expect("addresses")
+}
+
+/// A wrong answer names the peer and what is wrong; what it granted is given back.
+#[tokio::test]
+async fn wrong_answers() {
+    type Twist = fn(Connection) -> Result<Connection, Status>;
+    let world = World::two().await;
+    let [a, _] = world.agents();
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let cases: &[(&str, Twist, &[&str])] = &[
+        (
+            "another id",
+            |mut it| {
+                it.id = "mine".into();
+                Ok(it)
+            },
+            &["`mine`"],
+        ),
+        (
+            "no path",
+            |mut it| {
+                it.path = None;
+                Ok(it)
+            },
+            &["path"],
+        ),
+        (
+            "a lost segment",
+            |mut it| {
+                segments(&mut it).truncate(1);
+                Ok(it)
+            },
+            &["1 path segments", "first 2"],
+        ),
+        (
+            "65 segments",
+            |mut it| {
+                segments(&mut it).resize_with(65, Default::default);
+                Ok(it)
+            },
+            &["65 segments"],
+        ),
+        (
+            "another index",
+            |mut it| {
+                it.path.as_mut().expect("one").index = 2;
+                Ok(it)
+            },
+            &["path.index 2, 1 was sent"],
+        ),
+        (
+            "another name for us",
+            |mut it| {
+                segments(&mut it)[1].name = "you".into();
+                Ok(it)
+            },
+            &["you", "agent-1"],
+        ),
+        (
+            "another id for the client",
+            |mut it| {
+                segments(&mut it)[0].id = "0".into();
+                Ok(it)
+            },
+            &["the id 0"],
+        ),
+        (
+            "no mechanism",
+            |mut it| {
+                it.mechanism = None;
+                Ok(it)
+            },
+            &["no mechanism", "REMOTE VXLAN"],
+        ),
+        (
+            "a mechanism nobody offered",
+            |mut it| {
+                it.mechanism = Some(mechanism("REMOTE", "WIREGUARD", &[]));
+                Ok(it)
+            },
+            &["WIREGUARD", "VXLAN"],
+        ),
+        ("no VNI", |it| set(it, "vni", ""), &["lacks vni"]),
+        (
+            "no address",
+            |it| set(it, "dst_ip", ""),
+            &["lacks", "dst_ip"],
+        ),
+        ("VNI 0", |it| set(it, "vni", "0"), &["vni = `0`"]),
+        (
+            "VNI of 25 bits",
+            |it| set(it, "vni", "16777216"),
+            &["vni = `16777216`"],
+        ),
+        (
+            "a bad address",
+            |it| set(it, "dst_ip", "there"),
+            &["dst_ip = `there`"],
+        ),
+        (
+            "everyone's address",
+            |it| set(it, "dst_ip", "255.255.255.255"),
+            &["255.255.255.255"],
+        ),
+        (
+            "a bad port",
+            |it| set(it, "dst_port", "-1"),
+            &["dst_port = `-1`"],
+        ),
+        ("a bad MTU", |it| set(it, "MTU", "much"), &["MTU = `much`"]),
+        (
+            "a bad client address",
+            |mut it| {
+                ip(&mut it).src_ip_addrs = vec!["172.16.0.1/33".into()];
+                Ok(it)
+            },
+            &["src_ip_addrs", "172.16.0.1/33"],
+        ),
+        (
+            "a bad route",
+            |mut it| {
+                ip(&mut it).src_routes = vec![Route {
+                    prefix: "all".into(),
+                    ..Route::default()
+                }];
+                Ok(it)
+            },
+            &["src_routes", "all"],
+        ),
+        (
+            "a bad MAC",
+            |mut it| {
+                let context = it.context.as_mut().expect("a context");
+                context.ethernet_context.as_mut().expect("MACs").dst_mac = "zz".into();
+                Ok(it)
+            },
+            &["dst_mac", "zz"],
+        ),
+    ];
+    for (what, twist, words) in cases {
+        peer.twist(*twist);
+        let status = match client.send(client.request_for(SERVICE)).await {
+            Err(status) => status,
+            Ok(granted) => panic!("{what}: {granted:?}"),
+        };
+        assert_eq!(status.code(), Code::Internal, "{what}: {status:?}");
+        for word in [peer.url.as_str(), "answered Request wrongly"]
+            .iter()
+            .chain(*words)
+        {
+            let message = status.message();
+            assert!(message.contains(word), "{what}: `{word}` in `{message}`");
+        }
+        world.settles(&before).await;
+    }
+    assert_eq!(peer.closes().len(), cases.len());
+    // Its refusals are passed on, with its name.
+    for code in [Code::PermissionDenied, Code::NotFound, Code::Unknown] {
+        peer.twist(match code {
+            Code::PermissionDenied => |_| Err(Status::permission_denied("not you")),
+            Code::NotFound => |_| Err(Status::not_found("not you")),
+            _ => |_| Err(Status::unknown("not you")),
+        });
+        let status = client.refused(client.request_for(SERVICE)).await;
+        assert_refusal(&status, code, &[&peer.url, "refused Request", "not you"]);
+    }
+    world.settles(&before).await;
+}
+
+/// A refresh that is answered wrongly leaves what stood.
+#[tokio::test]
+async fn a_wrong_answer_to_a_refresh_leaves_what_stood() {
+    let world = World::two().await;
+    let [a, _] = world.agents();
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    eventually(1, || peer.monitors()).await;
+    let (held, links) = (world.held(), a.kernel().links());
+    peer.twist(|mut it| {
+        it.mechanism = None;
+        Ok(it)
+    });
+    let status = client.refresh(&granted).await.expect_err("wrong");
+    assert_refusal(&status, Code::Internal, &["no mechanism"]);
+    assert_eq!((world.held(), a.kernel().links()), (held, links));
+    assert!(peer.closes().is_empty());
+    peer.mend();
+    client.refresh(&granted).await.expect("refreshed");
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn peers_and_registries_that_stay_silent_are_waited_for_no_longer_than_asked() {
+    let timeout = Duration::from_millis(500);
+    let world = World::of([client_side().request_timeout(timeout), endpoint_side()]).await;
+    let [a, b] = world.agents();
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let mute = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let mute_url = format!("tcp://{}", mute.local_addr().expect("bound"));
+    let holding = tokio::spawn(async move {
+        let mut kept = Vec::new();
+        while let Ok((stream, _)) = mute.accept().await {
+            kept.push(stream);
+        }
+    });
+    world.publish("mute.example", &mute_url);
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    peer.hold(true);
+    endpoint.hold(true);
+    for (service, url, method) in [
+        ("svc@mute.example", mute_url.as_str(), "Find"),
+        (SERVICE, peer.url.as_str(), "Request"),
+        (HONEST, b.url.as_str(), "Request"),
+    ] {
+        let began = Instant::now();
+        let status = client.refused(client.request_for(service)).await;
+        let words = [url, method, "did not answer within"];
+        assert_refusal(&status, Code::DeadlineExceeded, &words);
+        let took = began.elapsed();
+        assert!(
+            (timeout..8 * timeout).contains(&took),
+            "{service}: {took:?}"
+        );
+    }
+    // The caller's own limit counts when it is shorter.
+    let mut call = client.call(client.request_for(SERVICE));
+    call.set_timeout(Duration::from_millis(50));
+    let began = Instant::now();
+    client.send_call(call).await.expect_err("too late");
+    assert!(began.elapsed() < timeout, "{:?}", began.elapsed());
+    // What they did after all is undone.
+    peer.hold(false);
+    endpoint.hold(false);
+    world.settles(&before).await;
+    assert!(!peer.closes().is_empty());
+    holding.abort();
+}
+
+/// Nobody waits for the dials of others.
+#[tokio::test]
+async fn callers_of_a_host_that_swallows_everything_do_not_queue_up() {
+    let timeout = Duration::from_millis(400);
+    let world = World::of([client_side().dial_timeout(timeout)]).await;
+    let [a] = world.agents();
+    // A listener whose queue is full: the kernel drops what else comes.
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket
+        .bind("127.0.0.1:0".parse().expect("an address"))
+        .expect("bound");
+    let full = socket.listen(1).expect("listening");
+    let address = full.local_addr().expect("bound");
+    let mut fillers = Vec::new();
+    while let Ok(filler) = tokio::time::timeout(
+        Duration::from_millis(200),
+        tokio::net::TcpStream::connect(address),
+    )
+    .await
+    {
+        fillers.push(filler);
+    }
+    world.publish("full.example", &format!("tcp://{address}"));
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let began = Instant::now();
+    let refused = (0..8).map(|_| client.refused(client.request_for("svc@full.example")));
+    for status in futures_util::future::join_all(refused).await {
+        let words = ["cannot connect", &address.to_string()];
+        assert_refusal(&status, Code::Unavailable, &words);
+    }
+    assert!(began.elapsed() < 5 * timeout, "{:?}", began.elapsed());
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn a_vni_that_is_taken_here_is_asked_for_again() {
+    let world = World::two().await;
+    let [a, _] = world.agents();
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    // Something else on the node has the first, management the second, and then ours the third.
+    a.kernel().occupy(9001);
+    peer.choose_vnis([8000, 9001, 1, 8000, 9003]);
+    let first = client.ask(SERVICE).await;
+    let second = client.ask(SERVICE).await;
+    assert_eq!(second.fact("nsm-vni"), "9003");
+    assert_eq!(a.kernel().refused_vnis(), [9001]);
+    assert_eq!(peer.closes().len(), 3);
+    assert_eq!(peer.standing().len(), 2);
+    assert_eq!(a.plane.holdings().vnis, 2);
+
+    // A peer that cannot do better is left after four.
+    peer.choose_vnis([8000, 9003, 9001, 8000, 4242]);
+    let asked = peer.requests().len();
+    let status = client.refused(client.request_for(SERVICE)).await;
+    let words = [&peer.url, "VNI 8000", "4 times"];
+    assert_refusal(&status, Code::ResourceExhausted, &words);
+    assert_eq!(peer.requests().len(), asked + 4);
+    for it in [first, second] {
+        client.close(&it.connection).await.expect("closed");
+    }
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn a_vni_that_is_taken_at_the_server_is_chosen_again() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    for _ in 0..3 {
+        b.kernel().fail_next_up(ForwarderError::VniTaken(5));
+    }
+    let granted = client.ask(HONEST).await;
+    assert_eq!(endpoint.requests().len(), 1);
+    assert_eq!(a.kernel().only().tunnel, b.kernel().only().tunnel);
+    client.close(&granted.connection).await.expect("closed");
+    for _ in 0..4 {
+        b.kernel().fail_next_up(ForwarderError::VniTaken(5));
+    }
+    let status = client.refused(client.request_for(HONEST)).await;
+    assert_refusal(&status, Code::ResourceExhausted, &["VNI 5 is in use"]);
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn a_kernel_that_refuses_undoes_the_whole_way() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    world.endpoint(a, "nse-2", "local").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    for (agent, service) in [(a, HONEST), (b, HONEST), (a, "local")] {
+        agent
+            .kernel()
+            .fail_next_up(ForwarderError::Kernel("out of memory".to_owned()));
+        let status = client.refused(client.request_for(service)).await;
+        assert_refusal(&status, Code::FailedPrecondition, &["out of memory"]);
+        world.settles(&before).await;
+    }
+    assert_eq!(endpoint.closes().len(), 2);
+
+    // An interface name that is taken.
+    let granted = client.ask(HONEST).await;
+    let mut request = client.request_for(HONEST);
+    let name = crate::support::parameter(&granted.connection, "name");
+    request.mechanism_preferences = vec![client.kernel(name)];
+    let status = client.refused(request).await;
+    assert_refusal(&status, Code::InvalidArgument, &[name, client.netns()]);
+
+    // A refresh that cannot be done leaves what stood, or closes it everywhere; never half.
+    a.kernel()
+        .fail_next_up(ForwarderError::Kernel("busy".to_owned()));
+    client.refresh(&granted).await.expect_err("busy");
+    assert_eq!(a.kernel().only().tunnel, b.kernel().only().tunnel);
+    assert_eq!(endpoint.standing().len(), 1);
+    client.refresh(&granted).await.expect("refreshed");
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+
+    // Without a way out nobody is asked.
+    let asked = endpoint.requests().len();
+    a.kernel().lose_underlay();
+    let status = client.refused(client.request_for(HONEST)).await;
+    assert_refusal(&status, Code::FailedPrecondition, &["no route to the peer"]);
+    assert_eq!(endpoint.requests().len(), asked);
+    world.settles(&before).await;
+}
+
+/// An endpoint of this node must not reach into other namespaces by naming their path.
+#[tokio::test]
+async fn an_endpoint_that_names_a_path_must_be_root() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    endpoint.twist(|it| set(it, "inodeURL", "file:///run/netns/pod"));
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let outcome = client.send(client.request_for(HONEST)).await;
+    // These tests run as root or not, and so does their endpoint.
+    let is_root = std::fs::metadata("/proc/self/ns")
+        .is_ok_and(|it| std::os::unix::fs::MetadataExt::uid(&it) == 0);
+    match outcome {
+        Ok(granted) if is_root => {
+            client.close(&granted.connection).await.expect("closed");
+        }
+        Err(status) if !is_root => {
+            assert_refusal(&status, Code::Internal, &["/run/netns/pod", "as root"]);
+        }
+        other => panic!("root: {is_root}, {other:?}"),
+    }
+    world.settles(&before).await;
+}
