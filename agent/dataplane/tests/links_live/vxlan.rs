@@ -290,6 +290,59 @@ async fn many_go_at_once_and_others_stay() {
     assert!(links.down(&pod, &kept).await.unwrap());
 }
 
+/// Many pods and many links of one pod at the same time; of those who want one VNI exactly one gets it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn many_are_made_at_once() {
+    let links = Links::in_namespace(netns());
+    let shared = netns();
+    let mut making = tokio::task::JoinSet::new();
+    for number in 0..24 {
+        let links = links.clone();
+        let pod = if number % 2 == 0 {
+            shared.clone()
+        } else {
+            netns()
+        };
+        let mut spec = vxlan(500 + number / 2);
+        spec.link.name = name(&format!("nsm-{number}"));
+        (spec.link.routes, spec.link.neighbours) = (vec![], vec![]);
+        making.spawn(async move {
+            let made = links.up_vxlan(&pod, &spec).await;
+            (links, pod, spec, made)
+        });
+    }
+    let (mut made, mut refused) = (0, 0);
+    let mut standing = vec![];
+    while let Some(done) = making.join_next().await {
+        let (links, pod, spec, result) = done.unwrap();
+        match result {
+            Ok(_) => made += 1,
+            Err(error) => {
+                assert!(error.is_vni_taken(), "{error}");
+                refused += 1;
+                continue;
+            }
+        }
+        assert_is(
+            &links
+                .observe(&pod, &spec.link.alias)
+                .await
+                .unwrap()
+                .unwrap(),
+            &spec,
+        );
+        standing.push((links, pod, spec.link.alias));
+    }
+    // Two of each pair want the same.
+    assert_eq!((made, refused), (12, 12));
+    for (links, pod, alias) in standing {
+        assert!(links.down(&pod, &alias).await.unwrap());
+        assert_eq!(links.observe(&pod, &alias).await.unwrap(), None);
+    }
+    assert_eq!(link_names(&shared), [""; 0]);
+}
+
 /// The pod goes, and with it link, VNI and socket; nothing of ours keeps it.
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]

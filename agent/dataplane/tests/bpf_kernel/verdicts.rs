@@ -1,8 +1,6 @@
 //! What the programs do with crafted frames, by BPF_PROG_TEST_RUN, and what the maps hold afterwards.
 
-mod bpf_support;
-
-use bpf_support::{DROP, Frame, NEXT, addr, drops, load_detached, sandbox, verdict, vni};
+use super::support::{DROP, Frame, NEXT, addr, drops, load_detached, sandbox, verdict, vni};
 use nsm_dataplane::bpf::{Bpf, Direction, Gso, Slot, TunnelCounters};
 
 const US: &str = "192.0.2.1";

@@ -1,16 +1,14 @@
 //! Attaching, pinning, adopting, removing: on interfaces of a namespace that lives as long as the test.
 
-mod bpf_support;
-
 use std::{fs, path::Path, process::Command, thread, time::Instant};
 
+use super::support::{
+    DROP, Frame, NEXT, PIN_DIR, addr, config, drop_capabilities_but, ip, load_detached, names, run,
+    sandbox, verdict, vni,
+};
 use aya::{
     maps::{Array, Map, MapData},
     programs::{SchedClassifier, TcAttachType},
-};
-use bpf_support::{
-    DROP, Frame, NEXT, PIN_DIR, addr, config, drop_capabilities_but, ip, load_detached, names, run,
-    sandbox, verdict, vni,
 };
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook, underlay_interfaces};
 

@@ -1,7 +1,5 @@
 //! What the BPF tests share: a sandbox, and frames.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
-
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},

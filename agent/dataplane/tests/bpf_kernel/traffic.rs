@@ -1,7 +1,5 @@
 //! The programs under real traffic: two nodes joined by a cable, a VXLAN tunnel between them.
 
-mod bpf_support;
-
 use std::{
     fs::File,
     io::{Read as _, Write as _},
@@ -11,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bpf_support::{addr, config, drops, ip, run, sandbox, vni};
+use super::support::{addr, config, drops, ip, run, sandbox, vni};
 use nix::sched::{CloneFlags, setns, unshare};
 use nsm_dataplane::bpf::{Bpf, BpfConfig, Hook, Slot, TunnelCounters, now};
 

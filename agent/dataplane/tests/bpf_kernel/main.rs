@@ -1,0 +1,6 @@
+//! The BPF programs in the live kernel. Each test has network and mount namespaces of its own.
+
+mod lifecycle;
+mod support;
+mod traffic;
+mod verdicts;
