@@ -30,7 +30,7 @@ pub enum LinkError {
         holder: LinkHolder,
     },
     /// The VNI is in use on this node, by whomever. Ask for another one: the server that chose it could not know.
-    #[error("VNI {vni} on UDP port {port} is taken on this node ({kernel}): another VNI is needed")]
+    #[error("VNI {vni} on UDP port {port} is taken on this node [{kernel}]: another VNI is needed")]
     VniTaken {
         /// The VNI that was wanted.
         vni: u32,
@@ -40,7 +40,7 @@ pub enum LinkError {
         kernel: Refusal,
     },
     /// The tunnels' UDP port is held by a socket that is no VXLAN link of our kind.
-    #[error("UDP port {port} cannot be opened for VXLAN on this node ({kernel}): {holder}")]
+    #[error("UDP port {port} cannot be opened for VXLAN on this node [{kernel}]: {holder}")]
     PortTaken {
         /// The port that was wanted.
         port: u16,
@@ -50,7 +50,7 @@ pub enum LinkError {
         kernel: Refusal,
     },
     /// A capability is missing.
-    #[error("not permitted to {action} ({kernel}): run the agent as root, or with {capability}")]
+    #[error("not permitted to {action} [{kernel}]: run the agent as root, or with {capability}")]
     NotPermitted {
         /// What was tried.
         action: String,
@@ -61,7 +61,7 @@ pub enum LinkError {
     },
     /// The kernel cannot make links of this kind.
     #[error(
-        "this kernel has no {kind} links ({kernel}): load the module with `modprobe {kind}`, or enable it in the kernel"
+        "this kernel has no {kind} links [{kernel}]: load the module with `modprobe {kind}`, or enable it in the kernel"
     )]
     Unsupported {
         /// The kind.
@@ -129,7 +129,7 @@ pub enum LinkError {
     },
     /// No way leads there.
     #[error(
-        "no route to {remote} from this node ({kernel}): check the node's routes and the peer's address"
+        "no route to {remote} from this node [{kernel}]: check the node's routes and the peer's address"
     )]
     NoRoute {
         /// Where to.
@@ -159,6 +159,23 @@ impl LinkError {
     #[must_use]
     pub const fn is_vni_taken(&self) -> bool {
         matches!(self, Self::VniTaken { .. })
+    }
+
+    /// What becomes of a refusal to create a link whose name is free.
+    pub(super) fn create_refused(
+        kind: &'static str,
+        name: &str,
+        netns: NetnsId,
+        kernel: Refusal,
+    ) -> Self {
+        match kernel.errno {
+            // "Unknown device type".
+            Errno::EOPNOTSUPP => Self::Unsupported { kind, kernel },
+            _ => Self::refused(
+                format!("create {kind} link `{name}` in network namespace {netns}"),
+                kernel,
+            ),
+        }
     }
 
     /// What becomes of a refusal that has no reason of its own.
@@ -264,5 +281,64 @@ impl fmt::Display for PortHolder {
                  `ip -d link show type vxlan`",
             ),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_vxlan_is_told() {
+        let netns = NetnsId {
+            device: 4,
+            inode: 1,
+        };
+        let refusal = |errno, text: &str| Refusal {
+            errno,
+            text: Some(text.to_owned()),
+        };
+        let create = |kernel| LinkError::create_refused("vxlan", "nsm-1", netns, kernel);
+
+        let error = create(refusal(Errno::EOPNOTSUPP, "Unknown device type"));
+        assert!(matches!(
+            error,
+            LinkError::Unsupported { kind: "vxlan", .. }
+        ));
+        assert_eq!(
+            error.to_string(),
+            "this kernel has no vxlan links [Unknown device type (EOPNOTSUPP)]: load the module with `modprobe vxlan`, or enable it in the kernel"
+        );
+        assert!(matches!(
+            create(refusal(Errno::EPERM, "")),
+            LinkError::NotPermitted { .. }
+        ));
+        assert!(matches!(
+            create(refusal(Errno::EINVAL, "")),
+            LinkError::Refused { .. }
+        ));
+    }
+
+    #[test]
+    fn only_a_taken_vni_asks_for_another() {
+        let kernel = Refusal {
+            errno: Errno::EEXIST,
+            text: None,
+        };
+        assert!(
+            LinkError::VniTaken {
+                vni: 1,
+                port: 4789,
+                kernel: kernel.clone()
+            }
+            .is_vni_taken()
+        );
+        assert!(
+            !LinkError::Refused {
+                action: String::new(),
+                kernel
+            }
+            .is_vni_taken()
+        );
     }
 }

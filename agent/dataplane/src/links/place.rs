@@ -181,25 +181,18 @@ impl<'a> Place<'a> {
         kind: &'static str,
         kernel: Refusal,
     ) -> Result<LinkError, LinkError> {
-        Ok(match kernel.errno {
-            Errno::EEXIST => match self.named()? {
-                Some(holder) => self.name_taken((&holder).into()),
-                None => self.cannot_create(kind, kernel),
-            },
-            Errno::EOPNOTSUPP => LinkError::Unsupported { kind, kernel },
-            _ => self.cannot_create(kind, kernel),
-        })
-    }
-
-    fn cannot_create(&self, kind: &str, kernel: Refusal) -> LinkError {
-        LinkError::refused(
-            format!(
-                "create {kind} link `{}` in network namespace {}",
-                self.spec.name,
-                self.netns.id()
-            ),
+        if kernel.errno == Errno::EEXIST
+            && let Some(holder) = self.named()?
+        {
+            return Ok(self.name_taken((&holder).into()));
+        }
+        let name = self.spec.name.as_str();
+        Ok(LinkError::create_refused(
+            kind,
+            name,
+            self.netns.id(),
             kernel,
-        )
+        ))
     }
 
     /// Takes a link that was just created for ours: learns its index, marks it.

@@ -8,8 +8,8 @@ use crate::support::{alias, name, netns, vxlan};
 
 const TIMES: usize = 50;
 
-/// A link must cost a small part of a Request, whose bar is 5 ms.
-const BOUND: Duration = Duration::from_millis(5);
+/// Less than it takes to create a link on the node and move it, 16 ms: a busy machine must not pass for a wrong design.
+const BOUND: Duration = Duration::from_millis(10);
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs root: makes network namespaces and links"]
