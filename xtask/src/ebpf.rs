@@ -442,3 +442,77 @@ fn sha256(bytes: &[u8]) -> String {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_object_is_stripped_and_keeps_its_types() {
+        let object = fs::read(root().join(OBJECT)).unwrap();
+        let builder = object::build::elf::Builder::read(object.as_slice()).unwrap();
+        let names: Vec<_> = builder
+            .sections
+            .iter()
+            .map(|section| section.name.to_vec())
+            .collect();
+        for wanted in [
+            &b".BTF"[..],
+            b".BTF.ext",
+            b".maps",
+            b"classifier",
+            b"license",
+        ] {
+            assert!(
+                names.iter().any(|name| name == wanted),
+                "{}",
+                String::from_utf8_lossy(wanted)
+            );
+        }
+        assert!(!names.iter().any(|name| name.starts_with(b".debug_")));
+        strip(b"no object").unwrap_err();
+    }
+
+    #[test]
+    fn every_change_of_a_source_changes_the_hash() {
+        let tree = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = tree.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        for source in SOURCES {
+            let is_folder = source.ends_with("/src");
+            write(
+                &if is_folder {
+                    format!("{source}/lib.rs")
+                } else {
+                    (*source).to_owned()
+                },
+                "a",
+            );
+        }
+        let hash = || source_hash(tree.path()).unwrap();
+        let mut seen = vec![hash()];
+        assert_eq!(hash(), seen[0]);
+        write("ebpf/common/src/lib.rs", "b");
+        seen.push(hash());
+        write("ebpf/programs/src/deep/er.rs", "");
+        seen.push(hash());
+        write("ebpf/programs/Cargo.lock", "aa");
+        seen.push(hash());
+        // The same bytes, cut elsewhere.
+        write("ebpf/programs/Cargo.lock", "a");
+        write("ebpf/programs/Cargo.toml", "aa");
+        seen.push(hash());
+        let distinct: std::collections::HashSet<_> = seen.iter().collect();
+        assert_eq!(distinct.len(), seen.len());
+
+        fs::remove_file(tree.path().join("ebpf/common/Cargo.toml")).unwrap();
+        let error = source_hash(tree.path()).unwrap_err();
+        assert!(
+            error.to_string().contains("ebpf/common/Cargo.toml"),
+            "{error}"
+        );
+    }
+}
