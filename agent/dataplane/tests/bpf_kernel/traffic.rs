@@ -4,12 +4,12 @@ use std::{
     fs::File,
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
-    os::fd::AsRawFd as _,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     process, thread,
     time::{Duration, Instant},
 };
 
-use super::support::{addr, config, drops, ip, run, sandbox, vni};
+use super::support::{Frame, addr, config, drops, ip, run, sandbox, vni};
 use nix::sched::{CloneFlags, setns, unshare};
 use nsm_dataplane::bpf::{Bpf, BpfConfig, Hook, Slot, TunnelCounters, now};
 
@@ -227,4 +227,114 @@ fn large_packets_count_as_what_the_wire_sees() {
 fn segment_in_software(interface: &str) {
     // gso_max_segs of one: nothing larger is handed to the device, and what comes is segmented above it.
     ip(&format!("link set {interface} gso_max_segs 1"));
+}
+
+/// Sends a frame out of an interface with only its Ethernet header in the linear part of the kernel's buffer.
+fn send_scattered(interface: &str, frame: &[u8]) {
+    use nix::libc::{
+        AF_PACKET, SOCK_RAW, SOL_PACKET, sendto, setsockopt, sockaddr_ll, socket, socklen_t,
+    };
+    const PACKET_VNET_HDR: i32 = 15;
+    // struct virtio_net_hdr: flags, gso_type, then hdr_len: how much is to be linear. The kernel honours that from a page on.
+    const ETHERNET_ONLY: [u8; 10] = [0, 0, 14, 0, 0, 0, 0, 0, 0, 0];
+    assert!(frame.len() > 4096);
+
+    // SAFETY: takes no pointers.
+    let raw = unsafe { socket(AF_PACKET, SOCK_RAW, 0) };
+    assert!(
+        raw >= 0,
+        "packet socket: {}",
+        std::io::Error::last_os_error()
+    );
+    // SAFETY: just opened, and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    let on = 1_i32;
+    // SAFETY: the option is an int, which outlives the call.
+    let set = unsafe {
+        let value = (&raw const on).cast();
+        let length = size_of::<i32>() as socklen_t;
+        setsockopt(
+            socket.as_raw_fd(),
+            SOL_PACKET,
+            PACKET_VNET_HDR,
+            value,
+            length,
+        )
+    };
+    assert_eq!(
+        set,
+        0,
+        "PACKET_VNET_HDR: {}",
+        std::io::Error::last_os_error()
+    );
+    // SAFETY: plain integers, for which zero is a value.
+    let mut to: sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = AF_PACKET as u16;
+    to.sll_protocol = u16::from_ne_bytes([frame[12], frame[13]]);
+    to.sll_ifindex = nix::net::if_::if_nametoindex(interface)
+        .expect("the interface")
+        .cast_signed();
+    let message = [&ETHERNET_ONLY, frame].concat();
+    // SAFETY: message and address outlive the call, with the lengths given.
+    let sent = unsafe {
+        let to_length = size_of::<sockaddr_ll>() as socklen_t;
+        let to = (&raw const to).cast();
+        sendto(
+            socket.as_raw_fd(),
+            message.as_ptr().cast(),
+            message.len(),
+            0,
+            to,
+            to_length,
+        )
+    };
+    assert_eq!(
+        sent,
+        message.len() as isize,
+        "{}",
+        std::io::Error::last_os_error()
+    );
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn headers_outside_the_linear_part_are_read() {
+    const US: [&str; 2] = ["192.0.2.1", "2001:db8:1::1"];
+    const PEER: [&str; 2] = ["198.51.100.7", "2001:db8:2::7"];
+    sandbox(|| {
+        ip("link add a0 mtu 9000 type veth peer name b0 mtu 9000");
+        for name in ["a0", "b0"] {
+            ip(&format!("link set {name} addrgenmode none"));
+            ip(&format!("link set {name} up"));
+        }
+        let bpf = Bpf::load(&config(&["a0", "b0"])).expect("load");
+        for (us, peer) in US.into_iter().zip(PEER) {
+            let slot = bpf.add_tunnel(vni(42), addr(peer)).expect("a slot");
+            let scattered = |source, destination| {
+                Frame::new(source, destination, 42)
+                    .with(|f| f.inner = vec![0; 5000])
+                    .bytes()
+            };
+            // To the peer: counted on its way out, and nobody's where it comes in.
+            let frame = scattered(us, peer);
+            send_scattered("a0", &frame);
+            let counters = bpf.counters(slot).expect("counters");
+            assert_eq!(
+                (counters.tx_packets, counters.tx_bytes),
+                (1, frame.len() as u64)
+            );
+            // From the peer: the other way round.
+            send_scattered("a0", &scattered(peer, us));
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while bpf.counters(slot).expect("counters").rx_packets == 0 {
+                assert!(Instant::now() < deadline, "{:?}", drops(&bpf));
+                thread::sleep(Duration::from_millis(2));
+            }
+            assert_eq!(
+                bpf.counters(slot).expect("counters").rx_bytes,
+                frame.len() as u64
+            );
+        }
+        assert_eq!(drops(&bpf), [("wrong_destination", 2), ("wrong_source", 2)]);
+    });
 }
