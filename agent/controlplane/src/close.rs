@@ -38,7 +38,9 @@ impl ControlPlane {
                 .admit_known(&hop.id, call.deadline)
                 .await?;
             if let Some(turn) = turn {
-                plane.tear_down(&turn, call.deadline).await;
+                // However long it waited for its turn, the next hop is to hear of it.
+                let deadline = Instant::now() + CLOSE_TIMEOUT;
+                plane.tear_down(&turn, deadline).await;
             }
             Ok(())
         })

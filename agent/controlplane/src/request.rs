@@ -221,6 +221,7 @@ impl ControlPlane {
             Ends::parse(self.alias(&ask.connection.id)?, context)?.check()?;
         }
         let peer = self.shared.peers.get(&route.url);
+        let stood_there = prior.is_some_and(|prior| prior.route.url == route.url);
         let mut next_mechanism = prior
             .filter(|prior| prior.route.url == route.url)
             .and_then(|prior| prior.next_mechanism.clone());
@@ -237,7 +238,7 @@ impl ControlPlane {
                 Ok(reply) => reply,
                 Err(error) => {
                     // It may have done its part all the same.
-                    if matches!(error, RequestError::Silent { .. }) && prior.is_none() {
+                    if matches!(error, RequestError::Silent { .. }) && !stood_there {
                         self.undo_at(&peer, request.connection.unwrap_or_default(), &ask.turn);
                     }
                     return Err(error);
@@ -253,7 +254,6 @@ impl ControlPlane {
                         RequestError::Forwarder(ForwarderError::VniTaken(vni)) => Some(*vni),
                         _ => None,
                     };
-                    let stood_there = prior.is_some_and(|prior| prior.route.url == route.url);
                     if !stood_there || is_taken.is_some() {
                         // The next try may be at the same hop, under the same id: undo first.
                         let undo = undo_connection(ask, route, reply);
@@ -682,14 +682,14 @@ fn own_id(path: &Path, own_name: &str) -> String {
     Uuid::new_v5(&Uuid::NAMESPACE_OID, &who).to_string()
 }
 
-/// Puts the hops below ours back on the path of a client that never saw the answer which named
-/// them: they know the connection by these ids.
+/// Puts the hops below ours onto the path as we know them. A client that never saw an answer, or
+/// sends an older one again, does not know their ids, and an endpoint that is asked under another
+/// id makes another connection.
 fn resume(path: &mut Path, view: &Connection) {
     let known = convert::path(view.path.clone().unwrap_or_default());
-    if path.segments.len() == path.index as usize + 1 {
-        path.segments
-            .extend(known.segments.into_iter().skip(path.segments.len()));
-    }
+    path.segments.truncate(path.index as usize + 1);
+    path.segments
+        .extend(known.segments.into_iter().skip(path.segments.len()));
 }
 
 /// Whether the connection goes on where it stands.
@@ -818,8 +818,9 @@ fn bad_answer(route: &Route, fault: String) -> RequestError {
 /// The connection to close at a next hop whose reply we could not use.
 fn undo_connection(ask: &Ask, route: &Route, reply: Connection) -> Connection {
     let ours = convert::wire_path(ask.path.clone());
+    // What stands below ours in our own path may be of another endpoint.
     let path = match reply.path {
-        Some(mut path) if path.path_segments.len() > ours.path_segments.len() => {
+        Some(mut path) if path.path_segments.len() > ours.index as usize + 1 => {
             path.index = ours.index;
             path
         }

@@ -1,7 +1,11 @@
 //! Refresh, expiry, Close and drain: how connections end, whoever is still there.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
+use nsm_controlplane::{forwarder::ForwarderError, request::Call, route::Arrival};
 use nsm_proto::{
     connection::{ConnectionEventType::*, State},
     networkservice::NetworkServiceRequest,
@@ -9,7 +13,7 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::{
-    Client, World, assert_refusal, client_side, endpoint_side, eventually, within,
+    Client, World, assert_refusal, client_side, endpoint_side, eventually, stamp, within,
 };
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
@@ -104,6 +108,117 @@ async fn two_requests_at_once_make_one_connection() {
     let unknown = client.request_for(SERVICE).connection.expect("one");
     client.close(&unknown).await.expect("closed");
     assert_eq!(endpoint.closes().len(), 1);
+    world.settles(&before).await;
+}
+
+/// One event at a time; who cannot wait for its turn is told.
+#[tokio::test]
+async fn an_event_waits_for_the_one_before_no_longer_than_it_can() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let request = client.request_for(SERVICE);
+    let mut closing = request.connection.clone().expect("a connection");
+    let path = closing.path.as_mut().expect("a path");
+    path.path_segments[0].expires = Some(stamp(SystemTime::now() + Duration::from_secs(60)));
+    endpoint.hold(true);
+    let (granted, ()) = tokio::join!(client.send(request), async {
+        eventually(1, || endpoint.requests().len()).await;
+        let close = |patience| Call {
+            message: closing.clone(),
+            arrival: Arrival::Network,
+            token: None,
+            deadline: tokio::time::Instant::now() + patience,
+        };
+        let busy = a.plane.close(close(Duration::from_millis(20))).await;
+        let busy = busy.expect_err("a Request is at work");
+        assert_refusal(&busy.into(), Code::DeadlineExceeded, &["still at work"]);
+        let patient = a.plane.close(close(Duration::from_secs(10)));
+        tokio::pin!(patient);
+        tokio::select! {
+            biased;
+            _ = &mut patient => panic!("a Request is at work"),
+            () = tokio::task::yield_now() => endpoint.hold(false),
+        }
+        within(patient).await.expect("closed");
+    });
+    granted.expect("granted, and closed after that");
+    world.settles(&before).await;
+}
+
+/// A Request that comes again after silence is not undone by the Close for the first.
+#[tokio::test]
+async fn undoing_is_over_before_the_next_request_goes_out() {
+    let timeout = Duration::from_millis(300);
+    let world = World::of([client_side().request_timeout(timeout), endpoint_side()]).await;
+    let [a, _] = world.agents();
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let request = client.request_for("svc@peer.example");
+    peer.hold(true);
+    let status = client.refused(request.clone()).await;
+    assert_refusal(&status, Code::DeadlineExceeded, &["did not answer"]);
+    let (granted, ()) = tokio::join!(client.send(request), async {
+        // The first is still being undone: its turn is held, with nothing established.
+        eventually(2, || a.plane.holdings().connections + peer.requests().len()).await;
+        peer.hold(false);
+    });
+    let granted = granted.expect("granted");
+    assert_eq!(peer.standing().len(), 1);
+    assert_eq!(peer.closes().len(), 1);
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
+/// Everything at once, on few connections, with callers that go away and endpoints that fail.
+#[tokio::test]
+async fn a_storm_of_events_leaves_nothing() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let one = world.endpoint(b, "one", "icmp-responder").await;
+    let two = world.endpoint(b, "two", "icmp-responder").await;
+    let before = world.held();
+    let client = Arc::new(Client::on_node(a).await);
+    let requests: Vec<_> = (0..6).map(|_| client.request_for(SERVICE)).collect();
+    let mut storm = tokio::task::JoinSet::new();
+    for round in 0..160_usize {
+        let (client, request) = (Arc::clone(&client), requests[round % 6].clone());
+        let calling = storm.spawn(async move {
+            if round % 4 == 3 {
+                let connection = request.connection.expect("a connection");
+                client.close(&connection).await.expect("closed");
+            } else if let Ok(granted) = client.send(request).await {
+                let _ = client.refresh(&granted).await;
+            }
+        });
+        match round % 20 {
+            5 => calling.abort(),
+            7 => one.end_monitors(),
+            9 => two.twist(|_| Err(tonic::Status::unavailable("not now"))),
+            11 => b
+                .kernel()
+                .fail_next_up(ForwarderError::Kernel("busy".to_owned())),
+            13 => a.kernel().fail_next_up(ForwarderError::VniTaken(9)),
+            15 => two.mend(),
+            17 => tokio::task::yield_now().await,
+            _ => {}
+        }
+        if storm.len() > 40 {
+            let _ = within(storm.join_next()).await;
+        }
+    }
+    while let Some(ended) = within(storm.join_next()).await {
+        assert!(ended.is_ok() || ended.is_err_and(|error| error.is_cancelled()));
+    }
+    two.mend();
+    // Whatever stands now works, and can be closed.
+    for request in requests {
+        let granted = client.send(request).await.expect("granted");
+        client.close(&granted.connection).await.expect("closed");
+    }
     world.settles(&before).await;
 }
 

@@ -59,8 +59,10 @@ struct State {
     netns: String,
     serves_monitors: bool,
     next_address: AtomicU32,
-    /// Requests wait while it is false.
+    /// Requests and Closes wait while it is false.
     open: watch::Sender<bool>,
+    /// One after the other, in the order of their arrival.
+    queue: tokio::sync::Mutex<()>,
     table: Mutex<Table>,
 }
 
@@ -215,12 +217,20 @@ impl State {
             serves_monitors,
             next_address: AtomicU32::new(0),
             open: watch::Sender::new(true),
+            queue: tokio::sync::Mutex::default(),
             table: Mutex::default(),
         }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().expect("no holder panics")
+    }
+
+    async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        let turn = self.queue.lock().await;
+        let mut open = self.open.subscribe();
+        let _ = open.wait_for(|open| *open).await;
+        turn
     }
 
     /// The answer by the rules of NSM.
@@ -298,8 +308,7 @@ impl NetworkService for State {
     ) -> Result<Response<Connection>, Status> {
         let request = request.into_inner();
         self.table().requests.push(request.clone());
-        let mut open = self.open.subscribe();
-        let _ = open.wait_for(|open| *open).await;
+        let _turn = self.turn().await;
         let (id, reply) = self.grant(request)?;
         let mut table = self.table();
         let sent = table
@@ -314,8 +323,7 @@ impl NetworkService for State {
 
     async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
         let connection = request.into_inner();
-        let mut open = self.open.subscribe();
-        let _ = open.wait_for(|open| *open).await;
+        let _turn = self.turn().await;
         let mut table = self.table();
         let path = connection.path.clone().unwrap_or_default();
         if let Some(own) = path.path_segments.get(path.index as usize + 1) {
