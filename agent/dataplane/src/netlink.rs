@@ -1,11 +1,16 @@
 //! A rtnetlink socket that asks and waits for the answers.
 //!
 //! rtnetlink works inside the `send` call: when it returns, the answers lie in the receive queue. An asynchronous socket would gain
-//! nothing and cost hops between tasks, so this one blocks, and its user has a thread of its own. Several requests can go in one
-//! call; the kernel works on each and acknowledges each, whatever became of the others.
+//! nothing and cost hops between tasks, so this one blocks, and its user has a thread of its own: a namespace is entered by a thread,
+//! and a socket belongs to the one where it was opened. Several requests can go in one call; the kernel works on each and
+//! acknowledges each, whatever became of the others.
 //!
 //! The socket asks for extended acknowledgements and keeps the kernel's own words ([`Refusal`]): they often are the only place where
 //! the reason stands. netlink-packet-core leaves their attributes undecoded, hence the few lines that read them.
+//!
+//! The crate `rtnetlink` builds most messages (`links::message`), but its `Handle` does not send them: it is asynchronous, with a task
+//! that drives the socket; it never asks for extended acknowledgements, and of a refusal it hands on the number and undecoded bytes
+//! without the flags that tell where the kernel's words (NLMSGERR_ATTR_MSG) stand in them.
 
 use std::{fmt, io};
 

@@ -1,4 +1,7 @@
 //! The requests that links are made with.
+//!
+//! Each is written by a builder of rtnetlink where one says the same, else by hand: its address builder adds a broadcast address and
+//! knows no flags, for neighbours and namespace numbers it has none, and its route builder presets what a look-up must leave open.
 
 use std::{
     net::IpAddr,
@@ -10,18 +13,13 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressMessage},
-    link::{
-        InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
-        LinkInfo, LinkMessage, VxlanDf,
-    },
+    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkMessage, VxlanDf},
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
     nsid::{NsidAttribute, NsidMessage},
-    route::{
-        RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
-        RouteType, RouteVia,
-    },
+    route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteVia},
 };
 use nsm_core::tunnel::{LinkSpec, MacAddr, RouteSpec, VxlanSpec};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder};
 
 use crate::{netlink::Request, netns::Netns};
 
@@ -38,161 +36,127 @@ pub(super) const ROUTE_PROTOCOL: RouteProtocol = RouteProtocol::Other(78);
 
 /// Create a VXLAN link in the pod's namespace; sent in the node's, where its UDP socket then lives.
 pub(super) fn create_vxlan(pod: &Netns, spec: &VxlanSpec) -> Request {
-    let endpoints = endpoints(spec.local, spec.remote);
-    let data = [
-        InfoVxlan::Id(spec.vni.get()),
-        InfoVxlan::Port(spec.port),
+    let link = LinkVxlan::new(spec.link.name.as_str(), spec.vni.get())
+        .port(spec.port)
         // One peer, named: nothing to learn.
-        InfoVxlan::Learning(false),
+        .learning(false)
         // Without it the kernel fragments silently, and the inner flow never learns the path's MTU.
-        InfoVxlan::Df(VxlanDf::Set),
-    ];
-    let data = InfoData::Vxlan(data.into_iter().chain(endpoints).collect());
-    create(new_link(pod, &spec.link), InfoKind::Vxlan, data)
+        .df(VxlanDf::Set);
+    create(place(between(link, spec.local, spec.remote), pod, &spec.link).build())
 }
 
 /// Create a veth pair, each end in its namespace.
 pub(super) fn create_veth(a: (&Netns, &LinkSpec), b: (&Netns, &LinkSpec)) -> Request {
+    let (a_name, b_name) = (a.1.name.as_str(), b.1.name.as_str());
     // Up in the peer's part makes the kernel refuse; both ends are taken up afterwards.
-    let peer = new_link(b.0, b.1);
-    create(
-        new_link(a.0, a.1),
-        InfoKind::Veth,
-        InfoData::Veth(InfoVeth::Peer(peer)),
-    )
+    let peer = place(LinkUnspec::new_with_name(b_name), b.0, b.1).build();
+    // The builder's own peer has a name and nothing else.
+    let pair = LinkVeth::new(a_name, b_name).set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
+    create(place(pair, a.0, a.1).build())
 }
 
-fn create(mut link: LinkMessage, kind: InfoKind, data: InfoData) -> Request {
-    link.attributes.push(LinkAttribute::LinkInfo(vec![
-        LinkInfo::Kind(kind),
-        LinkInfo::Data(data),
-    ]));
+fn create(link: LinkMessage) -> Request {
     (
         RouteNetlinkMessage::NewLink(link),
         NLM_F_CREATE | NLM_F_EXCL,
     )
 }
 
-fn new_link(netns: &Netns, spec: &LinkSpec) -> LinkMessage {
-    let mut message = LinkMessage::default();
-    message.attributes = vec![
-        LinkAttribute::IfName(spec.name.as_str().to_owned()),
-        LinkAttribute::NetNsFd(netns.as_fd().as_raw_fd()),
-        LinkAttribute::Group(LINK_GROUP),
-        LinkAttribute::Mtu(spec.mtu),
-    ];
-    message.attributes.extend(
-        spec.mac
-            .map(|mac| LinkAttribute::Address(mac.octets().to_vec())),
-    );
-    message
+/// What every link is created with beside its name.
+fn place<T>(link: LinkMessageBuilder<T>, netns: &Netns, spec: &LinkSpec) -> LinkMessageBuilder<T> {
+    let link = link
+        .setns_by_fd(netns.as_fd().as_raw_fd())
+        .link_group(LINK_GROUP)
+        .mtu(spec.mtu);
+    match spec.mac {
+        Some(mac) => link.address(mac.octets().to_vec()),
+        None => link,
+    }
 }
 
-fn endpoints(local: IpAddr, remote: IpAddr) -> [InfoVxlan; 2] {
-    let local = match local {
-        IpAddr::V4(ip) => InfoVxlan::Local(ip),
-        IpAddr::V6(ip) => InfoVxlan::Local6(ip),
+fn between(
+    link: LinkMessageBuilder<LinkVxlan>,
+    local: IpAddr,
+    remote: IpAddr,
+) -> LinkMessageBuilder<LinkVxlan> {
+    let link = match local {
+        IpAddr::V4(ip) => link.local(ip),
+        IpAddr::V6(ip) => link.local6(ip),
     };
-    let remote = match remote {
-        IpAddr::V4(ip) => InfoVxlan::Group(ip),
-        IpAddr::V6(ip) => InfoVxlan::Group6(ip),
-    };
-    [local, remote]
+    match remote {
+        IpAddr::V4(ip) => link.remote(ip),
+        IpAddr::V6(ip) => link.remote6(ip),
+    }
 }
 
 /// All links of the namespace; the statistics only when asked for, for they are most of the answer.
 pub(super) fn get_links(statistics: bool) -> RouteNetlinkMessage {
-    let mut message = LinkMessage::default();
+    let mut links = LinkMessageBuilder::<LinkUnspec>::new();
     if !statistics {
-        message
-            .attributes
-            .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        links =
+            links.append_extra_attribute(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
     }
-    RouteNetlinkMessage::GetLink(message)
+    RouteNetlinkMessage::GetLink(links.build())
 }
 
 /// The link with this name.
 pub(super) fn get_link_named(name: &str) -> Request {
-    let mut message = LinkMessage::default();
-    message
-        .attributes
-        .push(LinkAttribute::IfName(name.to_owned()));
-    (RouteNetlinkMessage::GetLink(message), 0)
+    let link = LinkUnspec::new_with_name(name).build();
+    (RouteNetlinkMessage::GetLink(link), 0)
 }
 
 /// The link with this index.
 pub(super) fn get_link(index: u32) -> Request {
-    (RouteNetlinkMessage::GetLink(link(index)), 0)
+    let link = LinkUnspec::new_with_index(index).build();
+    (RouteNetlinkMessage::GetLink(link), 0)
 }
 
 /// Mark the link with this name.
 pub(super) fn set_alias(name: &str, alias: &str) -> Request {
-    let mut message = LinkMessage::default();
-    message.attributes = vec![
-        LinkAttribute::IfName(name.to_owned()),
-        LinkAttribute::IfAlias(alias.to_owned()),
-    ];
-    (RouteNetlinkMessage::SetLink(message), 0)
+    set(LinkUnspec::new_with_name(name).alias(alias))
 }
 
 pub(super) fn set_endpoints(index: u32, local: IpAddr, remote: IpAddr) -> Request {
-    let mut message = link(index);
-    let data = InfoData::Vxlan(endpoints(local, remote).into());
-    message.attributes.push(LinkAttribute::LinkInfo(vec![
-        LinkInfo::Kind(InfoKind::Vxlan),
-        LinkInfo::Data(data),
-    ]));
+    let link = LinkMessageBuilder::<LinkVxlan>::new_with_info_kind(InfoKind::Vxlan).index(index);
+    let link = between(link, local, remote).build();
     // Changing what a kind has of its own takes a NEWLINK without CREATE.
-    (RouteNetlinkMessage::NewLink(message), 0)
+    (RouteNetlinkMessage::NewLink(link), 0)
 }
 
 pub(super) fn set_mtu(index: u32, mtu: u32) -> Request {
-    set(index, LinkAttribute::Mtu(mtu))
+    set(LinkUnspec::new_with_index(index).mtu(mtu))
 }
 
 pub(super) fn set_mac(index: u32, mac: MacAddr) -> Request {
-    set(index, LinkAttribute::Address(mac.octets().to_vec()))
+    set(LinkUnspec::new_with_index(index).address(mac.octets().to_vec()))
 }
 
 pub(super) fn set_group(index: u32, group: u32) -> Request {
-    set(index, LinkAttribute::Group(group))
+    set(LinkUnspec::new_with_index(index).link_group(group))
 }
 
 pub(super) fn set_up(index: u32) -> Request {
-    let mut message = link(index);
-    message.header.flags = LinkFlags::Up;
-    message.header.change_mask = LinkFlags::Up;
-    (RouteNetlinkMessage::SetLink(message), 0)
+    set(LinkUnspec::new_with_index(index).up())
+}
+
+fn set(link: LinkMessageBuilder<LinkUnspec>) -> Request {
+    (RouteNetlinkMessage::SetLink(link.build()), 0)
 }
 
 pub(super) fn delete_link(index: u32) -> Request {
-    (RouteNetlinkMessage::DelLink(link(index)), 0)
+    delete(LinkUnspec::new_with_index(index))
 }
 
 pub(super) fn delete_link_named(name: &str) -> Request {
-    let mut message = LinkMessage::default();
-    message
-        .attributes
-        .push(LinkAttribute::IfName(name.to_owned()));
-    (RouteNetlinkMessage::DelLink(message), 0)
+    delete(LinkUnspec::new_with_name(name))
 }
 
 pub(super) fn delete_group(group: u32) -> Request {
-    let mut message = LinkMessage::default();
-    message.attributes.push(LinkAttribute::Group(group));
-    (RouteNetlinkMessage::DelLink(message), 0)
+    delete(LinkMessageBuilder::<LinkUnspec>::new().link_group(group))
 }
 
-fn set(index: u32, attribute: LinkAttribute) -> Request {
-    let mut message = link(index);
-    message.attributes.push(attribute);
-    (RouteNetlinkMessage::SetLink(message), 0)
-}
-
-fn link(index: u32) -> LinkMessage {
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    message
+fn delete(link: LinkMessageBuilder<LinkUnspec>) -> Request {
+    (RouteNetlinkMessage::DelLink(link.build()), 0)
 }
 
 /// By which number the socket's namespace knows another one.
@@ -279,15 +243,17 @@ fn neighbour(index: u32, ip: IpAddr) -> NeighbourMessage {
 
 /// The unicast routes of the main table, over a link or all.
 pub(super) fn get_routes(index: Option<u32>) -> RouteNetlinkMessage {
-    let mut message = RouteMessage::default();
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
-    message.header.kind = RouteType::Unicast;
-    message.attributes.extend(index.map(RouteAttribute::Oif));
-    RouteNetlinkMessage::GetRoute(message)
+    // Of every origin: the builder presets "static", and the kernel filters by it.
+    let mut routes = RouteMessageBuilder::<IpAddr>::new().protocol(RouteProtocol::Unspec);
+    if let Some(index) = index {
+        routes = routes.output_interface(index);
+    }
+    RouteNetlinkMessage::GetRoute(routes.build())
 }
 
 /// Which route a packet to this address takes.
 pub(super) fn look_up_route(remote: IpAddr) -> Request {
+    // The kernel refuses a look-up that names a table, an origin or a type, as the builder does.
     let mut message = RouteMessage::default();
     message.header.address_family = family(remote);
     message.header.destination_prefix_length = if remote.is_ipv4() { 32 } else { 128 };
@@ -298,13 +264,12 @@ pub(super) fn look_up_route(remote: IpAddr) -> Request {
 }
 
 pub(super) fn add_route(index: u32, route: RouteSpec) -> Request {
-    let mut message = self::route(index, route);
-    message.header.kind = RouteType::Unicast;
-    message.header.scope = match route.via {
+    let scope = match route.via {
         // IPv6 knows no scopes of routes.
         None if route.prefix.addr().is_ipv4() => RouteScope::Link,
         _ => RouteScope::Universe,
     };
+    let message = self::route(index, route).scope(scope).build();
     (
         RouteNetlinkMessage::NewRoute(message),
         NLM_F_CREATE | NLM_F_EXCL,
@@ -312,29 +277,29 @@ pub(super) fn add_route(index: u32, route: RouteSpec) -> Request {
 }
 
 pub(super) fn remove_route(index: u32, route: RouteSpec) -> Request {
-    let mut message = self::route(index, route);
     // Any scope.
-    message.header.scope = RouteScope::NoWhere;
+    let message = self::route(index, route).scope(RouteScope::NoWhere).build();
     (RouteNetlinkMessage::DelRoute(message), 0)
 }
 
-fn route(index: u32, route: RouteSpec) -> RouteMessage {
-    let mut message = RouteMessage::default();
-    message.header.address_family = family(route.prefix.addr());
-    message.header.destination_prefix_length = route.prefix.prefix_len();
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
-    message.header.protocol = ROUTE_PROTOCOL;
-    message.attributes = vec![
-        RouteAttribute::Destination(route.prefix.addr().into()),
-        RouteAttribute::Oif(index),
-    ];
+/// A unicast route of the main table, as the builder presets.
+fn route(index: u32, route: RouteSpec) -> RouteMessageBuilder<IpAddr> {
+    let mut message = RouteMessageBuilder::<IpAddr>::new()
+        .protocol(ROUTE_PROTOCOL)
+        .destination_prefix(route.prefix.addr(), route.prefix.prefix_len())
+        .expect("a prefix is no longer than its address")
+        .output_interface(index);
     if let Some(via) = route.via {
         // The next hop is the other end of the link, whatever the prefix length of our address says.
-        message.header.flags = RouteFlags::Onlink;
-        message.attributes.push(match (route.prefix, via) {
-            (IpNet::V4(_), IpAddr::V6(via)) => RouteAttribute::Via(RouteVia::Inet6(via)),
-            _ => RouteAttribute::Gateway(via.into()),
-        });
+        message = message.onlink();
+        // Not the builder's `gateway`: the families that it refuses are for the kernel to refuse, whose answer is reported as any other.
+        message
+            .get_mut()
+            .attributes
+            .push(match (route.prefix, via) {
+                (IpNet::V4(_), IpAddr::V6(via)) => RouteAttribute::Via(RouteVia::Inet6(via)),
+                _ => RouteAttribute::Gateway(via.into()),
+            });
     }
     message
 }
