@@ -7,22 +7,36 @@
 
 use std::{
     error::Error as StdError,
-    fmt,
+    fmt, io,
     net::Ipv6Addr,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
 
+use http::uri::{Authority, Uri};
+use hyper_util::rt::TokioIo;
+use socket2::TcpKeepalive;
+use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
 
-/// How long a TCP connection may be silent before it is asked for a sign of life. A peer that went
-/// away without a word is then noticed within [`KEEPALIVE_INTERVAL`] + [`KEEPALIVE_TIMEOUT`], long
+/// How long a TCP connection may be silent before the kernel asks for a sign of life. A peer that
+/// went away without a word is noticed after this and [`PROBES`] times [`PROBE_INTERVAL`], long
 /// before the shortest token (a minute for an endpoint's registration) expires.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+///
+/// The probes are TCP's, not HTTP/2's: a gRPC server in Go, as every real NSM component is, ends a
+/// connection whose client sends PINGs more often than every five minutes.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 
-/// How long the answer to that may take: an HTTP/2 PING over any WAN takes a fraction of it.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time between two such probes: over any WAN an answer takes a fraction of it.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Probes without an answer that end the connection.
+const PROBES: u32 = 3;
+
+/// How long what was sent may stay unacknowledged (RFC 5482). Without it a peer that dies with data
+/// on the way is noticed when the kernel gives up retransmitting, after a quarter of an hour.
+const USER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Where a peer listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -97,7 +111,16 @@ impl DialUrl {
     /// The peer cannot be connected to in time.
     pub async fn connect(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
         let connecting = self.endpoint(dial_timeout)?;
-        match tokio::time::timeout(dial_timeout, connecting.connect()).await {
+        let connected = async {
+            match self {
+                Self::Unix(_) => connecting.connect().await,
+                Self::Tcp { .. } => {
+                    let connector = tower::service_fn(connect_tcp);
+                    connecting.connect_with_connector(connector).await
+                }
+            }
+        };
+        match tokio::time::timeout(dial_timeout, connected).await {
             Ok(Ok(channel)) => Ok(channel),
             Ok(Err(error)) => Err(DialError::Connect {
                 url: self.clone(),
@@ -119,17 +142,7 @@ impl DialUrl {
             url: self.clone(),
             cause: root_cause(&error),
         })?;
-        let endpoint = endpoint.connect_timeout(dial_timeout);
-        Ok(match self {
-            // The kernel tells at once when the process behind a socket is gone.
-            Self::Unix(_) => endpoint,
-            Self::Tcp { .. } => endpoint
-                .tcp_nodelay(true)
-                .tcp_keepalive(Some(KEEPALIVE_INTERVAL))
-                .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-                .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-                .keep_alive_while_idle(true),
-        })
+        Ok(endpoint.connect_timeout(dial_timeout))
     }
 
     /// What stands behind `tcp://`, an IPv6 address in brackets; the path of a socket.
@@ -140,6 +153,22 @@ impl DialUrl {
             Self::Tcp { host, port } => format!("{host}:{port}"),
         }
     }
+}
+
+/// A TCP connection on which a dead peer is noticed by the kernel.
+async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<TcpStream>> {
+    let authority = uri.authority().map(Authority::as_str).unwrap_or_default();
+    let stream = TcpStream::connect(authority).await?;
+    stream.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(&stream);
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_AFTER)
+            .with_interval(PROBE_INTERVAL)
+            .with_retries(PROBES),
+    )?;
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    Ok(TokioIo::new(stream))
 }
 
 impl fmt::Display for DialUrl {
