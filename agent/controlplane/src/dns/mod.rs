@@ -18,9 +18,10 @@
 //!
 //! /etc/hosts is not read: it cannot carry ports, and [`ResolverConfig::hosts`] can.
 
+mod answer;
+mod attempt;
 mod cache;
 mod error;
-mod exchange;
 mod hosts;
 mod rules;
 mod srv;

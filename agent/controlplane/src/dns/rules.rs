@@ -13,14 +13,14 @@ use std::{
 };
 
 use futures_util::future::{Either, FutureExt as _, join_all, select, try_join};
-use hickory_proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
+use hickory_resolver::proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
 use nsm_core::name::{Domain, DomainTarget};
 use tokio::time::{Instant, timeout};
 
 use super::{
     HostTarget, ResolverConfig,
+    answer::Question,
     error::ResolveError,
-    exchange::Question,
     hosts::Place,
     srv,
     upstream::{Nothing, Records, Reply, Upstream},

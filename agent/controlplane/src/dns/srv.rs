@@ -1,6 +1,6 @@
 //! The order in which the targets of service records are tried (RFC 2782, "Usage rules").
 
-use hickory_proto::rr::rdata::SRV;
+use hickory_resolver::proto::rr::rdata::SRV;
 
 /// Targets that are looked at: more than a few are a mistake or an attack.
 const MAX_TARGETS: usize = 16;

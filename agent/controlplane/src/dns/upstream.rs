@@ -2,37 +2,27 @@
 //!
 //! Servers are asked in their order: the next one as soon as one fails, or when one stays silent
 //! for its share of the time; the first usable answer wins. After UDP to each comes TCP to each,
-//! for a network that lets only TCP pass. Aliases are followed, in the answer or by asking again.
+//! for a network that lets only TCP pass. An alias whose end did not come along is asked for again.
 
-use std::{
-    collections::VecDeque,
-    fmt, fs,
-    net::{IpAddr, SocketAddr},
-    time::Duration,
-};
+use std::{collections::VecDeque, net::SocketAddr, time::Duration};
 
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use hickory_proto::{
-    op::{Message, ResponseCode},
-    rr::{Name, RData, Record},
+use hickory_resolver::{
+    PoolContext, config::ResolverConfig, proto::rr::Record, system_conf::read_system_conf,
 };
 use tokio::time::{Instant, timeout_at};
 
 use super::{
+    answer::{Answer, MAX_ALIASES, Question},
+    attempt::{Attempt, Cause, Transport, context},
     error::ResolveError,
-    exchange::{self, Cause, Question},
 };
-
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// The port of DNS (RFC 1035 section 4.2).
 const PORT: u16 = 53;
 
 /// Servers that are asked: more would share the time until none has enough.
 const MAX_SERVERS: usize = 8;
-
-/// Aliases that are followed, within one answer and by asking again.
-const MAX_ALIASES: usize = 8;
 
 /// The servers, in the order in which they are asked.
 pub(super) struct Upstream {
@@ -42,19 +32,7 @@ pub(super) struct Upstream {
     /// Why there are no servers, when there are none.
     none: String,
     timeout: Duration,
-}
-
-/// One way to ask.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Attempt {
-    server: SocketAddr,
-    transport: Transport,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Transport {
-    Udp,
-    Tcp,
+    context: PoolContext,
 }
 
 /// A usable answer.
@@ -90,9 +68,9 @@ impl Upstream {
     /// The given servers or, when there are none, those of /etc/resolv.conf.
     pub(super) fn new(servers: &[SocketAddr], timeout: Duration) -> Self {
         let (servers, none) = if servers.is_empty() {
-            match fs::read_to_string(RESOLV_CONF) {
-                Ok(text) => (nameservers(&text), format!("{RESOLV_CONF} names none")),
-                Err(error) => (Vec::new(), format!("{RESOLV_CONF}: {error}")),
+            match read_system_conf() {
+                Ok((config, _)) => (addresses(&config), String::new()),
+                Err(error) => (Vec::new(), format!("/etc/resolv.conf: {error}")),
             }
         } else {
             (servers.to_vec(), String::new())
@@ -113,6 +91,7 @@ impl Upstream {
             stagger: timeout / shares,
             none,
             timeout,
+            context: context(timeout),
         }
     }
 
@@ -127,26 +106,25 @@ impl Upstream {
         for _ in 0..MAX_ALIASES {
             let kind = question.kind;
             let question = Question { name, kind };
-            let (server, message) = self.exchange(&question, deadline).await?;
-            let read = read(&question, message);
-            aliased = aliased.min(read.ttl);
-            if !read.answers.is_empty() {
+            let (server, answer) = self.exchange(&question, deadline).await?;
+            aliased = aliased.min(answer.ttl);
+            if !answer.records.is_empty() {
                 return Ok(Reply::Records(Records {
-                    answers: read.answers,
-                    additionals: read.additionals,
+                    answers: answer.records,
+                    additionals: answer.additionals,
                     ttl: aliased,
                     server,
                 }));
             }
             // A server that does not recurse leaves the end of the chain to us.
-            if read.canonical == question.name || !read.exists {
+            if answer.canonical == question.name || !answer.exists {
                 return Ok(Reply::Nothing(Nothing {
-                    exists: read.exists,
-                    ttl: read.negative_ttl,
+                    exists: answer.exists,
+                    ttl: answer.negative_ttl,
                     server,
                 }));
             }
-            name = read.canonical;
+            name = answer.canonical;
         }
         Err(Unanswered(
             self.attempts
@@ -161,7 +139,7 @@ impl Upstream {
         &self,
         question: &Question,
         deadline: Instant,
-    ) -> Result<(SocketAddr, Message), Unanswered> {
+    ) -> Result<(SocketAddr, Answer), Unanswered> {
         let mut waiting: VecDeque<Attempt> = self.attempts.iter().copied().collect();
         let mut running = FuturesUnordered::new();
         let mut silent: Vec<Attempt> = Vec::new();
@@ -169,7 +147,7 @@ impl Upstream {
         loop {
             if let Some(attempt) = waiting.pop_front() {
                 silent.push(attempt);
-                running.push(async move { (attempt, attempt.ask(question).await) });
+                running.push(async move { (attempt, attempt.ask(&self.context, question).await) });
             }
             let turn = if waiting.is_empty() {
                 deadline
@@ -177,7 +155,7 @@ impl Upstream {
                 deadline.min(Instant::now() + self.stagger)
             };
             match timeout_at(turn, running.next()).await {
-                Ok(Some((attempt, Ok(message)))) => return Ok((attempt.server, message)),
+                Ok(Some((attempt, Ok(answer)))) => return Ok((attempt.server, answer)),
                 Ok(Some((attempt, Err(cause)))) => {
                     // Who answers with an error by UDP has no other answer by TCP.
                     if matches!(cause, Cause::Code(_)) {
@@ -248,102 +226,27 @@ impl Upstream {
     }
 }
 
-impl Attempt {
-    async fn ask(self, question: &Question) -> Result<Message, Cause> {
-        match self.transport {
-            Transport::Udp => exchange::by_udp(self.server, question).await,
-            Transport::Tcp => exchange::by_tcp(self.server, question).await,
-        }
-    }
-}
-
-impl fmt::Display for Attempt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let transport = match self.transport {
-            Transport::Udp => "UDP",
-            Transport::Tcp => "TCP",
-        };
-        write!(f, "{} by {transport}", self.server)
-    }
-}
-
-/// What an answer says.
-pub(super) struct Read {
-    pub(super) answers: Vec<Record>,
-    additionals: Vec<Record>,
-    /// Where the aliases lead; the name asked for when there are none.
-    pub(super) canonical: Name,
-    ttl: Duration,
-    exists: bool,
-    negative_ttl: Option<Duration>,
-}
-
-/// Reads an answer, following its aliases in whatever order they stand.
-pub(super) fn read(question: &Question, message: Message) -> Read {
-    let mut canonical = question.name.clone();
-    let mut ttl = u32::MAX;
-    for _ in 0..MAX_ALIASES {
-        let alias = message
-            .answers
-            .iter()
-            .find_map(|record| match &record.data {
-                RData::CNAME(target) if record.name == canonical => Some((record.ttl, &target.0)),
-                _ => None,
-            });
-        let Some((alias_ttl, target)) = alias else {
-            break;
-        };
-        ttl = ttl.min(alias_ttl);
-        canonical = target.clone();
-    }
-    let negative_ttl = message
-        .authorities
-        .iter()
-        .find_map(|record| match &record.data {
-            RData::SOA(soa) => Some(record.ttl.min(soa.minimum)),
-            _ => None,
-        });
-    let wanted =
-        |record: &Record| record.record_type() == question.kind && record.name == canonical;
-    let answers: Vec<_> = message.answers.into_iter().filter(wanted).collect();
-    let ttl = answers.iter().map(|record| record.ttl).fold(ttl, u32::min);
-    Read {
-        answers,
-        additionals: message.additionals,
-        canonical,
-        ttl: Duration::from_secs(ttl.into()),
-        exists: message.metadata.response_code != ResponseCode::NXDomain,
-        negative_ttl: negative_ttl.map(|seconds| Duration::from_secs(seconds.into())),
-    }
-}
-
 /// The servers of a resolv.conf(5).
-fn nameservers(text: &str) -> Vec<SocketAddr> {
-    text.lines()
-        .filter_map(|line| {
-            let mut words = line.split_ascii_whitespace();
-            (words.next()? == "nameserver").then(|| words.next())?
-        })
-        .filter_map(|address| match address.parse::<IpAddr>() {
-            Ok(ip) => Some(SocketAddr::new(ip, PORT)),
-            Err(error) => {
-                tracing::warn!(dns.server = address, %error, "server in {RESOLV_CONF} passed over");
-                None
-            }
-        })
+fn addresses(config: &ResolverConfig) -> Vec<SocketAddr> {
+    let servers = config.name_servers().iter();
+    servers
+        .map(|server| SocketAddr::new(server.ip, PORT))
         .collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use hickory_resolver::system_conf::parse_resolv_conf;
+
     use super::*;
 
     #[test]
     fn servers_are_read_from_resolv_conf() {
         let text = "# nameserver 192.0.2.9\nsearch example\nnameserver 192.0.2.1 # first\n\
                     options ndots:5\n\tnameserver\t2001:db8::1\nnameserver nonsense\nnameserver\n";
-        let found = nameservers(text);
+        let (config, _) = parse_resolv_conf(text).unwrap();
         let wanted = ["192.0.2.1:53", "[2001:db8::1]:53"].map(|text| text.parse().unwrap());
-        assert_eq!(found, wanted);
+        assert_eq!(addresses(&config), wanted);
+        assert!(parse_resolv_conf("search example\n").is_err());
     }
 }

@@ -1,7 +1,7 @@
-//! Whatever a server sends is judged without a panic, and only an answer to the question counts.
+//! Names that stand for other names, in answers of every shape.
 
-use hickory_proto::{
-    op::{Message, MessageType, OpCode, Query},
+use hickory_resolver::proto::{
+    op::{Message, OpCode, Query},
     rr::{
         Name, RData, Record,
         rdata::{A, CNAME},
@@ -10,7 +10,7 @@ use hickory_proto::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::dns::{exchange::Question, upstream::read};
+use crate::dns::answer::{Answer, Question};
 
 fn name(text: &str) -> Name {
     Name::from_ascii(text).unwrap()
@@ -23,8 +23,8 @@ fn question() -> Question {
     }
 }
 
-fn answer(id: u16, records: Vec<Record>) -> Message {
-    let mut message = Message::response(id, OpCode::Query);
+fn answer(records: Vec<Record>) -> Message {
+    let mut message = Message::response(7, OpCode::Query);
     message.add_query(Query::query(question().name, RecordType::A));
     message.add_answers(records);
     message
@@ -34,29 +34,16 @@ fn alias(from: &str, to: &str) -> Record {
     Record::from_rdata(name(from), 9, RData::CNAME(CNAME(name(to))))
 }
 
-#[test]
-fn only_the_answer_to_the_question_counts() {
-    let judged = |message: &Message| {
-        let bytes = message.to_vec().unwrap();
-        question().judge(7, &bytes).unwrap().is_some()
-    };
-    let good = answer(7, Vec::new());
-    assert!(judged(&good));
-    assert!(!judged(&answer(8, Vec::new())), "another id");
-
-    let mut asked_back = good.clone();
-    asked_back.metadata.message_type = MessageType::Query;
-    assert!(!judged(&asked_back), "a query");
-
-    let mut other = good.clone();
-    other.queries[0].name = name("b.example.");
-    assert!(!judged(&other), "another name");
-    other.queries[0] = Query::query(name("A.Example."), RecordType::A);
-    assert!(judged(&other), "case does not matter");
-    other.queries[0].query_type = RecordType::AAAA;
-    assert!(!judged(&other), "another type");
-    other.queries.clear();
-    assert!(!judged(&other), "no question");
+#[tokio::test]
+async fn an_alias_is_followed_and_its_ttl_counts() {
+    let server = Zone::new()
+        .cname(X, 10, "gw.cluster-2.example")
+        .a("gw.cluster-2.example", 30, "192.0.2.2")
+        .serve()
+        .await;
+    let found = resolver(&server).resolve(&domain(X)).await.unwrap();
+    assert_eq!(found.registry, addresses(&["192.0.2.2:5005"]));
+    assert!(found.expires - Instant::now() <= Duration::from_secs(10));
 }
 
 #[test]
@@ -69,16 +56,16 @@ fn aliases_are_followed_in_any_order_and_a_loop_ends() {
         alias("b.example.", "c.example."),
         alias("a.example.", "b.example."),
     ];
-    let found = read(&question(), answer(7, chain));
+    let found = Answer::read(&question(), answer(chain));
     assert_eq!(found.canonical, name("c.example."));
-    assert_eq!(found.answers.len(), 1);
-    assert_eq!(found.answers[0].name, name("c.example."));
+    assert_eq!(found.records.len(), 1);
+    assert_eq!(found.records[0].name, name("c.example."));
 
     let ring = vec![
         alias("a.example.", "b.example."),
         alias("b.example.", "a.example."),
     ];
-    assert!(read(&question(), answer(7, ring)).answers.is_empty());
+    assert!(Answer::read(&question(), answer(ring)).records.is_empty());
 }
 
 #[tokio::test]
@@ -102,27 +89,33 @@ async fn aliases_are_asked_for_where_the_server_does_not_recurse() {
     assert!(error.to_string().contains("too many aliases"), "{error}");
 }
 
-proptest! {
-    #[test]
-    fn no_bytes_are_too_odd(noise in proptest::collection::vec(any::<u8>(), 0..600)) {
-        // The right id, or nothing else would be looked at.
-        let bytes = [&7_u16.to_be_bytes()[..], &noise].concat();
-        if let Ok(Some(message)) = question().judge(7, &bytes) {
-            read(&question(), message);
-        }
-    }
+#[tokio::test]
+async fn a_service_record_behind_an_alias_is_honoured() {
+    let server = Zone::new()
+        .cname(REGISTRY, 30, "registry.example")
+        .srv("registry.example", 30, 0, 7001, "gw.example")
+        .srv(PROXY, 30, 0, 7002, "gw.example")
+        .a("gw.example", 30, "192.0.2.2")
+        .a(X, 30, "192.0.2.99")
+        .serve()
+        .await;
+    let found = resolver(&server).resolve(&domain(X)).await.unwrap();
+    assert_eq!(found.registry, addresses(&["192.0.2.2:7001"]));
+    assert_eq!(found.question, format!("SRV {REGISTRY}"));
+}
 
-    /// An answer with some bytes changed reaches deeper than noise.
+proptest! {
+    /// Whatever hickory takes for a message is read without a panic.
     #[test]
     fn no_damage_is_too_odd(damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
         let records = vec![alias("a.example.", "b.example."), alias("b.example.", "c.example.")];
-        let mut bytes = answer(7, records).to_vec().unwrap();
+        let mut bytes = answer(records).to_vec().unwrap();
         for (at, value) in damage {
             let at = at.index(bytes.len());
             bytes[at] = value;
         }
-        if let Ok(Some(message)) = question().judge(7, &bytes) {
-            read(&question(), message);
+        if let Ok(message) = Message::from_vec(&bytes) {
+            Answer::read(&question(), message);
         }
     }
 }
