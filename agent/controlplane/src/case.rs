@@ -314,3 +314,106 @@ pub(crate) fn pair_mtu(context: &ConnectionContext) -> u32 {
         context.mtu
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::route::Crossing;
+
+    fn route(url: &str) -> Route {
+        Route {
+            url: url.to_owned(),
+            trusted: false,
+            crossing: Crossing::Inside,
+            service: "svc".to_owned(),
+            endpoint: "nse".to_owned(),
+            endpoint_told: "nse".to_owned(),
+            payload: String::new(),
+            resolution: None,
+        }
+    }
+
+    fn of(arrival: Arrival, offered: Mechanism, url: &str) -> Result<Case, RequestError> {
+        Case::of(
+            arrival,
+            true,
+            &Connection::default(),
+            &[offered],
+            &route(url),
+        )
+    }
+
+    fn kernel(url: &str) -> Mechanism {
+        let parameters = [("inodeURL".to_owned(), url.to_owned())].into();
+        convert::mechanism(LOCAL, KERNEL, parameters)
+    }
+
+    fn vxlan(source: &str) -> Mechanism {
+        let parameters = [("src_ip".to_owned(), source.to_owned())].into();
+        convert::mechanism(REMOTE, VXLAN, parameters)
+    }
+
+    const ROOT: Arrival = Arrival::Local { trusted: true };
+    const ANYONE: Arrival = Arrival::Local { trusted: false };
+    const ENDPOINT: &str = "unix:///run/nse.sock";
+    const PEER: &str = "tcp://192.0.2.2:5006";
+
+    #[test]
+    fn what_stands_on_either_side_decides() {
+        let pod = || kernel("inode://4/4026531840");
+        assert!(matches!(
+            of(ANYONE, pod(), ENDPOINT),
+            Ok(Case::PodToPod(..))
+        ));
+        assert!(matches!(of(ANYONE, pod(), PEER), Ok(Case::PodToTunnel(..))));
+        let tunnel = || vxlan("192.0.2.1");
+        assert!(matches!(
+            of(Arrival::Network, tunnel(), ENDPOINT),
+            Ok(Case::TunnelToPod(..))
+        ));
+        assert!(matches!(
+            of(Arrival::Network, tunnel(), PEER),
+            Ok(Case::Through)
+        ));
+        // Without a forwarder nothing is this node's business.
+        let through = Case::of(ANYONE, false, &Connection::default(), &[], &route(ENDPOINT));
+        assert!(matches!(through, Ok(Case::Through)));
+    }
+
+    #[test]
+    fn a_path_is_believed_of_root_only() {
+        let by_path = || kernel("file:///run/netns/pod");
+        assert!(of(ROOT, by_path(), PEER).is_ok());
+        for url in [PEER, ENDPOINT] {
+            let error = of(ANYONE, by_path(), url).unwrap_err();
+            assert_eq!(error.code(), tonic::Code::PermissionDenied);
+            let text = error.to_string();
+            assert!(
+                text.contains("as root") && text.contains("/run/netns/pod"),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn each_side_takes_its_own_mechanisms_only() {
+        for (arrival, offered, url) in [
+            (Arrival::Network, kernel("file:///run/netns/pod"), ENDPOINT),
+            (ROOT, vxlan("192.0.2.1"), PEER),
+        ] {
+            let error = of(arrival, offered, url).unwrap_err().to_string();
+            assert!(error.contains("no common mechanism"), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_and_macs_follow_from_the_id() {
+        let unnamed = Kernel::default();
+        let name = interface(&unnamed, "one");
+        assert_eq!(name, interface(&unnamed, "one"));
+        assert_ne!(name, interface(&unnamed, "two"));
+        assert_eq!(name.as_str().len(), 12);
+        assert_eq!(mac("one", "client"), mac("one", "client"));
+        assert_ne!(mac("one", "client"), mac("one", "endpoint"));
+    }
+}

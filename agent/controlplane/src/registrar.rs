@@ -5,8 +5,9 @@
 //! another domain, or registered there, is told with our own URL: the Request for it then comes to
 //! our proxy, which knows the true one (see [`crate::bypass`]).
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, pin::Pin, time::SystemTime};
 
+use futures_util::{FutureExt as _, TryFutureExt as _};
 use nsm_core::name::{Domain, InterdomainName};
 use nsm_proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
@@ -14,8 +15,8 @@ use nsm_proto::registry::{
     network_service_registry_client::NetworkServiceRegistryClient,
 };
 use tokio::time::Instant;
-use tokio_stream::StreamExt as _;
-use tonic::{Status, transport::Channel};
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Response, Status, Streaming, transport::Channel};
 
 use crate::{
     bypass::Way,
@@ -25,7 +26,7 @@ use crate::{
     directory::Directory,
     error::RequestError,
     path_header::PathHeader,
-    peers::call,
+    peers::{call, refused},
     plane::{ControlPlane, LocalEndpoint},
     registry::{Registry, grpc::EndpointStream, grpc::ServiceStream},
     request::Call,
@@ -155,15 +156,12 @@ impl ControlPlane {
         let found: ServiceStream = match &place.target {
             Target::Here(registry) => registry.service_stream(query)?,
             Target::At { url, channel } => {
-                let bound = Some(call_.deadline).filter(|_| !query.watch);
+                let watch = query.watch;
+                let bound = Some(call_.deadline).filter(|_| !watch);
                 let request = self.shared.peers.outgoing(query, bound);
                 let mut client = NetworkServiceRegistryClient::new(channel.clone());
-                let answer = client.find(request);
-                Box::pin(
-                    call(url, "Find", call_.deadline, answer)
-                        .await?
-                        .into_inner(),
-                )
+                let answer = async move { client.find(request).await };
+                find(url, watch, call_.deadline, answer).await?
             }
         };
         let domain = place.domain;
@@ -292,15 +290,12 @@ impl ControlPlane {
         let found: EndpointStream = match &place.target {
             Target::Here(registry) => registry.endpoint_stream(query)?,
             Target::At { url, channel } => {
-                let bound = Some(call_.deadline).filter(|_| !query.watch);
+                let watch = query.watch;
+                let bound = Some(call_.deadline).filter(|_| !watch);
                 let request = self.shared.peers.outgoing(query, bound);
                 let mut client = NetworkServiceEndpointRegistryClient::new(channel.clone());
-                let answer = client.find(request);
-                Box::pin(
-                    call(url, "Find", call_.deadline, answer)
-                        .await?
-                        .into_inner(),
-                )
+                let answer = async move { client.find(request).await };
+                find(url, watch, call_.deadline, answer).await?
             }
         };
         let proxy = match &place.domain {
@@ -351,6 +346,30 @@ impl ControlPlane {
         }
         request
     }
+}
+
+/// What another registry finds. One that watches may say nothing at all until there is something
+/// to tell (gRPC for Go sends its headers with the first message): our caller hears at once that
+/// it is watched, and a refusal in the stream.
+async fn find<T: Send + 'static>(
+    url: &str,
+    watch: bool,
+    deadline: Instant,
+    answer: impl Future<Output = Result<Response<Streaming<T>>, Status>> + Send + 'static,
+) -> Result<Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>, RequestError> {
+    if !watch {
+        return Ok(Box::pin(
+            call(url, "Find", deadline, answer).await?.into_inner(),
+        ));
+    }
+    let url = url.to_owned();
+    let stream = answer
+        .map(move |answer| match answer {
+            Ok(answer) => Ok(answer.into_inner()),
+            Err(status) => Err(Status::from(refused(&url, "Find", &status))),
+        })
+        .try_flatten_stream();
+    Ok(Box::pin(stream))
 }
 
 impl Addressed<'_> {

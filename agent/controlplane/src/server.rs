@@ -3,7 +3,7 @@
 //! Both serve the same services; what differs is the [`Arrival`], and with it what a caller may
 //! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{net::SocketAddr, os::unix::fs::FileTypeExt as _, path::Path, time::Duration};
 
 use nsm_proto::{
     connection::{
@@ -98,14 +98,21 @@ impl Socket {
         TcpListener::bind(address).await.map(Self::Tcp)
     }
 
-    /// Binds a Unix socket; a file that an agent left behind is replaced, one that somebody still
-    /// listens on is not.
+    /// Binds a Unix socket; one that an agent left behind is replaced, one that somebody still
+    /// listens on and what is no socket is not.
     ///
     /// # Errors
-    /// Somebody listens there, or the folder cannot be written.
+    /// Somebody listens there, something else is there, or the folder cannot be written.
     pub fn unix(path: &Path) -> std::io::Result<Self> {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;
+        }
+        // Connecting to a plain file is refused too, and an agent may run as root.
+        if std::fs::symlink_metadata(path).is_ok_and(|there| !there.file_type().is_socket()) {
+            return Err(std::io::Error::new(
+                std::io::ErrorKind::AlreadyExists,
+                "what is there is not a socket: name another path, or remove it",
+            ));
         }
         match std::os::unix::net::UnixStream::connect(path) {
             Ok(_) => {
@@ -391,6 +398,23 @@ fn caller_timeout(metadata: &MetadataMap) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_left_socket_is_replaced_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run/nsm.sock");
+        let socket = Socket::unix(&path).unwrap();
+        let error = Socket::unix(&path).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse, "{error}");
+        drop(socket);
+        drop(Socket::unix(&path).unwrap());
+
+        let file = folder.path().join("precious");
+        std::fs::write(&file, "data").unwrap();
+        let error = Socket::unix(&file).unwrap_err();
+        assert!(error.to_string().contains("not a socket"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"data");
+    }
 
     #[test]
     fn a_grpc_timeout_is_read_and_a_bad_one_is_none() {

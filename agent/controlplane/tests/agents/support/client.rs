@@ -10,7 +10,8 @@ use nsm_proto::{
     },
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     registry::{
-        NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
+        NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery,
+        NetworkServiceEndpointResponse, NetworkServiceQuery,
         network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
         network_service_registry_client::NetworkServiceRegistryClient,
     },
@@ -236,6 +237,26 @@ impl Client {
             .collect()
     }
 
+    /// Watches the endpoints of a service.
+    pub(crate) async fn watch_endpoints(
+        &self,
+        service: &str,
+    ) -> Watch<NetworkServiceEndpointResponse> {
+        let query = NetworkServiceEndpointQuery {
+            network_service_endpoint: Some(NetworkServiceEndpoint {
+                network_service_names: vec![service.to_owned()],
+                ..NetworkServiceEndpoint::default()
+            }),
+            watch: true,
+        };
+        let mut client = NetworkServiceEndpointRegistryClient::new(self.channel.clone());
+        let events = within(client.find(self.call(query)))
+            .await
+            .expect("watched")
+            .into_inner();
+        Watch { events }
+    }
+
     /// Finds a network service.
     pub(crate) async fn find_service(&self, name: &str) -> Result<Vec<NetworkService>, Status> {
         let query = NetworkServiceQuery {
@@ -255,20 +276,22 @@ impl Client {
     }
 }
 
-/// A monitor stream.
-pub(crate) struct Watch {
-    events: Streaming<ConnectionEvent>,
+/// A stream of events.
+pub(crate) struct Watch<T = ConnectionEvent> {
+    events: Streaming<T>,
 }
 
-impl Watch {
+impl<T> Watch<T> {
     /// The next event.
-    pub(crate) async fn next(&mut self) -> ConnectionEvent {
+    pub(crate) async fn next(&mut self) -> T {
         within(self.events.next())
             .await
             .expect("the stream goes on")
             .expect("an event")
     }
+}
 
+impl Watch {
     /// The next event, which is of `kind` and tells of one connection.
     pub(crate) async fn one(&mut self, kind: ConnectionEventType) -> Connection {
         let event = self.next().await;

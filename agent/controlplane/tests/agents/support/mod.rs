@@ -108,6 +108,13 @@ struct AgentHolds {
     peers: Vec<(String, usize)>,
 }
 
+impl Held {
+    /// Whether the agents hold the same, whatever endpoints there are.
+    pub(crate) fn resembles(&self, other: &Self) -> bool {
+        self.agents == other.agents
+    }
+}
+
 impl World {
     /// Two domains of one agent each: a client's and an endpoint's.
     pub(crate) async fn two() -> Self {
