@@ -17,7 +17,7 @@ use std::{
 use nix::{
     sys::{
         prctl,
-        signal::{Signal, kill, killpg},
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, killpg, sigaction},
     },
     unistd::{Pid, getppid},
 };
@@ -75,10 +75,21 @@ impl Process {
             .stderr(err)
             .process_group(0);
         let parent = Pid::this();
-        // SAFETY: runs between fork and exec; prctl and getppid are bare system calls, and nothing here allocates.
+        // SAFETY: runs between fork and exec; prctl, getppid and sigaction are bare system calls, the default disposition
+        // runs no code, and nothing here allocates.
         unsafe {
             command.pre_exec(move || {
                 prctl::set_pdeathsig(Signal::SIGKILL)?;
+                // A shell starts background jobs deaf to Ctrl-C, and that would be inherited.
+                let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+                for signal in [
+                    Signal::SIGINT,
+                    Signal::SIGTERM,
+                    Signal::SIGHUP,
+                    Signal::SIGQUIT,
+                ] {
+                    sigaction(signal, &default)?;
+                }
                 // Had the parent died before the line above, no signal would ever come.
                 if getppid() == parent {
                     Ok(())
