@@ -180,6 +180,9 @@ impl ControlPlane {
         }
         closing.join_all().await;
         self.shared.monitors.end_all();
+        if let Directory::Here(registry) = &self.shared.directory {
+            registry.close();
+        }
     }
 
     /// A task for the life of the plane: closes what nobody refreshed.

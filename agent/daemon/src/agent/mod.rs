@@ -113,7 +113,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         reload(&mut current, &inputs, &log, &plane);
     }
     tracing::info!("draining");
-    readiness.wait_for("nothing: the agent is shutting down");
+    readiness.wait_for("its end: the agent is shutting down");
     plane.drain(DRAIN_GRACE).await;
     // The receivers are the listeners: they end when they see it.
     let _ = stop.send(true);
