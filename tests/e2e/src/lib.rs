@@ -240,15 +240,18 @@ pub fn ping(pod: &Pod, address: &str, count: u32, arguments: &[&str]) -> Result<
         .arg(address);
     let output = command.output().context("start ping")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let answered = text.lines().find_map(|line| {
+    let said = format!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    // The test's output is shown only if it fails; which pings were lost tells why.
+    println!("ping from {}: {said}", pod.name());
+    let summary = |line: &str| {
         line.split_once(" received")?
             .0
             .rsplit(' ')
             .next()?
             .parse()
             .ok()
-    });
-    answered.with_context(|| format!("{text}{}", String::from_utf8_lossy(&output.stderr)))
+    };
+    text.lines().find_map(summary).context(said)
 }
 
 /// The entries of a pinned map, as bpftool shows them.
