@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use nsm_core::path::MAX_SEGMENTS;
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector, PathSegment, State,
 };
@@ -145,24 +146,32 @@ fn merge(
         ConnectionEventType::Delete => State::Down,
         _ => told.state(),
     };
-    let same_path = ids(told).eq(ids(view));
-    if state == view.state() && same_path {
+    // What is above is ours and our callers' to say.
+    let below = below(told, index);
+    let same_path = ids(below).eq(ids(self::below(view, index)));
+    if below.len() + index as usize >= MAX_SEGMENTS || (state == view.state() && same_path) {
         return None;
     }
     let mut changed = established.clone();
     changed.view.set_state(state);
-    if !same_path && let Some(path) = &told.path {
-        let mut path = path.clone();
-        path.index = index;
-        changed.view.path = Some(path);
+    if !same_path && let Some(path) = &mut changed.view.path {
+        path.path_segments.truncate(index as usize + 1);
+        path.path_segments.extend_from_slice(below);
     }
     Some(changed)
 }
 
-fn ids(connection: &Connection) -> impl Iterator<Item = (&str, &str)> {
+/// The segments after the one at `index`.
+fn below(connection: &Connection, index: u32) -> &[PathSegment] {
     connection
         .path
+        .as_ref()
+        .and_then(|path| path.path_segments.get(index as usize + 1..))
+        .unwrap_or_default()
+}
+
+fn ids(segments: &[PathSegment]) -> impl Iterator<Item = (&str, &str)> {
+    segments
         .iter()
-        .flat_map(|path| &path.path_segments)
         .map(|segment| (segment.name.as_str(), segment.id.as_str()))
 }

@@ -10,6 +10,11 @@ use tonic::{Code, Status};
 
 use crate::{dial::DialError, dns::ResolveError, forwarder::ForwarderError};
 
+/// The longest text of a refusal, in bytes. It travels in an HTTP/2 header, where each byte may
+/// become three: headers of more than 16 KiB make the other side close the whole connection, and
+/// with it everything else that goes over it.
+const MAX_TEXT: usize = 2048;
+
 /// Why the control plane refused a call.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
@@ -227,6 +232,11 @@ impl RequestError {
 
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
-        Status::new(error.code(), error.to_string())
+        let mut text = error.to_string();
+        if text.len() > MAX_TEXT {
+            text.truncate(text.floor_char_boundary(MAX_TEXT));
+            text.push('…');
+        }
+        Status::new(error.code(), text)
     }
 }

@@ -5,7 +5,7 @@
 //! not read is cut off: it asks again and gets the whole state anew, and memory stays bounded.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -127,12 +127,15 @@ impl Monitors {
         if subscribers.by_segment.is_empty() {
             return;
         }
-        let segments = connection
+        // Each once, also where a path repeats an id or has none.
+        let segments: BTreeSet<&str> = connection
             .path
             .iter()
             .flat_map(|path| &path.path_segments)
-            .map(|segment| segment.id.as_str());
-        for segment in segments.chain(std::iter::once("")) {
+            .map(|segment| segment.id.as_str())
+            .chain(std::iter::once(""))
+            .collect();
+        for segment in segments {
             let Some(listeners) = subscribers.by_segment.get_mut(segment) else {
                 continue;
             };

@@ -196,6 +196,12 @@ async fn wrong_answers() {
         assert_refusal(&status, code, &[&peer.url, "refused Request", "not you"]);
     }
     world.settles(&before).await;
+    // Whatever it says fits into what an answer can carry.
+    peer.twist(|_| Err(Status::aborted("ä long story ".repeat(200))));
+    let status = client.refused(client.request_for(SERVICE)).await;
+    assert_refusal(&status, Code::Aborted, &[&peer.url, "ä long story", "…"]);
+    assert!(status.message().len() < 3000);
+    world.settles(&before).await;
 }
 
 /// A refresh that is answered wrongly leaves what stood.

@@ -4,7 +4,7 @@ use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType::*, MonitorScopeSelector, State,
 };
 
-use crate::support::{Client, Endpoint, World, eventually, registration};
+use crate::support::{Client, Endpoint, World, eventually, names, registration};
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
 
@@ -223,6 +223,52 @@ async fn a_peer_cannot_speak_of_the_connections_of_another() {
     }
     drop(watch);
     world.settles(&before).await;
+}
+
+/// A peer may say what is below us on the path, and nothing of what is above.
+#[tokio::test]
+async fn a_peer_cannot_rewrite_who_came_before() {
+    let world = World::two().await;
+    let [a, _] = world.agents();
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client.ask("svc@peer.example").await;
+    let mut watch = client.monitor().await;
+    watch.one(InitialStateTransfer).await;
+    eventually(1, || peer.monitors()).await;
+    let mut event = update(&granted.connection, 2, State::Up);
+    for told in event.connections.values_mut() {
+        let segments = &mut told.path.as_mut().expect("a path").path_segments;
+        segments[0].name = "somebody".to_owned();
+        segments[0].id = "else".to_owned();
+        segments[2].id = "another".to_owned();
+        segments.resize_with(200, Default::default);
+    }
+    peer.tell(event.clone()).await;
+    for told in event.connections.values_mut() {
+        let segments = &mut told.path.as_mut().expect("a path").path_segments;
+        segments.truncate(4);
+        segments[3].name = "nse".to_owned();
+    }
+    peer.tell(event).await;
+    let told = watch.one(Update).await;
+    let path = told.path.as_ref().expect("a path");
+    let ours = granted.connection.path.as_ref().expect("a path");
+    assert_eq!(path.path_segments[..2], ours.path_segments[..2]);
+    assert_eq!(path.path_segments[2].id, "another");
+    assert_eq!(names(&told), [client.name(), "agent-1", "stranger", "nse"]);
+    client.close(&granted.connection).await.expect("closed");
+    watch.one(Delete).await;
+    drop(watch);
+    eventually(true, || {
+        // It does not know the ids it made up.
+        for id in peer.standing() {
+            peer.forget(&id);
+        }
+        world.held() == before
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -152,6 +152,12 @@ async fn names_and_paths() {
                 &["65 segments"],
             ),
             (
+                "a novel",
+                |it| service(it, &format!("a@b@{}", "novel ".repeat(20_000))),
+                Code::InvalidArgument,
+                &["a@b@novel", "…"],
+            ),
+            (
                 "an oversized message",
                 |it| service(it, &"x".repeat(MAX_MESSAGE)),
                 Code::OutOfRange,
