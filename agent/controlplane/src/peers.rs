@@ -249,26 +249,28 @@ pub(crate) async fn call<T>(
 /// The peer's status as our error. Tonic tells a broken transport as `Unknown`: whoever asks us
 /// should see that the peer could not be reached.
 pub(crate) fn refused(url: &str, method: &'static str, status: &Status) -> RequestError {
-    let transport = std::error::Error::source(status).map(|source| {
-        let mut text = source.to_string();
-        let mut cause = source.source();
-        while let Some(inner) = cause {
-            text = format!("{text}: {inner}");
-            cause = inner.source();
-        }
-        text
-    });
+    let cause = root_cause(status);
     let code = match status.code() {
-        Code::Unknown if transport.is_some() => Code::Unavailable,
+        Code::Unknown if cause.is_some() => Code::Unavailable,
         code => code,
     };
+    let mut message = status.message().to_owned();
+    if let Some(cause) = cause.filter(|cause| !message.contains(cause)) {
+        message = format!("{message} ({cause})");
+    }
     RequestError::Refused {
         url: url.to_owned(),
         method,
         code,
-        message: transport.map_or_else(
-            || status.message().to_owned(),
-            |transport| format!("{} ({transport})", status.message()),
-        ),
+        message,
     }
+}
+
+/// The innermost cause of a broken transport; a peer that answered has none.
+fn root_cause(status: &Status) -> Option<String> {
+    let mut cause = std::error::Error::source(status)?;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    Some(cause.to_string())
 }

@@ -8,6 +8,7 @@ mod flow;
 mod hostile;
 mod lifetime;
 mod monitor;
+mod node;
 mod refused;
 mod selection;
 mod support;

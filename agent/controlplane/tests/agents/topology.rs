@@ -127,6 +127,46 @@ async fn a_floating_endpoint_of_this_node_is_a_veth_away() {
     world.settles(&before).await;
 }
 
+/// A domain may have more gates than one; the first that is there is taken.
+#[tokio::test]
+async fn a_domain_of_two_gates_survives_the_loss_of_one() {
+    let gates = [
+        Endpoint::domain("gate-1").await,
+        Endpoint::domain("gate-2").await,
+    ];
+    let mut zone = Zone::default().a("host.twin.example", [127, 0, 0, 1].into());
+    for gate in &gates {
+        let port = gate.url.rsplit(':').next().expect("a port");
+        for service in ["registry", "nsmgr-proxy"] {
+            zone = zone.srv(
+                &format!("{service}.nsm-system.twin.example"),
+                "host.twin.example",
+                port.parse().expect("a port"),
+            );
+        }
+        let registry = gate.registry.as_ref().expect("a domain");
+        let mut entry = registration(gate, "svc", &[]);
+        entry.name = "nse".to_owned();
+        registry
+            .register_endpoint(entry, std::time::SystemTime::now(), &[])
+            .expect("registered");
+    }
+    let world = World::with_dns([client_side()], zone).await;
+    let [first, second] = gates.map(|gate| world.keep(gate));
+    let client = Client::on_node(world.agents::<1>()[0]).await;
+    let before = world.held();
+    let granted = client.ask("svc@twin.example").await;
+    assert_eq!((first.standing().len(), second.standing().len()), (1, 0));
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+
+    first.kill();
+    let granted = client.ask("svc@twin.example").await;
+    assert_eq!((first.standing().len(), second.standing().len()), (0, 1));
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
 /// A registry must not lead us to a socket of our own node.
 #[tokio::test]
 async fn a_socket_in_a_foreign_registry_is_not_dialled() {

@@ -15,28 +15,38 @@ const NX_DOMAIN: u8 = 3;
 /// Records by name and type; a name without any does not exist.
 #[derive(Default)]
 pub(crate) struct Zone {
-    records: HashMap<(String, u16), Vec<u8>>,
+    records: HashMap<(String, u16), Vec<Vec<u8>>>,
     failing: Vec<String>,
 }
 
 impl Zone {
     /// An address.
     pub(crate) fn a(mut self, name: &str, address: Ipv4Addr) -> Self {
-        self.records
-            .insert((name.to_owned(), A), address.octets().to_vec());
+        self.put(name, A, address.octets().to_vec());
         self
     }
 
-    /// A service.
+    fn put(&mut self, name: &str, kind: u16, data: Vec<u8>) {
+        self.records
+            .entry((name.to_owned(), kind))
+            .or_default()
+            .push(data);
+    }
+
+    /// A service; the one that was named first is preferred.
     pub(crate) fn srv(mut self, name: &str, target: &str, port: u16) -> Self {
-        let mut data = vec![0, 0, 0, 0];
+        let rank = self
+            .records
+            .get(&(name.to_owned(), SRV))
+            .map_or(0, Vec::len);
+        let mut data = vec![0, u8::try_from(rank).expect("a few"), 0, 0];
         data.extend(port.to_be_bytes());
         for label in target.split('.') {
             data.push(u8::try_from(label.len()).expect("a short label"));
             data.extend(label.as_bytes());
         }
         data.push(0);
-        self.records.insert((name.to_owned(), SRV), data);
+        self.put(name, SRV, data);
         self
     }
 
@@ -72,7 +82,8 @@ impl Zone {
         let kind = u16::from_be_bytes(question.get(at + 1..at + 3)?.try_into().ok()?);
         let asked = question.get(12..at + 5)?;
         let name = labels.join(".");
-        let data = self.records.get(&(name.clone(), kind));
+        let known = self.records.get(&(name.clone(), kind));
+        let known = known.map_or(&[][..], Vec::as_slice);
         let code = if self.failing.iter().any(|failing| name.ends_with(failing)) {
             2
         } else if self.records.keys().any(|(known, _)| *known == name) {
@@ -87,14 +98,14 @@ impl Zone {
             0,
             1,
             0,
-            u8::from(data.is_some()),
+            u8::try_from(known.len()).ok()?,
             0,
             0,
             0,
             0,
         ]);
         answer.extend(asked);
-        if let Some(data) = data {
+        for data in known {
             answer.extend([0xc0, 12]);
             answer.extend(kind.to_be_bytes());
             answer.extend([0, 1, 0, 0, 0, 60]);
