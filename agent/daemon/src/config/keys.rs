@@ -167,13 +167,6 @@ pub(crate) static KEYS: &[Key] = &[
         |c| optional(c.registry_url.as_ref()),
     ),
     key(
-        "registry_proxy_url",
-        "URL",
-        "A registry proxy that answers for other domains",
-        |c, n| set(&mut c.registry_proxy_url, n.parse(parse_peer)),
-        |c| optional(c.registry_proxy_url.as_ref()),
-    ),
-    key(
         "forwarder",
         "BOOL",
         "Whether this agent makes links on this node",

@@ -34,8 +34,6 @@ pub(crate) struct Config {
     pub(crate) upstream_nsmgr_url: Option<DialUrl>,
     /// The registry of this domain; the agent is one itself without it.
     pub(crate) registry_url: Option<DialUrl>,
-    /// A registry proxy that answers for other domains in our place.
-    pub(crate) registry_proxy_url: Option<DialUrl>,
     /// Whether this agent makes links on this node.
     pub(crate) forwarder: bool,
     /// How domains are resolved.
@@ -189,7 +187,6 @@ impl Config {
             advertise_url: None,
             upstream_nsmgr_url: None,
             registry_url: None,
-            registry_proxy_url: None,
             forwarder: true,
             resolver: Resolver {
                 servers: dns.servers,

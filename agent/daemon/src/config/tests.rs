@@ -191,7 +191,6 @@ fn what_nsm_calls_its_variables_works() {
     world.inputs.environment = env(&[
         ("NSM_LISTEN_ON", "unix:///run/nsm.sock,tcp://:5004"),
         ("NSM_REGISTRY_URL", "tcp://registry:5002"),
-        ("NSM_REGISTRY_PROXY_URL", "tcp://registry-proxy:5005"),
         ("NSM_MAP_IP_FILE_PATH", "/m.yaml"),
         ("NSM_MAX_TOKEN_LIFETIME", "10m0s"),
         ("NSM_LOG_LEVEL", "WARN"),
@@ -202,10 +201,6 @@ fn what_nsm_calls_its_variables_works() {
     assert_eq!(
         config.registry_url.unwrap().to_string(),
         "tcp://registry:5002"
-    );
-    assert_eq!(
-        config.registry_proxy_url.unwrap().to_string(),
-        "tcp://registry-proxy:5005"
     );
     assert_eq!(config.map_ip_file, Path::new("/m.yaml"));
     assert!(config.map_ip_file_required);
