@@ -21,6 +21,15 @@ use crate::{
 /// client that closes should not wait for a dead peer longer than a person would.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Why a connection is taken away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The previous hop has asked for it, and hears of it by the answer.
+    Asked,
+    /// This agent has decided it.
+    Own,
+}
+
 impl ControlPlane {
     /// Closes a connection; one that is not there is closed already.
     ///
@@ -40,7 +49,7 @@ impl ControlPlane {
             if let Some(turn) = turn {
                 // However long it waited for its turn, the next hop is to hear of it.
                 let deadline = Instant::now() + CLOSE_TIMEOUT;
-                plane.tear_down(&turn, deadline).await;
+                plane.tear_down(&turn, deadline, Cause::Asked).await;
             }
             Ok(())
         })
@@ -54,7 +63,7 @@ impl ControlPlane {
             Ok(Some(turn)) => {
                 // A refresh that was ahead in the queue has set another expiry: it has won.
                 if !self.shared.expiries.has(id) {
-                    self.tear_down(&turn, deadline).await;
+                    self.tear_down(&turn, deadline, Cause::Own).await;
                 }
             }
             Ok(None) => {}
@@ -68,7 +77,7 @@ impl ControlPlane {
     /// Closes the connection of our segment `id` because the agent goes.
     pub(crate) async fn close_drained(&self, id: &str, deadline: Instant) {
         match self.shared.connections.admit_known(id, deadline).await {
-            Ok(Some(turn)) => self.tear_down(&turn, deadline).await,
+            Ok(Some(turn)) => self.tear_down(&turn, deadline, Cause::Own).await,
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(connection.id = %id, %error, "could not close before the end");
@@ -77,7 +86,7 @@ impl ControlPlane {
     }
 
     /// Takes an established connection away: this node's part first, then the next hop's.
-    pub(crate) async fn tear_down(&self, turn: &Turn, deadline: Instant) {
+    pub(crate) async fn tear_down(&self, turn: &Turn, deadline: Instant, cause: Cause) {
         let Some(established) = turn.current() else {
             return;
         };
@@ -97,9 +106,11 @@ impl ControlPlane {
         turn.set(None);
         let peer = self.shared.peers.get(&established.route.url);
         peer.leave(id);
-        self.shared
-            .monitors
-            .publish(ConnectionEventType::Delete, &established.view);
+        let (monitors, view) = (&self.shared.monitors, &established.view);
+        match cause {
+            Cause::Asked => monitors.publish_answered(ConnectionEventType::Delete, view),
+            Cause::Own => monitors.publish(ConnectionEventType::Delete, view),
+        }
         let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
         self.close_at(&peer, self.downstream_view(&established), deadline)
             .await;

@@ -96,7 +96,7 @@ impl Shared {
                     .map(Arc::unwrap_or_clone)
                     .collect(),
             }),
-            Directory::At(url) => find_at(&self.peers, url, wanted, deadline).await,
+            Directory::At(url) => Box::pin(find_at(&self.peers, url, wanted, deadline)).await,
         }
     }
 
@@ -111,7 +111,7 @@ impl Shared {
         let mut last = None;
         for address in &resolved.registry {
             let url = format!("tcp://{address}");
-            match find_at(&self.peers, &url, wanted, deadline).await {
+            match Box::pin(find_at(&self.peers, &url, wanted, deadline)).await {
                 Ok(found) => return Ok(found),
                 // One that was reached before tells that it is gone by the call, not by the dial.
                 Err(error) if error.code() == Code::Unavailable => last = Some(error),

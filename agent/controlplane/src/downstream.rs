@@ -5,7 +5,7 @@
 //! means that the peer's part is gone or unreachable, and every connection through it is DOWN
 //! until the next Request through that peer succeeds.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use nsm_core::path::MAX_SEGMENTS;
 use nsm_proto::connection::{
@@ -21,28 +21,46 @@ use crate::{
     plane::ControlPlane,
 };
 
-/// Starts to watch `peer` until its last connection leaves or its stream breaks.
+/// How long a stream outlives the peer's last connection. Clients come and go in quick succession,
+/// and a stream for each would cost more than the Request it watches over.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Starts to watch `peer` until its stream breaks, or some time after its last connection left.
 pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
     tokio::spawn(async move {
-        match follow(&plane, &peer).await {
+        let outcome = tokio::select! {
+            outcome = follow(&plane, &peer) => outcome,
+            () = idle(&peer) => return,
+        };
+        let cause = match outcome {
             // An endpoint need not serve monitors; its death is then seen by the next refresh.
             Err(status) if status.code() == Code::Unimplemented => {
                 tracing::debug!(peer.url = %peer.url, "the peer serves no monitor");
-                std::future::pending::<()>().await;
+                return idle(&peer).await;
             }
-            ended => {
-                let cause = ended.err().map_or_else(
-                    || "the peer ended the stream".to_owned(),
-                    |status| status.message().to_owned(),
-                );
-                tracing::warn!(peer.url = %peer.url, cause, "lost the peer's monitor stream");
-                for id in peer.monitor_ended() {
-                    plane.lost(&peer, &id);
-                }
-            }
+            Err(status) => status.message().to_owned(),
+            Ok(()) => "the peer ended the stream".to_owned(),
+        };
+        let users = peer.monitor_ended();
+        if !users.is_empty() {
+            tracing::warn!(peer.url = %peer.url, cause, "lost the peer's monitor stream");
+        }
+        for id in users {
+            plane.lost(&peer, &id);
         }
     })
     .abort_handle()
+}
+
+/// Returns when the peer has had no connections for a while, and its monitor must end.
+async fn idle(peer: &Peer) {
+    loop {
+        peer.emptied().await;
+        tokio::time::sleep(LINGER).await;
+        if peer.end_idle_monitor() {
+            return;
+        }
+    }
 }
 
 async fn follow(plane: &ControlPlane, peer: &Peer) -> Result<(), Status> {

@@ -123,6 +123,30 @@ impl Monitors {
 
     /// Tells everyone who asked for it what became of `connection`.
     pub(crate) fn publish(&self, kind: ConnectionEventType, connection: &Connection) {
+        self.publish_but_to(None, kind, connection);
+    }
+
+    /// Tells everyone but the previous hop, which has asked for the change and hears of it by the
+    /// answer. Only a stream for all connections of that hop is passed over, as a proxy keeps it:
+    /// through it would go an event for each Request and Close, of no news to anybody.
+    pub(crate) fn publish_answered(&self, kind: ConnectionEventType, connection: &Connection) {
+        let previous = connection.path.as_ref().and_then(|path| {
+            let at = path.index.checked_sub(1)?;
+            path.path_segments.get(at as usize)
+        });
+        self.publish_but_to(
+            previous.map(|segment| segment.name.as_str()),
+            kind,
+            connection,
+        );
+    }
+
+    fn publish_but_to(
+        &self,
+        answered: Option<&str>,
+        kind: ConnectionEventType,
+        connection: &Connection,
+    ) {
         let mut subscribers = lock(&self.subscribers);
         if subscribers.by_segment.is_empty() {
             return;
@@ -140,7 +164,9 @@ impl Monitors {
                 continue;
             };
             listeners.retain(|_, subscriber| {
-                if !matches(&subscriber.selector, connection) {
+                if is_of_hop(&subscriber.selector, answered)
+                    || !matches(&subscriber.selector, connection)
+                {
                     return true;
                 }
                 let event = ConnectionEvent {
@@ -184,6 +210,14 @@ impl Monitors {
     /// Ends every stream, for the drain.
     pub(crate) fn end_all(&self) {
         lock(&self.subscribers).by_segment.clear();
+    }
+}
+
+/// Whether the selector is for all connections of the hop of this name.
+fn is_of_hop(selector: &MonitorScopeSelector, hop: Option<&str>) -> bool {
+    match selector.path_segments.as_slice() {
+        [segment] => segment.id.is_empty() && hop == Some(segment.name.as_str()),
+        _ => false,
     }
 }
 

@@ -12,7 +12,7 @@ use nsm_proto::{
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
 };
 use tokio::{
-    sync::OnceCell,
+    sync::{Notify, OnceCell},
     task::AbortHandle,
     time::{Instant, timeout, timeout_at},
 };
@@ -35,6 +35,8 @@ pub(crate) struct Peer {
     channel: OnceCell<Channel>,
     users: Mutex<HashSet<String>>,
     monitor: Mutex<Option<AbortHandle>>,
+    /// Tells the monitor that the last connection has left.
+    emptied: Notify,
     max_message_bytes: usize,
 }
 
@@ -48,7 +50,8 @@ impl Peer {
     ) -> Result<Channel, RequestError> {
         let dialling = self
             .channel
-            .get_or_try_init(|| dial::dial(&self.url, dial_timeout));
+            // Boxed: dialling is rare, and its state would make every call's future larger.
+            .get_or_try_init(|| Box::pin(dial::dial(&self.url, dial_timeout)));
         match timeout(budget, dialling).await {
             Ok(channel) => Ok(channel?.clone()),
             Err(_) => Err(DialError::Timeout {
@@ -89,23 +92,28 @@ impl Peer {
             .is_some_and(|monitor| !monitor.is_finished())
     }
 
-    /// Counts a connection out; the last one ends the monitor.
+    /// Counts a connection out. The monitor ends some time after the last one.
     pub(crate) fn leave(&self, id: &str) {
         let mut users = lock(&self.users);
         users.remove(id);
-        if users.is_empty()
-            && let Some(monitor) = lock(&self.monitor).take()
-        {
-            monitor.abort();
+        if users.is_empty() {
+            self.emptied.notify_one();
         }
     }
-}
 
-impl Drop for Peer {
-    fn drop(&mut self) {
-        if let Some(monitor) = lock(&self.monitor).take() {
-            monitor.abort();
+    /// Returns when the last connection has left.
+    pub(crate) async fn emptied(&self) {
+        self.emptied.notified().await;
+    }
+
+    /// Whether the monitor has nobody to watch over; it must end then, and the next connection
+    /// starts another.
+    pub(crate) fn end_idle_monitor(&self) -> bool {
+        let users = lock(&self.users);
+        if users.is_empty() {
+            *lock(&self.monitor) = None;
         }
+        users.is_empty()
     }
 }
 
@@ -145,6 +153,7 @@ impl Peers {
                 channel: OnceCell::new(),
                 users: Mutex::default(),
                 monitor: Mutex::default(),
+                emptied: Notify::new(),
                 max_message_bytes: self.max_message_bytes,
             })
         }))

@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::{
     case::{Case, Ends, Tunnel, interface, mac, pair_mtu, tunnel_mtu},
+    close::Cause,
     connections::{Established, Turn, lock},
     convert, downstream,
     error::RequestError,
@@ -109,7 +110,7 @@ impl ControlPlane {
             .admit(&hop.id, call.deadline)
             .await?;
         if connection.state() == State::ReselectRequested && turn.current().is_some() {
-            self.tear_down(&turn, call.deadline).await;
+            self.tear_down(&turn, call.deadline, Cause::Asked).await;
         }
         connection.set_state(State::Up);
         let mut ask = Ask {
@@ -581,7 +582,7 @@ impl ControlPlane {
         peer.join(id, || downstream::watch(self.clone(), Arc::clone(&peer)));
         self.shared
             .monitors
-            .publish(ConnectionEventType::Update, &established.view);
+            .publish_answered(ConnectionEventType::Update, &established.view);
         answer
     }
 

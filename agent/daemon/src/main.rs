@@ -62,9 +62,18 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(worker_threads())
         .enable_all()
         .build()?
         .block_on(agent::run(loaded.config, inputs, log))
+}
+
+/// Half of the processors, at most four: the agent is a guest on its node, and waits more than it
+/// computes. On two processors one thread serves a fifth more Requests than two that wake each
+/// other; what blocks (netlink, BPF loading) has threads of its own.
+fn worker_threads() -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (processors / 2).clamp(1, 4)
 }
 
 /// The tools wait for one peer most of the time: one thread is enough.
