@@ -13,10 +13,11 @@ use nsm_proto::connection::{
 };
 use tokio::task::AbortHandle;
 use tokio_stream::StreamExt as _;
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::{
     connections::{Change, Established},
+    monitor::SKIP_ANSWERED,
     peers::Peer,
     plane::ControlPlane,
 };
@@ -72,7 +73,9 @@ async fn follow(plane: &ControlPlane, peer: &Peer) -> Result<(), Status> {
         network_services: Vec::new(),
     };
     let mut client = plane.shared.peers.monitor(peer).await?;
-    let request = plane.shared.peers.outgoing(selector, None);
+    let mut request = plane.shared.peers.outgoing(selector, None);
+    let yes = MetadataValue::from_static("true");
+    request.metadata_mut().insert(SKIP_ANSWERED, yes);
     let mut events = client.monitor_connections(request).await?.into_inner();
     while let Some(event) = events.next().await {
         plane.handle_event(&peer.url, event?);

@@ -27,8 +27,15 @@ const BACKLOG: usize = 1024;
 
 type Sender = mpsc::Sender<Result<ConnectionEvent, Status>>;
 
+/// Metadata of MonitorConnections by which the hop that its selector names says: what I asked for
+/// myself I need not be told. Agents say so to each other; an NSM component that does not know the
+/// key tells everything.
+pub(crate) const SKIP_ANSWERED: &str = "nsm-skip-answered";
+
 #[derive(Debug)]
 struct Subscriber {
+    /// The hop that hears of its own Requests and Closes by their answers.
+    hop: Option<String>,
     selector: MonitorScopeSelector,
     sender: Sender,
 }
@@ -78,6 +85,7 @@ impl Monitors {
     pub(crate) fn subscribe(
         &self,
         selector: MonitorScopeSelector,
+        skip_answered: bool,
         now: impl FnOnce() -> Vec<Connection>,
     ) -> Events {
         let (sender, receiver) = mpsc::channel(BACKLOG);
@@ -88,6 +96,10 @@ impl Monitors {
             .find(|id| !id.is_empty())
             .unwrap_or_default()
             .to_owned();
+        let hop = match selector.path_segments.as_slice() {
+            [hop] if skip_answered => Some(hop.name.clone()),
+            _ => None,
+        };
         let key = (segment, self.next.fetch_add(1, Ordering::Relaxed));
         let first = sender.clone();
         {
@@ -99,6 +111,7 @@ impl Monitors {
                 .insert(
                     key.1,
                     Subscriber {
+                        hop,
                         selector: selector.clone(),
                         sender,
                     },
@@ -127,8 +140,8 @@ impl Monitors {
     }
 
     /// Tells everyone but the previous hop, which has asked for the change and hears of it by the
-    /// answer. Only a stream for all connections of that hop is passed over, as a proxy keeps it:
-    /// through it would go an event for each Request and Close, of no news to anybody.
+    /// answer. Only a stream that was opened so is passed over ([`SKIP_ANSWERED`]): through it
+    /// would go an event for each Request and Close, of no news to anybody.
     pub(crate) fn publish_answered(&self, kind: ConnectionEventType, connection: &Connection) {
         let previous = connection.path.as_ref().and_then(|path| {
             let at = path.index.checked_sub(1)?;
@@ -164,9 +177,9 @@ impl Monitors {
                 continue;
             };
             listeners.retain(|_, subscriber| {
-                if is_of_hop(&subscriber.selector, answered)
-                    || !matches(&subscriber.selector, connection)
-                {
+                let has_the_answer =
+                    subscriber.hop.is_some() && subscriber.hop.as_deref() == answered;
+                if has_the_answer || !matches(&subscriber.selector, connection) {
                     return true;
                 }
                 let event = ConnectionEvent {
@@ -210,14 +223,6 @@ impl Monitors {
     /// Ends every stream, for the drain.
     pub(crate) fn end_all(&self) {
         lock(&self.subscribers).by_segment.clear();
-    }
-}
-
-/// Whether the selector is for all connections of the hop of this name.
-fn is_of_hop(selector: &MonitorScopeSelector, hop: Option<&str>) -> bool {
-    match selector.path_segments.as_slice() {
-        [segment] => segment.id.is_empty() && hop == Some(segment.name.as_str()),
-        _ => false,
     }
 }
 

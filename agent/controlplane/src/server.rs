@@ -40,7 +40,7 @@ use tonic::{
 
 use crate::{
     error::RequestError,
-    monitor::Events,
+    monitor::{Events, SKIP_ANSWERED},
     path_header::PathHeader,
     plane::ControlPlane,
     registry::grpc::{EndpointStream, ServiceStream},
@@ -288,14 +288,17 @@ impl MonitorConnection for Front {
         request: Request<MonitorScopeSelector>,
     ) -> Result<Response<Events>, Status> {
         let shared = &self.plane.shared;
-        let events = shared.monitors.subscribe(request.into_inner(), || {
-            shared
-                .connections
-                .all()
-                .into_iter()
-                .map(|established| established.view.clone())
-                .collect()
-        });
+        let skip_answered = request.metadata().contains_key(SKIP_ANSWERED);
+        let events = shared
+            .monitors
+            .subscribe(request.into_inner(), skip_answered, || {
+                shared
+                    .connections
+                    .all()
+                    .into_iter()
+                    .map(|established| established.view.clone())
+                    .collect()
+            });
         Ok(Response::new(events))
     }
 }
