@@ -5,7 +5,10 @@
 //! messages carry no behaviour here: they are parsed into the types of `nsm-core` at the edge.
 
 #![forbid(unsafe_code)]
-#![allow(missing_docs, reason = "generated code; the .proto files hold the comments")]
+#![allow(
+    missing_docs,
+    reason = "generated code; the .proto files hold the comments"
+)]
 #![allow(
     clippy::doc_markdown,
     clippy::large_enum_variant,
@@ -40,5 +43,4 @@ pub mod registry {
 }
 
 /// The encoded `FileDescriptorSet` of every message and service above, for gRPC reflection.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
