@@ -89,11 +89,9 @@ fn client_pod(
     let kernel = Kernel::parse(&mechanism.parameters)?;
     match &kernel.netns {
         None => Err(RequestError::Missing("inodeURL in its KERNEL mechanism")),
-        // A path is only a claim; whoever is not root must prove with a descriptor that the
-        // namespace is its own.
-        Some(NetnsUrl::File(path)) if !trusted => Err(RequestError::Forbidden(format!(
-            "only a client that runs as root may name a network namespace by its path ({})",
-            path.display()
+        // A path or an inode number is only a claim: anybody can name the host's own namespace.
+        Some(netns) if !trusted => Err(RequestError::Forbidden(format!(
+            "only a client that runs as root may name a network namespace ({netns})"
         ))),
         Some(_) => Ok((kernel, mechanism)),
     }
@@ -361,11 +359,8 @@ mod tests {
     #[test]
     fn what_stands_on_either_side_decides() {
         let pod = || kernel("inode://4/4026531840");
-        assert!(matches!(
-            of(ANYONE, pod(), ENDPOINT),
-            Ok(Case::PodToPod(..))
-        ));
-        assert!(matches!(of(ANYONE, pod(), PEER), Ok(Case::PodToTunnel(..))));
+        assert!(matches!(of(ROOT, pod(), ENDPOINT), Ok(Case::PodToPod(..))));
+        assert!(matches!(of(ROOT, pod(), PEER), Ok(Case::PodToTunnel(..))));
         let tunnel = || vxlan("192.0.2.1");
         assert!(matches!(
             of(Arrival::Network, tunnel(), ENDPOINT),
@@ -381,17 +376,15 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_believed_of_root_only() {
-        let by_path = || kernel("file:///run/netns/pod");
-        assert!(of(ROOT, by_path(), PEER).is_ok());
-        for url in [PEER, ENDPOINT] {
-            let error = of(ANYONE, by_path(), url).unwrap_err();
-            assert_eq!(error.code(), tonic::Code::PermissionDenied);
-            let text = error.to_string();
-            assert!(
-                text.contains("as root") && text.contains("/run/netns/pod"),
-                "{text}"
-            );
+    fn a_namespace_is_believed_of_root_only() {
+        for netns in ["file:///run/netns/pod", "inode://4/4026531840"] {
+            assert!(of(ROOT, kernel(netns), PEER).is_ok());
+            for url in [PEER, ENDPOINT] {
+                let error = of(ANYONE, kernel(netns), url).unwrap_err();
+                assert_eq!(error.code(), tonic::Code::PermissionDenied);
+                let text = error.to_string();
+                assert!(text.contains("as root") && text.contains(netns), "{text}");
+            }
         }
     }
 

@@ -74,15 +74,28 @@ impl std::fmt::Debug for Slot {
 #[derive(Debug)]
 struct SlotUse {
     id: String,
-    slot: Arc<Slot>,
+    /// There until the use is dropped.
+    slot: Option<Arc<Slot>>,
     store: Arc<Store>,
+}
+
+impl SlotUse {
+    fn slot(&self) -> &Arc<Slot> {
+        self.slot
+            .as_ref()
+            .expect("a use has its slot until it is dropped")
+    }
 }
 
 impl Drop for SlotUse {
     fn drop(&mut self) {
         let mut slots = lock(&self.store.slots);
-        // Two holders: the map and this use. Anyone else in the queue holds a third.
-        if Arc::strong_count(&self.slot) == 2 && self.slot.current().is_none() {
+        // Let go under the lock: of two uses that end at once, the second then sees the map alone.
+        drop(self.slot.take());
+        let is_last = slots
+            .get(&self.id)
+            .is_some_and(|slot| Arc::strong_count(slot) == 1 && slot.current().is_none());
+        if is_last {
             slots.remove(&self.id);
         }
     }
@@ -103,12 +116,12 @@ impl Turn {
 
     /// What is established now.
     pub(crate) fn current(&self) -> Option<Arc<Established>> {
-        self.held.slot.current()
+        self.held.slot().current()
     }
 
     /// Replaces what is established.
     pub(crate) fn set(&self, established: Option<Arc<Established>>) {
-        self.held.slot.set(established);
+        self.held.slot().set(established);
     }
 }
 
@@ -183,7 +196,7 @@ impl Connections {
     fn hold(&self, id: &str, slot: Arc<Slot>) -> SlotUse {
         SlotUse {
             id: id.to_owned(),
-            slot,
+            slot: Some(slot),
             store: Arc::clone(&self.store),
         }
     }
@@ -205,7 +218,7 @@ impl Connections {
             };
             self.hold(id, slot)
         };
-        if let Ok(guard) = Arc::clone(&held.slot.queue).try_lock_owned() {
+        if let Ok(guard) = Arc::clone(&held.slot().queue).try_lock_owned() {
             let turn = Turn {
                 _queue: guard,
                 held,
@@ -213,13 +226,13 @@ impl Connections {
             apply(&turn, change);
             return;
         }
-        if lock(&held.slot.missed).replace(change).is_some() {
+        if lock(&held.slot().missed).replace(change).is_some() {
             return;
         }
         tokio::spawn(async move {
-            let queue = Arc::clone(&held.slot.queue);
+            let queue = Arc::clone(&held.slot().queue);
             let guard = tokio::time::timeout(patience, queue.lock_owned()).await;
-            let missed = lock(&held.slot.missed).take();
+            let missed = lock(&held.slot().missed).take();
             if let (Ok(guard), Some(change)) = (guard, missed) {
                 let turn = Turn {
                     _queue: guard,
@@ -236,6 +249,11 @@ impl Connections {
             .values()
             .filter_map(|slot| slot.current())
             .collect()
+    }
+
+    /// Whether there is a slot of this id, established or at work.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        lock(&self.store.slots).contains_key(id)
     }
 
     /// Ids of all slots, established or at work.
@@ -261,7 +279,7 @@ impl Connections {
 
 async fn queue(held: SlotUse, deadline: Instant) -> Result<Turn, RequestError> {
     let began = Instant::now();
-    let queue = Arc::clone(&held.slot.queue);
+    let queue = Arc::clone(&held.slot().queue);
     match tokio::time::timeout_at(deadline, queue.lock_owned()).await {
         Ok(guard) => Ok(Turn {
             _queue: guard,

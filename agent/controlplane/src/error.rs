@@ -217,6 +217,15 @@ impl RequestError {
         }
     }
 
+    /// Whether the peer may have done what it was asked, and only its answer is missing.
+    pub(crate) fn may_have_been_granted(&self) -> bool {
+        match self {
+            Self::Silent { .. } => true,
+            Self::Refused { code, .. } => *code == Code::Unavailable,
+            _ => false,
+        }
+    }
+
     /// Whether another endpoint of the same service may do better.
     pub(crate) fn is_about_the_endpoint(&self) -> bool {
         match self {

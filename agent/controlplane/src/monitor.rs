@@ -19,7 +19,7 @@ use nsm_proto::connection::{
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::connections::lock;
+use crate::connections::{Established, lock};
 
 /// Events a subscriber may lag behind before it is cut off. A node's worst burst is one event for
 /// each of its connections of one peer; the subscriber of a single connection never comes near.
@@ -86,7 +86,7 @@ impl Monitors {
         &self,
         selector: MonitorScopeSelector,
         skip_answered: bool,
-        now: impl FnOnce() -> Vec<Connection>,
+        now: impl FnOnce() -> Vec<Arc<Established>>,
     ) -> Events {
         let (sender, receiver) = mpsc::channel(BACKLOG);
         let segment = selector
@@ -117,9 +117,10 @@ impl Monitors {
                     },
                 );
             let connections = now()
-                .into_iter()
-                .filter(|connection| matches(&selector, connection))
-                .map(|connection| (connection.id.clone(), connection))
+                .iter()
+                .map(|established| &established.view)
+                .filter(|view| matches(&selector, view))
+                .map(|view| (view.id.clone(), view.clone()))
                 .collect();
             // The channel is empty and larger than one event: this cannot fail.
             let _ = first.try_send(Ok(ConnectionEvent {

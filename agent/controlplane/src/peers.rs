@@ -168,6 +168,15 @@ impl Peers {
             .collect()
     }
 
+    /// Peers that carry connections and that no monitor stream watches.
+    pub(crate) fn unmonitored(&self) -> Vec<String> {
+        lock(&self.peers)
+            .values()
+            .filter(|peer| peer.user_count() > 0 && !peer.is_monitored())
+            .map(|peer| peer.url.clone())
+            .collect()
+    }
+
     /// A channel to `url` for the registry services.
     pub(crate) async fn channel(
         &self,

@@ -158,6 +158,17 @@ impl ControlPlane {
         peers
     }
 
+    /// Whether the connection of our segment `id` is established or at work.
+    pub fn holds(&self, id: &str) -> bool {
+        self.shared.connections.has(id)
+    }
+
+    /// URLs of peers that carry connections and whose monitor stream has broken: what they would
+    /// tell is not heard until the next Request through them.
+    pub fn unmonitored_peers(&self) -> Vec<String> {
+        self.shared.peers.unmonitored()
+    }
+
     /// What is held now, to compare before and after.
     pub fn holdings(&self) -> Holdings {
         Holdings {

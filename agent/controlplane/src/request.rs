@@ -171,7 +171,9 @@ impl ControlPlane {
             own.expires = Some(own_expires);
         }
         connection.id.clone_from(&hop.id);
-        Ok((path, hop, expires))
+        // A caller's clock or claim keeps nothing here beyond our own token, which is on the path
+        // too: whoever refreshes in time for the smallest expiry is in time for this one.
+        Ok((path, hop, expires.min(own_expires)))
     }
 
     /// Tries the way it went before, then every endpoint that serves the name.
@@ -244,7 +246,7 @@ impl ControlPlane {
                 Ok(reply) => reply,
                 Err(error) => {
                     // It may have done its part all the same.
-                    if matches!(error, RequestError::Silent { .. }) && !stood_there {
+                    if error.may_have_been_granted() && !stood_there {
                         self.undo_at(&peer, request.connection.unwrap_or_default(), &ask.turn);
                     }
                     return Err(error);

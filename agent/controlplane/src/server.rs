@@ -3,7 +3,13 @@
 //! Both serve the same services; what differs is the [`Arrival`], and with it what a caller may
 //! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
 
-use std::{net::SocketAddr, os::unix::fs::FileTypeExt as _, path::Path, time::Duration};
+use std::{
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::Path,
+    sync::OnceLock,
+    time::Duration,
+};
 
 use nsm_proto::{
     connection::{
@@ -223,7 +229,7 @@ impl Front {
                     .extensions()
                     .get::<UdsConnectInfo>()
                     .and_then(|peer| peer.peer_cred)
-                    .is_some_and(|peer| peer.uid() == 0),
+                    .is_some_and(|peer| peer.uid() == 0 || Some(peer.uid()) == own_uid()),
             },
         };
         let token = token::read(request.metadata())
@@ -292,12 +298,7 @@ impl MonitorConnection for Front {
         let events = shared
             .monitors
             .subscribe(request.into_inner(), skip_answered, || {
-                shared
-                    .connections
-                    .all()
-                    .into_iter()
-                    .map(|established| established.view.clone())
-                    .collect()
+                shared.connections.all()
             });
         Ok(Response::new(events))
     }
@@ -377,6 +378,12 @@ fn with_facts(answer: Answer) -> Response<Connection> {
     put(facts::REMOTE_MECHANISM, answer.next_mechanism);
     put(facts::VNI, answer.vni.map(|vni| vni.to_string()));
     response
+}
+
+/// The user this agent runs as: whoever is the same user can do what the agent can.
+fn own_uid() -> Option<u32> {
+    static UID: OnceLock<Option<u32>> = OnceLock::new();
+    *UID.get_or_init(|| Some(std::fs::metadata("/proc/self").ok()?.uid()))
 }
 
 /// The caller's `grpc-timeout`: digits and a unit (gRPC over HTTP/2, "Timeout").

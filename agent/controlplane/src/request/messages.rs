@@ -1,7 +1,7 @@
 //! The pure steps of a Request: on messages and plans, without I/O.
 
 use nsm_core::{
-    mechanism::{IfName, KERNEL, Kernel, LOCAL, NetnsUrl, Parameters, REMOTE, VXLAN},
+    mechanism::{IfName, KERNEL, Kernel, LOCAL, Parameters, REMOTE, VXLAN},
     path::{Path, check_reply},
     tunnel::MacAddr,
 };
@@ -161,15 +161,14 @@ pub(super) fn check(
     }
 }
 
-/// What an endpoint of this node answered of its pod. A path is only a claim: see `case`.
+/// What an endpoint of this node answered of its pod. A namespace is only a claim: see `case`.
 pub(super) fn endpoint_pod(route: &Route, parameters: &Parameters) -> Result<Kernel, RequestError> {
     let kernel = Kernel::parse(parameters).map_err(|error| bad_answer(route, error.to_string()))?;
     match &kernel.netns {
-        Some(NetnsUrl::File(path)) if !route.trusted => Err(bad_answer(
+        Some(netns) if !route.trusted => Err(bad_answer(
             route,
             format!(
-                "only an endpoint that registered as root may name a network namespace by its path ({})",
-                path.display()
+                "only an endpoint that registered as root may name a network namespace ({netns})"
             ),
         )),
         _ => Ok(kernel),

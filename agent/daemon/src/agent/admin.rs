@@ -60,6 +60,7 @@ impl Admin for AdminService {
     async fn get_status(&self, _: Request<StatusRequest>) -> Result<Response<AgentStatus>, Status> {
         let waiting_for = self.readiness.waiting();
         let forwarder = self.forwarder.as_deref();
+        let lost = self.plane.unmonitored_peers();
         let mut connections = Vec::new();
         for view in self.plane.connections() {
             connections.push(connection(&view, forwarder).await);
@@ -78,8 +79,13 @@ impl Admin for AdminService {
                 .peers()
                 .into_iter()
                 .map(|(url, connections)| Peer {
+                    state: if lost.contains(&url) {
+                        "lost"
+                    } else {
+                        "watched"
+                    }
+                    .to_owned(),
                     url,
-                    state: "connected".to_owned(),
                     connections: u32::try_from(connections).unwrap_or(u32::MAX),
                 })
                 .collect(),

@@ -2,7 +2,7 @@
 //! the BPF programs before their first packet.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -137,7 +137,14 @@ impl NodeForwarder {
     /// The programs must know a tunnel before its first packet. Without a free slot the tunnel
     /// works all the same, uncounted.
     fn count(&self, spec: &VxlanSpec) {
-        match self.with_bpf(|bpf| bpf.add_tunnel(spec.vni, spec.remote)) {
+        let added = self.with_bpf(|bpf| {
+            // The peer chooses its port; ours is known from the start.
+            if spec.port != self.tunnel.port {
+                bpf.add_port(spec.port)?;
+            }
+            bpf.add_tunnel(spec.vni, spec.remote)
+        });
+        match added {
             None => {}
             Some(Ok(slot)) => {
                 self.slots().insert(spec.vni, slot);
@@ -291,15 +298,11 @@ pub(crate) async fn collect_orphans(
         "an earlier agent left links: those that nobody refreshes are deleted"
     );
     tokio::time::sleep(grace).await;
-    let live: HashSet<String> = plane
-        .connections()
-        .iter()
-        .map(|view| view.id().to_owned())
-        .collect();
     for (netns, link) in found {
+        // Looked at anew for each: a deletion takes up to 20 ms, and clients come back meanwhile.
         let orphan = link
             .alias
-            .filter(|alias| !live.contains(alias.connection_id()));
+            .filter(|alias| !plane.holds(alias.connection_id()));
         let Some(alias) = orphan else { continue };
         match forwarder.links.down(&netns, &alias).await {
             Ok(_) => tracing::info!(link = %link.name, %alias, "deleted an orphan"),

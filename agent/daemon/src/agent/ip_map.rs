@@ -64,8 +64,9 @@ impl IpMapFile {
 
 /// Reads the file at once.
 pub(crate) fn reload(path: &Path, plane: &ControlPlane) {
-    if let Ok(text) = std::fs::read_to_string(path) {
-        apply(path, &text, plane);
+    match std::fs::read_to_string(path) {
+        Ok(text) => apply(path, &text, plane),
+        Err(error) => tracing::warn!(file = %path.display(), %error, "the IP map stays as it was"),
     }
 }
 

@@ -202,7 +202,7 @@ fn reload(current: &mut Config, inputs: &Inputs, log: &LogHandle, plane: &Contro
         tracing::error!(%error, "the log level stays as it is");
     }
     plane.resolver().reload(resolver_config(&new));
-    ip_map::reload(&new.map_ip_file, plane);
+    ip_map::reload(&current.map_ip_file, plane);
     current.log.level.clone_from(&new.log.level);
     current.resolver = new.resolver;
     tracing::info!(keys = ?changes.reloadable, "reloaded");
@@ -249,13 +249,16 @@ impl Sockets {
         };
         let mut listeners = JoinSet::new();
         let mut listen = |name: &'static str, socket, routes: Routes| {
-            let mut stopped = stopped.clone();
+            let (mut stopped, readiness) = (stopped.clone(), readiness.clone());
             listeners.spawn(async move {
                 let shutdown = async move {
                     let _ = stopped.wait_for(|stop| *stop).await;
                 };
                 if let Err(error) = serve(socket, routes, limits, shutdown).await {
                     tracing::error!(listener = name, %error, "a listener broke");
+                    readiness.wait_for(format!(
+                        "the {name} listener, which broke: restart the agent"
+                    ));
                 }
             });
         };

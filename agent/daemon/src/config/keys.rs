@@ -248,8 +248,7 @@ pub(crate) static KEYS: &[Key] = &[
         |c, n| set(&mut c.map_ip_file, n.parse(parse_path)),
         |c| text(c.map_ip_file.display()),
     )
-    .variable_is("NSM_MAP_IP_FILE_PATH")
-    .reloadable(),
+    .variable_is("NSM_MAP_IP_FILE_PATH"),
     key(
         "bpf.enabled",
         "BOOL",

@@ -407,20 +407,20 @@ fn a_reload_tells_what_it_takes_over() {
     let changes = Config::reloadable_changes(&old, &new);
     assert_eq!(
         changes.reloadable,
-        [
-            "resolver.hosts",
-            "resolver.timeout",
-            "map_ip_file",
-            "log.level"
-        ]
+        ["resolver.hosts", "resolver.timeout", "log.level"]
     );
     assert_eq!(
         changes.restart,
-        ["tunnel.port", "token.secret", "request_timeout"]
+        [
+            "tunnel.port",
+            "map_ip_file",
+            "token.secret",
+            "request_timeout"
+        ]
     );
     assert_eq!(
         changes.to_string(),
-        "reloaded: resolver.hosts, resolver.timeout, map_ip_file, log.level; needs a restart: tunnel.port, token.secret, request_timeout"
+        "reloaded: resolver.hosts, resolver.timeout, log.level; needs a restart: tunnel.port, map_ip_file, token.secret, request_timeout"
     );
     let newer = Config {
         token: Token {

@@ -60,7 +60,7 @@ fn full() -> Status {
         ],
         peers: vec![Peer {
             url: "tcp://203.0.113.2:5006".to_owned(),
-            state: "connected".to_owned(),
+            state: "watched".to_owned(),
             connections: 2,
         }],
         drops: [("wrong source".to_owned(), 3), ("malformed".to_owned(), 0)].into(),
@@ -92,7 +92,7 @@ TUNNELS
 
 PEERS
   PEER                    STATE      CONNECTIONS
-  tcp://203.0.113.2:5006  connected            2
+  tcp://203.0.113.2:5006  watched              2
 
 DROPS
   REASON        PACKETS

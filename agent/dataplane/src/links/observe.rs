@@ -51,6 +51,11 @@ pub(super) fn routes(netlink: &mut Netlink, index: u32) -> Result<Vec<Route>, Ne
         .collect())
 }
 
+/// Whether the message tells of a link that is up and has a carrier.
+pub(super) fn is_running(message: &RouteNetlinkMessage) -> bool {
+    matches!(message, RouteNetlinkMessage::NewLink(link) if link.header.flags.contains(LinkFlags::Running))
+}
+
 /// The link that a message describes, without what lies on it.
 pub(super) fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
     let RouteNetlinkMessage::NewLink(LinkMessage {

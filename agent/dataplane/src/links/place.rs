@@ -1,5 +1,7 @@
 //! Where links are created, and where they are to be: the two sides of one call that makes a link.
 
+use std::time::{Duration, Instant};
+
 use nix::errno::Errno;
 use nsm_core::tunnel::{Link, LinkKind, LinkSpec, Operation, VxlanSpec, Wanted, diff};
 
@@ -11,6 +13,13 @@ use crate::{
 
 /// How often a link is changed until it is found as wanted. One round is enough unless something else changes it too.
 const ROUNDS: usize = 3;
+
+/// How long the kernel's link watch may take to activate a link: it runs at once unless another
+/// event came within the last second, and then within that second.
+const CARRIER_TIMEOUT: Duration = Duration::from_millis(1_200);
+
+/// How often that is looked at: a look costs some 10 µs.
+const CARRIER_INTERVAL: Duration = Duration::from_micros(200);
 
 /// Where links are created: the node's namespace.
 pub(super) struct Maker<'a> {
@@ -370,6 +379,23 @@ impl<'a> Place<'a> {
                 LinkError::refused(format!("make link `{name}`"), kernel)
             }
         }
+    }
+
+    /// Waits until the link passes packets. The end of a pair that is taken up first has no carrier
+    /// then; a worker of the kernel activates it after the second, and until then it drops what it
+    /// is given. A link that stays without carrier is no failure of this call.
+    pub(super) fn await_running(&mut self, link: &Link) -> Result<(), LinkError> {
+        let deadline = Instant::now() + CARRIER_TIMEOUT;
+        while Instant::now() < deadline {
+            let (request, flags) = message::get_link(link.index);
+            let answer = self.netlink.ask(request, flags)?;
+            if answer.is_ok_and(|found| found.iter().any(observe::is_running)) {
+                return Ok(());
+            }
+            std::thread::sleep(CARRIER_INTERVAL);
+        }
+        tracing::warn!(link = %link.name, "the link has no carrier yet");
+        Ok(())
     }
 
     pub(super) fn up_link(

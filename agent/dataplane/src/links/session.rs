@@ -71,6 +71,8 @@ pub(super) fn up_veth(
         .and_then(|(end_a, end_b)| {
             let operations_a = place_a.fill(&maker, wanted_a, &end_a)?;
             let operations_b = place_b.fill(&maker, wanted_b, &end_b)?;
+            place_a.await_running(&end_a)?;
+            place_b.await_running(&end_b)?;
             Ok((
                 place_a.up_link(&end_a, true, operations_a)?,
                 place_b.up_link(&end_b, true, operations_b)?,
