@@ -74,32 +74,46 @@ impl Programs {
 /// # Errors
 /// When the build fails or has not built both.
 pub(crate) fn build_programs(arguments: &[&str]) -> Result<Programs> {
-    let mut command = cargo(&[
-        "build",
-        "--locked",
-        "--bins",
-        "--message-format=json-render-diagnostics",
-    ]);
+    let built = executables(&[&["build", "--bins"], arguments].concat())?;
+    Ok(Programs {
+        agent: named(&built, AGENT)?,
+        dns: named(&built, WORLD_DNS)?,
+    })
+}
+
+/// Runs a cargo command that builds, and returns names and paths of the executables that stand then.
+///
+/// # Errors
+/// When the build fails.
+pub(crate) fn executables(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+    let mut command = cargo(arguments);
     let mut child = command
-        .args(arguments)
+        .args(["--locked", "--message-format=json-render-diagnostics"])
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start cargo")?;
     let stdout = child.stdout.take().expect("stdout is piped");
-    let (mut agent, mut dns) = (None, None);
+    let mut built = Vec::new();
     for line in BufReader::new(stdout).lines() {
-        match executable(&line.context("read cargo's messages")?) {
-            Some((name, path)) if name == AGENT => agent = Some(path),
-            Some((name, path)) if name == WORLD_DNS => dns = Some(path),
-            _ => {}
-        }
+        built.extend(executable(&line.context("read cargo's messages")?));
     }
     let status = child.wait().context("wait for cargo")?;
-    ensure!(status.success(), "cargo build failed ({status})");
-    Ok(Programs {
-        agent: agent.with_context(|| format!("cargo build named no program {AGENT}"))?,
-        dns: dns.with_context(|| format!("cargo build named no program {WORLD_DNS}"))?,
-    })
+    ensure!(
+        status.success(),
+        "cargo {} failed ({status})",
+        arguments.join(" ")
+    );
+    Ok(built)
+}
+
+/// The path of the executable with that name.
+///
+/// # Errors
+/// When there is none.
+pub(crate) fn named(built: &[(String, PathBuf)], name: &str) -> Result<PathBuf> {
+    let found = built.iter().find(|(built, _)| built == name);
+    let (_, path) = found.with_context(|| format!("cargo named no program {name}"))?;
+    Ok(path.clone())
 }
 
 /// Name and path of the executable that a message of cargo tells of.

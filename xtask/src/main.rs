@@ -1,5 +1,6 @@
 //! The project's commands, as `cargo xtask COMMAND`.
 
+mod bench;
 mod cargo;
 mod ci;
 mod demo;
@@ -29,6 +30,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run all tests; without root those that need none, and say which were left out.
     Test,
+    /// Measure the numbers to hold: set-up time, calls a second, throughput, BPF, memory, and the decisions.
+    Bench(bench::Arguments),
     /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests.
     Ci,
 }
@@ -40,6 +43,7 @@ fn main() -> Result<()> {
         Command::CheckDependencies => dependencies::check(),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Test => test::run(),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Ci => ci::run(),
     }
 }

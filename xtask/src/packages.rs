@@ -25,6 +25,9 @@ pub(crate) const DEMO: &[Tool] = &[
 /// What tests need beyond [`DEMO`].
 pub(crate) const TESTS: &[Tool] = &[DEMO[0], DEMO[1], DEMO[2], tool("bpftool", "bpftool")];
 
+/// What measuring throughput needs beyond [`DEMO`].
+pub(crate) const BENCH: &[Tool] = &[tool("iperf3", "iperf3")];
+
 /// Sees to it that `tools` are installed: by apt-get where we are root and it exists.
 ///
 /// # Errors

@@ -1,0 +1,100 @@
+//! Memory of open connections, and after many that were closed.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use serde::Deserialize;
+
+use super::{
+    Found, LOAD_DEADLINE,
+    processes::rss_kib,
+    programs::Programs,
+    report::{Bar::AtMost, Row},
+    scene::Pair,
+};
+
+const KIB_A_CONNECTION: f64 = 10.0;
+
+/// What an agent may grow by a pair that is closed again: a connection that is forgotten costs hundreds of times as much, while an
+/// allocator's free lists may take this over 20,000 pairs.
+const BYTES_A_PAIR: f64 = 64.0;
+
+/// Pairs before the first look, so that peers are connected and pools are filled.
+const WARM_UP: u64 = 500;
+
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+pub(super) fn measure(programs: &Programs, quick: bool) -> Result<Found> {
+    let (connections, pairs) = if quick {
+        (1_000, 2_000)
+    } else {
+        (10_000, 20_000)
+    };
+    let mut rows = open_connections(programs, connections)?;
+    rows.extend(closed_connections(programs, pairs)?);
+    Ok(Found {
+        rows,
+        notes: vec![
+            "resident memory of agents without a datapath (proxy role), before and after"
+                .to_owned(),
+        ],
+    })
+}
+
+/// What `nsm-load hold` says.
+#[derive(Debug, Deserialize)]
+struct Held {
+    failed: u64,
+    endpoint_holds: u64,
+}
+
+fn open_connections(programs: &Programs, connections: u32) -> Result<Vec<Row>> {
+    // Agents of its own: memory that others freed would hide what these take.
+    let pair = Pair::start(programs)?;
+    pair.pairs(WARM_UP, 0, 8)?;
+    let agents = [&pair.client_agent, &pair.endpoint_agent];
+    let before = [rss_kib(agents[0])?, rss_kib(agents[1])?];
+    let mut command = pair.load("hold")?;
+    command.args(["--connections", &connections.to_string()]);
+    let load = pair.world.spawn("hold", command)?;
+    let held: Held = load.wait_for("the connections it holds", LOAD_DEADLINE, |line| {
+        serde_json::from_str(line).ok()
+    })?;
+    ensure!(
+        held.failed == 0 && held.endpoint_holds == u64::from(connections),
+        "of {connections} connections {} failed and {} are open:\n{}",
+        held.failed,
+        held.endpoint_holds,
+        pair.world.logs()
+    );
+    let mut rows = Vec::new();
+    for (agent, before) in agents.into_iter().zip(before) {
+        let what = format!("open connection of {connections}, {}", agent.name());
+        let each = (rss_kib(agent)? - before) / f64::from(connections);
+        rows.push(Row::new(what, each, "KiB").bar(AtMost(KIB_A_CONNECTION)));
+    }
+    load.terminate(END_DEADLINE)?;
+    Ok(rows)
+}
+
+fn closed_connections(programs: &Programs, pairs: u32) -> Result<Vec<Row>> {
+    let pair = Pair::start(programs)?;
+    // A tenth first: queues, tables and heaps have their size then.
+    pair.pairs(WARM_UP.max(u64::from(pairs) / 10), 0, 8)?;
+    let agents = [&pair.client_agent, &pair.endpoint_agent];
+    let before = [rss_kib(agents[0])?, rss_kib(agents[1])?];
+    let measured = pair.pairs(pairs.into(), 0, 8)?;
+    ensure!(
+        measured.failed == 0,
+        "{} of {pairs} pairs failed:\n{}",
+        measured.failed,
+        pair.world.logs()
+    );
+    let mut rows = Vec::new();
+    for (agent, before) in agents.into_iter().zip(before) {
+        let what = format!("growth a closed pair of {pairs}, {}", agent.name());
+        let each = (rss_kib(agent)? - before) * 1024.0 / f64::from(pairs);
+        rows.push(Row::new(what, each, "B").bar(AtMost(BYTES_A_PAIR)));
+    }
+    Ok(rows)
+}

@@ -1,0 +1,263 @@
+//! What was measured, beside what it should be.
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde::{Serialize, Serializer, ser::SerializeStruct as _};
+
+/// All that one run found.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    pub(super) machine: Machine,
+    /// Smaller sizes: the numbers show that the parts run, and little else.
+    pub(super) quick: bool,
+    pub(super) parts: Vec<PartReport>,
+}
+
+/// Where it was measured, and what else ran there.
+#[derive(Debug, Serialize)]
+pub(super) struct Machine {
+    pub(super) kernel: String,
+    pub(super) cpus: usize,
+    /// Load average of the last minute, before and after. The benchmarks themselves are in the second.
+    pub(super) load_before: f64,
+    pub(super) load_after: f64,
+}
+
+/// What one part found.
+#[derive(Debug, Serialize)]
+pub(super) struct PartReport {
+    pub(super) part: String,
+    pub(super) rows: Vec<Row>,
+    /// What the numbers include, and how they came about.
+    pub(super) notes: Vec<String>,
+    /// Why the part did not run to its end.
+    pub(super) error: Option<String>,
+}
+
+/// One number.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Row {
+    what: String,
+    value: f64,
+    unit: &'static str,
+    bar: Option<Bar>,
+}
+
+/// A number to hold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Bar {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Row {
+    /// A number without a bar.
+    pub(super) fn new(what: impl Into<String>, value: f64, unit: &'static str) -> Self {
+        Self {
+            what: what.into(),
+            value,
+            unit,
+            bar: None,
+        }
+    }
+
+    pub(super) fn bar(mut self, bar: Bar) -> Self {
+        self.bar = Some(bar);
+        self
+    }
+
+    fn holds(&self) -> Option<bool> {
+        // What is not a number holds no bar.
+        Some(match self.bar? {
+            Bar::AtMost(bar) => self.value <= bar,
+            Bar::AtLeast(bar) => self.value >= bar,
+        })
+    }
+}
+
+impl Serialize for Row {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (least, most) = match self.bar {
+            Some(Bar::AtLeast(bar)) => (Some(bar), None),
+            Some(Bar::AtMost(bar)) => (None, Some(bar)),
+            None => (None, None),
+        };
+        let mut row = serializer.serialize_struct("Row", 6)?;
+        row.serialize_field("what", &self.what)?;
+        row.serialize_field("value", &self.value)?;
+        row.serialize_field("unit", self.unit)?;
+        row.serialize_field("at_least", &least)?;
+        row.serialize_field("at_most", &most)?;
+        row.serialize_field("ok", &self.holds())?;
+        row.end()
+    }
+}
+
+impl Report {
+    /// Whether every part ran to its end; missed bars are no failure.
+    pub(super) fn is_whole(&self) -> bool {
+        self.parts.iter().all(|part| part.error.is_none())
+    }
+
+    /// As people read it.
+    pub(super) fn render(&self) -> String {
+        let mut table = Table::new();
+        table
+            .load_style(presets::NOTHING)
+            .set_header(["PART", "WHAT", "VALUE", "UNIT", "BAR", ""]);
+        for part in &self.parts {
+            for (index, row) in part.rows.iter().enumerate() {
+                let name = if index == 0 { part.part.as_str() } else { "" };
+                table.add_row([
+                    name,
+                    &row.what,
+                    &number(row.value),
+                    row.unit,
+                    &row.bar.map(bar).unwrap_or_default(),
+                    match row.holds() {
+                        Some(true) => "ok",
+                        Some(false) => "missed",
+                        None => "",
+                    },
+                ]);
+            }
+            if part.error.is_some() {
+                table.add_row([
+                    part.part.as_str(),
+                    "could not be measured",
+                    "",
+                    "",
+                    "",
+                    "failed",
+                ]);
+            }
+        }
+        for (index, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, 2));
+            if [2, 4].contains(&index) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        let mut text = String::new();
+        for line in table.lines() {
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        let machine = &self.machine;
+        text.push_str(&format!(
+            "\nLinux {}, {} CPUs, load {} before and {} after{}\n",
+            machine.kernel,
+            machine.cpus,
+            machine.load_before,
+            machine.load_after,
+            if self.quick {
+                "; --quick: sizes too small for numbers to rely on"
+            } else {
+                ""
+            }
+        ));
+        for part in &self.parts {
+            for note in &part.notes {
+                text.push_str(&format!("{}: {note}\n", part.part));
+            }
+            if let Some(error) = &part.error {
+                text.push_str(&format!("{}: {error}\n", part.part));
+            }
+        }
+        text
+    }
+}
+
+fn bar(bar: Bar) -> String {
+    match bar {
+        Bar::AtMost(bar) => format!("≤ {}", number(bar)),
+        Bar::AtLeast(bar) => format!("≥ {}", number(bar)),
+    }
+}
+
+/// Three digits or so: more would be noise.
+fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        size if size >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// The median; of an even number of values the mean of the two in the middle.
+pub(super) fn median(values: &[f64]) -> Option<f64> {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let upper = *values.get(values.len() / 2)?;
+    let lower = values[(values.len() - 1) / 2];
+    Some((lower + upper) / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(rows: Vec<Row>, error: Option<&str>) -> Report {
+        Report {
+            machine: Machine {
+                kernel: "6.18".into(),
+                cpus: 2,
+                load_before: 0.5,
+                load_after: 1.5,
+            },
+            quick: false,
+            parts: vec![PartReport {
+                part: "proxy".into(),
+                rows,
+                notes: vec!["on loopback".into()],
+                error: error.map(str::to_owned),
+            }],
+        }
+    }
+
+    #[test]
+    fn a_bar_is_held_or_missed() {
+        let row = |value| Row::new("x", value, "ms");
+        assert_eq!(row(1.0).holds(), None);
+        assert_eq!(row(5.0).bar(Bar::AtMost(5.0)).holds(), Some(true));
+        assert_eq!(row(5.1).bar(Bar::AtMost(5.0)).holds(), Some(false));
+        assert_eq!(row(0.97).bar(Bar::AtLeast(0.97)).holds(), Some(true));
+        assert_eq!(row(f64::NAN).bar(Bar::AtLeast(0.0)).holds(), Some(false));
+    }
+
+    #[test]
+    fn a_missed_bar_is_shown_and_no_failure() {
+        let report = report(
+            vec![
+                Row::new("pairs", 2900.0, "/s").bar(Bar::AtLeast(3000.0)),
+                Row::new("p99", 4.25, "ms").bar(Bar::AtMost(5.0)),
+            ],
+            None,
+        );
+        let text = report.render();
+        let line = |word: &str| text.lines().find(|line| line.contains(word)).unwrap();
+        assert!(line("pairs").contains("≥ 3000") && line("pairs").ends_with("missed"));
+        assert!(line("p99").contains("4.25") && line("p99").ends_with("ok"));
+        assert!(text.contains("proxy: on loopback"));
+        assert!(report.is_whole());
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["parts"][0]["rows"][0]["ok"], false);
+        assert_eq!(json["parts"][0]["rows"][1]["at_most"], 5.0);
+    }
+
+    #[test]
+    fn a_part_that_did_not_run_is_a_failure() {
+        let report = report(Vec::new(), Some("no iperf3\nsecond line"));
+        assert!(!report.is_whole());
+        let text = report.render();
+        assert!(text.contains("failed") && text.contains("proxy: no iperf3\nsecond line"));
+    }
+
+    #[test]
+    fn medians_lie_in_the_middle() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[4.0, 1.0]), Some(2.5));
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+    }
+}
