@@ -1,0 +1,192 @@
+//! The agent as an operator handles it: what it serves beside NSM, what it hears, how it ends.
+//! Without the forwarder role it needs no root.
+
+use std::{net::TcpListener, path::Path, process::Stdio, time::Duration};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use nsm_controlplane::dial::dial;
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader, Lines},
+    process::{Child, ChildStderr},
+};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+};
+
+use crate::support::{PATIENCE, command, soon};
+
+/// An agent's process and its log.
+struct Agent {
+    child: Child,
+    log: Lines<BufReader<ChildStderr>>,
+}
+
+impl Agent {
+    async fn start(config: &Path) -> Self {
+        let mut child = command(&["agent", "--config", config.to_str().unwrap()])
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut agent = Self { child, log };
+        agent.says("the agent serves").await;
+        agent
+    }
+
+    /// Reads the log up to a line with these words.
+    async fn says(&mut self, words: &str) -> String {
+        soon(words, async {
+            while let Some(line) = self.log.next_line().await.unwrap() {
+                if line.contains(words) {
+                    return line;
+                }
+            }
+            panic!("the log ended without: {words}")
+        })
+        .await
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id().unwrap()).unwrap();
+        kill(Pid::from_raw(pid), signal).unwrap();
+    }
+}
+
+fn config(folder: &Path, ports: [u16; 2], more: &str) -> String {
+    let folder = folder.display();
+    let [proxy, registry] = ports;
+    format!(
+        "name: node-1\nforwarder: false\nmap_ip_file: {folder}/map-ip.yaml\nlisten:\n  nsmgr: unix://{folder}/nsm.sock\n  \
+         admin: unix://{folder}/admin.sock\n  proxy: tcp://127.0.0.1:{proxy}\n  registry: tcp://127.0.0.1:{registry}\n{more}\n"
+    )
+}
+
+/// Ports that are free now; the agent refuses port 0.
+fn free_ports() -> [u16; 2] {
+    let listeners = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().port())
+}
+
+#[tokio::test]
+async fn health_reflection_reload_and_drain() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, map) = (
+        folder.path().join("config.yaml"),
+        folder.path().join("map-ip.yaml"),
+    );
+    let ports = free_ports();
+    let write = |more: &str| std::fs::write(&file, config(folder.path(), ports, more)).unwrap();
+    write("domain: one.example");
+    std::fs::write(&map, "").unwrap();
+    let mut agent = Agent::start(&file).await;
+
+    let socket = format!("unix://{}/nsm.sock", folder.path().display());
+    let proxy = format!("tcp://127.0.0.1:{}", ports[0]);
+    for url in [&socket, &proxy] {
+        let channel = dial(url, PATIENCE).await.unwrap();
+        let mut health = HealthClient::new(channel.clone());
+        soon("SERVING", async {
+            for service in ["", "networkservice.NetworkService"] {
+                let service = service.to_owned();
+                loop {
+                    let request = HealthCheckRequest {
+                        service: service.clone(),
+                    };
+                    let answer = health.check(request).await;
+                    if answer
+                        .is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving)
+                    {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        })
+        .await;
+        let served = services(ServerReflectionClient::new(channel)).await;
+        for service in [
+            "networkservice.NetworkService",
+            "connection.MonitorConnection",
+            "registry.NetworkServiceRegistry",
+            "grpc.health.v1.Health",
+        ] {
+            assert!(served.iter().any(|name| name == service), "{served:?}");
+        }
+    }
+
+    std::fs::write(&map, "10.0.0.1: 203.0.113.1\n").unwrap();
+    agent.says("took over the IP map").await;
+    std::fs::write(&map, "10.0.0.1: nowhere\n").unwrap();
+    let refused = agent.says("the IP map stays as it was").await;
+    assert!(refused.contains("nowhere"), "{refused}");
+
+    write("domain: two.example\nlog: {level: debug}");
+    agent.signal(Signal::SIGHUP);
+    let restart = agent.says("need a restart").await;
+    assert!(restart.contains("domain"), "{restart}");
+    let reloaded = agent.says("reloaded").await;
+    assert!(reloaded.contains("log.level"), "{reloaded}");
+    write("domian: three.example");
+    agent.signal(Signal::SIGHUP);
+    let refused = agent.says("is not reloaded").await;
+    assert!(refused.contains("domian"), "{refused}");
+
+    agent.signal(Signal::SIGTERM);
+    let status = soon("the agent's end", agent.child.wait()).await.unwrap();
+    assert_eq!(status.code(), Some(0));
+    for socket in ["nsm.sock", "admin.sock"] {
+        assert!(
+            !folder.path().join(socket).exists(),
+            "{socket} stays behind"
+        );
+    }
+}
+
+/// The services that reflection lists.
+async fn services(mut client: ServerReflectionClient<tonic::transport::Channel>) -> Vec<String> {
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = client
+        .server_reflection_info(tokio_stream::once(request))
+        .await
+        .unwrap()
+        .into_inner();
+    let answer = soon("reflection", answers.message())
+        .await
+        .unwrap()
+        .unwrap();
+    match answer.message_response {
+        Some(MessageResponse::ListServicesResponse(list)) => list
+            .service
+            .into_iter()
+            .map(|service| service.name)
+            .collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_named_with_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.yaml");
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let [other, _] = free_ports();
+    std::fs::write(&file, config(folder.path(), [port, other], "")).unwrap();
+    let (code, _, said) = crate::support::run(&["agent", "--config", file.to_str().unwrap()]).await;
+    assert_eq!(code, 1);
+    assert!(
+        said.contains(&format!("tcp://127.0.0.1:{port}")) && said.contains("listen.proxy"),
+        "{said}"
+    );
+}
