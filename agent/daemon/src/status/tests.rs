@@ -91,8 +91,8 @@ TUNNELS
   22222222  4242  4789  10.0.0.1  203.0.113.2  nsm-1      file:///run/netns/pod           -         -           -         -
 
 PEERS
-  PEER                    STATE      CONNECTIONS
-  tcp://203.0.113.2:5006  watched              2
+  PEER                    STATE    CONNECTIONS
+  tcp://203.0.113.2:5006  watched            2
 
 DROPS
   REASON        PACKETS
