@@ -69,8 +69,8 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
 }
 
 /// Half of the processors, at most four: the agent is a guest on its node, and waits more than it
-/// computes. On two processors one thread serves a fifth more Requests than two that wake each
-/// other; what blocks (netlink, BPF loading) has threads of its own.
+/// computes. On two processors a Request costs a sixth less processor time on one thread than on
+/// two that wake each other; what blocks (netlink, BPF loading) has threads of its own.
 fn worker_threads() -> usize {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     (processors / 2).clamp(1, 4)
