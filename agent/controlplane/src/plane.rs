@@ -81,7 +81,7 @@ pub(crate) struct Shared {
 pub(crate) struct LocalEndpoint {
     /// Its own URL; the registry holds ours in its place.
     pub(crate) url: String,
-    /// Whether it registered as root: only then may it name a network namespace by its path.
+    /// Whether it registered as root: only then may it name a network namespace.
     pub(crate) trusted: bool,
     /// When its registration lapses.
     pub(crate) expires: SystemTime,

@@ -28,9 +28,9 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
     /// The NSMgr's socket: a client or endpoint on this node. `trusted` is true for a peer process
-    /// of root, which may name a network namespace by path.
+    /// of root or of the agent's own user, which may name a network namespace.
     Local {
-        /// Whether the peer process runs as root.
+        /// Whether the peer process runs as root or as the agent's user.
         trusted: bool,
     },
     /// The proxy's port: another agent, NSMgr or proxy.
@@ -53,7 +53,7 @@ pub(crate) enum Crossing {
 pub(crate) struct Route {
     pub(crate) url: String,
     /// The next hop is an endpoint of this node that runs as root: it may name a network namespace
-    /// by its path.
+    /// in its answer.
     pub(crate) trusted: bool,
     pub(crate) crossing: Crossing,
     /// The service as the next hop is asked for it.
