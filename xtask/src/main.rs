@@ -6,6 +6,7 @@ mod ci;
 mod demo;
 mod dependencies;
 mod ebpf;
+mod interop;
 mod packages;
 mod test;
 
@@ -28,6 +29,11 @@ enum Command {
     CheckDependencies,
     /// Show a client of one domain that pings an endpoint of another.
     Demo(demo::Arguments),
+    /// Test our agents against the real Network Service Mesh (needs Go).
+    Interop {
+        /// Only tests whose names match, as `go test -run` takes it.
+        pattern: Option<String>,
+    },
     /// Run all tests; without root those that need none, and say which were left out.
     Test,
     /// Measure the numbers to hold: set-up time, calls a second, throughput, BPF, memory, and the decisions.
@@ -42,7 +48,8 @@ fn main() -> Result<()> {
         Command::CheckEbpf { rebuild } => ebpf::check(rebuild),
         Command::CheckDependencies => dependencies::check(),
         Command::Demo(arguments) => demo::run(&arguments),
-        Command::Test => test::run(),
+        Command::Interop { pattern } => interop::run(pattern.as_deref()),
+        Command::Test => test::run(test::WithoutGo::LeaveOut),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Ci => ci::run(),
     }

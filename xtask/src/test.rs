@@ -8,26 +8,38 @@ use std::{
     process::Stdio,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 
 use crate::{
     cargo::{self, BPF_PROGRAMS, cargo, step},
-    demo, packages,
+    demo, interop, packages,
 };
+
+/// What to do about the tests against the real NSM where there is no Go for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WithoutGo {
+    /// Leave them out, and say so.
+    LeaveOut,
+    Fail,
+}
 
 /// Runs all tests.
 ///
 /// # Errors
 /// When one fails, or what they need cannot be built or installed.
-pub(crate) fn run() -> Result<()> {
+pub(crate) fn run(without_go: WithoutGo) -> Result<()> {
     let root = packages::is_root();
     if root {
         packages::ensure(packages::TESTS)?;
     }
+    let go = interop::Go::find();
+    if without_go == WithoutGo::Fail {
+        go.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+    }
     // Built once, with the features that the tests' own build has, so that nothing is built twice.
     eprintln!("==> the programs that tests start");
     let programs = cargo::build_programs(&["--workspace"])?;
-    let left_out = workspace_tests(&programs, root)?;
+    let mut left_out = workspace_tests(&programs, root)?;
     let bpf = cargo(&["test", "--locked", "--manifest-path", BPF_PROGRAMS]);
     step("tests of the BPF programs' parser and decisions", bpf)?;
     if root {
@@ -35,6 +47,10 @@ pub(crate) fn run() -> Result<()> {
             eprintln!("==> the demo, {cloud}");
             demo::check(cloud, &programs)?;
         }
+    }
+    match go {
+        Ok(go) => interop::test(&go, &programs, None)?,
+        Err(error) => left_out.push(format!("tests/interop: {error:#}")),
     }
     report(&left_out);
     Ok(())
@@ -89,7 +105,7 @@ fn report(left_out: &[String]) {
         return;
     }
     eprintln!(
-        "==> passed, but {} tests were left out (run as root for these):",
+        "==> passed, but {} tests were left out, each for the reason behind its name:",
         left_out.len()
     );
     for test in left_out {
