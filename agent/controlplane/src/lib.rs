@@ -22,6 +22,7 @@ mod monitor;
 mod path_header;
 mod peers;
 pub mod plane;
+pub mod public_address;
 mod registrar;
 pub mod registry;
 pub mod request;

@@ -90,6 +90,26 @@ impl IpMap {
         Ok(map)
     }
 
+    /// This map with another public address for one internal address: what stood there before is gone.
+    ///
+    /// # Errors
+    /// Another internal address has that public one.
+    pub fn with(&self, internal: IpAddr, external: IpAddr) -> Result<Self, IpMapError> {
+        let internal = internal.to_canonical();
+        let others = self.external.iter().map(|(&own, &public)| (own, public));
+        Self::from_pairs(
+            others
+                .filter(|&(own, _)| own != internal)
+                .chain([(internal, external)]),
+        )
+    }
+
+    /// The public address that the map itself has for an internal one.
+    #[must_use]
+    pub fn get(&self, internal: IpAddr) -> Option<IpAddr> {
+        self.external.get(&internal.to_canonical()).copied()
+    }
+
     /// The public address of an internal one; itself when the map does not have it.
     #[must_use]
     pub fn external(&self, internal: IpAddr) -> IpAddr {

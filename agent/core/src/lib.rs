@@ -15,6 +15,7 @@ pub mod mechanism;
 pub mod name;
 pub mod path;
 pub mod prefix;
+pub mod public_address;
 pub mod registry;
 pub mod select;
 pub mod tunnel;

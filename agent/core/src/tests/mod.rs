@@ -6,6 +6,7 @@ mod mechanism;
 mod name;
 mod path;
 mod prefix;
+mod public_address;
 mod registry;
 mod select;
 mod vni;

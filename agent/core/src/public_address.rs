@@ -1,0 +1,184 @@
+//! What the node's public address is: whom to ask, whom to believe, and what to do when they differ.
+//!
+//! Several sources may know it, and none of them always does: a metadata service knows nothing of a NAT that it does not run, a STUN server
+//! sees the way of one packet, an operator's file grows old. So each is asked again and again, the first in [`Source`]'s order wins,
+//! and whatever disagrees with it is kept as a conflict to be shown with both values: a changed address that goes unnoticed costs
+//! every connection.
+//!
+//! A source that fails is not one that says "no address": [`Tracker`] holds to what it said before for [`TRUST`], so that a metadata
+//! service which restarts does not move the node.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::IpAddr,
+    time::{Duration, SystemTime},
+};
+
+pub mod metadata;
+mod routable;
+pub mod stun;
+
+pub use self::{metadata::Provider, routable::is_globally_routable};
+
+/// How often all sources are asked, beside each change of the node's own addresses. A cloud moves an address within seconds, on
+/// request of a person; a minute is as long as a person waits before they look for a mistake of their own.
+pub const INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long an address stays believed while its source fails to answer: longer than a metadata service or a STUN server takes to
+/// come back from a restart, shorter than the life of an address in a file that nobody tends.
+pub const TRUST: Duration = Duration::from_secs(10 * 60);
+
+/// Who may know the public address, the most trusted first.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// The operator, in the configuration.
+    Configuration,
+    /// The operator, in the IP map.
+    IpMap,
+    /// The cloud's metadata service.
+    Metadata(Provider),
+    /// The node's ExternalIP in Kubernetes.
+    Kubernetes,
+    /// A STUN server, by the name it was configured with: it sees where our packets come from.
+    Stun(String),
+    /// The source address of the default route, where it is globally routable.
+    Route,
+}
+
+/// What one source answered in one round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// This address.
+    Address(IpAddr),
+    /// It answered that there is none.
+    None,
+    /// It did not answer, or not understandably; the sentence says what happened.
+    Failed(String),
+}
+
+/// An address and who says so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Who says so.
+    pub source: Source,
+    /// The address.
+    pub address: IpAddr,
+}
+
+/// What follows from everything that was found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// The address that holds.
+    pub chosen: Option<Finding>,
+    /// Whoever says otherwise, the most trusted first.
+    pub conflicts: Vec<Finding>,
+}
+
+/// What a source is known to say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// The address, by its last answer; still there while the source fails for less than [`TRUST`].
+    pub address: Option<IpAddr>,
+    /// Why its last round brought no answer.
+    pub trouble: Option<String>,
+    /// When it answered last.
+    answered: Option<SystemTime>,
+}
+
+/// What every source has said so far.
+#[derive(Debug, Clone, Default)]
+pub struct Tracker {
+    known: BTreeMap<Source, Known>,
+}
+
+impl Tracker {
+    /// Takes one source's answer.
+    pub fn observe(&mut self, source: Source, outcome: Outcome, now: SystemTime) {
+        let known = self.known.entry(source).or_insert(Known {
+            address: None,
+            trouble: None,
+            answered: None,
+        });
+        match outcome {
+            Outcome::Address(address) => {
+                known.address = Some(address.to_canonical());
+                known.trouble = None;
+                known.answered = Some(now);
+            }
+            Outcome::None => {
+                known.address = None;
+                known.trouble = None;
+                known.answered = Some(now);
+            }
+            Outcome::Failed(trouble) => {
+                let is_trusted = known.answered.is_some_and(|answered| {
+                    // A clock that was set back makes the answer younger than now: it is still one.
+                    now.duration_since(answered).unwrap_or_default() < TRUST
+                });
+                if !is_trusted {
+                    known.address = None;
+                }
+                known.trouble = Some(trouble);
+            }
+        }
+    }
+
+    /// Each source that was asked, the most trusted first.
+    pub fn sources(&self) -> impl Iterator<Item = (&Source, &Known)> {
+        self.known.iter()
+    }
+
+    /// Which address holds for a node whose tunnels leave from `local`. Only addresses of the same family count: a node's IPv6 address says nothing about its IPv4 one.
+    #[must_use]
+    pub fn decide(&self, local: Option<IpAddr>) -> Decision {
+        decide(
+            local,
+            self.known.iter().filter_map(|(source, known)| {
+                Some(Finding {
+                    source: source.clone(),
+                    address: known.address?,
+                })
+            }),
+        )
+    }
+}
+
+/// Of findings in the order of trust, the first of `local`'s family holds; the others that differ are conflicts. Without `local` the
+/// first finding decides on the family.
+pub fn decide(local: Option<IpAddr>, findings: impl IntoIterator<Item = Finding>) -> Decision {
+    let mut decision = Decision::default();
+    let mut is_v4 = local.map(|local| local.to_canonical().is_ipv4());
+    let mut findings: Vec<Finding> = findings.into_iter().collect();
+    findings.sort_by(|a, b| a.source.cmp(&b.source));
+    for finding in findings {
+        if *is_v4.get_or_insert(finding.address.is_ipv4()) != finding.address.is_ipv4() {
+            continue;
+        }
+        match &decision.chosen {
+            None => decision.chosen = Some(finding),
+            Some(chosen) if chosen.address != finding.address => decision.conflicts.push(finding),
+            Some(_) => {}
+        }
+    }
+    decision
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Configuration => f.write_str("configuration"),
+            Self::IpMap => f.write_str("IP map"),
+            Self::Metadata(provider) => write!(f, "{provider} metadata"),
+            Self::Kubernetes => f.write_str("Kubernetes node"),
+            Self::Stun(server) => write!(f, "STUN {server}"),
+            Self::Route => f.write_str("default route"),
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.address, self.source)
+    }
+}
