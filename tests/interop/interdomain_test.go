@@ -1,9 +1,8 @@
 package interop
 
 import (
-	"context"
+	"fmt"
 	"testing"
-	"time"
 
 	"github.com/networkservicemesh/api/pkg/api/networkservice"
 	"github.com/networkservicemesh/api/pkg/api/registry"
@@ -15,33 +14,8 @@ import (
 	"proxy-nsmgr/tests/interop/harness"
 )
 
-const (
-	service  = "icmp-responder"
-	endpoint = "icmp-responder-nse"
-	// deadline bounds a whole test; where all is well one takes a second or so.
-	deadline = 2 * time.Minute
-)
-
-// A path through two domains has a segment for each process: nsc, nsmgr1, forwarder1, proxy1,
-// proxy2, nsmgr2, forwarder2, nse. Our agent is one process, and one segment, in each proxy's place.
-const interdomainSegments = 8
-
-func testContext(t *testing.T) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), deadline)
-	t.Cleanup(cancel)
-	return ctx
-}
-
 func TestTwoDomains(t *testing.T) {
-	for _, test := range []struct {
-		name             string
-		client, endpoint harness.ProxyKind
-	}{
-		{"ours and ours", harness.Ours, harness.Ours},
-		{"ours at the client, real at the endpoint", harness.Ours, harness.Real},
-		{"real at the client, ours at the endpoint", harness.Real, harness.Ours},
-	} {
+	for _, test := range pairs {
 		t.Run(test.name, func(t *testing.T) {
 			ctx := testContext(t)
 			dns := harness.NewDNS(t)
@@ -51,44 +25,106 @@ func TestTwoDomains(t *testing.T) {
 				harness.DomainConfig{Name: "two.example", DNS: dns, Proxy: test.endpoint})
 			two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
 			counter := new(count.Server)
-			two.Nodes[0].NewEndpoint(ctx, &registry.NetworkServiceEndpoint{
-				Name:                endpoint,
-				NetworkServiceNames: []string{service},
-			}, sandbox.GenerateTestToken, counter, checkrequest.NewServer(t,
-				func(t *testing.T, request *networkservice.NetworkServiceRequest) {
-					require.Equal(t, service, request.GetConnection().GetNetworkService())
-					require.Equal(t, endpoint, request.GetConnection().GetNetworkServiceEndpointName())
-				}))
+			two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken,
+				counter, checkrequest.NewServer(t,
+					func(t *testing.T, request *networkservice.NetworkServiceRequest) {
+						connection := request.GetConnection()
+						require.Equal(t, service, connection.GetNetworkService())
+						require.Equal(t, endpoint, connection.GetNetworkServiceEndpointName())
+					}))
 
 			client := one.Nodes[0].NewClient(ctx, sandbox.GenerateTestToken)
-			request := harness.RequestFor("id", two.Service(service))
-			connection, err := client.Request(ctx, request)
-			require.NoError(t, err)
-			names := harness.Names(connection)
-			require.Len(t, names, interdomainSegments)
-			require.Equal(t, endpoint, names[interdomainSegments-1])
+			connection := requestTwice(ctx, t, client, harness.RequestFor("id", two.Service(service)))
+			require.Len(t, harness.Names(connection), interdomainSegments)
+			require.Equal(t, endpoint, endpointOf(connection))
 			require.Equal(t, two.Service(service), connection.GetNetworkService())
 			require.Equal(t, two.Service(endpoint), connection.GetNetworkServiceEndpointName())
-
-			refreshed, err := client.Request(ctx, harness.Refresh(request, connection))
-			require.NoError(t, err)
-			require.Equal(t, connection.GetId(), refreshed.GetId())
 			require.Equal(t, 2, counter.Requests())
 			require.Equal(t, 1, counter.UniqueRequests())
-			for at, segment := range connection.GetPath().GetPathSegments() {
-				now := refreshed.GetPath().GetPathSegments()[at]
-				require.Equal(t, segment.GetName(), now.GetName())
-				require.Equal(t, segment.GetId(), now.GetId(), "id of %s", now.GetName())
-			}
 
-			_, err = client.Close(ctx, refreshed)
+			_, err := client.Close(ctx, connection)
 			require.NoError(t, err)
 			require.Equal(t, 1, counter.Closes())
-			for _, domain := range []*harness.Domain{one, two} {
-				if domain.Agent != nil {
-					harness.WaitUntilEmpty(t, domain.Agent)
-				}
-			}
+			waitUntilEmpty(t, one, two)
 		})
 	}
+}
+
+// Two nodes have an endpoint each; the service's matches choose by the client's labels, which pass
+// through both proxies with the names that they are keyed by.
+func TestLabelsChooseAmongNodes(t *testing.T) {
+	for _, test := range pairs {
+		t.Run(test.name, func(t *testing.T) {
+			ctx := testContext(t)
+			dns := harness.NewDNS(t)
+			one := harness.NewDomain(ctx, t,
+				harness.DomainConfig{Name: "one.example", DNS: dns, Proxy: test.client})
+			two := harness.NewDomain(ctx, t, harness.DomainConfig{
+				Name: "two.example", DNS: dns, Proxy: test.endpoint, Nodes: 2,
+			})
+			two.RegisterService(ctx, t, &registry.NetworkService{
+				Name: service,
+				Matches: []*registry.Match{{
+					SourceSelector: map[string]string{"zone": "b"},
+					Routes: []*registry.Destination{
+						{DestinationSelector: map[string]string{"color": "{{.color}}"}},
+					},
+				}, {
+					Routes: []*registry.Destination{
+						{DestinationSelector: map[string]string{"color": "red"}},
+					},
+				}},
+			})
+			for at, color := range []string{"red", "blue"} {
+				registration := nse("nse-"+color, service)
+				registration.NetworkServiceLabels = map[string]*registry.NetworkServiceLabels{
+					service: {Labels: map[string]string{"color": color}},
+				}
+				two.Nodes[at].NewEndpoint(ctx, registration, sandbox.GenerateTestToken)
+			}
+			client := one.Nodes[0].NewClient(ctx, sandbox.GenerateTestToken)
+			for at, want := range []struct {
+				labels   map[string]string
+				endpoint string
+			}{
+				{map[string]string{"zone": "a"}, "nse-red"},
+				{map[string]string{"zone": "b", "color": "blue"}, "nse-blue"},
+				{map[string]string{"zone": "b", "color": "red"}, "nse-red"},
+			} {
+				request := harness.RequestFor(fmt.Sprint("id-", at), two.Service(service))
+				request.Connection.Labels = want.labels
+				connection := requestTwice(ctx, t, client, request)
+				require.Equal(t, want.endpoint, endpointOf(connection), "labels %v", want.labels)
+				_, err := client.Close(ctx, connection)
+				require.NoError(t, err)
+			}
+			waitUntilEmpty(t, one, two)
+		})
+	}
+}
+
+// Two endpoints of different nodes and services, at the same time.
+func TestTwoServicesOnTwoNodes(t *testing.T) {
+	ctx := testContext(t)
+	dns := harness.NewDNS(t)
+	one := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "one.example", DNS: dns})
+	two := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "two.example", DNS: dns, Nodes: 2})
+	client := one.Nodes[0].NewClient(ctx, sandbox.GenerateTestToken)
+	var open []*networkservice.Connection
+	for at := range two.Nodes {
+		name := fmt.Sprint(service, "-", at)
+		two.RegisterService(ctx, t, &registry.NetworkService{Name: name})
+		two.Nodes[at].NewEndpoint(ctx, nse(fmt.Sprint(endpoint, "-", at), name), sandbox.GenerateTestToken)
+		connection := requestTwice(ctx, t, client, harness.RequestFor(name, two.Service(name)))
+		require.Len(t, harness.Names(connection), interdomainSegments)
+		require.Equal(t, fmt.Sprint(endpoint, "-", at), endpointOf(connection))
+		open = append(open, connection)
+	}
+	require.Equal(t, 2, one.Agent.OpenConnections(t))
+	require.Equal(t, 2, two.Agent.OpenConnections(t))
+	for _, connection := range open {
+		_, err := client.Close(ctx, connection)
+		require.NoError(t, err)
+	}
+	waitUntilEmpty(t, one, two)
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 )
@@ -229,7 +230,10 @@ func Dial(t testing.TB, to *url.URL) *grpc.ClientConn {
 	if to.Scheme == "unix" {
 		target = to.String()
 	}
-	client, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	retry := backoff.Config{BaseDelay: pollInterval, Multiplier: 1, MaxDelay: time.Second}
+	client, err := grpc.NewClient(target,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: ReadyDeadline}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,3 +6,16 @@
 // starts ends with it: processes are sent SIGTERM and must leave with exit code 0 and without an
 // ERROR in their log, which is shown when the test fails.
 package harness
+
+import (
+	"io"
+	stdlog "log"
+
+	"github.com/sirupsen/logrus"
+)
+
+// The chains' own logs are many lines for each Request, and of no use without tracing.
+func init() {
+	logrus.SetOutput(io.Discard)
+	stdlog.SetOutput(io.Discard)
+}
