@@ -10,7 +10,7 @@ use std::{
 };
 
 use nsm_core::{ipmap::IpMap, name::Domain, vni::VniPool};
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     bypass::Bypass,
@@ -74,6 +74,8 @@ pub(crate) struct Shared {
     pub(crate) vnis: Mutex<VniPool>,
     ip_map: RwLock<Arc<IpMap>>,
     turn: AtomicU64,
+    /// True once every connection has been closed for the agent's end.
+    drained: watch::Sender<bool>,
 }
 
 /// An endpoint of this node.
@@ -115,6 +117,7 @@ impl ControlPlane {
                 vnis: Mutex::new(vnis),
                 ip_map: RwLock::default(),
                 turn: AtomicU64::new(0),
+                drained: watch::Sender::new(false),
                 settings,
                 tokens,
                 resolver,
@@ -194,6 +197,7 @@ impl ControlPlane {
         if let Directory::Here(registry) = &self.shared.directory {
             registry.close();
         }
+        self.shared.drained.send_replace(true);
     }
 
     /// A task for the life of the plane: closes what nobody refreshed.
@@ -221,6 +225,14 @@ impl std::fmt::Debug for ControlPlane {
 impl Shared {
     pub(crate) fn ip_map(&self) -> Arc<IpMap> {
         Arc::clone(&self.ip_map.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Returns when the drain has closed all connections: what else is open is to end now.
+    pub(crate) fn until_drained(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut drained = self.drained.subscribe();
+        async move {
+            let _ = drained.wait_for(|is_drained| *is_drained).await;
+        }
     }
 
     /// A number that grows with every use, for spreading load.

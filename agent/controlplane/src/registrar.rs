@@ -161,7 +161,8 @@ impl ControlPlane {
                 let request = self.shared.peers.outgoing(query, bound);
                 let mut client = NetworkServiceRegistryClient::new(channel.clone());
                 let answer = async move { client.find(request).await };
-                find(url, watch, call_.deadline, answer).await?
+                let end = self.shared.until_drained();
+                find(url, watch, call_.deadline, answer, end).await?
             }
         };
         let domain = place.domain;
@@ -295,7 +296,8 @@ impl ControlPlane {
                 let request = self.shared.peers.outgoing(query, bound);
                 let mut client = NetworkServiceEndpointRegistryClient::new(channel.clone());
                 let answer = async move { client.find(request).await };
-                find(url, watch, call_.deadline, answer).await?
+                let end = self.shared.until_drained();
+                find(url, watch, call_.deadline, answer, end).await?
             }
         };
         let proxy = match &place.domain {
@@ -350,12 +352,13 @@ impl ControlPlane {
 
 /// What another registry finds. One that watches may say nothing at all until there is something
 /// to tell (gRPC for Go sends its headers with the first message): our caller hears at once that
-/// it is watched, and a refusal in the stream.
+/// it is watched, and a refusal in the stream. A watch ends with `end`.
 async fn find<T: Send + 'static>(
     url: &str,
     watch: bool,
     deadline: Instant,
     answer: impl Future<Output = Result<Response<Streaming<T>>, Status>> + Send + 'static,
+    end: impl Future<Output = ()> + Send + 'static,
 ) -> Result<Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>, RequestError> {
     if !watch {
         return Ok(Box::pin(
@@ -369,7 +372,10 @@ async fn find<T: Send + 'static>(
             Err(status) => Err(Status::from(refused(&url, "Find", &status))),
         })
         .try_flatten_stream();
-    Ok(Box::pin(stream))
+    Ok(Box::pin(futures_util::StreamExt::take_until(
+        stream,
+        Box::pin(end),
+    )))
 }
 
 impl Addressed<'_> {

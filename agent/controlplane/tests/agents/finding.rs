@@ -74,6 +74,21 @@ async fn a_watch_reaches_through_and_ends_with_who_watches() {
     eventually(true, || world.held().resembles(&before)).await;
 }
 
+#[tokio::test]
+async fn a_drain_ends_watches_of_every_domain() {
+    let world = World::two().await;
+    let [a, _] = world.agents();
+    let client = Client::over_network(a).await;
+    let mut watches = Vec::new();
+    for service in ["svc@cluster-1.example", "svc@cluster-2.example"] {
+        watches.push(client.watch_endpoints(service).await);
+    }
+    a.plane.drain(Duration::from_secs(10)).await;
+    for watch in watches {
+        assert!(watch.rest().await.is_empty());
+    }
+}
+
 /// A registry whose answer does not begin before there is something to tell, as in Go.
 struct Late(Arc<Notify>);
 

@@ -289,6 +289,15 @@ impl<T> Watch<T> {
             .expect("the stream goes on")
             .expect("an event")
     }
+
+    /// What comes until the stream ends.
+    pub(crate) async fn rest(mut self) -> Vec<T> {
+        let mut events = Vec::new();
+        while let Some(event) = within(self.events.next()).await {
+            events.push(event.expect("an event"));
+        }
+        events
+    }
 }
 
 impl Watch {
@@ -298,15 +307,6 @@ impl Watch {
         assert_eq!(event.r#type(), kind, "{event:?}");
         assert_eq!(event.connections.len(), 1, "{event:?}");
         event.connections.into_values().next().expect("one")
-    }
-
-    /// What comes until the stream ends.
-    pub(crate) async fn rest(mut self) -> Vec<ConnectionEvent> {
-        let mut events = Vec::new();
-        while let Some(event) = within(self.events.next()).await {
-            events.push(event.expect("an event"));
-        }
-        events
     }
 }
 
