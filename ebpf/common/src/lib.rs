@@ -19,6 +19,20 @@ pub const MAX_SLOTS: u32 = 16_384;
 /// Entries of the TUNNELS map: each tunnel has its own entry and at most one marker of its VNI (see [`TunnelKey`]).
 pub const MAX_TUNNEL_ENTRIES: u32 = 2 * MAX_SLOTS;
 
+/// No slot.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// Look-ups in TUNNELS that each CPU remembers; a power of two. A hash look-up costs as much as all the rest, and the packets of a
+/// moment are of few tunnels.
+pub const RECENT_ENTRIES: u32 = 64;
+
+/// Where a look-up is remembered. VNIs are drawn at random; even and odd ones are of different servers.
+#[inline(always)]
+#[must_use]
+pub const fn recent_place(key: &TunnelKey) -> u32 {
+    (key.vni >> 1 ^ key.peer[15] as u32) % RECENT_ENTRIES
+}
+
 /// UDP destination port of VXLAN (RFC 7348, section 8).
 pub const VXLAN_PORT: u16 = 4789;
 
@@ -109,6 +123,28 @@ pub struct EventBudget {
     pub window_start_ns: u64,
     /// Events emitted in the window.
     pub spent: u64,
+}
+
+/// Value of RECENT, one of [`RECENT_ENTRIES`] for each CPU: what a look-up in TUNNELS has found.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recent {
+    /// GENERATION before the look-up: while it is the same, the answer holds.
+    pub generation: u64,
+    /// What was looked up. All zero is never looked up.
+    pub key: TunnelKey,
+    /// What was found; its slot is [`NO_SLOT`] when that was nothing.
+    pub tunnel: Tunnel,
+}
+
+/// Value of CLOCK, one for each CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clock {
+    /// The timer tick (`bpf_jiffies64`) at which the time below was read.
+    pub tick: u64,
+    /// CLOCK_MONOTONIC at the resolution of a timer tick, nanoseconds.
+    pub now_ns: u64,
 }
 
 /// A record of EVENTS.
@@ -212,6 +248,9 @@ const _: () = {
     assert!(size_of::<Tunnel>() == 4 + 16);
     assert!(size_of::<Counters>() == 6 * 8);
     assert!(size_of::<EventBudget>() == 2 * 8);
+    assert!(size_of::<Clock>() == 2 * 8);
+    assert!(size_of::<Recent>() == 8 + 20 + 20);
+    assert!(RECENT_ENTRIES.is_power_of_two());
     assert!(size_of::<Event>() == 8 + 4 * 4 + 2 * 16);
     let mut i = 0;
     while i < Reason::ALL.len() {

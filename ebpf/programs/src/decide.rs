@@ -103,11 +103,11 @@ impl Miss {
     }
 }
 
-/// Attributes a frame to a tunnel: one look-up when it is one of ours, two when not.
+/// Says what a frame is, whatever its headers look like.
 ///
 /// # Errors
 ///
-/// [`Miss`] says what the frame is instead.
+/// [`Miss`] says what the frame is instead of a tunnel's.
 #[inline(always)]
 pub fn decide<B: Bytes + ?Sized, N: Node>(
     direction: Direction,
@@ -115,7 +115,24 @@ pub fn decide<B: Bytes + ?Sized, N: Node>(
     size: Size,
     node: &N,
 ) -> Result<Traffic, Miss> {
-    let vxlan = packet::parse(frame, |port| node.is_tunnel_port(port))?;
+    let vxlan = packet::parse(frame, |port| node.is_tunnel_port(port));
+    attribute(direction, frame, vxlan, || size, node)
+}
+
+/// Attributes a frame, in which `vxlan` was found, to a tunnel: one look-up when it is one of ours, two when not.
+///
+/// # Errors
+///
+/// As [`decide`].
+#[inline(always)]
+pub fn attribute<B: Bytes + ?Sized, N: Node>(
+    direction: Direction,
+    frame: &B,
+    vxlan: Result<Vxlan, NotVxlan>,
+    size: impl FnOnce() -> Size,
+    node: &N,
+) -> Result<Traffic, Miss> {
+    let vxlan = vxlan?;
     let peer = match direction {
         Direction::In => vxlan.source,
         Direction::Out => vxlan.destination,
@@ -128,7 +145,7 @@ pub fn decide<B: Bytes + ?Sized, N: Node>(
     if peer != UNSPECIFIED
         && let Some(tunnel) = node.tunnel(&key)
     {
-        let (packets, bytes) = on_the_wire(frame, size, &vxlan);
+        let (packets, bytes) = on_the_wire(frame, size(), &vxlan);
         return Ok(Traffic {
             slot: tunnel.slot,
             packets,

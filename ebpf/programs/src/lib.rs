@@ -4,8 +4,9 @@
 //! two small traits: [`Bytes`] (a frame) and [`decide::Node`] (the maps). The kernel's side of them is in `main.rs`.
 //!
 //! Rules that keep the verifier content: every loop is bounded by a constant, nothing recurses, nothing can panic, every
-//! function is inlined into its program. One step of the chain of IPv6 extension headers is the exception
-//! ([`Bytes::next_header`]): the verifier walks every way through a loop body as often as it turns.
+//! function is inlined into its program. Two are exceptions: one step of the chain of IPv6 extension headers ([`Bytes::next_header`]),
+//! for the verifier walks every way through a loop body as often as it turns; and the decision on frames that are not plain
+//! ([`packet::PlainV4`], [`packet::PlainV6`]), so that the others have all registers for themselves.
 
 #![no_std]
 #![forbid(unsafe_code)]

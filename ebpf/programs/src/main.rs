@@ -18,18 +18,21 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
-    helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_skb_load_bytes},
+    helpers::generated::{
+        bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_skb_load_bytes,
+    },
     macros::{btf_map, classifier},
     programs::TcContext,
 };
 use nsm_ebpf_common::{
-    Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate,
-    MAX_SLOTS, MAX_TUNNEL_ENTRIES, PORT_WORDS, REASONS, Reason, Tunnel, TunnelKey, port_bit,
+    Clock, Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate,
+    MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent,
+    Tunnel, TunnelKey, UNSPECIFIED, port_bit, recent_place,
 };
 use nsm_ebpf_programs::{
     Bytes,
-    decide::{Direction, Miss, Node, Size, Traffic, decide},
-    packet::{self, Header, Step},
+    decide::{Direction, Miss, Node, Size, Traffic, attribute, decide},
+    packet::{self, Header, NotVxlan, PlainV4, PlainV6, Step, Vxlan},
 };
 
 /// Bit for each UDP destination port that tunnels use.
@@ -56,6 +59,18 @@ static EVENTS: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();
 #[btf_map]
 static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new();
 
+/// Another number after each change of TUNNELS, by user space.
+#[btf_map]
+static GENERATION: Array<u64, 1> = Array::new();
+
+/// What this CPU has looked up in TUNNELS.
+#[btf_map]
+static RECENT: PerCpuArray<Recent, { RECENT_ENTRIES as usize }> = PerCpuArray::new();
+
+/// What this CPU knows of the time.
+#[btf_map]
+static CLOCK: PerCpuArray<Clock, 1> = PerCpuArray::new();
+
 /// Written by user space: [`nsm_ebpf_common::LAYOUT`] of the agent that made the maps.
 #[btf_map]
 static LAYOUT: Array<u32, 1> = Array::new();
@@ -74,14 +89,68 @@ pub fn underlay_egress(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn handle(ctx: &TcContext, direction: Direction) -> i32 {
-    let size = Size {
+    let frame = Skb::new(ctx);
+    if let Some(plain) = frame.head().map(PlainV4)
+        && plain.is_plain()
+    {
+        return handle_plain(ctx, direction, &frame, plain.vxlan(is_tunnel_port));
+    }
+    if let Some(plain) = frame.head().map(PlainV6)
+        && plain.is_plain()
+    {
+        return handle_plain(ctx, direction, &frame, plain.vxlan(is_tunnel_port));
+    }
+    match direction {
+        Direction::In => not_plain_ingress(ctx.skb.skb),
+        Direction::Out => not_plain_egress(ctx.skb.skb),
+    }
+}
+
+#[inline(always)]
+fn handle_plain(
+    ctx: &TcContext,
+    direction: Direction,
+    frame: &Skb<'_>,
+    vxlan: Result<Vxlan, NotVxlan>,
+) -> i32 {
+    let decided = attribute(direction, frame, vxlan, || size(ctx), &Maps { ctx });
+    conclude(direction, decided)
+}
+
+/// Exported, so that it is a global function to the verifier and the frames above have all registers for themselves.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn not_plain_ingress(skb: *mut __sk_buff) -> i32 {
+    handle_any(&TcContext::new(skb), Direction::In)
+}
+
+/// Likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn not_plain_egress(skb: *mut __sk_buff) -> i32 {
+    handle_any(&TcContext::new(skb), Direction::Out)
+}
+
+#[inline(always)]
+fn handle_any(ctx: &TcContext, direction: Direction) -> i32 {
+    let decided = decide(direction, &Skb::new(ctx), size(ctx), &Maps { ctx });
+    conclude(direction, decided)
+}
+
+#[inline(always)]
+fn size(ctx: &TcContext) -> Size {
+    Size {
         len: ctx.len(),
         // SAFETY: the kernel hands a valid __sk_buff to a classifier; the verifier checks each access.
         gso_segs: unsafe { (*ctx.skb.skb).gso_segs },
         // SAFETY: as above.
         gso_size: unsafe { (*ctx.skb.skb).gso_size },
-    };
-    match decide(direction, &Skb::new(ctx), size, &Maps { ctx }) {
+    }
+}
+
+#[inline(always)]
+fn conclude(direction: Direction, decided: Result<Traffic, Miss>) -> i32 {
+    match decided {
         Ok(traffic) => {
             count(direction, &traffic);
             TC_ACT_UNSPEC
@@ -91,14 +160,19 @@ fn handle(ctx: &TcContext, direction: Direction) -> i32 {
 }
 
 #[inline(always)]
+fn is_tunnel_port(port: u16) -> bool {
+    let (word, mask) = port_bit(port);
+    PORTS.get(word).is_some_and(|bits| bits & mask != 0)
+}
+
+#[inline(always)]
 fn count(direction: Direction, traffic: &Traffic) {
     let Some(counters) = COUNTERS.get_ptr_mut(traffic.slot) else {
         return;
     };
     // SAFETY: a pointer into this CPU's value, not null; classifiers of one CPU do not interrupt each other.
     let counters = unsafe { &mut *counters };
-    // SAFETY: takes no argument, reads a clock.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    let now = coarse_now();
     match direction {
         Direction::In => {
             counters.in_packets += traffic.packets;
@@ -111,6 +185,25 @@ fn count(direction: Direction, traffic: &Traffic) {
             counters.last_out_ns = now;
         }
     }
+}
+
+/// CLOCK_MONOTONIC at the resolution of a timer tick. The kernel is asked once a tick: the number of the tick is one load, while the
+/// clock costs more than all else that counting does.
+#[inline(always)]
+fn coarse_now() -> u64 {
+    let Some(clock) = CLOCK.get_ptr_mut(0) else {
+        return 0;
+    };
+    // SAFETY: as in `count`.
+    let clock = unsafe { &mut *clock };
+    // SAFETY: takes no argument, reads a counter.
+    let tick = unsafe { bpf_jiffies64() };
+    if clock.tick != tick {
+        // SAFETY: takes no argument, reads a clock.
+        clock.now_ns = unsafe { bpf_ktime_get_coarse_ns() };
+        clock.tick = tick;
+    }
+    clock.now_ns
 }
 
 /// What happens to a frame that is not a tunnel's.
@@ -179,15 +272,12 @@ struct Maps<'a> {
 impl Node for Maps<'_> {
     #[inline(always)]
     fn is_tunnel_port(&self, port: u16) -> bool {
-        let (word, mask) = port_bit(port);
-        PORTS.get(word).is_some_and(|bits| bits & mask != 0)
+        is_tunnel_port(port)
     }
 
     #[inline(always)]
     fn tunnel(&self, key: &TunnelKey) -> Option<&Tunnel> {
-        // SAFETY: this program never changes the map. An entry that user space removes meanwhile may be filled anew while we
-        // look: then a packet counts to a tunnel that was there a moment before or after it.
-        unsafe { TUNNELS.get(key) }
+        look_up(key)
     }
 
     #[inline(always)]
@@ -196,6 +286,44 @@ impl Node for Maps<'_> {
             tell(self.ctx, packet, owner);
         }
     }
+}
+
+/// The entry of TUNNELS, from what this CPU remembers where that still holds. User space changes GENERATION after it has changed TUNNELS,
+/// and we read it before we look: what was found before a change is never taken for what holds after it.
+#[inline(always)]
+fn look_up(key: &TunnelKey) -> Option<&'static Tunnel> {
+    // SAFETY: the pointer is to a value of the map and not null; volatile, for user space writes it.
+    let generation = unsafe { GENERATION.get_ptr(0)?.read_volatile() };
+    // SAFETY: as in `count`.
+    let recent = unsafe { &mut *RECENT.get_ptr_mut(recent_place(key))? };
+    if recent.generation != generation || !is_same(&recent.key, key) {
+        // SAFETY: this program never changes the map. An entry that user space removes meanwhile may be filled anew while we look: then a
+        // packet counts to a tunnel that was there a moment before or after it.
+        let found = unsafe { TUNNELS.get(key) };
+        recent.tunnel = found.copied().unwrap_or(Tunnel {
+            slot: NO_SLOT,
+            expected: UNSPECIFIED,
+        });
+        recent.key = *key;
+        recent.generation = generation;
+    }
+    (recent.tunnel.slot != NO_SLOT).then_some(&recent.tunnel)
+}
+
+/// Equality by words: of byte arrays the compiler compares bytes.
+#[inline(always)]
+fn is_same(one: &TunnelKey, other: &TunnelKey) -> bool {
+    let words = |key: &TunnelKey| {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = key.peer;
+        [
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            u32::from_ne_bytes([i, j, k, l]),
+            u32::from_ne_bytes([m, n, o, p]),
+        ]
+    };
+    let ([a, b, c, d], [e, f, g, h]) = (words(one), words(other));
+    one.vni == other.vni && (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
 }
 
 /// A packet. Its linear part is read in place; what lies in fragments of the buffer by a helper.
@@ -213,6 +341,19 @@ impl<'a> Skb<'a> {
             data: ctx.data(),
             data_end: ctx.data_end(),
         }
+    }
+}
+
+impl Skb<'_> {
+    /// The first words of the frame, where its linear part has so many.
+    #[inline(always)]
+    fn head<const WORDS: usize>(&self) -> Option<[u16; WORDS]> {
+        if self.data + 2 * WORDS > self.data_end {
+            return None;
+        }
+        // SAFETY: within the linear part, as just compared; the verifier proves it again. A frame begins at an even address: the
+        // kernel's buffers are aligned, and an Ethernet header is moved by 0 or NET_IP_ALIGN = 2.
+        Some(unsafe { (self.data as *const [u16; WORDS]).read() })
     }
 }
 

@@ -19,6 +19,7 @@ const ETHERTYPE_QINQ: u16 = 0x88a8;
 const ETHERNET_HEADER: u32 = 14;
 const ETHERNET_TYPE_OFFSET: u32 = 12;
 const VLAN_TAG: u32 = 4;
+const IPV4_HEADER: u32 = 20;
 const IPV6_HEADER: u32 = 40;
 const UDP_HEADER: u32 = 8;
 const VXLAN_HEADER: u32 = 8;
@@ -52,6 +53,21 @@ pub struct Vxlan {
     /// Offset of the inner Ethernet header: the size of everything before it.
     pub payload: u32,
 }
+
+/// The headers of a plain frame: Ethernet without tags, IPv4 without options and not fragmented, and as much behind as a UDP and a
+/// VXLAN header take. Nearly every frame is one or a [`PlainV6`], and can be told by a few comparisons.
+///
+/// A word is two bytes as they lie in memory: the compiler for BPF reads single bytes where it is not told that two belong together.
+#[derive(Clone, Copy, Debug)]
+pub struct PlainV4(
+    pub [u16; (ETHERNET_HEADER + IPV4_HEADER + UDP_HEADER + VXLAN_HEADER) as usize / 2],
+);
+
+/// Likewise of IPv6 without extension headers.
+#[derive(Clone, Copy, Debug)]
+pub struct PlainV6(
+    pub [u16; (ETHERNET_HEADER + IPV6_HEADER + UDP_HEADER + VXLAN_HEADER) as usize / 2],
+);
 
 /// Why a frame is no VXLAN packet that we could attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,9 +121,7 @@ pub fn parse<B: Bytes + ?Sized>(
     } else {
         NotVxlan::Malformed
     };
-    // A length of 0 is that of a packet too large for the field, which the kernel segments later.
-    let length = u32::from(u16::from_be_bytes([udp[4], udp[5]]));
-    if length != 0 && length < UDP_HEADER + VXLAN_HEADER {
+    if !is_length(u16::from_be_bytes([udp[4], udp[5]])) {
         return Err(NotVxlan::Malformed);
     }
     let vxlan: [u8; 8] = frame.load(ip.payload + UDP_HEADER).ok_or(refused)?;
@@ -120,6 +134,108 @@ pub fn parse<B: Bytes + ?Sized>(
         destination: ip.destination,
         payload: ip.payload + UDP_HEADER + VXLAN_HEADER,
     })
+}
+
+impl PlainV4 {
+    /// Whether the frame is of this kind.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_plain(&self) -> bool {
+        let [version_and_length, _] = self.0[7].to_ne_bytes();
+        // More fragments, and where in the datagram this one lies.
+        let fragment = self.0[10] & 0x3fff_u16.to_be();
+        self.0[6] == ETHERTYPE_IPV4.to_be() && version_and_length == 0x45 && fragment == 0
+    }
+
+    /// As [`parse`], of a frame of this kind.
+    ///
+    /// # Errors
+    ///
+    /// As [`parse`].
+    #[inline(always)]
+    pub fn vxlan(&self, is_tunnel_port: impl FnOnce(u16) -> bool) -> Result<Vxlan, NotVxlan> {
+        let [.., s0, s1, d0, d1, _, port, length, _, flags, _, vni0, vni1] = self.0;
+        let [_, protocol] = self.0[11].to_ne_bytes();
+        Ok(Vxlan {
+            vni: plain_vni(protocol, port, length, flags, [vni0, vni1], is_tunnel_port)?,
+            source: mapped(bytes([s0, s1])),
+            destination: mapped(bytes([d0, d1])),
+            payload: size_of::<Self>() as u32,
+        })
+    }
+}
+
+impl PlainV6 {
+    /// Whether the frame is of this kind.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_plain(&self) -> bool {
+        let [version, _] = self.0[7].to_ne_bytes();
+        let [next, _] = self.0[10].to_ne_bytes();
+        self.0[6] == ETHERTYPE_IPV6.to_be() && version >> 4 == 6 && !is_extension(next)
+    }
+
+    /// As [`parse`], of a frame of this kind.
+    ///
+    /// # Errors
+    ///
+    /// As [`parse`].
+    #[inline(always)]
+    pub fn vxlan(&self, is_tunnel_port: impl FnOnce(u16) -> bool) -> Result<Vxlan, NotVxlan> {
+        let [.., port, length, _, flags, _, vni0, vni1] = self.0;
+        let [next, _] = self.0[10].to_ne_bytes();
+        Ok(Vxlan {
+            vni: plain_vni(next, port, length, flags, [vni0, vni1], is_tunnel_port)?,
+            source: self.address(11),
+            destination: self.address(19),
+            payload: size_of::<Self>() as u32,
+        })
+    }
+
+    #[inline(always)]
+    const fn address(&self, first: usize) -> Address {
+        let mut address = [0; 16];
+        let mut at = 0;
+        while at < 8 {
+            [address[2 * at], address[2 * at + 1]] = self.0[first + at].to_ne_bytes();
+            at += 1;
+        }
+        address
+    }
+}
+
+/// The VNI, from the words of a plain frame.
+#[inline(always)]
+fn plain_vni(
+    protocol: u8,
+    port: u16,
+    length: u16,
+    flags: u16,
+    vni: [u16; 2],
+    is_tunnel_port: impl FnOnce(u16) -> bool,
+) -> Result<u32, NotVxlan> {
+    if protocol != PROTOCOL_UDP || !is_tunnel_port(u16::from_be(port)) {
+        return Err(NotVxlan::Other);
+    }
+    let [flags, _] = flags.to_ne_bytes();
+    if !is_length(u16::from_be(length)) || flags & VXLAN_FLAG_VNI == 0 {
+        return Err(NotVxlan::Malformed);
+    }
+    let [high, middle, low, _reserved] = bytes(vni);
+    Ok(u32::from_be_bytes([0, high, middle, low]))
+}
+
+#[inline(always)]
+const fn bytes(words: [u16; 2]) -> [u8; 4] {
+    let ([a, b], [c, d]) = (words[0].to_ne_bytes(), words[1].to_ne_bytes());
+    [a, b, c, d]
+}
+
+/// Whether the length in a UDP header leaves room for a VXLAN header. 0 is that of a packet too large for the field, which the kernel
+/// segments later.
+#[inline(always)]
+const fn is_length(length: u16) -> bool {
+    length == 0 || length as u32 >= UDP_HEADER + VXLAN_HEADER
 }
 
 #[inline(always)]

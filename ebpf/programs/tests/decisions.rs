@@ -6,7 +6,7 @@ use nsm_ebpf_common::{Reason, Tunnel, TunnelKey, UNSPECIFIED, mapped};
 use nsm_ebpf_programs::{
     Bytes,
     decide::{Direction, Miss, Node, Size, Traffic, decide},
-    packet::{self, Header, NotVxlan, Step},
+    packet::{self, Header, NotVxlan, PlainV4, PlainV6, Step},
 };
 use proptest::prelude::*;
 
@@ -224,6 +224,40 @@ fn the_headers_inside_are_measured() {
     assert_eq!(packet::inner_headers(tcp.as_slice(), 0), 0);
 }
 
+/// What the kernel's side does first with every frame; `None` where it goes on with [`parse`].
+fn parse_plain(frame: &[u8]) -> Option<Result<packet::Vxlan, NotVxlan>> {
+    fn words<const WORDS: usize>(frame: &[u8]) -> Option<[u16; WORDS]> {
+        let bytes = frame.get(..2 * WORDS)?;
+        Some(std::array::from_fn(|at| {
+            u16::from_ne_bytes([bytes[2 * at], bytes[2 * at + 1]])
+        }))
+    }
+    let is_port = |port| port == 4789;
+    if let Some(plain) = words(frame).map(PlainV4).filter(PlainV4::is_plain) {
+        return Some(plain.vxlan(is_port));
+    }
+    let plain = words(frame).map(PlainV6).filter(PlainV6::is_plain)?;
+    Some(plain.vxlan(is_port))
+}
+
+#[test]
+fn common_frames_are_plain_and_others_are_not() {
+    let (v4, v6) = (ipv4(PEER, US, VNI, &[]), ipv6(&[], VNI));
+    for frame in [&v4, &v6] {
+        assert_eq!(parse_plain(frame), Some(parse(frame)));
+        assert!(parse(frame).is_ok());
+    }
+    let mut fragment = v4.clone();
+    fragment[20] = 0x20;
+    let mut options = v4.clone();
+    options[14] = 0x46;
+    let extension = ipv6(&[(60, vec![0; 7])], VNI);
+    let cut = &v4[..v4.len() - 1];
+    for frame in [&fragment, &options, &extension, cut] {
+        assert_eq!(parse_plain(frame), None);
+    }
+}
+
 fn header() -> impl Strategy<Value = Header> {
     (any::<u8>(), any::<u32>(), any::<bool>()).prop_map(|(kind, offset, more_fragments)| Header {
         kind,
@@ -265,6 +299,20 @@ proptest! {
             prop_assert!(traffic.packets >= 1 && traffic.bytes >= frame.len() as u64);
             let vxlan = parse(&frame).expect("counted, so parsed");
             prop_assert_eq!((vxlan.vni, vxlan.source), (VNI, mapped(PEER)));
+        }
+    }
+
+    #[test]
+    fn a_plain_frame_is_parsed_as_any_other(
+        is_v6 in any::<bool>(),
+        changes in prop::collection::vec((12_usize..70, any::<u8>()), 0..4),
+    ) {
+        let mut frame = if is_v6 { ipv6(&[], VNI) } else { ipv4(PEER, US, VNI, &[0; 20]) };
+        for (at, value) in changes {
+            frame[at] = value;
+        }
+        if let Some(parsed) = parse_plain(&frame) {
+            prop_assert_eq!(parsed, parse(&frame));
         }
     }
 

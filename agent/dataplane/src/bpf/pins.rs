@@ -28,13 +28,14 @@ use super::{
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// The maps that are pinned, by name.
-pub(super) const MAPS: [&str; 7] = [
+pub(super) const MAPS: [&str; 8] = [
     "TUNNELS",
     "COUNTERS",
     "DROPS",
     "EVENTS",
     "EVENT_BUDGET",
     "PORTS",
+    "GENERATION",
     "LAYOUT",
 ];
 
@@ -208,6 +209,7 @@ fn expected_shape(name: &str) -> (Option<MapType>, u32, u32, u32) {
         "EVENTS" => (MapType::RingBuf, 0, 0, EVENTS_BYTES),
         "EVENT_BUDGET" => (MapType::PerCpuArray, 4, size::<EventBudget>(), 1),
         "PORTS" => (MapType::Array, 4, size::<u64>(), PORT_WORDS),
+        "GENERATION" => (MapType::Array, 4, size::<u64>(), 1),
         "LAYOUT" => (MapType::Array, 4, size::<u32>(), 1),
         _ => return (None, 0, 0, 0),
     };

@@ -1,7 +1,8 @@
 //! The maps as plain values: tunnels, counters, drops, ports.
 //!
 //! What the programs see changes in an order that leaves no wrong state in between: a slot is zeroed before its tunnel
-//! appears, a VNI is marked as ours only while it has a tunnel. An agent that died between two steps left at worst a missing or
+//! appears, a VNI is marked as ours only while it has a tunnel, and what the programs remember of TUNNELS is disowned after
+//! each change and before a slot is given to another. An agent that died between two steps left at worst a missing or
 //! a stale marker, which [`Tables::adopt`] repairs.
 
 use std::{
@@ -26,6 +27,7 @@ pub(super) struct Tables {
     counters: PerCpuArray<MapData, Counters>,
     drops: PerCpuArray<MapData, u64>,
     ports: Array<MapData, u64>,
+    generation: Array<MapData, u64>,
     /// What TUNNELS holds, markers aside.
     known: HashMap<TunnelKey, u32>,
     /// How many tunnels each VNI has.
@@ -74,6 +76,7 @@ impl Tables {
             counters: take(ebpf, "COUNTERS")?,
             drops: take(ebpf, "DROPS")?,
             ports: take(ebpf, "PORTS")?,
+            generation: take(ebpf, "GENERATION")?,
             slots: Slots::new(MAX_SLOTS, |slot| used.contains(&slot)),
             used,
             known,
@@ -92,7 +95,25 @@ impl Tables {
         for (key, slot) in unmarked {
             tables.mark(key, slot)?;
         }
+        tables.disown_recent()?;
         Ok(tables)
+    }
+
+    /// Makes the programs look up anew what they remember of TUNNELS.
+    ///
+    /// Twice: where loads overtake each other (arm64), a program that runs at this moment may read the first new number and, before, the
+    /// old entry. No load is overtaken for as long as two system calls take.
+    fn disown_recent(&mut self) -> Result<(), BpfError> {
+        for _ in 0..2 {
+            let generation = self
+                .generation
+                .get(&0, 0)
+                .map_err(of_map("GENERATION", "read"))?;
+            self.generation
+                .set(0, generation.wrapping_add(1), 0)
+                .map_err(of_map("GENERATION", "write"))?;
+        }
+        Ok(())
     }
 
     pub(super) fn add_tunnel(&mut self, vni: u32, peer: IpAddr) -> Result<Slot, BpfError> {
@@ -146,11 +167,14 @@ impl Tables {
         } else {
             self.mark(key, slot)
         };
-        if marked.is_err() {
+        // Programs may remember that there was no such tunnel, and no such VNI.
+        let told = marked.and_then(|()| self.disown_recent());
+        if told.is_err() {
             // The error that counts is the first one.
             let _ = self.tunnels.remove(&key);
+            let _ = self.disown_recent();
         }
-        marked
+        told
     }
 
     /// Marks the VNI of `key` as ours.
@@ -187,6 +211,7 @@ impl Tables {
             }))?;
         }
         forgiving(self.tunnels.remove(&key))?;
+        self.disown_recent()?;
         if last {
             self.vnis.remove(&vni);
         } else if let Some(count) = self.vnis.get_mut(&vni) {
@@ -213,7 +238,10 @@ impl Tables {
             .is_ok_and(|tunnel| tunnel.slot == gone);
         let heir = self.known.iter().find(|(key, _)| key.vni == vni);
         match heir.map(|(key, slot)| (*key, *slot)) {
-            Some((key, slot)) if names_it => self.mark(key, slot),
+            Some((key, slot)) if names_it => {
+                self.mark(key, slot)?;
+                self.disown_recent()
+            }
             _ => Ok(()),
         }
     }

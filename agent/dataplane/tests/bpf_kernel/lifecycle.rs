@@ -12,11 +12,12 @@ use aya::{
 };
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook, underlay_interfaces};
 
-const MAPS: [&str; 7] = [
+const MAPS: [&str; 8] = [
     "COUNTERS",
     "DROPS",
     "EVENTS",
     "EVENT_BUDGET",
+    "GENERATION",
     "LAYOUT",
     "PORTS",
     "TUNNELS",

@@ -1,6 +1,10 @@
 //! What the programs do with crafted frames, by BPF_PROG_TEST_RUN, and what the maps hold afterwards.
 
 use super::support::{DROP, Frame, NEXT, addr, drops, load_detached, sandbox, verdict, vni};
+use nix::{
+    sched::{CpuSet, sched_getcpu, sched_setaffinity},
+    unistd::Pid,
+};
 use nsm_dataplane::bpf::{Bpf, Direction, Gso, Slot, TunnelCounters};
 
 const US: &str = "192.0.2.1";
@@ -415,6 +419,37 @@ fn tunnels_come_and_go() {
             assert!(error.to_string().contains(nobody), "{error}");
         }
         assert_eq!(bpf.slots_in_use(), 1);
+    });
+}
+
+/// The programs remember what they have looked up, each CPU for itself: on one CPU every answer below would be remembered.
+#[test]
+#[ignore = "needs root: BPF"]
+fn what_was_looked_up_before_a_change_is_forgotten() {
+    sandbox(|| {
+        let mut one = CpuSet::new();
+        one.set(sched_getcpu().unwrap()).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+        let bpf = load_detached().unwrap();
+        let frame = Frame::new(PEER, US, 42).bytes();
+        let pass = || verdict(&bpf, Direction::In, &frame);
+        let mut slots = Vec::new();
+        for round in 1..=2 {
+            assert_eq!([pass(), pass()], [NEXT; 2]);
+            assert_eq!(drops(&bpf), [("foreign_vni_in", 2 * round)]);
+            let slot = bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+            assert_eq!([pass(), pass()], [NEXT; 2]);
+            assert_eq!(counted(&bpf, slot)[2], 2);
+            bpf.remove_tunnel(vni(42), addr(PEER)).unwrap();
+            slots.push(slot);
+        }
+        // The second tunnel's packets were not counted to the first one's slot.
+        assert_ne!(slots[0], slots[1]);
+
+        bpf.add_tunnel(vni(42), addr(STRANGER)).unwrap();
+        assert_eq!([pass(), pass()], [DROP; 2]);
+        bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
+        assert_eq!(pass(), NEXT);
     });
 }
 
