@@ -9,14 +9,18 @@
 
 #![forbid(unsafe_code)]
 
+pub mod backoff;
+pub mod clock;
 pub mod expiry;
 pub mod ipmap;
 pub mod mechanism;
 pub mod name;
 pub mod path;
+pub mod plpmtu;
 pub mod prefix;
 pub mod public_address;
 pub mod registry;
+pub mod sbfd;
 pub mod select;
 pub mod tunnel;
 pub mod vni;

@@ -12,11 +12,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nsm_core::expiry::refresh_after;
+use nsm_core::{backoff::Backoff, expiry::refresh_after};
 use tokio::time::Instant;
 
 use crate::{
-    backoff::Backoff,
     cli::{ConnectArgs, label_map},
     netns::Netns,
     tool::{Agent, CallError, Stop, goodbye, random_name},

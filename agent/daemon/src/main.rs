@@ -7,7 +7,6 @@
 #![forbid(unsafe_code)]
 
 mod agent;
-mod backoff;
 mod cli;
 mod config;
 mod connect;

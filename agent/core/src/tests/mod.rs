@@ -8,6 +8,7 @@ mod path;
 mod prefix;
 mod public_address;
 mod registry;
+mod sbfd;
 mod select;
 mod vni;
 

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::expiry::refresh_after;
+use nsm_core::{backoff::Backoff, expiry::refresh_after};
 use nsm_proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceLabels,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient as Endpoints,
@@ -19,10 +19,7 @@ use prost_types::Timestamp;
 use tonic::{Code, Request, metadata::AsciiMetadataValue};
 
 use super::report::{Again, Reporter};
-use crate::{
-    backoff::Backoff,
-    tool::{Agent, CallError},
-};
+use crate::tool::{Agent, CallError};
 
 /// The shortest wait before another try: an agent that restarts is back within it.
 const SHORTEST_WAIT: Duration = Duration::from_millis(200);

@@ -5,7 +5,7 @@ use std::time::Duration;
 /// Waits that grow and differ: each is drawn between the shortest and three times the last one, so
 /// that clients which lost the same agent do not come back all at once ("decorrelated jitter").
 #[derive(Debug, Clone)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     shortest: Duration,
     longest: Duration,
     last: Duration,
@@ -13,7 +13,7 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     /// Waits from `shortest` to `longest`.
-    pub(crate) const fn new(shortest: Duration, longest: Duration) -> Self {
+    pub const fn new(shortest: Duration, longest: Duration) -> Self {
         Self {
             shortest,
             longest,
@@ -22,7 +22,7 @@ impl Backoff {
     }
 
     /// The next wait. `random` is uniform in 0..1.
-    pub(crate) fn next(&mut self, random: f64) -> Duration {
+    pub fn next(&mut self, random: f64) -> Duration {
         let most = (self.last * 3).min(self.longest).max(self.shortest);
         let room = most - self.shortest;
         self.last = self.shortest + room.mul_f64(random.clamp(0.0, 1.0));
@@ -30,7 +30,7 @@ impl Backoff {
     }
 
     /// Starts again at the shortest wait: the last try succeeded.
-    pub(crate) fn reset(&mut self) {
+    pub fn reset(&mut self) {
         self.last = self.shortest;
     }
 }
