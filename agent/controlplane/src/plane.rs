@@ -31,7 +31,8 @@ pub struct Settings {
     pub name: String,
     /// The domain this agent belongs to.
     pub domain: Domain,
-    /// The URL other agents and registries know us by, `tcp://address:port`.
+    /// The URL that agents and registries of our own domain know us by, `tcp://address:port`; others too, until
+    /// [`ControlPlane::set_public_url`] says otherwise.
     pub advertise_url: String,
     /// How long a Request, and each call it makes, may take.
     pub request_timeout: Duration,
@@ -73,6 +74,7 @@ pub(crate) struct Shared {
     pub(crate) forwarder: Option<Arc<dyn Forwarder>>,
     pub(crate) vnis: Mutex<VniPool>,
     ip_map: RwLock<Arc<IpMap>>,
+    public_urls: RwLock<PublicUrls>,
     turn: AtomicU64,
     /// True once every connection has been closed for the agent's end.
     drained: watch::Sender<bool>,
@@ -87,6 +89,38 @@ pub(crate) struct LocalEndpoint {
     pub(crate) trusted: bool,
     /// When its registration lapses.
     pub(crate) expires: SystemTime,
+}
+
+/// Public URLs that are remembered after they have changed: what was registered with them is refreshed, with the new one, within the
+/// life of a token; in that time an address hardly changes twice.
+const EARLIER_URLS: usize = 4;
+
+/// What other domains have been told to dial.
+#[derive(Debug, Default)]
+struct PublicUrls {
+    now: Option<String>,
+    /// The latest last.
+    earlier: Vec<String>,
+}
+
+impl PublicUrls {
+    fn replace(&mut self, url: Option<String>) {
+        if self.now == url {
+            return;
+        }
+        self.earlier.retain(|earlier| Some(earlier) != url.as_ref());
+        self.earlier.extend(std::mem::replace(&mut self.now, url));
+        if self.earlier.len() > EARLIER_URLS {
+            self.earlier.remove(0);
+        }
+    }
+
+    fn has(&self, url: &str) -> bool {
+        self.now
+            .iter()
+            .chain(&self.earlier)
+            .any(|known| known == url)
+    }
 }
 
 impl ControlPlane {
@@ -116,6 +150,7 @@ impl ControlPlane {
                 forwarder,
                 vnis: Mutex::new(vnis),
                 ip_map: RwLock::default(),
+                public_urls: RwLock::default(),
                 turn: AtomicU64::new(0),
                 drained: watch::Sender::new(false),
                 settings,
@@ -134,6 +169,17 @@ impl ControlPlane {
             .ip_map
             .write()
             .unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
+    }
+
+    /// Replaces the URL that other domains are told to dial: behind NAT it is not the one that our own domain dials. None tells them
+    /// [`Settings::advertise_url`] too.
+    pub fn set_public_url(&self, url: Option<String>) {
+        let mut urls = self
+            .shared
+            .public_urls
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        urls.replace(url);
     }
 
     /// The resolver of domains, to reload its configuration.
@@ -235,6 +281,26 @@ impl Shared {
         }
     }
 
+    /// What other domains are told to dial.
+    pub(crate) fn public_url(&self) -> String {
+        let urls = self
+            .public_urls
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let url = urls.now.as_ref();
+        url.unwrap_or(&self.settings.advertise_url).clone()
+    }
+
+    /// Whether the URL is one that we have told others to dial.
+    pub(crate) fn is_own_url(&self, url: &str) -> bool {
+        url == self.settings.advertise_url
+            || self
+                .public_urls
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .has(url)
+    }
+
     /// A number that grows with every use, for spreading load.
     pub(crate) fn turn(&self) -> u64 {
         self.turn.fetch_add(1, Ordering::Relaxed)
@@ -285,5 +351,30 @@ impl ConnectionView {
     /// When it is closed unless it is refreshed.
     pub fn expires(&self) -> SystemTime {
         self.established.expires
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{EARLIER_URLS, PublicUrls};
+
+    #[test]
+    fn earlier_public_urls_are_still_ours_for_a_while() {
+        let mut urls = PublicUrls::default();
+        let url = |number: usize| format!("tcp://192.0.2.{number}:5006");
+        for number in 0..=EARLIER_URLS {
+            urls.replace(Some(url(number)));
+        }
+        assert!((0..=EARLIER_URLS).all(|number| urls.has(&url(number))));
+        urls.replace(Some(url(EARLIER_URLS)));
+        assert!(urls.has(&url(0)), "nothing changed");
+        urls.replace(None);
+        assert!(!urls.has(&url(0)) && urls.has(&url(EARLIER_URLS)));
+        urls.replace(Some(url(1)));
+        assert_eq!(
+            urls.earlier.len(),
+            EARLIER_URLS - 1,
+            "one that came back counts once"
+        );
     }
 }

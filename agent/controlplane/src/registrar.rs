@@ -188,7 +188,7 @@ impl ControlPlane {
         let own_url = endpoint.url.clone();
         check_url(&own_url, call_.arrival)?;
         if through_us {
-            endpoint.url.clone_from(&self.shared.settings.advertise_url);
+            endpoint.url = self.url_in(&place);
         }
         let bounds: Vec<SystemTime> = call_.token.iter().map(|(_, expires)| *expires).collect();
         let mut registered = match &place.target {
@@ -264,7 +264,7 @@ impl ControlPlane {
                 registry.unregister_endpoint(&endpoint.name);
             }
             Target::At { url, channel } => {
-                endpoint.url.clone_from(&self.shared.settings.advertise_url);
+                endpoint.url = self.url_in(&place);
                 let request = self.outgoing(endpoint, call_.deadline, path);
                 let mut client = NetworkServiceEndpointRegistryClient::new(channel.clone());
                 call(
@@ -317,9 +317,8 @@ impl ControlPlane {
                     // A floating domain has no proxy: the endpoint's URL is then that of the
                     // proxy which registered it there.
                     let url = proxy.as_deref().unwrap_or(&endpoint.url);
-                    let own = &plane.shared.settings.advertise_url;
                     // One that registered through us there is known better already.
-                    if url.starts_with("tcp://") && url != own {
+                    if url.starts_with("tcp://") && !plane.shared.is_own_url(url) {
                         let way = Way {
                             url: url.to_owned(),
                             registered_here: false,
@@ -334,6 +333,15 @@ impl ControlPlane {
             }
             Ok(answer)
         })))
+    }
+
+    /// Where we are reached, as it is registered there: another domain dials our public address.
+    fn url_in(&self, place: &Addressed<'_>) -> String {
+        if place.is_ours {
+            self.shared.settings.advertise_url.clone()
+        } else {
+            self.shared.public_url()
+        }
     }
 
     fn outgoing<T>(

@@ -135,12 +135,11 @@ impl Shared {
             }
             (Arrival::Local { .. }, Some(domain)) if domain != self.settings.domain => {
                 let resolved = self.resolver.resolve(&domain).await?;
-                let own = &self.settings.advertise_url;
                 // Our own domain by another name, such as our address.
                 if resolved
                     .proxy
                     .iter()
-                    .any(|at| format!("tcp://{at}") == *own)
+                    .any(|at| self.is_own_url(&format!("tcp://{at}")))
                 {
                     return self
                         .routes_here(arrival, Some(domain), wanted, connection, deadline)
@@ -179,7 +178,7 @@ impl Shared {
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
             let ways = match resolved.proxy.as_slice() {
-                [] if endpoint.url == self.settings.advertise_url => self
+                [] if self.is_own_url(&endpoint.url) => self
                     .bypass
                     .way(&name)
                     .map(|way| (way.url, way.trusted, Crossing::Inside))
@@ -235,7 +234,7 @@ impl Shared {
         let routes: Vec<Route> = chosen
             .into_iter()
             .filter_map(|endpoint| {
-                let (url, trusted) = if endpoint.url == self.settings.advertise_url {
+                let (url, trusted) = if self.is_own_url(&endpoint.url) {
                     // Else registered through an earlier life of this agent, and not again since.
                     let local = local.get(&endpoint.name)?;
                     (local.url.clone(), local.trusted)

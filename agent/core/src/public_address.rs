@@ -42,7 +42,7 @@ pub enum Source {
     Kubernetes,
     /// A STUN server, by the name it was configured with: it sees where our packets come from.
     Stun(String),
-    /// The source address of the default route, where it is globally routable.
+    /// The address that tunnels leave from (the source of the default route unless it is configured), where it is globally routable.
     Route,
 }
 
@@ -129,7 +129,8 @@ impl Tracker {
         self.known.iter()
     }
 
-    /// Which address holds for a node whose tunnels leave from `local`. Only addresses of the same family count: a node's IPv6 address says nothing about its IPv4 one.
+    /// Which address holds for a node whose tunnels leave from `local`. Only addresses of the same family count: a node's IPv6 address
+    /// says nothing about its IPv4 one.
     #[must_use]
     pub fn decide(&self, local: Option<IpAddr>) -> Decision {
         decide(
@@ -172,7 +173,7 @@ impl fmt::Display for Source {
             Self::Metadata(provider) => write!(f, "{provider} metadata"),
             Self::Kubernetes => f.write_str("Kubernetes node"),
             Self::Stun(server) => write!(f, "STUN {server}"),
-            Self::Route => f.write_str("default route"),
+            Self::Route => f.write_str("the tunnels' own address"),
         }
     }
 }

@@ -19,6 +19,7 @@ use std::{
 mod flags;
 mod keys;
 mod model;
+mod names;
 mod node;
 mod parse;
 mod print;
@@ -26,11 +27,12 @@ mod value;
 
 pub(crate) use self::{
     flags::ConfigFlags,
-    model::{Config, Hook, Log, LogFormat, Tunnel},
+    model::{Config, Hook, KubernetesApi, Log, LogFormat, PublicAddress, Tunnel},
     value::{ListenUrl, parse_duration},
 };
 use self::{
-    keys::{KEYS, Key, LISTEN_ON},
+    keys::{KEYS, Key},
+    names::LISTEN_ON,
     node::{Bad, Entry, Node, Value},
 };
 
@@ -214,7 +216,7 @@ impl Layers {
             }
             let section = format!("{path}.");
             if !KEYS.iter().any(|known| known.path.starts_with(&section)) {
-                let message = keys::unknown(&path);
+                let message = names::unknown(&path);
                 self.problem(source(line), message);
                 continue;
             }
@@ -246,7 +248,7 @@ impl Layers {
         // First, so that a variable of one listener wins over the list of all.
         if let Some(text) = found.remove(LISTEN_ON) {
             let source = Source::Environment(LISTEN_ON.to_owned());
-            match keys::listen_on(text) {
+            match names::listen_on(text) {
                 Ok(urls) => {
                     for (key, url) in urls {
                         self.apply(key, &Node::text(&url), source.clone());

@@ -105,6 +105,9 @@ fn render(status: &Status) -> String {
             ),
         });
     }
+    for words in public_address(status) {
+        line(words);
+    }
     for listener in &status.listeners {
         line(format!("  {}: {}", listener.role, listener.url));
     }
@@ -125,6 +128,25 @@ fn render(status: &Status) -> String {
     }
     section(&mut text, "DROPS", drops);
     text
+}
+
+/// The public address, and whoever says otherwise.
+fn public_address(status: &Status) -> Vec<String> {
+    let Some(told) = &status.public_address else {
+        return Vec::new();
+    };
+    let first = match (told.address.as_str(), told.local.as_str()) {
+        ("", "") => "  public address: unknown".to_owned(),
+        ("", local) => format!("  public address: unknown, {local} is told to peers"),
+        (address, _) => format!("  public address: {address} ({})", told.source),
+    };
+    let conflicts = told.conflicts.iter().map(|finding| {
+        format!(
+            "  conflict: {} by {}, but {} by {}",
+            told.address, told.source, finding.address, finding.source
+        )
+    });
+    std::iter::once(first).chain(conflicts).collect()
 }
 
 fn connections(connections: &[ConnectionStatus]) -> Table {

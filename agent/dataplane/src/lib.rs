@@ -2,6 +2,7 @@
 //!
 //! What to do is decided in `nsm_core::tunnel`, which is pure; this crate observes the kernel and applies.
 
+pub mod addresses;
 pub mod bpf;
 pub mod links;
 mod netlink;

@@ -1,10 +1,10 @@
 //! The admin service: what `proxy-nsmgr status` shows, gathered when it is asked for.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, time::SystemTime};
 
 use nsm_controlplane::{
     forwarder::{Forwarder as _, Plan},
-    plane::{ConnectionView, ControlPlane},
+    plane::ConnectionView,
 };
 use nsm_proto::admin::{
     Bpf, ConnectionStatus, Counters, Listener, Peer, Status as AgentStatus, StatusRequest, Tunnel,
@@ -12,26 +12,19 @@ use nsm_proto::admin::{
 };
 use tonic::{Request, Response, Status};
 
-use super::{forwarder::NodeForwarder, readiness::Readiness};
+use super::{Told, forwarder::NodeForwarder};
 use crate::config::Config;
 
 /// The service of one agent.
 pub(crate) struct AdminService {
-    plane: ControlPlane,
-    forwarder: Option<Arc<NodeForwarder>>,
-    readiness: Readiness,
+    told: Told,
     name: String,
     domain: String,
     listeners: Vec<Listener>,
 }
 
 /// The admin service of this agent.
-pub(crate) fn service(
-    config: &Config,
-    plane: &ControlPlane,
-    forwarder: Option<Arc<NodeForwarder>>,
-    readiness: &Readiness,
-) -> AdminServer<AdminService> {
+pub(crate) fn service(config: &Config, told: Told) -> AdminServer<AdminService> {
     let mut listeners = vec![
         ("proxy", &config.listen.proxy),
         ("registry", &config.listen.registry),
@@ -40,9 +33,7 @@ pub(crate) fn service(
         listeners.push(("nsmgr", &config.listen.nsmgr));
     }
     AdminServer::new(AdminService {
-        plane: plane.clone(),
-        forwarder,
-        readiness: readiness.clone(),
+        told,
         name: config.name.clone(),
         domain: config.domain.to_string(),
         listeners: listeners
@@ -58,11 +49,17 @@ pub(crate) fn service(
 #[tonic::async_trait]
 impl Admin for AdminService {
     async fn get_status(&self, _: Request<StatusRequest>) -> Result<Response<AgentStatus>, Status> {
-        let waiting_for = self.readiness.waiting();
-        let forwarder = self.forwarder.as_deref();
-        let lost = self.plane.unmonitored_peers();
+        let Told {
+            plane,
+            forwarder,
+            public_address,
+            readiness,
+        } = &self.told;
+        let waiting_for = readiness.waiting();
+        let forwarder = forwarder.as_deref();
+        let lost = plane.unmonitored_peers();
         let mut connections = Vec::new();
-        for view in self.plane.connections() {
+        for view in plane.connections() {
             connections.push(connection(&view, forwarder).await);
         }
         Ok(Response::new(AgentStatus {
@@ -71,11 +68,10 @@ impl Admin for AdminService {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ready: waiting_for.is_empty(),
             waiting_for,
-            degraded: self.readiness.degradations(),
+            degraded: readiness.degradations(),
             bpf: forwarder.map(NodeForwarder::bpf_facts),
             connections,
-            peers: self
-                .plane
+            peers: plane
                 .peers()
                 .into_iter()
                 .map(|(url, connections)| Peer {
@@ -91,6 +87,7 @@ impl Admin for AdminService {
                 .collect(),
             drops: forwarder.map_or_else(BTreeMap::new, NodeForwarder::drops),
             listeners: self.listeners.clone(),
+            public_address: Some(public_address.facts()),
         }))
     }
 }

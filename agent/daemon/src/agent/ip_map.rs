@@ -10,15 +10,92 @@ use std::{
     io,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use nsm_controlplane::plane::ControlPlane;
-use nsm_core::ipmap::IpMap;
+use nsm_core::ipmap::{IpMap, IpMapError};
+use tokio::sync::Notify;
 
 /// How soon a change is noticed.
 const INTERVAL: Duration = Duration::from_secs(1);
+
+/// The map that holds: the file's, and over it this node's own pair as it was found out.
+pub(crate) struct IpMaps {
+    plane: ControlPlane,
+    parts: Mutex<Parts>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Parts {
+    file: IpMap,
+    own: Option<(IpAddr, IpAddr)>,
+}
+
+impl IpMaps {
+    /// An empty map.
+    pub(crate) fn new(plane: ControlPlane) -> Self {
+        Self {
+            plane,
+            parts: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Takes the file's map.
+    fn set_file(&self, map: IpMap) {
+        let mut parts = self.parts();
+        parts.file = map;
+        match parts.effective() {
+            Ok(map) => self.plane.set_ip_map(map),
+            Err(error) => {
+                tracing::warn!(%error, "the public address that was found out is left out of the IP map");
+                self.plane.set_ip_map(parts.file.clone());
+            }
+        }
+        self.changed.notify_one();
+    }
+
+    /// Takes this node's own internal and public address.
+    ///
+    /// # Errors
+    /// The file gives that public address to another node: the file's map holds alone.
+    pub(crate) fn set_own(&self, own: Option<(IpAddr, IpAddr)>) -> Result<(), IpMapError> {
+        let mut parts = self.parts();
+        parts.own = own;
+        let effective = parts.effective();
+        let told = effective.as_ref().map(drop).map_err(Clone::clone);
+        self.plane
+            .set_ip_map(effective.unwrap_or_else(|_| parts.file.clone()));
+        told
+    }
+
+    /// The public address that the file has for an internal one.
+    pub(crate) fn of_file(&self, internal: IpAddr) -> Option<IpAddr> {
+        self.parts().file.get(internal)
+    }
+
+    /// Waits until the file's map has changed since the last call.
+    pub(crate) async fn file_changed(&self) {
+        self.changed.notified().await;
+    }
+
+    fn parts(&self) -> MutexGuard<'_, Parts> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Parts {
+    fn effective(&self) -> Result<IpMap, IpMapError> {
+        match self.own {
+            Some((internal, external)) => self.file.with(internal, external),
+            None => Ok(self.file.clone()),
+        }
+    }
+}
 
 /// A followed file.
 pub(crate) struct IpMapFile {
@@ -27,8 +104,8 @@ pub(crate) struct IpMapFile {
 }
 
 impl IpMapFile {
-    /// Reads the file into the plane. One that is absent is an error only when it was named.
-    pub(crate) fn load(path: &Path, required: bool, plane: &ControlPlane) -> anyhow::Result<Self> {
+    /// Reads the file. One that is absent is an error only when it was named.
+    pub(crate) fn load(path: &Path, required: bool, maps: &IpMaps) -> anyhow::Result<Self> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => Some(text),
             Err(error) if error.kind() == io::ErrorKind::NotFound && !required => None,
@@ -38,7 +115,7 @@ impl IpMapFile {
                 });
             }
         };
-        plane.set_ip_map(parse(path, text.as_deref().unwrap_or_default())?);
+        maps.set_file(parse(path, text.as_deref().unwrap_or_default())?);
         Ok(Self {
             path: path.to_owned(),
             text,
@@ -46,7 +123,7 @@ impl IpMapFile {
     }
 
     /// Follows the file for ever. A file that is gone or wrong leaves the map as it was.
-    pub(crate) async fn follow(mut self, plane: ControlPlane) {
+    pub(crate) async fn follow(mut self, maps: Arc<IpMaps>) {
         let mut tick = tokio::time::interval(INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -55,7 +132,7 @@ impl IpMapFile {
                 continue;
             };
             if self.text.as_deref() != Some(text.as_str()) {
-                apply(&self.path, &text, &plane);
+                apply(&self.path, &text, &maps);
                 self.text = Some(text);
             }
         }
@@ -63,17 +140,17 @@ impl IpMapFile {
 }
 
 /// Reads the file at once.
-pub(crate) fn reload(path: &Path, plane: &ControlPlane) {
+pub(crate) fn reload(path: &Path, maps: &IpMaps) {
     match std::fs::read_to_string(path) {
-        Ok(text) => apply(path, &text, plane),
+        Ok(text) => apply(path, &text, maps),
         Err(error) => tracing::warn!(file = %path.display(), %error, "the IP map stays as it was"),
     }
 }
 
-fn apply(path: &Path, text: &str, plane: &ControlPlane) {
+fn apply(path: &Path, text: &str, maps: &IpMaps) {
     match parse(path, text) {
         Ok(map) => {
-            plane.set_ip_map(map);
+            maps.set_file(map);
             tracing::info!(file = %path.display(), "took over the IP map");
         }
         Err(error) => {

@@ -26,10 +26,17 @@ use crate::{
 mod admin;
 mod forwarder;
 mod ip_map;
+mod public_address;
 mod readiness;
 mod signals;
 
-use self::{forwarder::NodeForwarder, ip_map::IpMapFile, readiness::Readiness, signals::Signal};
+use self::{
+    forwarder::NodeForwarder,
+    ip_map::{IpMapFile, IpMaps},
+    public_address::PublicAddress,
+    readiness::Readiness,
+    signals::Signal,
+};
 
 /// VXLAN's management VNI (RFC 8971 section 3): never given to a connection.
 const MANAGEMENT_VNI: u32 = 1;
@@ -47,7 +54,7 @@ const LISTENER_GRACE: Duration = Duration::from_secs(2);
 pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyhow::Result<()> {
     let mut signals = signals::Signals::listen()?;
     let sockets = Sockets::bind(&config).await?;
-    let readiness = Readiness::waiting_for(["the listeners"]);
+    let readiness = Readiness::waiting_for(["the listeners", public_address::GUARD]);
     let forwarder = start_forwarder(&config, &readiness).await?;
     let advertise_url = advertise_url(&config, forwarder.as_deref()).await;
     let registry = match &config.registry_url {
@@ -80,9 +87,18 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
             .map(|forwarder| forwarder as Arc<dyn nsm_controlplane::forwarder::Forwarder>),
         VniPool::new(Vni::try_from(MANAGEMENT_VNI).expect("1 is a VNI")),
     );
-    let ip_map = IpMapFile::load(&config.map_ip_file, config.map_ip_file_required, &plane)?;
+    let maps = Arc::new(IpMaps::new(plane.clone()));
+    let map_file = IpMapFile::load(&config.map_ip_file, config.map_ip_file_required, &maps)?;
     let mut tasks = JoinSet::new();
-    tasks.spawn(ip_map.follow(plane.clone()));
+    tasks.spawn(map_file.follow(Arc::clone(&maps)));
+    let public_address = PublicAddress::default();
+    tasks.spawn(public_address.clone().watch(
+        &config,
+        forwarder.clone(),
+        Arc::clone(&maps),
+        plane.clone(),
+        readiness.clone(),
+    ));
     if let Some(url) = &config.registry_url {
         tasks.spawn(readiness::until_registry_answers(
             url.clone(),
@@ -100,7 +116,16 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     }
     let (stop, stopped) = watch::channel(false);
     let listeners = sockets
-        .serve(&config, &plane, forwarder.as_ref(), &readiness, &stopped)
+        .serve(
+            &config,
+            Told {
+                plane: plane.clone(),
+                forwarder: forwarder.clone(),
+                public_address,
+                readiness: readiness.clone(),
+            },
+            &stopped,
+        )
         .await?;
     readiness.arrived("the listeners");
     tracing::info!(
@@ -110,7 +135,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
 
     let mut current = config;
     while signals.next().await == Signal::Reload {
-        reload(&mut current, &inputs, &log, &plane);
+        reload(&mut current, &inputs, &log, &plane, &maps);
     }
     tracing::info!("draining");
     readiness.wait_for("its end: the agent is shutting down");
@@ -186,7 +211,13 @@ fn resolver_config(config: &Config) -> ResolverConfig {
 }
 
 /// SIGHUP: takes over what can be, names what cannot. A bad file changes nothing.
-fn reload(current: &mut Config, inputs: &Inputs, log: &LogHandle, plane: &ControlPlane) {
+fn reload(
+    current: &mut Config,
+    inputs: &Inputs,
+    log: &LogHandle,
+    plane: &ControlPlane,
+    maps: &IpMaps,
+) {
     let new = match Config::load(inputs) {
         Ok(loaded) => loaded.config,
         Err(error) => {
@@ -202,10 +233,18 @@ fn reload(current: &mut Config, inputs: &Inputs, log: &LogHandle, plane: &Contro
         tracing::error!(%error, "the log level stays as it is");
     }
     plane.resolver().reload(resolver_config(&new));
-    ip_map::reload(&current.map_ip_file, plane);
+    ip_map::reload(&current.map_ip_file, maps);
     current.log.level.clone_from(&new.log.level);
     current.resolver = new.resolver;
     tracing::info!(keys = ?changes.reloadable, "reloaded");
+}
+
+/// What the listeners tell about.
+struct Told {
+    plane: ControlPlane,
+    forwarder: Option<Arc<NodeForwarder>>,
+    public_address: PublicAddress,
+    readiness: Readiness,
 }
 
 /// Every socket of the agent, bound.
@@ -238,15 +277,14 @@ impl Sockets {
     async fn serve(
         self,
         config: &Config,
-        plane: &ControlPlane,
-        forwarder: Option<&Arc<NodeForwarder>>,
-        readiness: &Readiness,
+        told: Told,
         stopped: &watch::Receiver<bool>,
     ) -> anyhow::Result<JoinSet<()>> {
         let limits = ListenerLimits {
             max_message_bytes: config.limits.max_message_bytes,
             max_streams: config.limits.max_streams_per_client,
         };
+        let (plane, readiness) = (told.plane.clone(), told.readiness.clone());
         let mut listeners = JoinSet::new();
         let mut listen = |name: &'static str, socket, routes: Routes| {
             let (mut stopped, readiness) = (stopped.clone(), readiness.clone());
@@ -263,19 +301,16 @@ impl Sockets {
             });
         };
         let with = |front: Front| -> anyhow::Result<Routes> {
-            Ok(front.add_to(common_services(readiness)?, limits))
+            Ok(front.add_to(common_services(&readiness)?, limits))
         };
         if let Some(socket) = self.nsmgr {
             listen("nsmgr", socket, with(plane.node_front())?);
         }
         listen("proxy", self.proxy, with(plane.network_front())?);
         listen("registry", self.registry, with(plane.network_front())?);
-        let admin = admin::service(config, plane, forwarder.cloned(), readiness);
-        listen(
-            "admin",
-            self.admin,
-            common_services(readiness)?.add_service(admin),
-        );
+        let common = common_services(&readiness)?;
+        let admin = admin::service(config, told);
+        listen("admin", self.admin, common.add_service(admin));
         Ok(listeners)
     }
 }

@@ -2,23 +2,20 @@
 
 use std::{fmt::Display, time::Duration};
 
-use nsm_controlplane::dns::HostEntry;
-use nsm_core::name::Domain;
+use nsm_controlplane::{dns::HostEntry, public_address::BaseUrl};
+use nsm_core::{name::Domain, public_address::Provider};
 
 use super::{
     model::{Config, DEFAULT_SECRET, Hook, LogFormat, TokenAlgorithm},
     node::{Bad, Node},
     parse::{
-        hide, hosts, parse_absolute, parse_admin, parse_algorithm, parse_count, parse_format,
-        parse_hook, parse_lifetime, parse_message_size, parse_mtu, parse_name, parse_path,
-        parse_peer, parse_port, parse_positive, parse_secret, parse_server, parse_spiffe_id,
-        parse_unicast,
+        hide, hosts, metadata, parse_absolute, parse_admin, parse_algorithm, parse_count,
+        parse_format, parse_hook, parse_lifetime, parse_message_size, parse_mtu, parse_name,
+        parse_node_name, parse_path, parse_peer, parse_port, parse_positive, parse_secret,
+        parse_server, parse_spiffe_id, parse_unicast, provider_word,
     },
-    value::{ListenUrl, parse_bool, parse_log_level, show_duration, show_size},
+    value::{parse_bool, parse_log_level, show_duration, show_size},
 };
-
-/// The variable with which NSM's own components are told all their listen URLs at once.
-pub(super) const LISTEN_ON: &str = "NSM_LISTEN_ON";
 
 /// One key.
 pub(crate) struct Key {
@@ -221,6 +218,62 @@ pub(crate) static KEYS: &[Key] = &[
     )
     .reloadable(),
     key(
+        "public_address.ip",
+        "ADDRESS",
+        "The node's public address; found out by default",
+        |c, n| set(&mut c.public_address.ip, n.parse(parse_unicast).map(Some)),
+        |c| optional(c.public_address.ip.as_ref()),
+    ),
+    key(
+        "public_address.metadata",
+        "PROVIDER[=URL],…|off",
+        "Clouds whose metadata service is asked: aws, gcp, azure, equinix",
+        |c, n| set(&mut c.public_address.metadata, metadata(n)),
+        |c| {
+            Shown::List(
+                c.public_address
+                    .metadata
+                    .iter()
+                    .map(show_metadata)
+                    .collect(),
+            )
+        },
+    ),
+    key(
+        "public_address.kubernetes",
+        "auto|off|URL",
+        "The API server that is asked for the node's ExternalIP; auto: that of the cluster we run in",
+        |c, n| set(&mut c.public_address.kubernetes, n.parse(str::parse)),
+        |c| text(&c.public_address.kubernetes),
+    ),
+    key(
+        "public_address.node_name",
+        "NAME",
+        "The node's name in Kubernetes; the agent's name by default",
+        |c, n| {
+            set(
+                &mut c.public_address.node_name,
+                n.parse(parse_node_name).map(Some),
+            )
+        },
+        |c| optional(c.public_address.node_name.as_ref()),
+    )
+    .variable_is("NSM_NODE_NAME"),
+    key(
+        "public_address.stun",
+        "HOST[:PORT],…",
+        "STUN servers that are asked where our packets come from",
+        |c, n| set(&mut c.public_address.stun, n.list(str::parse)),
+        |c| list(&c.public_address.stun),
+    ),
+    key(
+        "public_address.interval",
+        "DURATION",
+        "How often all of these are asked, beside each change of an own address",
+        |c, n| set(&mut c.public_address.interval, n.parse(parse_positive)),
+        |c| duration(c.public_address.interval),
+    ),
+    key(
         "tunnel.ip",
         "ADDRESS",
         "The local address of tunnels; by default that of the default route",
@@ -378,69 +431,6 @@ pub(crate) static KEYS: &[Key] = &[
     ),
 ];
 
-/// A sentence about a key that does not exist, with the one that was probably meant.
-pub(super) fn unknown(path: &str) -> String {
-    let leaf = |path: &str| path.rsplit('.').next().unwrap_or_default().to_owned();
-    let near = KEYS
-        .iter()
-        .map(|key| (distance(path, key.path), key.path))
-        .min()
-        .filter(|(distance, known)| *distance <= 2.max(known.len() / 4));
-    let same_leaf = || {
-        let mut found = KEYS.iter().filter(|key| leaf(key.path) == leaf(path));
-        found.next().map(|key| (0, key.path))
-    };
-    match near.or_else(same_leaf) {
-        Some((_, known)) => format!("{path}: no such key; did you mean {known}?"),
-        None => format!("{path}: no such key; `proxy-nsmgr agent --print-config` lists all"),
-    }
-}
-
-/// The number of characters to change, add or drop to make one text of the other (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let change = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
-/// The listeners that the URLs of `NSM_LISTEN_ON` are for: a socket is the NSMgr's, a port the proxy's.
-pub(super) fn listen_on(text: &str) -> Result<Vec<(&'static Key, String)>, String> {
-    let mut found: Vec<(&'static Key, String)> = Vec::new();
-    for part in text
-        .split(',')
-        .map(str::trim)
-        .filter(|part| !part.is_empty())
-    {
-        let url: ListenUrl = part
-            .parse()
-            .map_err(|allowed| format!("{part:?} is not allowed: {allowed}"))?;
-        let path = match url {
-            ListenUrl::Unix(_) => "listen.nsmgr",
-            ListenUrl::Tcp(_) => "listen.proxy",
-        };
-        let key = KEYS
-            .iter()
-            .find(|key| key.path == path)
-            .expect("a key of the table");
-        if found.iter().any(|(other, _)| other.path == path) {
-            return Err(format!(
-                "{text:?} has two URLs for {path}: one unix:// and one tcp:// URL are allowed"
-            ));
-        }
-        found.push((key, part.to_owned()));
-    }
-    Ok(found)
-}
-
 fn set<T>(field: &mut T, value: Result<T, Bad>) -> Result<(), Bad> {
     *field = value?;
     Ok(())
@@ -464,6 +454,15 @@ fn list<T: Display>(values: &[T]) -> Shown {
 
 fn duration(value: Duration) -> Shown {
     Shown::Text(show_duration(value))
+}
+
+fn show_metadata((provider, base): &(Provider, BaseUrl)) -> String {
+    let word = provider_word(*provider);
+    if base.to_string() == provider.base_url() {
+        word.to_owned()
+    } else {
+        format!("{word}={base}")
+    }
 }
 
 fn show_host(entry: &HostEntry) -> Shown {

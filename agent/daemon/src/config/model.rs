@@ -2,18 +2,21 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    str::FromStr,
     time::Duration,
 };
 
 use nsm_controlplane::{
     dial::DialUrl,
     dns::{HostEntry, ResolverConfig},
+    public_address::{BaseUrl, StunServer},
 };
-use nsm_core::{mechanism::IfName, name::Domain};
+use nsm_core::{mechanism::IfName, name::Domain, public_address::Provider};
 
-use super::value::ListenUrl;
+use super::value::{ListenUrl, is_off};
 
 /// The secret with which tokens are signed unless told otherwise: everybody knows it.
 pub(super) const DEFAULT_SECRET: &str = "insecure";
@@ -38,6 +41,8 @@ pub(crate) struct Config {
     pub(crate) forwarder: bool,
     /// How domains are resolved.
     pub(crate) resolver: Resolver,
+    /// How the node's public address is found.
+    pub(crate) public_address: PublicAddress,
     /// The tunnels of this node.
     pub(crate) tunnel: Tunnel,
     /// The file of internal and external addresses.
@@ -86,6 +91,59 @@ pub(crate) struct Resolver {
     pub(crate) registry_port: u16,
     /// The port of a domain's proxy where no SRV record names it.
     pub(crate) proxy_port: u16,
+}
+
+/// How the node's public address is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PublicAddress {
+    /// What it is, where the operator knows.
+    pub(crate) ip: Option<IpAddr>,
+    /// Metadata services that are asked, and where each is.
+    pub(crate) metadata: Vec<(Provider, BaseUrl)>,
+    /// The API server of the node's cluster.
+    pub(crate) kubernetes: KubernetesApi,
+    /// The node's name there; the agent's name when absent.
+    pub(crate) node_name: Option<String>,
+    /// STUN servers.
+    pub(crate) stun: Vec<StunServer>,
+    /// How often all are asked.
+    pub(crate) interval: Duration,
+}
+
+/// The API server of the node's cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum KubernetesApi {
+    /// That of the cluster which this agent is a pod of, if it is.
+    Auto,
+    /// None.
+    Off,
+    /// This one.
+    At(BaseUrl),
+}
+
+impl FromStr for KubernetesApi {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            text if is_off(text) => Ok(Self::Off),
+            url => match url.parse() {
+                Ok(url) => Ok(Self::At(url)),
+                Err(allowed) => Err(format!("auto, off, or {allowed}")),
+            },
+        }
+    }
+}
+
+impl fmt::Display for KubernetesApi {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Off => f.write_str("off"),
+            Self::At(url) => url.fmt(f),
+        }
+    }
 }
 
 /// The tunnels of this node.
@@ -194,6 +252,19 @@ impl Config {
                 timeout: dns.timeout,
                 registry_port: dns.registry_port,
                 proxy_port: dns.proxy_port,
+            },
+            public_address: PublicAddress {
+                ip: None,
+                metadata: Provider::LINK_LOCAL
+                    .map(|provider| {
+                        let base = provider.base_url().parse().expect("a URL");
+                        (provider, base)
+                    })
+                    .to_vec(),
+                kubernetes: KubernetesApi::Auto,
+                node_name: None,
+                stun: Vec::new(),
+                interval: nsm_core::public_address::INTERVAL,
             },
             tunnel: Tunnel {
                 ip: None,

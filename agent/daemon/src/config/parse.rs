@@ -10,13 +10,17 @@ use std::{
 use nsm_controlplane::{
     dial::DialUrl,
     dns::{HostEntry, HostTarget},
+    public_address::BaseUrl,
 };
-use nsm_core::name::{Domain, InterdomainName};
+use nsm_core::{
+    name::{Domain, InterdomainName},
+    public_address::Provider,
+};
 
 use super::{
     model::{Hook, LogFormat, TokenAlgorithm},
     node::{Bad, Node, Value},
-    value::{DURATION_ALLOWED, ListenUrl, parse_duration, parse_size},
+    value::{DURATION_ALLOWED, ListenUrl, is_off, parse_duration, parse_size},
 };
 
 /// A secret is not shown in an error either.
@@ -63,6 +67,52 @@ fn host_entry(node: &Node) -> Result<HostEntry, Bad> {
     match (registry, proxy) {
         (Some(registry), Some(proxy)) => Ok(HostEntry { registry, proxy }),
         _ => Err(node.bad("registry and proxy, both")),
+    }
+}
+
+/// Providers, each perhaps with a place of its own, or `off`.
+pub(super) fn metadata(node: &Node) -> Result<Vec<(Provider, BaseUrl)>, Bad> {
+    if matches!(&node.value, Value::Scalar(text) if is_off(text)) {
+        return Ok(Vec::new());
+    }
+    let services: Vec<(Provider, BaseUrl)> = node.list(|text| {
+        let (word, url) = text.split_once('=').unwrap_or((text, ""));
+        let provider: Provider = word.parse()?;
+        let base = match url {
+            "" => provider.base_url(),
+            url => url,
+        };
+        base.parse().map(|base| (provider, base))
+    })?;
+    for (at, (provider, _)) in services.iter().enumerate() {
+        if services[..at].iter().any(|(other, _)| other == provider) {
+            return Err(node.bad(format!("{} once", provider_word(*provider))));
+        }
+    }
+    Ok(services)
+}
+
+/// How a provider is written in the configuration.
+pub(super) fn provider_word(provider: Provider) -> &'static str {
+    match provider {
+        Provider::Aws => "aws",
+        Provider::Gcp => "gcp",
+        Provider::Equinix => "equinix",
+        Provider::Azure => "azure",
+    }
+}
+
+/// A node's name in Kubernetes is a DNS name; it becomes a part of a URL.
+pub(super) fn parse_node_name(text: &str) -> Result<String, &'static str> {
+    let is_name = !text.is_empty()
+        && text.len() <= 253
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-'));
+    if is_name {
+        Ok(text.to_owned())
+    } else {
+        Err("the name of a Kubernetes node: letters, digits, dots and hyphens")
     }
 }
 

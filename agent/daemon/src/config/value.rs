@@ -181,6 +181,11 @@ pub(crate) fn parse_bool(text: &str) -> Result<bool, &'static str> {
     }
 }
 
+/// Whether a value says "none of that". YAML reads a bare `off` as false.
+pub(crate) fn is_off(text: &str) -> bool {
+    parse_bool(text) == Ok(false)
+}
+
 /// Checks a log level: one level, then perhaps levels of single modules.
 pub(crate) fn parse_log_level(text: &str) -> Result<String, &'static str> {
     const ALLOWED: &str =

@@ -1,5 +1,5 @@
 use nsm_proto::admin::{
-    Bpf, Counters, Listener, Peer, Tunnel,
+    AddressFinding, Bpf, Counters, Listener, Peer, PublicAddress, Tunnel,
     admin_server::{Admin, AdminServer},
 };
 
@@ -68,6 +68,17 @@ fn full() -> Status {
             role: "proxy".to_owned(),
             url: "tcp://0.0.0.0:5006".to_owned(),
         }],
+        public_address: Some(PublicAddress {
+            address: "203.0.113.1".to_owned(),
+            source: "AWS metadata".to_owned(),
+            local: "10.0.0.1".to_owned(),
+            conflicts: vec![AddressFinding {
+                source: "STUN stun.example:3478".to_owned(),
+                address: "203.0.113.9".to_owned(),
+                trouble: String::new(),
+            }],
+            sources: Vec::new(),
+        }),
     }
 }
 
@@ -77,6 +88,8 @@ fn a_full_answer_is_shown_as_tables() {
 node-1 of cluster-1.example, version 0.1.0: ready
   degraded: clsact is used: this kernel has no tcx
   bpf: clsact on eth0, maps in /sys/fs/bpf/proxy-nsmgr, object 01234567
+  public address: 203.0.113.1 (AWS metadata)
+  conflict: 203.0.113.1 by AWS metadata, but 203.0.113.9 by STUN stun.example:3478
   proxy: tcp://0.0.0.0:5006
 
 CONNECTIONS

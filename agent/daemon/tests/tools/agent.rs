@@ -64,7 +64,7 @@ fn config(folder: &Path, ports: [u16; 2], more: &str) -> String {
     let folder = folder.display();
     let [proxy, registry] = ports;
     format!(
-        "name: node-1\nforwarder: false\nmap_ip_file: {folder}/map-ip.yaml\nlisten:\n  nsmgr: unix://{folder}/nsm.sock\n  \
+        "name: node-1\nforwarder: false\nmap_ip_file: {folder}/map-ip.yaml\npublic_address: {{metadata: 'off', kubernetes: 'off'}}\nlisten:\n  nsmgr: unix://{folder}/nsm.sock\n  \
          admin: unix://{folder}/admin.sock\n  proxy: tcp://127.0.0.1:{proxy}\n  registry: tcp://127.0.0.1:{registry}\n{more}\n"
     )
 }
@@ -188,5 +188,46 @@ async fn a_port_that_is_taken_is_named_with_its_key() {
     assert!(
         said.contains(&format!("tcp://127.0.0.1:{port}")) && said.contains("listen.proxy"),
         "{said}"
+    );
+}
+
+#[tokio::test]
+async fn sources_that_differ_about_the_public_address_are_told_with_both_values() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.yaml");
+    // A STUN server that answers from the loopback: XOR-MAPPED-ADDRESS 127.0.0.1, as it sees us.
+    let stun = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let server = stun.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut request = [0; 20];
+        while let Ok((_, from)) = stun.recv_from(&mut request).await {
+            let mut answer = vec![1, 1, 0, 12];
+            answer.extend(&request[4..]);
+            answer.extend([0, 0x20, 0, 8, 0, 1, 0, 0]);
+            answer.extend((0x7f00_0001u32 ^ 0x2112_a442).to_be_bytes());
+            stun.send_to(&answer, from).await.unwrap();
+        }
+    });
+    let more = "domain: one.example\nlog: {level: info}";
+    let text = config(folder.path(), free_ports(), more).replace(
+        "public_address: {",
+        &format!("public_address: {{ip: 203.0.113.7, stun: '{server}', "),
+    );
+    std::fs::write(&file, text).unwrap();
+    let mut agent = Agent::start(&file).await;
+    let warning = agent
+        .says("two sources say different public addresses")
+        .await;
+    for word in ["203.0.113.7", "configuration", "127.0.0.1", "STUN"] {
+        assert!(warning.contains(word), "{word}: {warning}");
+    }
+    let admin = format!("unix://{}/admin.sock", folder.path().display());
+    let (code, table, said) = crate::support::run(&["status", "--admin", &admin]).await;
+    assert_eq!(code, 0, "{said}");
+    let conflict =
+        format!("conflict: 203.0.113.7 by configuration, but 127.0.0.1 by STUN {server}");
+    assert!(
+        table.contains("public address: 203.0.113.7 (configuration)") && table.contains(&conflict),
+        "{table}"
     );
 }

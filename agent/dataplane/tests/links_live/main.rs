@@ -3,6 +3,7 @@
 // The support is no test by itself, and its failures are the tests'.
 #![allow(clippy::unwrap_used)]
 
+mod addresses;
 mod converge;
 mod failure;
 mod support;
