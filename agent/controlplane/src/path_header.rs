@@ -2,7 +2,7 @@
 //! (`grpcmetadata` of the sdk): each hop adds its token, and the answer echoes it.
 
 use nsm_core::path::MAX_SEGMENTS;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use tonic::metadata::{MetadataMap, MetadataValue};
 
 use crate::error::RequestError;
@@ -14,6 +14,7 @@ const KEY: &str = "path";
 #[serde(rename_all = "PascalCase", default)]
 pub(crate) struct PathHeader {
     index: usize,
+    #[serde(deserialize_with = "null_is_empty")]
     path_segments: Vec<Segment>,
 }
 
@@ -21,6 +22,11 @@ pub(crate) struct PathHeader {
 #[serde(default)]
 struct Segment {
     token: String,
+}
+
+/// A client's first path has no segments, and Go writes a slice that was never filled as `null`.
+fn null_is_empty<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Segment>, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
 impl PathHeader {
@@ -102,6 +108,10 @@ mod tests {
         let path = PathHeader::descend(&metadata("{}"), Some("theirs"), "ours")
             .expect("valid")
             .expect("present");
+        // As an NSM client sends it.
+        let of_go = metadata(r#"{"Index":0,"PathSegments":null}"#);
+        let of_go = PathHeader::descend(&of_go, Some("theirs"), "ours").expect("valid");
+        assert_eq!(of_go.as_ref(), Some(&path));
         let mut out = MetadataMap::new();
         path.clone().echo(&mut out);
         assert_eq!(
