@@ -321,6 +321,7 @@ impl ControlPlane {
                     dst_port: underlay.port,
                     vni: None,
                     mtu: Some(context.mtu),
+                    ..Vxlan::default()
                 }
                 .write(&mut parameters);
                 preferences.push(convert::mechanism(REMOTE, VXLAN, parameters));

@@ -12,6 +12,8 @@
 pub mod backoff;
 pub mod clock;
 pub mod expiry;
+pub mod heal;
+pub mod health;
 pub mod ipmap;
 pub mod mechanism;
 pub mod name;

@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 pub use kernel::{IfName, IfNameError, Kernel, NetnsUrl, NetnsUrlError};
 
 use crate::{
+    sbfd::Discriminator,
     tunnel::{VXLAN_PORT, vxlan_overhead},
     vni::Vni,
 };
@@ -50,6 +51,12 @@ pub const ORIG_SRC_IP: &str = "orig_src_ip";
 pub const ORIG_DST_IP: &str = "orig_dst_ip";
 /// Key: the VXLAN network identifier.
 pub const VNI: &str = "vni";
+/// Key: the discriminator of the client side's S-BFD reflector.
+pub const SBFD_DISCRIMINATOR_SRC: &str = "sbfd_discriminator_src";
+/// Key: the discriminator of the server side's S-BFD reflector.
+pub const SBFD_DISCRIMINATOR_DST: &str = "sbfd_discriminator_dst";
+/// Key: the management VNI (RFC 8971) of the side that speaks: the client's in a Request, the server's in the answer.
+pub const SBFD_VNI: &str = "sbfd_vni";
 /// Key: the largest packet that the tunnel carries, in bytes.
 pub const MTU: &str = "MTU";
 /// Key: the interface's name in the pod.
@@ -106,8 +113,21 @@ pub enum MechanismError {
         value: String,
     },
     /// No VNI.
-    #[error("mechanism parameter {VNI} = `{value}` is no VNI: send a number from 1 to {max}", max = Vni::MAX)]
+    #[error("mechanism parameter {key} = `{value}` is no VNI: send a number from 1 to {max}", max = Vni::MAX)]
     Vni {
+        /// The parameter.
+        key: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// No discriminator.
+    #[error(
+        "mechanism parameter {key} = `{value}` is no S-BFD discriminator: send a number from 1 to {max}, or leave it out",
+        max = u32::MAX
+    )]
+    Discriminator {
+        /// The parameter.
+        key: &'static str,
         /// What it holds.
         value: String,
     },
@@ -183,6 +203,12 @@ pub struct Vxlan {
     pub vni: Option<Vni>,
     /// The largest packet inside, in bytes.
     pub mtu: Option<u32>,
+    /// The client side's S-BFD reflector, if it has one.
+    pub src_discriminator: Option<Discriminator>,
+    /// The server side's S-BFD reflector, if it has one.
+    pub dst_discriminator: Option<Discriminator>,
+    /// The management VNI of the side that speaks; see [`SBFD_VNI`].
+    pub sbfd_vni: Option<Vni>,
 }
 
 impl Default for Vxlan {
@@ -194,6 +220,9 @@ impl Default for Vxlan {
             dst_port: VXLAN_PORT,
             vni: None,
             mtu: None,
+            src_discriminator: None,
+            dst_discriminator: None,
+            sbfd_vni: None,
         }
     }
 }
@@ -209,14 +238,11 @@ impl Vxlan {
             dst_ip: parse_address(params, DST_IP)?,
             src_port: parse_port(params, SRC_PORT)?,
             dst_port: parse_port(params, DST_PORT)?,
-            vni: value(params, VNI)
-                .map(|text| {
-                    text.parse().map_err(|_| MechanismError::Vni {
-                        value: text.to_owned(),
-                    })
-                })
-                .transpose()?,
+            vni: parse_vni(params, VNI)?,
             mtu: parse_mtu(params)?,
+            src_discriminator: parse_discriminator(params, SBFD_DISCRIMINATOR_SRC)?,
+            dst_discriminator: parse_discriminator(params, SBFD_DISCRIMINATOR_DST)?,
+            sbfd_vni: parse_vni(params, SBFD_VNI)?,
         })
     }
 
@@ -231,7 +257,44 @@ impl Vxlan {
         set(params, DST_PORT, port(self.dst_ip, self.dst_port));
         set(params, VNI, self.vni);
         set(params, MTU, self.mtu);
+        let discriminator = |of: Option<Discriminator>| of.map(Discriminator::get);
+        set(
+            params,
+            SBFD_DISCRIMINATOR_SRC,
+            discriminator(self.src_discriminator),
+        );
+        set(
+            params,
+            SBFD_DISCRIMINATOR_DST,
+            discriminator(self.dst_discriminator),
+        );
+        set(params, SBFD_VNI, self.sbfd_vni);
     }
+}
+
+fn parse_vni(params: &Parameters, key: &'static str) -> Result<Option<Vni>, MechanismError> {
+    let text = value(params, key);
+    text.map(|text| {
+        text.parse().map_err(|_| MechanismError::Vni {
+            key,
+            value: text.to_owned(),
+        })
+    })
+    .transpose()
+}
+
+fn parse_discriminator(
+    params: &Parameters,
+    key: &'static str,
+) -> Result<Option<Discriminator>, MechanismError> {
+    let text = value(params, key);
+    text.map(|text| {
+        text.parse().map_err(|_| MechanismError::Discriminator {
+            key,
+            value: text.to_owned(),
+        })
+    })
+    .transpose()
 }
 
 fn parse_address(params: &Parameters, key: &'static str) -> Result<Option<IpAddr>, MechanismError> {

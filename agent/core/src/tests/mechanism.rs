@@ -11,6 +11,7 @@ use crate::mechanism::{
     IPSEC, IfName, IfNameError, KERNEL, Kernel, LOCAL, MechanismError, NetnsUrl, NetnsUrlError,
     Parameters, REMOTE, VXLAN, Vxlan, WIREGUARD, choose, lower_mtu, vxlan_mtu,
 };
+use crate::sbfd::Discriminator;
 
 #[test]
 fn what_is_absent_or_empty_is_none() {
@@ -285,22 +286,29 @@ fn vxlans() -> impl Strategy<Value = Vxlan> {
     );
     let port = prop_oneof![Just(4789), 1u16..];
     let vni = prop::option::of((1u32..=0xff_ffff).prop_map(|n| n.try_into().unwrap()));
+    let discriminator = any::<u32>().prop_map(Discriminator::new);
     (
         address.clone(),
         address,
         port.clone(),
         port,
-        vni,
+        (vni.clone(), vni),
         prop::option::of(68u32..=65535),
+        (discriminator.clone(), discriminator),
     )
-        .prop_map(|(src_ip, dst_ip, src_port, dst_port, vni, mtu)| Vxlan {
-            src_ip,
-            dst_ip,
-            src_port,
-            dst_port,
-            vni,
-            mtu,
-        })
+        .prop_map(
+            |(src_ip, dst_ip, src_port, dst_port, vnis, mtu, discriminators)| Vxlan {
+                src_ip,
+                dst_ip,
+                src_port,
+                dst_port,
+                vni: vnis.0,
+                mtu,
+                src_discriminator: discriminators.0,
+                dst_discriminator: discriminators.1,
+                sbfd_vni: vnis.1,
+            },
+        )
 }
 
 proptest! {
@@ -314,7 +322,7 @@ proptest! {
     }
 
     #[test]
-    fn no_parameters_panic(params in prop::collection::btree_map("src_ip|dst_ip|src_port|dst_port|vni|MTU|name|inodeURL", ".{0,12}|[0-9:.%/]{0,12}", 0..8)) {
+    fn no_parameters_panic(params in prop::collection::btree_map("src_ip|dst_ip|src_port|dst_port|vni|MTU|name|inodeURL|sbfd_vni|sbfd_discriminator_src", ".{0,12}|[0-9:.%/]{0,12}", 0..8)) {
         let _ = Vxlan::parse(&params);
         let _ = Kernel::parse(&params);
     }

@@ -1,0 +1,263 @@
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+
+use proptest::prelude::*;
+
+use crate::{
+    clock::Monotonic,
+    health::*,
+    sbfd::{Cause, Diag, PeerProbe, Snapshot, State, WireState},
+    vni::Vni,
+};
+
+const MS: Duration = Duration::from_millis(1);
+
+fn peer() -> IpAddr {
+    [203, 0, 113, 2].into()
+}
+
+fn start() -> Monotonic {
+    Monotonic::from_nanos(10_000_000_000)
+}
+
+/// A session that was lost: probes stayed unanswered from `start` on, and 130 ms later it was down.
+fn lost() -> Evidence {
+    let since = start() + 130 * MS;
+    Evidence {
+        peer: peer(),
+        port: 4789,
+        session: Snapshot {
+            state: State::Down,
+            since,
+            cause: Some(Cause::Unanswered {
+                probes: 12,
+                silence: 130 * MS,
+            }),
+            silent_since: Some(start()),
+            last_answer: Some(start() - 40 * MS),
+            rto: 10 * MS,
+            peer: None,
+            peer_gap: 45 * MS,
+            path_mtu: None,
+        },
+        stages: Stages::default(),
+        told: None,
+    }
+}
+
+fn probe(at: Monotonic, state: WireState) -> Option<PeerProbe> {
+    Some(PeerProbe {
+        at,
+        state,
+        diag: Diag::NONE,
+    })
+}
+
+fn verdicts(health: &Health) -> (Verdict, Verdict) {
+    (health.inward.verdict, health.outward.verdict)
+}
+
+#[test]
+fn a_session_that_is_up_proves_both_ways() {
+    let mut evidence = lost();
+    evidence.session.state = State::Up;
+    let health = judge(&evidence, start());
+    assert_eq!(verdicts(&health), (Verdict::Up, Verdict::Up));
+    assert_eq!(
+        health.to_string(),
+        "the way to 203.0.113.2 (UDP 4789) is up: probes are answered"
+    );
+}
+
+#[test]
+fn a_reflector_that_is_off_proves_nothing() {
+    let mut evidence = lost();
+    evidence.session.state = State::AdminDown;
+    let health = judge(&evidence, start());
+    assert_eq!(health.verdict(), Verdict::Unverified);
+    assert!(!health.is_down());
+    assert!(health.to_string().contains("AdminDown"), "{health}");
+}
+
+#[test]
+fn the_peers_own_probes_tell_which_way_is_bad() {
+    let mut evidence = lost();
+    let now = evidence.session.since;
+    // Heard before the silence, or so soon after its beginning that both were under way: says nothing.
+    for at in [start() - 20 * MS, start() + 9 * MS] {
+        evidence.session.peer = probe(at, WireState::Up);
+        let health = judge(&evidence, now);
+        assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Unknown));
+        assert!(matches!(health.inward.reason, Reason::NothingHeard { .. }));
+    }
+    evidence.session.peer = probe(now - 30 * MS, WireState::Up);
+    let health = judge(&evidence, now);
+    assert_eq!(verdicts(&health), (Verdict::Up, Verdict::Down));
+    assert_eq!(
+        health.to_string(),
+        "the way to 203.0.113.2 (UDP 4789) is down: 12 probes left and none was answered for 130 ms: see whether UDP 4789 is \
+         let through on the way and into the peer"
+    );
+    // What was heard last, long ago, is silence too.
+    let health = judge(&evidence, now + 1000 * MS);
+    assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Unknown));
+}
+
+#[test]
+fn a_peer_that_insists_knows_better() {
+    let mut evidence = lost();
+    let now = evidence.session.since + 1500 * MS;
+    evidence.session.peer = probe(now - 10 * MS, WireState::Up);
+    assert_eq!(judge(&evidence, now).verdict(), Verdict::Up);
+    evidence.session.peer = probe(now - 10 * MS, WireState::Down);
+    assert_eq!(
+        verdicts(&judge(&evidence, now)),
+        (Verdict::Up, Verdict::Down)
+    );
+}
+
+#[test]
+fn this_nodes_own_firewall_is_named() {
+    let mut evidence = lost();
+    let now = evidence.session.since;
+    evidence.stages = Stages {
+        link_out: 12,
+        card_out: Some(12),
+        card_in: Some(9),
+        link_in: 0,
+    };
+    let health = judge(&evidence, now);
+    assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Unknown));
+    assert_eq!(
+        health.to_string(),
+        "the way from 203.0.113.2 (UDP 4789) is down: 9 packets of the peer came to this node's network card and none to its \
+         tunnel: let UDP 4789 in through this node's firewall (INPUT)"
+    );
+    evidence.stages = Stages {
+        link_out: 12,
+        card_out: Some(0),
+        card_in: Some(0),
+        link_in: 0,
+    };
+    let health = judge(&evidence, now);
+    assert_eq!(
+        health.outward.reason,
+        Reason::OwnOutputDrops { packets: 12 }
+    );
+    assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Down));
+    // Where nothing counts at the card nothing is said of it.
+    evidence.stages.card_out = None;
+    let health = judge(&evidence, now);
+    assert_eq!(health.outward.reason, Reason::CannotBeTold);
+}
+
+#[test]
+fn what_the_peers_agent_tells_of_our_way_out_counts_if_it_is_fresh() {
+    let mut evidence = lost();
+    let now = evidence.session.since;
+    for (inward, at, expected) in [
+        (Verdict::Up, now, Verdict::Up),
+        (Verdict::Down, now, Verdict::Down),
+        (Verdict::Up, start() - MS, Verdict::Unknown),
+        (Verdict::Unknown, now, Verdict::Unknown),
+    ] {
+        evidence.told = Some(Told { inward, at });
+        let health = judge(&evidence, now);
+        assert_eq!(verdicts(&health), (Verdict::Down, expected));
+    }
+}
+
+#[test]
+fn before_any_answer_nothing_is_claimed() {
+    let mut evidence = lost();
+    evidence.session.state = State::Unknown;
+    evidence.session.cause = None;
+    let now = start() + 20 * MS;
+    assert_eq!(
+        verdicts(&judge(&evidence, now)),
+        (Verdict::Unknown, Verdict::Unknown)
+    );
+    evidence.session.peer = probe(now, WireState::Down);
+    assert_eq!(
+        verdicts(&judge(&evidence, now)),
+        (Verdict::Up, Verdict::Unknown)
+    );
+    evidence.session.cause = Some(Cause::NothingLeft { probes: 20 });
+    let told = judge(&evidence, now).sentence(Direction::Out);
+    assert!(told.contains("did not leave"), "{told}");
+}
+
+#[test]
+fn a_vni_that_the_peer_lacks_is_the_connections_own_loss() {
+    let mut evidence = lost();
+    evidence.session.state = State::Up;
+    let vni = Vni::try_from(4242).expect("a VNI");
+    let health = judge(&evidence, start()).without_tunnel(vni);
+    assert!(health.is_down());
+    assert!(health.to_string().contains("VNI 4242"), "{health}");
+}
+
+#[test]
+fn health_travels_in_metrics() {
+    let evidence = lost();
+    let health = judge(&evidence, evidence.session.since);
+    let mut foreign = ForeignVnis::default();
+    let vni = Vni::try_from(77).expect("a VNI");
+    assert!(foreign.insert(vni) && !foreign.insert(vni));
+    let mut metrics = BTreeMap::from([("rx".to_owned(), "5".to_owned())]);
+    Published::write(Some(&health), &foreign, &mut metrics);
+    let read = Published::read(&metrics);
+    assert_eq!(read.inward, Some(Verdict::Down));
+    assert_eq!(read.outward, Some(Verdict::Unknown));
+    assert!(read.is_down() && read.foreign.contains(vni));
+    assert!(
+        read.reason
+            .is_some_and(|reason| reason.contains("nothing of the peer came in"))
+    );
+    // The same with other milliseconds is no news; another verdict is.
+    let mut later = metrics.clone();
+    let moved = judge(&evidence, evidence.session.since + MS);
+    Published::write(Some(&moved), &foreign, &mut later);
+    assert!(Published::is_same(&metrics, &later));
+    Published::write(None, &ForeignVnis::default(), &mut later);
+    assert!(!Published::is_same(&metrics, &later));
+    assert_eq!(later, BTreeMap::from([("rx".to_owned(), "5".to_owned())]));
+}
+
+fn verdict() -> impl Strategy<Value = Verdict> {
+    prop::sample::select(vec![
+        Verdict::Unknown,
+        Verdict::Up,
+        Verdict::Down,
+        Verdict::Unverified,
+    ])
+}
+
+proptest! {
+    /// Down is never claimed without a session that is, and one that is up is never down.
+    #[test]
+    fn only_a_lost_session_is_down(
+        state in prop::sample::select(vec![State::Unknown, State::Up, State::Down, State::AdminDown]),
+        heard in prop::option::of(any::<u64>()),
+        told in prop::option::of((verdict(), any::<u64>())),
+        stages: [u64; 4],
+        now: u64,
+    ) {
+        let mut evidence = lost();
+        evidence.session.state = state;
+        evidence.session.peer = heard.and_then(|at| probe(Monotonic::from_nanos(at), WireState::Up));
+        evidence.told = told.map(|(inward, at)| Told { inward, at: Monotonic::from_nanos(at) });
+        let [link_out, card_out, card_in, link_in] = stages;
+        evidence.stages = Stages { link_out, card_out: Some(card_out), card_in: Some(card_in), link_in };
+        let health = judge(&evidence, Monotonic::from_nanos(now));
+        prop_assert!(state == State::Down || !health.is_down());
+        prop_assert_eq!(state == State::Up, health.verdict() == Verdict::Up && state != State::Down);
+        for direction in [Direction::In, Direction::Out] {
+            prop_assert!(!health.sentence(direction).is_empty());
+        }
+    }
+
+    #[test]
+    fn any_metrics_can_be_read(metrics in prop::collection::btree_map("sbfd_state_in|sbfd_state_out|vxlan_foreign_vnis", ".{0,40}|[0-9,]{0,400}", 0..4)) {
+        let _ = Published::read(&metrics);
+    }
+}
