@@ -18,6 +18,7 @@ mod downstream;
 pub mod error;
 mod expiry;
 pub mod forwarder;
+mod metrics;
 mod monitor;
 mod path_header;
 mod peers;

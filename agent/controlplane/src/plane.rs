@@ -19,6 +19,7 @@ use crate::{
     dns::Resolver,
     expiry::Expiries,
     forwarder::Forwarder,
+    metrics::CallMetrics,
     monitor::Monitors,
     peers::Peers,
     token::TokenSource,
@@ -69,6 +70,7 @@ pub(crate) struct Shared {
     pub(crate) expiries: Expiries,
     pub(crate) monitors: Monitors,
     pub(crate) bypass: Bypass,
+    pub(crate) calls: CallMetrics,
     /// Endpoints that registered on this node's socket, by name.
     pub(crate) local_endpoints: Mutex<HashMap<String, LocalEndpoint>>,
     pub(crate) forwarder: Option<Arc<dyn Forwarder>>,
@@ -146,6 +148,7 @@ impl ControlPlane {
                 expiries: Expiries::default(),
                 monitors: Monitors::default(),
                 bypass: Bypass::default(),
+                calls: CallMetrics::default(),
                 local_endpoints: Mutex::default(),
                 forwarder,
                 vnis: Mutex::new(vnis),
@@ -182,6 +185,11 @@ impl ControlPlane {
         urls.replace(url);
     }
 
+    /// The domain this agent belongs to.
+    pub fn domain(&self) -> &Domain {
+        &self.shared.settings.domain
+    }
+
     /// The resolver of domains, to reload its configuration.
     pub fn resolver(&self) -> &Resolver {
         &self.shared.resolver
@@ -216,6 +224,20 @@ impl ControlPlane {
     /// tell is not heard until the next Request through them.
     pub fn unmonitored_peers(&self) -> Vec<String> {
         self.shared.peers.unmonitored()
+    }
+
+    /// What the registry of this agent holds; none where another one is the domain's.
+    pub fn registry_counts(&self) -> Option<crate::registry::Counts> {
+        match &self.shared.directory {
+            Directory::Here(registry) => Some(registry.counts()),
+            Directory::At(_) => None,
+        }
+    }
+
+    /// Puts what the control plane counts into a metrics registry.
+    pub fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
+        self.shared.calls.register(registry);
+        self.shared.resolver.register_metrics(registry);
     }
 
     /// What is held now, to compare before and after.

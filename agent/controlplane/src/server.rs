@@ -252,6 +252,23 @@ impl Front {
         })
     }
 
+    async fn serve_request(
+        &self,
+        request: Request<NetworkServiceRequest>,
+    ) -> Result<Response<Connection>, Status> {
+        let call = self.call(request)?;
+        let answer = self.plane.request(call).await.inspect_err(|error| {
+            tracing::info!(%error, "refused a Request");
+        })?;
+        Ok(with_facts(answer))
+    }
+
+    async fn serve_close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
+        let call = self.call(request)?;
+        self.plane.close(call).await?;
+        Ok(Response::new(()))
+    }
+
     fn registry_call<T>(
         &self,
         request: Request<T>,
@@ -271,17 +288,13 @@ impl NetworkService for Front {
         &self,
         request: Request<NetworkServiceRequest>,
     ) -> Result<Response<Connection>, Status> {
-        let call = self.call(request)?;
-        let answer = self.plane.request(call).await.inspect_err(|error| {
-            tracing::info!(%error, "refused a Request");
-        })?;
-        Ok(with_facts(answer))
+        let running = self.plane.shared.calls.request();
+        running.done(self.serve_request(request).await)
     }
 
     async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
-        let call = self.call(request)?;
-        self.plane.close(call).await?;
-        Ok(Response::new(()))
+        let running = self.plane.shared.calls.close();
+        running.done(self.serve_close(request).await)
     }
 }
 

@@ -186,6 +186,7 @@ fn configuration(node: &Node, name: &str, ip: &str) -> String {
         "name: {name}\n\
          domain: {name}.example\n\
          listen:\n\
+        \x20 metrics: \"off\"\n\
         \x20 nsmgr: \"unix://{run}/{name}.sock\"\n\
         \x20 admin: \"{admin}\"\n\
         \x20 proxy: \"tcp://{ip}:5006\"\n\

@@ -23,6 +23,7 @@ mod attempt;
 mod cache;
 mod error;
 mod hosts;
+mod metrics;
 mod rules;
 mod srv;
 #[cfg(test)]
@@ -41,6 +42,7 @@ use tokio::{sync::watch, time::Instant};
 
 use self::{
     cache::{Cache, Known, MAX_FLIGHTS, Outcome},
+    metrics::{By, DnsMetrics},
     rules::{Found, Refusal},
     upstream::Upstream,
 };
@@ -108,6 +110,7 @@ pub struct Resolved {
 #[derive(Clone)]
 pub struct Resolver {
     setup: Arc<RwLock<Arc<Setup>>>,
+    metrics: DnsMetrics,
 }
 
 /// A configuration with its servers and its cache: a reload starts a new one, so that no answer of
@@ -125,7 +128,13 @@ impl Resolver {
     pub fn new(config: ResolverConfig) -> Self {
         Self {
             setup: Arc::new(RwLock::new(Arc::new(Setup::new(config)))),
+            metrics: DnsMetrics::default(),
         }
+    }
+
+    /// Puts what this resolver counts into a metrics registry.
+    pub fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
+        self.metrics.register(registry);
     }
 
     /// Takes another configuration. What is in flight still answers its callers; nothing that was
@@ -144,17 +153,26 @@ impl Resolver {
         let setup = Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner));
         let now = Instant::now();
         if let Some(found) = rules::known(&setup.config, domain) {
+            self.metrics.looked_up(By::Configuration);
             return Ok(Arc::new(Resolved::new(found, now)));
         }
         let known = setup.cache().look_up(domain, now);
         let flight = match known {
-            Known::Answer(outcome) => return outcome,
-            Known::InFlight(flight) => flight,
+            Known::Answer(outcome) => {
+                self.metrics.looked_up(By::Cache);
+                return outcome;
+            }
+            Known::InFlight(flight) => {
+                self.metrics.looked_up(By::Flight);
+                flight
+            }
             Known::Unknown(sender, flight) => {
-                tokio::spawn(setup.fly(domain.clone(), sender));
+                self.metrics.looked_up(By::Question);
+                tokio::spawn(setup.fly(domain.clone(), sender, self.metrics.clone()));
                 flight
             }
             Known::Full => {
+                self.metrics.looked_up(By::Refusal);
                 return Err(ResolveError::Busy {
                     domain: domain.to_string(),
                     limit: MAX_FLIGHTS,
@@ -184,7 +202,13 @@ impl Setup {
     }
 
     /// Asks for a domain, remembers what came of it and tells everybody who waits.
-    async fn fly(self: Arc<Self>, domain: Domain, waiting: watch::Sender<Option<Outcome>>) {
+    async fn fly(
+        self: Arc<Self>,
+        domain: Domain,
+        waiting: watch::Sender<Option<Outcome>>,
+        metrics: DnsMetrics,
+    ) {
+        let started = Instant::now();
         let answer = rules::ask(&self.config, &self.upstream, &domain).await;
         let now = Instant::now();
         let (fresh, kept, expires) = match answer {
@@ -209,6 +233,7 @@ impl Setup {
                 (Err(error.clone()), Err(error), now + ttl)
             }
         };
+        metrics.asked(&fresh, now - started);
         self.cache().land(domain, kept, expires, now);
         // Nobody may wait any more; the answer is remembered all the same.
         waiting.send_replace(Some(fresh));

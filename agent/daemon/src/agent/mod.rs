@@ -15,7 +15,7 @@ use nsm_controlplane::{
     token::TokenSource,
 };
 use nsm_core::vni::{Vni, VniPool};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tonic::service::Routes;
 
 use crate::{
@@ -26,6 +26,7 @@ use crate::{
 mod admin;
 mod forwarder;
 mod ip_map;
+mod metrics;
 mod public_address;
 mod readiness;
 mod signals;
@@ -240,6 +241,7 @@ fn reload(
 }
 
 /// What the listeners tell about.
+#[derive(Clone)]
 struct Told {
     plane: ControlPlane,
     forwarder: Option<Arc<NodeForwarder>>,
@@ -253,6 +255,7 @@ struct Sockets {
     proxy: Socket,
     registry: Socket,
     admin: Socket,
+    metrics: Option<TcpListener>,
 }
 
 impl Sockets {
@@ -271,6 +274,10 @@ impl Sockets {
             proxy: bind("listen.proxy", &listen.proxy).await?,
             registry: bind("listen.registry", &listen.registry).await?,
             admin,
+            metrics: match listen.metrics {
+                Some(address) => Some(metrics::bind(address).await?),
+                None => None,
+            },
         })
     }
 
@@ -286,6 +293,16 @@ impl Sockets {
         };
         let (plane, readiness) = (told.plane.clone(), told.readiness.clone());
         let mut listeners = JoinSet::new();
+        if let Some(listener) = self.metrics {
+            let mut stopped = stopped.clone();
+            let metrics = metrics::Metrics::new(told.clone());
+            listeners.spawn(async move {
+                tokio::select! {
+                    () = metrics.serve(listener) => {}
+                    _ = stopped.wait_for(|stop| *stop) => {}
+                }
+            });
+        }
         let mut listen = |name: &'static str, socket, routes: Routes| {
             let (mut stopped, readiness) = (stopped.clone(), readiness.clone());
             listeners.spawn(async move {

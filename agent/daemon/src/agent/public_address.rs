@@ -91,6 +91,11 @@ impl PublicAddress {
         watch.run()
     }
 
+    /// How many sources disagree with the one that holds.
+    pub(crate) fn conflicts(&self) -> usize {
+        self.state().decision.conflicts.len()
+    }
+
     /// What is known now, as `status` shows it.
     pub(crate) fn facts(&self) -> admin::PublicAddress {
         let state = self.state();

@@ -10,11 +10,11 @@ use super::{
     node::{Bad, Node},
     parse::{
         hide, hosts, metadata, parse_absolute, parse_admin, parse_algorithm, parse_count,
-        parse_format, parse_hook, parse_lifetime, parse_message_size, parse_mtu, parse_name,
-        parse_node_name, parse_path, parse_peer, parse_port, parse_positive, parse_secret,
-        parse_server, parse_spiffe_id, parse_unicast, provider_word,
+        parse_format, parse_hook, parse_lifetime, parse_message_size, parse_metrics, parse_mtu,
+        parse_name, parse_node_name, parse_path, parse_peer, parse_port, parse_positive,
+        parse_secret, parse_server, parse_spiffe_id, parse_unicast, provider_word,
     },
-    value::{parse_bool, parse_log_level, show_duration, show_size},
+    value::{ListenUrl, parse_bool, parse_log_level, show_duration, show_size},
 };
 
 /// One key.
@@ -141,6 +141,16 @@ pub(crate) static KEYS: &[Key] = &[
         "Where `proxy-nsmgr status` asks; a unix socket",
         |c, n| set(&mut c.listen.admin, n.parse(parse_admin)),
         |c| text(&c.listen.admin),
+    ),
+    key(
+        "listen.metrics",
+        "URL|off",
+        "Where Prometheus asks for metrics; a TCP address",
+        |c, n| set(&mut c.listen.metrics, n.parse(parse_metrics)),
+        |c| match c.listen.metrics {
+            Some(address) => text(ListenUrl::Tcp(address)),
+            None => text("off"),
+        },
     ),
     key(
         "advertise_url",

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     str::FromStr,
     time::Duration,
@@ -76,6 +76,8 @@ pub(crate) struct Listen {
     pub(crate) registry: ListenUrl,
     /// `proxy-nsmgr status`.
     pub(crate) admin: ListenUrl,
+    /// Prometheus.
+    pub(crate) metrics: Option<SocketAddr>,
 }
 
 /// How domains are resolved.
@@ -241,6 +243,8 @@ impl Config {
                 proxy: tcp(5006),
                 registry: tcp(5005),
                 admin: ListenUrl::Unix("/run/proxy-nsmgr/admin.sock".into()),
+                // Ids and peers of connections are nobody's business beyond this machine unless the operator says so.
+                metrics: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 9006))),
             },
             advertise_url: None,
             upstream_nsmgr_url: None,
@@ -316,6 +320,12 @@ impl Config {
             ("listen.registry", &self.listen.registry),
             ("listen.admin", &self.listen.admin),
         ];
+        if let Some(metrics) = self.listen.metrics.map(ListenUrl::Tcp)
+            && let Some((other, _)) = listeners.iter().find(|(_, other)| **other == metrics)
+        {
+            let path = "listen.metrics";
+            found.push((path, format!("{path} and {other} are both {metrics}")));
+        }
         for (at, (path, url)) in listeners.iter().enumerate() {
             if let Some((other, _)) = listeners[..at].iter().find(|(_, other)| other == url) {
                 found.push((*path, format!("{path} and {other} are both {url}")));

@@ -137,6 +137,17 @@ pub(super) fn parse_admin(text: &str) -> Result<ListenUrl, &'static str> {
     }
 }
 
+pub(super) fn parse_metrics(text: &str) -> Result<Option<SocketAddr>, &'static str> {
+    const ALLOWED: &str = "tcp://address:port, or off";
+    if is_off(text) {
+        return Ok(None);
+    }
+    match text.parse::<ListenUrl>() {
+        Ok(ListenUrl::Tcp(address)) => Ok(Some(address)),
+        _ => Err(ALLOWED),
+    }
+}
+
 pub(super) fn parse_server(text: &str) -> Result<SocketAddr, &'static str> {
     const ALLOWED: &str =
         "the address of a DNS server such as 192.0.2.53, 192.0.2.53:53 or [2001:db8::53]:53";

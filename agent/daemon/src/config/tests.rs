@@ -458,6 +458,27 @@ proptest::proptest! {
 }
 
 #[test]
+fn metrics_are_for_this_machine_unless_said_otherwise() {
+    let listen = |yaml: &str| load(yaml).listen.metrics.map(|address| address.to_string());
+    assert_eq!(listen("").as_deref(), Some("127.0.0.1:9006"));
+    assert_eq!(
+        listen("listen: {metrics: 'tcp://:9100'}").as_deref(),
+        Some("0.0.0.0:9100")
+    );
+    assert_eq!(listen("listen: {metrics: off}"), None);
+    for (yaml, told) in [
+        ("metrics: unix:///x", "tcp://address:port, or off"),
+        (
+            "metrics: tcp://0.0.0.0:5006",
+            "listen.metrics and listen.proxy",
+        ),
+    ] {
+        let error = World::new(&format!("listen: {{{yaml}}}")).error();
+        assert!(error.contains(told), "{error}");
+    }
+}
+
+#[test]
 fn whom_to_ask_for_the_public_address_is_said_in_several_ways() {
     let config = load("");
     let shown = |yaml: &str| {

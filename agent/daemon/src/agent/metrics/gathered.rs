@@ -1,0 +1,210 @@
+//! Metrics of what is there now, and of what the kernel counts.
+
+use nsm_controlplane::{
+    forwarder::{Forwarder as _, Plan},
+    plane::ConnectionView,
+};
+use nsm_core::name::InterdomainName;
+use nsm_dataplane::bpf::Bpf;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
+    registry::{Registry, Unit},
+};
+
+use crate::agent::Told;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct State {
+    state: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: String,
+}
+
+/// One connection. `peer` is the other end of its tunnel, `domain` that of the service asked for; both stay what they are for the
+/// connection's life.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfConnection {
+    connection: String,
+    peer: String,
+    domain: String,
+}
+
+/// Gathers everything and puts it into `registry`.
+pub(super) async fn register(told: &Told, registry: &mut Registry) {
+    agent(told, registry);
+    connections(told, registry);
+    tunnels(told, registry).await;
+    if let Some(forwarder) = &told.forwarder {
+        let drops = Family::<Reason, Counter>::default();
+        for (reason, packets) in forwarder.drops() {
+            drops.get_or_create(&Reason { reason }).inc_by(packets);
+        }
+        registry.register(
+            "underlay_drops_packets",
+            "Packets of the underlay that were dropped, or passed uncounted, by reason",
+            drops,
+        );
+    }
+}
+
+fn agent(told: &Told, registry: &mut Registry) {
+    let object = told.forwarder.as_ref().map(|_| Bpf::object_sha256());
+    registry.register(
+        "build",
+        "What is running: the agent's version and its BPF object",
+        Info::new(vec![
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("bpf_object_sha256", object.unwrap_or_default()),
+        ]),
+    );
+    gauge(
+        registry,
+        "ready",
+        "Whether the agent is ready: 1 or 0",
+        told.readiness.waiting().is_empty().into(),
+    );
+    gauge(
+        registry,
+        "degradations",
+        "Reasons for which the agent works less well than it could; `proxy-nsmgr status` says which",
+        told.readiness.degradations().len(),
+    );
+    gauge(
+        registry,
+        "public_address_conflicts",
+        "Sources that say another public address than the one that holds",
+        told.public_address.conflicts(),
+    );
+    if let Some(counts) = told.plane.registry_counts() {
+        gauge(
+            registry,
+            "registry_network_services",
+            "Network services in this agent's registry",
+            counts.services,
+        );
+        gauge(
+            registry,
+            "registry_endpoints",
+            "Endpoints in this agent's registry",
+            counts.endpoints,
+        );
+        gauge(
+            registry,
+            "registry_watches",
+            "Open watches of this agent's registry",
+            counts.watchers,
+        );
+    }
+}
+
+fn connections(told: &Told, registry: &mut Registry) {
+    let by_state = Family::<State, Gauge>::default();
+    // Those that nobody has now too: a series that comes and goes cannot be added up.
+    for state in ["UP", "DOWN"] {
+        let state = state.to_owned();
+        drop(by_state.get_or_create(&State { state }));
+    }
+    for view in told.plane.connections() {
+        let state = view.connection().state().as_str_name().to_owned();
+        by_state.get_or_create(&State { state }).inc();
+    }
+    registry.register("connections", "Connections, by state", by_state);
+
+    let peers = Family::<State, Gauge>::default();
+    let lost = told.plane.unmonitored_peers();
+    for state in ["watched", "lost"] {
+        let count = told
+            .plane
+            .peers()
+            .iter()
+            .filter(|(url, _)| lost.contains(url) == (state == "lost"))
+            .count();
+        peers
+            .get_or_create(&State {
+                state: state.to_owned(),
+            })
+            .set(number(count));
+    }
+    registry.register(
+        "peers",
+        "Peers that carry connections, by whether their monitor stream stands",
+        peers,
+    );
+}
+
+async fn tunnels(told: &Told, registry: &mut Registry) {
+    let Some(forwarder) = &told.forwarder else {
+        return;
+    };
+    type Counts = Family<OfConnection, Counter>;
+    let [sent, sent_bytes, received, received_bytes] = [(); 4].map(|()| Counts::default());
+    for view in told.plane.connections() {
+        let Some((plan, labels)) = tunnel(told, &view) else {
+            continue;
+        };
+        let Some(counters) = forwarder.counters(plan).await else {
+            continue;
+        };
+        for (family, count) in [
+            (&sent, counters.tx_packets),
+            (&sent_bytes, counters.tx_bytes),
+            (&received, counters.rx_packets),
+            (&received_bytes, counters.rx_bytes),
+        ] {
+            family.get_or_create(&labels).inc_by(count);
+        }
+    }
+    registry.register(
+        "tunnel_transmit_packets",
+        "Packets that left through a tunnel",
+        sent,
+    );
+    registry.register_with_unit(
+        "tunnel_transmit",
+        "Bytes that left through a tunnel",
+        Unit::Bytes,
+        sent_bytes,
+    );
+    registry.register(
+        "tunnel_receive_packets",
+        "Packets that came through a tunnel",
+        received,
+    );
+    registry.register_with_unit(
+        "tunnel_receive",
+        "Bytes that came through a tunnel",
+        Unit::Bytes,
+        received_bytes,
+    );
+}
+
+/// A connection's tunnel, where it ends on this node.
+fn tunnel<'v>(told: &Told, view: &'v ConnectionView) -> Option<(&'v Plan, OfConnection)> {
+    let plan = view.plan()?;
+    let Plan::Vxlan { spec, .. } = plan else {
+        return None;
+    };
+    let service: Option<InterdomainName> = view.connection().network_service.parse().ok();
+    let named = service.as_ref().and_then(InterdomainName::domain);
+    let domain = named.unwrap_or(told.plane.domain()).to_string();
+    let labels = OfConnection {
+        connection: view.id().to_owned(),
+        peer: spec.remote.to_string(),
+        domain,
+    };
+    Some((plan, labels))
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str, value: usize) {
+    let gauge = Gauge::<i64>::default();
+    gauge.set(number(value));
+    registry.register(name, help, gauge);
+}
+
+fn number(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
