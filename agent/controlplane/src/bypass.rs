@@ -6,11 +6,11 @@
 
 use std::{
     collections::HashMap,
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use crate::connections::lock;
+use crate::{connections::lock, peers::Peer};
 
 /// Longer than the longest life of a path token (10 minutes): a connection that is refreshed
 /// without a new Find keeps its route.
@@ -26,7 +26,7 @@ pub(crate) struct Bypass {
 }
 
 /// Where an endpoint is served.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Way {
     /// The URL to dial.
     pub(crate) url: String,
@@ -34,6 +34,8 @@ pub(crate) struct Way {
     pub(crate) registered_here: bool,
     /// The endpoint runs as root on this node.
     pub(crate) trusted: bool,
+    /// Keeps the descriptor of its socket, when it has passed one in the place of a path.
+    pub(crate) _socket: Option<Arc<Peer>>,
 }
 
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use nsm_core::{
     mechanism::{
-        IfName, KERNEL, Kernel, LOCAL, NetnsUrl, REMOTE, VXLAN, Vxlan, choose, lower_mtu, vxlan_mtu,
+        IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN, Vxlan, choose, lower_mtu, vxlan_mtu,
     },
     tunnel::{LinkAlias, LinkSpec, MacAddr, VxlanSpec},
     vni::Vni,
@@ -27,6 +27,7 @@ use crate::{
     convert,
     error::RequestError,
     forwarder::{Plan, Underlay},
+    pod::{PassedNetns, Pod},
     route::{Arrival, Route},
 };
 
@@ -37,9 +38,9 @@ const VETH_MTU: u32 = 1500;
 #[derive(Debug, Clone)]
 pub(crate) enum Case {
     /// Client and endpoint are pods of this node.
-    PodToPod(Kernel, Mechanism),
+    PodToPod(Pod, Mechanism),
     /// The client is a pod of this node.
-    PodToTunnel(Kernel, Mechanism),
+    PodToTunnel(Pod, Mechanism),
     /// The endpoint is a pod of this node.
     TunnelToPod(Vxlan, Mechanism),
     /// Neither is.
@@ -53,6 +54,7 @@ impl Case {
         has_forwarder: bool,
         connection: &Connection,
         preferences: &[Mechanism],
+        passed: &PassedNetns,
         route: &Route,
     ) -> Result<Self, RequestError> {
         if !has_forwarder {
@@ -60,11 +62,12 @@ impl Case {
         }
         match arrival {
             Arrival::Local { trusted } => {
-                let (kernel, mechanism) = client_pod(connection, preferences, trusted)?;
+                let mechanism = agreed(connection, preferences, &[(LOCAL, KERNEL)])?;
+                let client = Pod::of_client(&mechanism, trusted, passed)?;
                 Ok(if route.is_local() {
-                    Self::PodToPod(kernel, mechanism)
+                    Self::PodToPod(client, mechanism)
                 } else {
-                    Self::PodToTunnel(kernel, mechanism)
+                    Self::PodToTunnel(client, mechanism)
                 })
             }
             Arrival::Network if route.is_local() => {
@@ -77,23 +80,6 @@ impl Case {
             }
             Arrival::Network => Ok(Self::Through),
         }
-    }
-}
-
-fn client_pod(
-    connection: &Connection,
-    preferences: &[Mechanism],
-    trusted: bool,
-) -> Result<(Kernel, Mechanism), RequestError> {
-    let mechanism = agreed(connection, preferences, &[(LOCAL, KERNEL)])?;
-    let kernel = Kernel::parse(&mechanism.parameters)?;
-    match &kernel.netns {
-        None => Err(RequestError::Missing("inodeURL in its KERNEL mechanism")),
-        // A path or an inode number is only a claim: anybody can name the host's own namespace.
-        Some(netns) if !trusted => Err(RequestError::Forbidden(format!(
-            "only a client that runs as root may name a network namespace ({netns})"
-        ))),
-        Some(_) => Ok((kernel, mechanism)),
     }
 }
 
@@ -224,12 +210,12 @@ impl Ends {
     /// The client's end of a tunnel.
     pub(crate) fn client_tunnel(
         &self,
-        client: &Kernel,
+        client: &Pod,
         name: IfName,
         tunnel: Tunnel,
     ) -> Result<Plan, RequestError> {
         Ok(Plan::Vxlan {
-            netns: netns(client, "the client's")?,
+            netns: client.netns.clone(),
             spec: tunnel.spec(self.client(name)?),
         })
     }
@@ -237,12 +223,12 @@ impl Ends {
     /// The endpoint's end of a tunnel.
     pub(crate) fn endpoint_tunnel(
         &self,
-        endpoint: &Kernel,
+        endpoint: &Pod,
         name: IfName,
         tunnel: Tunnel,
     ) -> Result<Plan, RequestError> {
         Ok(Plan::Vxlan {
-            netns: netns(endpoint, "the endpoint's")?,
+            netns: endpoint.netns.clone(),
             spec: tunnel.spec(self.endpoint(name)?),
         })
     }
@@ -250,15 +236,12 @@ impl Ends {
     /// Both ends on this node.
     pub(crate) fn pair(
         &self,
-        client: (&Kernel, IfName),
-        endpoint: (&Kernel, IfName),
+        client: (&Pod, IfName),
+        endpoint: (&Pod, IfName),
     ) -> Result<Plan, RequestError> {
         Ok(Plan::Veth {
-            client: (netns(client.0, "the client's")?, self.client(client.1)?),
-            endpoint: (
-                netns(endpoint.0, "the endpoint's")?,
-                self.endpoint(endpoint.1)?,
-            ),
+            client: (client.0.netns.clone(), self.client(client.1)?),
+            endpoint: (endpoint.0.netns.clone(), self.endpoint(endpoint.1)?),
         })
     }
 }
@@ -282,14 +265,6 @@ impl Tunnel {
             port: self.port,
         }
     }
-}
-
-fn netns(kernel: &Kernel, whose: &str) -> Result<NetnsUrl, RequestError> {
-    kernel.netns.clone().ok_or_else(|| RequestError::Field {
-        field: "inodeURL",
-        value: String::new(),
-        reason: format!("{whose} KERNEL mechanism must name a network namespace"),
-    })
 }
 
 /// The interface's name: as asked, else from the connection's id.
@@ -337,6 +312,7 @@ mod tests {
             true,
             &Connection::default(),
             &[offered],
+            &PassedNetns::default(),
             &route(url),
         )
     }
@@ -371,21 +347,15 @@ mod tests {
             Ok(Case::Through)
         ));
         // Without a forwarder nothing is this node's business.
-        let through = Case::of(ANYONE, false, &Connection::default(), &[], &route(ENDPOINT));
+        let through = Case::of(
+            ANYONE,
+            false,
+            &Connection::default(),
+            &[],
+            &PassedNetns::default(),
+            &route(ENDPOINT),
+        );
         assert!(matches!(through, Ok(Case::Through)));
-    }
-
-    #[test]
-    fn a_namespace_is_believed_of_root_only() {
-        for netns in ["file:///run/netns/pod", "inode://4/4026531840"] {
-            assert!(of(ROOT, kernel(netns), PEER).is_ok());
-            for url in [PEER, ENDPOINT] {
-                let error = of(ANYONE, kernel(netns), url).unwrap_err();
-                assert_eq!(error.code(), tonic::Code::PermissionDenied);
-                let text = error.to_string();
-                assert!(text.contains("as root") && text.contains(netns), "{text}");
-            }
-        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::{
     error::RequestError,
     peers::Peer,
     plane::ControlPlane,
-    request::Call,
+    request::{Call, told_to},
 };
 
 /// How long a next hop may take to answer a Close. What it holds ends with its token anyway; the
@@ -121,7 +121,10 @@ impl ControlPlane {
         Connection {
             network_service: established.route.service.clone(),
             network_service_endpoint_name: established.route.endpoint.clone(),
-            mechanism: established.next_mechanism.clone(),
+            mechanism: established
+                .next_mechanism
+                .clone()
+                .map(|mechanism| told_to(&established.route, mechanism)),
             ..established.view.clone()
         }
     }

@@ -1,4 +1,4 @@
-//! Dialing of `unix://` and `tcp://` URLs.
+//! Dialing of `unix://` and `tcp://` URLs, and of sockets whose descriptor was passed.
 //!
 //! NSM names its peers by such URLs in registrations, configuration and mechanisms. A [`DialUrl`]
 //! is one that was parsed; [`dial`] gives a channel that is connected, so that a peer which is not
@@ -11,6 +11,7 @@ use std::{
     net::Ipv6Addr,
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +20,8 @@ use hyper_util::rt::TokioIo;
 use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::unix::{Descriptors, Passed, UnixStream};
 
 /// How long a TCP connection may be silent before the kernel asks for a sign of life. A peer that
 /// went away without a word is noticed after this and [`PROBES`] times [`PROBE_INTERVAL`], long
@@ -83,6 +86,9 @@ pub enum DialError {
         /// The innermost causes, in the kernel's or resolver's words.
         cause: String,
     },
+    /// The peer was known by a descriptor of its socket, and has not registered again.
+    #[error("the socket {0} is not known any more: its endpoint must register again")]
+    Released(String),
     /// The peer did not take the connection in time.
     #[error("cannot connect to {url}: no answer within {timeout:?}")]
     Timeout {
@@ -93,14 +99,93 @@ pub enum DialError {
     },
 }
 
+/// What a Unix connection's HTTP/2 requests call the other end, as gRPC does.
+const UNIX_AUTHORITY: &str = "http://localhost";
+
 /// Connects to `url` (`unix:///path` or `tcp://host:port`) within `dial_timeout`.
 ///
 /// # Errors
 ///
 /// The URL is none, or the peer cannot be connected to in time.
 pub async fn dial(url: &str, dial_timeout: Duration) -> Result<Channel, DialError> {
-    let url = url.parse::<DialUrl>()?;
-    url.connect(dial_timeout).await
+    dial_with(url, &Arc::default(), dial_timeout).await
+}
+
+/// Connects to `url`; descriptors travel beside the calls by way of `descriptors`, where the
+/// connection can carry any.
+pub(crate) async fn dial_with(
+    url: &str,
+    descriptors: &Arc<Descriptors>,
+    dial_timeout: Duration,
+) -> Result<Channel, DialError> {
+    match url.parse::<DialUrl>()? {
+        DialUrl::Unix(path) => {
+            let shown = DialUrl::Unix(path.clone());
+            dial_unix(UnixPeer::At(path), descriptors, shown, dial_timeout).await
+        }
+        url @ DialUrl::Tcp { .. } => url.connect(dial_timeout).await,
+    }
+}
+
+/// Connects to the socket that `socket` is a descriptor of, wherever its path may be.
+pub(crate) async fn dial_passed(
+    socket: &Passed,
+    descriptors: &Arc<Descriptors>,
+    dial_timeout: Duration,
+) -> Result<Channel, DialError> {
+    let shown = DialUrl::Unix(socket.path().into());
+    let peer = UnixPeer::Passed(socket.clone());
+    dial_unix(peer, descriptors, shown, dial_timeout).await
+}
+
+/// A socket to connect to, and to connect to again.
+#[derive(Clone)]
+enum UnixPeer {
+    At(PathBuf),
+    /// Held as long as the channel, so that its number means no other file.
+    Passed(Passed),
+}
+
+async fn dial_unix(
+    peer: UnixPeer,
+    descriptors: &Arc<Descriptors>,
+    shown: DialUrl,
+    dial_timeout: Duration,
+) -> Result<Channel, DialError> {
+    let descriptors = Arc::clone(descriptors);
+    let connector = tower::service_fn(move |_: Uri| {
+        let (peer, descriptors) = (peer.clone(), Arc::clone(&descriptors));
+        async move {
+            let stream = match &peer {
+                UnixPeer::At(path) => UnixStream::connect(path, descriptors).await?,
+                UnixPeer::Passed(socket) => {
+                    UnixStream::connect(Path::new(&socket.path()), descriptors).await?
+                }
+            };
+            Ok::<_, io::Error>(TokioIo::new(stream))
+        }
+    });
+    let endpoint = Endpoint::from_static(UNIX_AUTHORITY).connect_timeout(dial_timeout);
+    let connecting = endpoint.connect_with_connector(connector);
+    in_time(&shown, dial_timeout, connecting).await
+}
+
+async fn in_time(
+    url: &DialUrl,
+    dial_timeout: Duration,
+    connecting: impl Future<Output = Result<Channel, tonic::transport::Error>>,
+) -> Result<Channel, DialError> {
+    match tokio::time::timeout(dial_timeout, connecting).await {
+        Ok(Ok(channel)) => Ok(channel),
+        Ok(Err(error)) => Err(DialError::Connect {
+            url: url.clone(),
+            cause: root_cause(&error),
+        }),
+        Err(_) => Err(DialError::Timeout {
+            url: url.clone(),
+            timeout: dial_timeout,
+        }),
+    }
 }
 
 impl DialUrl {
@@ -110,39 +195,19 @@ impl DialUrl {
     ///
     /// The peer cannot be connected to in time.
     pub async fn connect(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
-        let connecting = self.endpoint(dial_timeout)?;
-        let connected = async {
-            match self {
-                Self::Unix(_) => connecting.connect().await,
-                Self::Tcp { .. } => {
-                    let connector = tower::service_fn(connect_tcp);
-                    connecting.connect_with_connector(connector).await
-                }
-            }
-        };
-        match tokio::time::timeout(dial_timeout, connected).await {
-            Ok(Ok(channel)) => Ok(channel),
-            Ok(Err(error)) => Err(DialError::Connect {
-                url: self.clone(),
-                cause: root_cause(&error),
-            }),
-            Err(_) => Err(DialError::Timeout {
-                url: self.clone(),
-                timeout: dial_timeout,
-            }),
+        if let Self::Unix(path) = self {
+            let none = Arc::default();
+            let peer = UnixPeer::At(path.clone());
+            return dial_unix(peer, &none, self.clone(), dial_timeout).await;
         }
-    }
-
-    fn endpoint(&self, dial_timeout: Duration) -> Result<Endpoint, DialError> {
-        let endpoint = match self {
-            Self::Unix(path) => Endpoint::from_shared(format!("unix://{}", path.display())),
-            Self::Tcp { .. } => Endpoint::from_shared(format!("http://{}", self.authority())),
-        }
-        .map_err(|error| DialError::Connect {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.authority()));
+        let endpoint = endpoint.map_err(|error| DialError::Connect {
             url: self.clone(),
             cause: root_cause(&error),
         })?;
-        Ok(endpoint.connect_timeout(dial_timeout))
+        let endpoint = endpoint.connect_timeout(dial_timeout);
+        let connecting = endpoint.connect_with_connector(tower::service_fn(connect_tcp));
+        in_time(self, dial_timeout, connecting).await
     }
 
     /// What stands behind `tcp://`, an IPv6 address in brackets; the path of a socket.

@@ -4,13 +4,15 @@
 //! A [`Plan`] is the whole of what one connection needs on this node. `up` is all or nothing and
 //! idempotent; `down` of a plan that is not up is a success.
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 use nsm_core::{
     mechanism::NetnsUrl,
     tunnel::{LinkSpec, VxlanSpec},
 };
 use tonic::Code;
+
+use crate::unix::Passed;
 
 /// The node's end of a tunnel towards one peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,23 +25,68 @@ pub struct Underlay {
     pub mtu: u32,
 }
 
+/// A pod's network namespace. Two are equal when their owners call them the same.
+#[derive(Debug, Clone)]
+pub struct PodNetns {
+    /// Where it is, in its owner's words.
+    pub url: NetnsUrl,
+    /// Its descriptor, where the owner passed one. Works where the agent cannot find the namespace
+    /// by its URL, and keeps the namespace alive as long as it is held.
+    pub descriptor: Option<Passed>,
+}
+
+impl PartialEq for PodNetns {
+    fn eq(&self, other: &Self) -> bool {
+        self.url == other.url
+    }
+}
+
+impl From<NetnsUrl> for PodNetns {
+    fn from(url: NetnsUrl) -> Self {
+        Self {
+            url,
+            descriptor: None,
+        }
+    }
+}
+
+impl fmt::Display for PodNetns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.url.fmt(f)
+    }
+}
+
 /// The links of one connection on this node.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Plan {
     /// One end of a tunnel, in the namespace of the client or of the endpoint.
     Vxlan {
         /// The pod's namespace.
-        netns: NetnsUrl,
+        netns: PodNetns,
         /// The link.
         spec: VxlanSpec,
     },
     /// Client and endpoint are both on this node.
     Veth {
         /// The client's namespace and link.
-        client: (NetnsUrl, LinkSpec),
+        client: (PodNetns, LinkSpec),
         /// The endpoint's namespace and link.
-        endpoint: (NetnsUrl, LinkSpec),
+        endpoint: (PodNetns, LinkSpec),
     },
+}
+
+impl Plan {
+    /// The plan as it is kept: a descriptor would keep the namespace of a pod that is gone.
+    pub(crate) fn without_descriptors(mut self) -> Self {
+        match &mut self {
+            Self::Vxlan { netns, .. } => netns.descriptor = None,
+            Self::Veth { client, endpoint } => {
+                client.0.descriptor = None;
+                endpoint.0.descriptor = None;
+            }
+        }
+        self
+    }
 }
 
 /// Packets and bytes of a tunnel, as seen on the underlay.
@@ -89,7 +136,8 @@ pub trait Forwarder: Send + Sync + 'static {
     /// Our end of a tunnel towards `remote`, or towards anywhere when it is not known yet.
     async fn underlay(&self, remote: Option<IpAddr>) -> Result<Underlay, ForwarderError>;
 
-    /// Makes the plan real, or leaves nothing behind.
+    /// Makes the plan real, or leaves nothing behind. Later calls may name the same namespaces
+    /// without their descriptors.
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError>;
 
     /// Takes the plan's links away; a success when they are not there.

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
@@ -23,6 +23,7 @@ use crate::{
     dial::{self, DialError},
     error::RequestError,
     token::TokenSource,
+    unix::{Descriptors, Passed},
 };
 
 /// Peers without connections that are kept for the next Request before the oldest go.
@@ -32,6 +33,10 @@ const IDLE_PEERS: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) url: String,
+    /// The socket behind an `inode://` URL. As long as it is held no other file has its inode.
+    socket: Option<Passed>,
+    /// What the peer passes beside its answers, and what we pass it.
+    pub(crate) descriptors: Arc<Descriptors>,
     channel: OnceCell<Channel>,
     users: Mutex<HashSet<String>>,
     monitor: Mutex<Option<AbortHandle>>,
@@ -51,7 +56,7 @@ impl Peer {
         let dialling = self
             .channel
             // Boxed: dialling is rare, and its state would make every call's future larger.
-            .get_or_try_init(|| Box::pin(dial::dial(&self.url, dial_timeout)));
+            .get_or_try_init(|| Box::pin(self.dial(dial_timeout)));
         match timeout(budget, dialling).await {
             Ok(channel) => Ok(channel?.clone()),
             Err(_) => Err(DialError::Timeout {
@@ -59,6 +64,14 @@ impl Peer {
                 timeout: budget,
             }
             .into()),
+        }
+    }
+
+    async fn dial(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
+        match &self.socket {
+            Some(socket) => dial::dial_passed(socket, &self.descriptors, dial_timeout).await,
+            None if is_passed(&self.url) => Err(DialError::Released(self.url.clone())),
+            None => dial::dial_with(&self.url, &self.descriptors, dial_timeout).await,
         }
     }
 
@@ -121,6 +134,8 @@ impl Peer {
 #[derive(Debug)]
 pub(crate) struct Peers {
     peers: Mutex<HashMap<String, Arc<Peer>>>,
+    /// Those whose socket was passed: as long as they are registered or carry connections.
+    passed: Mutex<HashMap<String, Weak<Peer>>>,
     dial_timeout: Duration,
     max_message_bytes: usize,
     tokens: Arc<TokenSource>,
@@ -135,6 +150,7 @@ impl Peers {
     ) -> Self {
         Self {
             peers: Mutex::default(),
+            passed: Mutex::default(),
             dial_timeout,
             max_message_bytes,
             tokens,
@@ -143,26 +159,56 @@ impl Peers {
 
     /// The peer behind `url`.
     pub(crate) fn get(&self, url: &str) -> Arc<Peer> {
+        if is_passed(url) {
+            // One that is gone cannot be dialled, which is told when somebody does.
+            return self
+                .known_passed(url)
+                .unwrap_or_else(|| self.fresh(url, None));
+        }
         let mut peers = lock(&self.peers);
         if peers.len() >= IDLE_PEERS && !peers.contains_key(url) {
             peers.retain(|_, peer| Arc::strong_count(peer) > 1 || peer.user_count() > 0);
         }
-        Arc::clone(peers.entry(url.to_owned()).or_insert_with(|| {
-            Arc::new(Peer {
-                url: url.to_owned(),
-                channel: OnceCell::new(),
-                users: Mutex::default(),
-                monitor: Mutex::default(),
-                emptied: Notify::new(),
-                max_message_bytes: self.max_message_bytes,
-            })
-        }))
+        let peer = peers
+            .entry(url.to_owned())
+            .or_insert_with(|| self.fresh(url, None));
+        Arc::clone(peer)
+    }
+
+    /// The peer whose socket was passed under the name `url` before, if it is still held.
+    pub(crate) fn known_passed(&self, url: &str) -> Option<Arc<Peer>> {
+        lock(&self.passed).get(url).and_then(Weak::upgrade)
+    }
+
+    /// The peer whose socket was passed under the name `url`: there as long as the caller holds it.
+    pub(crate) fn get_passed(&self, url: &str, socket: Passed) -> Arc<Peer> {
+        let mut passed = lock(&self.passed);
+        if let Some(known) = passed.get(url).and_then(Weak::upgrade) {
+            return known;
+        }
+        passed.retain(|_, peer| peer.strong_count() > 0);
+        let peer = self.fresh(url, Some(socket));
+        passed.insert(url.to_owned(), Arc::downgrade(&peer));
+        peer
+    }
+
+    fn fresh(&self, url: &str, socket: Option<Passed>) -> Arc<Peer> {
+        Arc::new(Peer {
+            url: url.to_owned(),
+            socket,
+            descriptors: Arc::default(),
+            channel: OnceCell::new(),
+            users: Mutex::default(),
+            monitor: Mutex::default(),
+            emptied: Notify::new(),
+            max_message_bytes: self.max_message_bytes,
+        })
     }
 
     /// Every peer that carries connections, with their number.
     pub(crate) fn in_use(&self) -> Vec<(String, usize)> {
-        lock(&self.peers)
-            .values()
+        self.all()
+            .into_iter()
             .map(|peer| (peer.url.clone(), peer.user_count()))
             .filter(|(_, users)| *users > 0)
             .collect()
@@ -170,11 +216,17 @@ impl Peers {
 
     /// Peers that carry connections and that no monitor stream watches.
     pub(crate) fn unmonitored(&self) -> Vec<String> {
-        lock(&self.peers)
-            .values()
+        self.all()
+            .into_iter()
             .filter(|peer| peer.user_count() > 0 && !peer.is_monitored())
             .map(|peer| peer.url.clone())
             .collect()
+    }
+
+    fn all(&self) -> Vec<Arc<Peer>> {
+        let mut all: Vec<_> = lock(&self.peers).values().cloned().collect();
+        all.extend(lock(&self.passed).values().filter_map(Weak::upgrade));
+        all
     }
 
     /// A channel to `url` for the registry services.
@@ -240,6 +292,11 @@ impl Peers {
         }
         request
     }
+}
+
+/// Whether the URL names a socket by its inode, whose descriptor is passed.
+pub(crate) fn is_passed(url: &str) -> bool {
+    url.starts_with("inode:")
 }
 
 /// Awaits a call until `deadline`, and says in its error who was called and how it failed.

@@ -21,7 +21,7 @@ use crate::{
     forwarder::Forwarder,
     metrics::CallMetrics,
     monitor::Monitors,
-    peers::Peers,
+    peers::{Peer, Peers},
     token::TokenSource,
 };
 
@@ -91,6 +91,8 @@ pub(crate) struct LocalEndpoint {
     pub(crate) trusted: bool,
     /// When its registration lapses.
     pub(crate) expires: SystemTime,
+    /// Keeps the descriptor of its socket, when it has passed one in the place of a path.
+    pub(crate) _socket: Option<Arc<Peer>>,
 }
 
 /// Public URLs that are remembered after they have changed: what was registered with them is refreshed, with the new one, within the

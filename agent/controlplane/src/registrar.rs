@@ -5,7 +5,12 @@
 //! another domain, or registered there, is told with our own URL: the Request for it then comes to
 //! our proxy, which knows the true one (see [`crate::bypass`]).
 
-use std::{collections::BTreeMap, pin::Pin, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::{FutureExt as _, TryFutureExt as _};
 use nsm_core::name::{Domain, InterdomainName};
@@ -26,12 +31,16 @@ use crate::{
     directory::Directory,
     error::RequestError,
     path_header::PathHeader,
-    peers::{call, refused},
+    peers::{Peer, call, is_passed, refused},
     plane::{ControlPlane, LocalEndpoint},
     registry::{Registry, grpc::EndpointStream, grpc::ServiceStream},
     request::Call,
     route::Arrival,
+    unix::{FileId, Kind, PATIENCE},
 };
+
+/// How long after its end a registration is looked for: timers and the system's clock differ by less.
+const LAPSE_MARGIN: Duration = Duration::from_secs(1);
 
 /// The registry that a message belongs to.
 enum Target<'a> {
@@ -181,12 +190,15 @@ impl ControlPlane {
         call_: Call<NetworkServiceEndpoint>,
         path: Option<PathHeader>,
     ) -> Result<NetworkServiceEndpoint, Status> {
-        let mut endpoint = call_.message;
+        let mut endpoint = call_.message.clone();
         let place = self.address(names(&endpoint), call_.deadline).await?;
         place.translate(&mut endpoint, strip)?;
         let through_us = matches!(call_.arrival, Arrival::Local { .. }) || !place.is_ours;
         let own_url = endpoint.url.clone();
-        check_url(&own_url, call_.arrival)?;
+        let socket = self.passed_socket(&endpoint, &call_).await?;
+        if socket.is_none() {
+            check_url(&own_url, call_.arrival)?;
+        }
         if through_us {
             endpoint.url = self.url_in(&place);
         }
@@ -210,12 +222,13 @@ impl ControlPlane {
             registered.url.clone_from(&own_url);
             let trusted = matches!(call_.arrival, Arrival::Local { trusted: true });
             if place.is_ours {
-                self.keep_local(bare_name, own_url, trusted, &registered);
+                self.keep_local(bare_name, own_url, trusted, socket, &registered);
             } else {
                 let way = Way {
                     url: own_url,
                     registered_here: true,
                     trusted,
+                    _socket: socket,
                 };
                 self.shared.bypass.learn(&registered.name, way);
             }
@@ -228,6 +241,7 @@ impl ControlPlane {
         name: String,
         url: String,
         trusted: bool,
+        socket: Option<Arc<Peer>>,
         registered: &NetworkServiceEndpoint,
     ) {
         let now = SystemTime::now();
@@ -236,14 +250,57 @@ impl ControlPlane {
             .as_ref()
             .and_then(convert::time)
             .unwrap_or(now);
-        let mut local = lock(&self.shared.local_endpoints);
-        local.retain(|_, endpoint| endpoint.expires > now);
+        if socket.is_some() {
+            let plane = self.clone();
+            let life = expires.duration_since(now).unwrap_or_default();
+            // Its descriptor is not to be held until the next one happens to register.
+            tokio::spawn(async move {
+                tokio::time::sleep(life + LAPSE_MARGIN).await;
+                plane.forget_lapsed(SystemTime::now());
+            });
+        }
+        self.forget_lapsed(now);
         let endpoint = LocalEndpoint {
             url,
             trusted,
             expires,
+            _socket: socket,
         };
-        local.insert(name, endpoint);
+        lock(&self.shared.local_endpoints).insert(name, endpoint);
+    }
+
+    fn forget_lapsed(&self, now: SystemTime) {
+        lock(&self.shared.local_endpoints).retain(|_, endpoint| endpoint.expires > now);
+    }
+
+    /// The peer of an endpoint that names its socket by inode and passes the descriptor: its path
+    /// would mean nothing here, as in a container with a file system of its own.
+    async fn passed_socket(
+        &self,
+        endpoint: &NetworkServiceEndpoint,
+        call_: &Call<NetworkServiceEndpoint>,
+    ) -> Result<Option<Arc<Peer>>, RequestError> {
+        let (url, peers) = (&endpoint.url, &self.shared.peers);
+        let (true, Some(descriptors)) = (is_passed(url), &call_.descriptors) else {
+            return Ok(None);
+        };
+        // One that is registered already: as long as we hold it nothing else has its inode.
+        if let Some(known) = peers.known_passed(url) {
+            return Ok(Some(known));
+        }
+        let bad = |reason: String| RequestError::Field {
+            field: "url of the endpoint",
+            value: url.clone(),
+            reason,
+        };
+        let Some(id) = FileId::parse(url) else {
+            return Err(bad(
+                "write inode://<device>/<inode>, both decimal, as stat shows them".to_owned(),
+            ));
+        };
+        let socket = descriptors.take(id, Kind::Socket, PATIENCE).await;
+        let socket = socket.map_err(|missing| bad(missing.to_string()))?;
+        Ok(Some(peers.get_passed(url, socket)))
     }
 
     /// Takes an endpoint out.
@@ -323,6 +380,7 @@ impl ControlPlane {
                             url: url.to_owned(),
                             registered_here: false,
                             trusted: false,
+                            _socket: None,
                         };
                         plane.shared.bypass.learn(&endpoint.name, way);
                     }

@@ -18,8 +18,7 @@ use nsm_proto::{
 use tokio::time::Instant;
 
 use self::messages::{
-    End, all_failed, bad_answer, check, endpoint_pod, named, own_id, resume, serves, set_mac,
-    source, undo_connection,
+    End, all_failed, check, named, own_id, resume, serves, set_mac, source, undo_connection,
 };
 use crate::{
     case::{Case, Ends, Tunnel, interface, mac, pair_mtu, tunnel_mtu},
@@ -27,11 +26,15 @@ use crate::{
     connections::{Established, Turn, lock},
     convert, downstream,
     error::RequestError,
-    forwarder::{Forwarder, ForwarderError},
+    forwarder::{Forwarder, ForwarderError, Plan},
     peers::Peer,
     plane::ControlPlane,
+    pod::PassedNetns,
     route::{Arrival, Crossing, Resolution, Route},
+    unix::Descriptors,
 };
+
+pub(crate) use self::messages::{bad_answer, told_to};
 
 mod dataplane;
 mod messages;
@@ -53,6 +56,8 @@ pub struct Call<T> {
     pub message: T,
     /// The listener it came in by.
     pub arrival: Arrival,
+    /// What the caller passes beside its calls, where its connection can carry descriptors.
+    pub descriptors: Option<Arc<Descriptors>>,
     /// The previous hop's token and its expiry, from the call's metadata.
     pub token: Option<(String, SystemTime)>,
     /// When the caller stops waiting.
@@ -75,6 +80,8 @@ pub struct Answer {
 /// A Request in the terms of its next hop's side.
 struct Ask {
     arrival: Arrival,
+    /// The namespaces that the caller's mechanisms name, with the descriptors that came with them.
+    passed: PassedNetns,
     /// As it came, but for `id` and `path`, which are those of our segment.
     connection: Connection,
     path: Path,
@@ -118,8 +125,17 @@ impl ControlPlane {
             self.tear_down(&turn, call.deadline, Cause::Asked).await;
         }
         connection.set_state(State::Up);
+        let passed = match &call.descriptors {
+            Some(descriptors) if self.shared.forwarder.is_some() => {
+                let mechanisms = connection.mechanism.iter();
+                let mechanisms = mechanisms.chain(&call.message.mechanism_preferences);
+                PassedNetns::collect(descriptors, mechanisms, call.arrival.is_trusted()).await
+            }
+            _ => PassedNetns::default(),
+        };
         let mut ask = Ask {
             arrival: call.arrival,
+            passed,
             connection,
             path,
             preferences: call.message.mechanism_preferences,
@@ -221,6 +237,7 @@ impl ControlPlane {
             self.shared.forwarder.is_some(),
             &ask.connection,
             &ask.preferences,
+            &ask.passed,
             route,
         )?;
         if !matches!(case, Case::Through)
@@ -336,7 +353,7 @@ impl ControlPlane {
             Case::Through => preferences.clone_from(&ask.preferences),
         }
         if !matches!(case, Case::Through) {
-            connection.mechanism = standing;
+            connection.mechanism = standing.map(|mechanism| told_to(route, mechanism));
         }
         self.cross_request(
             route,
@@ -376,19 +393,20 @@ impl ControlPlane {
                 (next_mechanism.clone(), None, None)
             }
             Case::PodToPod(client, mechanism) => {
-                let endpoint = endpoint_pod(route, &parameters)?;
+                let endpoint = self.endpoint_pod(route, &parameters).await?;
                 set_mac(context, End::Endpoint, &mac(id, "endpoint"));
-                let name = interface(client, id);
+                let name = interface(&client.kernel, id);
                 let plan = Ends::parse(self.alias(id)?, context)
                     .and_then(|ends| {
                         ends.pair(
                             (client, name.clone()),
-                            (&endpoint, interface(&endpoint, id)),
+                            (&endpoint, interface(&endpoint.kernel, id)),
                         )
                     })
                     .map_err(|error| wrong(&error))?;
                 self.bring_up(&plan, prior).await?;
-                (Some(named(mechanism, client, &name)), Some(plan), None)
+                let mechanism = named(mechanism, &client.kernel, &name);
+                (Some(mechanism), Some(plan), None)
             }
             Case::PodToTunnel(client, mechanism) => {
                 let vxlan = Vxlan::parse(&parameters).map_err(|error| wrong(&error))?;
@@ -397,7 +415,7 @@ impl ControlPlane {
                 };
                 let underlay = self.forwarder()?.underlay(Some(remote)).await?;
                 context.mtu = tunnel_mtu(context, &underlay, vxlan.mtu);
-                let name = interface(client, id);
+                let name = interface(&client.kernel, id);
                 let tunnel = Tunnel {
                     vni,
                     local: underlay.ip,
@@ -416,10 +434,11 @@ impl ControlPlane {
                     self.release_unless(held, vni);
                     return Err(error);
                 }
-                (Some(named(mechanism, client, &name)), Some(plan), Some(vni))
+                let mechanism = named(mechanism, &client.kernel, &name);
+                (Some(mechanism), Some(plan), Some(vni))
             }
             Case::TunnelToPod(vxlan, mechanism) => {
-                let endpoint = endpoint_pod(route, &parameters)?;
+                let endpoint = self.endpoint_pod(route, &parameters).await?;
                 set_mac(context, End::Endpoint, &mac(id, "endpoint"));
                 let (mechanism, plan, vni) = self
                     .answer_tunnel(id, vxlan, mechanism, &endpoint, context, route, prior)
@@ -440,7 +459,7 @@ impl ControlPlane {
             view: reply,
             route: route.clone(),
             next_mechanism,
-            plan,
+            plan: plan.map(Plan::without_descriptors),
             vni,
             expires: ask.expires,
         })

@@ -37,6 +37,13 @@ pub enum Arrival {
     Network,
 }
 
+impl Arrival {
+    /// Whether the caller's claims about this node are believed.
+    pub(crate) fn is_trusted(self) -> bool {
+        matches!(self, Self::Local { trusted: true })
+    }
+}
+
 /// Whether the next hop lies in another domain than the previous one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Crossing {
@@ -81,7 +88,7 @@ pub struct Resolution {
 impl Route {
     /// Whether the next hop is an endpoint on this node.
     pub(crate) fn is_local(&self) -> bool {
-        self.url.starts_with("unix:")
+        self.url.starts_with("unix:") || self.url.starts_with("inode:")
     }
 
     /// Whether another way leads to the same endpoint by the same hop.

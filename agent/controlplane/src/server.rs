@@ -7,7 +7,7 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::Path,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -41,7 +41,7 @@ use tonic::{
     Request, Response, Status,
     metadata::{AsciiMetadataValue, MetadataMap},
     service::Routes,
-    transport::{Server, server::UdsConnectInfo},
+    transport::Server,
 };
 
 use crate::{
@@ -53,6 +53,7 @@ use crate::{
     request::{Answer, Call},
     route::Arrival,
     token::{self, TokenError},
+    unix::{NodePeer, UnixStream},
 };
 
 /// How often an idle HTTP/2 connection is probed. A peer that vanished without a word is noticed
@@ -201,8 +202,10 @@ pub async fn serve(
         .add_routes(routes);
     match socket {
         Socket::Unix(listener) => {
+            let incoming =
+                UnixListenerStream::new(listener).map(|stream| stream.map(UnixStream::accepted));
             router
-                .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
+                .serve_with_incoming_shutdown(incoming, shutdown)
                 .await
         }
         Socket::Tcp(listener) => {
@@ -222,16 +225,16 @@ pub async fn serve(
 
 impl Front {
     fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
+        let peer = request.extensions().get::<NodePeer>();
         let arrival = match self.arrival {
             Kind::Network => Arrival::Network,
             Kind::Node => Arrival::Local {
-                trusted: request
-                    .extensions()
-                    .get::<UdsConnectInfo>()
-                    .and_then(|peer| peer.peer_cred)
-                    .is_some_and(|peer| peer.uid() == 0 || Some(peer.uid()) == own_uid()),
+                trusted: peer
+                    .and_then(|peer| peer.uid)
+                    .is_some_and(|uid| uid == 0 || Some(uid) == own_uid()),
             },
         };
+        let descriptors = peer.map(|peer| Arc::clone(&peer.descriptors));
         let token = token::read(request.metadata())
             .map(Some)
             .or_else(|error| {
@@ -246,6 +249,7 @@ impl Front {
         let timeout = caller_timeout(request.metadata()).map_or(limit, |asked| asked.min(limit));
         Ok(Call {
             arrival,
+            descriptors,
             token,
             deadline: Instant::now() + timeout,
             message: request.into_inner(),

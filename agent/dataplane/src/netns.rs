@@ -150,23 +150,21 @@ impl Netns {
         let look = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
             .map_err(|errno| open_failed(path, errno))?;
         check_file_system(look.as_fd(), path)?;
-        let handle = open(
-            format!("/proc/self/fd/{}", look.as_raw_fd()).as_str(),
-            OFlag::O_RDONLY | OFlag::O_CLOEXEC,
-            Mode::empty(),
-        );
-        Self::checked(handle.map_err(|errno| open_failed(path, errno))?, path)
+        let handle = reopen(look.as_fd()).map_err(|errno| open_failed(path, errno))?;
+        Self::checked(handle, path)
     }
 
-    /// The namespace behind a descriptor that somebody handed over.
+    /// The namespace behind a descriptor that somebody handed over. It may have been opened with O_PATH, which shows that its sender
+    /// could reach it and works for nothing else: it is opened again.
     ///
     /// # Errors
     ///
     /// It is no network namespace.
-    pub fn from_fd(fd: OwnedFd) -> Result<Self, NetnsError> {
-        let path = PathBuf::from(format!("fd {}", fd.as_raw_fd()));
-        check_file_system(fd.as_fd(), &path)?;
-        Self::checked(fd, &path)
+    pub fn from_fd(fd: BorrowedFd<'_>) -> Result<Self, NetnsError> {
+        let shown = Path::new("(the descriptor that was passed)");
+        check_file_system(fd, shown)?;
+        let handle = reopen(fd).map_err(|errno| open_failed(shown, errno))?;
+        Self::checked(handle, shown)
     }
 
     /// The namespace with this id, which is how NSM's clients name theirs (`inode://device/inode`).
@@ -277,6 +275,14 @@ impl fmt::Debug for Netns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Netns({})", self.id)
     }
+}
+
+fn reopen(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    open(
+        format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str(),
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 fn check_file_system(fd: BorrowedFd<'_>, path: &Path) -> Result<(), NetnsError> {
@@ -403,8 +409,14 @@ mod tests {
             current.id()
         );
         assert_eq!(Netns::from_id(current.id()).unwrap().id(), current.id());
-        let duplicate = current.as_fd().try_clone_to_owned().unwrap();
-        assert_eq!(Netns::from_fd(duplicate).unwrap().id(), current.id());
+        assert_eq!(Netns::from_fd(current.as_fd()).unwrap().id(), current.id());
+        let path_only = open(
+            "/proc/self/ns/net",
+            OFlag::O_PATH | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        );
+        let passed = Netns::from_fd(path_only.unwrap().as_fd()).unwrap();
+        assert_eq!(passed.id(), current.id());
         assert!(
             Netns::all()
                 .iter()
@@ -431,8 +443,14 @@ mod tests {
     fn a_descriptor_of_a_file_is_refused() {
         let file = fs::File::open("/proc/self/status").unwrap();
         assert!(matches!(
-            Netns::from_fd(file.into()).unwrap_err(),
+            Netns::from_fd(file.as_fd()).unwrap_err(),
             NetnsError::NotANamespace(_)
         ));
+        let mounts = fs::File::open("/proc/self/ns/mnt").unwrap();
+        let error = Netns::from_fd(mounts.as_fd()).unwrap_err().to_string();
+        assert!(
+            error.contains("that was passed") && error.contains("kind mnt"),
+            "{error}"
+        );
     }
 }

@@ -45,6 +45,8 @@ type AgentConfig struct {
 	DNS *DNS
 	// MapIP is its IP map, internal to external.
 	MapIP map[string]string
+	// Netns is the path of the network namespace it runs in; the test's own by default.
+	Netns string
 	// Extra is merged over the configuration, section by section.
 	Extra map[string]any
 }
@@ -115,6 +117,9 @@ func launch(t testing.TB, config AgentConfig) *Agent {
 	// Nothing of the caller's environment may reach the configuration.
 	command.Env = []string{"PATH=" + os.Getenv("PATH"), "RUST_BACKTRACE=1"}
 	command.Dir = a.Dir
+	if config.Netns != "" {
+		command = InNetns(config.Netns, command)
+	}
 	a.Process = startProcess(t, a.Name, command)
 	return a
 }
@@ -166,7 +171,8 @@ func merge(into, from map[string]any) {
 
 func (a *Agent) waitUntilReady(t testing.TB) {
 	t.Helper()
-	client := Dial(t, a.ProxyURL())
+	// Its ports may be in a network namespace of its own.
+	client := Dial(t, &url.URL{Scheme: "unix", Path: filepath.Join(a.Dir, "admin.sock")})
 	health := grpc_health_v1.NewHealthClient(client)
 	var last error
 	Eventually(t, ReadyDeadline, func() bool {

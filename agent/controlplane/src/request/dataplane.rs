@@ -2,10 +2,7 @@
 
 use std::time::SystemTime;
 
-use nsm_core::{
-    mechanism::{Kernel, Vxlan},
-    vni::Vni,
-};
+use nsm_core::{mechanism::Vxlan, vni::Vni};
 use nsm_proto::{connection::Mechanism, connectioncontext::ConnectionContext};
 
 use super::{
@@ -18,6 +15,7 @@ use crate::{
     error::RequestError,
     forwarder::{ForwarderError, Plan},
     plane::ControlPlane,
+    pod::Pod,
     route::{Crossing, Route},
 };
 
@@ -33,7 +31,7 @@ impl ControlPlane {
         id: &str,
         asked: &Vxlan,
         mechanism: &Mechanism,
-        endpoint: &Kernel,
+        endpoint: &Pod,
         context: &mut ConnectionContext,
         route: &Route,
         prior: Option<&Established>,
@@ -45,7 +43,7 @@ impl ControlPlane {
         context.mtu = tunnel_mtu(context, &underlay, asked.mtu);
         let ends = Ends::parse(self.alias(id)?, context)
             .map_err(|error| bad_answer(route, error.to_string()))?;
-        let name = interface(endpoint, id);
+        let name = interface(&endpoint.kernel, id);
         let held = prior.and_then(|prior| prior.vni);
         let mut kept = held;
         for attempt in 1.. {

@@ -1,7 +1,7 @@
 //! The pure steps of a Request: on messages and plans, without I/O.
 
 use nsm_core::{
-    mechanism::{IfName, KERNEL, Kernel, LOCAL, Parameters, REMOTE, VXLAN},
+    mechanism::{INODE_URL, IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN},
     path::{Path, check_reply},
     tunnel::MacAddr,
 };
@@ -161,21 +161,21 @@ pub(super) fn check(
     }
 }
 
-/// What an endpoint of this node answered of its pod. A namespace is only a claim: see `case`.
-pub(super) fn endpoint_pod(route: &Route, parameters: &Parameters) -> Result<Kernel, RequestError> {
-    let kernel = Kernel::parse(parameters).map_err(|error| bad_answer(route, error.to_string()))?;
-    match &kernel.netns {
-        Some(netns) if !route.trusted => Err(bad_answer(
-            route,
-            format!(
-                "only an endpoint that registered as root may name a network namespace ({netns})"
-            ),
-        )),
-        _ => Ok(kernel),
+/// A standing mechanism as the next hop is told it. An endpoint of this node knows its namespace
+/// better than we do; one that reads an inode waits for the descriptor, which we do not keep.
+pub(crate) fn told_to(route: &Route, mut mechanism: Mechanism) -> Mechanism {
+    let parameters = &mut mechanism.parameters;
+    if route.is_local()
+        && parameters
+            .get(INODE_URL)
+            .is_some_and(|url| url.starts_with("inode:"))
+    {
+        parameters.remove(INODE_URL);
     }
+    mechanism
 }
 
-pub(super) fn bad_answer(route: &Route, fault: String) -> RequestError {
+pub(crate) fn bad_answer(route: &Route, fault: String) -> RequestError {
     RequestError::BadAnswer {
         url: route.url.clone(),
         method: "Request",
@@ -199,7 +199,7 @@ pub(super) fn undo_connection(ask: &Ask, route: &Route, reply: Connection) -> Co
         path: Some(path),
         network_service: route.service.clone(),
         network_service_endpoint_name: route.endpoint.clone(),
-        mechanism: reply.mechanism,
+        mechanism: reply.mechanism.map(|mechanism| told_to(route, mechanism)),
         ..ask.connection.clone()
     }
 }

@@ -127,6 +127,7 @@ async fn an_event_waits_for_the_one_before_no_longer_than_it_can() {
     let (granted, ()) = tokio::join!(client.send(request), async {
         eventually(1, || endpoint.requests().len()).await;
         let close = |patience| Call {
+            descriptors: None,
             message: closing.clone(),
             arrival: Arrival::Network,
             token: None,

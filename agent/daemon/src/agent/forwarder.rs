@@ -9,11 +9,10 @@ use std::{
 };
 
 use nsm_controlplane::{
-    forwarder::{Counters, Forwarder, ForwarderError, Plan, Underlay},
+    forwarder::{Counters, Forwarder, ForwarderError, Plan, PodNetns, Underlay},
     plane::ControlPlane,
 };
 use nsm_core::{
-    mechanism::NetnsUrl,
     name::Domain,
     tunnel::{LinkAlias, VxlanSpec},
     vni::Vni,
@@ -25,7 +24,7 @@ use nsm_dataplane::{
 };
 use nsm_proto::admin;
 
-use super::admin::no_bpf;
+use super::{admin::no_bpf, namespaces::Namespaces};
 use crate::config::{self, Config};
 
 /// The underlay's MTU towards a peer whose address nobody knows yet, bytes. What the peer answers
@@ -35,6 +34,7 @@ const USUAL_MTU: u32 = 1500;
 /// The dataplane of this node.
 pub(crate) struct NodeForwarder {
     links: Links,
+    namespaces: Namespaces,
     /// Gone once the agent has let the programs go.
     bpf: Mutex<Option<Bpf>>,
     tunnel: config::Tunnel,
@@ -78,6 +78,7 @@ impl NodeForwarder {
         };
         Ok(Self {
             links,
+            namespaces: Namespaces::default(),
             bpf: Mutex::new(bpf),
             tunnel: config.tunnel.clone(),
             pin_path: config.bpf.pin_dir.display().to_string(),
@@ -172,13 +173,19 @@ impl NodeForwarder {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn down_in(&self, netns: &NetnsUrl, alias: &LinkAlias) -> Result<(), ForwarderError> {
-        match open(netns).await {
+    async fn open(&self, pod: &PodNetns, alias: &LinkAlias) -> Result<Netns, ForwarderError> {
+        let opened = self.namespaces.open(pod, alias).await;
+        opened.map_err(|error| namespace(&error))
+    }
+
+    async fn down_in(&self, pod: &PodNetns, alias: &LinkAlias) -> Result<(), ForwarderError> {
+        match self.namespaces.open(pod, alias).await {
             // The kernel has taken the link along with its namespace.
             Err(error) if error.is_gone() => Ok(()),
             Err(error) => Err(namespace(&error)),
             Ok(netns) => {
                 self.links.down(&netns, alias).await.map_err(refusal)?;
+                self.namespaces.unlinked(pod, alias);
                 Ok(())
             }
         }
@@ -207,24 +214,31 @@ impl Forwarder for NodeForwarder {
 
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError> {
         match plan {
-            Plan::Vxlan { netns, spec } => {
-                let netns = open(netns).await.map_err(|error| namespace(&error))?;
+            Plan::Vxlan { netns: pod, spec } => {
+                let alias = &spec.link.alias;
+                let netns = self.open(pod, alias).await?;
                 let was_known = self.slots().contains_key(&spec.vni);
                 self.count(spec);
                 let outcome = self.links.up_vxlan(&netns, spec).await;
                 if outcome.is_err() && !was_known {
                     self.uncount(spec);
                 }
-                outcome.map(drop).map_err(refusal)
+                outcome.map_err(refusal)?;
+                self.namespaces.linked(pod, alias, netns).await;
+                Ok(())
             }
             Plan::Veth { client, endpoint } => {
-                let client_netns = open(&client.0).await.map_err(|error| namespace(&error))?;
-                let endpoint_netns = open(&endpoint.0).await.map_err(|error| namespace(&error))?;
+                let ends = [client, endpoint];
+                let client_netns = self.open(&client.0, &client.1.alias).await?;
+                let endpoint_netns = self.open(&endpoint.0, &endpoint.1.alias).await?;
                 self.links
                     .up_veth((&client_netns, &client.1), (&endpoint_netns, &endpoint.1))
                     .await
-                    .map(drop)
-                    .map_err(refusal)
+                    .map_err(refusal)?;
+                for ((pod, link), netns) in ends.into_iter().zip([client_netns, endpoint_netns]) {
+                    self.namespaces.linked(pod, &link.alias, netns).await;
+                }
+                Ok(())
             }
         }
     }
@@ -259,7 +273,7 @@ impl Forwarder for NodeForwarder {
                 rx_bytes: counted.rx_bytes,
             });
         }
-        let netns = open(netns).await.ok()?;
+        let netns = self.namespaces.open(netns, &spec.link.alias).await.ok()?;
         let counted = self
             .links
             .statistics(&netns, &spec.link.alias)
@@ -341,19 +355,6 @@ async fn load_bpf(config: &Config) -> Result<Bpf, BpfError> {
     tokio::task::spawn_blocking(move || Bpf::load(&bpf_config))
         .await
         .expect("loading BPF programs does not panic")
-}
-
-/// Opens a namespace by path at once; by inode it may take a walk through /proc.
-async fn open(url: &NetnsUrl) -> Result<Netns, NetnsError> {
-    match url {
-        NetnsUrl::File(_) => Netns::from_url(url),
-        NetnsUrl::Inode { .. } => {
-            let url = url.clone();
-            tokio::task::spawn_blocking(move || Netns::from_url(&url))
-                .await
-                .expect("looking for a namespace does not panic")
-        }
-    }
 }
 
 fn namespace(error: &NetnsError) -> ForwarderError {

@@ -27,6 +27,7 @@ mod admin;
 mod forwarder;
 mod ip_map;
 mod metrics;
+mod namespaces;
 mod public_address;
 mod readiness;
 mod signals;
@@ -41,6 +42,13 @@ use self::{
 
 /// VXLAN's management VNI (RFC 8971 section 3): never given to a connection.
 const MANAGEMENT_VNI: u32 = 1;
+
+/// The NSMgr's socket is for every pod of the node, whatever user it runs as; what a client may name
+/// is decided by who it is and what it passes. The socket's folder can narrow that.
+const OPEN_TO_ALL: u32 = 0o666;
+
+/// The admin socket's mode.
+const OWN_USER_ONLY: u32 = 0o600;
 
 /// How long closing all connections may take. Kubernetes waits 30 s before it kills.
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
@@ -265,9 +273,12 @@ impl Sockets {
             Some(_) => None,
             None => Some(bind("listen.nsmgr", &listen.nsmgr).await?),
         };
+        if let (Some(_), ListenUrl::Unix(path)) = (&nsmgr, &listen.nsmgr) {
+            set_mode(path, OPEN_TO_ALL).context("cannot open the NSMgr's socket to all users")?;
+        }
         let admin = bind("listen.admin", &listen.admin).await?;
         if let ListenUrl::Unix(path) = &listen.admin {
-            restrict(path).context("cannot restrict the admin socket to root")?;
+            set_mode(path, OWN_USER_ONLY).context("cannot restrict the admin socket to root")?;
         }
         Ok(Self {
             nsmgr,
@@ -352,7 +363,7 @@ async fn bind(key: &str, url: &ListenUrl) -> anyhow::Result<Socket> {
     })
 }
 
-fn restrict(path: &Path) -> std::io::Result<()> {
+fn set_mode(path: &Path, mode: u32) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }

@@ -1,0 +1,75 @@
+//! The namespaces of pods: opened for one call, since a handle keeps the namespace of a pod that is
+//! gone.
+//!
+//! One that came as a descriptor may be out of our sight otherwise: an agent in a container without
+//! the host's processes finds no pod by its inode. Such a namespace is kept as long as its
+//! connection has links in it, or they could never be taken away.
+
+use std::{
+    collections::HashMap,
+    os::fd::AsFd as _,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use nsm_controlplane::forwarder::PodNetns;
+use nsm_core::{mechanism::NetnsUrl, tunnel::LinkAlias};
+use nsm_dataplane::netns::{Netns, NetnsError};
+
+/// A connection's link in one namespace.
+type Place = (LinkAlias, NetnsUrl);
+
+#[derive(Debug, Default)]
+pub(super) struct Namespaces {
+    kept: Mutex<HashMap<Place, Netns>>,
+}
+
+impl Namespaces {
+    /// Opens the namespace of a link.
+    pub(super) async fn open(
+        &self,
+        pod: &PodNetns,
+        alias: &LinkAlias,
+    ) -> Result<Netns, NetnsError> {
+        if let Some(descriptor) = &pod.descriptor {
+            return Netns::from_fd(descriptor.as_fd());
+        }
+        let kept = self.kept().get(&place(pod, alias)).cloned();
+        match kept {
+            Some(netns) => Ok(netns),
+            None => find(&pod.url).await,
+        }
+    }
+
+    /// A link stands there now: keeps the namespace if nothing but its descriptor leads there.
+    pub(super) async fn linked(&self, pod: &PodNetns, alias: &LinkAlias, netns: Netns) {
+        if pod.descriptor.is_some() && find(&pod.url).await.is_err() {
+            self.kept().insert(place(pod, alias), netns);
+        }
+    }
+
+    /// The link is gone.
+    pub(super) fn unlinked(&self, pod: &PodNetns, alias: &LinkAlias) {
+        self.kept().remove(&place(pod, alias));
+    }
+
+    fn kept(&self) -> MutexGuard<'_, HashMap<Place, Netns>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn place(pod: &PodNetns, alias: &LinkAlias) -> Place {
+    (alias.clone(), pod.url.clone())
+}
+
+/// Opens a namespace by path at once; by inode it may take a walk through /proc.
+async fn find(url: &NetnsUrl) -> Result<Netns, NetnsError> {
+    match url {
+        NetnsUrl::File(_) => Netns::from_url(url),
+        NetnsUrl::Inode { .. } => {
+            let url = url.clone();
+            tokio::task::spawn_blocking(move || Netns::from_url(&url))
+                .await
+                .expect("looking for a namespace does not panic")
+        }
+    }
+}

@@ -1,0 +1,125 @@
+package node
+
+import (
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+
+	"proxy-nsmgr/tests/interop/harness"
+)
+
+const (
+	service = "icmp-responder"
+	prefix  = "172.16.1.0/24"
+)
+
+// nodeAgent is our agent in the places of NSMgr, registry and forwarder of a node, which every user
+// of the node can reach.
+func nodeAgent(t *testing.T) *harness.Agent {
+	t.Helper()
+	agent := harness.StartAgent(t, harness.AgentConfig{
+		Domain: "one.example",
+		Extra:  map[string]any{"forwarder": true},
+	})
+	require.NoError(t, os.Chmod(agent.Dir, 0o755))
+	return agent
+}
+
+// openDir is a directory that every user may write to.
+func openDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "nsm-pod-")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	require.NoError(t, os.Chmod(dir, 0o777))
+	return dir
+}
+
+// Clients and endpoints name their namespaces by inode, and pass the descriptors of them, and of the
+// endpoint's socket, beside the stream (grpcfd). Whoever is not root may do so too.
+func TestDescriptors(t *testing.T) {
+	harness.NeedsRoot(t)
+	for _, test := range []struct {
+		name             string
+		client, endpoint placement
+	}{
+		{"of root", placement{}, placement{}},
+		{"of an unprivileged client", placement{uid: nobody}, placement{}},
+		{"of an unprivileged endpoint", placement{}, placement{uid: nobody}},
+		{"of two users", placement{uid: 12345}, placement{uid: nobody}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			agent := nodeAgent(t)
+			held := agent.OpenNamespaces(t)
+			serving := startPod(t, podConfig{
+				Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
+				Service: service, Dir: openDir(t), Prefix: prefix,
+			}, test.endpoint)
+			require.Empty(t, serving.next().Error)
+			asking := startPod(t, podConfig{
+				Role: clientRole, Name: "nsc", NSMgr: agent.NSMgrURL().String(), Service: service,
+			}, test.client)
+
+			connection := asking.connected()
+			require.Equal(t, []string{"nsc", agent.Name, "nse"}, harness.Names(connection))
+			addresses := connection.GetContext().GetIpContext()
+			asking.pings(addresses.GetDstIpAddrs()[0])
+			serving.pings(addresses.GetSrcIpAddrs()[0])
+
+			again := asking.connected()
+			require.Equal(t, connection.GetId(), again.GetId())
+			require.Equal(t, connection.GetMechanism().GetParameters(), again.GetMechanism().GetParameters())
+			asking.pings(addresses.GetDstIpAddrs()[0])
+
+			require.Empty(t, asking.tell("close").Error)
+			require.NotContains(t, asking.links(), "nsm")
+			require.NotContains(t, serving.links(), "nsm")
+			harness.WaitUntilEmpty(t, agent)
+			_ = asking.input.Close()
+			_ = asking.command.Wait()
+			require.Empty(t, serving.tell("unregister").Error)
+			_ = serving.input.Close()
+			_ = serving.command.Wait()
+			harness.Eventually(t, 10*time.Second, func() bool { return agent.OpenNamespaces(t) <= held },
+				func() string {
+					return fmt.Sprintf("it holds %d namespaces, and held %d", agent.OpenNamespaces(t), held)
+				})
+		})
+	}
+}
+
+// Without a descriptor a namespace is only a claim, and the node's own takes more than a descriptor,
+// which every process of the host can have.
+func TestClaims(t *testing.T) {
+	harness.NeedsRoot(t)
+	agent := nodeAgent(t)
+	serving := startPod(t, podConfig{
+		Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
+		Service: service, Dir: openDir(t), Prefix: prefix,
+	}, placement{})
+	require.Empty(t, serving.next().Error)
+	for _, test := range []struct {
+		name   string
+		claims bool
+		where  placement
+		text   string
+	}{
+		{"of a path", true, placement{uid: nobody}, "without passing its descriptor"},
+		{"of the node's namespace", false, placement{uid: nobody, host: true}, "the node's own network namespace"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			asking := startPod(t, podConfig{
+				Role: clientRole, Name: "nsc", NSMgr: agent.NSMgrURL().String(),
+				Service: service, Claims: test.claims,
+			}, test.where)
+			said := asking.tell("request")
+			require.Equal(t, codes.PermissionDenied, said.Code, said.Error)
+			require.Contains(t, said.Error, test.text)
+			harness.WaitUntilEmpty(t, agent)
+		})
+	}
+}

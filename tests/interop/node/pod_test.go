@@ -1,0 +1,341 @@
+package node
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/edwarnicke/grpcfd"
+	"github.com/networkservicemesh/api/pkg/api/networkservice"
+	kernelmech "github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/kernel"
+	"github.com/networkservicemesh/api/pkg/api/registry"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/client"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/endpoint"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/authorize"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/kernel"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/recvfd"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/sendfd"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/ipam/point2pointipam"
+	registryclient "github.com/networkservicemesh/sdk/pkg/registry/chains/client"
+	registrysendfd "github.com/networkservicemesh/sdk/pkg/registry/common/sendfd"
+	"github.com/networkservicemesh/sdk/pkg/tools/grpcutils"
+	"github.com/networkservicemesh/sdk/pkg/tools/sandbox"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"proxy-nsmgr/tests/interop/harness"
+)
+
+// podVariable holds the configuration of a process that is a pod and not the tests.
+const podVariable = "INTEROP_POD"
+
+// podDeadline bounds a pod's calls; its words come a little later.
+const podDeadline = 20 * time.Second
+
+const (
+	clientRole   = "client"
+	endpointRole = "endpoint"
+)
+
+// podConfig is what a pod is told.
+type podConfig struct {
+	Role string
+	// Name is the name of its path segments, and of the endpoint.
+	Name string
+	// NSMgr is the URL of its node's NSMgr.
+	NSMgr string
+	// Service is what the client asks for, or the endpoint serves.
+	Service string
+	// Claims makes it name its namespace by path, and pass no descriptor.
+	Claims bool
+	// Dir is where the endpoint's socket is.
+	Dir string
+	// Prefix is what the endpoint gives addresses from.
+	Prefix string
+}
+
+// answer is a line of a pod's output.
+type answer struct {
+	Connection json.RawMessage `json:",omitempty"`
+	Error      string          `json:",omitempty"`
+	Code       codes.Code
+}
+
+// placement says where a pod runs, and as whom.
+type placement struct {
+	uid uint32
+	// host puts it into the node's own network namespace.
+	host bool
+}
+
+const nobody = 65534
+
+// pod is a running pod.
+type pod struct {
+	t       *testing.T
+	name    string
+	command *exec.Cmd
+	input   *os.File
+	lines   chan []byte
+}
+
+// startPod starts a process in a network namespace of its own.
+func startPod(t *testing.T, config podConfig, where placement) *pod {
+	t.Helper()
+	text, err := json.Marshal(config)
+	require.NoError(t, err)
+	p := &pod{t: t, name: config.Name, command: exec.Command("/proc/self/exe")}
+	p.command.Env = []string{podVariable + "=" + string(text)}
+	p.command.Dir = "/"
+	attributes := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if !where.host {
+		attributes.Cloneflags = syscall.CLONE_NEWNET
+	}
+	if where.uid != 0 {
+		attributes.Credential = &syscall.Credential{Uid: where.uid, Gid: where.uid, NoSetGroups: false}
+	}
+	p.command.SysProcAttr = attributes
+	log := filepath.Join(t.TempDir(), config.Name+".log")
+	p.command.Stderr, err = os.Create(log)
+	require.NoError(t, err)
+	theirs, ours, err := os.Pipe()
+	require.NoError(t, err)
+	p.command.Stdin, p.input = theirs, ours
+	output, err := p.command.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, p.command.Start())
+	_ = theirs.Close()
+	p.lines = make(chan []byte)
+	go func() {
+		defer close(p.lines)
+		scanner := bufio.NewScanner(output)
+		scanner.Buffer(nil, 1<<20)
+		for scanner.Scan() {
+			p.lines <- bytes.Clone(scanner.Bytes())
+		}
+	}()
+	t.Cleanup(func() {
+		_ = p.input.Close()
+		_ = p.command.Process.Kill()
+		_ = p.command.Wait()
+		if t.Failed() {
+			text, _ := os.ReadFile(log)
+			t.Logf("--- %s\n…%s", config.Name, text[max(0, len(text)-4000):])
+		}
+	})
+	return p
+}
+
+// next is what the pod says next.
+func (p *pod) next() answer {
+	p.t.Helper()
+	var said answer
+	select {
+	case line, goesOn := <-p.lines:
+		require.True(p.t, goesOn, "%s has ended", p.name)
+		require.NoError(p.t, json.Unmarshal(line, &said), "%s", line)
+	case <-time.After(podDeadline + 5*time.Second):
+		p.t.Fatalf("%s says nothing", p.name)
+	}
+	return said
+}
+
+// tell sends a command: request, close.
+func (p *pod) tell(command string) answer {
+	p.t.Helper()
+	_, err := fmt.Fprintln(p.input, command)
+	require.NoError(p.t, err)
+	return p.next()
+}
+
+// connected asks, or asks again, and gives the connection.
+func (p *pod) connected() *networkservice.Connection {
+	p.t.Helper()
+	said := p.tell("request")
+	require.Empty(p.t, said.Error)
+	connection := new(networkservice.Connection)
+	require.NoError(p.t, protojson.Unmarshal(said.Connection, connection))
+	return connection
+}
+
+func (p *pod) netns() string {
+	return fmt.Sprintf("/proc/%d/ns/net", p.command.Process.Pid)
+}
+
+// pings sends a packet to the address and waits for its answer.
+func (p *pod) pings(address string) {
+	p.t.Helper()
+	host, _, _ := strings.Cut(address, "/")
+	command := harness.InNetns(p.netns(), exec.Command("ping", "-n", "-c", "1", "-W", "2", host))
+	output, err := command.CombinedOutput()
+	require.NoError(p.t, err, "%s", output)
+}
+
+// links are the names of the pod's links.
+func (p *pod) links() string {
+	p.t.Helper()
+	command := harness.InNetns(p.netns(), exec.Command("ip", "-brief", "link"))
+	output, err := command.CombinedOutput()
+	require.NoError(p.t, err, "%s", output)
+	return string(output)
+}
+
+// runPod is the pod's main function.
+func runPod(text string) int {
+	var config podConfig
+	err := json.Unmarshal([]byte(text), &config)
+	if err == nil {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		switch config.Role {
+		case clientRole:
+			err = runClient(ctx, config)
+		case endpointRole:
+			err = runEndpoint(ctx, config)
+		default:
+			err = fmt.Errorf("no such role: %q", config.Role)
+		}
+	}
+	if err != nil {
+		say(answer{Error: err.Error(), Code: status.Code(err)})
+		return 1
+	}
+	return 0
+}
+
+func say(said answer) {
+	line, err := json.Marshal(said)
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(string(line))
+}
+
+func runClient(ctx context.Context, config podConfig) error {
+	nsmgr, err := url.Parse(config.NSMgr)
+	if err != nil {
+		return err
+	}
+	elements := []networkservice.NetworkServiceClient{kernel.NewClient()}
+	if !config.Claims {
+		elements = append(elements, sendfd.NewClient())
+	}
+	chain := client.NewClient(ctx,
+		client.WithName(config.Name),
+		client.WithClientURL(nsmgr),
+		client.WithAuthorizeClient(authorize.NewClient(authorize.Any())),
+		client.WithDialOptions(sandbox.DialOptions()...),
+		client.WithDialTimeout(sandbox.DialTimeout),
+		client.WithAdditionalFunctionality(elements...),
+	)
+	request := harness.RequestFor(config.Name+"-connection", config.Service)
+	for commands := bufio.NewScanner(os.Stdin); commands.Scan(); {
+		ctx, cancel := context.WithTimeout(ctx, podDeadline)
+		switch commands.Text() {
+		case "request":
+			connection, err := chain.Request(ctx, request.Clone())
+			if err != nil {
+				say(answer{Error: err.Error(), Code: status.Code(err)})
+				break
+			}
+			request.Connection = connection.Clone()
+			text, err := protojson.Marshal(connection)
+			if err != nil {
+				cancel()
+				return err
+			}
+			say(answer{Connection: text})
+		case "close":
+			_, err := chain.Close(ctx, request.GetConnection().Clone())
+			said := answer{Code: status.Code(err)}
+			if err != nil {
+				said.Error = err.Error()
+			}
+			say(said)
+		}
+		cancel()
+	}
+	return nil
+}
+
+func runEndpoint(ctx context.Context, config podConfig) error {
+	nsmgr, err := url.Parse(config.NSMgr)
+	if err != nil {
+		return err
+	}
+	_, prefix, err := net.ParseCIDR(config.Prefix)
+	if err != nil {
+		return err
+	}
+	elements := []networkservice.NetworkServiceServer{
+		point2pointipam.NewServer(prefix),
+		recvfd.NewServer(),
+		mechanisms.NewServer(map[string]networkservice.NetworkServiceServer{
+			kernelmech.MECHANISM: kernel.NewServer(),
+		}),
+	}
+	if !config.Claims {
+		elements = append(elements, sendfd.NewServer())
+	}
+	chain := endpoint.NewServer(ctx, sandbox.GenerateTestToken,
+		endpoint.WithName(config.Name),
+		endpoint.WithAuthorizeServer(authorize.NewServer(authorize.Any())),
+		endpoint.WithAdditionalFunctionality(elements...),
+	)
+	server := grpc.NewServer(grpc.Creds(grpcfd.TransportCredentials(insecure.NewCredentials())))
+	chain.Register(server)
+	socket := &url.URL{Scheme: "unix", Path: filepath.Join(config.Dir, config.Name+".sock")}
+	failed := grpcutils.ListenAndServe(ctx, socket, server)
+	select {
+	case err := <-failed:
+		return err
+	default:
+	}
+	options := registryclient.WithDialOptions(sandbox.DialOptions()...)
+	ctx, cancel := context.WithTimeout(ctx, podDeadline)
+	defer cancel()
+	services := registryclient.NewNetworkServiceRegistryClient(ctx,
+		registryclient.WithClientURL(nsmgr), options)
+	if _, err := services.Register(ctx, &registry.NetworkService{Name: config.Service}); err != nil {
+		return err
+	}
+	endpoints := registryclient.NewNetworkServiceEndpointRegistryClient(ctx,
+		registryclient.WithClientURL(nsmgr), options,
+		registryclient.WithNSEAdditionalFunctionality(
+			registrysendfd.NewNetworkServiceEndpointRegistryClient()))
+	registered, err := endpoints.Register(ctx, &registry.NetworkServiceEndpoint{
+		Name:                config.Name,
+		NetworkServiceNames: []string{config.Service},
+		Url:                 socket.String(),
+	})
+	if err != nil {
+		return err
+	}
+	say(answer{})
+	for commands := bufio.NewScanner(os.Stdin); commands.Scan(); {
+		if commands.Text() == "unregister" {
+			_, err := endpoints.Unregister(ctx, registered)
+			if err != nil {
+				return err
+			}
+			say(answer{})
+		}
+	}
+	return nil
+}
