@@ -10,6 +10,8 @@ use tonic::Code;
 
 use crate::{cli::StatusArgs, tool::print_line};
 
+mod paths;
+
 /// How long the agent may take to answer: it looks at its own memory and a few maps.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -113,6 +115,9 @@ fn render(status: &Status) -> String {
     }
     section(&mut text, "CONNECTIONS", connections(&status.connections));
     section(&mut text, "TUNNELS", tunnels(&status.connections));
+    if let Some(paths) = paths::table(status) {
+        section(&mut text, "PATHS", paths);
+    }
     let mut peers = table(&["PEER", "STATE", "CONNECTIONS"], &[2]);
     for peer in &status.peers {
         peers.add_row([

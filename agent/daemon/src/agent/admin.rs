@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::SystemTime};
 
 use nsm_controlplane::{
-    forwarder::{Forwarder as _, Plan},
+    forwarder::{self, Forwarder as _, Plan},
     plane::ConnectionView,
 };
 use nsm_proto::admin::{
@@ -128,6 +128,7 @@ async fn connection(view: &ConnectionView, forwarder: Option<&NodeForwarder>) ->
             Some(plan) => tunnel(plan, forwarder).await,
             None => None,
         },
+        health: None,
     }
 }
 
@@ -135,9 +136,12 @@ async fn tunnel(plan: &Plan, forwarder: Option<&NodeForwarder>) -> Option<Tunnel
     let Plan::Vxlan { netns, spec } = plan else {
         return None;
     };
-    let counters = match forwarder {
-        Some(forwarder) => forwarder.counters(plan).await,
-        None => None,
+    let (counters, link) = match forwarder {
+        Some(forwarder) => (
+            forwarder.counters(plan).await,
+            forwarder.link_counters(plan).await,
+        ),
+        None => (None, None),
     };
     Some(Tunnel {
         vni: spec.vni.get(),
@@ -146,13 +150,18 @@ async fn tunnel(plan: &Plan, forwarder: Option<&NodeForwarder>) -> Option<Tunnel
         remote: spec.remote.to_string(),
         interface: spec.link.name.to_string(),
         netns: netns.to_string(),
-        counters: counters.map(|counters| Counters {
-            tx_packets: counters.tx_packets,
-            tx_bytes: counters.tx_bytes,
-            rx_packets: counters.rx_packets,
-            rx_bytes: counters.rx_bytes,
-        }),
+        counters: counters.map(told),
+        link: link.map(told),
     })
+}
+
+fn told(counters: forwarder::Counters) -> Counters {
+    Counters {
+        tx_packets: counters.tx_packets,
+        tx_bytes: counters.tx_bytes,
+        rx_packets: counters.rx_packets,
+        rx_bytes: counters.rx_bytes,
+    }
 }
 
 /// Nothing is attached.

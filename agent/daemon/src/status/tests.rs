@@ -1,5 +1,5 @@
 use nsm_proto::admin::{
-    AddressFinding, Bpf, Counters, Listener, Peer, PublicAddress, Tunnel,
+    AddressFinding, Bpf, Counters, Listener, PathHealth, Peer, PublicAddress, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
 
@@ -21,6 +21,7 @@ fn full() -> Status {
         dst_addresses: vec!["172.16.1.0/32".to_owned(), "fd00::/128".to_owned()],
         mtu: 1450,
         tunnel,
+        health: None,
     };
     let tunnel = Tunnel {
         vni: 4242,
@@ -35,9 +36,15 @@ fn full() -> Status {
             rx_packets: 19,
             rx_bytes: 2546,
         }),
+        link: Some(Counters {
+            tx_packets: 21,
+            rx_packets: 0,
+            ..Counters::default()
+        }),
     };
     let uncounted = Tunnel {
         counters: None,
+        link: None,
         ..tunnel.clone()
     };
     Status {
@@ -112,6 +119,59 @@ DROPS
   wrong source        3
 ";
     assert_eq!(render(&full()), expected);
+}
+
+#[test]
+fn the_ways_to_a_peer_are_shown_with_their_evidence() {
+    let mut status = full();
+    let way = |state: &str, reason: &str, last_heard_ms| WayHealth {
+        state: state.to_owned(),
+        reason: reason.to_owned(),
+        last_heard_ms,
+    };
+    let health = PathHealth {
+        state: "down".to_owned(),
+        peer: "203.0.113.2".to_owned(),
+        port: 4789,
+        r#in: Some(way("down", "let UDP 4789 in", Some(171))),
+        out: Some(way("unknown", "nothing comes back", Some(3200))),
+        round_trip_p50_ns: Some(22_000),
+        round_trip_p99_ns: Some(12_340_000),
+        loss: Some(0.0523),
+        path_mtu: Some(1450),
+    };
+    status.connections[0].health = Some(health);
+    status.connections[1].health = Some(PathHealth {
+        peer: "203.0.113.2".to_owned(),
+        r#in: Some(way(
+            "unverified",
+            "the peer offers no S-BFD reflector",
+            None,
+        )),
+        out: Some(way(
+            "unverified",
+            "the peer offers no S-BFD reflector",
+            None,
+        )),
+        ..PathHealth::default()
+    });
+    let expected = "
+PATHS
+  ID        PEER         WAY  STATE        RTT P50  RTT P99   LOSS   MTU   HEARD  LINK PACKETS  UNDERLAY PACKETS  REASON
+  11111111  203.0.113.2  out  unknown     0.022 ms  12.3 ms  5.2 %  1450   3.2 s            21                20  nothing comes back
+  11111111  203.0.113.2  in   down        0.022 ms  12.3 ms  5.2 %  1450  171 ms             0                19  let UDP 4789 in
+  22222222  203.0.113.2  out  unverified         -        -      -     -       -             -                 -  the peer offers no S-BFD reflector
+  22222222  203.0.113.2  in   unverified         -        -      -     -       -             -                 -  the peer offers no S-BFD reflector
+
+PEERS
+";
+    let text = render(&status);
+    assert!(text.contains(expected), "{text}");
+    // Without BPF the counters are the link's own: they prove nothing about the card.
+    status.bpf = None;
+    let text = render(&status);
+    let line = text.lines().find(|line| line.contains(" in   down "));
+    assert!(line.unwrap().contains("0                 -  let"), "{text}");
 }
 
 #[test]

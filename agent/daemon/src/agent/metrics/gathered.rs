@@ -1,9 +1,9 @@
 //! Metrics of what is there now, and of what the kernel counts.
 
-use nsm_controlplane::{
-    forwarder::{Forwarder as _, Plan},
-    plane::ConnectionView,
-};
+use std::sync::Arc;
+
+use futures_util::{StreamExt as _, stream};
+use nsm_controlplane::{forwarder::Plan, plane::ConnectionView};
 use nsm_core::name::InterdomainName;
 use nsm_dataplane::bpf::Bpf;
 use prometheus_client::{
@@ -13,6 +13,9 @@ use prometheus_client::{
 };
 
 use crate::agent::Told;
+
+/// Links asked at once: each is asked by a thread in its pod's namespace, and the threads are shared with Requests.
+const AT_ONCE: usize = 4;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct State {
@@ -136,67 +139,89 @@ fn connections(told: &Told, registry: &mut Registry) {
     );
 }
 
+/// One stage that a tunnel's packets pass on this node.
+#[derive(Default)]
+struct Stage {
+    packets: Family<OfConnection, Counter>,
+    bytes: Family<OfConnection, Counter>,
+}
+
+impl Stage {
+    fn add(&self, labels: &OfConnection, packets: u64, bytes: u64) {
+        self.packets.get_or_create(labels).inc_by(packets);
+        self.bytes.get_or_create(labels).inc_by(bytes);
+    }
+
+    fn register(self, registry: &mut Registry, name: &str, what: &str) {
+        registry.register(
+            format!("tunnel_{name}_packets"),
+            format!("Packets of a tunnel that {what}"),
+            self.packets,
+        );
+        registry.register_with_unit(
+            format!("tunnel_{name}"),
+            format!("Bytes of a tunnel's packets that {what}"),
+            Unit::Bytes,
+            self.bytes,
+        );
+    }
+}
+
 async fn tunnels(told: &Told, registry: &mut Registry) {
     let Some(forwarder) = &told.forwarder else {
         return;
     };
-    type Counts = Family<OfConnection, Counter>;
-    let [sent, sent_bytes, received, received_bytes] = [(); 4].map(|()| Counts::default());
-    for view in told.plane.connections() {
-        let Some((plan, labels)) = tunnel(told, &view) else {
-            continue;
-        };
-        let Some(counters) = forwarder.counters(plan).await else {
-            continue;
-        };
-        for (family, count) in [
-            (&sent, counters.tx_packets),
-            (&sent_bytes, counters.tx_bytes),
-            (&received, counters.rx_packets),
-            (&received_bytes, counters.rx_bytes),
+    let tunnels: Vec<(ConnectionView, OfConnection)> = told
+        .plane
+        .connections()
+        .into_iter()
+        .filter_map(|view| {
+            let labels = labels(told, &view)?;
+            Some((view, labels))
+        })
+        .collect();
+    let mut counted = stream::iter(tunnels.into_iter().map(|(view, labels)| {
+        let forwarder = Arc::clone(forwarder);
+        async move {
+            let Some(plan) = view.plan() else {
+                return (labels, None, None);
+            };
+            let underlay = forwarder.underlay_counters(plan);
+            (labels, underlay, forwarder.link_counters(plan).await)
+        }
+    }))
+    .buffer_unordered(AT_ONCE);
+    let [link_tx, link_rx, underlay_tx, underlay_rx] = [(); 4].map(|()| Stage::default());
+    while let Some((labels, underlay, link)) = counted.next().await {
+        for (counters, tx, rx) in [
+            (link, &link_tx, &link_rx),
+            (underlay, &underlay_tx, &underlay_rx),
         ] {
-            family.get_or_create(&labels).inc_by(count);
+            if let Some(counters) = counters {
+                tx.add(&labels, counters.tx_packets, counters.tx_bytes);
+                rx.add(&labels, counters.rx_packets, counters.rx_bytes);
+            }
         }
     }
-    registry.register(
-        "tunnel_transmit_packets",
-        "Packets that left through a tunnel",
-        sent,
-    );
-    registry.register_with_unit(
-        "tunnel_transmit",
-        "Bytes that left through a tunnel",
-        Unit::Bytes,
-        sent_bytes,
-    );
-    registry.register(
-        "tunnel_receive_packets",
-        "Packets that came through a tunnel",
-        received,
-    );
-    registry.register_with_unit(
-        "tunnel_receive",
-        "Bytes that came through a tunnel",
-        Unit::Bytes,
-        received_bytes,
-    );
+    link_tx.register(registry, "link_transmit", "left the link in the pod");
+    underlay_tx.register(registry, "underlay_transmit", "left the node's card");
+    underlay_rx.register(registry, "underlay_receive", "came to the node's card");
+    link_rx.register(registry, "link_receive", "came to the link in the pod");
 }
 
-/// A connection's tunnel, where it ends on this node.
-fn tunnel<'v>(told: &Told, view: &'v ConnectionView) -> Option<(&'v Plan, OfConnection)> {
-    let plan = view.plan()?;
-    let Plan::Vxlan { spec, .. } = plan else {
+/// The labels of a connection whose tunnel ends on this node.
+fn labels(told: &Told, view: &ConnectionView) -> Option<OfConnection> {
+    let Plan::Vxlan { spec, .. } = view.plan()? else {
         return None;
     };
     let service: Option<InterdomainName> = view.connection().network_service.parse().ok();
     let named = service.as_ref().and_then(InterdomainName::domain);
     let domain = named.unwrap_or(told.plane.domain()).to_string();
-    let labels = OfConnection {
+    Some(OfConnection {
         connection: view.id().to_owned(),
         peer: spec.remote.to_string(),
         domain,
-    };
-    Some((plan, labels))
+    })
 }
 
 fn gauge(registry: &mut Registry, name: &str, help: &str, value: usize) {
