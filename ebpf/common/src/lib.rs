@@ -10,14 +10,29 @@
 
 #![no_std]
 
-/// Version of everything in this file that is seen through a pinned map.
-pub const LAYOUT: u32 = 1;
+pub mod management;
+pub mod sbfd;
+mod shared;
+
+pub use shared::Shared;
+
+use management::MAX_SESSIONS;
+
+/// Version of everything in this crate that is seen through a pinned map.
+pub const LAYOUT: u32 = 3;
 
 /// Tunnels that one node can hold: the bar is 10,000 connections, the rest is head room.
 pub const MAX_SLOTS: u32 = 16_384;
 
-/// Entries of the TUNNELS map: each tunnel has its own entry and at most one marker of its VNI (see [`TunnelKey`]).
-pub const MAX_TUNNEL_ENTRIES: u32 = 2 * MAX_SLOTS;
+/// Entries of the TUNNELS map: each tunnel has its own entry and at most one marker of its VNI, each peer its own (see
+/// [`TunnelKey`]).
+pub const MAX_TUNNEL_ENTRIES: u32 = 2 * MAX_SLOTS + MAX_SESSIONS;
+
+/// Entries of the FOREIGN map. The one that was not seen for longest gives way.
+pub const MAX_FOREIGN: u32 = 1_024;
+
+/// As the VNI of a [`TunnelKey`]: one more than the wire has. Its entry says that the address is that of a peer.
+pub const PEER_MARKER: u32 = 1 << 24;
 
 /// No slot.
 pub const NO_SLOT: u32 = u32::MAX;
@@ -73,9 +88,10 @@ pub const fn port_bit(port: u16) -> (u32, u64) {
 
 /// Key of TUNNELS.
 ///
-/// Two kinds of entry share the map. `(vni, peer)` is a tunnel, found with one look-up by every packet of it.
+/// Three kinds of entry share the map. `(vni, peer)` is a tunnel, found with one look-up by every packet of it.
 /// `(vni, UNSPECIFIED)` only says that the VNI is ours; it is looked up when the first look-up finds nothing, and tells a
-/// wrong source from a foreign VNI.
+/// wrong source from a foreign VNI. `(PEER_MARKER, peer)` says that a foreign VNI came from somebody we have tunnels with:
+/// one of us must be wrong about the VNI.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
@@ -113,6 +129,17 @@ pub struct Counters {
     pub last_in_ns: u64,
     /// When the last packet went out, likewise.
     pub last_out_ns: u64,
+}
+
+/// Value of FOREIGN: packets of a VNI that is not ours, from the address of a peer. A map and no event: a CNI that runs over
+/// the same port between the same nodes sends many, and must not crowd out what else there is to tell.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Foreign {
+    /// Packets so far; two CPUs at once may count one.
+    pub packets: u64,
+    /// When the last one came, CLOCK_MONOTONIC at the resolution of a timer tick, nanoseconds.
+    pub last_ns: u64,
 }
 
 /// Value of EVENT_BUDGET, one for each CPU.
@@ -229,6 +256,18 @@ reasons! {
     EventSuppressed = 8, "event_suppressed", NoPacket;
     /// An event was not told because the ring buffer was full.
     EventLost = 9, "event_lost", NoPacket;
+    /// On the management link: no S-BFD packet, or one that RFC 5880, 7880 or 7881 has discarded.
+    SbfdMalformed = 10, "sbfd_malformed", Dropped;
+    /// A probe to a reflector that is not ours, or an answer that does not belong to our session with its sender.
+    SbfdUnknownDiscriminator = 11, "sbfd_unknown_discriminator", Dropped;
+    /// From an Ethernet address that is no peer's.
+    SbfdUnknownPeer = 12, "sbfd_unknown_peer", Dropped;
+    /// A probe beyond what one peer may send.
+    SbfdRateLimited = 13, "sbfd_rate_limited", Dropped;
+    /// An answer from another address than the one that was probed.
+    SbfdWrongSource = 14, "sbfd_wrong_source", Dropped;
+    /// An answer to a probe that was never sent, was answered already, or is long forgotten.
+    SbfdStale = 15, "sbfd_stale", Dropped;
 }
 
 /// Entries of DROPS.
@@ -247,6 +286,7 @@ const _: () = {
     assert!(size_of::<TunnelKey>() == 4 + 16);
     assert!(size_of::<Tunnel>() == 4 + 16);
     assert!(size_of::<Counters>() == 6 * 8);
+    assert!(size_of::<Foreign>() == 2 * 8);
     assert!(size_of::<EventBudget>() == 2 * 8);
     assert!(size_of::<Clock>() == 2 * 8);
     assert!(size_of::<Recent>() == 8 + 20 + 20);
@@ -264,7 +304,7 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Counters, Event, EventBudget, Tunnel, TunnelKey};
+    use super::{Counters, Event, EventBudget, Foreign, Tunnel, TunnelKey};
 
     // SAFETY: repr(C), Copy, 'static, no padding (asserted above), every bit pattern of their integers is valid.
     unsafe impl aya::Pod for TunnelKey {}
@@ -276,6 +316,8 @@ mod user {
     unsafe impl aya::Pod for EventBudget {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Event {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Foreign {}
 }
 
 #[cfg(test)]

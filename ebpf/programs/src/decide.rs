@@ -25,6 +25,8 @@ pub trait Node {
     /// Hears of every packet that has our VNI and somebody else's address, before [`Miss::WrongPeer`] is returned. Told
     /// here and not in the error: an error that carries values costs the program registers the verifier cannot follow.
     fn wrong_peer(&self, direction: Direction, packet: &TunnelKey, owner: &Tunnel);
+    /// Hears of every packet whose VNI is not ours, before [`Miss::ForeignVni`] is returned.
+    fn foreign(&self, direction: Direction, packet: &TunnelKey);
 }
 
 /// What the kernel says about a frame beside its bytes (`struct __sk_buff`).
@@ -161,7 +163,10 @@ pub fn attribute<B: Bytes + ?Sized, N: Node>(
             node.wrong_peer(direction, &key, owner);
             Err(Miss::WrongPeer)
         }
-        None => Err(Miss::ForeignVni),
+        None => {
+            node.foreign(direction, &key);
+            Err(Miss::ForeignVni)
+        }
     }
 }
 

@@ -1,7 +1,8 @@
-//! The BPF programs: tcx (or clsact) classifiers for ingress and egress of the underlay. The decisions are in the library;
-//! here are the maps, the access to a packet, and the one place where a decision becomes an action.
+//! The BPF programs: tcx (or clsact) classifiers for ingress and egress of the underlay, and ([`management`]) of the
+//! management link. The decisions are in the library; here are the maps, the access to a packet, and the one place where a
+//! decision becomes an action.
 //!
-//! Both return TC_ACT_UNSPEC, which is also TCX_NEXT: other programs on the hook have their say. Only our VNI from a wrong
+//! Those of the underlay return TC_ACT_UNSPEC, which is also TCX_NEXT: other programs on the hook have their say. Only our VNI from a wrong
 //! source (and what could hide it) is dropped, and only on the way in.
 
 #![no_std]
@@ -12,12 +13,14 @@
     reason = "the macros of aya-ebpf export each program under a second, undocumented name"
 )]
 
+mod management;
+
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
     helpers::generated::{
         bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_skb_load_bytes,
     },
@@ -25,8 +28,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use nsm_ebpf_common::{
-    Clock, Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate,
-    MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent,
+    Clock, Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate, Foreign, MAX_FOREIGN,
+    MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT, PEER_MARKER, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent,
     Tunnel, TunnelKey, UNSPECIFIED, port_bit, recent_place,
 };
 use nsm_ebpf_programs::{
@@ -39,7 +42,7 @@ use nsm_ebpf_programs::{
 #[btf_map]
 static PORTS: Array<u64, { PORT_WORDS as usize }> = Array::new();
 
-/// (VNI, peer) to slot; (VNI, unspecified) marks a VNI as ours.
+/// (VNI, peer) to slot; (VNI, unspecified) marks a VNI as ours, (PEER_MARKER, peer) an address as a peer's.
 #[btf_map]
 static TUNNELS: HashMap<TunnelKey, Tunnel, { MAX_TUNNEL_ENTRIES as usize }> = HashMap::new();
 
@@ -70,6 +73,10 @@ static RECENT: PerCpuArray<Recent, { RECENT_ENTRIES as usize }> = PerCpuArray::n
 /// What this CPU knows of the time.
 #[btf_map]
 static CLOCK: PerCpuArray<Clock, 1> = PerCpuArray::new();
+
+/// (VNI, peer): what came of VNIs that are not ours from addresses that are our peers'.
+#[btf_map]
+static FOREIGN: LruHashMap<TunnelKey, Foreign, { MAX_FOREIGN as usize }> = LruHashMap::new();
 
 /// Written by user space: [`nsm_ebpf_common::LAYOUT`] of the agent that made the maps.
 #[btf_map]
@@ -285,6 +292,41 @@ impl Node for Maps<'_> {
         if direction == Direction::In {
             tell(self.ctx, packet, owner);
         }
+    }
+
+    #[inline(always)]
+    fn foreign(&self, direction: Direction, packet: &TunnelKey) {
+        if direction == Direction::In {
+            note_foreign(packet);
+        }
+    }
+}
+
+/// Notes a packet of a VNI that is not ours when its source is a peer's address.
+#[inline(always)]
+fn note_foreign(packet: &TunnelKey) {
+    let peer = TunnelKey {
+        vni: PEER_MARKER,
+        peer: packet.peer,
+    };
+    // SAFETY: only whether there is an entry is asked.
+    if unsafe { TUNNELS.get(&peer) }.is_none() {
+        return;
+    }
+    // SAFETY: takes no argument, reads a clock.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    if let Some(known) = FOREIGN.get_ptr_mut(packet) {
+        // SAFETY: a pointer into the map, not null. What two CPUs, or user space that removes the entry, do at once costs a count.
+        let known = unsafe { &mut *known };
+        known.packets += 1;
+        known.last_ns = now;
+    } else {
+        let first = Foreign {
+            packets: 1,
+            last_ns: now,
+        };
+        // Full of newer ones: the DROPS counter has it all the same.
+        let _ = FOREIGN.insert(packet, &first, 0);
     }
 }
 

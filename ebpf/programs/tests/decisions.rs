@@ -19,6 +19,7 @@ const VNI: u32 = 0x12_3456;
 struct Maps {
     tunnels: HashMap<TunnelKey, Tunnel>,
     told: RefCell<Vec<(Direction, TunnelKey)>>,
+    foreign: RefCell<Vec<(Direction, TunnelKey)>>,
 }
 
 impl Maps {
@@ -31,7 +32,7 @@ impl Maps {
         let key = |peer| TunnelKey { vni: VNI, peer };
         Self {
             tunnels: HashMap::from([(key(mapped(PEER)), tunnel), (key(UNSPECIFIED), tunnel)]),
-            told: RefCell::default(),
+            ..Self::default()
         }
     }
 }
@@ -47,6 +48,10 @@ impl Node for Maps {
 
     fn wrong_peer(&self, direction: Direction, packet: &TunnelKey, _owner: &Tunnel) {
         self.told.borrow_mut().push((direction, *packet));
+    }
+
+    fn foreign(&self, direction: Direction, packet: &TunnelKey) {
+        self.foreign.borrow_mut().push((direction, *packet));
     }
 }
 
@@ -131,6 +136,11 @@ fn a_wrong_peer_is_told_from_a_foreign_vni() {
     let miss = decide(Direction::In, frame.as_slice(), size(&frame), &maps).unwrap_err();
     assert_eq!(miss.reason(Direction::In), Some(Reason::ForeignVniIn));
     assert!(maps.told.borrow().is_empty());
+    let key = TunnelKey {
+        vni: VNI + 1,
+        ..key
+    };
+    assert_eq!(maps.foreign.take(), [(Direction::In, key)]);
 }
 
 #[test]

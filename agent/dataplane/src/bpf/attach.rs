@@ -7,7 +7,7 @@
 //! clsact: a filter of our own priority and handle on the clsact qdisc. The kernel keeps it whoever dies; the next agent
 //! replaces it at that place. The qdisc is left when the filter goes: others may have put theirs there.
 
-use std::{collections::BTreeSet, fmt, mem};
+use std::{collections::BTreeSet, fmt, mem, path::Path};
 
 use aya::{
     Ebpf,
@@ -57,17 +57,28 @@ const HANDLE: TcHandle = TcHandle::new(0x006e, 0x736d);
 const ARPHRD_ETHER: u16 = 1;
 const ARPHRD_LOOPBACK: u16 = 772;
 
-/// The program of a direction.
-pub(super) fn program(ebpf: &mut Ebpf, direction: Direction) -> &mut SchedClassifier {
-    ebpf.program_mut(program_name(direction))
-        .and_then(|program| program.try_into().ok())
-        .expect("the object holds a classifier for each direction")
+/// What an interface carries: it decides which programs belong on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Role {
+    /// Tunnels' packets.
+    Underlay,
+    /// The management VNI.
+    Management,
 }
 
-const fn program_name(direction: Direction) -> &'static str {
-    match direction {
-        Direction::In => "underlay_ingress",
-        Direction::Out => "underlay_egress",
+/// The program of a role and direction.
+pub(super) fn program(ebpf: &mut Ebpf, role: Role, direction: Direction) -> &mut SchedClassifier {
+    ebpf.program_mut(program_name(role, direction))
+        .and_then(|program| program.try_into().ok())
+        .expect("the object holds a classifier for each role and direction")
+}
+
+const fn program_name(role: Role, direction: Direction) -> &'static str {
+    match (role, direction) {
+        (Role::Underlay, Direction::In) => "underlay_ingress",
+        (Role::Underlay, Direction::Out) => "underlay_egress",
+        (Role::Management, Direction::In) => "management_ingress",
+        (Role::Management, Direction::Out) => "management_egress",
     }
 }
 
@@ -95,9 +106,9 @@ pub(super) fn choose_hook(wanted: Option<Hook>) -> Result<Hook, BpfError> {
 /// The interfaces that the programs hang on.
 pub(super) struct Attachments {
     hook: Hook,
-    attached: BTreeSet<String>,
+    attached: BTreeSet<(Role, String)>,
     /// What [`Self::undo`] takes off: hooked by this process where nothing was before.
-    made: Vec<(String, Direction)>,
+    made: Vec<(Role, String, Direction)>,
 }
 
 impl Attachments {
@@ -109,46 +120,57 @@ impl Attachments {
         }
     }
 
-    pub(super) fn interfaces(&self) -> Vec<String> {
-        self.attached.iter().cloned().collect()
+    /// The interfaces of a role.
+    pub(super) fn interfaces(&self, role: Role) -> Vec<String> {
+        let of_role = self.attached.iter().filter(|(found, _)| *found == role);
+        of_role.map(|(_, interface)| interface.clone()).collect()
     }
 
     pub(super) fn attach(
         &mut self,
         ebpf: &mut Ebpf,
         pins: &PinDir,
+        role: Role,
         interface: &str,
     ) -> Result<(), BpfError> {
         check_interface(interface)?;
         let before = self.made.len();
         for direction in [Direction::In, Direction::Out] {
-            let program = program(ebpf, direction);
+            let program = program(ebpf, role, direction);
             let attached = match self.hook {
-                Hook::Tcx => attach_tcx(program, pins, interface, direction),
+                Hook::Tcx => {
+                    let pin = pins.link(role, interface, direction);
+                    attach_tcx(program, pins, &pin, interface, direction)
+                }
                 Hook::Clsact => attach_clsact(program, interface, direction),
             };
             match attached {
-                Ok(Made::New) => self.made.push((interface.to_owned(), direction)),
+                Ok(Made::New) => self.made.push((role, interface.to_owned(), direction)),
                 Ok(Made::Replaced) => {}
                 Err(error) => {
                     // Both directions or none.
-                    for (interface, direction) in self.made.split_off(before) {
-                        self.take_off(pins, &interface, direction);
+                    for (role, interface, direction) in self.made.split_off(before) {
+                        self.take_off(pins, role, &interface, direction);
                     }
                     return Err(error);
                 }
             }
         }
-        self.attached.insert(interface.to_owned());
+        self.attached.insert((role, interface.to_owned()));
         Ok(())
     }
 
-    pub(super) fn detach(&mut self, pins: &PinDir, interface: &str) -> Result<(), BpfError> {
-        if !self.attached.remove(interface) {
+    pub(super) fn detach(
+        &mut self,
+        pins: &PinDir,
+        role: Role,
+        interface: &str,
+    ) -> Result<(), BpfError> {
+        if !self.attached.remove(&(role, interface.to_owned())) {
             return Ok(());
         }
-        self.made.retain(|(made, _)| made != interface);
-        self.detach_one(pins, interface)
+        self.made.retain(|(_, made, _)| made != interface);
+        self.detach_one(pins, role, interface)
     }
 
     pub(super) fn detach_all(&mut self, pins: &PinDir) -> Result<(), BpfError> {
@@ -156,46 +178,49 @@ impl Attachments {
         let attached = mem::take(&mut self.attached);
         attached
             .iter()
-            .map(|interface| self.detach_one(pins, interface))
+            .map(|(role, interface)| self.detach_one(pins, *role, interface))
             .fold(Ok(()), Result::and)
     }
 
-    fn detach_one(&self, pins: &PinDir, interface: &str) -> Result<(), BpfError> {
+    fn detach_one(&self, pins: &PinDir, role: Role, interface: &str) -> Result<(), BpfError> {
         let both = [Direction::In, Direction::Out].map(|direction| match self.hook {
-            Hook::Tcx => pins.remove_link(&pins.link(interface, direction)),
-            Hook::Clsact => detach_clsact(interface, direction),
+            Hook::Tcx => pins.remove_link(&pins.link(role, interface, direction)),
+            Hook::Clsact => detach_clsact(role, interface, direction),
         });
         both.into_iter().fold(Ok(()), Result::and)
     }
 
     /// Takes off what this process hooked where nothing was before, on a path that already has an error to tell.
     pub(super) fn undo(&mut self, pins: &PinDir) {
-        for (interface, direction) in mem::take(&mut self.made) {
-            self.take_off(pins, &interface, direction);
+        for (role, interface, direction) in mem::take(&mut self.made) {
+            self.take_off(pins, role, &interface, direction);
         }
     }
 
-    fn take_off(&self, pins: &PinDir, interface: &str, direction: Direction) {
+    fn take_off(&self, pins: &PinDir, role: Role, interface: &str, direction: Direction) {
         let taken_off = match self.hook {
-            Hook::Tcx => pins.remove_link(&pins.link(interface, direction)),
-            Hook::Clsact => detach_clsact(interface, direction),
+            Hook::Tcx => pins.remove_link(&pins.link(role, interface, direction)),
+            Hook::Clsact => detach_clsact(role, interface, direction),
         };
         if let Err(error) = taken_off {
             tracing::warn!(interface, %direction, %error, "a program stays behind");
         }
     }
 
-    /// Removes what an earlier agent hooked elsewhere, or in the other way.
-    pub(super) fn remove_strays(&self, pins: &PinDir) {
+    /// Removes what an earlier agent hooked elsewhere, or in the other way, to interfaces of a role. Management links are looked
+    /// at later than the underlay: until then, the reflector of an earlier agent goes on answering.
+    pub(super) fn remove_strays(&self, pins: &PinDir, role: Role) {
+        let ours = self.interfaces(role);
         let wanted: Vec<_> = match self.hook {
             Hook::Clsact => Vec::new(),
-            Hook::Tcx => self
-                .attached
+            Hook::Tcx => ours
                 .iter()
-                .flat_map(|name| [Direction::In, Direction::Out].map(|way| pins.link(name, way)))
+                .flat_map(|name| {
+                    [Direction::In, Direction::Out].map(|way| pins.link(role, name, way))
+                })
                 .collect(),
         };
-        for link in pins.links() {
+        for link in pins.links(role) {
             if wanted.contains(&link) {
                 continue;
             }
@@ -211,11 +236,11 @@ impl Attachments {
             let Ok(name) = interface.name().to_str() else {
                 continue;
             };
-            if self.hook == Hook::Clsact && self.attached.contains(name) {
+            if self.hook == Hook::Clsact && ours.iter().any(|known| known == name) {
                 continue;
             }
             for direction in [Direction::In, Direction::Out] {
-                if let Err(error) = detach_clsact(name, direction) {
+                if let Err(error) = detach_clsact(role, name, direction) {
                     tracing::debug!(interface = name, %direction, %error, "cannot look for an old filter");
                 }
             }
@@ -232,6 +257,7 @@ enum Made {
 fn attach_tcx(
     program: &mut SchedClassifier,
     pins: &PinDir,
+    path: &Path,
     interface: &str,
     direction: Direction,
 ) -> Result<Made, BpfError> {
@@ -240,8 +266,7 @@ fn attach_tcx(
     if hangs_on(interface, direction, id).map_err(failed)? {
         return Ok(Made::Replaced);
     }
-    let path = pins.link(interface, direction);
-    match PinnedLink::from_pin(&path) {
+    match PinnedLink::from_pin(path) {
         Ok(old) => {
             let replaced = SchedClassifierLink::try_from(FdLink::from(old))
                 .ok()
@@ -251,10 +276,10 @@ fn attach_tcx(
             if replaced.is_some() && hangs_on(interface, direction, id).map_err(failed)? {
                 return Ok(Made::Replaced);
             }
-            pins.remove_link(&path)?;
+            pins.remove_link(path)?;
         }
         Err(error) if is_missing(&error) => {}
-        Err(_) => pins.remove(&path)?,
+        Err(_) => pins.remove(path)?,
     }
 
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
@@ -264,7 +289,7 @@ fn attach_tcx(
         .map_err(failed)?;
     let link =
         FdLink::try_from(link).map_err(|source| pinning_link(interface, direction, source))?;
-    link.pin(&path)
+    link.pin(path)
         .map_err(|source| pinning_link(interface, direction, source))?;
     Ok(Made::New)
 }
@@ -313,8 +338,9 @@ fn attach_clsact(
 }
 
 /// Takes our filter off; one that is not there is fine.
-fn detach_clsact(interface: &str, direction: Direction) -> Result<(), BpfError> {
-    match tc::qdisc_detach_program(interface, attach_type(direction), program_name(direction)) {
+fn detach_clsact(role: Role, interface: &str, direction: Direction) -> Result<(), BpfError> {
+    let name = program_name(role, direction);
+    match tc::qdisc_detach_program(interface, attach_type(direction), name) {
         Err(error)
             if !matches!(&error, tc::TcError::IoError(io) if io.kind() == std::io::ErrorKind::NotFound)
                 && !matches!(

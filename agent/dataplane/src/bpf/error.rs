@@ -168,6 +168,14 @@ pub enum BpfError {
         /// What the kernel said.
         source: MapError,
     },
+    /// A map could not be seen in place.
+    #[error("cannot see the BPF map {map} in memory: this kernel may be older than 5.5")]
+    MapMemory {
+        /// The map.
+        map: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The number of CPUs is unknown.
     #[error("cannot read the number of CPUs from {file}")]
     Cpus {

@@ -22,6 +22,7 @@ mod error;
 mod events;
 mod pins;
 mod run;
+mod sessions;
 mod slots;
 mod sys;
 mod tables;
@@ -42,13 +43,21 @@ use nsm_core::vni::Vni;
 use nsm_ebpf_common::VXLAN_PORT;
 use sha2::{Digest as _, Sha256};
 
-use self::{attach::Attachments, pins::PinDir, tables::Tables};
 pub use self::{
     attach::Hook,
     error::{BpfError, Capability},
     events::{Event, Events},
     run::{Gso, RunReport},
     underlay::underlay_interfaces,
+};
+use self::{
+    attach::{Attachments, Role},
+    pins::PinDir,
+    tables::Tables,
+};
+pub(crate) use self::{
+    sessions::{LocalSessions, PinnedSessions, Sessions},
+    tables::{address, ip_addr},
 };
 
 /// The programs, as `cargo xtask build-ebpf` made them. Aligned, because the loader reads its headers in place.
@@ -177,11 +186,26 @@ pub struct Bpf {
     keep_pins: bool,
 }
 
+/// Packets of a VNI that this node does not have, from the address of a peer: one of the two is wrong about the VNI, or
+/// something else uses the port between the same nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ForeignVni {
+    /// The VNI of the packets.
+    pub vni: u32,
+    /// The peer's address, as they came from it.
+    pub peer: IpAddr,
+    /// Packets so far.
+    pub packets: u64,
+    /// When the last one came, on CLOCK_MONOTONIC, to a timer tick.
+    pub last: Duration,
+}
+
 struct State {
     ebpf: Ebpf,
     tables: Tables,
     attachments: Attachments,
     events: Option<Events>,
+    sessions: Option<PinnedSessions>,
     pins: PinDir,
 }
 
@@ -203,11 +227,13 @@ impl Bpf {
         }
         let (mut ebpf, tables, attachments, hook) = loaded?;
         let events = Events::take(&mut ebpf)?;
+        let sessions = PinnedSessions::take(&mut ebpf)?;
         let state = State {
             ebpf,
             tables,
             attachments,
             events: Some(events),
+            sessions: Some(sessions),
             pins,
         };
         Ok(Self {
@@ -226,10 +252,12 @@ impl Bpf {
             loader.map_pin_path(map, pins.map(map));
         }
         let mut ebpf = loader.load(OBJECT).map_err(error::loading)?;
-        for direction in [Direction::In, Direction::Out] {
-            attach::program(&mut ebpf, direction)
-                .load()
-                .map_err(|source| error::loading(source.into()))?;
+        for role in [Role::Underlay, Role::Management] {
+            for direction in [Direction::In, Direction::Out] {
+                attach::program(&mut ebpf, role, direction)
+                    .load()
+                    .map_err(|source| error::loading(source.into()))?;
+            }
         }
         let mut tables = Tables::adopt(&mut ebpf)?;
         for port in &config.ports {
@@ -243,12 +271,12 @@ impl Bpf {
         let hook = attach::choose_hook(config.hook)?;
         let mut attachments = Attachments::new(hook);
         for interface in &interfaces {
-            if let Err(error) = attachments.attach(&mut ebpf, pins, interface) {
+            if let Err(error) = attachments.attach(&mut ebpf, pins, Role::Underlay, interface) {
                 attachments.undo(pins);
                 return Err(error);
             }
         }
-        attachments.remove_strays(pins);
+        attachments.remove_strays(pins, Role::Underlay);
         Ok((ebpf, tables, attachments, hook))
     }
 
@@ -261,7 +289,7 @@ impl Bpf {
         let state = &mut *self.state();
         state
             .attachments
-            .attach(&mut state.ebpf, &state.pins, interface)
+            .attach(&mut state.ebpf, &state.pins, Role::Underlay, interface)
     }
 
     /// Takes the programs off an interface. Does nothing when they are not there.
@@ -271,13 +299,15 @@ impl Bpf {
     /// When the kernel or the BPF filesystem refuses.
     pub fn detach(&self, interface: &str) -> Result<(), BpfError> {
         let state = &mut *self.state();
-        state.attachments.detach(&state.pins, interface)
+        state
+            .attachments
+            .detach(&state.pins, Role::Underlay, interface)
     }
 
     /// The interfaces that the programs are attached to.
     #[must_use]
     pub fn interfaces(&self) -> Vec<String> {
-        self.state().attachments.interfaces()
+        self.state().attachments.interfaces(Role::Underlay)
     }
 
     /// The hook in use.
@@ -305,7 +335,8 @@ impl Bpf {
         self.state().tables.remove_tunnel(vni.get(), peer)
     }
 
-    /// All tunnels that the programs know, among them those that an earlier agent left: ordered by slot.
+    /// All tunnels that the programs know, among them those that an earlier agent left: ordered by slot. Entries of the
+    /// management VNI are not among them.
     #[must_use]
     pub fn tunnels(&self) -> Vec<KnownTunnel> {
         self.state().tables.tunnels()
@@ -374,17 +405,94 @@ impl Bpf {
     ) -> Result<RunReport, BpfError> {
         let state = &mut *self.state();
         run::test_run(
-            attach::program(&mut state.ebpf, direction),
+            attach::program(&mut state.ebpf, Role::Underlay, direction),
             frame,
             gso,
             repeat,
         )
     }
 
+    /// Runs a program of the management link on a frame, as [`Self::test_run`]: its verdict (7, TC_ACT_REDIRECT, sends back)
+    /// and the frame as it left it. The sessions are those of [`crate::health`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::test_run`].
+    pub fn test_run_management(
+        &self,
+        direction: Direction,
+        frame: &[u8],
+        repeat: u32,
+    ) -> Result<(RunReport, Vec<u8>), BpfError> {
+        let state = &mut *self.state();
+        run::test_run_with_output(
+            attach::program(&mut state.ebpf, Role::Management, direction),
+            frame,
+            Gso::default(),
+            repeat,
+        )
+    }
+
+    /// Hooks the programs of the management link to these interfaces and to no others: those of an earlier agent are let go.
+    pub(crate) fn attach_management(&self, interfaces: &[String]) -> Result<(), BpfError> {
+        let state = &mut *self.state();
+        for interface in interfaces {
+            state
+                .attachments
+                .attach(&mut state.ebpf, &state.pins, Role::Management, interface)?;
+        }
+        state
+            .attachments
+            .remove_strays(&state.pins, Role::Management);
+        Ok(())
+    }
+
+    /// Takes the programs off a management link, whose interface may be gone already.
+    pub(crate) fn detach_management(&self, interface: &str) -> Result<(), BpfError> {
+        let state = &mut *self.state();
+        state
+            .attachments
+            .detach(&state.pins, Role::Management, interface)
+    }
+
+    /// The sessions' maps. There is one owner: the second call gets `None`.
+    pub(crate) fn take_sessions(&self) -> Option<PinnedSessions> {
+        self.state().sessions.take()
+    }
+
+    /// Gives them back, for the next [`crate::health::Health`] of the same programs.
+    pub(crate) fn return_sessions(&self, sessions: PinnedSessions) {
+        self.state().sessions = Some(sessions);
+    }
+
+    /// Lets the programs count and check what a peer sends over the management VNI, and note its VNIs that are not ours.
+    pub(crate) fn add_peer(&self, vni: Vni, peer: IpAddr) -> Result<Slot, BpfError> {
+        self.state().tables.add_peer(vni.get(), peer)
+    }
+
+    /// Forgets a peer.
+    pub(crate) fn remove_peer(&self, peer: IpAddr) -> Result<(), BpfError> {
+        self.state().tables.remove_peer(peer)
+    }
+
+    /// The peers that the programs know, among them those that an earlier agent left.
+    pub(crate) fn peers(&self) -> Vec<IpAddr> {
+        self.state().tables.peers()
+    }
+
+    /// What peers sent with VNIs that this node does not have: the last [`nsm_ebpf_common::MAX_FOREIGN`] pairs.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn foreign_vnis(&self) -> Result<Vec<ForeignVni>, BpfError> {
+        self.state().tables.foreign()
+    }
+
     /// Time that the kernel accounts to a program, while that account is on.
     fn run_time(&self, direction: Direction) -> Result<Duration, BpfError> {
         let state = &mut *self.state();
-        let info = attach::program(&mut state.ebpf, direction).info();
+        let info = attach::program(&mut state.ebpf, Role::Underlay, direction).info();
         info.map(|info| info.run_time())
             .map_err(|error| BpfError::Account(Box::new(error)))
     }
@@ -402,16 +510,14 @@ impl Bpf {
         }
     }
 
-    /// Removes everything from the kernel: links, maps, pins, the pin directory.
+    /// Removes everything from the kernel: links, maps, pins, the pin directory. The maps live on unseen until this value is
+    /// dropped.
     ///
     /// # Errors
     ///
     /// When something could not be removed; everything else is.
-    pub fn detach_and_unpin(self) -> Result<(), BpfError> {
-        let mut state = self
-            .state
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
+    pub fn detach_and_unpin(&self) -> Result<(), BpfError> {
+        let state = &mut *self.state();
         let detached = state.attachments.detach_all(&state.pins);
         let removed = state.pins.remove_all_checked();
         detached.and(removed)

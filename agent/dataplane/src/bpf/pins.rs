@@ -14,12 +14,14 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 use nsm_ebpf_common::{
-    Counters, EVENTS_BYTES, EventBudget, LAYOUT, MAX_SLOTS, MAX_TUNNEL_ENTRIES, PORT_WORDS,
-    REASONS, Tunnel, TunnelKey,
+    Counters, EVENTS_BYTES, EventBudget, Foreign, LAYOUT, MAX_FOREIGN, MAX_SLOTS,
+    MAX_TUNNEL_ENTRIES, PORT_WORDS, REASONS, Tunnel, TunnelKey,
+    management::{MAX_SESSIONS, NodeState, Session},
 };
 
 use super::{
     BpfError, Direction,
+    attach::Role,
     error::{Capability, missing_of},
     sys,
 };
@@ -28,7 +30,7 @@ use super::{
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// The maps that are pinned, by name.
-pub(super) const MAPS: [&str; 8] = [
+pub(super) const MAPS: [&str; 12] = [
     "TUNNELS",
     "COUNTERS",
     "DROPS",
@@ -36,10 +38,20 @@ pub(super) const MAPS: [&str; 8] = [
     "EVENT_BUDGET",
     "PORTS",
     "GENERATION",
+    "FOREIGN",
+    "NODE",
+    "SESSIONS",
+    "SESSION_INDEX",
     "LAYOUT",
 ];
 
-const LINK_PREFIX: &str = "link_";
+/// What the names of pinned links start with.
+const fn link_prefix(role: Role) -> &'static str {
+    match role {
+        Role::Underlay => "link_",
+        Role::Management => "management_",
+    }
+}
 
 /// A directory on a BPF filesystem, locked by this process.
 pub(super) struct PinDir {
@@ -93,8 +105,8 @@ impl PinDir {
     }
 
     /// Where a link is pinned.
-    pub(super) fn link(&self, interface: &str, direction: Direction) -> PathBuf {
-        self.dir.join(link_name(interface, direction))
+    pub(super) fn link(&self, role: Role, interface: &str, direction: Direction) -> PathBuf {
+        self.dir.join(link_name(role, interface, direction))
     }
 
     /// Keeps the maps of an earlier agent when their layout is ours and says so, else removes them.
@@ -126,15 +138,15 @@ impl PinDir {
         Array::<_, u32>::try_from(map).ok()?.get(&0, 0).ok()
     }
 
-    /// The pinned links: their paths.
-    pub(super) fn links(&self) -> Vec<PathBuf> {
+    /// The pinned links of a role: their paths.
+    pub(super) fn links(&self, role: Role) -> Vec<PathBuf> {
         let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
         entries
             .filter(|entry| {
                 entry
                     .file_name()
                     .as_encoded_bytes()
-                    .starts_with(LINK_PREFIX.as_bytes())
+                    .starts_with(link_prefix(role).as_bytes())
             })
             .map(|entry| entry.path())
             .collect()
@@ -170,7 +182,10 @@ impl PinDir {
 
     /// Removes every pin of ours, and the directory when nobody else put something there.
     pub(super) fn remove_all_checked(&self) -> Result<(), BpfError> {
-        let links = self.links().into_iter().map(|path| self.remove_link(&path));
+        let links = [Role::Underlay, Role::Management]
+            .into_iter()
+            .flat_map(|role| self.links(role))
+            .map(|path| self.remove_link(&path));
         let maps = MAPS.iter().map(|name| self.remove(&self.map(name)));
         let removed = links.chain(maps).fold(Ok(()), Result::and);
         match fs::remove_dir(&self.dir) {
@@ -210,6 +225,15 @@ fn expected_shape(name: &str) -> (Option<MapType>, u32, u32, u32) {
         "EVENT_BUDGET" => (MapType::PerCpuArray, 4, size::<EventBudget>(), 1),
         "PORTS" => (MapType::Array, 4, size::<u64>(), PORT_WORDS),
         "GENERATION" => (MapType::Array, 4, size::<u64>(), 1),
+        "FOREIGN" => (
+            MapType::LruHash,
+            size::<TunnelKey>(),
+            size::<Foreign>(),
+            MAX_FOREIGN,
+        ),
+        "NODE" => (MapType::Array, 4, size::<NodeState>(), 1),
+        "SESSIONS" => (MapType::Array, 4, size::<Session>(), MAX_SESSIONS),
+        "SESSION_INDEX" => (MapType::Hash, 8, 4, MAX_SESSIONS),
         "LAYOUT" => (MapType::Array, 4, size::<u32>(), 1),
         _ => return (None, 0, 0, 0),
     };
@@ -217,9 +241,9 @@ fn expected_shape(name: &str) -> (Option<MapType>, u32, u32, u32) {
 }
 
 /// A BPF filesystem reserves names with dots, which VLAN interfaces have.
-fn link_name(interface: &str, direction: Direction) -> String {
+fn link_name(role: Role, interface: &str, direction: Direction) -> String {
     let escaped = interface.replace('%', "%25").replace('.', "%2e");
-    format!("{LINK_PREFIX}{escaped}_{direction}")
+    format!("{}{escaped}_{direction}", link_prefix(role))
 }
 
 /// Whether `dir`, or what exists of the way to it, is on a BPF filesystem.
@@ -257,7 +281,7 @@ mod tests {
     fn links_of_different_interfaces_have_different_names_without_dots() {
         let names: Vec<String> = ["eth0", "eth0.100", "eth0%2e100", "eth0%2e"]
             .iter()
-            .map(|name| link_name(name, Direction::In))
+            .map(|name| link_name(Role::Underlay, name, Direction::In))
             .collect();
         assert_eq!(names[0], "link_eth0_ingress");
         assert_eq!(names[1], "link_eth0%2e100_ingress");

@@ -35,11 +35,35 @@ pub(super) fn test_run(
     gso: Gso,
     repeat: u32,
 ) -> Result<RunReport, BpfError> {
+    run(program, frame, None, gso, repeat).map(|(report, _)| report)
+}
+
+/// As [`test_run`], with the frame that the program left.
+pub(super) fn test_run_with_output(
+    program: &SchedClassifier,
+    frame: &[u8],
+    gso: Gso,
+    repeat: u32,
+) -> Result<(RunReport, Vec<u8>), BpfError> {
+    let mut output = vec![0; frame.len()];
+    let (report, length) = run(program, frame, Some(&mut output), gso, repeat)?;
+    output.truncate(length);
+    Ok((report, output))
+}
+
+fn run(
+    program: &SchedClassifier,
+    frame: &[u8],
+    output: Option<&mut [u8]>,
+    gso: Gso,
+    repeat: u32,
+) -> Result<(RunReport, usize), BpfError> {
     let mut context = [0; SK_BUFF];
     context[SK_BUFF_GSO_SEGS..][..4].copy_from_slice(&gso.segs.to_ne_bytes());
     context[SK_BUFF_GSO_SIZE..][..4].copy_from_slice(&gso.size.to_ne_bytes());
     let options = TestRunOptions {
         data_in: Some(frame),
+        data_out: output,
         ctx_in: Some(&context),
         repeat,
         ..TestRunOptions::new()
@@ -47,8 +71,9 @@ pub(super) fn test_run(
     let result = program
         .test_run(options)
         .map_err(|source| error::running(frame.len(), source))?;
-    Ok(RunReport {
+    let report = RunReport {
         verdict: result.return_value.cast_signed(),
         duration: result.duration,
-    })
+    };
+    Ok((report, result.data_size_out as usize))
 }

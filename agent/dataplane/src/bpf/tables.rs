@@ -1,4 +1,4 @@
-//! The maps as plain values: tunnels, counters, drops, ports.
+//! The maps as plain values: tunnels, peers, counters, drops, ports.
 //!
 //! What the programs see changes in an order that leaves no wrong state in between: a slot is zeroed before its tunnel
 //! appears, a VNI is marked as ours only while it has a tunnel, and what the programs remember of TUNNELS is disowned after
@@ -17,10 +17,11 @@ use aya::{
     util::nr_cpus,
 };
 use nsm_ebpf_common::{
-    Address, Counters, LAYOUT, MAX_SLOTS, Reason, Tunnel, TunnelKey, UNSPECIFIED, mapped, port_bit,
+    Address, Counters, Foreign, LAYOUT, MAX_SLOTS, PEER_MARKER, Reason, Tunnel, TunnelKey,
+    UNSPECIFIED, mapped, port_bit,
 };
 
-use super::{BpfError, KnownTunnel, Slot, TunnelCounters, slots::Slots};
+use super::{BpfError, ForeignVni, KnownTunnel, Slot, TunnelCounters, slots::Slots};
 
 pub(super) struct Tables {
     tunnels: BpfHashMap<MapData, TunnelKey, Tunnel>,
@@ -28,8 +29,11 @@ pub(super) struct Tables {
     drops: PerCpuArray<MapData, u64>,
     ports: Array<MapData, u64>,
     generation: Array<MapData, u64>,
+    foreign: BpfHashMap<MapData, TunnelKey, Foreign>,
     /// What TUNNELS holds, markers aside.
     known: HashMap<TunnelKey, u32>,
+    /// The peers: those with an entry of the management VNI in `known`, and its slot.
+    peers: HashMap<Address, u32>,
     /// How many tunnels each VNI has.
     vnis: HashMap<u32, u32>,
     slots: Slots,
@@ -54,6 +58,9 @@ impl Tables {
         let mut used = HashSet::new();
         let mut known = HashMap::new();
         let mut vnis: HashMap<u32, u32> = HashMap::new();
+        let (peers, entries): (Vec<_>, Vec<_>) = entries
+            .into_iter()
+            .partition(|(key, _)| key.vni == PEER_MARKER);
         let (markers, rest): (Vec<_>, Vec<_>) = entries
             .into_iter()
             .partition(|(key, _)| key.peer == UNSPECIFIED);
@@ -70,6 +77,16 @@ impl Tables {
                 tunnels.remove(key).map_err(of_map("TUNNELS", "clean"))?;
             }
         }
+        let mut known_peers = HashMap::new();
+        for (key, tunnel) in peers {
+            let of_peer =
+                |(known, slot): (&TunnelKey, &u32)| known.peer == key.peer && *slot == tunnel.slot;
+            if known.iter().any(of_peer) {
+                known_peers.insert(key.peer, tunnel.slot);
+            } else {
+                tunnels.remove(&key).map_err(of_map("TUNNELS", "clean"))?;
+            }
+        }
         let marked: HashSet<u32> = markers.iter().map(|(key, _)| key.vni).collect();
         let mut tables = Self {
             tunnels,
@@ -77,6 +94,8 @@ impl Tables {
             drops: take(ebpf, "DROPS")?,
             ports: take(ebpf, "PORTS")?,
             generation: take(ebpf, "GENERATION")?,
+            foreign: take(ebpf, "FOREIGN")?,
+            peers: known_peers,
             slots: Slots::new(MAX_SLOTS, |slot| used.contains(&slot)),
             used,
             known,
@@ -246,10 +265,72 @@ impl Tables {
         }
     }
 
+    /// Enters a peer: an entry of the management VNI, which counts and checks what comes over it, and the marker by which a VNI
+    /// that is not ours is noted when it comes from there.
+    pub(super) fn add_peer(&mut self, vni: u32, peer: IpAddr) -> Result<Slot, BpfError> {
+        let slot = self.add_tunnel(vni, peer)?;
+        let (marker, expected) = peer_marker(peer);
+        let tunnel = Tunnel {
+            slot: slot.0,
+            expected,
+        };
+        let marked = self.tunnels.insert(marker, tunnel, 0);
+        if let Err(error) = marked.map_err(of_map("TUNNELS", "add to")) {
+            // The error that counts is the first one.
+            let _ = self.remove_tunnel(vni, peer);
+            return Err(error);
+        }
+        self.peers.insert(expected, slot.0);
+        Ok(slot)
+    }
+
+    /// Forgets a peer; one that is not known is fine.
+    pub(super) fn remove_peer(&mut self, peer: IpAddr) -> Result<(), BpfError> {
+        let (marker, address) = peer_marker(peer);
+        forgiving(self.tunnels.remove(&marker))?;
+        let Some(slot) = self.peers.remove(&address) else {
+            return Ok(());
+        };
+        let key = self
+            .known
+            .iter()
+            .find(|(key, known)| key.peer == address && **known == slot)
+            .map(|(key, _)| *key);
+        match key {
+            Some(key) => self.remove_tunnel(key.vni, peer).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// The peers, also those that an earlier agent left.
+    pub(super) fn peers(&self) -> Vec<IpAddr> {
+        self.peers.keys().copied().map(ip_addr).collect()
+    }
+
+    pub(super) fn foreign(&self) -> Result<Vec<ForeignVni>, BpfError> {
+        let mut all = Vec::new();
+        for entry in self.foreign.iter() {
+            let (key, seen) = match entry {
+                Ok(entry) => entry,
+                // It gave way to another while we looked.
+                Err(MapError::KeyNotFound) => continue,
+                Err(error) => return Err(of_map("FOREIGN", "read")(error)),
+            };
+            all.push(ForeignVni {
+                vni: key.vni,
+                peer: ip_addr(key.peer),
+                packets: seen.packets,
+                last: Duration::from_nanos(seen.last_ns),
+            });
+        }
+        Ok(all)
+    }
+
     pub(super) fn tunnels(&self) -> Vec<KnownTunnel> {
         let mut all: Vec<KnownTunnel> = self
             .known
             .iter()
+            .filter(|(key, slot)| self.peers.get(&key.peer) != Some(slot))
             .map(|(key, slot)| KnownTunnel {
                 vni: key.vni,
                 peer: ip_addr(key.peer),
@@ -322,8 +403,18 @@ impl Tables {
     }
 }
 
+/// The key of a peer's marker, and the peer's address.
+fn peer_marker(peer: IpAddr) -> (TunnelKey, Address) {
+    let peer = address(peer.to_canonical());
+    let key = TunnelKey {
+        vni: PEER_MARKER,
+        peer,
+    };
+    (key, peer)
+}
+
 /// Takes a map of a known type out of the object.
-fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>
+pub(super) fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>
 where
     M: TryFrom<Map, Error = MapError>,
 {
@@ -333,7 +424,7 @@ where
     M::try_from(map).map_err(of_map(name, "open"))
 }
 
-fn of_map(map: &'static str, action: &'static str) -> impl Fn(MapError) -> BpfError {
+pub(super) fn of_map(map: &'static str, action: &'static str) -> impl Fn(MapError) -> BpfError {
     move |source| BpfError::Map {
         map,
         action,
@@ -354,14 +445,14 @@ fn forgiving(removed: Result<(), MapError>) -> Result<(), BpfError> {
     }
 }
 
-pub(super) fn address(ip: IpAddr) -> Address {
+pub(crate) fn address(ip: IpAddr) -> Address {
     match ip {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
     }
 }
 
-pub(super) fn ip_addr(address: Address) -> IpAddr {
+pub(crate) fn ip_addr(address: Address) -> IpAddr {
     IpAddr::V6(Ipv6Addr::from(address)).to_canonical()
 }
 

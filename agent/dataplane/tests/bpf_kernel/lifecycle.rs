@@ -12,14 +12,18 @@ use aya::{
 };
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook, underlay_interfaces};
 
-const MAPS: [&str; 8] = [
+const MAPS: [&str; 12] = [
     "COUNTERS",
     "DROPS",
     "EVENTS",
     "EVENT_BUDGET",
+    "FOREIGN",
     "GENERATION",
     "LAYOUT",
+    "NODE",
     "PORTS",
+    "SESSIONS",
+    "SESSION_INDEX",
     "TUNNELS",
 ];
 
