@@ -1,9 +1,10 @@
-//! The kernel side of the agent: network namespaces, the links of connections, and BPF.
+//! The kernel side of the agent: network namespaces, the links of connections, BPF, and the probes of the health plane.
 //!
 //! What to do is decided in `nsm_core::tunnel`, which is pure; this crate observes the kernel and applies.
 
 pub mod addresses;
 pub mod bpf;
+pub mod health;
 pub mod links;
 mod netlink;
 pub mod netns;

@@ -11,6 +11,7 @@
 //! The kernel's side blocks, so each call works in one of a few threads that enter the namespaces and come home (`pool`).
 
 mod error;
+pub(crate) mod management;
 mod message;
 mod observe;
 mod place;
@@ -31,6 +32,7 @@ use tokio::sync::oneshot;
 pub use self::error::{LinkError, LinkHolder, PortHolder};
 use self::pool::Pool;
 use self::turns::{Parcel, Turn, Turns, Undo};
+pub(crate) use self::{management::Family, underlay::source as source_address};
 use crate::{
     netlink::Netlink,
     netns::{Netns, NetnsError},
@@ -209,7 +211,7 @@ impl Links {
         self.read(move || session::statistics(&pod, &alias)).await
     }
 
-    /// Every link of this domain's agents in all namespaces that can be found, each with where it is: after a restart, those whose
+    /// Every connection's link of this domain's agents in all namespaces that can be found, each with where it is: after a restart, those whose
     /// connection nobody knows are to be taken down.
     ///
     /// Namespaces that cannot be entered are left out, with a log line. The handles keep their namespaces alive: drop them soon.

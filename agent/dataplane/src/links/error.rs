@@ -4,7 +4,7 @@ use std::{fmt, io, net::IpAddr};
 
 use ipnet::IpNet;
 use nix::errno::Errno;
-use nsm_core::tunnel::{Link, LinkAlias, RouteSpec};
+use nsm_core::tunnel::{Link, LinkAlias, LinkAliasError, RouteSpec};
 
 use crate::{
     netlink::{NetlinkError, Refusal},
@@ -107,6 +107,9 @@ pub enum LinkError {
         /// The kernel's answer.
         kernel: Refusal,
     },
+    /// The domain cannot stand in the alias that marks a link as ours.
+    #[error(transparent)]
+    Alias(#[from] LinkAliasError),
     /// Both ends of a pair would be the same link to us.
     #[error(
         "both ends of a veth pair have the alias `{alias}` in network namespace {netns}: give the ends two connection ids"

@@ -25,7 +25,7 @@ use crate::{netlink::Request, netns::Netns};
 
 /// The group of every link that the agent makes, "nsmp" in ASCII: `ip link show group 1853058416`. It is for people; what is ours is
 /// told by the alias.
-const LINK_GROUP: u32 = u32::from_be_bytes(*b"nsmp");
+pub(super) const LINK_GROUP: u32 = u32::from_be_bytes(*b"nsmp");
 
 /// Groups for links that are about to be deleted together.
 pub(super) const DOOMED_GROUPS: std::ops::Range<u32> = LINK_GROUP + 1..LINK_GROUP + 1024;

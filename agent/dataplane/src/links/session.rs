@@ -7,7 +7,9 @@ use nix::errno::Errno;
 use nsm_core::tunnel::{Link, LinkAlias, LinkSpec, VxlanSpec, Wanted, must_create};
 
 use super::{
-    LinkError, LinkStatistics, UpLink, message, observe,
+    LinkError, LinkStatistics, UpLink,
+    management::is_management,
+    message, observe,
     place::{Maker, Place, delete},
 };
 use crate::{
@@ -210,7 +212,7 @@ pub(super) fn find_ours(domain: &str) -> Vec<(Netns, Link)> {
         let is_ours = |link: &Link| {
             link.alias
                 .as_ref()
-                .is_some_and(|alias| alias.domain() == domain)
+                .is_some_and(|alias| alias.domain() == domain && !is_management(alias))
         };
         let ours = || -> Result<Vec<Link>, LinkError> {
             let mut netlink = open_in(&netns)?;

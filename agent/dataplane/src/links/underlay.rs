@@ -44,7 +44,7 @@ pub(super) fn mtu(netlink: &mut Netlink, remote: IpAddr) -> Result<u32, LinkErro
         .ok_or_else(refused)
 }
 
-pub(super) fn source(netlink: &mut Netlink, remote: IpAddr) -> Result<IpAddr, LinkError> {
+pub(crate) fn source(netlink: &mut Netlink, remote: IpAddr) -> Result<IpAddr, LinkError> {
     let kernel = Refusal {
         errno: Errno::EADDRNOTAVAIL,
         text: Some("the route has no source address".to_owned()),

@@ -1,0 +1,393 @@
+//! The health plane of a node: is the way to each peer's public address, and back, good right now?
+//!
+//! [`Health`] keeps one S-BFD session (RFC 7880) a peer, however many connections there are to it, and reflects the peers' own
+//! probes. Probes travel through the management link, a VXLAN device of the management VNI (RFC 8971): the same sockets,
+//! port, firewalls, NAT and underlay as data, in both directions.
+//!
+//! Two threads of its own, so that neither the agent's runtime nor a slow answer of the kernel is ever in the way of a probe:
+//!
+//! - `nsm-prober` sends, reads the stamps, and runs the sessions' machines ([`nsm_core::sbfd`]); at real-time priority where
+//!   that is allowed. Nothing in it waits but for the next deadline.
+//! - `nsm-peers` does what the kernel may take its time for: links, forwarding entries, BPF maps; it counts who uses a peer.
+//!
+//! With BPF, reflector and stamps are programs on the management link; they go on when the agent does not, also after
+//! `kill -9`, and the next agent finds discriminator, sessions and stamps where they were. Without BPF rights the prober's
+//! thread does the same in user space ([`Plane::UserSpace`]), slower and only while it runs.
+//!
+//! How it fails: a peer that cannot be watched is an error of [`Health::join`]; what a session finds is told as [`Event`]s
+//! and in [`Report`]s, never as an error.
+
+mod error;
+mod peers;
+mod prober;
+mod random;
+mod session;
+mod socket;
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use nsm_core::{
+    sbfd::{Change, Discriminator, Proof, Snapshot, Statistics, Timing},
+    vni::Vni,
+};
+use nsm_ebpf_common::sbfd::State;
+use tokio::sync::{mpsc as tokio_mpsc, oneshot};
+
+pub use self::error::HealthError;
+use self::{
+    peers::Request,
+    prober::{Command, Commands},
+};
+use crate::{
+    bpf::{Bpf, ForeignVni},
+    netns::Netns,
+};
+
+/// How a health plane is set up.
+#[derive(Debug, Clone)]
+pub struct HealthConfig {
+    /// The agent's domain: it marks the management links as ours.
+    pub domain: String,
+    /// The management VNI of this node.
+    pub vni: Vni,
+    /// The UDP port of this node's tunnels.
+    pub port: u16,
+    /// The address that tunnels leave from; `None`: each by its route.
+    pub local: Option<IpAddr>,
+    /// The pace of the sessions.
+    pub timing: Timing,
+    /// The node's network namespace; `None`: that of the calling thread.
+    pub namespace: Option<Netns>,
+    /// How long a session of an earlier agent is kept for connections that come back.
+    pub orphan_grace: Duration,
+}
+
+/// A peer to be watched, as its side told it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerSpec {
+    /// Its public address: where tunnels to it go.
+    pub address: IpAddr,
+    /// The UDP port of its tunnels.
+    pub port: u16,
+    /// Its management VNI (`sbfd_vni`).
+    pub vni: Vni,
+    /// The discriminator of its reflector.
+    pub discriminator: Discriminator,
+}
+
+/// Where probes are stamped and reflected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plane {
+    /// By BPF programs on the management link.
+    Bpf,
+    /// By the prober's thread.
+    UserSpace,
+}
+
+/// How many packets of the management VNI passed each stage between this node and one peer, since the session began. What one
+/// stage has and the next has not was lost between them, on this node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stages {
+    /// Left the management link: our probes and answers.
+    pub link_out: u64,
+    /// Left the card; `None` where nothing counts there.
+    pub underlay_out: Option<u64>,
+    /// Came to the card.
+    pub underlay_in: Option<u64>,
+    /// Came to the management link. Less than [`Self::underlay_in`]: this node's firewall, or the peer's idea of our management
+    /// VNI, keeps them from it.
+    pub link_in: u64,
+}
+
+/// What is known of one peer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// The peer.
+    pub peer: PeerSpec,
+    /// Connections that use the session.
+    pub users: usize,
+    /// The session.
+    pub snapshot: Snapshot,
+    /// Its last minute.
+    pub statistics: Statistics,
+    /// Our probes that left, and the answers to them, since the session began.
+    pub probes: u64,
+    /// The answers.
+    pub answers: u64,
+    /// The peer's probes that we answered.
+    pub reflected: u64,
+    /// Whether the peer's reflector goes on without its agent (the C flag of its last answer); `None`: no answer yet.
+    pub peer_is_independent: Option<bool>,
+    /// The stages now.
+    pub stages: Stages,
+    /// The stages when the session was last seen up, at most a second before it was not; all zero before.
+    pub stages_when_up: Stages,
+}
+
+/// News.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A session changed.
+    Session {
+        /// How.
+        change: Change,
+        /// The peer as it is now.
+        report: Box<Report>,
+    },
+    /// Packets of a VNI that is not ours came from a peer: told when they first come, and again when more came, each
+    /// [`FOREIGN_INTERVAL`].
+    ForeignVni(ForeignVni),
+}
+
+/// How often foreign VNIs are looked at.
+pub const FOREIGN_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How long the session with a peer goes on after its last connection. The two sides of a connection do not close it at the same
+/// moment: the one that is later must not find the other's reflector gone. And a client that comes back finds the path proved.
+pub const LINGER: Duration = Duration::from_secs(5);
+
+/// The health plane. A clone is the same; with the last one, and the last [`Peer`], its threads end.
+#[derive(Debug, Clone)]
+pub struct Health {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    requests: mpsc::Sender<Request>,
+    commands: Commands,
+    discriminator: Discriminator,
+    vni: Vni,
+    plane: Plane,
+    realtime: bool,
+}
+
+/// Receives what a health plane has to tell.
+pub type Events = tokio_mpsc::UnboundedReceiver<Event>;
+
+impl Health {
+    /// Makes the IPv4 management link, that for IPv6 when [`HealthConfig::local`] is such an address, hooks the programs to it,
+    /// and starts the threads.
+    ///
+    /// Blocks for some 30 ms: the kernel waits for its readers.
+    ///
+    /// # Errors
+    ///
+    /// The link or its socket cannot be made, the programs cannot be attached, another health plane uses `bpf`.
+    pub fn start(
+        config: HealthConfig,
+        bpf: Option<Arc<Bpf>>,
+    ) -> Result<(Self, Events), HealthError> {
+        let plane = match &bpf {
+            Some(_) => Plane::Bpf,
+            None => Plane::UserSpace,
+        };
+        let vni = config.vni;
+        let (events, receiver) = tokio_mpsc::unbounded_channel();
+        let started = peers::start(config, bpf, events)?;
+        let shared = Shared {
+            requests: started.requests,
+            commands: started.commands,
+            discriminator: started.discriminator,
+            vni,
+            plane,
+            realtime: started.realtime,
+        };
+        Ok((
+            Self {
+                shared: Arc::new(shared),
+            },
+            receiver,
+        ))
+    }
+
+    /// The discriminator of this node's reflector, for the peers.
+    #[must_use]
+    pub fn discriminator(&self) -> Discriminator {
+        self.shared.discriminator
+    }
+
+    /// The management VNI of this node, for the peers.
+    #[must_use]
+    pub fn vni(&self) -> Vni {
+        self.shared.vni
+    }
+
+    /// Where probes are stamped and reflected.
+    #[must_use]
+    pub fn plane(&self) -> Plane {
+        self.shared.plane
+    }
+
+    /// Whether the prober has real-time priority (SCHED_FIFO). Without it a busy node's probes come late, which is no false
+    /// alarm, but makes detection slower.
+    #[must_use]
+    pub fn has_realtime(&self) -> bool {
+        self.shared.realtime
+    }
+
+    /// Watches a peer, or joins those who do. The session ends [`LINGER`] after the last [`Peer`] of it is dropped.
+    ///
+    /// A peer that is known at this address with another discriminator, port or VNI has started anew: its session does, too.
+    ///
+    /// # Errors
+    ///
+    /// The address is no host's, the discriminator is another peer's, all sessions are taken, the kernel refuses, the plane was
+    /// closed.
+    pub async fn join(&self, peer: PeerSpec) -> Result<Peer, HealthError> {
+        let health = self.clone();
+        self.ask(|reply| Request::Join {
+            peer,
+            health,
+            reply,
+        })
+        .await?
+    }
+
+    /// All peers that are watched, ordered by address.
+    ///
+    /// # Errors
+    ///
+    /// The plane was closed.
+    pub async fn reports(&self) -> Result<Vec<Report>, HealthError> {
+        self.ask(|reply| Request::Reports { peer: None, reply })
+            .await
+    }
+
+    /// Lets the reflector answer AdminDown, so that peers neither probe fast nor take our end for a loss; or Up again.
+    ///
+    /// # Errors
+    ///
+    /// The plane was closed.
+    pub async fn set_admin_down(&self, down: bool) -> Result<(), HealthError> {
+        let state = if down { State::AdminDown } else { State::Up };
+        self.command(|reply| Command::State(state, reply)).await
+    }
+
+    /// Ends all sessions, removes the management links, and ends the threads. Peers whose sessions are up take it for a loss:
+    /// [`Self::set_admin_down`] some time before is kinder.
+    ///
+    /// # Errors
+    ///
+    /// Something could not be removed; everything else is.
+    pub async fn close(&self) -> Result<(), HealthError> {
+        match self.ask(|reply| Request::Close { reply }).await {
+            Ok(closed) => closed,
+            Err(HealthError::Closed) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, HealthError> {
+        let (reply, answer) = oneshot::channel();
+        self.shared
+            .requests
+            .send(request(reply))
+            .map_err(|_| HealthError::Closed)?;
+        answer.await.map_err(|_| HealthError::Closed)
+    }
+
+    /// Asks the prober itself.
+    async fn command<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Result<T, HealthError> {
+        let (reply, answer) = oneshot::channel();
+        self.shared.commands.send(command(reply));
+        answer.await.map_err(|_| HealthError::Closed)
+    }
+}
+
+/// A watched peer, as one of those who use its session. Dropped, it leaves.
+#[derive(Debug)]
+pub struct Peer {
+    spec: PeerSpec,
+    health: Health,
+    cell: Arc<PeerCell>,
+}
+
+/// What is known of a peer without asking its session.
+#[derive(Debug, Default)]
+pub(crate) struct PeerCell {
+    up: AtomicBool,
+}
+
+impl Peer {
+    pub(crate) const fn new(spec: PeerSpec, health: Health, cell: Arc<PeerCell>) -> Self {
+        Self { spec, health, cell }
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub const fn spec(&self) -> &PeerSpec {
+        &self.spec
+    }
+
+    /// Whether its session is up, without waiting.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.cell.up.load(Ordering::Relaxed)
+    }
+
+    /// Proves the path: at once when the session is up, else by a few probes, and then at the first answer that is enough.
+    ///
+    /// # Errors
+    ///
+    /// The plane was closed.
+    pub async fn prove(&self) -> Result<Proof, HealthError> {
+        if self.is_up() {
+            return Ok(Proof::Reached);
+        }
+        let peer = self.spec.address;
+        self.health
+            .command(|reply| Command::Prove(peer, reply))
+            .await
+    }
+
+    /// Lets the session find out whether the path carries inner IP packets of `wanted` bytes, and else how large ones, but not
+    /// below `smallest`. Told by [`Change::PathMtu`] and [`Snapshot::path_mtu`].
+    pub fn want_mtu(&self, smallest: u16, wanted: u16) {
+        // A plane that was closed wants nothing.
+        self.health.shared.commands.send(Command::WantMtu {
+            peer: self.spec.address,
+            smallest,
+            wanted,
+        });
+    }
+
+    /// What is known of it.
+    ///
+    /// # Errors
+    ///
+    /// The plane was closed.
+    pub async fn report(&self) -> Result<Report, HealthError> {
+        let peer = Some(self.spec.address);
+        let mut reports = self
+            .health
+            .ask(|reply| Request::Reports { peer, reply })
+            .await?;
+        reports.pop().ok_or(HealthError::Closed)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // A plane that was closed has nobody to leave.
+        let _ = self
+            .health
+            .shared
+            .requests
+            .send(Request::Leave(self.spec.address));
+    }
+}

@@ -1,0 +1,70 @@
+//! Why a peer cannot be watched.
+
+use std::{io, net::IpAddr};
+
+use nsm_core::sbfd::Discriminator;
+use nsm_ebpf_common::management::MAX_SESSIONS;
+
+use crate::{bpf::BpfError, links::LinkError, netns::NetnsError};
+
+/// What can go wrong with the health plane.
+#[derive(Debug, thiserror::Error)]
+pub enum HealthError {
+    /// The node's namespace cannot be worked in.
+    #[error(transparent)]
+    Namespace(#[from] NetnsError),
+    /// A management link cannot be made, or a peer not entered into it.
+    #[error("management link: {0}")]
+    Link(#[from] LinkError),
+    /// The BPF programs of the management link.
+    #[error("management link: {0}")]
+    Bpf(#[from] BpfError),
+    /// Another health plane uses these BPF programs.
+    #[error("the BPF programs are in use by another health plane of this process")]
+    InUse,
+    /// A socket could not be had.
+    #[error(
+        "cannot {action} the prober's packet socket on `{interface}` ({source}): run the agent as root, or with CAP_NET_RAW"
+    )]
+    Socket {
+        /// What was tried.
+        action: &'static str,
+        /// On which link.
+        interface: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A thread could not be started, or random numbers could not be had.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The address is not that of a host.
+    #[error("{0} cannot be watched: a peer has the address of one host")]
+    NotAPeer(IpAddr),
+    /// Two peers cannot have one discriminator: their frames would look alike.
+    #[error(
+        "discriminator {discriminator} of peer {peer} is that of {holder} already: one of the two must restart its agent \
+         with fresh BPF maps, or it is one node behind two addresses"
+    )]
+    DiscriminatorTaken {
+        /// The discriminator.
+        discriminator: Discriminator,
+        /// The peer that was to be watched.
+        peer: IpAddr,
+        /// Who has it: another peer, or this node itself.
+        holder: String,
+    },
+    /// All sessions are in use.
+    #[error("peer {peer} cannot be watched: all {MAX_SESSIONS} sessions of this node are in use")]
+    TooManyPeers {
+        /// The peer.
+        peer: IpAddr,
+    },
+    /// The health plane was closed.
+    #[error("the health plane of this node is closed")]
+    Closed,
+}

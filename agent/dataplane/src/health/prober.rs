@@ -1,0 +1,537 @@
+//! The prober's thread: one loop that sends, looks at stamps, and sleeps until the next deadline.
+//!
+//! Deadlines are rounded up to [`GRAIN`], so that the sessions of many peers share wake-ups: the cost of a node grows with its
+//! peers and not by a wake-up a probe. An answer wakes the thread only while somebody waits for it.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::IpAddr,
+    os::fd::AsFd as _,
+    sync::{Arc, atomic::Ordering, mpsc},
+    time::Duration,
+};
+
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, ppoll},
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        time::TimeSpec,
+    },
+};
+use nsm_core::{
+    clock::Monotonic,
+    sbfd::{Proof, Seq, Timing},
+};
+use nsm_ebpf_common::{
+    management::{self, MAX_SESSIONS, Verdict},
+    sbfd::{
+        Flags, SOURCE_PORT_MIN, State,
+        frame::{self, HEAD_V4, HEAD_V6, Probe, mac_key},
+    },
+};
+use tokio::sync::{mpsc as tokio_mpsc, oneshot};
+
+use super::{
+    Event, HealthError, Peer, Plane, Report,
+    random::{self, Jitter},
+    session::{Entry, Names, PeerSession},
+    socket::PacketSocket,
+};
+use crate::{
+    bpf::{Bpf, LocalSessions, PinnedSessions, Sessions, Slot, TunnelCounters, now as clock},
+    links::Family,
+};
+
+/// Wake-ups happen on this grid. A verdict may come so much later.
+const GRAIN: Duration = Duration::from_millis(1);
+
+/// The longest sleep, so that a machine that miscalculated would be looked at all the same.
+const MAX_SLEEP: Duration = Duration::from_secs(1);
+
+/// The largest frame that is sent or looked at.
+const MAX_FRAME: usize = 16 * 1024;
+
+/// Frames that are looked at before the sessions are: a flood must not keep probes from leaving.
+const FRAMES_A_TURN: usize = 256;
+
+/// Real-time priority: above all that has none, below the kernel's own threads (50).
+const PRIORITY: libc::c_int = 10;
+
+/// What the thread is asked to do.
+pub(super) enum Command {
+    /// There is a management link of this family.
+    Link(Family, PacketSocket),
+    /// Probe a peer, or probe it anew; the guard goes to whoever wanted to join.
+    Enter(Box<Entry>, Option<Joining>),
+    /// Stop probing a peer and answering it.
+    Forget([u8; 6]),
+    /// Prove a path.
+    Prove(IpAddr, oneshot::Sender<Proof>),
+    /// Search a path's MTU.
+    WantMtu {
+        peer: IpAddr,
+        smallest: u16,
+        wanted: u16,
+    },
+    /// Report on one peer or all, with how many use each.
+    Reports {
+        peer: Option<IpAddr>,
+        users: HashMap<IpAddr, usize>,
+        reply: oneshot::Sender<Vec<Report>>,
+    },
+    /// What the reflector says of itself.
+    State(State, oneshot::Sender<()>),
+    /// End.
+    Stop,
+}
+
+/// Who waits for a session to begin.
+pub(super) struct Joining {
+    pub(super) peer: Peer,
+    pub(super) reply: oneshot::Sender<Result<Peer, HealthError>>,
+}
+
+/// Where commands are put.
+#[derive(Debug, Clone)]
+pub(super) struct Commands {
+    sender: mpsc::Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl Commands {
+    /// False: the thread is gone.
+    pub(super) fn send(&self, command: Command) -> bool {
+        let sent = self.sender.send(command).is_ok();
+        // Full, it wakes all the same.
+        let _ = self.wake.write(1);
+        sent
+    }
+}
+
+/// The memory of the sessions, by where it is.
+pub(super) enum Memory {
+    Pinned(Box<PinnedSessions>),
+    Local(LocalSessions),
+}
+
+impl Memory {
+    pub(super) fn sessions(&self) -> &dyn Sessions {
+        match self {
+            Self::Pinned(sessions) => &**sessions,
+            Self::Local(sessions) => sessions,
+        }
+    }
+
+    fn sessions_mut(&mut self) -> &mut dyn Sessions {
+        match self {
+            Self::Pinned(sessions) => &mut **sessions,
+            Self::Local(sessions) => sessions,
+        }
+    }
+
+    pub(super) const fn plane(&self) -> Plane {
+        match self {
+            Self::Pinned(_) => Plane::Bpf,
+            Self::Local(_) => Plane::UserSpace,
+        }
+    }
+}
+
+/// The sockets, by family.
+#[derive(Default)]
+struct Sockets {
+    v4: Option<PacketSocket>,
+    v6: Option<PacketSocket>,
+}
+
+impl Sockets {
+    const fn of(&self, family: Family) -> Option<&PacketSocket> {
+        match family {
+            Family::V4 => self.v4.as_ref(),
+            Family::V6 => self.v6.as_ref(),
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &PacketSocket> {
+        self.v4.iter().chain(&self.v6)
+    }
+}
+
+/// What a session's turn needs around it.
+pub(super) struct Surroundings<'a> {
+    pub(super) sessions: &'a dyn Sessions,
+    pub(super) jitter: &'a mut Jitter,
+    pub(super) events: &'a tokio_mpsc::UnboundedSender<Event>,
+    sockets: &'a Sockets,
+    bpf: Option<&'a Bpf>,
+    frame: &'a mut [u8],
+    plane: Plane,
+}
+
+impl Surroundings<'_> {
+    /// Sends a probe as a frame of so many bytes; whether the kernel took it.
+    pub(super) fn send(&mut self, probe: &Probe, length: usize) -> bool {
+        let family = if probe.is_v4() {
+            Family::V4
+        } else {
+            Family::V6
+        };
+        let length = length.clamp(probe.min_length(), self.frame.len());
+        let frame = &mut self.frame[..length];
+        let Some(socket) = self.sockets.of(family) else {
+            return false;
+        };
+        if probe.write(frame).is_err() {
+            return false;
+        }
+        let now_ns = now_ns();
+        match socket.send(frame) {
+            Ok(()) => {
+                if self.plane == Plane::UserSpace {
+                    let packet = parse(frame);
+                    management::egress(packet.as_ref(), now_ns, self.sessions);
+                }
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a probe was refused");
+                false
+            }
+        }
+    }
+
+    /// What the underlay counted.
+    pub(super) fn underlay(&self, slot: Slot) -> Option<TunnelCounters> {
+        self.bpf?.counters(slot).ok()
+    }
+}
+
+/// The thread's state.
+pub(super) struct Prober {
+    commands: mpsc::Receiver<Command>,
+    wake: Arc<EventFd>,
+    memory: Memory,
+    bpf: Option<Arc<Bpf>>,
+    sockets: Sockets,
+    peers: HashMap<IpAddr, PeerSession>,
+    timing: Timing,
+    jitter: Jitter,
+    events: tokio_mpsc::UnboundedSender<Event>,
+    frame: Vec<u8>,
+    free: Vec<u32>,
+}
+
+impl Prober {
+    /// A prober that is not running yet, and where its commands go.
+    pub(super) fn new(
+        memory: Memory,
+        bpf: Option<Arc<Bpf>>,
+        timing: Timing,
+        events: tokio_mpsc::UnboundedSender<Event>,
+    ) -> io::Result<(Self, Commands)> {
+        let (sender, commands) = mpsc::channel();
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
+        let sessions = memory.sessions();
+        let is_free = |slot: &u32| sessions.slot(*slot).peer_discriminator.load() == 0;
+        let free = (0..MAX_SESSIONS).rev().filter(is_free).collect();
+        let prober = Self {
+            commands,
+            wake: wake.clone(),
+            memory,
+            bpf,
+            sockets: Sockets::default(),
+            peers: HashMap::new(),
+            timing,
+            jitter: Jitter::new(random::number()?),
+            events,
+            frame: vec![0; MAX_FRAME],
+            free,
+        };
+        Ok((prober, Commands { sender, wake }))
+    }
+
+    /// The memory, of one that never ran.
+    pub(super) fn into_memory(self) -> Memory {
+        self.memory
+    }
+
+    /// Runs until it is told to stop, or nobody is left who could; gives back the memory.
+    pub(super) fn run(mut self) -> Memory {
+        loop {
+            let woken = self.receive();
+            loop {
+                match self.commands.try_recv() {
+                    Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
+                        return self.memory;
+                    }
+                    Ok(command) => self.obey(command),
+                    Err(mpsc::TryRecvError::Empty) => break,
+                }
+            }
+            let now = Monotonic::from_nanos(now_ns());
+            self.turn(now, woken);
+            self.sleep();
+        }
+    }
+
+    /// Sessions whose time has come have their turn; after an answer that was waited for, all who wait.
+    fn turn(&mut self, now: Monotonic, woken: bool) {
+        let mut around = Surroundings {
+            sessions: self.memory.sessions(),
+            jitter: &mut self.jitter,
+            events: &self.events,
+            sockets: &self.sockets,
+            bpf: self.bpf.as_deref(),
+            frame: &mut self.frame,
+            plane: self.memory.plane(),
+        };
+        for peer in self.peers.values_mut() {
+            let waits = || around.sessions.slot(peer.slot).wake.load() != 0;
+            if peer.due <= now || woken && waits() {
+                peer.turn(now, &mut around);
+            }
+        }
+    }
+
+    fn sleep(&self) {
+        let now_ns = now_ns();
+        let grain = GRAIN.as_nanos() as u64;
+        let due = self.peers.values().map(|peer| peer.due).min();
+        let until = due.map_or(u64::MAX, |due| {
+            due.as_nanos().div_ceil(grain).saturating_mul(grain)
+        });
+        let sleep = Duration::from_nanos(until.saturating_sub(now_ns)).min(MAX_SLEEP);
+        let readable = PollFlags::POLLIN;
+        let mut fds = vec![PollFd::new(self.wake.as_fd(), readable)];
+        fds.extend(
+            self.sockets
+                .all()
+                .map(|socket| PollFd::new(socket.as_fd(), readable)),
+        );
+        // Interrupted or refused, the loop looks again.
+        let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(sleep)), None);
+        if fds[0].any() == Some(true) {
+            let _ = self.wake.read();
+        }
+    }
+
+    /// Takes what came; whether there was something. With BPF the programs have seen to it already.
+    fn receive(&mut self) -> bool {
+        let mut woken = false;
+        for socket in self.sockets.all() {
+            for _ in 0..FRAMES_A_TURN {
+                let Some(length) = socket.receive(&mut self.frame) else {
+                    break;
+                };
+                woken = true;
+                if self.memory.plane() == Plane::UserSpace
+                    && let Some(frame) = self.frame.get_mut(..length)
+                {
+                    serve(frame, self.memory.sessions(), socket);
+                }
+            }
+        }
+        woken
+    }
+
+    fn obey(&mut self, command: Command) {
+        let now = Monotonic::from_nanos(now_ns());
+        match command {
+            Command::Stop => {}
+            Command::Link(Family::V4, socket) => self.sockets.v4 = Some(socket),
+            Command::Link(Family::V6, socket) => self.sockets.v6 = Some(socket),
+            Command::Enter(entry, joining) => {
+                let entered = self.enter(*entry, now);
+                if let Some(Joining { peer, reply }) = joining {
+                    // Whoever gave up leaves by the guard's end.
+                    let _ = reply.send(entered.map(|()| peer));
+                } else if let Err(error) = entered {
+                    tracing::warn!(%error, "a peer is not watched any more");
+                }
+            }
+            Command::Forget(mac) => self.forget(mac),
+            Command::Prove(peer, reply) => {
+                if let Some(peer) = self.peers.get_mut(&peer) {
+                    peer.prove(reply, now);
+                }
+            }
+            Command::WantMtu {
+                peer,
+                smallest,
+                wanted,
+            } => {
+                if let Some(peer) = self.peers.get_mut(&peer) {
+                    peer.want_mtu(smallest, wanted, now);
+                }
+            }
+            Command::Reports { peer, users, reply } => {
+                let _ = reply.send(self.reports(peer, &users, now));
+            }
+            Command::State(state, reply) => {
+                let node = self.memory.sessions().node();
+                node.state.store(u64::from(state.bits()));
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn enter(&mut self, entry: Entry, now: Monotonic) -> Result<(), HealthError> {
+        let address = entry.spec.address;
+        let system = |source| HealthError::System {
+            action: "draw a discriminator",
+            source,
+        };
+        let key = mac_key(entry.mac);
+        let sessions = self.memory.sessions_mut();
+        let node = sessions.node().discriminator.load() as u32;
+        let known = sessions.indexed()?.into_iter().find(|(mac, _)| *mac == key);
+        let (slot, names) = match known {
+            Some((_, slot)) => (slot, Names::read(node, &entry, sessions.slot(slot))),
+            None => {
+                let slot = self.free.pop();
+                (
+                    slot.ok_or(HealthError::TooManyPeers { peer: address })?,
+                    None,
+                )
+            }
+        };
+        let names = match names {
+            Some(names) => names,
+            None => {
+                let drawn = random::number().map_err(system)?;
+                let ports = u64::from(u16::MAX - SOURCE_PORT_MIN) + 1;
+                let names = Names {
+                    node,
+                    local: random::discriminator().map_err(system)?,
+                    source_port: SOURCE_PORT_MIN + (drawn % ports) as u16,
+                };
+                names.write(&entry, sessions.slot(slot));
+                names
+            }
+        };
+        if let Err(error) = sessions.index(key, slot) {
+            sessions.slot(slot).clear();
+            self.free.push(slot);
+            return Err(error.into());
+        }
+        let first = Seq::from_low_bits(random::number().map_err(system)? as u32);
+        let session = PeerSession::new(entry, slot, names, self.timing, first, now);
+        self.peers.insert(address, session);
+        Ok(())
+    }
+
+    fn forget(&mut self, mac: [u8; 6]) {
+        self.peers.retain(|_, peer| {
+            let stays = peer.entry.mac != mac;
+            if !stays {
+                peer.entry.cell.up.store(false, Ordering::Relaxed);
+            }
+            stays
+        });
+        let key = mac_key(mac);
+        let sessions = self.memory.sessions_mut();
+        let indexed = sessions.indexed().unwrap_or_default();
+        if let Err(error) = sessions.forget(key) {
+            tracing::warn!(%error, "the session with a peer stays");
+            return;
+        }
+        for (_, slot) in indexed.into_iter().filter(|(mac, _)| *mac == key) {
+            sessions.slot(slot).clear();
+            self.free.push(slot);
+        }
+    }
+
+    fn reports(
+        &mut self,
+        peer: Option<IpAddr>,
+        users: &HashMap<IpAddr, usize>,
+        now: Monotonic,
+    ) -> Vec<Report> {
+        let around = Surroundings {
+            sessions: self.memory.sessions(),
+            jitter: &mut self.jitter,
+            events: &self.events,
+            sockets: &self.sockets,
+            bpf: self.bpf.as_deref(),
+            frame: &mut self.frame,
+            plane: self.memory.plane(),
+        };
+        let mut reports: Vec<Report> = self
+            .peers
+            .iter()
+            .filter(|(address, _)| peer.is_none_or(|peer| peer == **address))
+            .map(|(address, peer)| Report {
+                users: users.get(address).copied().unwrap_or(0),
+                ..peer.report(now, &around)
+            })
+            .collect();
+        reports.sort_by_key(|report| report.peer.address);
+        reports
+    }
+}
+
+/// Does in user space what the programs do at the hook.
+fn serve(frame: &mut [u8], sessions: &dyn Sessions, socket: &PacketSocket) {
+    let packet = parse(frame);
+    let length = frame.len() as u32;
+    // These answers come from the agent and end with it: no C.
+    let verdict = management::ingress(
+        packet.as_ref(),
+        length,
+        Flags::default(),
+        now_ns(),
+        sessions,
+    );
+    match (verdict, packet) {
+        (Ok(Verdict::Reflect(reflector)), Some(packet)) => {
+            if let Some(head) = frame.first_chunk_mut::<HEAD_V4>()
+                && is_v4(head)
+            {
+                frame::reflect(head, &packet.control, reflector);
+            } else if let Some(head) = frame.first_chunk_mut::<HEAD_V6>() {
+                frame::reflect(head, &packet.control, reflector);
+            }
+            if let Err(error) = socket.send(frame) {
+                tracing::debug!(%error, "an answer was refused");
+            }
+        }
+        (Ok(_), _) => {}
+        (Err(reason), _) => {
+            tracing::trace!(reason = reason.name(), "dropped on the management link");
+        }
+    }
+}
+
+fn is_v4(head: &[u8; HEAD_V4]) -> bool {
+    [head[12], head[13]] == frame::ETHERTYPE_IPV4.to_be_bytes()
+}
+
+fn parse(frame: &[u8]) -> Option<frame::Packet> {
+    let length = u32::try_from(frame.len()).ok()?;
+    match frame.first_chunk::<HEAD_V4>() {
+        Some(head) if is_v4(head) => frame::parse(head, length),
+        _ => frame::parse(frame.first_chunk::<HEAD_V6>()?, length),
+    }
+}
+
+fn now_ns() -> u64 {
+    u64::try_from(clock().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Gives the calling thread real-time priority; children that it starts have none.
+pub(super) fn set_realtime() -> io::Result<()> {
+    let parameters = libc::sched_param {
+        sched_priority: PRIORITY,
+    };
+    let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: reads the parameters; 0 is the calling thread.
+    let result = unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -1,0 +1,298 @@
+//! One peer, as the prober's thread has it: its machine, and what ties that to frames and stamps.
+
+use std::{
+    collections::VecDeque,
+    net::IpAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use nsm_core::{
+    clock::Monotonic,
+    sbfd::{self, Answer, Change, Diag, PeerProbe, Proof, Seq, State, Timing, WireState},
+};
+use nsm_ebpf_common::{
+    management::{STAMPS, Said, Session, words},
+    sbfd::{
+        Control, DETECT_MULTIPLIER, Flags,
+        frame::{Probe, SPEAKER, mac},
+    },
+};
+use tokio::sync::oneshot;
+
+use super::{Event, PeerCell, PeerSpec, Report, Stages, prober::Surroundings};
+use crate::bpf::{Slot, address, ip_addr};
+
+/// How often the stages of a session that is up are noted, for comparison when it no longer is.
+const NOTE_STAGES: Duration = Duration::from_secs(1);
+
+/// A peer to be probed.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) spec: PeerSpec,
+    /// The peer's Ethernet address here.
+    pub(super) mac: [u8; 6],
+    /// Our end of tunnels to it.
+    pub(super) source: IpAddr,
+    /// Where the underlay counts the management VNI of this peer.
+    pub(super) counters: Option<Slot>,
+    pub(super) cell: Arc<PeerCell>,
+}
+
+/// A probe whose answer has not come.
+#[derive(Debug, Clone, Copy)]
+struct Outstanding {
+    seq: Seq,
+    /// Its egress stamp was seen.
+    left: bool,
+}
+
+/// A peer that is probed.
+pub(super) struct PeerSession {
+    pub(super) entry: Entry,
+    pub(super) slot: u32,
+    probe: Probe,
+    machine: sbfd::Session,
+    outstanding: VecDeque<Outstanding>,
+    proofs: Vec<oneshot::Sender<Proof>>,
+    /// Stamp of the peer's own probe that the machine heard of last.
+    heard_ns: u64,
+    stages_when_up: Stages,
+    noted: Monotonic,
+    /// When to look at it next.
+    pub(super) due: Monotonic,
+}
+
+/// What a session is told apart by on the wire.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Names {
+    /// This node's reflector discriminator.
+    pub(super) node: u32,
+    /// This session's own discriminator.
+    pub(super) local: u32,
+    /// The UDP source port of its probes.
+    pub(super) source_port: u16,
+}
+
+impl Names {
+    /// Writes them, and who the peer is, into the session's memory; of anybody else there before, nothing is left.
+    pub(super) fn write(self, entry: &Entry, session: &Session) {
+        session.clear();
+        session.local_discriminator.store(self.local.into());
+        session.source_port.store(self.source_port.into());
+        let [high, low] = words(&address(entry.spec.address));
+        session.peer_address[0].store(high);
+        session.peer_address[1].store(low);
+        session
+            .peer_discriminator
+            .store(entry.spec.discriminator.get().into());
+    }
+
+    /// Those that are there already, if they are of the same peer.
+    pub(super) fn read(node: u32, entry: &Entry, session: &Session) -> Option<Self> {
+        let same = session.peer_discriminator.load() == u64::from(entry.spec.discriminator.get())
+            && peer_address(session) == entry.spec.address;
+        let local = u32::try_from(session.local_discriminator.load()).ok()?;
+        let source_port = u16::try_from(session.source_port.load()).ok()?;
+        same.then_some(Self {
+            node,
+            local,
+            source_port,
+        })
+    }
+}
+
+/// The address in a session's memory.
+pub(super) fn peer_address(session: &Session) -> IpAddr {
+    let [high, low] = [0, 1].map(|word| session.peer_address[word].load().to_ne_bytes());
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&high);
+    bytes[8..].copy_from_slice(&low);
+    ip_addr(bytes)
+}
+
+impl PeerSession {
+    pub(super) fn new(
+        entry: Entry,
+        slot: u32,
+        names: Names,
+        timing: Timing,
+        first: Seq,
+        now: Monotonic,
+    ) -> Self {
+        let control = Control {
+            diagnostic: 0,
+            state: nsm_ebpf_common::sbfd::State::Down,
+            flags: Flags::DEMAND,
+            detect_multiplier: DETECT_MULTIPLIER,
+            my_discriminator: names.local,
+            your_discriminator: entry.spec.discriminator.get(),
+            desired_min_tx_us: 0,
+            required_min_rx_us: 0,
+            required_min_echo_rx_us: 0,
+        };
+        let probe = Probe {
+            sender: mac(SPEAKER, names.node),
+            receiver: entry.mac,
+            source: address(entry.source),
+            destination: address(entry.spec.address),
+            source_port: names.source_port,
+            control,
+        };
+        Self {
+            entry,
+            slot,
+            probe,
+            machine: sbfd::Session::new(timing, first, now),
+            outstanding: VecDeque::with_capacity(STAMPS),
+            proofs: Vec::new(),
+            heard_ns: 0,
+            stages_when_up: Stages::default(),
+            noted: now,
+            due: now,
+        }
+    }
+
+    /// Somebody wants to know whether the path is up.
+    pub(super) fn prove(&mut self, reply: oneshot::Sender<Proof>, now: Monotonic) {
+        self.machine.prove(now);
+        self.proofs.push(reply);
+        self.due = now;
+    }
+
+    pub(super) fn want_mtu(&mut self, smallest: u16, wanted: u16, now: Monotonic) {
+        self.machine.want_mtu(smallest, wanted, now);
+        self.due = now;
+    }
+
+    /// One turn of the machine, as [`nsm_core::sbfd`] has it; `now` was read before the stamps are.
+    pub(super) fn turn(&mut self, now: Monotonic, around: &mut Surroundings<'_>) {
+        let sessions = around.sessions;
+        let session = sessions.slot(self.slot);
+        self.read_stamps(session);
+        self.machine.handle_deadline(now);
+        self.transmit(now, session, around);
+        while let Some(change) = self.machine.poll_change() {
+            self.tell(change, now, around);
+        }
+        let proof = self.machine.proof();
+        if proof != Proof::Pending {
+            for reply in self.proofs.drain(..) {
+                // Whoever gave up asking needs no answer.
+                let _ = reply.send(proof);
+            }
+        }
+        let up = self.machine.snapshot(now).state == State::Up;
+        self.entry.cell.up.store(up, Ordering::Relaxed);
+        // Up, answers are seen in time at the next deadline.
+        let eager = !up || !self.proofs.is_empty();
+        session.wake.store(eager.into());
+        if up && now.since(self.noted) >= NOTE_STAGES {
+            self.stages_when_up = self.stages(around);
+            self.noted = now;
+        }
+        self.due = self.machine.poll_deadline().at;
+    }
+
+    fn read_stamps(&mut self, session: &Session) {
+        let machine = &mut self.machine;
+        self.outstanding
+            .retain_mut(|probe| !read_stamp(probe, session, machine));
+        let heard_ns = session.last_probe_ns.load();
+        if heard_ns != self.heard_ns
+            && let Some(said) = Said::unpack(session.probe.load())
+        {
+            self.heard_ns = heard_ns;
+            self.machine.handle_peer_probe(PeerProbe {
+                at: Monotonic::from_nanos(heard_ns),
+                state: WireState::from_bits(said.state.bits()),
+                diag: Diag(said.diagnostic),
+            });
+        }
+    }
+
+    fn transmit(&mut self, now: Monotonic, session: &Session, around: &mut Surroundings<'_>) {
+        while let Some(probe) = self
+            .machine
+            .poll_transmit(now, &mut || around.jitter.unit())
+        {
+            self.probe.control.state = nsm_ebpf_common::sbfd::State::from_bits(probe.state as u8);
+            self.probe.control.diagnostic = probe.diag.0;
+            self.probe.control.desired_min_tx_us = probe.desired_min_tx();
+            let length = probe.padded_to.map_or(0, |size| 14 + usize::from(size));
+            session.expect(probe.seq.get().into());
+            if self.outstanding.len() == STAMPS {
+                self.outstanding.pop_front();
+            }
+            let mut outstanding = Outstanding {
+                seq: probe.seq,
+                left: false,
+            };
+            let sent = around.send(&self.probe, length);
+            if !sent || !read_stamp(&mut outstanding, session, &mut self.machine) {
+                self.outstanding.push_back(outstanding);
+            }
+        }
+    }
+
+    fn tell(&mut self, change: Change, now: Monotonic, around: &Surroundings<'_>) {
+        let report = Box::new(self.report(now, around));
+        // Nobody listens: they can ask.
+        let _ = around.events.send(Event::Session { change, report });
+    }
+
+    pub(super) fn report(&self, now: Monotonic, around: &Surroundings<'_>) -> Report {
+        let session = around.sessions.slot(self.slot);
+        let answer = Said::unpack(session.answer.load());
+        Report {
+            peer: self.entry.spec,
+            users: 0,
+            snapshot: self.machine.snapshot(now),
+            statistics: self.machine.statistics(),
+            probes: session.sent.load(),
+            answers: session.answered.load(),
+            reflected: session.reflected.load(),
+            peer_is_independent: answer.map(|said| said.control_plane_independent),
+            stages: self.stages(around),
+            stages_when_up: self.stages_when_up,
+        }
+    }
+
+    fn stages(&self, around: &Surroundings<'_>) -> Stages {
+        let session = around.sessions.slot(self.slot);
+        let underlay = self.entry.counters.and_then(|slot| around.underlay(slot));
+        Stages {
+            link_out: session.sent.load() + session.reflected.load(),
+            underlay_out: underlay.map(|counters| counters.tx_packets),
+            underlay_in: underlay.map(|counters| counters.rx_packets),
+            link_in: session.arrived.load(),
+        }
+    }
+}
+
+/// Tells the machine what the stamp of a probe says; whether that is all there is to say.
+fn read_stamp(probe: &mut Outstanding, session: &Session, machine: &mut sbfd::Session) -> bool {
+    let stamp = session.stamp(probe.seq.get().into());
+    let sent_ns = stamp.sent_ns.load();
+    if sent_ns == 0 {
+        return false;
+    }
+    if !probe.left {
+        probe.left = true;
+        machine.handle_left(probe.seq, Monotonic::from_nanos(sent_ns));
+    }
+    let answered_ns = stamp.answered_ns.load();
+    if answered_ns == 0 {
+        return false;
+    }
+    let said = Said::unpack(stamp.answer.load());
+    machine.handle_answer(Answer {
+        seq: probe.seq,
+        round_trip: Duration::from_nanos(answered_ns.saturating_sub(sent_ns)),
+        at: Monotonic::from_nanos(answered_ns),
+        state: said.map_or(WireState::Down, |said| {
+            WireState::from_bits(said.state.bits())
+        }),
+    });
+    true
+}

@@ -1,0 +1,301 @@
+//! The management link: the VXLAN device of the management VNI (RFC 8971) in the node's namespace, with one forwarding entry a
+//! peer. One for each family of underlay addresses.
+//!
+//! It looks to the underlay as the tunnels do: same UDP port, same `df`, no learning. It is nobody's interface: it has no
+//! addresses, and its own Ethernet address is one that no frame is ever sent to, so that the kernel takes each frame on it for
+//! somebody else's and hands none to its IP stack, whatever hangs on its hooks.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage, VxlanDf},
+    neighbour::{
+        NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+    },
+};
+use nix::errno::Errno;
+use nsm_core::{
+    tunnel::{Link, LinkAlias, LinkKind, MacAddr},
+    vni::Vni,
+};
+use rtnetlink::{LinkUnspec, LinkVxlan};
+
+use super::{LinkError, message, observe, place::delete, port};
+use crate::netlink::{Netlink, NetlinkError, Refusal};
+
+/// What the aliases of management links have in place of a connection's id.
+const ALIAS_V4: &str = "management";
+const ALIAS_V6: &str = "management-ipv6";
+
+/// MTU of the link, bytes: so large that it is never what keeps a large probe from leaving (RFC 9764).
+const MTU: u32 = 16_000;
+
+/// The family of underlay addresses of a management link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub(crate) const fn of(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+/// A management link as it is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ManagementSpec {
+    /// The agent's domain.
+    pub(crate) domain: String,
+    pub(crate) family: Family,
+    /// The management VNI.
+    pub(crate) vni: Vni,
+    /// The UDP port of this node's tunnels.
+    pub(crate) port: u16,
+    /// The address that tunnels leave from; `None`: each by its route.
+    pub(crate) local: Option<IpAddr>,
+}
+
+/// Whether an alias is that of a management link: no connection's, so no orphan for want of one.
+pub(super) fn is_management(alias: &LinkAlias) -> bool {
+    matches!(alias.connection_id(), ALIAS_V4 | ALIAS_V6)
+}
+
+impl ManagementSpec {
+    fn alias(&self) -> Result<LinkAlias, LinkError> {
+        let id = match self.family {
+            Family::V4 => ALIAS_V4,
+            Family::V6 => ALIAS_V6,
+        };
+        LinkAlias::new(self.domain.as_str(), id).map_err(LinkError::from)
+    }
+
+    /// The port is in the name: agents that share a namespace have different ones.
+    fn name(&self) -> String {
+        match self.family {
+            Family::V4 => format!("nsm-mgmt4-{}", self.port),
+            Family::V6 => format!("nsm-mgmt6-{}", self.port),
+        }
+    }
+
+    fn fits(&self, link: &Link) -> bool {
+        let wanted = LinkKind::Vxlan {
+            vni: self.vni.get(),
+            local: self.local,
+            remote: None,
+            port: self.port,
+        };
+        link.kind == wanted && link.name == self.name() && link.mtu == MTU
+    }
+}
+
+/// A management link that is up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ManagementLink {
+    pub(crate) index: u32,
+    pub(crate) name: String,
+    /// Whether an earlier agent had made it: its forwarding entries are still there.
+    pub(crate) adopted: bool,
+}
+
+/// Makes the link, or takes over the one that an earlier agent made just so. `anew`: replace it, with all that hangs on it.
+pub(crate) fn ensure(
+    netlink: &mut Netlink,
+    spec: &ManagementSpec,
+    anew: bool,
+) -> Result<ManagementLink, LinkError> {
+    let (alias, name) = (spec.alias()?, spec.name());
+    for link in observe::links(netlink)? {
+        if link.alias.as_ref() == Some(&alias) {
+            if !anew && spec.fits(&link) {
+                up(netlink, spec, link.index)?;
+                return Ok(ManagementLink {
+                    index: link.index,
+                    name: link.name,
+                    adopted: true,
+                });
+            }
+            delete(netlink, message::delete_link(link.index), &link.name)?;
+        } else if link.name == name {
+            return Err(LinkError::refused(
+                format!("make management link `{name}`"),
+                Refusal {
+                    errno: Errno::EEXIST,
+                    text: Some("there is a link of this name that is not ours".to_owned()),
+                },
+            ));
+        }
+    }
+    let index = create(netlink, spec, &name)?;
+    let marked = (|| {
+        let (request, flags) = message::set_alias(&name, &alias.to_string());
+        netlink
+            .ask(request, flags)?
+            .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))?;
+        // A kernel without IPv6 refuses, and needs it not.
+        let _ = netlink.ask(no_addresses(index), 0)?;
+        up(netlink, spec, index)
+    })();
+    if let Err(error) = marked {
+        remove(netlink, index, &name)?;
+        return Err(error);
+    }
+    Ok(ManagementLink {
+        index,
+        name,
+        adopted: false,
+    })
+}
+
+fn create(netlink: &mut Netlink, spec: &ManagementSpec, name: &str) -> Result<u32, LinkError> {
+    let mut link = LinkVxlan::new(name, spec.vni.get())
+        .port(spec.port)
+        .learning(false)
+        .df(VxlanDf::Set)
+        .link_group(message::LINK_GROUP)
+        .mtu(MTU);
+    link = match (spec.local, spec.family) {
+        (Some(IpAddr::V4(local)), _) => link.local(local),
+        (Some(IpAddr::V6(local)), _) => link.local6(local),
+        (None, Family::V4) => link,
+        // Only an address says the family. This one is nobody's: no peer by default.
+        (None, Family::V6) => link.remote6(Ipv6Addr::UNSPECIFIED),
+    };
+    let request = RouteNetlinkMessage::NewLink(link.build());
+    if let Err(kernel) = netlink.ask(request, NLM_F_CREATE | NLM_F_EXCL)? {
+        return Err(match kernel.errno {
+            Errno::EEXIST => LinkError::VniTaken {
+                vni: spec.vni.get(),
+                port: spec.port,
+                kernel,
+            },
+            Errno::EOPNOTSUPP => LinkError::Unsupported {
+                kind: "vxlan",
+                kernel,
+            },
+            _ => LinkError::refused(format!("make management link `{name}`"), kernel),
+        });
+    }
+    let (request, flags) = message::get_link_named(name);
+    netlink
+        .ask(request, flags)?
+        .ok()
+        .into_iter()
+        .flatten()
+        .find_map(observe::link_of)
+        .map(|link| link.index)
+        .ok_or_else(|| {
+            NetlinkError::Malformed(format!("link `{name}` is not shown after it was created"))
+                .into()
+        })
+}
+
+fn up(netlink: &mut Netlink, spec: &ManagementSpec, index: u32) -> Result<(), LinkError> {
+    let (request, flags) = message::set_up(index);
+    netlink.ask(request, flags)?.map(drop).map_err(|kernel| {
+        if kernel.errno == Errno::EADDRINUSE {
+            LinkError::PortTaken {
+                port: spec.port,
+                holder: port::holder(spec.port),
+                kernel,
+            }
+        } else {
+            LinkError::refused(format!("take management link `{}` up", spec.name()), kernel)
+        }
+    })
+}
+
+/// Removes the link; gone already is as good.
+pub(crate) fn remove(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), LinkError> {
+    delete(netlink, message::delete_link(index), name)
+}
+
+/// Where frames to a peer's Ethernet address go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Forwarding {
+    pub(crate) mac: MacAddr,
+    pub(crate) remote: IpAddr,
+    /// UDP port of the peer's tunnels.
+    pub(crate) port: u16,
+    /// The peer's management VNI.
+    pub(crate) vni: Vni,
+}
+
+/// Enters a peer, or changes where its frames go.
+pub(crate) fn set_peer(
+    netlink: &mut Netlink,
+    link: &ManagementLink,
+    peer: Forwarding,
+) -> Result<(), LinkError> {
+    let mut message = forwarding_entry(link.index, peer.mac);
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.extend([
+        NeighbourAttribute::Destination(match peer.remote {
+            IpAddr::V4(ip) => NeighbourAddress::Inet(ip),
+            IpAddr::V6(ip) => NeighbourAddress::Inet6(ip),
+        }),
+        NeighbourAttribute::Port(peer.port),
+        NeighbourAttribute::Vni(peer.vni.get()),
+    ]);
+    let request = RouteNetlinkMessage::NewNeighbour(message);
+    netlink
+        .ask(request, NLM_F_CREATE | NLM_F_REPLACE)?
+        .map(drop)
+        .map_err(|kernel| {
+            LinkError::refused(
+                format!(
+                    "enter peer {} into management link `{}`",
+                    peer.remote, link.name
+                ),
+                kernel,
+            )
+        })
+}
+
+/// Forgets a peer; one that is not there is fine.
+pub(crate) fn remove_peer(
+    netlink: &mut Netlink,
+    link: &ManagementLink,
+    mac: MacAddr,
+) -> Result<(), LinkError> {
+    let request = RouteNetlinkMessage::DelNeighbour(forwarding_entry(link.index, mac));
+    match netlink.ask(request, 0)? {
+        Ok(_)
+        | Err(Refusal {
+            errno: Errno::ENOENT | Errno::ENODEV,
+            ..
+        }) => Ok(()),
+        Err(kernel) => Err(LinkError::refused(
+            format!("take peer {mac} off management link `{}`", link.name),
+            kernel,
+        )),
+    }
+}
+
+/// An entry of the device's own table (`bridge fdb … self`).
+fn forwarding_entry(index: u32, mac: MacAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = index;
+    message.header.flags = NeighbourFlags::Own;
+    message
+        .attributes
+        .push(NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()));
+    message
+}
+
+/// No address of its own that the kernel makes up and announces.
+fn no_addresses(index: u32) -> RouteNetlinkMessage {
+    let mut link: LinkMessage = LinkUnspec::new_with_index(index).build();
+    link.attributes
+        .push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+            vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
+        )]));
+    RouteNetlinkMessage::SetLink(link)
+}

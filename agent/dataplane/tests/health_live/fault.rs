@@ -1,0 +1,257 @@
+//! What breaks, and what the sessions and the stages say of it.
+
+use nsm_core::sbfd::{Change, Proof, State};
+use nsm_dataplane::health::{Event, Peer, Report, Stages};
+
+use super::support::{
+    Node, PATIENCE, TCX, World, addr, both_up, eventually, ip, join, nft, pair, sandbox, within,
+};
+
+/// Drops the packets of node 1 on their way. Node 2 hears nothing any more, and answers nothing; node 1 goes on hearing node 2.
+async fn one_way(family: u8, from: &str) {
+    let world = World::new();
+    let (mut nodes, peers) = pair(&world, TCX, family).await;
+    both_up(&mut nodes, &peers).await;
+
+    world.drop_between(from);
+    for node in &mut nodes {
+        node.becomes(State::Down).await;
+    }
+    let heard = |report: &Report| report.snapshot.peer.map(|probe| probe.at);
+    let before = [report(&peers[0]).await, report(&peers[1]).await];
+    let told = eventually("node 1 hears node 2 say that it is down", async || {
+        let report = report(&peers[0]).await;
+        match report.snapshot.peer {
+            Some(probe) if probe.state as u8 == 1 && heard(&report) > heard(&before[0]) => {
+                Ok(probe.diag.0)
+            }
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    assert_eq!(told, 1, "control detection time expired");
+    let after = report(&peers[1]).await;
+    assert_eq!(heard(&after), heard(&before[1]), "node 2 hears nothing");
+    assert_eq!(after.stages.underlay_in, before[1].stages.underlay_in);
+
+    world.mend();
+    for node in &mut nodes {
+        node.becomes(State::Up).await;
+    }
+    for node in nodes {
+        node.end().await;
+    }
+}
+
+async fn report(peer: &Peer) -> Report {
+    peer.report().await.expect("report")
+}
+
+/// How much more of each stage there is now than when the session was up.
+fn since_up(report: &Report) -> (u64, u64, u64, u64) {
+    let (now, up) = (report.stages, report.stages_when_up);
+    let grown = |stage: fn(Stages) -> u64| stage(now) - stage(up);
+    (
+        grown(|stages| stages.link_out),
+        grown(|stages| stages.underlay_out.unwrap_or(0)),
+        grown(|stages| stages.underlay_in.unwrap_or(0)),
+        grown(|stages| stages.link_in),
+    )
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
+fn a_loss_one_way_is_told_apart_by_who_is_heard() {
+    sandbox(|| one_way(4, "ip saddr 10.1.0.1"));
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
+fn a_loss_the_other_way_over_ipv6_is_told_apart_by_who_is_heard() {
+    sandbox(|| one_way(6, "ip6 saddr fd00:1::1"));
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
+fn the_own_firewall_is_seen_between_card_and_link() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        within(&world.nodes[1], || {
+            nft("add table inet fw; \
+                 add chain inet fw input { type filter hook input priority 0; }; \
+                 add rule inet fw input udp dport 4789 drop");
+        });
+        for node in &mut nodes {
+            node.becomes(State::Down).await;
+        }
+        eventually("packets at the card", async || {
+            let report = report(&peers[1]).await;
+            let (_, _, card, link) = since_up(&report);
+            // What came in the second before the fault came to both.
+            if card >= link + 5 {
+                Ok(())
+            } else {
+                Err(format!("{report:?}"))
+            }
+        })
+        .await;
+        within(&world.nodes[1], || nft("delete table inet fw"));
+        nodes[1].becomes(State::Up).await;
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
+fn the_own_output_filter_is_seen_between_link_and_card() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        within(&world.nodes[0], || {
+            nft("add table inet fw; \
+                 add chain inet fw output { type filter hook output priority 0; }; \
+                 add rule inet fw output udp dport 4789 drop");
+        });
+        nodes[0].becomes(State::Down).await;
+        let report = report(&peers[0]).await;
+        let (link, card, _, _) = since_up(&report);
+        assert!(link >= card + 3, "{report:?}");
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables with conntrack"]
+fn a_firewall_that_lets_only_replies_in_is_no_good_path() {
+    sandbox(|| async {
+        let world = World::new();
+        let nodes = [1, 2].map(|number| Node::start(&world, number, TCX));
+        within(&world.nodes[0], || {
+            nft("add table inet fw; \
+                 add chain inet fw input { type filter hook input priority 0; }; \
+                 add rule inet fw input ct state established accept; \
+                 add rule inet fw input udp dport 4789 drop");
+        });
+        let peers = join(&nodes, 4).await;
+        let proof = peers[0].prove().await.expect("proof");
+        assert!(
+            matches!(proof, Proof::Silent { probes: 1.., .. }),
+            "{proof:?}"
+        );
+        let report = report(&peers[0]).await;
+        // The answers are new flows to port 4789, as data is. They come to the card and no further.
+        assert!(report.stages.underlay_in > Some(0), "{report:?}");
+        assert_eq!(report.stages.link_in, 0, "{report:?}");
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_vni_that_is_not_ours_is_told_when_a_peer_sends_it() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        within(&world.nodes[1], || {
+            ip("link add vx0 type vxlan id 77 remote 10.1.0.1 dstport 4789");
+            ip("addr add 172.16.0.2/24 dev vx0");
+            ip("link set vx0 up");
+            ip("neigh add 172.16.0.1 lladdr 02:00:00:00:00:01 dev vx0");
+            let ping = ["-q", "-c", "1", "-W", "1", "172.16.0.1"];
+            let _ = std::process::Command::new("ping").args(ping).output();
+        });
+        let told = async {
+            loop {
+                if let Some(Event::ForeignVni(foreign)) = nodes[0].events.recv().await
+                    && foreign.vni == 77
+                {
+                    return foreign;
+                }
+            }
+        };
+        let told = tokio::time::timeout(PATIENCE, told).await.expect("told");
+        assert_eq!(told.peer, addr("10.2.0.1"));
+        assert!(told.packets >= 1);
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+/// What a path of 1,280 bytes carries inside: less outer IPv4, UDP and VXLAN headers and the inner Ethernet header.
+const INNER_OF_1280: u16 = 1280 - 20 - 8 - 8 - 14;
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
+fn a_black_hole_for_large_packets_is_found() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        peers[0].want_mtu(1200, 1450);
+        path_mtu(&mut nodes[0], |mtu| mtu == 1450).await;
+
+        // The path shrinks, and says nothing.
+        world.drop_between("meta length > 1280");
+        path_mtu(&mut nodes[0], |mtu| mtu <= INNER_OF_1280).await;
+        assert!(peers[0].is_up(), "small packets pass");
+        // It is then found how large they may be.
+        let found = eventually("the largest size", async || {
+            let mtu = report(&peers[0]).await.snapshot.path_mtu;
+            match mtu {
+                Some(mtu) if mtu > 1200 && mtu <= INNER_OF_1280 => Ok(mtu),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+        assert!(found > 1200);
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+async fn path_mtu(node: &mut Node, wanted: impl Fn(u16) -> bool) {
+    let found = async {
+        loop {
+            if let Some(Event::Session {
+                change: Change::PathMtu { to, .. },
+                ..
+            }) = node.events.recv().await
+                && wanted(to)
+            {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, found)
+        .await
+        .expect("a path MTU");
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn probes_that_cannot_leave_are_no_loss() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        within(&world.nodes[0], || ip("link set nsm-mgmt4-4789 down"));
+        nodes[0].becomes(State::Unknown).await;
+        within(&world.nodes[0], || ip("link set nsm-mgmt4-4789 up"));
+        nodes[0].becomes(State::Up).await;
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}

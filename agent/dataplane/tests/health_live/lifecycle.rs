@@ -1,0 +1,297 @@
+//! Beginning, end, and what comes between two agents.
+
+use std::time::Duration;
+
+use nsm_core::sbfd::{Proof, State};
+use nsm_dataplane::{
+    bpf::{Bpf, BpfConfig},
+    health::{Health, HealthError, PeerSpec},
+};
+
+use super::support::{
+    By, Node, TCX, World, addr, both_up, discriminator, eventually, link_names, pair, pin_dir, run,
+    sandbox, within,
+};
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn an_end_in_order_leaves_nothing() {
+    sandbox(|| async {
+        for by in [TCX, By::UserSpace] {
+            let world = World::new();
+            let (nodes, peers) = pair(&world, by, 4).await;
+            let six = nodes[0].health.join(nodes[1].spec(6)).await;
+            assert!(six.is_ok(), "one node by two addresses: {six:?}");
+            assert_eq!(
+                link_names(&world.nodes[0]),
+                ["eth0", "nsm-mgmt4-4789", "nsm-mgmt6-4789"]
+            );
+            let [one, two] = nodes;
+            let health = one.health.clone();
+            one.end().await;
+            two.end().await;
+            for netns in &world.nodes {
+                assert_eq!(link_names(netns), ["eth0"]);
+            }
+            assert!(matches!(peers[0].prove().await, Err(HealthError::Closed)));
+            health.close().await.expect("closed already");
+            // The kernel's own files are always there.
+            let mut left: Vec<_> = std::fs::read_dir("/sys/fs/bpf")
+                .expect("bpffs")
+                .map(|entry| {
+                    entry
+                        .expect("entry")
+                        .file_name()
+                        .into_string()
+                        .expect("UTF-8")
+                })
+                .collect();
+            left.retain(|name| !name.ends_with(".debug"));
+            assert!(left.is_empty(), "{left:?}");
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn the_reflector_answers_while_no_agent_runs_and_the_next_one_goes_on() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        let [mut one, two] = nodes;
+        let [to_two, to_one] = peers;
+        let spec = two.spec(4);
+
+        // As after kill -9: nothing is closed in order.
+        let discriminator = two.health.discriminator();
+        let Node {
+            bpf,
+            health,
+            events,
+            netns,
+            ..
+        } = two;
+        drop((to_one, health, events));
+        // The threads end by themselves and let go of the pins' lock.
+        let bpf = bpf.expect("BPF");
+        eventually(
+            "the old agent's end",
+            async || match std::sync::Arc::strong_count(&bpf) {
+                1 => Ok(()),
+                count => Err(format!("{count} users")),
+            },
+        )
+        .await;
+        drop(bpf);
+
+        let answers = to_two.report().await.expect("report").answers;
+        eventually("answers of nobody", async || {
+            let report = to_two.report().await.expect("report");
+            if report.answers >= answers + 20 {
+                Ok(())
+            } else {
+                Err(format!("{report:?}"))
+            }
+        })
+        .await;
+        assert!(to_two.is_up());
+
+        let two = Node::start(&world, 2, TCX);
+        assert_eq!(two.health.discriminator(), discriminator);
+        assert_eq!(two.spec(4), spec);
+        let to_one = two.health.join(one.spec(4)).await.expect("joined");
+        assert_eq!(to_one.prove().await.expect("proof"), Proof::Reached);
+        let report = to_one.report().await.expect("report");
+        assert!(report.reflected > 20, "counters go on: {report:?}");
+        assert!(to_two.is_up());
+        while let Ok(event) = one.events.try_recv() {
+            if let nsm_dataplane::health::Event::Session { change, .. } = &event {
+                let down = nsm_core::sbfd::Change::State {
+                    at: Default::default(),
+                    from: State::Up,
+                    to: State::Down,
+                    cause: nsm_core::sbfd::Cause::AdminDown,
+                };
+                assert_ne!(
+                    std::mem::discriminant(change),
+                    std::mem::discriminant(&down),
+                    "{event:?}"
+                );
+            }
+        }
+        drop(netns);
+        one.end().await;
+        two.end().await;
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn what_nobody_comes_back_for_is_let_go() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        let [one, two] = nodes;
+        drop(peers);
+        let bpf = one.bpf.clone().expect("BPF");
+        drop((one.health, one.events, one.bpf));
+        eventually(
+            "the old agent's end",
+            async || match std::sync::Arc::strong_count(&bpf) {
+                1 => Ok(()),
+                count => Err(format!("{count} users")),
+            },
+        )
+        .await;
+        drop(bpf);
+        let fdb = || {
+            within(&world.nodes[0], || {
+                run("bridge", &["fdb", "show", "dev", "nsm-mgmt4-4789"])
+            })
+        };
+        assert!(fdb().contains("10.2.0.1"), "{}", fdb());
+        let one = Node::start_with(&world, 1, TCX, |config| {
+            config.orphan_grace = Duration::from_millis(1);
+        });
+        eventually("no entry", async || match fdb() {
+            entries if entries.contains("10.2.0.1") => Err(entries),
+            _ => Ok(()),
+        })
+        .await;
+        assert_eq!(one.bpf.as_ref().expect("BPF").tunnels(), []);
+        one.end().await;
+        two.end().await;
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_peer_is_shared_and_lingers() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        let again = nodes[0]
+            .health
+            .join(nodes[1].spec(4))
+            .await
+            .expect("joined");
+        assert!(again.is_up(), "the same session");
+        let users = async || {
+            let reports = nodes[0].health.reports().await.expect("reports");
+            assert_eq!(reports.len(), 1);
+            reports[0].users
+        };
+        assert_eq!(users().await, 2);
+        drop(again);
+        let [to_two, to_one] = peers;
+        drop(to_two);
+        assert_eq!(users().await, 0);
+        let again = nodes[0]
+            .health
+            .join(nodes[1].spec(4))
+            .await
+            .expect("joined");
+        assert!(again.is_up(), "it was still there");
+
+        // The peer starts anew: another discriminator at the same address.
+        let anew = PeerSpec {
+            discriminator: discriminator(0x1234_5678),
+            ..nodes[1].spec(4)
+        };
+        let other = nodes[0].health.join(anew).await.expect("joined");
+        assert!(matches!(
+            other.prove().await.expect("proof"),
+            Proof::Silent { .. }
+        ));
+        drop((again, to_one, other));
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn what_cannot_be_watched_is_refused() {
+    sandbox(|| async {
+        let world = World::new();
+        let nodes = [1, 2].map(|number| Node::start(&world, number, TCX));
+        let spec = nodes[1].spec(4);
+        let one = &nodes[0].health;
+        for address in ["0.0.0.0", "224.0.0.1", "::"] {
+            let nobody = PeerSpec {
+                address: addr(address),
+                ..spec
+            };
+            let refused = one.join(nobody).await;
+            assert!(
+                matches!(refused, Err(HealthError::NotAPeer(_))),
+                "{refused:?}"
+            );
+        }
+        let ourselves = PeerSpec {
+            discriminator: one.discriminator(),
+            ..spec
+        };
+        let refused = one.join(ourselves).await;
+        assert!(
+            matches!(refused, Err(HealthError::DiscriminatorTaken { .. })),
+            "{refused:?}"
+        );
+        let second = Health::start(
+            super::support::health_config(&world.nodes[0]),
+            nodes[0].bpf.clone(),
+        );
+        assert!(matches!(second, Err(HealthError::InUse)));
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_node_that_drains_asks_its_peers_to_back_off() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        nodes[1].health.set_admin_down(true).await.expect("set");
+        nodes[0].becomes(State::AdminDown).await;
+        nodes[1].health.set_admin_down(false).await.expect("set");
+        nodes[0].becomes(State::Up).await;
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_link_in_the_way_is_an_error_that_leaves_nothing() {
+    sandbox(|| async {
+        let world = World::new();
+        let netns = &world.nodes[0];
+        within(netns, || {
+            super::support::ip("link add other type vxlan id 1 dstport 4789");
+            super::support::ip("link set other up");
+        });
+        let config = BpfConfig {
+            pin_dir: pin_dir(1),
+            interfaces: vec!["eth0".to_owned()],
+            mount_bpffs: false,
+            ..BpfConfig::default()
+        };
+        let bpf = std::sync::Arc::new(within(netns, || Bpf::load(&config)).expect("BPF"));
+        let config = || super::support::health_config(netns);
+        let error = Health::start(config(), Some(bpf.clone())).expect_err("taken");
+        assert!(error.to_string().contains("VNI 1"), "{error}");
+        within(netns, || super::support::ip("link del other"));
+        let (health, _events) = Health::start(config(), Some(bpf.clone())).expect("health");
+        health.close().await.expect("closed");
+        within(netns, || bpf.detach_and_unpin()).expect("unpinned");
+    });
+}

@@ -1,0 +1,104 @@
+//! A good path: proved, watched, measured, by every way of stamping and over both families.
+
+use nsm_core::sbfd::{Proof, State};
+use nsm_dataplane::{bpf::Hook, health::Plane};
+
+use super::support::{By, Node, TCX, World, both_up, eventually, pair, sandbox};
+
+async fn watch_each_other(by: By, family: u8) {
+    let world = World::new();
+    let (mut nodes, peers) = pair(&world, by, family).await;
+    both_up(&mut nodes, &peers).await;
+    for peer in &peers {
+        let report = eventually("a few answers", async || {
+            let report = peer.report().await.expect("report");
+            if report.answers >= 10 {
+                Ok(report)
+            } else {
+                Err(format!("{report:?}"))
+            }
+        })
+        .await;
+        assert_eq!(report.snapshot.state, State::Up);
+        assert_eq!(report.users, 1);
+        assert!(report.probes - report.answers <= 1, "{report:?}");
+        assert!(report.snapshot.peer.is_some(), "the peer's own probes");
+        assert_eq!(report.peer_is_independent, Some(by != By::UserSpace));
+        assert_eq!(report.statistics.loss(), 0.0);
+        assert!(report.statistics.rtt_p50.is_some());
+        let stages = report.stages;
+        match by {
+            By::UserSpace => assert_eq!(stages.underlay_in, None),
+            // Read one after the other, with packets between.
+            By::Hook(_) => {
+                let (came, arrived) = (stages.underlay_in.expect("in"), stages.link_in);
+                assert!(came.abs_diff(arrived) <= 2, "{stages:?}");
+                let (left, out) = (stages.link_out, stages.underlay_out.expect("out"));
+                assert!(left.abs_diff(out) <= 2, "{stages:?}");
+            }
+        }
+        // Up, a proof needs no probe.
+        assert_eq!(peer.prove().await.expect("proof"), Proof::Reached);
+    }
+    for node in &nodes {
+        let plane = node.health.plane();
+        assert_eq!(plane == Plane::UserSpace, by == By::UserSpace);
+        if by != By::UserSpace {
+            // The first probe may come before its sender is known here.
+            let early = ["foreign_vni_in", "sbfd_unknown_peer", "wrong_source"];
+            let mut drops = node.drops();
+            drops.retain(|(reason, count)| !early.contains(reason) || *count > 1);
+            assert_eq!(drops, [], "node {}", node.number);
+        }
+    }
+    for node in nodes {
+        node.end().await;
+    }
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn two_nodes_watch_each_other_by_tcx() {
+    sandbox(|| watch_each_other(TCX, 4));
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn two_nodes_watch_each_other_over_ipv6() {
+    sandbox(|| watch_each_other(TCX, 6));
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn two_nodes_watch_each_other_by_clsact() {
+    sandbox(|| watch_each_other(By::Hook(Hook::Clsact), 4));
+}
+
+#[test]
+#[ignore = "needs root: namespaces, VXLAN, packet sockets"]
+fn two_nodes_watch_each_other_without_bpf() {
+    sandbox(|| watch_each_other(By::UserSpace, 4));
+}
+
+#[test]
+#[ignore = "needs root: namespaces, VXLAN, packet sockets"]
+fn two_nodes_watch_each_other_without_bpf_over_ipv6() {
+    sandbox(|| watch_each_other(By::UserSpace, 6));
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn one_with_bpf_and_one_without_understand_each_other() {
+    sandbox(|| async {
+        let world = World::new();
+        let mut nodes = [
+            Node::start(&world, 1, TCX),
+            Node::start(&world, 2, By::UserSpace),
+        ];
+        let peers = super::support::join(&nodes, 4).await;
+        both_up(&mut nodes, &peers).await;
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
