@@ -1,5 +1,5 @@
-//! Faults in the middle of the way: an nftables table of its own for each, in the forward hook of the namespace that
-//! lies between the two nodes. (This kernel has no netem.)
+//! Faults: an nftables table of its own for each, in the forward hook of the namespace that lies between the two nodes, or
+//! in the input hook of a node that is its own obstacle. (This kernel has no netem.)
 
 use std::net::Ipv4Addr;
 
@@ -34,6 +34,21 @@ pub enum Fault {
         /// The longest packet that passes, in bytes, IP header included.
         max: u16,
     },
+    /// UDP packets to this port are lost unless they answer what the receiver sent, as behind a NAT or a firewall that nobody
+    /// opened. Only what passes after the injection counts as sent.
+    RepliesOnly {
+        /// The destination port.
+        port: u16,
+    },
+    /// VXLAN packets come with another VNI than they left with, as if the two sides disagreed on it.
+    RewriteVni {
+        /// The port of VXLAN.
+        port: u16,
+        /// The VNI that is changed.
+        from: u32,
+        /// What it is changed to.
+        to: u32,
+    },
 }
 
 /// A fault that lasts until this is dropped.
@@ -41,6 +56,7 @@ pub enum Fault {
 #[must_use = "the fault ends when this is dropped"]
 pub struct FaultGuard {
     netns: String,
+    /// With its family, as nft names it.
     table: String,
 }
 
@@ -52,7 +68,7 @@ impl FaultGuard {
 impl Drop for FaultGuard {
     fn drop(&mut self) {
         // Fails only where the namespace is gone, and the fault with it.
-        let _ = netns::nft(&self.netns, &format!("delete table ip {}\n", self.table));
+        let _ = netns::nft(&self.netns, &format!("delete table {}\n", self.table));
     }
 }
 
@@ -64,15 +80,30 @@ pub(crate) fn inject(
     number: usize,
 ) -> Result<FaultGuard, WorldError> {
     let (netns, source, destination) = middle(plan, from, to);
-    let table = format!("fault_{number}");
+    let table = format!("ip fault_{number}");
     let rule = rule(source, destination, what);
     netns::nft(
         &netns,
         &format!(
-            "table ip {table} {{ chain middle {{ type filter hook forward priority 0; {rule}; }}; }}\n"
+            "table {table} {{ chain middle {{ type filter hook forward priority 0; {rule}; }}; }}\n"
         ),
     )?;
     Ok(FaultGuard { netns, table })
+}
+
+/// The node's own firewall drops UDP packets to a port, behind the card and before any socket.
+pub(crate) fn close_port(netns: &str, port: u16, number: usize) -> Result<FaultGuard, WorldError> {
+    let table = format!("inet fault_{number}");
+    netns::nft(
+        netns,
+        &format!(
+            "table {table} {{ chain own {{ type filter hook input priority 0; udp dport {port} counter drop; }}; }}\n"
+        ),
+    )?;
+    Ok(FaultGuard {
+        netns: netns.to_owned(),
+        table,
+    })
 }
 
 /// The namespace between two nodes, and their addresses as packets there show them.
@@ -89,14 +120,20 @@ fn middle(plan: &Plan, from: Place, to: Place) -> (String, Ipv4Addr, Ipv4Addr) {
 }
 
 fn rule(source: Ipv4Addr, destination: Ipv4Addr, what: Fault) -> String {
-    let condition = match what {
-        Fault::DropAll => String::new(),
-        Fault::BlockUdp { port } => format!("udp dport {port}"),
-        Fault::BlockTcp { port } => format!("tcp dport {port}"),
+    const DROP: &str = "counter drop";
+    let fate = match what {
+        Fault::DropAll => DROP.to_owned(),
+        Fault::BlockUdp { port } => format!("udp dport {port} {DROP}"),
+        Fault::BlockTcp { port } => format!("tcp dport {port} {DROP}"),
         // nft refuses a comparison that is always true.
-        Fault::Loss { per_mille } if per_mille >= 1000 => String::new(),
-        Fault::Loss { per_mille } => format!("numgen random mod 1000 < {per_mille}"),
-        Fault::MtuBlackHole { max } => format!("meta length > {max}"),
+        Fault::Loss { per_mille } if per_mille >= 1000 => DROP.to_owned(),
+        Fault::Loss { per_mille } => format!("numgen random mod 1000 < {per_mille} {DROP}"),
+        Fault::MtuBlackHole { max } => format!("meta length > {max} {DROP}"),
+        Fault::RepliesOnly { port } => format!("ct direction original udp dport {port} {DROP}"),
+        // Behind the UDP header's eight bytes: flags, three reserved bytes, then the VNI's three (RFC 7348 section 5).
+        Fault::RewriteVni { port, from, to } => {
+            format!("udp dport {port} @th,96,24 {from} counter @th,96,24 set {to}")
+        }
     };
-    format!("ip saddr {source} ip daddr {destination} {condition} counter drop")
+    format!("ip saddr {source} ip daddr {destination} {fate}")
 }

@@ -205,6 +205,16 @@ impl World {
         fault::inject(&self.inner.plan, from.place, to.place, what, state.faults)
     }
 
+    /// Lets a node's own firewall drop UDP packets to `port`, until the guard is dropped.
+    ///
+    /// # Errors
+    /// When nftables refuses it.
+    pub fn close_port(&self, node: &Node, port: u16) -> Result<FaultGuard, WorldError> {
+        let mut state = self.inner.standing_state()?;
+        state.faults += 1;
+        fault::close_port(&node.netns_name(), port, state.faults)
+    }
+
     /// Asks all processes to end (SIGTERM), all at once, and waits for them; those that do not are killed and named.
     /// The DNS server stays.
     pub fn stop_processes(&self, deadline: Duration) -> Vec<String> {

@@ -296,6 +296,81 @@ fn faults_hold_in_one_direction_until_healed() -> Result {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
+fn replies_pass_where_new_flows_do_not() -> Result {
+    let world = two_domains("replies", Cloud::Packet)?;
+    let (one, two) = (world.node("node-1")?, world.node("node-2")?);
+    let socket = |node: &Node, port| -> Result<UdpSocket> {
+        let socket = node.inside(|| UdpSocket::bind(("0.0.0.0", port)))??;
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        Ok(socket)
+    };
+    let (asker, one_4789) = (socket(&one, 50_000)?, socket(&one, 4789)?);
+    let two_4789 = socket(&two, 4789)?;
+    let to = |node: &Node, port| SocketAddr::from((node.public_ip(), port));
+    let mut buffer = [0; 16];
+
+    let _fault = world.inject(&two, &one, Fault::RepliesOnly { port: 4789 })?;
+    asker.send_to(b"ask", to(&two, 4789))?;
+    let (_, from) = two_4789.recv_from(&mut buffer)?;
+    two_4789.send_to(b"reply", from)?;
+    assert_eq!(asker.recv(&mut buffer)?, 5, "a reply passes");
+    two_4789.send_to(b"new", to(&one, 4789))?;
+    assert!(one_4789.recv(&mut buffer).is_err(), "a new flow does not");
+    one_4789.send_to(b"other", to(&two, 4789))?;
+    assert_eq!(two_4789.recv(&mut buffer)?, 5, "nor is the other way hurt");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn one_vni_is_changed_and_others_pass() -> Result {
+    let world = two_domains("vni", Cloud::Packet)?;
+    let (one, two) = (world.node("node-1")?, world.node("node-2")?);
+    let from = one.inside(|| UdpSocket::bind("0.0.0.0:4790"))??;
+    let at = two.inside(|| UdpSocket::bind("0.0.0.0:4789"))??;
+    at.set_read_timeout(Some(PATIENCE))?;
+    let to = SocketAddr::from((two.public_ip(), 4789));
+    let _fault = world.inject(
+        &one,
+        &two,
+        Fault::RewriteVni {
+            port: 4789,
+            from: 0x01_02_03,
+            to: 0x0a_0b_0c,
+        },
+    )?;
+    for (sent, arrives) in [([1, 2, 3], [10, 11, 12]), ([0, 0, 1], [0, 0, 1])] {
+        let packet = [&[8, 0, 0, 0][..], &sent, &[0], b"frame"].concat();
+        from.send_to(&packet, to)?;
+        let mut buffer = [0; 32];
+        let length = at.recv(&mut buffer)?;
+        assert_eq!(buffer[4..7], arrives);
+        assert_eq!(&buffer[8..length], b"frame", "the rest is untouched");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn a_closed_port_drops_what_the_card_has_got() -> Result {
+    let world = two_domains("closed", Cloud::Packet)?;
+    let (one, two) = (world.node("node-1")?, world.node("node-2")?);
+    let at = two.inside(|| UdpSocket::bind("0.0.0.0:4789"))??;
+    at.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let from = one.inside(|| UdpSocket::bind("0.0.0.0:0"))??;
+    let to = SocketAddr::from((two.public_ip(), 4789));
+    let mut buffer = [0; 8];
+    let closed = world.close_port(&two, 4789)?;
+    from.send_to(b"x", to)?;
+    assert!(at.recv(&mut buffer).is_err());
+    closed.heal();
+    from.send_to(b"x", to)?;
+    assert_eq!(at.recv(&mut buffer)?, 1);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
 fn worlds_stand_side_by_side_and_leave_nothing() -> Result {
     let (left, right) = (
         two_domains("side", Cloud::Aws)?,
