@@ -275,11 +275,11 @@ impl Reason {
                 silence.as_millis()
             ),
             Self::OwnInputDrops { packets } => format!(
-                "{packets} packets of the peer came to this node's network card and none to its tunnel: let UDP {port} in \
+                "{packets} packets of the peer came to this node's network card and not to its tunnel: let UDP {port} in \
                  through this node's firewall (INPUT)"
             ),
             Self::OwnOutputDrops { packets } => format!(
-                "{packets} packets left this node's tunnel and none its network card: let UDP {port} out through this node's \
+                "{packets} packets left this node's tunnel and not its network card: let UDP {port} out through this node's \
                  firewall (OUTPUT), and see that it has a route to the peer"
             ),
             Self::ForeignVni { vni } => format!(
@@ -293,7 +293,8 @@ impl Reason {
     }
 }
 
-/// How many packets passed the stages on this node since the path was up last: what one stage has and the next has not was lost between.
+/// How many packets passed the stages on this node, of late since the path was up last: what one stage has and the next has not was lost
+/// between. The count may begin some packets before the loss did, which passed all stages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stages {
     /// Left the tunnel.
@@ -310,15 +311,32 @@ pub struct Stages {
 const TELLING: u64 = 3;
 
 impl Stages {
+    /// What came to each stage since an earlier reading.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let grown =
+            |now: Option<u64>, then: Option<u64>| Some(now?.saturating_sub(then.unwrap_or(0)));
+        Self {
+            link_out: self.link_out.saturating_sub(earlier.link_out),
+            card_out: grown(self.card_out, earlier.card_out),
+            card_in: grown(self.card_in, earlier.card_in),
+            link_in: self.link_in.saturating_sub(earlier.link_in),
+        }
+    }
+
     fn own_input_drops(&self) -> Option<u64> {
-        let packets = self.card_in?;
-        (packets >= TELLING && self.link_in == 0).then_some(packets)
+        lost_between(self.card_in?, self.link_in)
     }
 
     fn own_output_drops(&self) -> Option<u64> {
-        let packets = self.link_out;
-        (packets >= TELLING && self.card_out? == 0).then_some(packets)
+        lost_between(self.link_out, self.card_out?)
     }
+}
+
+/// Packets that one stage had and the next had not, when that is most of them.
+fn lost_between(before: u64, after: u64) -> Option<u64> {
+    let lost = before.saturating_sub(after);
+    (lost >= TELLING && lost > after).then_some(lost)
 }
 
 /// What the peer's agent says of its own way in, which is our way out.

@@ -35,6 +35,7 @@ use std::{
 };
 
 use nsm_core::{
+    health::Stages,
     sbfd::{Change, Discriminator, Proof, Snapshot, Statistics, Timing},
     vni::Vni,
 };
@@ -92,21 +93,6 @@ pub enum Plane {
     UserSpace,
 }
 
-/// How many packets of the management VNI passed each stage between this node and one peer, since the session began. What one
-/// stage has and the next has not was lost between them, on this node.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stages {
-    /// Left the management link: our probes and answers.
-    pub link_out: u64,
-    /// Left the card; `None` where nothing counts there.
-    pub underlay_out: Option<u64>,
-    /// Came to the card.
-    pub underlay_in: Option<u64>,
-    /// Came to the management link. Less than [`Self::underlay_in`]: this node's firewall, or the peer's idea of our management
-    /// VNI, keeps them from it.
-    pub link_in: u64,
-}
-
 /// What is known of one peer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
@@ -126,10 +112,19 @@ pub struct Report {
     pub reflected: u64,
     /// Whether the peer's reflector goes on without its agent (the C flag of its last answer); `None`: no answer yet.
     pub peer_is_independent: Option<bool>,
-    /// The stages now.
+    /// Packets of the management VNI at each stage between this node and the peer, since the session began. Management link and
+    /// card count the same packets: the card's less than the link's, or the link's less than the card's, were lost on this node.
     pub stages: Stages,
-    /// The stages when the session was last seen up, at most a second before it was not; all zero before.
+    /// The same when the last probe was answered; all zero before.
     pub stages_when_up: Stages,
+}
+
+impl Report {
+    /// The stages since the session was up last.
+    #[must_use]
+    pub fn stages_since_up(&self) -> Stages {
+        self.stages.since(&self.stages_when_up)
+    }
 }
 
 /// News.

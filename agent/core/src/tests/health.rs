@@ -122,14 +122,15 @@ fn this_nodes_own_firewall_is_named() {
     evidence.stages = Stages {
         link_out: 12,
         card_out: Some(12),
-        card_in: Some(9),
-        link_in: 0,
+        // Two of them before the loss began.
+        card_in: Some(11),
+        link_in: 2,
     };
     let health = judge(&evidence, now);
     assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Unknown));
     assert_eq!(
         health.to_string(),
-        "the way from 203.0.113.2 (UDP 4789) is down: 9 packets of the peer came to this node's network card and none to its \
+        "the way from 203.0.113.2 (UDP 4789) is down: 9 packets of the peer came to this node's network card and not to its \
          tunnel: let UDP 4789 in through this node's firewall (INPUT)"
     );
     evidence.stages = Stages {

@@ -9,6 +9,7 @@ use std::{
 
 use nsm_core::{
     clock::Monotonic,
+    health::Stages,
     sbfd::{self, Answer, Change, Diag, PeerProbe, Proof, Seq, State, Timing, WireState},
 };
 use nsm_ebpf_common::{
@@ -20,11 +21,8 @@ use nsm_ebpf_common::{
 };
 use tokio::sync::oneshot;
 
-use super::{Event, PeerCell, PeerSpec, Report, Stages, prober::Surroundings};
+use super::{Event, PeerCell, PeerSpec, Report, prober::Surroundings};
 use crate::bpf::{Slot, address, ip_addr};
-
-/// How often the stages of a session that is up are noted, for comparison when it no longer is.
-const NOTE_STAGES: Duration = Duration::from_secs(1);
 
 /// A peer to be probed.
 #[derive(Debug)]
@@ -58,7 +56,6 @@ pub(super) struct PeerSession {
     /// Stamp of the peer's own probe that the machine heard of last.
     heard_ns: u64,
     stages_when_up: Stages,
-    noted: Monotonic,
     /// When to look at it next.
     pub(super) due: Monotonic,
 }
@@ -148,7 +145,6 @@ impl PeerSession {
             proofs: Vec::new(),
             heard_ns: 0,
             stages_when_up: Stages::default(),
-            noted: now,
             due: now,
         }
     }
@@ -187,9 +183,9 @@ impl PeerSession {
         // Up, answers are seen in time at the next deadline.
         let eager = !up || !self.proofs.is_empty();
         session.wake.store(eager.into());
-        if up && now.since(self.noted) >= NOTE_STAGES {
+        // For comparison when it no longer is. Each time, for what came after the loss is to be told from what came before.
+        if up && self.outstanding.is_empty() {
             self.stages_when_up = self.stages(around);
-            self.noted = now;
         }
         self.due = self.machine.poll_deadline().at;
     }
@@ -263,8 +259,8 @@ impl PeerSession {
         let underlay = self.entry.counters.and_then(|slot| around.underlay(slot));
         Stages {
             link_out: session.sent.load() + session.reflected.load(),
-            underlay_out: underlay.map(|counters| counters.tx_packets),
-            underlay_in: underlay.map(|counters| counters.rx_packets),
+            card_out: underlay.map(|counters| counters.tx_packets),
+            card_in: underlay.map(|counters| counters.rx_packets),
             link_in: session.arrived.load(),
         }
     }

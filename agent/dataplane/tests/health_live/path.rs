@@ -28,12 +28,12 @@ async fn watch_each_other(by: By, family: u8) {
         assert!(report.statistics.rtt_p50.is_some());
         let stages = report.stages;
         match by {
-            By::UserSpace => assert_eq!(stages.underlay_in, None),
+            By::UserSpace => assert_eq!(stages.card_in, None),
             // Read one after the other, with packets between.
             By::Hook(_) => {
-                let (came, arrived) = (stages.underlay_in.expect("in"), stages.link_in);
+                let (came, arrived) = (stages.card_in.expect("in"), stages.link_in);
                 assert!(came.abs_diff(arrived) <= 2, "{stages:?}");
-                let (left, out) = (stages.link_out, stages.underlay_out.expect("out"));
+                let (left, out) = (stages.link_out, stages.card_out.expect("out"));
                 assert!(left.abs_diff(out) <= 2, "{stages:?}");
             }
         }
