@@ -21,7 +21,10 @@ use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::unix::{Descriptors, Passed, UnixStream};
+use crate::{
+    coalesce::Coalesced,
+    unix::{Descriptors, Passed, UnixStream},
+};
 
 /// How long a TCP connection may be silent before the kernel asks for a sign of life. A peer that
 /// went away without a word is noticed after this and [`PROBES`] times [`PROBE_INTERVAL`], long
@@ -221,7 +224,7 @@ impl DialUrl {
 }
 
 /// A TCP connection on which a dead peer is noticed by the kernel.
-async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<TcpStream>> {
+async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
     let authority = uri.authority().map(Authority::as_str).unwrap_or_default();
     let stream = TcpStream::connect(authority).await?;
     stream.set_nodelay(true)?;
@@ -233,7 +236,7 @@ async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<TcpStream>> {
             .with_retries(PROBES),
     )?;
     socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
-    Ok(TokioIo::new(stream))
+    Ok(TokioIo::new(Coalesced::new(stream)))
 }
 
 impl fmt::Display for DialUrl {

@@ -9,6 +9,7 @@
 mod bypass;
 mod case;
 mod close;
+mod coalesce;
 mod connections;
 mod convert;
 pub mod dial;

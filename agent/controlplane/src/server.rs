@@ -45,6 +45,7 @@ use tonic::{
 };
 
 use crate::{
+    coalesce::Coalesced,
     error::RequestError,
     monitor::{Events, SKIP_ANSWERED},
     path_header::PathHeader,
@@ -214,7 +215,7 @@ pub async fn serve(
                 if let Ok(stream) = &stream {
                     let _ = stream.set_nodelay(true);
                 }
-                stream
+                stream.map(Coalesced::new)
             });
             router
                 .serve_with_incoming_shutdown(incoming, shutdown)
