@@ -28,9 +28,9 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use nsm_ebpf_common::{
-    Clock, Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate, Foreign, MAX_FOREIGN,
-    MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT, PEER_MARKER, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent,
-    Tunnel, TunnelKey, UNSPECIFIED, port_bit, recent_place,
+    Clock, Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate,
+    Foreign, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT, PEER_MARKER, PORT_WORDS, REASONS,
+    RECENT_ENTRIES, Reason, Recent, Tunnel, TunnelKey, UNSPECIFIED, port_bit, recent_place,
 };
 use nsm_ebpf_programs::{
     Bytes,
@@ -309,12 +309,10 @@ fn note_foreign(packet: &TunnelKey) {
         vni: PEER_MARKER,
         peer: packet.peer,
     };
-    // SAFETY: only whether there is an entry is asked.
-    if unsafe { TUNNELS.get(&peer) }.is_none() {
+    if look_up(&peer).is_none() {
         return;
     }
-    // SAFETY: takes no argument, reads a clock.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    let now = coarse_now();
     if let Some(known) = FOREIGN.get_ptr_mut(packet) {
         // SAFETY: a pointer into the map, not null. What two CPUs, or user space that removes the entry, do at once costs a count.
         let known = unsafe { &mut *known };

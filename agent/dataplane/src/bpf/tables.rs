@@ -275,7 +275,9 @@ impl Tables {
             expected,
         };
         let marked = self.tunnels.insert(marker, tunnel, 0);
-        if let Err(error) = marked.map_err(of_map("TUNNELS", "add to")) {
+        let marked = marked.map_err(of_map("TUNNELS", "add to"));
+        // Programs may remember that it was nobody.
+        if let Err(error) = marked.and_then(|()| self.disown_recent()) {
             // The error that counts is the first one.
             let _ = self.remove_tunnel(vni, peer);
             return Err(error);
@@ -288,6 +290,7 @@ impl Tables {
     pub(super) fn remove_peer(&mut self, peer: IpAddr) -> Result<(), BpfError> {
         let (marker, address) = peer_marker(peer);
         forgiving(self.tunnels.remove(&marker))?;
+        self.disown_recent()?;
         let Some(slot) = self.peers.remove(&address) else {
             return Ok(());
         };
