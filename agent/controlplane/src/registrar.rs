@@ -1,9 +1,9 @@
 //! The registry services as our listeners serve them: a name of our own domain goes to our
 //! domain's registry, a name of another to that domain's.
 //!
-//! What goes out loses its `@domain`, what comes back gets it again. An endpoint that is found in
-//! another domain, or registered there, is told with our own URL: the Request for it then comes to
-//! our proxy, which knows the true one (see [`crate::bypass`]).
+//! What goes out loses its `@domain`, what comes back gets it again. An endpoint that is found by a
+//! name with a domain, or registered in another one, is told with our own URL: the Request for it
+//! then comes to our proxy, which knows the true one (see [`crate::bypass`]).
 
 use std::{
     collections::BTreeMap,
@@ -336,7 +336,8 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Finds endpoints, or watches them. Those of another domain are told with our own URL.
+    /// Finds endpoints, or watches them. Those that are asked for with a domain are told with our
+    /// own URL.
     pub(crate) async fn find_endpoints(
         &self,
         call_: Call<NetworkServiceEndpointQuery>,
@@ -384,6 +385,10 @@ impl ControlPlane {
                         };
                         plane.shared.bypass.learn(&endpoint.name, way);
                     }
+                }
+                // Whoever was told a name with a domain asks for it so, also for one of our own:
+                // it is for us to take the domain off.
+                if domain.is_some() {
                     endpoint
                         .url
                         .clone_from(&plane.shared.settings.advertise_url);

@@ -137,6 +137,7 @@ func (a *Agent) configuration(config AgentConfig) map[string]any {
 			"proxy":    a.ProxyURL().String(),
 			"registry": a.RegistryURL().String(),
 			"admin":    a.adminURL(),
+			"metrics":  "off",
 		},
 		"forwarder":   false,
 		"bpf":         map[string]any{"enabled": false},

@@ -28,7 +28,11 @@ type DNS struct {
 	records   map[question][]dns.RR
 	questions map[question]int
 	ttl       uint32
+	failure   int
 }
+
+// Silence is a failure of a server that does not answer.
+const Silence = -1
 
 type question struct {
 	name string
@@ -71,6 +75,13 @@ func (d *DNS) SetTTL(seconds uint32) {
 	d.mutex.Lock()
 	defer d.mutex.Unlock()
 	d.ttl = seconds
+}
+
+// FailWith makes every answer an error, a response code or [Silence].
+func (d *DNS) FailWith(code int) {
+	d.mutex.Lock()
+	defer d.mutex.Unlock()
+	d.failure = code
 }
 
 // Publish makes service of domain known as NSM's components do: SRV and address at one name.
@@ -145,7 +156,10 @@ func (d *DNS) serve(w dns.ResponseWriter, request *dns.Msg) {
 			answer.Rcode = dns.RcodeNameError
 		}
 	}
-	if len(answer.Answer) == 0 {
+	failure := d.failure
+	if failure != dns.RcodeSuccess {
+		answer.Answer, answer.Rcode = nil, failure
+	} else if len(answer.Answer) == 0 {
 		// RFC 2308: a negative answer is cached by the zone's SOA.
 		answer.Ns = []dns.RR{&dns.SOA{
 			Hdr:    dns.RR_Header{Name: ".", Rrtype: dns.TypeSOA, Class: dns.ClassINET, Ttl: 1},
@@ -155,7 +169,9 @@ func (d *DNS) serve(w dns.ResponseWriter, request *dns.Msg) {
 		}}
 	}
 	d.mutex.Unlock()
-	_ = w.WriteMsg(answer)
+	if failure != Silence {
+		_ = w.WriteMsg(answer)
+	}
 }
 
 // isName tells whether name, or a name below it, has records (RFC 8020).

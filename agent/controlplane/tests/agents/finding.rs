@@ -35,6 +35,22 @@ async fn names_are_found_as_they_are_asked_for() {
         assert!(found[0].network_service_labels.contains_key(service));
         assert_eq!(found[0].url, a.url, "whoever asks us comes by us");
     }
+    // An endpoint of another node: by a name with our domain it is asked for through us too, for
+    // that node may know its bare name only.
+    let mut elsewhere = registration(&here, "svc-2", &[]);
+    elsewhere.name = "elsewhere".to_owned();
+    elsewhere.url = "tcp://192.0.2.9:5001".to_owned();
+    client
+        .register(elsewhere.clone())
+        .await
+        .expect("registered");
+    for (service, url) in [
+        ("svc-2", &elsewhere.url),
+        ("svc-2@cluster-1.example", &a.url),
+    ] {
+        let found = client.find(service).await.expect("found");
+        assert_eq!(&found[0].url, url);
+    }
     // Gone from the registry, gone from the node.
     let node = Client::on_node(a).await;
     node.ask("svc").await;

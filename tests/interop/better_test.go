@@ -1,0 +1,187 @@
+package interop
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/networkservicemesh/api/pkg/api/networkservice"
+	"github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/cls"
+	"github.com/networkservicemesh/api/pkg/api/registry"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/utils/count"
+	"github.com/networkservicemesh/sdk/pkg/tools/sandbox"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"proxy-nsmgr/tests/interop/harness"
+)
+
+// What NSM's own proxies get wrong, each as a user meets it.
+
+// The host of an SRV record is its target; NSM's proxies take the port of the record and the
+// address of the record's own name, where here is nobody.
+func TestSRVTargetIsHonoured(t *testing.T) {
+	ctx := testContext(t)
+	server := harness.NewDNS(t)
+	one := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "one.example", DNS: server})
+	two := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "two.example", DNS: server})
+	nobody := harness.LoopbackIP(t)
+	for service, at := range map[string]string{
+		harness.RegistryService: two.Registry.URL.Host, harness.ProxyService: two.ProxyURL.Host,
+	} {
+		url := *two.ProxyURL
+		url.Host = at
+		server.PublishTarget(two.Name, service, &url, "gateway-of-"+service+".two.example")
+		server.PublishAddress(service+"."+two.Name, nobody)
+	}
+	two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
+	two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken)
+	client := plainClient(ctx, one.Nodes[0])
+	connection, err := client.Request(ctx, harness.RequestFor("id", two.Service(service)))
+	require.NoError(t, err)
+	require.Len(t, harness.Names(connection), interdomainSegments)
+	_, err = client.Close(ctx, connection)
+	require.NoError(t, err)
+}
+
+// NSM's proxies answer a Find in a domain that cannot be resolved with an empty stream, and the
+// client asks for ever.
+func TestUnresolvableDomain(t *testing.T) {
+	// The bound that the project sets itself. The resolver's own patience, two seconds by default,
+	// is half of that here, so that a name server without a word is within it too.
+	const bound = 2 * time.Second
+	patience := map[string]any{"resolver": map[string]any{"timeout": "1s"}}
+	for _, test := range []struct {
+		name  string
+		reply func(*harness.DNS)
+		cause string
+	}{
+		{"no such name", func(*harness.DNS) {}, "nowhere.example"},
+		{"the server fails", func(d *harness.DNS) { d.FailWith(dns.RcodeServerFailure) }, "nowhere.example"},
+		{"the server refuses", func(d *harness.DNS) { d.FailWith(dns.RcodeRefused) }, "nowhere.example"},
+		{"the server is silent", func(d *harness.DNS) { d.FailWith(harness.Silence) }, "nowhere.example"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			server := harness.NewDNS(t)
+			test.reply(server)
+			agent := harness.StartAgent(t,
+				harness.AgentConfig{Domain: "one.example", DNS: server, Extra: patience})
+			ctx, cancel := context.WithTimeout(context.Background(), bound)
+			defer cancel()
+			endpoints := registry.NewNetworkServiceEndpointRegistryClient(harness.Dial(t, agent.RegistryURL()))
+			stream, err := endpoints.Find(ctx, &registry.NetworkServiceEndpointQuery{
+				NetworkServiceEndpoint: nse("", service+"@nowhere.example"),
+			})
+			require.NoError(t, err)
+			_, err = stream.Recv()
+			require.NotContains(t, []codes.Code{codes.OK, codes.DeadlineExceeded}, status.Code(err), err)
+			require.ErrorContains(t, err, test.cause)
+			t.Log(err)
+		})
+	}
+}
+
+// The real registry of a domain asks our proxy, and passes on what it says.
+func TestUnresolvableDomainThroughRealRegistry(t *testing.T) {
+	ctx := testContext(t)
+	server := harness.NewDNS(t)
+	one := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "one.example", DNS: server})
+	endpoints := registry.NewNetworkServiceEndpointRegistryClient(harness.Dial(t, one.Registry.URL))
+	_, err := endpoints.Register(ctx, nse("nse@nowhere.example", service+"@nowhere.example"))
+	require.ErrorContains(t, err, "nowhere.example")
+	t.Log(err)
+}
+
+// NSM's proxies wait for ever for a name of their own domain.
+func TestOwnDomainIsServed(t *testing.T) {
+	ctx := testContext(t)
+	server := harness.NewDNS(t)
+	one := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "one.example", DNS: server})
+	one.RegisterService(ctx, t, &registry.NetworkService{Name: service})
+	counter := new(count.Server)
+	one.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken, counter)
+	client := plainClient(ctx, one.Nodes[0])
+	connection := requestTwice(ctx, t, client, harness.RequestFor("id", one.Service(service)))
+	// nsc, nsmgr, forwarder, our proxy, and again nsmgr, forwarder, nse.
+	require.Len(t, harness.Names(connection), interdomainSegments-1)
+	require.Equal(t, one.Service(service), connection.GetNetworkService())
+	require.Equal(t, 1, counter.UniqueRequests())
+	_, err := client.Close(ctx, connection)
+	require.NoError(t, err)
+	require.Equal(t, 1, counter.Closes())
+	waitUntilEmpty(t, one)
+}
+
+// NSM's proxies make an address that is not in the map empty.
+func TestAddressMissingFromTheMap(t *testing.T) {
+	ctx := testContext(t)
+	pair := harness.NewAgentPair(t, func(one, two *harness.AgentConfig) {
+		one.MapIP = map[string]string{"10.9.9.9": "203.0.113.99"}
+		two.MapIP = map[string]string{"10.8.8.8": "203.0.113.88"}
+	})
+	peer := harness.StartPeer(t, harness.PeerConfig{
+		Name: endpoint,
+		OnRequest: func(
+			_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
+		) (*networkservice.Connection, error) {
+			connection := p.Grant(request)
+			connection.GetMechanism().GetParameters()["dst_ip"] = internalTwo
+			return connection, nil
+		},
+	})
+	pair.Serve(ctx, t, peer, service)
+	request := harness.RequestFor("id", service+"@"+harness.DomainTwo)
+	request.Connection.NetworkServiceEndpointName = pair.Discover(ctx, t, service+"@"+harness.DomainTwo)
+	request.MechanismPreferences = []*networkservice.Mechanism{
+		{Cls: cls.REMOTE, Type: "VXLAN", Parameters: map[string]string{"src_ip": internalOne}},
+	}
+	client := pair.Client(ctx)
+	connection, err := client.Request(ctx, request)
+	require.NoError(t, err)
+	arrived := peer.Requests()[0].GetMechanismPreferences()[0].GetParameters()
+	require.Equal(t, internalOne, arrived["src_ip"])
+	granted := connection.GetMechanism().GetParameters()
+	require.Equal(t, internalOne, granted["src_ip"])
+	require.Equal(t, internalTwo, granted["dst_ip"])
+	_, err = client.Close(ctx, connection)
+	require.NoError(t, err)
+}
+
+// NSM's proxies ask DNS twice for every call.
+func TestDNSIsAskedOncePerTTL(t *testing.T) {
+	ctx := testContext(t)
+	pair := harness.NewAgentPair(t, nil)
+	peer := harness.StartPeer(t, harness.PeerConfig{Name: endpoint})
+	pair.Serve(ctx, t, peer, service)
+	asked := func() int {
+		return pair.DNS.Asked(harness.RegistryService+"."+harness.DomainTwo, dns.TypeSRV) +
+			pair.DNS.Asked(harness.ProxyService+"."+harness.DomainTwo, dns.TypeSRV)
+	}
+	client := pair.Client(ctx)
+	for range 10 {
+		name := pair.Discover(ctx, t, service+"@"+harness.DomainTwo)
+		request := harness.RequestFor("id", service+"@"+harness.DomainTwo)
+		request.Connection.NetworkServiceEndpointName = name
+		connection, err := client.Request(ctx, request)
+		require.NoError(t, err)
+		_, err = client.Close(ctx, connection)
+		require.NoError(t, err)
+	}
+	require.Equal(t, 2, asked(), "questions in all, one for each service")
+
+	// A domain of short life is asked for again when its answer has ended, and not before each call.
+	pair.DNS.SetTTL(1)
+	short := "short.example"
+	pair.DNS.Publish(short, harness.RegistryService, pair.Two.RegistryURL())
+	pair.DNS.Publish(short, harness.ProxyService, pair.Two.ProxyURL())
+	calls := 0
+	again := func() int { return pair.DNS.Asked(harness.RegistryService+"."+short, dns.TypeSRV) }
+	harness.Eventually(t, harness.EventDeadline, func() bool {
+		pair.Discover(ctx, t, service+"@"+short)
+		calls++
+		return again() >= 2
+	}, func() string { return "a DNS answer outlives its TTL" })
+	require.Less(t, again(), calls)
+}
