@@ -1,0 +1,324 @@
+//! What is decided about each packet on the management link, on memory of the test's own.
+
+use std::collections::HashMap;
+
+use nsm_ebpf_common::{
+    Reason,
+    management::{
+        self, Node, NodeState, PROBES_AT_ONCE, PROBES_PER_SECOND, REQUIRED_MIN_RX_US, STAMPS, Said,
+        Session, Verdict, words,
+    },
+    mapped,
+    sbfd::{
+        Control, Flags, SEQUENCE_MASK, State,
+        frame::{Packet, Role, SPEAKER, mac, mac_key},
+        interval_with_sequence,
+    },
+};
+
+const NODE: u32 = 0x0a0b_0c0d;
+const PEER: u32 = 0x1020_3040;
+const LOCAL: u32 = 77;
+const PORT: u16 = 50_000;
+const PEER_ADDRESS: [u8; 4] = [10, 2, 0, 1];
+const MS: u64 = 1_000_000;
+
+struct Memory {
+    node: NodeState,
+    sessions: HashMap<u64, Box<Session>>,
+}
+
+impl Node for Memory {
+    fn state(&self) -> Option<&NodeState> {
+        Some(&self.node)
+    }
+
+    fn session(&self, mac: u64) -> Option<&Session> {
+        self.sessions.get(&mac).map(|session| &**session)
+    }
+}
+
+impl Memory {
+    /// Knows [`PEER`].
+    fn new() -> Self {
+        let node = NodeState::default();
+        node.discriminator.store(NODE.into());
+        node.state.store(State::Up.bits().into());
+        let session = Box::<Session>::default();
+        session.local_discriminator.store(LOCAL.into());
+        session.peer_discriminator.store(PEER.into());
+        session.source_port.store(PORT.into());
+        let [high, low] = words(&mapped(PEER_ADDRESS));
+        session.peer_address[0].store(high);
+        session.peer_address[1].store(low);
+        Self {
+            node,
+            sessions: HashMap::from([(mac_key(mac(SPEAKER, PEER)), session)]),
+        }
+    }
+
+    fn session(&self) -> &Session {
+        &self.sessions[&mac_key(mac(SPEAKER, PEER))]
+    }
+
+    fn ingress(&self, packet: &Packet, now_ns: u64) -> Result<Verdict, Reason> {
+        management::ingress(Some(packet), 66, Flags::default(), now_ns, self)
+    }
+
+    fn send(&self, sequence: u32, now_ns: u64) {
+        self.session().expect(sequence);
+        assert!(management::egress(Some(&our_probe(sequence)), now_ns, self));
+    }
+}
+
+fn control(sequence: u32) -> Control {
+    Control {
+        diagnostic: 0,
+        state: State::Up,
+        flags: Flags::default(),
+        detect_multiplier: 3,
+        my_discriminator: PEER,
+        your_discriminator: LOCAL,
+        desired_min_tx_us: interval_with_sequence(50_000, sequence),
+        required_min_rx_us: 0,
+        required_min_echo_rx_us: 0,
+    }
+}
+
+fn our_probe(sequence: u32) -> Packet {
+    Packet {
+        role: Role::Initiator,
+        sender: mac_key(mac(SPEAKER, NODE)),
+        receiver: mac_key(mac(SPEAKER, PEER)),
+        source: mapped([10, 1, 0, 1]),
+        initiator_port: PORT,
+        control: Control {
+            flags: Flags::DEMAND,
+            my_discriminator: LOCAL,
+            your_discriminator: PEER,
+            ..control(sequence)
+        },
+    }
+}
+
+fn answer(sequence: u32) -> Packet {
+    Packet {
+        role: Role::Reflector,
+        sender: mac_key(mac(SPEAKER, PEER)),
+        receiver: mac_key(mac(SPEAKER, NODE)),
+        source: mapped(PEER_ADDRESS),
+        initiator_port: PORT,
+        control: control(sequence),
+    }
+}
+
+fn peers_probe() -> Packet {
+    Packet {
+        role: Role::Initiator,
+        initiator_port: 51_000,
+        control: Control {
+            flags: Flags::DEMAND,
+            diagnostic: 1,
+            state: State::Down,
+            my_discriminator: 999,
+            your_discriminator: NODE,
+            ..control(0)
+        },
+        ..answer(0)
+    }
+}
+
+#[test]
+fn an_answer_is_believed_once() {
+    let memory = Memory::new();
+    let session = memory.session();
+    assert_eq!(memory.ingress(&answer(5), MS), Err(Reason::SbfdStale));
+    memory.send(5, 10 * MS);
+    assert_eq!(session.stamp(5).sent_ns.load(), 10 * MS);
+    let answered = Ok(Verdict::Answered { wake: false });
+    assert_eq!(memory.ingress(&answer(5), 12 * MS), answered);
+    assert_eq!(session.last_round_trip_ns.load(), 2 * MS);
+    assert_eq!(session.stamp(5).answered_ns.load(), 12 * MS);
+    assert_eq!(memory.ingress(&answer(5), 13 * MS), Err(Reason::SbfdStale));
+    assert_eq!(
+        session.stamp(5).answered_ns.load(),
+        12 * MS,
+        "the first counts"
+    );
+    assert_eq!((session.sent.load(), session.answered.load()), (1, 1));
+    session.wake.store(1);
+    memory.send(6, 14 * MS);
+    let answered = Ok(Verdict::Answered { wake: true });
+    assert_eq!(memory.ingress(&answer(6), 15 * MS), answered);
+}
+
+#[test]
+fn the_number_of_another_probe_in_the_same_place_is_stale() {
+    let memory = Memory::new();
+    memory.send(5, MS);
+    let other = 5 + STAMPS as u32;
+    assert!(other <= SEQUENCE_MASK);
+    assert_eq!(memory.ingress(&answer(other), MS), Err(Reason::SbfdStale));
+    memory.send(other, 2 * MS);
+    assert_eq!(
+        memory.ingress(&answer(5), MS),
+        Err(Reason::SbfdStale),
+        "long ago"
+    );
+    // The number comes round, and what was answered then is not answered now.
+    memory.ingress(&answer(other), 3 * MS).expect("answered");
+    memory.session().expect(other);
+    assert_eq!(
+        memory.ingress(&answer(other), 4 * MS),
+        Err(Reason::SbfdStale)
+    );
+}
+
+#[test]
+fn an_answer_must_be_of_the_session_in_all_it_says() {
+    let memory = Memory::new();
+    memory.send(1, MS);
+    let refused = |change: fn(&mut Packet), reason| {
+        let mut packet = answer(1);
+        change(&mut packet);
+        assert_eq!(memory.ingress(&packet, MS), Err(reason));
+    };
+    refused(|p| p.sender ^= 1, Reason::SbfdUnknownPeer);
+    refused(
+        |p| p.control.my_discriminator ^= 1,
+        Reason::SbfdUnknownDiscriminator,
+    );
+    refused(
+        |p| p.control.your_discriminator ^= 1,
+        Reason::SbfdUnknownDiscriminator,
+    );
+    refused(|p| p.initiator_port ^= 1, Reason::SbfdUnknownDiscriminator);
+    refused(|p| p.source[15] ^= 1, Reason::SbfdWrongSource);
+    refused(|p| p.source[0] ^= 1, Reason::SbfdWrongSource);
+    assert_eq!(memory.session().answered.load(), 0);
+    memory
+        .ingress(&answer(1), MS)
+        .expect("the real one still counts");
+}
+
+#[test]
+fn a_probe_of_a_peer_is_noted_and_reflected() {
+    let memory = Memory::new();
+    let Ok(Verdict::Reflect(reflector)) = memory.ingress(&peers_probe(), 3 * MS) else {
+        panic!("reflected");
+    };
+    assert_eq!(reflector.state, State::Up);
+    assert_eq!(reflector.required_min_rx_us, REQUIRED_MIN_RX_US);
+    let session = memory.session();
+    let said = Said::unpack(session.probe.load()).expect("heard");
+    assert_eq!((said.state, said.diagnostic), (State::Down, 1));
+    assert_eq!(session.last_probe_ns.load(), 3 * MS);
+    assert_eq!(
+        (session.reflected.load(), session.reflected_bytes.load()),
+        (1, 66)
+    );
+
+    memory.node.state.store(State::AdminDown.bits().into());
+    let verdict = memory.ingress(&peers_probe(), 4 * MS);
+    assert!(matches!(verdict, Ok(Verdict::Reflect(r)) if r.state == State::AdminDown));
+}
+
+#[test]
+fn a_probe_to_another_reflector_or_from_a_stranger_is_dropped() {
+    let memory = Memory::new();
+    let mut packet = peers_probe();
+    packet.control.your_discriminator ^= 1;
+    let unknown = Err(Reason::SbfdUnknownDiscriminator);
+    assert_eq!(memory.ingress(&packet, MS), unknown);
+    let mut packet = peers_probe();
+    packet.sender ^= 1;
+    assert_eq!(memory.ingress(&packet, MS), Err(Reason::SbfdUnknownPeer));
+    // A node that has no discriminator yet answers nobody, whatever they guess.
+    memory.node.discriminator.store(0);
+    let mut packet = peers_probe();
+    packet.control.your_discriminator = 0;
+    assert_eq!(memory.ingress(&packet, MS), unknown);
+    let nothing = management::ingress(None, 66, Flags::default(), MS, &memory);
+    assert_eq!(nothing, Err(Reason::SbfdMalformed));
+    assert_eq!(memory.session().reflected.load(), 0);
+}
+
+#[test]
+fn a_flood_is_answered_at_the_lasting_rate() {
+    let memory = Memory::new();
+    let session = memory.session();
+    let start = 1_000_000 * MS;
+    let mut limited = 0;
+    // 100,000 probes within ten seconds, evenly.
+    for probe in 0..100_000 {
+        match memory.ingress(&peers_probe(), start + probe * MS / 10) {
+            Ok(Verdict::Reflect(_)) => {}
+            Err(Reason::SbfdRateLimited) => limited += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    let answered = session.reflected.load();
+    assert_eq!(answered + limited, 100_000);
+    assert_eq!(session.rate_limited.load(), limited);
+    let expected = PROBES_AT_ONCE + 10 * PROBES_PER_SECOND;
+    assert!(
+        answered.abs_diff(expected) <= 1,
+        "{answered}, not {expected}"
+    );
+    assert_eq!(session.reflected_bytes.load(), answered * 66);
+    assert_eq!(session.arrived.load(), 100_000);
+    // A moment later it is a peer like any other.
+    let later = start + 10_000 * MS + 1_000 * MS / PROBES_PER_SECOND;
+    assert!(memory.ingress(&peers_probe(), later).is_ok());
+}
+
+#[test]
+fn only_our_own_probes_and_answers_leave() {
+    let memory = Memory::new();
+    assert!(
+        !management::egress(None, MS, &memory),
+        "neighbour discovery"
+    );
+    let mut stranger = our_probe(1);
+    stranger.receiver ^= 1;
+    assert!(!management::egress(Some(&stranger), MS, &memory));
+    let mut forged = our_probe(1);
+    forged.control.my_discriminator ^= 1;
+    assert!(!management::egress(Some(&forged), MS, &memory));
+    assert_eq!(memory.session().sent.load(), 0);
+    assert!(management::egress(Some(&answer(1)), MS, &memory));
+    assert_eq!(memory.session().sent.load(), 0, "an answer is no probe");
+}
+
+#[test]
+fn what_was_said_survives_the_number() {
+    assert_eq!(Said::unpack(0), None);
+    let memory = Memory::new();
+    let mut packet = answer(1);
+    packet.control.flags = Flags::CONTROL_PLANE_INDEPENDENT;
+    packet.control.state = State::AdminDown;
+    memory.send(1, MS);
+    memory.ingress(&packet, MS).expect("answered");
+    let said = Said::unpack(memory.session().answer.load()).expect("said");
+    let expected = Said {
+        state: State::AdminDown,
+        diagnostic: 0,
+        control_plane_independent: true,
+    };
+    assert_eq!(said, expected);
+    assert_eq!(
+        Said::unpack(memory.session().stamp(1).answer.load()),
+        Some(expected)
+    );
+}
+
+#[test]
+fn a_cleared_session_is_nobodys() {
+    let memory = Memory::new();
+    memory.send(1, MS);
+    memory.ingress(&answer(1), MS).expect("answered");
+    memory.ingress(&peers_probe(), MS).expect("reflected");
+    let session = memory.session();
+    session.clear();
+    assert_eq!(format!("{session:?}"), format!("{:?}", Session::default()));
+}
