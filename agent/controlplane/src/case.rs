@@ -70,16 +70,38 @@ impl Case {
                     Self::PodToTunnel(client, mechanism)
                 })
             }
-            Arrival::Network if route.is_local() => {
-                let mechanism = agreed(connection, preferences, &[(REMOTE, VXLAN)])?;
-                let vxlan = Vxlan::parse(&mechanism.parameters)?;
-                if vxlan.src_ip.is_none() {
-                    return Err(RequestError::Missing("src_ip in its VXLAN mechanism"));
+            // What its NSMgr asks for tells whether the client is a pod of this node.
+            Arrival::Forwarder { trusted } => {
+                let mechanism =
+                    agreed(connection, preferences, &[(LOCAL, KERNEL), (REMOTE, VXLAN)])?;
+                if mechanism.r#type == VXLAN {
+                    return match route.is_local() {
+                        true => Self::tunnel_to_pod(mechanism),
+                        false => Ok(Self::Through),
+                    };
                 }
-                Ok(Self::TunnelToPod(vxlan, mechanism))
+                let client = Pod::of_client(&mechanism, trusted, passed)?;
+                Ok(if route.is_local() {
+                    Self::PodToPod(client, mechanism)
+                } else {
+                    Self::PodToTunnel(client, mechanism)
+                })
+            }
+            Arrival::Network if route.is_local() => {
+                Self::tunnel_to_pod(agreed(connection, preferences, &[(REMOTE, VXLAN)])?)
             }
             Arrival::Network => Ok(Self::Through),
         }
+    }
+}
+
+impl Case {
+    fn tunnel_to_pod(mechanism: Mechanism) -> Result<Self, RequestError> {
+        let vxlan = Vxlan::parse(&mechanism.parameters)?;
+        if vxlan.src_ip.is_none() {
+            return Err(RequestError::Missing("src_ip in its VXLAN mechanism"));
+        }
+        Ok(Self::TunnelToPod(vxlan, mechanism))
     }
 }
 
@@ -303,6 +325,7 @@ mod tests {
             endpoint_told: "nse".to_owned(),
             payload: String::new(),
             resolution: None,
+            _socket: None,
         }
     }
 

@@ -122,7 +122,7 @@ impl Shared {
     }
 }
 
-async fn find_at(
+pub(crate) async fn find_at(
     peers: &Peers,
     url: &str,
     wanted: Wanted<'_>,

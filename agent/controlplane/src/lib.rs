@@ -33,3 +33,4 @@ pub mod route;
 pub mod server;
 pub mod token;
 pub mod unix;
+pub mod upstream;

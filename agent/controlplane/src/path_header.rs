@@ -30,6 +30,14 @@ fn null_is_empty<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Segment>, D::
 }
 
 impl PathHeader {
+    /// The path of a call that begins here.
+    pub(crate) fn begin(own_token: String) -> Self {
+        Self {
+            index: 0,
+            path_segments: vec![Segment { token: own_token }],
+        }
+    }
+
     /// Reads the caller's path and takes our step on it; `None` when the caller sends none.
     pub(crate) fn descend(
         metadata: &MetadataMap,

@@ -35,6 +35,10 @@ pub struct Settings {
     /// The URL that agents and registries of our own domain know us by, `tcp://address:port`; others too, until
     /// [`ControlPlane::set_public_url`] says otherwise.
     pub advertise_url: String,
+    /// The NSMgr that this agent's forwarder works for, when that is not this agent itself.
+    pub upstream_nsmgr_url: Option<String>,
+    /// The registry proxy that is asked for names of other domains; this agent is its own without.
+    pub registry_proxy_url: Option<String>,
     /// How long a Request, and each call it makes, may take.
     pub request_timeout: Duration,
     /// How long a connection to a peer may take to stand.

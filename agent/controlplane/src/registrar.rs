@@ -54,6 +54,8 @@ struct Addressed<'a> {
     /// As the message names it; put back on what is answered.
     domain: Option<Domain>,
     is_ours: bool,
+    /// Somebody else is the proxy: names are not touched, and what it answers is told as it is.
+    by_proxy: bool,
 }
 
 impl ControlPlane {
@@ -65,6 +67,16 @@ impl ControlPlane {
         let domain = common_domain(names)?;
         let own = &self.shared.settings.domain;
         let is_ours = domain.as_ref().is_none_or(|domain| domain == own);
+        if let (false, Some(url)) = (is_ours, &self.shared.settings.registry_proxy_url) {
+            let channel = self.shared.peers.channel(url, deadline).await?;
+            let url = url.clone();
+            return Ok(Addressed {
+                target: Target::At { url, channel },
+                domain: None,
+                is_ours: true,
+                by_proxy: true,
+            });
+        }
         let target = match (&domain, &self.shared.directory) {
             (Some(domain), _) if !is_ours => self.registry_of(domain, deadline).await?,
             (_, Directory::Here(registry)) => Target::Here(registry),
@@ -77,6 +89,7 @@ impl ControlPlane {
             target,
             domain,
             is_ours,
+            by_proxy: false,
         })
     }
 
@@ -221,7 +234,7 @@ impl ControlPlane {
         if through_us {
             registered.url.clone_from(&own_url);
             let trusted = matches!(call_.arrival, Arrival::Local { trusted: true });
-            if place.is_ours {
+            if place.is_ours && !place.by_proxy {
                 self.keep_local(bare_name, own_url, trusted, socket, &registered);
             } else {
                 let way = Way {
@@ -451,7 +464,9 @@ async fn find<T: Send + 'static>(
 
 impl Addressed<'_> {
     fn strip(&self, name: &mut String) -> Result<(), RequestError> {
-        *name = strip(name, None)?;
+        if !self.by_proxy {
+            *name = strip(name, None)?;
+        }
         Ok(())
     }
 
@@ -464,6 +479,9 @@ impl Addressed<'_> {
         endpoint: &mut NetworkServiceEndpoint,
         change: fn(&str, Option<&Domain>) -> Result<String, RequestError>,
     ) -> Result<(), RequestError> {
+        if self.by_proxy {
+            return Ok(());
+        }
         translate(endpoint, self.domain.as_ref(), change)
     }
 }

@@ -2,11 +2,16 @@
 //!
 //! - From a local client, a name of another domain goes to that domain's proxy, found by DNS and
 //!   its registry; anything else is looked up in our own domain.
+//! - From the NSMgr that our forwarder works for, names are that NSMgr's business: its registry is
+//!   asked, and knows endpoints of this node by their sockets and others by the next NSMgr or proxy.
 //! - From the network, a name that a Find through this proxy has taught us goes where it was
 //!   found; any other `@domain` means us, under whatever name the caller knows our domain, and is
 //!   stripped (NSM `interdomainbypass`).
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use nsm_core::{
     name::{Domain, InterdomainName},
@@ -18,10 +23,12 @@ use tokio::time::Instant;
 use crate::{
     connections::lock,
     convert,
-    directory::{Found, Wanted},
+    directory::{Found, Wanted, find_at},
     dns::Resolved,
     error::RequestError,
+    peers::{Peer, is_passed},
     plane::Shared,
+    unix::{FileId, Kind, PATIENCE},
 };
 
 /// Which listener a call came in by.
@@ -33,6 +40,11 @@ pub enum Arrival {
         /// Whether the peer process runs as root or as the agent's user.
         trusted: bool,
     },
+    /// The forwarder's socket: the node's own NSMgr, for one of its clients or for another node.
+    Forwarder {
+        /// Whether the NSMgr runs as root or as the agent's user.
+        trusted: bool,
+    },
     /// The proxy's port: another agent, NSMgr or proxy.
     Network,
 }
@@ -40,7 +52,10 @@ pub enum Arrival {
 impl Arrival {
     /// Whether the caller's claims about this node are believed.
     pub(crate) fn is_trusted(self) -> bool {
-        matches!(self, Self::Local { trusted: true })
+        matches!(
+            self,
+            Self::Local { trusted: true } | Self::Forwarder { trusted: true }
+        )
     }
 }
 
@@ -72,6 +87,8 @@ pub(crate) struct Route {
     /// What the service carries, where the registry said.
     pub(crate) payload: String,
     pub(crate) resolution: Option<Resolution>,
+    /// Keeps the descriptor of the next hop's socket, when that was passed in the place of a path.
+    pub(crate) _socket: Option<Arc<Peer>>,
 }
 
 /// How a domain was resolved, for people.
@@ -111,6 +128,11 @@ impl Shared {
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
+        if let Arrival::Forwarder { .. } = arrival {
+            let nsmgr = self.settings.upstream_nsmgr_url.as_deref();
+            let nsmgr = nsmgr.ok_or(RequestError::Missing("NSMgr that the forwarder works for"))?;
+            return self.routes_as_named(nsmgr, connection, deadline).await;
+        }
         let service = parse(&connection.network_service)?;
         let endpoint = parse(&connection.network_service_endpoint_name)?;
         if service.is_none() && endpoint.is_none() {
@@ -138,7 +160,14 @@ impl Shared {
                     endpoint_told: connection.network_service_endpoint_name.clone(),
                     payload: connection.payload.clone(),
                     resolution: None,
+                    _socket: None,
                 }])
+            }
+            (Arrival::Local { .. }, Some(domain))
+                if domain != self.settings.domain
+                    && let Some(proxy) = &self.settings.registry_proxy_url =>
+            {
+                self.routes_as_named(proxy, connection, deadline).await
             }
             (Arrival::Local { .. }, Some(domain)) if domain != self.settings.domain => {
                 let resolved = self.resolver.resolve(&domain).await?;
@@ -209,6 +238,7 @@ impl Shared {
                     endpoint_told: told_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: Some(resolution.clone()),
+                    _socket: None,
                 });
             }
         }
@@ -260,6 +290,7 @@ impl Shared {
                     endpoint_told: told_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: None,
+                    _socket: None,
                 })
             })
             .collect();
@@ -270,6 +301,78 @@ impl Shared {
             });
         }
         Ok(routes)
+    }
+
+    /// The ways that somebody else's registry knows, which is asked for names as they are: that of
+    /// the NSMgr that our forwarder works for, or a registry proxy.
+    async fn routes_as_named(
+        &self,
+        registry: &str,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        let wanted = Wanted {
+            service: &connection.network_service,
+            endpoint: &connection.network_service_endpoint_name,
+        };
+        let found = find_at(&self.peers, registry, wanted, deadline).await?;
+        let own = &self.settings.domain;
+        let payload = payload(&found);
+        let mut routes = Vec::new();
+        for endpoint in self.choose(&found, wanted, own, connection)? {
+            let (url, crossing, socket) = if self.is_own_url(&endpoint.url) {
+                // Found through us in the proxy's place: the way is known.
+                let Some(way) = self.bypass.way(&endpoint.name) else {
+                    continue;
+                };
+                (way.url, Crossing::Out, None)
+            } else {
+                let socket = self.found_socket(registry, &endpoint.url).await?;
+                (endpoint.url.clone(), Crossing::Inside, socket)
+            };
+            routes.push(Route {
+                url,
+                trusted: false,
+                crossing,
+                service: connection.network_service.clone(),
+                endpoint: endpoint.name.clone(),
+                endpoint_told: endpoint.name.clone(),
+                payload: payload.clone(),
+                resolution: None,
+                _socket: socket,
+            });
+        }
+        if routes.is_empty() {
+            return Err(RequestError::NoEndpoint {
+                service: wanted.service.to_owned(),
+                domain: own.to_string(),
+            });
+        }
+        Ok(routes)
+    }
+
+    /// The peer behind a URL that the registry passed a socket for.
+    async fn found_socket(
+        &self,
+        registry: &str,
+        url: &str,
+    ) -> Result<Option<Arc<Peer>>, RequestError> {
+        if !is_passed(url) {
+            return Ok(None);
+        }
+        if let Some(known) = self.peers.known_passed(url) {
+            return Ok(Some(known));
+        }
+        let wrong = |fault: String| RequestError::BadAnswer {
+            url: registry.to_owned(),
+            method: "Find",
+            fault: format!("an endpoint has the url {url}, and {fault}"),
+        };
+        let id = FileId::parse(url).ok_or_else(|| wrong("that is no inode".to_owned()))?;
+        let passing = self.peers.get(registry);
+        let socket = passing.descriptors.take(id, Kind::Socket, PATIENCE).await;
+        let socket = socket.map_err(|missing| wrong(missing.to_string()))?;
+        Ok(Some(self.peers.get_passed(url, socket)))
     }
 
     /// The endpoints that serve the connection, best first; never empty.

@@ -148,6 +148,7 @@ pub struct Front {
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Node,
+    Forwarder,
     Network,
 }
 
@@ -157,6 +158,14 @@ impl ControlPlane {
         Front {
             plane: self.clone(),
             arrival: Kind::Node,
+        }
+    }
+
+    /// The services for the NSMgr that our forwarder works for.
+    pub fn forwarder_front(&self) -> Front {
+        Front {
+            plane: self.clone(),
+            arrival: Kind::Forwarder,
         }
     }
 
@@ -174,9 +183,16 @@ impl Front {
     #[must_use]
     pub fn add_to(self, routes: Routes, limits: ListenerLimits) -> Routes {
         let size = limits.max_message_bytes;
-        routes
+        let routes = routes
             .add_service(NetworkServiceServer::new(self.clone()).max_decoding_message_size(size))
-            .add_service(MonitorConnectionServer::new(self.clone()).max_decoding_message_size(size))
+            .add_service(
+                MonitorConnectionServer::new(self.clone()).max_decoding_message_size(size),
+            );
+        if matches!(self.arrival, Kind::Forwarder) {
+            // A forwarder is asked for connections only.
+            return routes;
+        }
+        routes
             .add_service(
                 NetworkServiceRegistryServer::new(self.clone()).max_decoding_message_size(size),
             )
@@ -227,13 +243,13 @@ pub async fn serve(
 impl Front {
     fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
         let peer = request.extensions().get::<NodePeer>();
+        let trusted = peer
+            .and_then(|peer| peer.uid)
+            .is_some_and(|uid| uid == 0 || Some(uid) == own_uid());
         let arrival = match self.arrival {
             Kind::Network => Arrival::Network,
-            Kind::Node => Arrival::Local {
-                trusted: peer
-                    .and_then(|peer| peer.uid)
-                    .is_some_and(|uid| uid == 0 || Some(uid) == own_uid()),
-            },
+            Kind::Node => Arrival::Local { trusted },
+            Kind::Forwarder => Arrival::Forwarder { trusted },
         };
         let descriptors = peer.map(|peer| Arc::clone(&peer.descriptors));
         let token = token::read(request.metadata())

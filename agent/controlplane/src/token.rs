@@ -9,8 +9,9 @@
 //! would cost more than the call, and a token with half a life left still carries a connection over
 //! several refreshes.
 //!
-//! Here the key is a shared secret (HS256), as NSM's own test chains use over plain HTTP/2: such a
-//! token names the caller, it does not prove who it is.
+//! The key is a shared secret (HS256), as NSM's own test chains use over plain HTTP/2: such a token
+//! names the caller, it does not prove who it is. Or it is an elliptic curve's (ES256), as NSM signs
+//! with the key of its SVID: whoever knows the public key can check the token.
 
 use std::{
     fmt,
@@ -19,10 +20,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use jsonwebtoken::{EncodingKey, Header};
+use jsonwebtoken::Header;
 use prost_types::Timestamp;
 use serde::Serialize;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
+
+mod key;
+
+use self::key::SigningKey;
+pub use self::key::{Es256Key, KeyError};
 
 /// The metadata key of the token itself.
 pub const TOKEN_KEY: &str = "nsm-client-token";
@@ -70,23 +76,39 @@ struct Signed {
 pub struct TokenSource {
     spiffe_id: String,
     audience: Vec<String>,
-    key: EncodingKey,
     lifetime: Duration,
-    current: Mutex<Option<Signed>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    key: SigningKey,
+    current: Option<Signed>,
 }
 
 impl TokenSource {
     /// Tokens of `spiffe_id`, signed by HS256 with `secret`, each valid for `lifetime`.
     pub fn hs256(spiffe_id: &str, secret: &[u8], lifetime: Duration) -> Self {
+        Self::signing_with(SigningKey::secret(secret), spiffe_id, lifetime)
+    }
+
+    /// Tokens of `spiffe_id`, signed by ES256 with `key`, each valid for `lifetime`.
+    ///
+    /// # Errors
+    /// The key's file cannot be read or holds no such key.
+    pub fn es256(spiffe_id: &str, key: Es256Key, lifetime: Duration) -> Result<Self, KeyError> {
+        let key = SigningKey::es256(key)?;
+        Ok(Self::signing_with(key, spiffe_id, lifetime))
+    }
+
+    fn signing_with(key: SigningKey, spiffe_id: &str, lifetime: Duration) -> Self {
         // With two crypto backends in one build the library cannot choose and panics at the first
         // signature; naming ours rules that out. An error says that one is named already.
         let _ = jsonwebtoken::crypto::rust_crypto::DEFAULT_PROVIDER.install_default();
         Self {
             spiffe_id: spiffe_id.to_owned(),
             audience: Vec::new(),
-            key: EncodingKey::from_secret(secret),
             lifetime,
-            current: Mutex::new(None),
+            state: Mutex::new(State { key, current: None }),
         }
     }
 
@@ -124,14 +146,18 @@ impl TokenSource {
     }
 
     fn with_current<T>(&self, now: SystemTime, use_it: impl FnOnce(&Signed) -> T) -> T {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*current {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { key, current } = &mut *state;
+        match current {
             Some(signed) if signed.is_fresh(now) => use_it(signed),
-            _ => use_it(current.insert(self.sign(now))),
+            _ => {
+                key.reload();
+                use_it(current.insert(self.sign(key, now)))
+            }
         }
     }
 
-    fn sign(&self, now: SystemTime) -> Signed {
+    fn sign(&self, key: &SigningKey, now: SystemTime) -> Signed {
         let expires = now + self.lifetime;
         let since_epoch = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
         // `exp` counts whole seconds: rounded up, so that the token never dies before the time
@@ -142,8 +168,8 @@ impl TokenSource {
             aud: &self.audience,
             exp,
         };
-        let token = jsonwebtoken::encode(&Header::default(), &claims, &self.key)
-            .expect("HS256 with a secret signs any claims that are plain JSON");
+        let token = jsonwebtoken::encode(&Header::new(key.algorithm), &claims, &key.encoding)
+            .expect("a key that was checked signs any claims that are plain JSON");
         Signed {
             token: token.parse().expect("a JWT is base64url and dots"),
             expires_text: Timestamp::from(expires)
@@ -248,6 +274,38 @@ mod tests {
         assert_eq!(expires, at(600.5));
         // Whole seconds, never before the time that the metadata promises.
         assert_eq!(claims.exp, 1_800_000_601);
+    }
+
+    #[test]
+    fn an_es256_token_is_checked_with_the_public_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("svid_key.pem");
+        let write = |key: &rcgen::KeyPair| std::fs::write(&file, key.serialize_pem()).unwrap();
+        let [first, second] = [(); 2].map(|()| rcgen::KeyPair::generate().unwrap());
+        write(&first);
+        let source = TokenSource::es256(ID, Es256Key::File(file.clone()), LIFETIME).unwrap();
+        let check = |token: &str, key: &rcgen::KeyPair| {
+            let mut validation = Validation::new(Algorithm::ES256);
+            validation.validate_exp = false;
+            let public = DecodingKey::from_ec_der(key.public_key_raw());
+            jsonwebtoken::decode::<Decoded>(token, &public, &validation)
+        };
+        let token = source.token(at(0.0)).0;
+        assert_eq!(check(&token, &first).unwrap().claims.sub, ID);
+        assert!(check(&token, &second).is_err());
+        // The key is rotated: the next token is signed with the new one.
+        write(&second);
+        let token = source.token(at(300.0)).0;
+        assert_eq!(check(&token, &second).unwrap().claims.exp, 1_800_000_900);
+        // A file that is being written leaves the key that was.
+        std::fs::write(&file, "-----BEGIN").unwrap();
+        assert!(check(&source.token(at(600.0)).0, &second).is_ok());
+    }
+
+    #[test]
+    fn a_generated_key_is_another_for_each() {
+        let new = || TokenSource::es256(ID, Es256Key::Generated, LIFETIME).unwrap();
+        assert_ne!(new().token(at(0.0)).0, new().token(at(0.0)).0);
     }
 
     #[test]

@@ -27,7 +27,7 @@ mod value;
 
 pub(crate) use self::{
     flags::ConfigFlags,
-    model::{Config, Hook, KubernetesApi, Log, LogFormat, PublicAddress, Tunnel},
+    model::{Config, Hook, KubernetesApi, Log, LogFormat, PublicAddress, TokenAlgorithm, Tunnel},
     value::{ListenUrl, parse_duration},
 };
 use self::{

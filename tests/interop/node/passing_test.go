@@ -79,11 +79,9 @@ func TestDescriptors(t *testing.T) {
 			require.NotContains(t, asking.links(), "nsm")
 			require.NotContains(t, serving.links(), "nsm")
 			harness.WaitUntilEmpty(t, agent)
-			_ = asking.input.Close()
-			_ = asking.command.Wait()
+			asking.end()
 			require.Empty(t, serving.tell("unregister").Error)
-			_ = serving.input.Close()
-			_ = serving.command.Wait()
+			serving.end()
 			harness.Eventually(t, 10*time.Second, func() bool { return agent.OpenNamespaces(t) <= held },
 				func() string {
 					return fmt.Sprintf("it holds %d namespaces, and held %d", agent.OpenNamespaces(t), held)

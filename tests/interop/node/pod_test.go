@@ -6,11 +6,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,6 +24,7 @@ import (
 	"github.com/networkservicemesh/api/pkg/api/registry"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/client"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/endpoint"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/nsmgr"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/authorize"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/kernel"
@@ -29,6 +32,7 @@ import (
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/sendfd"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/ipam/point2pointipam"
 	registryclient "github.com/networkservicemesh/sdk/pkg/registry/chains/client"
+	"github.com/networkservicemesh/sdk/pkg/registry/chains/memory"
 	registrysendfd "github.com/networkservicemesh/sdk/pkg/registry/common/sendfd"
 	"github.com/networkservicemesh/sdk/pkg/tools/grpcutils"
 	"github.com/networkservicemesh/sdk/pkg/tools/sandbox"
@@ -51,6 +55,10 @@ const podDeadline = 20 * time.Second
 const (
 	clientRole   = "client"
 	endpointRole = "endpoint"
+	nsmgrRole    = "nsmgr"
+	registryRole = "registry"
+	// nodeRole has a network namespace and does nothing.
+	nodeRole = "node"
 )
 
 // podConfig is what a pod is told.
@@ -68,6 +76,10 @@ type podConfig struct {
 	Dir string
 	// Prefix is what the endpoint gives addresses from.
 	Prefix string
+	// URL is where the NSMgr is reached by other nodes, or the registry by all.
+	URL string
+	// Registry is the URL of the NSMgr's registry.
+	Registry string
 }
 
 // answer is a line of a pod's output.
@@ -82,6 +94,8 @@ type placement struct {
 	uid uint32
 	// host puts it into the node's own network namespace.
 	host bool
+	// netns puts it into the network namespace at this path.
+	netns string
 }
 
 const nobody = 65534
@@ -93,6 +107,7 @@ type pod struct {
 	command *exec.Cmd
 	input   *os.File
 	lines   chan []byte
+	ended   chan struct{}
 }
 
 // startPod starts a process in a network namespace of its own.
@@ -100,11 +115,17 @@ func startPod(t *testing.T, config podConfig, where placement) *pod {
 	t.Helper()
 	text, err := json.Marshal(config)
 	require.NoError(t, err)
-	p := &pod{t: t, name: config.Name, command: exec.Command("/proc/self/exe")}
+	// Whoever is not root cannot reach the program by its path.
+	p := &pod{t: t, name: config.Name, command: exec.Command("/proc/self/exe"), ended: make(chan struct{})}
+	if where.netns != "" {
+		program, err := os.Executable()
+		require.NoError(t, err)
+		p.command = harness.InNetns(where.netns, exec.Command(program))
+	}
 	p.command.Env = []string{podVariable + "=" + string(text)}
 	p.command.Dir = "/"
 	attributes := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if !where.host {
+	if !where.host && where.netns == "" {
 		attributes.Cloneflags = syscall.CLONE_NEWNET
 	}
 	if where.uid != 0 {
@@ -119,7 +140,18 @@ func startPod(t *testing.T, config podConfig, where placement) *pod {
 	p.command.Stdin, p.input = theirs, ours
 	output, err := p.command.StdoutPipe()
 	require.NoError(t, err)
-	require.NoError(t, p.command.Start())
+	started := make(chan error)
+	go func() {
+		defer close(p.ended)
+		// Pdeathsig is sent when the thread that started the process ends: this one waits for it.
+		runtime.LockOSThread()
+		err := p.command.Start()
+		started <- err
+		if err == nil {
+			_, _ = p.command.Process.Wait()
+		}
+	}()
+	require.NoError(t, <-started)
 	_ = theirs.Close()
 	p.lines = make(chan []byte)
 	go func() {
@@ -131,9 +163,7 @@ func startPod(t *testing.T, config podConfig, where placement) *pod {
 		}
 	}()
 	t.Cleanup(func() {
-		_ = p.input.Close()
-		_ = p.command.Process.Kill()
-		_ = p.command.Wait()
+		p.end()
 		if t.Failed() {
 			text, _ := os.ReadFile(log)
 			t.Logf("--- %s\n…%s", config.Name, text[max(0, len(text)-4000):])
@@ -162,6 +192,13 @@ func (p *pod) tell(command string) answer {
 	_, err := fmt.Fprintln(p.input, command)
 	require.NoError(p.t, err)
 	return p.next()
+}
+
+// end ends the pod.
+func (p *pod) end() {
+	_ = p.input.Close()
+	_ = p.command.Process.Kill()
+	<-p.ended
 }
 
 // connected asks, or asks again, and gives the connection.
@@ -208,6 +245,13 @@ func runPod(text string) int {
 			err = runClient(ctx, config)
 		case endpointRole:
 			err = runEndpoint(ctx, config)
+		case nsmgrRole:
+			err = runNSMgr(ctx, config)
+		case registryRole:
+			err = runRegistry(ctx, config)
+		case nodeRole:
+			say(answer{})
+			waitForEnd()
 		default:
 			err = fmt.Errorf("no such role: %q", config.Role)
 		}
@@ -228,7 +272,7 @@ func say(said answer) {
 }
 
 func runClient(ctx context.Context, config podConfig) error {
-	nsmgr, err := url.Parse(config.NSMgr)
+	manager, err := url.Parse(config.NSMgr)
 	if err != nil {
 		return err
 	}
@@ -238,7 +282,7 @@ func runClient(ctx context.Context, config podConfig) error {
 	}
 	chain := client.NewClient(ctx,
 		client.WithName(config.Name),
-		client.WithClientURL(nsmgr),
+		client.WithClientURL(manager),
 		client.WithAuthorizeClient(authorize.NewClient(authorize.Any())),
 		client.WithDialOptions(sandbox.DialOptions()...),
 		client.WithDialTimeout(sandbox.DialTimeout),
@@ -274,8 +318,56 @@ func runClient(ctx context.Context, config podConfig) error {
 	return nil
 }
 
+// runNSMgr is a real NSMgr as a node has it: a socket for its pods, a port for other nodes.
+func runNSMgr(ctx context.Context, config podConfig) error {
+	registryURL, err := url.Parse(config.Registry)
+	if err != nil {
+		return err
+	}
+	manager := nsmgr.NewServer(ctx, sandbox.GenerateTestToken,
+		nsmgr.WithName(config.Name),
+		nsmgr.WithURL(config.URL),
+		nsmgr.WithRegistry(registryURL),
+		nsmgr.WithDialOptions(sandbox.DialOptions()...),
+		nsmgr.WithDialTimeout(sandbox.DialTimeout),
+	)
+	return serve(ctx, manager.Register, config.NSMgr, config.URL)
+}
+
+// runRegistry is a real registry.
+func runRegistry(ctx context.Context, config podConfig) error {
+	served := memory.NewServer(ctx, sandbox.GenerateTestToken,
+		memory.WithDefaultExpiration(time.Minute),
+		memory.WithDialOptions(sandbox.DialOptions()...))
+	return serve(ctx, served.Register, config.URL)
+}
+
+// serve serves until the tests close the input.
+func serve(ctx context.Context, register func(*grpc.Server), urls ...string) error {
+	server := grpc.NewServer(grpc.Creds(grpcfd.TransportCredentials(insecure.NewCredentials())))
+	register(server)
+	for _, text := range urls {
+		listenOn, err := url.Parse(text)
+		if err != nil {
+			return err
+		}
+		select {
+		case err := <-grpcutils.ListenAndServe(ctx, listenOn, server):
+			return err
+		default:
+		}
+	}
+	say(answer{})
+	waitForEnd()
+	return nil
+}
+
+func waitForEnd() {
+	_, _ = io.Copy(io.Discard, os.Stdin)
+}
+
 func runEndpoint(ctx context.Context, config podConfig) error {
-	nsmgr, err := url.Parse(config.NSMgr)
+	manager, err := url.Parse(config.NSMgr)
 	if err != nil {
 		return err
 	}
@@ -311,12 +403,12 @@ func runEndpoint(ctx context.Context, config podConfig) error {
 	ctx, cancel := context.WithTimeout(ctx, podDeadline)
 	defer cancel()
 	services := registryclient.NewNetworkServiceRegistryClient(ctx,
-		registryclient.WithClientURL(nsmgr), options)
+		registryclient.WithClientURL(manager), options)
 	if _, err := services.Register(ctx, &registry.NetworkService{Name: config.Service}); err != nil {
 		return err
 	}
 	endpoints := registryclient.NewNetworkServiceEndpointRegistryClient(ctx,
-		registryclient.WithClientURL(nsmgr), options,
+		registryclient.WithClientURL(manager), options,
 		registryclient.WithNSEAdditionalFunctionality(
 			registrysendfd.NewNetworkServiceEndpointRegistryClient()))
 	registered, err := endpoints.Register(ctx, &registry.NetworkServiceEndpoint{

@@ -214,7 +214,6 @@ impl Descriptors {
     }
 
     /// Sends a descriptor in front of the next bytes that are written.
-    #[cfg(test)]
     pub(crate) fn send(&self, descriptor: Passed) {
         lock(&self.store).outgoing.push_back(descriptor);
     }

@@ -32,6 +32,9 @@ pub(crate) fn service(config: &Config, told: Told) -> AdminServer<AdminService> 
     if config.upstream_nsmgr_url.is_none() {
         listeners.push(("nsmgr", &config.listen.nsmgr));
     }
+    if config.is_upstreams_forwarder() {
+        listeners.push(("forwarder", &config.listen.forwarder));
+    }
     AdminServer::new(AdminService {
         told,
         name: config.name.clone(),

@@ -4,22 +4,28 @@
 //! then the listeners; ready when all of it is in place. Down: no new connections, every
 //! connection closed towards both sides, the listeners' streams ended, the programs unhooked.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use nsm_controlplane::{
+    dial::DialUrl,
     dns::{Resolver, ResolverConfig},
     plane::{ControlPlane, OwnRegistry, Settings},
     registry::{Limits, Registry},
     server::{Front, ListenerLimits, Socket, serve},
-    token::TokenSource,
+    token::{Es256Key, TokenSource},
+    upstream::ForwarderEntry,
 };
 use nsm_core::vni::{Vni, VniPool};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tonic::service::Routes;
 
 use crate::{
-    config::{Config, Inputs, ListenUrl},
+    config::{Config, Inputs, ListenUrl, TokenAlgorithm},
     logging::LogHandle,
 };
 
@@ -63,6 +69,7 @@ const LISTENER_GRACE: Duration = Duration::from_secs(2);
 pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyhow::Result<()> {
     let mut signals = signals::Signals::listen()?;
     let sockets = Sockets::bind(&config).await?;
+    let own_sockets = sockets.paths(&config);
     let readiness = Readiness::waiting_for(["the listeners", public_address::GUARD]);
     let forwarder = start_forwarder(&config, &readiness).await?;
     let advertise_url = advertise_url(&config, forwarder.as_deref()).await;
@@ -73,16 +80,14 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         }
         None => OwnRegistry::Here(Registry::new(Limits::default())),
     };
-    let tokens = Arc::new(TokenSource::hs256(
-        &config.spiffe_id(),
-        config.token.secret.as_bytes(),
-        config.max_token_lifetime,
-    ));
+    let tokens = Arc::new(token_source(&config)?);
     let plane = ControlPlane::start(
         Settings {
             name: config.name.clone(),
             domain: config.domain.clone(),
             advertise_url,
+            upstream_nsmgr_url: config.upstream_nsmgr_url.as_ref().map(DialUrl::to_string),
+            registry_proxy_url: config.registry_proxy_url.as_ref().map(DialUrl::to_string),
             request_timeout: config.request_timeout,
             dial_timeout: config.dial_timeout,
             max_connections: config.limits.max_connections,
@@ -137,6 +142,11 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         )
         .await?;
     readiness.arrived("the listeners");
+    let registration = forwarder_entry(&config).map(|entry| {
+        let told = readiness_of_forwarder(&config, &readiness);
+        let keeping = tasks.spawn(plane.clone().keep_forwarder(entry.clone(), told));
+        (entry, keeping)
+    });
     tracing::info!(
         name = %config.name, domain = %config.domain, nsmgr = %config.listen.nsmgr,
         proxy = %config.listen.proxy, registry = %config.listen.registry, "the agent serves"
@@ -148,6 +158,12 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     }
     tracing::info!("draining");
     readiness.wait_for("its end: the agent is shutting down");
+    if let Some((entry, keeping)) = registration {
+        keeping.abort();
+        if let Err(error) = plane.unregister_forwarder(&entry).await {
+            tracing::warn!(%error, "the forwarder's entry is left to expire");
+        }
+    }
     plane.drain(DRAIN_GRACE).await;
     // The receivers are the listeners: they end when they see it.
     let _ = stop.send(true);
@@ -158,10 +174,8 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         tracing::warn!("some clients kept their streams open: cut off");
     }
     tasks.shutdown().await;
-    for url in [&current.listen.nsmgr, &current.listen.admin] {
-        if let ListenUrl::Unix(path) = url {
-            let _ = std::fs::remove_file(path);
-        }
+    for path in own_sockets {
+        let _ = std::fs::remove_file(path);
     }
     drop(plane);
     if let Some(forwarder) = forwarder {
@@ -169,6 +183,44 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+fn token_source(config: &Config) -> anyhow::Result<TokenSource> {
+    let (id, lifetime) = (config.spiffe_id(), config.max_token_lifetime);
+    Ok(match config.token.algorithm {
+        TokenAlgorithm::Hs256 => TokenSource::hs256(&id, config.token.secret.as_bytes(), lifetime),
+        TokenAlgorithm::Es256 => {
+            let file = config.token.key_file.clone();
+            let key = file.map_or(Es256Key::Generated, Es256Key::File);
+            TokenSource::es256(&id, key, lifetime).context("`token.key_file`")?
+        }
+    })
+}
+
+/// What this agent's forwarder is to an upstream NSMgr.
+fn forwarder_entry(config: &Config) -> Option<ForwarderEntry> {
+    let ListenUrl::Unix(path) = &config.listen.forwarder else {
+        return None;
+    };
+    config.is_upstreams_forwarder().then(|| ForwarderEntry {
+        name: config.name.clone(),
+        service: config.forwarder_service.clone(),
+        labels: config.forwarder_labels.clone(),
+        url: DialUrl::Unix(path.clone()),
+    })
+}
+
+/// Ready when the NSMgr knows our forwarder.
+fn readiness_of_forwarder(config: &Config, readiness: &Readiness) -> impl Fn(bool) + use<> {
+    let nsmgr = config.upstream_nsmgr_url.as_ref();
+    let nsmgr = nsmgr.map(DialUrl::to_string).unwrap_or_default();
+    let guard = format!("the NSMgr {nsmgr}, whose forwarder this agent is");
+    readiness.wait_for(guard.clone());
+    let readiness = readiness.clone();
+    move |registered| match registered {
+        true => readiness.arrived(&guard),
+        false => readiness.wait_for(guard.clone()),
+    }
 }
 
 async fn start_forwarder(
@@ -260,6 +312,7 @@ struct Told {
 /// Every socket of the agent, bound.
 struct Sockets {
     nsmgr: Option<Socket>,
+    forwarder: Option<Socket>,
     proxy: Socket,
     registry: Socket,
     admin: Socket,
@@ -276,12 +329,21 @@ impl Sockets {
         if let (Some(_), ListenUrl::Unix(path)) = (&nsmgr, &listen.nsmgr) {
             set_mode(path, OPEN_TO_ALL).context("cannot open the NSMgr's socket to all users")?;
         }
+        let forwarder = match config.is_upstreams_forwarder() {
+            true => Some(bind("listen.forwarder", &listen.forwarder).await?),
+            false => None,
+        };
+        if let (Some(_), ListenUrl::Unix(path)) = (&forwarder, &listen.forwarder) {
+            set_mode(path, OPEN_TO_ALL)
+                .context("cannot open the forwarder's socket to the NSMgr")?;
+        }
         let admin = bind("listen.admin", &listen.admin).await?;
         if let ListenUrl::Unix(path) = &listen.admin {
             set_mode(path, OWN_USER_ONLY).context("cannot restrict the admin socket to root")?;
         }
         Ok(Self {
             nsmgr,
+            forwarder,
             proxy: bind("listen.proxy", &listen.proxy).await?,
             registry: bind("listen.registry", &listen.registry).await?,
             admin,
@@ -290,6 +352,22 @@ impl Sockets {
                 None => None,
             },
         })
+    }
+
+    /// The files of the sockets that are ours: an upstream NSMgr's is not.
+    fn paths(&self, config: &Config) -> Vec<PathBuf> {
+        let listen = &config.listen;
+        [
+            (self.nsmgr.is_some(), &listen.nsmgr),
+            (self.forwarder.is_some(), &listen.forwarder),
+            (true, &listen.admin),
+        ]
+        .into_iter()
+        .filter_map(|(bound, url)| match url {
+            ListenUrl::Unix(path) if bound => Some(path.clone()),
+            _ => None,
+        })
+        .collect()
     }
 
     async fn serve(
@@ -333,6 +411,9 @@ impl Sockets {
         };
         if let Some(socket) = self.nsmgr {
             listen("nsmgr", socket, with(plane.node_front())?);
+        }
+        if let Some(socket) = self.forwarder {
+            listen("forwarder", socket, with(plane.forwarder_front())?);
         }
         listen("proxy", self.proxy, with(plane.network_front())?);
         listen("registry", self.registry, with(plane.network_front())?);

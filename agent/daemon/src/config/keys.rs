@@ -9,10 +9,10 @@ use super::{
     model::{Config, DEFAULT_SECRET, Hook, LogFormat, TokenAlgorithm},
     node::{Bad, Node},
     parse::{
-        hide, hosts, metadata, parse_absolute, parse_admin, parse_algorithm, parse_count,
+        hide, hosts, labels, metadata, parse_absolute, parse_admin, parse_algorithm, parse_count,
         parse_format, parse_hook, parse_lifetime, parse_message_size, parse_metrics, parse_mtu,
         parse_name, parse_node_name, parse_path, parse_peer, parse_port, parse_positive,
-        parse_secret, parse_server, parse_spiffe_id, parse_unicast, provider_word,
+        parse_secret, parse_server, parse_socket, parse_spiffe_id, parse_unicast, provider_word,
     },
     value::{ListenUrl, parse_bool, parse_log_level, show_duration, show_size},
 };
@@ -122,6 +122,13 @@ pub(crate) static KEYS: &[Key] = &[
         |c| text(&c.listen.nsmgr),
     ),
     key(
+        "listen.forwarder",
+        "URL",
+        "Where the upstream NSMgr reaches this agent's forwarder; a unix socket",
+        |c, n| set(&mut c.listen.forwarder, n.parse(parse_socket)),
+        |c| text(&c.listen.forwarder),
+    ),
+    key(
         "listen.proxy",
         "URL",
         "Where proxies of other domains connect",
@@ -162,7 +169,7 @@ pub(crate) static KEYS: &[Key] = &[
     key(
         "upstream_nsmgr_url",
         "URL",
-        "An NSMgr that serves this node; switches the NSMgr role off",
+        "An NSMgr that serves this node in our place; with `forwarder`, this agent is a forwarder of it",
         |c, n| set(&mut c.upstream_nsmgr_url, n.parse(parse_peer)),
         |c| optional(c.upstream_nsmgr_url.as_ref()),
     ),
@@ -174,12 +181,42 @@ pub(crate) static KEYS: &[Key] = &[
         |c| optional(c.registry_url.as_ref()),
     ),
     key(
+        "registry_proxy_url",
+        "URL",
+        "A registry proxy that is asked for names of other domains; by default DNS is, and their registries",
+        |c, n| set(&mut c.registry_proxy_url, n.parse(parse_peer)),
+        |c| optional(c.registry_proxy_url.as_ref()),
+    ),
+    key(
         "forwarder",
         "BOOL",
         "Whether this agent makes links on this node",
         |c, n| set(&mut c.forwarder, n.parse(parse_bool)),
         |c| text(c.forwarder),
     ),
+    key(
+        "forwarder_service",
+        "NAME",
+        "The service by which the upstream NSMgr looks for its forwarders",
+        |c, n| set(&mut c.forwarder_service, n.parse(parse_name)),
+        |c| text(&c.forwarder_service),
+    )
+    .variable_is("NSM_NSNAME"),
+    key(
+        "forwarder_labels",
+        "KEY=VALUE,…",
+        "Labels by which network services choose among forwarders",
+        |c, n| set(&mut c.forwarder_labels, labels(n)),
+        |c| {
+            let labels = c.forwarder_labels.iter();
+            Shown::Map(
+                labels
+                    .map(|(key, value)| (key.clone(), text(value)))
+                    .collect(),
+            )
+        },
+    )
+    .variable_is("NSM_LABELS"),
     key(
         "resolver.servers",
         "ADDRESS[:PORT],…",
@@ -355,12 +392,13 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "token.algorithm",
-        "hs256",
+        "hs256|es256",
         "How tokens are signed",
         |c, n| set(&mut c.token.algorithm, n.parse(parse_algorithm)),
         |c| {
             text(match c.token.algorithm {
                 TokenAlgorithm::Hs256 => "hs256",
+                TokenAlgorithm::Es256 => "es256",
             })
         },
     ),
@@ -375,6 +413,21 @@ pub(crate) static KEYS: &[Key] = &[
             } else {
                 Shown::Hidden(c.token.secret.clone())
             }
+        },
+    ),
+    key(
+        "token.key_file",
+        "FILE",
+        "The PEM file of es256's key, read again for each token; by default a new key at each start",
+        |c, n| set(&mut c.token.key_file, n.parse(parse_path).map(Some)),
+        |c| {
+            optional(
+                c.token
+                    .key_file
+                    .as_ref()
+                    .map(|path| path.display())
+                    .as_ref(),
+            )
         },
     ),
     key(

@@ -35,10 +35,16 @@ pub(crate) struct Config {
     pub(crate) advertise_url: Option<DialUrl>,
     /// An NSMgr that serves this node's clients in our place; the NSMgr role is on without it.
     pub(crate) upstream_nsmgr_url: Option<DialUrl>,
+    /// The registry proxy that is asked for names of other domains; the agent is its own without it.
+    pub(crate) registry_proxy_url: Option<DialUrl>,
     /// The registry of this domain; the agent is one itself without it.
     pub(crate) registry_url: Option<DialUrl>,
     /// Whether this agent makes links on this node.
     pub(crate) forwarder: bool,
+    /// The service by which the upstream NSMgr looks for its forwarders.
+    pub(crate) forwarder_service: String,
+    /// The labels by which network services choose among forwarders.
+    pub(crate) forwarder_labels: BTreeMap<String, String>,
     /// How domains are resolved.
     pub(crate) resolver: Resolver,
     /// How the node's public address is found.
@@ -70,6 +76,8 @@ pub(crate) struct Config {
 pub(crate) struct Listen {
     /// Local clients and endpoints.
     pub(crate) nsmgr: ListenUrl,
+    /// The upstream NSMgr, when this agent is its forwarder.
+    pub(crate) forwarder: ListenUrl,
     /// Proxies of other domains.
     pub(crate) proxy: ListenUrl,
     /// Registries of other domains, and other nodes of this one.
@@ -190,6 +198,8 @@ pub(crate) struct Token {
     pub(crate) algorithm: TokenAlgorithm,
     /// The key of HS256.
     pub(crate) secret: String,
+    /// The file of ES256's key; a new one for each life of the agent when absent.
+    pub(crate) key_file: Option<PathBuf>,
     /// Who the tokens say we are; `spiffe://<domain>/<name>` when absent.
     pub(crate) spiffe_id: Option<String>,
 }
@@ -199,6 +209,8 @@ pub(crate) struct Token {
 pub(crate) enum TokenAlgorithm {
     /// HMAC with SHA-256 and a shared secret: names the caller, proves nothing.
     Hs256,
+    /// ECDSA on the curve P-256 and a key of our own, as NSM signs with that of its SVID.
+    Es256,
 }
 
 /// What a client may cost.
@@ -240,6 +252,7 @@ impl Config {
             domain: "cluster.local".parse().expect("a DNS name"),
             listen: Listen {
                 nsmgr: ListenUrl::Unix("/var/lib/networkservicemesh/nsm.io.sock".into()),
+                forwarder: ListenUrl::Unix("/run/proxy-nsmgr/forwarder.sock".into()),
                 proxy: tcp(5006),
                 registry: tcp(5005),
                 admin: ListenUrl::Unix("/run/proxy-nsmgr/admin.sock".into()),
@@ -249,7 +262,10 @@ impl Config {
             advertise_url: None,
             upstream_nsmgr_url: None,
             registry_url: None,
+            registry_proxy_url: None,
             forwarder: true,
+            forwarder_service: "forwarder".to_owned(),
+            forwarder_labels: [("p2p".to_owned(), "true".to_owned())].into(),
             resolver: Resolver {
                 servers: dns.servers,
                 hosts: dns.hosts,
@@ -287,6 +303,7 @@ impl Config {
             token: Token {
                 algorithm: TokenAlgorithm::Hs256,
                 secret: DEFAULT_SECRET.to_owned(),
+                key_file: None,
                 spiffe_id: None,
             },
             request_timeout: Duration::from_secs(15),
@@ -316,6 +333,7 @@ impl Config {
         let mut found = Vec::new();
         let listeners = [
             ("listen.nsmgr", &self.listen.nsmgr),
+            ("listen.forwarder", &self.listen.forwarder),
             ("listen.proxy", &self.listen.proxy),
             ("listen.registry", &self.listen.registry),
             ("listen.admin", &self.listen.admin),
@@ -333,14 +351,21 @@ impl Config {
         }
         for (path, upstream, own_path, own) in [
             (
+                // Its usual socket is our default: we do not listen there then.
                 "upstream_nsmgr_url",
                 &self.upstream_nsmgr_url,
-                "listen.nsmgr",
-                &self.listen.nsmgr,
+                "listen.forwarder",
+                &self.listen.forwarder,
             ),
             (
                 "registry_url",
                 &self.registry_url,
+                "listen.registry",
+                &self.listen.registry,
+            ),
+            (
+                "registry_proxy_url",
+                &self.registry_proxy_url,
                 "listen.registry",
                 &self.listen.registry,
             ),
@@ -355,6 +380,17 @@ impl Config {
                 ));
             }
         }
+        if self.token.key_file.is_some() && self.token.algorithm != TokenAlgorithm::Es256 {
+            found.push((
+                "token.key_file",
+                "token.key_file is the key of es256: set token.algorithm to es256".to_owned(),
+            ));
+        }
         found
+    }
+
+    /// Whether this agent is the forwarder of another NSMgr.
+    pub(crate) fn is_upstreams_forwarder(&self) -> bool {
+        self.forwarder && self.upstream_nsmgr_url.is_some()
     }
 }

@@ -218,10 +218,39 @@ pub(super) fn parse_format(text: &str) -> Result<LogFormat, &'static str> {
     }
 }
 
+/// A socket that only this node reaches.
+pub(super) fn parse_socket(text: &str) -> Result<ListenUrl, &'static str> {
+    match text.parse()? {
+        url @ ListenUrl::Unix(_) => Ok(url),
+        ListenUrl::Tcp(_) => Err("unix:///path: namespaces' descriptors travel over sockets only"),
+    }
+}
+
+/// Labels, as a map, as `key=value` pairs, or as NSM's own forwarders are told them: `key:value`.
+pub(super) fn labels(node: &Node) -> Result<BTreeMap<String, String>, Bad> {
+    let node = match &node.value {
+        Value::Scalar(text) if !text.contains('=') => &Node {
+            value: Value::Scalar(text.replace(':', "=")),
+            ..node.clone()
+        },
+        _ => node,
+    };
+    let mut labels = BTreeMap::new();
+    for (key, value) in node.pairs()? {
+        let parse = |text: &str| Ok::<_, &'static str>(text.to_owned());
+        let value = value.parse(parse)?;
+        if key.is_empty() || labels.insert(key, value).is_some() {
+            return Err(node.bad("key=value pairs, each key once"));
+        }
+    }
+    Ok(labels)
+}
+
 pub(super) fn parse_algorithm(text: &str) -> Result<TokenAlgorithm, &'static str> {
     match text {
         "hs256" => Ok(TokenAlgorithm::Hs256),
-        _ => Err("hs256"),
+        "es256" => Ok(TokenAlgorithm::Es256),
+        _ => Err("hs256 or es256"),
     }
 }
 

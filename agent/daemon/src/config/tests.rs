@@ -291,6 +291,8 @@ fn a_bad_value_names_file_line_key_value_and_what_is_allowed() {
         ("max_token_lifetime: 1ms", "max_token_lifetime"),
         ("token: {algorithm: none}", "token.algorithm"),
         ("token: {spiffe_id: me}", "token.spiffe_id"),
+        ("forwarder_labels: {p2p: [a, b]}", "forwarder_labels"),
+        ("listen: {forwarder: 'tcp://:1'}", "listen.forwarder"),
         ("limits: {max_connections: 0}", "limits.max_connections"),
         ("limits: {max_message_bytes: 1}", "limits.max_message_bytes"),
         ("log: {level: loud}", "log.level"),
@@ -347,7 +349,36 @@ fn a_file_that_is_none_is_told() {
 }
 
 #[test]
+fn the_names_of_nsms_own_forwarders_are_read() {
+    let mut world = World::new("");
+    world.inputs.environment = env(&[
+        (
+            "NSM_UPSTREAM_NSMGR_URL",
+            "unix:///var/lib/networkservicemesh/nsm.io.sock",
+        ),
+        ("NSM_NSNAME", "my-forwarder"),
+        ("NSM_LABELS", "p2p:true, zone:a"),
+        ("NSM_REGISTRY_PROXY_URL", "tcp://nsmgr-proxy:5004"),
+    ]);
+    let config = world.load().unwrap().config;
+    assert!(config.is_upstreams_forwarder());
+    assert_eq!(config.forwarder_service, "my-forwarder");
+    let labels = [("p2p", "true"), ("zone", "a")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+    assert_eq!(config.forwarder_labels, labels.clone().into());
+    assert_eq!(
+        config.registry_proxy_url.unwrap().to_string(),
+        "tcp://nsmgr-proxy:5004"
+    );
+    let from_file = load("forwarder_labels: {p2p: 'true', zone: a}\n");
+    assert_eq!(from_file.forwarder_labels, labels.into());
+    assert!(!from_file.is_upstreams_forwarder());
+}
+
+#[test]
 fn contradictions_are_told() {
+    let error = World::new("token: {key_file: /run/svid_key.pem}\n").error();
+    assert!(error.contains("set token.algorithm to es256"), "{error}");
+    load("token: {key_file: /run/svid_key.pem, algorithm: es256}\n");
     let error = World::new("listen:\n  proxy: tcp://:5005\n").error();
     assert!(
         error.ends_with("listen.registry and listen.proxy are both tcp://0.0.0.0:5005"),
