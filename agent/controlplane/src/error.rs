@@ -217,11 +217,20 @@ impl RequestError {
         }
     }
 
-    /// Whether the peer may have done what it was asked, and only its answer is missing.
+    /// Whether the peer may have done what it was asked, and only its answer is missing or cannot
+    /// be read. A broken stream, an answer over the limit and one that is no message come to us
+    /// under codes that a peer's own refusal can have too: a Close of what is not there is harmless.
     pub(crate) fn may_have_been_granted(&self) -> bool {
         match self {
             Self::Silent { .. } => true,
-            Self::Refused { code, .. } => *code == Code::Unavailable,
+            Self::Refused { code, .. } => matches!(
+                code,
+                Code::Unavailable
+                    | Code::OutOfRange
+                    | Code::Internal
+                    | Code::Unknown
+                    | Code::Cancelled
+            ),
             _ => false,
         }
     }

@@ -140,25 +140,52 @@ pub(super) fn check(
     }
     let path = convert::path(reply.path.clone().unwrap_or_default());
     check_reply(&ask.path, &path).map_err(|error| bad_answer(route, error.to_string()))?;
+    let chosen = reply.mechanism.as_ref();
+    let chosen = chosen.filter(|mechanism| !mechanism.r#type.is_empty());
     let (cls, r#type) = match case {
-        Case::Through => return Ok(()),
+        Case::Through => return check_choice(ask, route, chosen),
         Case::PodToTunnel(..) => (REMOTE, VXLAN),
         Case::PodToPod(..) | Case::TunnelToPod(..) => (LOCAL, KERNEL),
     };
-    match &reply.mechanism {
-        None => Err(bad_answer(
-            route,
-            format!("it chose no mechanism, we offered {cls} {type}"),
-        )),
-        Some(mechanism) if mechanism.cls != cls || mechanism.r#type != r#type => Err(bad_answer(
-            route,
-            format!(
-                "it chose the mechanism {} {}, we offered {cls} {type}",
-                mechanism.cls, mechanism.r#type
-            ),
-        )),
-        Some(_) => Ok(()),
+    if chosen.is_some_and(|mechanism| mechanism.cls == cls && mechanism.r#type == r#type) {
+        return Ok(());
     }
+    Err(wrong_choice(route, chosen, &format!("{cls} {type}")))
+}
+
+/// What goes through us must be what the previous hop can use. One that offers nothing takes what
+/// comes; and an endpoint that needs no interface may leave out a LOCAL mechanism, as those of NSM
+/// do that were built without any.
+fn check_choice(ask: &Ask, route: &Route, chosen: Option<&Mechanism>) -> Result<(), RequestError> {
+    let offered: Vec<&Mechanism> = ask
+        .connection
+        .mechanism
+        .iter()
+        .filter(|mechanism| !mechanism.r#type.is_empty())
+        .chain(&ask.preferences)
+        .collect();
+    let is_offered = match chosen {
+        Some(chosen) => offered
+            .iter()
+            .any(|one| one.cls == chosen.cls && one.r#type == chosen.r#type),
+        None => offered.iter().any(|one| one.cls != REMOTE),
+    };
+    if is_offered || offered.is_empty() {
+        return Ok(());
+    }
+    let all: Vec<String> = offered
+        .iter()
+        .map(|one| format!("{} {}", one.cls, one.r#type))
+        .collect();
+    Err(wrong_choice(route, chosen, &all.join(", ")))
+}
+
+fn wrong_choice(route: &Route, chosen: Option<&Mechanism>, offered: &str) -> RequestError {
+    let chosen = match chosen {
+        Some(chosen) => format!("the mechanism {} {}", chosen.cls, chosen.r#type),
+        None => "no mechanism".to_owned(),
+    };
+    bad_answer(route, format!("it chose {chosen}, we offered {offered}"))
 }
 
 /// A standing mechanism as the next hop is told it. An endpoint of this node knows its namespace
