@@ -23,7 +23,13 @@ pub(crate) const DEMO: &[Tool] = &[
 ];
 
 /// What tests need beyond [`DEMO`].
-pub(crate) const TESTS: &[Tool] = &[DEMO[0], DEMO[1], DEMO[2], tool("bpftool", "bpftool")];
+pub(crate) const TESTS: &[Tool] = &[
+    DEMO[0],
+    DEMO[1],
+    DEMO[2],
+    tool("bpftool", "bpftool"),
+    tool("tshark", "tshark"),
+];
 
 /// What measuring throughput needs beyond [`DEMO`].
 pub(crate) const BENCH: &[Tool] = &[tool("iperf3", "iperf3")];

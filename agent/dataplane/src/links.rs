@@ -197,6 +197,32 @@ impl Links {
         self.read(move || session::observe(&pod, &alias)).await
     }
 
+    /// Changes the MTU of the pod's link with this alias, as the path's is found to be, and nothing else on it. The MTU that it has
+    /// then; None when there is no such link.
+    ///
+    /// The kernel takes all IPv6 addresses off a link of less than 1,280 bytes (RFC 8200 section 5): one that has some stays at that
+    /// size, so that its small packets pass. The next `up_vxlan` sets what its plan says.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered, or the kernel refused.
+    pub async fn set_mtu(
+        &self,
+        pod: &Netns,
+        alias: &LinkAlias,
+        mtu: u32,
+    ) -> Result<Option<u32>, LinkError> {
+        let turn = self.inner.turns.take([alias]).await;
+        let (pod, alias) = (pod.clone(), alias.clone());
+        self.work(
+            &self.inner.workers,
+            turn,
+            move || session::set_mtu(&pod, &alias, mtu),
+            nothing_to_undo(),
+        )
+        .await
+    }
+
     /// What went over the pod's link with this alias; None when there is none.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use ipnet::IpNet;
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkAttribute};
 use nix::errno::Errno;
 use nsm_core::tunnel::{Link, LinkAlias, LinkSpec, VxlanSpec, Wanted, must_create};
@@ -169,6 +170,42 @@ pub(super) fn observe(pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, Li
         observe::contents(&mut netlink, link)?;
     }
     Ok(link)
+}
+
+/// The smallest MTU that IPv6 lives with (RFC 8200 section 5).
+const IPV6_MIN_MTU: u32 = 1280;
+
+pub(super) fn set_mtu(pod: &Netns, alias: &LinkAlias, mtu: u32) -> Result<Option<u32>, LinkError> {
+    let mut netlink = open_in(pod)?;
+    let links = observe::links(&mut netlink)?;
+    let found = links
+        .into_iter()
+        .find(|link| link.alias.as_ref() == Some(alias));
+    let Some(mut link) = found else {
+        return Ok(None);
+    };
+    let mut mtu = mtu;
+    if mtu < IPV6_MIN_MTU {
+        observe::contents(&mut netlink, &mut link)?;
+        // What the kernel gave it by itself may go.
+        let is_given = |address: &IpNet| match address {
+            IpNet::V6(v6) => !v6.addr().is_unicast_link_local(),
+            IpNet::V4(_) => false,
+        };
+        if link.addresses.iter().any(is_given) {
+            mtu = IPV6_MIN_MTU;
+        }
+    }
+    if link.mtu != mtu {
+        let (request, flags) = message::set_mtu(link.index, mtu);
+        netlink.ask(request, flags)?.map_err(|kernel| {
+            LinkError::refused(
+                format!("set the MTU of link `{}` to {mtu}", link.name),
+                kernel,
+            )
+        })?;
+    }
+    Ok(Some(mtu))
 }
 
 pub(super) fn statistics(

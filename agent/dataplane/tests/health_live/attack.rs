@@ -8,7 +8,7 @@ use nsm_ebpf_common::{
 
 use super::support::{
     Node, OUTER, TCX, Tap, World, addr, both_up, discriminator, eventually, pair, sandbox, sbfd_in,
-    within,
+    sendable, within,
 };
 
 /// Where things are in an inner frame over IPv4.
@@ -17,13 +17,6 @@ const CONTROL: usize = OUTER + 14 + 20 + 8;
 const YOUR_DISCRIMINATOR: usize = CONTROL + 8;
 const INNER_SENDER: usize = OUTER + 6;
 const OUTER_SOURCE: usize = 14 + 12;
-
-/// A frame as heard, without its outer UDP checksum: on these links it is left for a card to complete, which there is none of.
-fn sendable(frame: &[u8]) -> Vec<u8> {
-    let mut frame = frame.to_vec();
-    frame[14 + 20 + 6..14 + 20 + 8].fill(0);
-    frame
-}
 
 async fn counted(node: &Node, reason: &str, more_than: u64) {
     eventually(reason, async || {

@@ -5,3 +5,4 @@ mod fault;
 mod lifecycle;
 mod path;
 mod support;
+mod wire;
