@@ -85,13 +85,29 @@ impl ControlPlane {
         }
     }
 
-    /// Takes an established connection away: this node's part first, then the next hop's.
+    /// Takes an established connection away, here and at the next hop at the same time: deleting a
+    /// link takes the kernel tens of milliseconds, on either side.
     pub(crate) async fn tear_down(&self, turn: &Turn, deadline: Instant, cause: Cause) {
         let Some(established) = turn.current() else {
             return;
         };
+        self.shared.expiries.remove(turn.id());
+        let peer = self.shared.peers.get(&established.route.url);
+        let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
+        tokio::join!(
+            self.tear_down_here(turn, &established, &peer, cause),
+            self.close_at(&peer, self.downstream_view(&established), deadline),
+        );
+    }
+
+    async fn tear_down_here(
+        &self,
+        turn: &Turn,
+        established: &Established,
+        peer: &Peer,
+        cause: Cause,
+    ) {
         let id = turn.id();
-        self.shared.expiries.remove(id);
         if let (Some(plan), Ok(forwarder)) = (&established.plan, self.forwarder())
             && let Err(error) = forwarder.down(plan).await
         {
@@ -104,16 +120,12 @@ impl ControlPlane {
             lock(&self.shared.vnis).release(vni, SystemTime::now());
         }
         turn.set(None);
-        let peer = self.shared.peers.get(&established.route.url);
         peer.leave(id);
         let (monitors, view) = (&self.shared.monitors, &established.view);
         match cause {
             Cause::Asked => monitors.publish_answered(ConnectionEventType::Delete, view),
             Cause::Own => monitors.publish(ConnectionEventType::Delete, view),
         }
-        let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
-        self.close_at(&peer, self.downstream_view(&established), deadline)
-            .await;
     }
 
     /// The connection as the next hop knows it.

@@ -66,6 +66,29 @@ async fn the_endpoints_side_ends_by_itself_when_the_clients_agent_dies() {
     drop(granted);
 }
 
+/// Links are deleted slowly: the next hop is told meanwhile, and the answer waits for both.
+#[tokio::test]
+async fn the_next_hop_hears_of_a_close_while_the_link_is_deleted() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    let kept = a.kernel().keep_links().await;
+    let closing = client.close(&granted.connection);
+    let told = async {
+        eventually(1, || endpoint.closes().len()).await;
+        eventually(0, || b.kernel().links().len()).await;
+        assert_eq!(a.kernel().links().len(), 1);
+        drop(kept);
+    };
+    let (closed, ()) = within(futures_util::future::join(closing, told)).await;
+    closed.expect("closed");
+    assert!(a.kernel().links().is_empty());
+    world.settles(&before).await;
+}
+
 /// The client's process died between Request and answer: what it asked for stands until its token
 /// ends, and not longer.
 #[tokio::test]

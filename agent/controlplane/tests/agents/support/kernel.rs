@@ -43,6 +43,8 @@ pub(crate) struct FakeKernel {
     ip: IpAddr,
     mtu: u32,
     table: Mutex<Table>,
+    /// Held while nothing may be deleted.
+    deleting: tokio::sync::Mutex<()>,
 }
 
 impl FakeKernel {
@@ -51,6 +53,7 @@ impl FakeKernel {
             ip,
             mtu,
             table: Mutex::default(),
+            deleting: tokio::sync::Mutex::default(),
         }
     }
 
@@ -89,6 +92,11 @@ impl FakeKernel {
     /// Lets the next `up` fail.
     pub(crate) fn fail_next_up(&self, error: ForwarderError) {
         self.table().faults.push_back(error);
+    }
+
+    /// Deletes no link until what it returns is dropped.
+    pub(crate) async fn keep_links(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.deleting.lock().await
     }
 
     /// Lets every question for the underlay fail.
@@ -153,6 +161,7 @@ impl Forwarder for FakeKernel {
     }
 
     async fn down(&self, plan: &Plan) -> Result<(), ForwarderError> {
+        let _deleting = self.deleting.lock().await;
         let mut table = self.table();
         let (alias, gone) = standing(plan);
         if table
