@@ -14,12 +14,13 @@ import (
 
 // node is a network namespace with a real NSMgr, and our agent as that NSMgr's forwarder.
 type node struct {
-	pod   *pod
-	ip    string
-	dir   string
-	nsmgr podConfig
-	run   *pod
-	agent *harness.Agent
+	number int
+	pod    *pod
+	ip     string
+	dir    string
+	nsmgr  podConfig
+	run    *pod
+	agent  *harness.Agent
 }
 
 // command runs a program of the node's, which must succeed.
@@ -30,12 +31,12 @@ func (n *node) command(arguments ...string) {
 	require.NoError(n.pod.t, err, "%v: %s", arguments, output)
 }
 
-// newNodes makes nodes in network namespaces that a cable joins, and a real registry on the first.
+// newNodes makes two network namespaces that a cable joins.
 func newNodes(t *testing.T) [2]*node {
 	t.Helper()
 	var nodes [2]*node
 	for at := range nodes {
-		n := &node{ip: fmt.Sprintf("192.0.2.%d", at+1), dir: openDir(t)}
+		n := &node{number: at + 1, ip: fmt.Sprintf("192.0.2.%d", at+1), dir: openDir(t)}
 		n.pod = startPod(t, podConfig{Role: nodeRole, Name: fmt.Sprintf("node-%d", at+1)}, placement{})
 		require.Empty(t, n.pod.next().Error)
 		nodes[at] = n
@@ -49,24 +50,44 @@ func newNodes(t *testing.T) [2]*node {
 		n.command("ip", "address", "add", n.ip+"/24", "dev", "uplink")
 		n.command("ip", "link", "set", "uplink", "up")
 	}
-	registryURL := "tcp://" + nodes[0].ip + ":5002"
-	registry := startPod(t, podConfig{Role: registryRole, Name: "registry", URL: registryURL},
-		placement{netns: nodes[0].pod.netns()})
+	return nodes
+}
+
+// startRegistry starts a real registry on the node, with a proxy to other domains if one is named.
+func (n *node) startRegistry(t *testing.T, proxy string) string {
+	t.Helper()
+	at := "tcp://" + n.ip + ":5002"
+	registry := startPod(t, podConfig{Role: registryRole, Name: "registry", URL: at, Proxy: proxy},
+		placement{netns: n.pod.netns()})
 	require.Empty(t, registry.next().Error)
-	for at, n := range nodes {
-		n.nsmgr = podConfig{
-			Role: nsmgrRole, Name: fmt.Sprintf("nsmgr-%d", at+1), Registry: registryURL,
-			NSMgr: "unix://" + filepath.Join(n.dir, "nsm.io.sock"), URL: "tcp://" + n.ip + ":5001",
-		}
-		n.startNSMgr(t)
-		n.agent = harness.StartAgent(t, harness.AgentConfig{
-			Name: fmt.Sprintf("forwarder-%d", at+1), Domain: "one.example", IP: n.ip, Netns: n.pod.netns(),
-			RegistryURL: registryURL, UpstreamNSMgrURL: n.nsmgr.NSMgr,
-			Extra: map[string]any{
-				"forwarder": true,
-				"listen":    map[string]any{"forwarder": "unix://" + filepath.Join(n.dir, "forwarder.sock")},
-			},
-		})
+	return at
+}
+
+// startReal starts a real NSMgr on the node, and our agent as its forwarder.
+func (n *node) startReal(t *testing.T, registry, name string) {
+	t.Helper()
+	n.nsmgr = podConfig{
+		Role: nsmgrRole, Name: fmt.Sprintf("nsmgr-%d", n.number), Registry: registry,
+		NSMgr: "unix://" + filepath.Join(n.dir, "nsm.io.sock"), URL: "tcp://" + n.ip + ":5001",
+	}
+	n.startNSMgr(t)
+	n.agent = harness.StartAgent(t, harness.AgentConfig{
+		Name: fmt.Sprintf("%s-%d", name, n.number), Domain: "one.example", IP: n.ip,
+		Netns: n.pod.netns(), RegistryURL: registry, UpstreamNSMgrURL: n.nsmgr.NSMgr,
+		Extra: map[string]any{
+			"forwarder": true,
+			"listen":    map[string]any{"forwarder": "unix://" + filepath.Join(n.dir, "forwarder.sock")},
+		},
+	})
+}
+
+// newRealNodes makes nodes with a real NSMgr each, and a real registry on the first.
+func newRealNodes(t *testing.T) [2]*node {
+	t.Helper()
+	nodes := newNodes(t)
+	registry := nodes[0].startRegistry(t, "")
+	for _, n := range nodes {
+		n.startReal(t, registry, "forwarder")
 	}
 	return nodes
 }
@@ -91,6 +112,12 @@ func (n *node) endpoint(t *testing.T) *pod {
 // client starts a client on the node, which is not root.
 func (n *node) client(t *testing.T) *pod {
 	t.Helper()
+	return n.clientOf(t, service)
+}
+
+// clientOf starts a client that asks for service.
+func (n *node) clientOf(t *testing.T, service string) *pod {
+	t.Helper()
 	return startPod(t, podConfig{
 		Role: clientRole, Name: "nsc", NSMgr: n.nsmgr.NSMgr, Service: service,
 	}, placement{uid: nobody})
@@ -100,7 +127,7 @@ func (n *node) client(t *testing.T) *pod {
 // on one node, a VXLAN tunnel between two.
 func TestForwarder(t *testing.T) {
 	harness.NeedsRoot(t)
-	nodes := newNodes(t)
+	nodes := newRealNodes(t)
 	for _, test := range []struct {
 		name string
 		of   *node
@@ -110,30 +137,36 @@ func TestForwarder(t *testing.T) {
 		{"two nodes", nodes[1], "nsc nsmgr-1 forwarder-1 nsmgr-2 forwarder-2 nse"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			serving, asking := test.of.endpoint(t), nodes[0].client(t)
-			connection := asking.connected()
-			require.Equal(t, test.path, strings.Join(harness.Names(connection), " "))
-			addresses := connection.GetContext().GetIpContext()
-			asking.pings(addresses.GetDstIpAddrs()[0])
-			serving.pings(addresses.GetSrcIpAddrs()[0])
-
-			again := asking.connected()
-			require.Equal(t, connection.GetId(), again.GetId())
-			asking.pings(addresses.GetDstIpAddrs()[0])
-
-			require.Empty(t, asking.tell("close").Error)
-			require.NotContains(t, asking.links(), "nsm")
-			require.NotContains(t, serving.links(), "nsm")
+			connects(t, nodes[0].client(t), test.of.endpoint(t), test.path)
 			harness.WaitUntilEmpty(t, nodes[0].agent, nodes[1].agent)
-			require.Empty(t, serving.tell("unregister").Error)
 		})
 	}
+}
+
+// connects lets the client ask, ask again and close; in between packets pass in both directions.
+func connects(t *testing.T, asking, serving *pod, path string) {
+	t.Helper()
+	connection := asking.connected()
+	require.Equal(t, path, strings.Join(harness.Names(connection), " "))
+	addresses := connection.GetContext().GetIpContext()
+	asking.pings(addresses.GetDstIpAddrs()[0])
+	serving.pings(addresses.GetSrcIpAddrs()[0])
+
+	again := asking.connected()
+	require.Equal(t, connection.GetId(), again.GetId())
+	asking.pings(addresses.GetDstIpAddrs()[0])
+
+	require.Empty(t, asking.tell("close").Error)
+	require.NotContains(t, asking.links(), "nsm")
+	require.NotContains(t, serving.links(), "nsm")
+	require.Empty(t, serving.tell("unregister").Error)
+	serving.end()
 }
 
 // An NSMgr that restarts has forgotten its forwarders. Ours is back as soon as it is.
 func TestForwarderOfARestartedNSMgr(t *testing.T) {
 	harness.NeedsRoot(t)
-	n := newNodes(t)[0]
+	n := newRealNodes(t)[0]
 	n.run.end()
 	n.startNSMgr(t)
 	n.endpoint(t)
@@ -151,7 +184,7 @@ func TestForwarderOfARestartedNSMgr(t *testing.T) {
 // Without a forwarder an NSMgr connects nobody: one that stops says so, and is asked no more.
 func TestForwarderThatStops(t *testing.T) {
 	harness.NeedsRoot(t)
-	n := newNodes(t)[0]
+	n := newRealNodes(t)[0]
 	n.endpoint(t)
 	n.agent.Stop()
 	said := n.client(t).tell("request")

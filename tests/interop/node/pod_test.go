@@ -80,6 +80,8 @@ type podConfig struct {
 	URL string
 	// Registry is the URL of the NSMgr's registry.
 	Registry string
+	// Proxy is the URL of the registry's proxy to other domains.
+	Proxy string
 }
 
 // answer is a line of a pod's output.
@@ -336,9 +338,18 @@ func runNSMgr(ctx context.Context, config podConfig) error {
 
 // runRegistry is a real registry.
 func runRegistry(ctx context.Context, config podConfig) error {
-	served := memory.NewServer(ctx, sandbox.GenerateTestToken,
+	options := []memory.Option{
 		memory.WithDefaultExpiration(time.Minute),
-		memory.WithDialOptions(sandbox.DialOptions()...))
+		memory.WithDialOptions(sandbox.DialOptions()...),
+	}
+	if config.Proxy != "" {
+		proxy, err := url.Parse(config.Proxy)
+		if err != nil {
+			return err
+		}
+		options = append(options, memory.WithProxyRegistryURL(proxy))
+	}
+	served := memory.NewServer(ctx, sandbox.GenerateTestToken, options...)
 	return serve(ctx, served.Register, config.URL)
 }
 
