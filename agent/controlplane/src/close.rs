@@ -14,7 +14,8 @@ use crate::{
     error::RequestError,
     peers::Peer,
     plane::ControlPlane,
-    request::{Call, told_to},
+    request::{Call, without_inode},
+    unix::Passed,
 };
 
 /// How long a next hop may take to answer a Close. What it holds ends with its token anyway; the
@@ -93,10 +94,15 @@ impl ControlPlane {
         };
         self.shared.expiries.remove(turn.id());
         let peer = self.shared.peers.get(&established.route.url);
+        // While our own handle of the namespace is still there.
+        let returned = self
+            .returned_netns(&peer, established.next_mechanism.as_ref())
+            .await;
         let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
+        let view = self.downstream_view(&established);
         tokio::join!(
             self.tear_down_here(turn, &established, &peer, cause),
-            self.close_at(&peer, self.downstream_view(&established), deadline),
+            self.close_at(&peer, view, returned, deadline),
         );
     }
 
@@ -133,17 +139,27 @@ impl ControlPlane {
         Connection {
             network_service: established.route.service.clone(),
             network_service_endpoint_name: established.route.endpoint.clone(),
-            mechanism: established
-                .next_mechanism
-                .clone()
-                .map(|mechanism| told_to(&established.route, mechanism)),
+            mechanism: established.next_mechanism.clone(),
             ..established.view.clone()
         }
     }
 
-    /// Closes at a next hop. A failure is logged, not told: whoever closes cannot do more, and
-    /// what is left there ends with its token.
-    pub(crate) async fn close_at(&self, peer: &Peer, connection: Connection, deadline: Instant) {
+    /// Closes at a next hop, with the descriptor of its own namespace. A failure is logged, not
+    /// told: whoever closes cannot do more, and what is left there ends with its token.
+    pub(crate) async fn close_at(
+        &self,
+        peer: &Peer,
+        mut connection: Connection,
+        returned: Option<Passed>,
+        deadline: Instant,
+    ) {
+        match returned {
+            Some(netns) => peer.descriptors.send(netns),
+            None if peer.is_local() => {
+                connection.mechanism = connection.mechanism.map(without_inode);
+            }
+            None => {}
+        }
         let id = connection.id.clone();
         if let Err(error) = self.shared.peers.close(peer, connection, deadline).await {
             tracing::warn!(

@@ -143,6 +143,9 @@ pub trait Forwarder: Send + Sync + 'static {
     /// Takes the plan's links away; a success when they are not there.
     async fn down(&self, plan: &Plan) -> Result<(), ForwarderError>;
 
+    /// A descriptor of the namespace, where it can be found.
+    async fn netns(&self, url: &NetnsUrl) -> Option<Passed>;
+
     /// What passed through the plan's tunnel so far; `None` where nothing counts.
     async fn counters(&self, plan: &Plan) -> Option<Counters>;
 }

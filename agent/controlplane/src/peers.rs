@@ -75,6 +75,11 @@ impl Peer {
         }
     }
 
+    /// Whether it is an endpoint of this node.
+    pub(crate) fn is_local(&self) -> bool {
+        is_local(&self.url)
+    }
+
     /// How many of our connections go through this peer.
     pub(crate) fn user_count(&self) -> usize {
         lock(&self.users).len()
@@ -292,6 +297,11 @@ impl Peers {
         }
         request
     }
+}
+
+/// Whether the URL names a socket of this node.
+pub(crate) fn is_local(url: &str) -> bool {
+    url.starts_with("unix:") || is_passed(url)
 }
 
 /// Whether the URL names a socket by its inode, whose descriptor is passed.

@@ -13,6 +13,7 @@ use nsm_proto::connection::Mechanism;
 use crate::{
     error::RequestError,
     forwarder::PodNetns,
+    peers::Peer,
     plane::ControlPlane,
     request::bad_answer,
     route::Route,
@@ -128,6 +129,26 @@ impl ControlPlane {
             Doubt::Kind(url, reason) => wrong(format!("it names {url}, and {reason}")),
         })?;
         Ok(Pod { kernel, netns })
+    }
+}
+
+impl ControlPlane {
+    /// The descriptor of the namespace that an endpoint of this node named as its own, to go back to
+    /// it with a Close: NSM's endpoints take the mechanism that they answered for what they are told,
+    /// and wait for the descriptor of each inode in it.
+    pub(crate) async fn returned_netns(
+        &self,
+        peer: &Peer,
+        mechanism: Option<&Mechanism>,
+    ) -> Option<Passed> {
+        let kernel = Kernel::parse(&mechanism?.parameters).ok()?;
+        let url = kernel.netns.filter(|_| peer.is_local())?;
+        let id = file_id(&url)?;
+        let held = peer.descriptors.take(id, Kind::Namespace, Duration::ZERO);
+        match held.await {
+            Ok(held) => Some(held),
+            Err(_) => self.forwarder().ok()?.netns(&url).await,
+        }
     }
 }
 

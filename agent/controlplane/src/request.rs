@@ -34,7 +34,7 @@ use crate::{
     unix::Descriptors,
 };
 
-pub(crate) use self::messages::{bad_answer, told_to};
+pub(crate) use self::messages::{bad_answer, without_inode};
 
 mod dataplane;
 mod messages;
@@ -353,7 +353,10 @@ impl ControlPlane {
             Case::Through => preferences.clone_from(&ask.preferences),
         }
         if !matches!(case, Case::Through) {
-            connection.mechanism = standing.map(|mechanism| told_to(route, mechanism));
+            connection.mechanism = match route.is_local() {
+                true => standing.map(without_inode),
+                false => standing,
+            };
         }
         self.cross_request(
             route,
@@ -575,9 +578,11 @@ impl ControlPlane {
     ) -> tokio::task::JoinHandle<()> {
         let (plane, peer, turn) = (self.clone(), Arc::clone(peer), Arc::clone(turn));
         tokio::spawn(async move {
-            plane
-                .close_at(&peer, connection, Instant::now() + UNDO_TIMEOUT)
+            let deadline = Instant::now() + UNDO_TIMEOUT;
+            let returned = plane
+                .returned_netns(&peer, connection.mechanism.as_ref())
                 .await;
+            plane.close_at(&peer, connection, returned, deadline).await;
             drop(turn);
         })
     }

@@ -26,7 +26,7 @@ use crate::{
     directory::{Found, Wanted, find_at},
     dns::Resolved,
     error::RequestError,
-    peers::{Peer, is_passed},
+    peers::{Peer, is_local, is_passed},
     plane::Shared,
     unix::{FileId, Kind, PATIENCE},
 };
@@ -105,7 +105,7 @@ pub struct Resolution {
 impl Route {
     /// Whether the next hop is an endpoint on this node.
     pub(crate) fn is_local(&self) -> bool {
-        self.url.starts_with("unix:") || self.url.starts_with("inode:")
+        is_local(&self.url)
     }
 
     /// Whether another way leads to the same endpoint by the same hop.

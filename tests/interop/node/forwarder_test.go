@@ -157,6 +157,7 @@ func connects(t *testing.T, asking, serving *pod, path string) {
 	asking.pings(addresses.GetDstIpAddrs()[0])
 
 	require.Empty(t, asking.tell("close").Error)
+	require.Equal(t, 1, serving.tell("closes").Closes)
 	require.NotContains(t, asking.links(), "nsm")
 	require.NotContains(t, serving.links(), "nsm")
 	require.Empty(t, serving.tell("unregister").Error)

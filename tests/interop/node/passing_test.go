@@ -76,6 +76,7 @@ func TestDescriptors(t *testing.T) {
 			asking.pings(addresses.GetDstIpAddrs()[0])
 
 			require.Empty(t, asking.tell("close").Error)
+			require.Equal(t, 1, serving.tell("closes").Closes)
 			require.NotContains(t, asking.links(), "nsm")
 			require.NotContains(t, serving.links(), "nsm")
 			harness.WaitUntilEmpty(t, agent)

@@ -31,6 +31,7 @@ import (
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/recvfd"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/sendfd"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/ipam/point2pointipam"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/utils/count"
 	registryclient "github.com/networkservicemesh/sdk/pkg/registry/chains/client"
 	"github.com/networkservicemesh/sdk/pkg/registry/chains/memory"
 	registrysendfd "github.com/networkservicemesh/sdk/pkg/registry/common/sendfd"
@@ -89,6 +90,8 @@ type answer struct {
 	Connection json.RawMessage `json:",omitempty"`
 	Error      string          `json:",omitempty"`
 	Code       codes.Code
+	// Closes is how many Closes have reached the end of an endpoint's chain.
+	Closes int `json:",omitempty"`
 }
 
 // placement says where a pod runs, and as whom.
@@ -393,9 +396,11 @@ func runEndpoint(ctx context.Context, config podConfig) error {
 			kernelmech.MECHANISM: kernel.NewServer(),
 		}),
 	}
+	counter := new(count.Server)
 	if !config.Claims {
 		elements = append(elements, sendfd.NewServer())
 	}
+	elements = append(elements, counter)
 	chain := endpoint.NewServer(ctx, sandbox.GenerateTestToken,
 		endpoint.WithName(config.Name),
 		endpoint.WithAuthorizeServer(authorize.NewServer(authorize.Any())),
@@ -432,9 +437,11 @@ func runEndpoint(ctx context.Context, config podConfig) error {
 	}
 	say(answer{})
 	for commands := bufio.NewScanner(os.Stdin); commands.Scan(); {
-		if commands.Text() == "unregister" {
-			_, err := endpoints.Unregister(ctx, registered)
-			if err != nil {
+		switch commands.Text() {
+		case "closes":
+			say(answer{Closes: counter.Closes()})
+		case "unregister":
+			if _, err := endpoints.Unregister(ctx, registered); err != nil {
 				return err
 			}
 			say(answer{})

@@ -188,14 +188,13 @@ fn wrong_choice(route: &Route, chosen: Option<&Mechanism>, offered: &str) -> Req
     bad_answer(route, format!("it chose {chosen}, we offered {offered}"))
 }
 
-/// A standing mechanism as the next hop is told it. An endpoint of this node knows its namespace
-/// better than we do; one that reads an inode waits for the descriptor, which we do not keep.
-pub(crate) fn told_to(route: &Route, mut mechanism: Mechanism) -> Mechanism {
+/// A standing mechanism as an endpoint of this node is told it. It knows its namespace better than
+/// we do, and one that reads an inode waits for the descriptor.
+pub(crate) fn without_inode(mut mechanism: Mechanism) -> Mechanism {
     let parameters = &mut mechanism.parameters;
-    if route.is_local()
-        && parameters
-            .get(INODE_URL)
-            .is_some_and(|url| url.starts_with("inode:"))
+    if parameters
+        .get(INODE_URL)
+        .is_some_and(|url| url.starts_with("inode:"))
     {
         parameters.remove(INODE_URL);
     }
@@ -226,7 +225,7 @@ pub(super) fn undo_connection(ask: &Ask, route: &Route, reply: Connection) -> Co
         path: Some(path),
         network_service: route.service.clone(),
         network_service_endpoint_name: route.endpoint.clone(),
-        mechanism: reply.mechanism.map(|mechanism| told_to(route, mechanism)),
+        mechanism: reply.mechanism,
         ..ask.connection.clone()
     }
 }

@@ -6,12 +6,15 @@
 //! message takes a copy. Senders pass their descriptors again with every Request and Close, so none
 //! is kept longer than one call may take.
 //!
+//! In the other direction a descriptor goes in front of the next bytes; one that finds none for as
+//! long is dropped, too.
+//!
 //! What a peer can make us hold is bounded: [`MAX_HELD`] descriptors a connection, for [`HELD_FOR`],
 //! and only those of namespaces and sockets. All go when the connection does.
 
 use std::{
     collections::VecDeque,
-    fmt,
+    fmt, io,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, Weak},
     time::Duration,
@@ -134,8 +137,8 @@ struct Held {
 struct Store {
     /// The one that came last is at the back.
     held: VecDeque<Held>,
-    /// To go with the next bytes that are written.
-    outgoing: VecDeque<Passed>,
+    /// To go with the next bytes that are written, if that is soon.
+    outgoing: VecDeque<(Passed, Instant)>,
     /// Whether a task waits to drop what is due.
     swept: bool,
 }
@@ -173,10 +176,8 @@ impl Descriptors {
                 until,
             });
         }
-        if !store.held.is_empty() && !store.swept {
-            store.swept = true;
-            tokio::spawn(sweep(Arc::downgrade(self)));
-        }
+        let any = !store.held.is_empty();
+        self.sweep_if(any, &mut store);
         drop(store);
         self.came.notify_waiters();
     }
@@ -214,19 +215,33 @@ impl Descriptors {
     }
 
     /// Sends a descriptor in front of the next bytes that are written.
-    pub(crate) fn send(&self, descriptor: Passed) {
-        lock(&self.store).outgoing.push_back(descriptor);
+    pub(crate) fn send(self: &Arc<Self>, descriptor: Passed) {
+        let mut store = lock(&self.store);
+        let until = Instant::now() + HELD_FOR;
+        store.outgoing.push_back((descriptor, until));
+        self.sweep_if(true, &mut store);
     }
 
-    /// What is to go with the next bytes, at most `limit`.
-    pub(super) fn outgoing(&self, limit: usize) -> Vec<Passed> {
-        let store = lock(&self.store);
-        store.outgoing.iter().take(limit).cloned().collect()
+    fn sweep_if(self: &Arc<Self>, wanted: bool, store: &mut Store) {
+        if wanted && !store.swept {
+            store.swept = true;
+            tokio::spawn(sweep(Arc::downgrade(self)));
+        }
     }
 
-    /// The first `count` have gone.
-    pub(super) fn sent(&self, count: usize) {
-        lock(&self.store).outgoing.drain(..count);
+    /// Sends what is to go with the next bytes, at most `limit`, by `send`, which does not wait.
+    pub(super) fn send_with<T>(
+        &self,
+        limit: usize,
+        send: impl FnOnce(&[BorrowedFd<'_>]) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let mut store = lock(&self.store);
+        let first = store.outgoing.iter().take(limit);
+        let first: Vec<_> = first.map(|(descriptor, _)| descriptor.as_fd()).collect();
+        let sent = send(&first)?;
+        let count = first.len();
+        store.outgoing.drain(..count);
+        Ok(sent)
     }
 
     #[cfg(test)]
@@ -238,7 +253,10 @@ impl Descriptors {
     fn drop_due(&self, now: Instant) -> Option<Instant> {
         let mut store = lock(&self.store);
         store.held.retain(|held| held.until > now);
-        let next = store.held.front().map(|held| held.until);
+        store.outgoing.retain(|(_, until)| *until > now);
+        let held = store.held.front().map(|held| held.until);
+        let outgoing = store.outgoing.front().map(|(_, until)| *until);
+        let next = held.into_iter().chain(outgoing).min();
         store.swept = next.is_some();
         next
     }

@@ -4,7 +4,6 @@
 use std::{
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::{AsFd as _, BorrowedFd},
     path::Path,
     pin::Pin,
     sync::Arc,
@@ -64,16 +63,20 @@ impl UnixStream {
 
     /// Writes without waiting, with what is to go beside it.
     fn write(&self, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
-        let outgoing = self.descriptors.outgoing(MAX_SENT_AT_ONCE);
-        let borrowed: Vec<BorrowedFd<'_>> = outgoing.iter().map(|passed| passed.as_fd()).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SENT_AT_ONCE))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !borrowed.is_empty() {
-            ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
-        }
-        let sent = sendmsg(&self.stream, bytes, &mut ancillary, SendFlags::NOSIGNAL)?;
-        self.descriptors.sent(outgoing.len());
-        Ok(sent)
+        self.descriptors.send_with(MAX_SENT_AT_ONCE, |outgoing| {
+            let mut space =
+                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SENT_AT_ONCE))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            if !outgoing.is_empty() {
+                ancillary.push(SendAncillaryMessage::ScmRights(outgoing));
+            }
+            Ok(sendmsg(
+                &self.stream,
+                bytes,
+                &mut ancillary,
+                SendFlags::NOSIGNAL,
+            )?)
+        })
     }
 
     /// Reads without waiting.
@@ -208,7 +211,8 @@ mod tests {
             let passed = receiver.descriptors.take(id, Kind::Namespace, PATIENCE);
             passed.await.unwrap();
         }
-        assert!(sender.descriptors.outgoing(1).is_empty());
+        let left = sender.descriptors.send_with(1, |left| Ok(left.len()));
+        assert_eq!(left.unwrap(), 0);
     }
 
     #[tokio::test]

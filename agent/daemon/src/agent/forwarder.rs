@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
+    os::fd::AsFd as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -11,8 +12,10 @@ use std::{
 use nsm_controlplane::{
     forwarder::{Counters, Forwarder, ForwarderError, Plan, PodNetns, Underlay},
     plane::ControlPlane,
+    unix::Passed,
 };
 use nsm_core::{
+    mechanism::NetnsUrl,
     name::Domain,
     tunnel::{LinkAlias, VxlanSpec},
     vni::Vni,
@@ -291,6 +294,11 @@ impl Forwarder for NodeForwarder {
                 first.and(second)
             }
         }
+    }
+
+    async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {
+        let netns = self.namespaces.find(url).await.ok()?;
+        Some(Passed::new(netns.as_fd().try_clone_to_owned().ok()?))
     }
 
     async fn counters(&self, plan: &Plan) -> Option<Counters> {

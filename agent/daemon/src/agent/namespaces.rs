@@ -40,6 +40,20 @@ impl Namespaces {
         }
     }
 
+    /// Opens a namespace in which there may be a link.
+    pub(super) async fn find(&self, url: &NetnsUrl) -> Result<Netns, NetnsError> {
+        let kept = {
+            let kept = self.kept();
+            let mut places = kept.iter();
+            let found = places.find(|((_, place), _)| place == url);
+            found.map(|(_, netns)| netns.clone())
+        };
+        match kept {
+            Some(netns) => Ok(netns),
+            None => find(url).await,
+        }
+    }
+
     /// A link stands there now: keeps the namespace if nothing but its descriptor leads there.
     pub(super) async fn linked(&self, pod: &PodNetns, alias: &LinkAlias, netns: Netns) {
         if pod.descriptor.is_some() && find(&pod.url).await.is_err() {

@@ -6,8 +6,11 @@ use std::{
     sync::{Mutex, MutexGuard},
 };
 
-use nsm_controlplane::forwarder::{Counters, Forwarder, ForwarderError, Plan, Underlay};
-use nsm_core::tunnel::LinkSpec;
+use nsm_controlplane::{
+    forwarder::{Counters, Forwarder, ForwarderError, Plan, Underlay},
+    unix::Passed,
+};
+use nsm_core::{mechanism::NetnsUrl, tunnel::LinkSpec};
 
 /// The port of tunnels in these tests.
 pub(crate) const PORT: u16 = 4789;
@@ -173,6 +176,10 @@ impl Forwarder for FakeKernel {
         }
         table.downs += 1;
         Ok(())
+    }
+
+    async fn netns(&self, _: &NetnsUrl) -> Option<Passed> {
+        None
     }
 
     async fn counters(&self, _: &Plan) -> Option<Counters> {
