@@ -30,6 +30,7 @@ type Peer struct {
 
 	config   PeerConfig
 	listener *trackingListener
+	server   *grpc.Server
 
 	mutex    sync.Mutex
 	requests []*networkservice.NetworkServiceRequest
@@ -41,6 +42,8 @@ type PeerConfig struct {
 	Name      string
 	OnRequest func(context.Context, *Peer, *networkservice.NetworkServiceRequest) (*networkservice.Connection, error)
 	OnMonitor func(*networkservice.MonitorScopeSelector, networkservice.MonitorConnection_MonitorConnectionsServer) error
+	// Forgets makes it keep neither Requests nor Closes: a load sends many.
+	Forgets bool
 }
 
 // StartPeer serves until the test ends.
@@ -56,16 +59,16 @@ func StartPeer(t testing.TB, config PeerConfig) *Peer {
 		config:   config,
 		listener: &trackingListener{Listener: listener},
 	}
-	server := grpc.NewServer()
-	networkservice.RegisterNetworkServiceServer(server, p)
-	networkservice.RegisterMonitorConnectionServer(server, p)
+	p.server = grpc.NewServer()
+	networkservice.RegisterNetworkServiceServer(p.server, p)
+	networkservice.RegisterMonitorConnectionServer(p.server, p)
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		_ = server.Serve(p.listener)
+		_ = p.server.Serve(p.listener)
 	}()
 	t.Cleanup(func() {
-		server.Stop()
+		p.server.Stop()
 		<-served
 	})
 	return p
@@ -75,9 +78,11 @@ func StartPeer(t testing.TB, config PeerConfig) *Peer {
 func (p *Peer) Request(
 	ctx context.Context, request *networkservice.NetworkServiceRequest,
 ) (*networkservice.Connection, error) {
-	p.mutex.Lock()
-	p.requests = append(p.requests, request.Clone())
-	p.mutex.Unlock()
+	if !p.config.Forgets {
+		p.mutex.Lock()
+		p.requests = append(p.requests, request.Clone())
+		p.mutex.Unlock()
+	}
 	if p.config.OnRequest != nil {
 		return p.config.OnRequest(ctx, p, request)
 	}
@@ -86,9 +91,11 @@ func (p *Peer) Request(
 
 // Close accepts.
 func (p *Peer) Close(_ context.Context, connection *networkservice.Connection) (*empty.Empty, error) {
-	p.mutex.Lock()
-	defer p.mutex.Unlock()
-	p.closes = append(p.closes, connection.Clone())
+	if !p.config.Forgets {
+		p.mutex.Lock()
+		defer p.mutex.Unlock()
+		p.closes = append(p.closes, connection.Clone())
+	}
 	return new(empty.Empty), nil
 }
 
@@ -141,6 +148,11 @@ func (p *Peer) Closes() []*networkservice.Connection {
 	p.mutex.Lock()
 	defer p.mutex.Unlock()
 	return p.closes[:len(p.closes):len(p.closes)]
+}
+
+// Stop ends it for good; its clients' connections are closed.
+func (p *Peer) Stop() {
+	p.server.Stop()
 }
 
 // CutConnections closes the sockets of all clients, as a crash would.

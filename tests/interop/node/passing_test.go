@@ -77,8 +77,8 @@ func TestDescriptors(t *testing.T) {
 
 			require.Empty(t, asking.tell("close").Error)
 			require.Equal(t, 1, serving.tell("closes").Closes)
-			require.NotContains(t, asking.links(), "nsm")
-			require.NotContains(t, serving.links(), "nsm")
+			require.Empty(t, asking.links())
+			require.Empty(t, serving.links())
 			harness.WaitUntilEmpty(t, agent)
 			asking.end()
 			require.Empty(t, serving.tell("unregister").Error)

@@ -229,13 +229,19 @@ func (p *pod) pings(address string) {
 	require.NoError(p.t, err, "%s", output)
 }
 
-// links are the names of the pod's links.
-func (p *pod) links() string {
+// links are the names of the pod's links but for its loopback.
+func (p *pod) links() []string {
 	p.t.Helper()
 	command := harness.InNetns(p.netns(), exec.Command("ip", "-brief", "link"))
 	output, err := command.CombinedOutput()
 	require.NoError(p.t, err, "%s", output)
-	return string(output)
+	names := []string{}
+	for line := range strings.Lines(string(output)) {
+		if name, _, _ := strings.Cut(line, " "); name != "lo" {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // runPod is the pod's main function.

@@ -7,6 +7,7 @@
 
 mod bpf;
 mod decisions;
+mod interop;
 mod memory;
 mod processes;
 mod programs;
@@ -23,7 +24,7 @@ use clap::{Args, ValueEnum};
 
 use crate::packages;
 use programs::Programs;
-use report::{Machine, PartReport, Report, Row};
+use report::{Machine, PartReport, Report, Row, SideBySide};
 
 /// An agent starts within a fraction of a second, on a loaded machine within some.
 const READY_DEADLINE: Duration = Duration::from_secs(20);
@@ -59,6 +60,8 @@ enum Part {
     Memory,
     /// Traffic of a connection against a bare VXLAN link.
     Throughput,
+    /// Real NSM proxies and ours under the same load (needs Go).
+    Interop,
 }
 
 /// What a part found.
@@ -74,10 +77,10 @@ struct Found {
 /// When a part could not measure; the others are measured and printed nevertheless.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let load_before = load_average()?;
-    let mut parts = Vec::new();
+    let (mut parts, mut side_by_side) = (Vec::new(), None);
     for &part in Part::value_variants() {
         if arguments.parts.is_empty() || arguments.parts.contains(&part) {
-            parts.push(measure(part, arguments.quick));
+            parts.push(measure(part, arguments.quick, &mut side_by_side));
         }
     }
     let report = Report {
@@ -89,6 +92,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         },
         quick: arguments.quick,
         parts,
+        side_by_side,
     };
     if arguments.json {
         println!("{}", serde_json::to_string(&report)?);
@@ -99,13 +103,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn measure(part: Part, quick: bool) -> PartReport {
+fn measure(part: Part, quick: bool, side_by_side: &mut Option<SideBySide>) -> PartReport {
     let name = part
         .to_possible_value()
         .map(|value| value.get_name().to_owned())
         .unwrap_or_default();
     eprintln!("==> {name}");
-    let (found, error) = match measured(part, quick) {
+    let (found, error) = match measured(part, quick, side_by_side) {
         Ok(found) => (found, None),
         Err(error) => {
             eprintln!("    {name}: {error}");
@@ -120,9 +124,15 @@ fn measure(part: Part, quick: bool) -> PartReport {
     }
 }
 
-fn measured(part: Part, quick: bool) -> Result<Found> {
-    if part == Part::Core {
-        return decisions::measure(quick);
+fn measured(part: Part, quick: bool, side_by_side: &mut Option<SideBySide>) -> Result<Found> {
+    match part {
+        Part::Core => return decisions::measure(quick),
+        Part::Interop => {
+            let (found, compared) = interop::measure(quick)?;
+            *side_by_side = Some(compared);
+            return Ok(found);
+        }
+        _ => {}
     }
     ensure!(
         packages::is_root(),
@@ -130,7 +140,7 @@ fn measured(part: Part, quick: bool) -> Result<Found> {
     );
     packages::ensure(packages::DEMO)?;
     match part {
-        Part::Core => unreachable!("returned above"),
+        Part::Core | Part::Interop => unreachable!("returned above"),
         Part::Bpf => bpf::measure(),
         Part::Setup => setup::measure(&Programs::build()?, quick),
         Part::Proxy => proxy::measure(&Programs::build()?, quick),

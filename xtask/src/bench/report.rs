@@ -10,7 +10,13 @@ pub(super) struct Report {
     /// Smaller sizes: the numbers show that the parts run, and little else.
     pub(super) quick: bool,
     pub(super) parts: Vec<PartReport>,
+    /// What `interop` compared, beside the other fields as `real`, `ours` and `ratios`.
+    #[serde(flatten)]
+    pub(super) side_by_side: Option<SideBySide>,
 }
+
+/// Fields of a JSON object that are handed on as they were measured.
+pub(super) type SideBySide = serde_json::Map<String, serde_json::Value>;
 
 /// Where it was measured, and what else ran there.
 #[derive(Debug, Serialize)]
@@ -65,7 +71,7 @@ impl Row {
         self
     }
 
-    fn holds(&self) -> Option<bool> {
+    pub(super) fn holds(&self) -> Option<bool> {
         // What is not a number holds no bar.
         Some(match self.bar? {
             Bar::AtMost(bar) => self.value <= bar,
@@ -213,6 +219,7 @@ mod tests {
                 notes: vec!["on loopback".into()],
                 error: error.map(str::to_owned),
             }],
+            side_by_side: None,
         }
     }
 
@@ -228,7 +235,7 @@ mod tests {
 
     #[test]
     fn a_missed_bar_is_shown_and_no_failure() {
-        let report = report(
+        let mut report = report(
             vec![
                 Row::new("pairs", 2900.0, "/s").bar(Bar::AtLeast(3000.0)),
                 Row::new("p99", 4.25, "ms").bar(Bar::AtMost(5.0)),
@@ -244,6 +251,11 @@ mod tests {
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["parts"][0]["rows"][0]["ok"], false);
         assert_eq!(json["parts"][0]["rows"][1]["at_most"], 5.0);
+        assert!(json.get("ratios").is_none());
+        let compared = serde_json::json!({"ratios": {"p99": 0.1}});
+        report.side_by_side = compared.as_object().cloned();
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["ratios"]["p99"], 0.1);
     }
 
     #[test]
