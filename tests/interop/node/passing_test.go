@@ -91,6 +91,34 @@ func TestDescriptors(t *testing.T) {
 	}
 }
 
+// A namespace without a process, mounted nowhere, as a container's is to an agent that does not see
+// the host's processes: the agent keeps the descriptor as long as its links stand, and no longer.
+func TestHiddenNamespace(t *testing.T) {
+	harness.NeedsRoot(t)
+	agent := nodeAgent(t)
+	held := agent.OpenNamespaces(t)
+	serving := startPod(t, podConfig{
+		Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
+		Service: service, Dir: openDir(t), Prefix: prefix,
+	}, placement{})
+	require.Empty(t, serving.next().Error)
+	asking := startPod(t, podConfig{
+		Role: clientRole, Name: "nsc", NSMgr: agent.NSMgrURL().String(), Service: service, Hidden: true,
+	}, placement{})
+	asking.hidden = asking.next().Netns
+	connection := asking.connected()
+	asking.pings(connection.GetContext().GetIpContext().GetDstIpAddrs()[0])
+	require.Contains(t, asking.links(), "nsm")
+	require.Empty(t, asking.tell("close").Error)
+	require.NotContains(t, asking.links(), "nsm")
+	asking.end()
+	serving.end()
+	harness.Eventually(t, 10*time.Second, func() bool { return agent.OpenNamespaces(t) <= held },
+		func() string {
+			return fmt.Sprintf("it holds %d namespaces, and held %d", agent.OpenNamespaces(t), held)
+		})
+}
+
 // Without a descriptor a namespace is only a claim, and the node's own takes more than a descriptor,
 // which every process of the host can have.
 func TestClaims(t *testing.T) {

@@ -73,6 +73,8 @@ type podConfig struct {
 	Service string
 	// Claims makes it name its namespace by path, and pass no descriptor.
 	Claims bool
+	// Hidden makes the client ask for a namespace that nothing but its descriptor leads to.
+	Hidden bool
 	// Dir is where the endpoint's socket is.
 	Dir string
 	// Prefix is what the endpoint gives addresses from.
@@ -92,6 +94,8 @@ type answer struct {
 	Code       codes.Code
 	// Closes is how many Closes have reached the end of an endpoint's chain.
 	Closes int `json:",omitempty"`
+	// Netns is where the client's namespace can be seen.
+	Netns string `json:",omitempty"`
 }
 
 // placement says where a pod runs, and as whom.
@@ -113,6 +117,8 @@ type pod struct {
 	input   *os.File
 	lines   chan []byte
 	ended   chan struct{}
+	// hidden is where the namespace is that its links are in, if not its own.
+	hidden string
 }
 
 // startPod starts a process in a network namespace of its own.
@@ -217,6 +223,9 @@ func (p *pod) connected() *networkservice.Connection {
 }
 
 func (p *pod) netns() string {
+	if p.hidden != "" {
+		return p.hidden
+	}
 	return fmt.Sprintf("/proc/%d/ns/net", p.command.Process.Pid)
 }
 
@@ -287,7 +296,21 @@ func runClient(ctx context.Context, config podConfig) error {
 	if err != nil {
 		return err
 	}
-	elements := []networkservice.NetworkServiceClient{kernel.NewClient()}
+	request := harness.RequestFor(config.Name+"-connection", config.Service)
+	var elements []networkservice.NetworkServiceClient
+	if config.Hidden {
+		netns, err := hiddenNetns()
+		if err != nil {
+			return err
+		}
+		defer func() { _ = netns.Close() }()
+		say(answer{Netns: netns.Name()})
+		request.MechanismPreferences = []*networkservice.Mechanism{
+			kernelmech.New("file://" + netns.Name()),
+		}
+	} else {
+		elements = append(elements, kernel.NewClient())
+	}
 	if !config.Claims {
 		elements = append(elements, sendfd.NewClient())
 	}
@@ -299,7 +322,6 @@ func runClient(ctx context.Context, config podConfig) error {
 		client.WithDialTimeout(sandbox.DialTimeout),
 		client.WithAdditionalFunctionality(elements...),
 	)
-	request := harness.RequestFor(config.Name+"-connection", config.Service)
 	for commands := bufio.NewScanner(os.Stdin); commands.Scan(); {
 		ctx, cancel := context.WithTimeout(ctx, podDeadline)
 		switch commands.Text() {
@@ -380,6 +402,28 @@ func serve(ctx context.Context, register func(*grpc.Server), urls ...string) err
 	say(answer{})
 	waitForEnd()
 	return nil
+}
+
+// hiddenNetns makes a network namespace in which there is no process; its name is where this process
+// has it open.
+func hiddenNetns() (*os.File, error) {
+	type made struct {
+		file *os.File
+		err  error
+	}
+	done := make(chan made)
+	go func() {
+		// Never unlocked: the thread ends with this function, and leaves the namespace by that.
+		runtime.LockOSThread()
+		if err := syscall.Unshare(syscall.CLONE_NEWNET); err != nil {
+			done <- made{err: err}
+			return
+		}
+		fd, err := syscall.Open("/proc/thread-self/ns/net", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+		done <- made{os.NewFile(uintptr(fd), fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd)), err}
+	}()
+	result := <-done
+	return result.file, result.err
 }
 
 func waitForEnd() {

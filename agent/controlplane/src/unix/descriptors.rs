@@ -214,6 +214,11 @@ impl Descriptors {
         Some(descriptor.ok_or(MissingDescriptor::Kind { found, wanted }))
     }
 
+    /// The connection is gone; another may come in its place.
+    pub(super) fn forget_received(&self) {
+        lock(&self.store).held.clear();
+    }
+
     /// Sends a descriptor in front of the next bytes that are written.
     pub(crate) fn send(self: &Arc<Self>, descriptor: Passed) {
         let mut store = lock(&self.store);

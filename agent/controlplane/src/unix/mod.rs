@@ -104,6 +104,12 @@ impl UnixStream {
     }
 }
 
+impl Drop for UnixStream {
+    fn drop(&mut self) {
+        self.descriptors.forget_received();
+    }
+}
+
 impl AsyncRead for UnixStream {
     fn poll_read(
         self: Pin<&mut Self>,

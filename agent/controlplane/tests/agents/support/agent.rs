@@ -36,8 +36,6 @@ pub(crate) struct Setup {
     pub(crate) shares_registry: bool,
     /// The URL of another agent that has the domain's registry.
     pub(crate) registry: Option<String>,
-    /// The URL of another agent's registry that is asked for other domains' names.
-    pub(crate) registry_proxy: Option<String>,
 }
 
 impl Setup {
@@ -52,7 +50,6 @@ impl Setup {
             token_lifetime: Duration::from_secs(600),
             shares_registry: false,
             registry: None,
-            registry_proxy: None,
         }
     }
 
@@ -178,7 +175,7 @@ async fn run(
             domain: setup.domain.parse().expect("a domain"),
             advertise_url: format!("tcp://{address}"),
             upstream_nsmgr_url: None,
-            registry_proxy_url: setup.registry_proxy,
+            registry_proxy_url: None,
             request_timeout: setup.request_timeout,
             dial_timeout: setup.dial_timeout,
             max_connections: setup.max_connections,
