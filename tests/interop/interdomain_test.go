@@ -128,3 +128,25 @@ func TestTwoServicesOnTwoNodes(t *testing.T) {
 	}
 	waitUntilEmpty(t, one, two)
 }
+
+// A domain may be named by the address at which it is served, without any DNS.
+func TestDomainsByAddress(t *testing.T) {
+	ctx := testContext(t)
+	pair := harness.NewAgentPair(t, nil)
+	peer := harness.StartPeer(t, harness.PeerConfig{Name: endpoint})
+	pair.Serve(ctx, t, peer, service)
+	for _, domain := range []string{pair.Two.IP, pair.Two.ProxyURL().Host, pair.Two.RegistryURL().Host} {
+		t.Run(domain, func(t *testing.T) {
+			request := harness.RequestFor(domain, service+"@"+domain)
+			request.Connection.NetworkServiceEndpointName = pair.Discover(ctx, t, service+"@"+domain)
+			require.Equal(t, endpoint+"@"+domain, request.GetConnection().GetNetworkServiceEndpointName())
+			client := pair.Client(ctx)
+			connection, err := client.Request(ctx, request)
+			require.NoError(t, err)
+			require.Equal(t, endpoint, endpointOf(connection))
+			_, err = client.Close(ctx, connection)
+			require.NoError(t, err)
+		})
+	}
+	harness.WaitUntilEmpty(t, pair.One, pair.Two)
+}

@@ -63,6 +63,7 @@ type Agent struct {
 
 	program string
 	config  string
+	netns   string
 }
 
 // ProxyURL is where it serves Requests of other hops.
@@ -99,7 +100,7 @@ func StartAgent(t testing.TB, config AgentConfig) *Agent {
 
 func launch(t testing.TB, config AgentConfig) *Agent {
 	t.Helper()
-	a := &Agent{Name: config.Name, IP: config.IP, Dir: shortTempDir(t), program: Program(t)}
+	a := &Agent{Name: config.Name, IP: config.IP, Dir: shortTempDir(t), program: Program(t), netns: config.Netns}
 	if a.IP == "" {
 		a.IP = LoopbackIP(t)
 	}
@@ -113,15 +114,28 @@ func launch(t testing.TB, config AgentConfig) *Agent {
 	}
 	writeJSON(t, a.MapIPFile(), mapIP)
 	writeJSON(t, a.config, a.configuration(config))
+	a.spawn(t)
+	return a
+}
+
+func (a *Agent) spawn(t testing.TB) {
+	t.Helper()
 	command := exec.Command(a.program, "agent", "--config", a.config)
 	// Nothing of the caller's environment may reach the configuration.
 	command.Env = []string{"PATH=" + os.Getenv("PATH"), "RUST_BACKTRACE=1"}
 	command.Dir = a.Dir
-	if config.Netns != "" {
-		command = InNetns(config.Netns, command)
+	if a.netns != "" {
+		command = InNetns(a.netns, command)
 	}
 	a.Process = startProcess(t, a.Name, command)
-	return a
+}
+
+// Restart kills the agent, as a crash would, and starts it again as it was.
+func (a *Agent) Restart(t testing.TB) {
+	t.Helper()
+	a.Kill()
+	a.spawn(t)
+	a.waitUntilReady(t)
 }
 
 func (a *Agent) configuration(config AgentConfig) map[string]any {
