@@ -25,6 +25,7 @@ mod session;
 mod socket;
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     sync::{
         Arc,
@@ -45,7 +46,7 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 pub use self::error::HealthError;
 use self::{
     peers::Request,
-    prober::{Command, Commands},
+    prober::{Command, Commands, Drops},
 };
 use crate::{
     bpf::{Bpf, ForeignVni},
@@ -115,7 +116,7 @@ pub struct Report {
     /// Packets of the management VNI at each stage between this node and the peer, since the session began. Management link and
     /// card count the same packets: the card's less than the link's, or the link's less than the card's, were lost on this node.
     pub stages: Stages,
-    /// The same when the last probe was answered; all zero before.
+    /// The same at most 0.1 s and a probe before the session was not up any more; all zero before it was.
     pub stages_when_up: Stages,
 }
 
@@ -163,6 +164,7 @@ struct Shared {
     vni: Vni,
     plane: Plane,
     realtime: bool,
+    drops: Arc<Drops>,
 }
 
 /// Receives what a health plane has to tell.
@@ -195,6 +197,7 @@ impl Health {
             vni,
             plane,
             realtime: started.realtime,
+            drops: started.drops,
         };
         Ok((
             Self {
@@ -227,6 +230,13 @@ impl Health {
     #[must_use]
     pub fn has_realtime(&self) -> bool {
         self.shared.realtime
+    }
+
+    /// How often each [`nsm_ebpf_common::Reason`] occurred on the management link, by name, where this process looks at its packets
+    /// ([`Plane::UserSpace`]). What the programs drop is in [`Bpf::drops`].
+    #[must_use]
+    pub fn drops(&self) -> BTreeMap<&'static str, u64> {
+        self.shared.drops.by_name()
     }
 
     /// Watches a peer, or joins those who do. The session ends [`LINGER`] after the last [`Peer`] of it is dropped.

@@ -37,7 +37,10 @@ use std::{
     time::Duration,
 };
 
-use aya::{Ebpf, EbpfLoader};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{ProgramError, SchedClassifier},
+};
 use nix::time::{ClockId, clock_gettime};
 use nsm_core::vni::Vni;
 use nsm_ebpf_common::VXLAN_PORT;
@@ -254,8 +257,7 @@ impl Bpf {
         let mut ebpf = loader.load(OBJECT).map_err(error::loading)?;
         for role in [Role::Underlay, Role::Management] {
             for direction in [Direction::In, Direction::Out] {
-                attach::program(&mut ebpf, role, direction)
-                    .load()
+                load(attach::program(&mut ebpf, role, direction))
                     .map_err(|source| error::loading(source.into()))?;
             }
         }
@@ -533,6 +535,23 @@ impl Bpf {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How often a program is given to a verifier that is interrupted.
+const LOAD_ATTEMPTS: usize = 5;
+
+/// Loads a program. The verifier takes tens of milliseconds and gives up (EAGAIN) when a signal is pending, be it one that is
+/// ignored in the end, such as that of a child's end.
+fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match program.load() {
+            Err(error) if error::os_error(&error) == Some(nix::libc::EAGAIN) => {
+                tracing::debug!(%error, "the verifier was interrupted");
+            }
+            loaded => return loaded,
+        }
+    }
+    program.load()
 }
 
 impl fmt::Debug for Bpf {

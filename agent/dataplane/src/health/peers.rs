@@ -24,7 +24,7 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 use super::{
     Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, PeerCell, PeerSpec,
     Report,
-    prober::{self, Command, Commands, Joining, Memory, Prober},
+    prober::{self, Command, Commands, Drops, Joining, Memory, Prober},
     random,
     session::{Entry, peer_address},
     socket::PacketSocket,
@@ -65,6 +65,7 @@ pub(super) struct Started {
     pub(super) commands: Commands,
     pub(super) discriminator: Discriminator,
     pub(super) realtime: bool,
+    pub(super) drops: Arc<Drops>,
 }
 
 /// A peer that is known to the kernel.
@@ -165,6 +166,7 @@ impl Peers {
             peers.give_up(prober.into_memory());
             return Err(error);
         }
+        let drops = prober.drops();
         let (tell, told) = mpsc::sync_channel(1);
         let thread = thread::Builder::new()
             .name("nsm-prober".to_owned())
@@ -189,6 +191,7 @@ impl Peers {
             commands,
             discriminator: Discriminator::new(discriminator).ok_or(HealthError::Closed)?,
             realtime,
+            drops,
         };
         Ok((peers, receiver, started))
     }

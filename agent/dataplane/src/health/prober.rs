@@ -4,11 +4,15 @@
 //! peers and not by a wake-up a probe. An answer wakes the thread only while somebody waits for it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     io,
     net::IpAddr,
     os::fd::AsFd as _,
-    sync::{Arc, atomic::Ordering, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 
@@ -25,6 +29,7 @@ use nsm_core::{
     sbfd::{Proof, Seq, Timing},
 };
 use nsm_ebpf_common::{
+    Reason,
     management::{self, MAX_SESSIONS, Verdict},
     sbfd::{
         Flags, SOURCE_PORT_MIN, State,
@@ -45,7 +50,7 @@ use crate::{
 };
 
 /// Wake-ups happen on this grid. A verdict may come so much later.
-const GRAIN: Duration = Duration::from_millis(1);
+const GRAIN: Duration = Duration::from_millis(2);
 
 /// The longest sleep, so that a machine that miscalculated would be looked at all the same.
 const MAX_SLEEP: Duration = Duration::from_secs(1);
@@ -221,6 +226,25 @@ pub(super) struct Prober {
     events: tokio_mpsc::UnboundedSender<Event>,
     frame: Vec<u8>,
     free: Vec<u32>,
+    drops: Arc<Drops>,
+}
+
+/// What this process itself dropped, by the number of the reason.
+#[derive(Debug, Default)]
+pub(super) struct Drops([AtomicU64; Reason::ALL.len()]);
+
+impl Drops {
+    pub(super) fn by_name(&self) -> BTreeMap<&'static str, u64> {
+        Reason::ALL
+            .iter()
+            .map(|reason| {
+                (
+                    reason.name(),
+                    self.0[*reason as usize].load(Ordering::Relaxed),
+                )
+            })
+            .collect()
+    }
 }
 
 impl Prober {
@@ -249,8 +273,14 @@ impl Prober {
             events,
             frame: vec![0; MAX_FRAME],
             free,
+            drops: Arc::default(),
         };
         Ok((prober, Commands { sender, wake }))
+    }
+
+    /// Where it counts what it drops.
+    pub(super) fn drops(&self) -> Arc<Drops> {
+        self.drops.clone()
     }
 
     /// The memory, of one that never ran.
@@ -260,8 +290,9 @@ impl Prober {
 
     /// Runs until it is told to stop, or nobody is left who could; gives back the memory.
     pub(super) fn run(mut self) -> Memory {
+        let mut ready = true;
         loop {
-            let woken = self.receive();
+            let woken = ready && self.receive();
             loop {
                 match self.commands.try_recv() {
                     Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
@@ -273,7 +304,7 @@ impl Prober {
             }
             let now = Monotonic::from_nanos(now_ns());
             self.turn(now, woken);
-            self.sleep();
+            ready = self.sleep();
         }
     }
 
@@ -296,7 +327,8 @@ impl Prober {
         }
     }
 
-    fn sleep(&self) {
+    /// Sleeps until a session is due, a command is there, or a frame: then true.
+    fn sleep(&self) -> bool {
         let now_ns = now_ns();
         let grain = GRAIN.as_nanos() as u64;
         let due = self.peers.values().map(|peer| peer.due).min();
@@ -316,6 +348,7 @@ impl Prober {
         if fds[0].any() == Some(true) {
             let _ = self.wake.read();
         }
+        fds[1..].iter().any(|fd| fd.any() == Some(true))
     }
 
     /// Takes what came; whether there was something. With BPF the programs have seen to it already.
@@ -330,7 +363,7 @@ impl Prober {
                 if self.memory.plane() == Plane::UserSpace
                     && let Some(frame) = self.frame.get_mut(..length)
                 {
-                    serve(frame, self.memory.sessions(), socket);
+                    serve(frame, self.memory.sessions(), socket, &self.drops);
                 }
             }
         }
@@ -474,7 +507,7 @@ impl Prober {
 }
 
 /// Does in user space what the programs do at the hook.
-fn serve(frame: &mut [u8], sessions: &dyn Sessions, socket: &PacketSocket) {
+fn serve(frame: &mut [u8], sessions: &dyn Sessions, socket: &PacketSocket, drops: &Drops) {
     let packet = parse(frame);
     let length = frame.len() as u32;
     // These answers come from the agent and end with it: no C.
@@ -500,7 +533,7 @@ fn serve(frame: &mut [u8], sessions: &dyn Sessions, socket: &PacketSocket) {
         }
         (Ok(_), _) => {}
         (Err(reason), _) => {
-            tracing::trace!(reason = reason.name(), "dropped on the management link");
+            drops.0[reason as usize].fetch_add(1, Ordering::Relaxed);
         }
     }
 }

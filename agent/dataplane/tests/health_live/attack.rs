@@ -1,14 +1,14 @@
 //! What others make up: spoofed, replayed, flooded. Counted, and nothing changes.
 
-use nsm_core::sbfd::State;
+use nsm_core::sbfd::{Proof, State};
 use nsm_ebpf_common::{
     management::{PROBES_AT_ONCE, PROBES_PER_SECOND},
     sbfd::frame::Role,
 };
 
 use super::support::{
-    Node, OUTER, TCX, Tap, World, addr, both_up, discriminator, eventually, pair, sandbox, sbfd_in,
-    sendable, within,
+    By, Node, OUTER, TCX, Tap, World, addr, both_up, discriminator, eventually, pair, sandbox,
+    sbfd_in, sendable, within,
 };
 
 /// Where things are in an inner frame over IPv4.
@@ -151,29 +151,34 @@ fn a_flood_of_probes_is_answered_at_a_bounded_rate() {
     });
 }
 
+async fn another_name(by: By) {
+    let world = World::new();
+    let nodes = [1, 2].map(|number| Node::start(&world, number, by));
+    let _known = nodes[1]
+        .health
+        .join(nodes[0].spec(4))
+        .await
+        .expect("joined");
+    let mut wrong = nodes[1].spec(4);
+    wrong.discriminator = discriminator(wrong.discriminator.get() ^ 1);
+    let peer = nodes[0].health.join(wrong).await.expect("joined");
+    let proof = peer.prove().await.expect("proof");
+    assert!(matches!(proof, Proof::Silent { .. }), "{proof:?}");
+    assert!(nodes[1].dropped("sbfd_unknown_discriminator") >= 1);
+    assert_eq!(peer.spec().address, addr("10.2.0.1"));
+    for node in nodes {
+        node.end().await;
+    }
+}
+
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
-fn a_reflector_of_another_name_is_not_answered() {
-    sandbox(|| async {
-        let world = World::new();
-        let nodes = [1, 2].map(|number| Node::start(&world, number, TCX));
-        let _known = nodes[1]
-            .health
-            .join(nodes[0].spec(4))
-            .await
-            .expect("joined");
-        let mut wrong = nodes[1].spec(4);
-        wrong.discriminator = discriminator(wrong.discriminator.get() ^ 1);
-        let peer = nodes[0].health.join(wrong).await.expect("joined");
-        let proof = peer.prove().await.expect("proof");
-        assert!(
-            matches!(proof, nsm_core::sbfd::Proof::Silent { .. }),
-            "{proof:?}"
-        );
-        assert!(nodes[1].dropped("sbfd_unknown_discriminator") >= 1);
-        assert_eq!(peer.spec().address, addr("10.2.0.1"));
-        for node in nodes {
-            node.end().await;
-        }
-    });
+fn a_probe_to_a_reflector_of_another_name_is_dropped_and_counted() {
+    sandbox(|| another_name(TCX));
+}
+
+#[test]
+#[ignore = "needs root: namespaces, VXLAN, packet sockets"]
+fn a_probe_to_a_reflector_of_another_name_is_dropped_and_counted_without_bpf() {
+    sandbox(|| another_name(By::UserSpace));
 }

@@ -246,13 +246,20 @@ impl Node {
     }
 
     pub(crate) fn drops(&self) -> Vec<(&'static str, u64)> {
-        let drops = self.bpf.as_ref().expect("BPF").drops().expect("drops");
+        let drops = match &self.bpf {
+            Some(bpf) => bpf.drops().expect("drops"),
+            None => self.health.drops(),
+        };
         drops.into_iter().filter(|(_, count)| *count != 0).collect()
     }
 
     /// How often one reason occurred.
     pub(crate) fn dropped(&self, reason: &str) -> u64 {
-        self.bpf.as_ref().expect("BPF").drops().expect("drops")[reason]
+        let is_it = |(name, _): &(&str, u64)| *name == reason;
+        self.drops()
+            .into_iter()
+            .find(is_it)
+            .map_or(0, |(_, count)| count)
     }
 
     /// The next time that the session changes to this state.
@@ -297,10 +304,16 @@ pub(crate) async fn join(nodes: &[Node; 2], family: u8) -> [Peer; 2] {
     ]
 }
 
-/// Both sessions are up.
+/// Both sessions are up. The probes of the one that joined first may all have come before the other knew it.
 pub(crate) async fn both_up(nodes: &mut [Node; 2], peers: &[Peer; 2]) {
     for (node, peer) in nodes.iter_mut().zip(peers) {
-        assert_eq!(peer.prove().await.expect("proof"), Proof::Reached);
+        eventually("a proof", async || {
+            match peer.prove().await.expect("proof") {
+                Proof::Reached => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
         node.becomes(State::Up).await;
     }
 }

@@ -1,0 +1,300 @@
+//! What the health plane of one node costs, and how fast answers come: a star of nodes in namespaces of its own, as JSON on
+//! standard output. Needs root.
+//!
+//!     health_cost [peers=50] [connections=10000] [seconds=20] [busy=0] [user-space]
+//!
+//! The node in the middle watches all peers, they watch it. Counted is the time of its two threads by the kernel's own account;
+//! what a probe does inside the kernel until its answer is back, in the peer's namespace too, is on the account of the thread that
+//! sent it, for all of this is one machine. `busy` processes spin meanwhile, each in a session of its own.
+
+use std::{
+    collections::HashMap,
+    env, fs,
+    net::IpAddr,
+    os::fd::{AsFd as _, AsRawFd as _},
+    process::{self, Child, Command, Stdio},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+};
+use nsm_core::{
+    sbfd::{Change, State, Timing},
+    vni::Vni,
+};
+use nsm_dataplane::{
+    bpf::{Bpf, BpfConfig},
+    health::{Event, Events, Health, HealthConfig, Peer, PeerSpec},
+    netns::Netns,
+};
+
+type Failure = Box<dyn std::error::Error>;
+
+struct Wanted {
+    peers: usize,
+    connections: usize,
+    seconds: u64,
+    busy: usize,
+    user_space: bool,
+}
+
+fn main() -> Result<(), Failure> {
+    let numbers: HashMap<String, usize> = env::args()
+        .skip(1)
+        .filter_map(|word| {
+            let (name, value) = word.split_once('=')?;
+            Some((name.to_owned(), value.parse().ok()?))
+        })
+        .collect();
+    let number = |name: &str, otherwise| numbers.get(name).copied().unwrap_or(otherwise);
+    let wanted = Wanted {
+        peers: number("peers", 50).clamp(1, 250),
+        connections: number("connections", 10_000),
+        seconds: number("seconds", 20) as u64,
+        busy: number("busy", 0),
+        user_space: env::args().any(|word| word == "user-space"),
+    };
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    mount(
+        Some("bpf"),
+        "/sys/fs/bpf",
+        Some("bpf"),
+        MsFlags::empty(),
+        none,
+    )?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(measure(&wanted))
+}
+
+struct Node {
+    number: usize,
+    _bpf: Option<Arc<Bpf>>,
+    health: Health,
+    events: Events,
+}
+
+async fn measure(wanted: &Wanted) -> Result<(), Failure> {
+    // The middle is node 0; its cables lead to all others.
+    let middle = netns()?;
+    let mut namespaces = Vec::new();
+    for number in 1..=wanted.peers {
+        let outer = netns()?;
+        within(&middle, || {
+            let path = format!("/proc/{}/fd/{}", process::id(), outer.as_fd().as_raw_fd());
+            ip(&format!(
+                "link add to{number} type veth peer name eth0 netns {path}"
+            ))?;
+            ip(&format!("addr add 10.1.{number}.254/24 dev to{number}"))?;
+            ip(&format!("link set to{number} up"))
+        })?;
+        within(&outer, || {
+            ip(&format!("addr add 10.1.{number}.1/24 dev eth0"))?;
+            ip("link set eth0 up")
+        })?;
+        namespaces.push(outer);
+    }
+    let interfaces = (1..=wanted.peers).map(|number| format!("to{number}"));
+    let before = threads()?;
+    let mut centre = start(wanted, &middle, 0, interfaces.collect())?;
+    let of_centre: Vec<String> = threads()?
+        .into_iter()
+        .filter(|thread| !before.contains(thread))
+        .collect();
+    let mut nodes = Vec::new();
+    for (number, netns) in (1..).zip(&namespaces) {
+        nodes.push(start(wanted, netns, number, vec!["eth0".to_owned()])?);
+    }
+    let mut guards: Vec<Peer> = Vec::new();
+    for node in &nodes {
+        let address = format!("10.1.{}.254", node.number);
+        guards.push(node.health.join(spec(&centre, address.parse()?)).await?);
+    }
+    for connection in 0..wanted.connections.max(nodes.len()) {
+        let node = &nodes[connection % nodes.len()];
+        let address: IpAddr = format!("10.1.{}.1", node.number).parse()?;
+        guards.push(centre.health.join(spec(node, address)).await?);
+    }
+    for guard in &guards {
+        guard.prove().await?;
+    }
+
+    let busy: Vec<Busy> = (0..wanted.busy)
+        .map(|_| Busy::start(wanted.seconds + 60))
+        .collect::<Result<_, _>>()?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    while centre.events.try_recv().is_ok() {}
+    let (start_ns, start) = (run_time(&of_centre)?, Instant::now());
+    let probes_before = centre.health.reports().await?;
+    tokio::time::sleep(Duration::from_secs(wanted.seconds)).await;
+    let spent = Duration::from_nanos(run_time(&of_centre)? - start_ns);
+    let took = start.elapsed();
+    let reports = centre.health.reports().await?;
+    drop(busy);
+
+    let mut alarms = 0;
+    while let Ok(event) = centre.events.try_recv() {
+        if let Event::Session {
+            change: Change::State { to, .. },
+            ..
+        } = event
+        {
+            alarms += usize::from(to != State::Up);
+        }
+    }
+    let sum = |reports: &[nsm_dataplane::health::Report]| -> u64 {
+        reports.iter().map(|report| report.probes).sum()
+    };
+    let probes = sum(&reports) - sum(&probes_before);
+    let micros = |value: Option<Duration>| value.map_or(f64::NAN, |v| v.as_nanos() as f64 / 1e3);
+    let mut p50: Vec<f64> = reports
+        .iter()
+        .map(|r| micros(r.statistics.rtt_p50))
+        .collect();
+    let mut p99: Vec<f64> = reports
+        .iter()
+        .map(|r| micros(r.statistics.rtt_p99))
+        .collect();
+    p50.sort_by(f64::total_cmp);
+    p99.sort_by(f64::total_cmp);
+    println!(
+        r#"{{"peers":{},"connections":{},"busy":{},"plane":"{:?}","realtime":{},"seconds":{:.1},"cpu_percent":{:.2},"probes_per_second":{:.0},"us_per_probe":{:.1},"rtt_p50_us":{:.1},"rtt_p99_us":{:.1},"rtt_p99_worst_peer_us":{:.1},"false_alarms":{alarms}}}"#,
+        reports.len(),
+        wanted.connections,
+        wanted.busy,
+        centre.health.plane(),
+        centre.health.has_realtime(),
+        took.as_secs_f64(),
+        100.0 * spent.as_secs_f64() / took.as_secs_f64(),
+        probes as f64 / took.as_secs_f64(),
+        spent.as_secs_f64() * 1e6 / probes as f64,
+        p50[p50.len() / 2],
+        p99[p99.len() / 2],
+        p99[p99.len() - 1],
+    );
+    drop(guards);
+    for node in nodes {
+        node.health.close().await?;
+    }
+    centre.health.close().await?;
+    Ok(())
+}
+
+fn start(
+    wanted: &Wanted,
+    netns: &Netns,
+    number: usize,
+    interfaces: Vec<String>,
+) -> Result<Node, Failure> {
+    let bpf = if wanted.user_space {
+        None
+    } else {
+        let config = BpfConfig {
+            pin_dir: format!("/sys/fs/bpf/node{number}").into(),
+            interfaces,
+            mount_bpffs: false,
+            ..BpfConfig::default()
+        };
+        Some(Arc::new(within(netns, || Ok(Bpf::load(&config)?))?))
+    };
+    let config = HealthConfig {
+        domain: "cost.example".to_owned(),
+        vni: Vni::MANAGEMENT,
+        port: 4789,
+        local: None,
+        timing: Timing::default(),
+        namespace: Some(netns.clone()),
+        orphan_grace: Duration::from_secs(60),
+    };
+    let (health, events) = Health::start(config, bpf.clone())?;
+    Ok(Node {
+        number,
+        _bpf: bpf,
+        health,
+        events,
+    })
+}
+
+fn spec(node: &Node, address: IpAddr) -> PeerSpec {
+    PeerSpec {
+        address,
+        port: 4789,
+        vni: Vni::MANAGEMENT,
+        discriminator: node.health.discriminator(),
+    }
+}
+
+/// A process that spins; ended with the value, and by itself if that never happens.
+struct Busy(Child);
+
+impl Busy {
+    fn start(seconds: u64) -> Result<Self, Failure> {
+        let mut command = Command::new("setsid");
+        let seconds = seconds.to_string();
+        command.args(["timeout", &seconds, "sh", "-c", "while :; do :; done"]);
+        Ok(Self(command.stdin(Stdio::null()).spawn()?))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        // TERM, which `timeout` hands on to what it runs.
+        let pid = self.0.id().to_string();
+        let _ = Command::new("kill").args(["-TERM", &pid]).status();
+        let _ = self.0.wait();
+    }
+}
+
+fn threads() -> Result<Vec<String>, Failure> {
+    // A thread that was just started may not be listed under its name yet.
+    thread::sleep(Duration::from_millis(20));
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc/self/task")? {
+        found.push(entry?.path().display().to_string());
+    }
+    Ok(found)
+}
+
+/// Nanoseconds on a processor (the first number of schedstat).
+fn run_time(threads: &[String]) -> Result<u64, Failure> {
+    let mut sum = 0;
+    for thread in threads {
+        let text = fs::read_to_string(format!("{thread}/schedstat"))?;
+        let first = text.split_whitespace().next().ok_or("no schedstat")?;
+        sum += first.parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
+fn netns() -> Result<Netns, Failure> {
+    let outer = Netns::current()?;
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    let new = Netns::current()?;
+    ip("link set lo up")?;
+    setns(outer.as_fd(), CloneFlags::CLONE_NEWNET)?;
+    Ok(new)
+}
+
+fn within<T>(netns: &Netns, act: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    let outer = Netns::current()?;
+    setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
+    let result = act();
+    setns(outer.as_fd(), CloneFlags::CLONE_NEWNET)?;
+    result
+}
+
+fn ip(words: &str) -> Result<(), Failure> {
+    let status = Command::new("ip").args(words.split_whitespace()).status()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("ip {words}: {status}").into())
+    }
+}
