@@ -39,7 +39,8 @@ impl ControlPlane {
     /// is still at work at the deadline.
     pub async fn close(&self, call: Call<Connection>) -> Result<(), RequestError> {
         let plane = self.clone();
-        tokio::spawn(async move {
+        // Boxed: see `request`.
+        tokio::spawn(Box::pin(async move {
             let mut connection = call.message;
             let (_, hop, _) = plane.enter(&mut connection, call.token)?;
             let turn = plane
@@ -53,7 +54,7 @@ impl ControlPlane {
                 plane.tear_down(&turn, deadline, Cause::Asked).await;
             }
             Ok(())
-        })
+        }))
         .await
         .unwrap_or(Err(RequestError::Internal))
     }

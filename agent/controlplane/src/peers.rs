@@ -260,7 +260,13 @@ impl Peers {
         let mut client =
             NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
         let request = self.outgoing(request, Some(deadline));
-        let response = call(&peer.url, "Request", deadline, client.request(request)).await?;
+        let response = call(
+            &peer.url,
+            "Request",
+            deadline,
+            Box::pin(client.request(request)),
+        )
+        .await?;
         Ok(response.into_inner())
     }
 
@@ -275,7 +281,13 @@ impl Peers {
         let mut client =
             NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
         let request = self.outgoing(connection, Some(deadline));
-        call(&peer.url, "Close", deadline, client.close(request)).await?;
+        call(
+            &peer.url,
+            "Close",
+            deadline,
+            Box::pin(client.close(request)),
+        )
+        .await?;
         Ok(())
     }
 

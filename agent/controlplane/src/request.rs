@@ -6,7 +6,7 @@ use std::{
 };
 
 use nsm_core::{
-    mechanism::{KERNEL, LOCAL, REMOTE, VXLAN, Vxlan},
+    mechanism::{KERNEL, LOCAL, Parameters, REMOTE, VXLAN, Vxlan},
     path::{Hop, Path},
     tunnel::LinkAlias,
     vni::Vni,
@@ -101,7 +101,8 @@ impl ControlPlane {
     /// See [`RequestError`]: nothing of a Request that fails is left on either side.
     pub async fn request(&self, call: Call<NetworkServiceRequest>) -> Result<Answer, RequestError> {
         let plane = self.clone();
-        tokio::spawn(plane.serve_request(call))
+        // Boxed, so that what is moved into the task is a pointer and not some ten kilobytes.
+        tokio::spawn(Box::pin(plane.serve_request(call)))
             .await
             .unwrap_or(Err(RequestError::Internal))
     }
@@ -166,8 +167,9 @@ impl ControlPlane {
             previous.token = token;
             previous.expires = Some(expires);
         }
-        let fresh_id = own_id(&path, &self.shared.settings.name);
-        let hop = path.descend(&connection.id, &self.shared.settings.name, || fresh_id)?;
+        let name = &self.shared.settings.name;
+        let fresh_id = (!path.knows(name)).then(|| own_id(&path, name));
+        let hop = path.descend(&connection.id, name, || fresh_id.unwrap_or_default())?;
         let previous = hop
             .previous
             .and_then(|at| path.segments.get(at as usize))
@@ -254,23 +256,20 @@ impl ControlPlane {
         for _ in 0..MAX_VNIS {
             let request = self.offer(ask, route, &case, next_mechanism.take()).await?;
             let sent_source = source(&request);
-            let reply = match self
-                .shared
-                .peers
-                .request(&peer, request.clone(), ask.deadline)
-                .await
-            {
+            let asked = self.shared.peers.request(&peer, request, ask.deadline);
+            let mut reply = match asked.await {
                 Ok(reply) => reply,
                 Err(error) => {
                     // It may have done its part all the same.
                     if error.may_have_been_granted() && !stood_there {
-                        self.undo_at(&peer, request.connection.unwrap_or_default(), &ask.turn);
+                        let undo = undo_connection(ask, route, Connection::default());
+                        self.undo_at(&peer, undo, &ask.turn);
                     }
                     return Err(error);
                 }
             };
             let accepted = self
-                .accept(ask, route, &case, reply.clone(), sent_source, prior)
+                .accept(ask, route, &case, &mut reply, sent_source, prior)
                 .await;
             match accepted {
                 Ok(established) => return Ok(established),
@@ -368,23 +367,24 @@ impl ControlPlane {
         })
     }
 
-    /// Checks the next hop's reply and makes this node's part of it real.
+    /// Checks the next hop's reply and makes this node's part of it real. A reply that is not taken keeps what it says of path and
+    /// mechanism, by which it is undone.
     async fn accept(
         &self,
         ask: &Ask,
         route: &Route,
         case: &Case,
-        mut reply: Connection,
+        reply: &mut Connection,
         sent_source: Option<String>,
         prior: Option<&Established>,
     ) -> Result<Established, RequestError> {
-        check(ask, route, case, &reply)?;
-        self.cross_reply(route, reply.mechanism.as_mut(), sent_source.as_deref());
-        let next_mechanism = reply.mechanism.take();
+        check(ask, route, case, reply)?;
+        let mut next_mechanism = reply.mechanism.clone();
+        self.cross_reply(route, next_mechanism.as_mut(), sent_source.as_deref());
+        let none = Parameters::new();
         let parameters = next_mechanism
             .as_ref()
-            .map(|mechanism| mechanism.parameters.clone())
-            .unwrap_or_default();
+            .map_or(&none, |mechanism| &mechanism.parameters);
         let wrong = |error: &dyn std::fmt::Display| bad_answer(route, error.to_string());
         let id = &ask.connection.id;
         let context = reply.context.get_or_insert_default();
@@ -396,7 +396,7 @@ impl ControlPlane {
                 (next_mechanism.clone(), None, None)
             }
             Case::PodToPod(client, mechanism) => {
-                let endpoint = self.endpoint_pod(route, &parameters).await?;
+                let endpoint = self.endpoint_pod(route, parameters).await?;
                 set_mac(context, End::Endpoint, &mac(id, "endpoint"));
                 let name = interface(&client.kernel, id);
                 let plan = Ends::parse(self.alias(id)?, context)
@@ -412,7 +412,7 @@ impl ControlPlane {
                 (Some(mechanism), Some(plan), None)
             }
             Case::PodToTunnel(client, mechanism) => {
-                let vxlan = Vxlan::parse(&parameters).map_err(|error| wrong(&error))?;
+                let vxlan = Vxlan::parse(parameters).map_err(|error| wrong(&error))?;
                 let (Some(vni), Some(remote)) = (vxlan.vni, vxlan.dst_ip) else {
                     return Err(wrong(&"its VXLAN mechanism lacks vni or dst_ip"));
                 };
@@ -441,7 +441,7 @@ impl ControlPlane {
                 (Some(mechanism), Some(plan), Some(vni))
             }
             Case::TunnelToPod(vxlan, mechanism) => {
-                let endpoint = self.endpoint_pod(route, &parameters).await?;
+                let endpoint = self.endpoint_pod(route, parameters).await?;
                 set_mac(context, End::Endpoint, &mac(id, "endpoint"));
                 let (mechanism, plan, vni) = self
                     .answer_tunnel(id, vxlan, mechanism, &endpoint, context, route, prior)
@@ -449,17 +449,16 @@ impl ControlPlane {
                 (Some(mechanism), Some(plan), Some(vni))
             }
         };
-        reply.id.clone_from(id);
-        reply
-            .network_service
+        let mut view = std::mem::take(reply);
+        view.id.clone_from(id);
+        view.network_service
             .clone_from(&ask.connection.network_service);
-        reply
-            .network_service_endpoint_name
+        view.network_service_endpoint_name
             .clone_from(&route.endpoint_told);
-        reply.mechanism = client_mechanism;
-        reply.set_state(State::Up);
+        view.mechanism = client_mechanism;
+        view.set_state(State::Up);
         Ok(Established {
-            view: reply,
+            view,
             route: route.clone(),
             next_mechanism,
             plan: plan.map(Plan::without_descriptors),
@@ -478,15 +477,13 @@ impl ControlPlane {
         asked_id: String,
     ) -> Answer {
         let id = turn.id();
+        let mut connection = established.view.clone();
+        connection.id = asked_id;
+        if let Some(path) = &mut connection.path {
+            path.index = hop.previous.unwrap_or_default();
+        }
         let answer = Answer {
-            connection: Connection {
-                id: asked_id,
-                path: established.view.path.clone().map(|mut path| {
-                    path.index = hop.previous.unwrap_or_default();
-                    path
-                }),
-                ..established.view.clone()
-            },
+            connection,
             resolution: established.route.resolution.clone(),
             next_mechanism: established
                 .next_mechanism

@@ -182,10 +182,7 @@ impl Path {
         let previous = self.index;
         let own = self.check_sender(connection_id)?;
         // In range: the sender's segment exists at `own - 1`.
-        let known = self
-            .segments
-            .get(own)
-            .is_some_and(|segment| segment.name == own_name && !segment.id.is_empty());
+        let known = self.knows(own_name);
         if !known {
             let segment = Segment {
                 name: own_name.to_owned(),
@@ -245,6 +242,15 @@ impl Path {
         Ok(own)
     }
 
+    /// Whether the segment after the sender's is of `own_name`, with an id: [`Path::descend`] then needs no new one.
+    #[must_use]
+    pub fn knows(&self, own_name: &str) -> bool {
+        usize::try_from(self.index)
+            .ok()
+            .and_then(|sender| self.segments.get(sender.checked_add(1)?))
+            .is_some_and(|segment| segment.name == own_name && !segment.id.is_empty())
+    }
+
     /// A server's step on the way up: the index is the sender's again. The hop that began the path stays where it is.
     pub fn ascend(&mut self, hop: &Hop) {
         self.index = hop.previous.unwrap_or(hop.index);
@@ -280,44 +286,54 @@ impl Path {
 /// # Errors
 /// One variant for each fault; the caller closes the connection downstream.
 pub fn check_reply(sent: &Path, reply: &Path) -> Result<(), PathError> {
-    if reply.index != sent.index {
+    let segments = reply.segments.iter();
+    check_reply_of(
+        sent,
+        reply.index,
+        segments.map(|segment| (segment.name.as_str(), segment.id.as_str())),
+    )
+}
+
+/// As [`check_reply`], of a reply's index, and its segments' names and ids.
+///
+/// # Errors
+/// As [`check_reply`].
+pub fn check_reply_of<'a>(
+    sent: &Path,
+    index: u32,
+    segments: impl ExactSizeIterator<Item = (&'a str, &'a str)>,
+) -> Result<(), PathError> {
+    if index != sent.index {
         return Err(PathError::ReplyIndex {
             sent: sent.index,
-            got: reply.index,
+            got: index,
         });
     }
-    if reply.segments.len() > MAX_SEGMENTS {
-        return Err(PathError::TooLong(reply.segments.len()));
+    let count = segments.len();
+    if count > MAX_SEGMENTS {
+        return Err(PathError::TooLong(count));
     }
     let needed = usize::try_from(sent.index)
         .unwrap_or(usize::MAX)
         .saturating_add(1);
-    if reply.segments.len() < needed {
-        return Err(PathError::ReplyTruncated {
-            needed,
-            got: reply.segments.len(),
-        });
+    if count < needed {
+        return Err(PathError::ReplyTruncated { needed, got: count });
     }
-    for (index, (ours, theirs)) in sent
-        .segments
-        .iter()
-        .zip(&reply.segments)
-        .take(needed)
-        .enumerate()
-    {
-        if ours.name != theirs.name {
+    let both = sent.segments.iter().zip(segments).take(needed);
+    for (index, (ours, (name, id))) in both.enumerate() {
+        if ours.name != name {
             return Err(PathError::ReplyName {
                 index,
                 sent: ours.name.clone(),
-                got: theirs.name.clone(),
+                got: name.to_owned(),
             });
         }
-        if ours.id != theirs.id {
+        if ours.id != id {
             return Err(PathError::ReplyId {
                 index,
                 name: ours.name.clone(),
                 sent: ours.id.clone(),
-                got: theirs.id.clone(),
+                got: id.to_owned(),
             });
         }
     }

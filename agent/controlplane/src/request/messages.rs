@@ -2,7 +2,7 @@
 
 use nsm_core::{
     mechanism::{INODE_URL, IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN},
-    path::{Path, check_reply},
+    path::{Path, check_reply_of},
     tunnel::MacAddr,
 };
 use nsm_proto::{
@@ -138,8 +138,17 @@ pub(super) fn check(
             ),
         ));
     }
-    let path = convert::path(reply.path.clone().unwrap_or_default());
-    check_reply(&ask.path, &path).map_err(|error| bad_answer(route, error.to_string()))?;
+    let (index, segments) = reply
+        .path
+        .as_ref()
+        .map_or((0, &[][..]), |path| (path.index, &path.path_segments));
+    let segments = segments.iter();
+    check_reply_of(
+        &ask.path,
+        index,
+        segments.map(|segment| (segment.name.as_str(), segment.id.as_str())),
+    )
+    .map_err(|error| bad_answer(route, error.to_string()))?;
     let chosen = reply.mechanism.as_ref();
     let chosen = chosen.filter(|mechanism| !mechanism.r#type.is_empty());
     let (cls, r#type) = match case {
