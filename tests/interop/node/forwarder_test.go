@@ -101,8 +101,14 @@ func (n *node) startNSMgr(t *testing.T) {
 // endpoint starts an endpoint on the node.
 func (n *node) endpoint(t *testing.T) *pod {
 	t.Helper()
+	return n.endpointOf(t, "nse", prefix)
+}
+
+// endpointOf starts an endpoint of a name of its own, that gives addresses of prefix.
+func (n *node) endpointOf(t *testing.T, name, prefix string) *pod {
+	t.Helper()
 	serving := startPod(t, podConfig{
-		Role: endpointRole, Name: "nse", NSMgr: n.nsmgr.NSMgr, Service: service,
+		Role: endpointRole, Name: name, NSMgr: n.nsmgr.NSMgr, Service: service,
 		Dir: openDir(t), Prefix: prefix,
 	}, placement{})
 	require.Empty(t, serving.next().Error)

@@ -26,6 +26,7 @@ import (
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/endpoint"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/nsmgr"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/authorize"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/heal"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/kernel"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/recvfd"
@@ -232,10 +233,14 @@ func (p *pod) netns() string {
 // pings sends a packet to the address and waits for its answer.
 func (p *pod) pings(address string) {
 	p.t.Helper()
+	output, err := p.ping(address)
+	require.NoError(p.t, err, "%s", output)
+}
+
+func (p *pod) ping(address string) ([]byte, error) {
 	host, _, _ := strings.Cut(address, "/")
 	command := harness.InNetns(p.netns(), exec.Command("ping", "-n", "-c", "1", "-W", "2", host))
-	output, err := command.CombinedOutput()
-	require.NoError(p.t, err, "%s", output)
+	return command.CombinedOutput()
 }
 
 // links are the names of the pod's links but for its loopback.
@@ -318,6 +323,7 @@ func runClient(ctx context.Context, config podConfig) error {
 		client.WithName(config.Name),
 		client.WithClientURL(manager),
 		client.WithAuthorizeClient(authorize.NewClient(authorize.Any())),
+		client.WithHealClient(heal.NewClient(ctx)),
 		client.WithDialOptions(sandbox.DialOptions()...),
 		client.WithDialTimeout(sandbox.DialTimeout),
 		client.WithAdditionalFunctionality(elements...),

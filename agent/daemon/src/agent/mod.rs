@@ -53,7 +53,7 @@ const MANAGEMENT_VNI: u32 = 1;
 /// is decided by who it is and what it passes. The socket's folder can narrow that.
 const OPEN_TO_ALL: u32 = 0o666;
 
-/// The admin socket's mode.
+/// The mode of the admin socket, and of the forwarder's: an NSMgr is root, and its word is taken.
 const OWN_USER_ONLY: u32 = 0o600;
 
 /// How long closing all connections may take. Kubernetes waits 30 s before it kills.
@@ -334,8 +334,8 @@ impl Sockets {
             false => None,
         };
         if let (Some(_), ListenUrl::Unix(path)) = (&forwarder, &listen.forwarder) {
-            set_mode(path, OPEN_TO_ALL)
-                .context("cannot open the forwarder's socket to the NSMgr")?;
+            set_mode(path, OWN_USER_ONLY)
+                .context("cannot restrict the forwarder's socket to root")?;
         }
         let admin = bind("listen.admin", &listen.admin).await?;
         if let ListenUrl::Unix(path) = &listen.admin {
