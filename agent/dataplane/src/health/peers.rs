@@ -214,6 +214,11 @@ impl Peers {
         }
         self.hook_links()?;
         self.forget_strays();
+        // What an earlier agent saw is not news.
+        if let Some(bpf) = &self.bpf {
+            let seen = bpf.foreign_vnis()?.into_iter();
+            self.foreign = seen.map(|vni| ((vni.vni, vni.peer), vni.packets)).collect();
+        }
         Ok(())
     }
 

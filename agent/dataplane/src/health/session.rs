@@ -173,6 +173,8 @@ impl PeerSession {
         let session = sessions.slot(self.slot);
         self.read_stamps(session);
         self.machine.handle_deadline(now);
+        // Before anything is sent: the answer may be there before the next line is.
+        self.ask_to_be_woken(session, now);
         self.transmit(now, session, around);
         while let Some(change) = self.machine.poll_change() {
             self.tell(change, now, around);
@@ -187,9 +189,7 @@ impl PeerSession {
         let snapshot = self.machine.snapshot(now);
         let up = snapshot.state == State::Up;
         self.entry.cell.up.store(up, Ordering::Relaxed);
-        // Up, answers are seen in time at the next deadline.
-        let eager = !up || !self.proofs.is_empty();
-        session.wake.store(eager.into());
+        self.ask_to_be_woken(session, now);
         let silence = snapshot.silent_since.map(|since| now.since(since));
         let is_overdue = silence.is_some_and(|silence| silence > snapshot.rto);
         if up && !is_overdue && now.since(self.noted) >= NOTE_STAGES {
@@ -197,6 +197,13 @@ impl PeerSession {
             self.noted = now;
         }
         self.due = self.machine.poll_deadline().at;
+    }
+
+    /// Answers wake the thread while somebody waits for one. When the path is up they are seen in time at the next deadline.
+    fn ask_to_be_woken(&self, session: &Session, now: Monotonic) {
+        let up = self.machine.snapshot(now).state == State::Up;
+        let eager = !up || !self.proofs.is_empty();
+        session.wake.store(eager.into());
     }
 
     fn read_stamps(&mut self, session: &Session) {
