@@ -7,32 +7,19 @@
 //! what a probe does inside the kernel until its answer is back, in the peer's namespace too, is on the account of the thread that
 //! sent it, for all of this is one machine. `busy` processes spin meanwhile, each in a session of its own.
 
+mod world;
+
 use std::{
-    collections::HashMap,
     env, fs,
     net::IpAddr,
     os::fd::{AsFd as _, AsRawFd as _},
-    process::{self, Child, Command, Stdio},
-    sync::Arc,
-    thread,
+    process, thread,
     time::{Duration, Instant},
 };
 
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, setns, unshare},
-};
-use nsm_core::{
-    sbfd::{Change, State, Timing},
-    vni::Vni,
-};
-use nsm_dataplane::{
-    bpf::{Bpf, BpfConfig},
-    health::{Event, Events, Health, HealthConfig, Peer, PeerSpec},
-    netns::Netns,
-};
-
-type Failure = Box<dyn std::error::Error>;
+use nsm_core::sbfd::{Change, State};
+use nsm_dataplane::health::{Event, Peer, Report};
+use world::{Busy, Failure, ip, netns, number, sandbox, spec, start, within};
 
 struct Wanted {
     peers: usize,
@@ -43,14 +30,6 @@ struct Wanted {
 }
 
 fn main() -> Result<(), Failure> {
-    let numbers: HashMap<String, usize> = env::args()
-        .skip(1)
-        .filter_map(|word| {
-            let (name, value) = word.split_once('=')?;
-            Some((name.to_owned(), value.parse().ok()?))
-        })
-        .collect();
-    let number = |name: &str, otherwise| numbers.get(name).copied().unwrap_or(otherwise);
     let wanted = Wanted {
         peers: number("peers", 50).clamp(1, 250),
         connections: number("connections", 10_000),
@@ -58,27 +37,7 @@ fn main() -> Result<(), Failure> {
         busy: number("busy", 0),
         user_space: env::args().any(|word| word == "user-space"),
     };
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
-    let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-    mount(
-        Some("bpf"),
-        "/sys/fs/bpf",
-        Some("bpf"),
-        MsFlags::empty(),
-        none,
-    )?;
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(measure(&wanted))
-}
-
-struct Node {
-    number: usize,
-    _bpf: Option<Arc<Bpf>>,
-    health: Health,
-    events: Events,
+    sandbox(measure(&wanted))
 }
 
 async fn measure(wanted: &Wanted) -> Result<(), Failure> {
@@ -103,24 +62,29 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
     }
     let interfaces = (1..=wanted.peers).map(|number| format!("to{number}"));
     let before = threads()?;
-    let mut centre = start(wanted, &middle, 0, interfaces.collect())?;
+    let mut centre = start(wanted.user_space, &middle, 0, interfaces.collect())?;
     let of_centre: Vec<String> = threads()?
         .into_iter()
         .filter(|thread| !before.contains(thread))
         .collect();
     let mut nodes = Vec::new();
     for (number, netns) in (1..).zip(&namespaces) {
-        nodes.push(start(wanted, netns, number, vec!["eth0".to_owned()])?);
+        nodes.push(start(
+            wanted.user_space,
+            netns,
+            number,
+            vec!["eth0".to_owned()],
+        )?);
     }
     let mut guards: Vec<Peer> = Vec::new();
-    for node in &nodes {
-        let address = format!("10.1.{}.254", node.number);
+    for (number, node) in (1..).zip(&nodes) {
+        let address = format!("10.1.{number}.254");
         guards.push(node.health.join(spec(&centre, address.parse()?)).await?);
     }
     for connection in 0..wanted.connections.max(nodes.len()) {
-        let node = &nodes[connection % nodes.len()];
-        let address: IpAddr = format!("10.1.{}.1", node.number).parse()?;
-        guards.push(centre.health.join(spec(node, address)).await?);
+        let at = connection % nodes.len();
+        let address: IpAddr = format!("10.1.{}.1", at + 1).parse()?;
+        guards.push(centre.health.join(spec(&nodes[at], address)).await?);
     }
     for guard in &guards {
         guard.prove().await?;
@@ -149,9 +113,7 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
             alarms += usize::from(to != State::Up);
         }
     }
-    let sum = |reports: &[nsm_dataplane::health::Report]| -> u64 {
-        reports.iter().map(|report| report.probes).sum()
-    };
+    let sum = |reports: &[Report]| -> u64 { reports.iter().map(|report| report.probes).sum() };
     let probes = sum(&reports) - sum(&probes_before);
     let micros = |value: Option<Duration>| value.map_or(f64::NAN, |v| v.as_nanos() as f64 / 1e3);
     let mut p50: Vec<f64> = reports
@@ -187,71 +149,6 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
     Ok(())
 }
 
-fn start(
-    wanted: &Wanted,
-    netns: &Netns,
-    number: usize,
-    interfaces: Vec<String>,
-) -> Result<Node, Failure> {
-    let bpf = if wanted.user_space {
-        None
-    } else {
-        let config = BpfConfig {
-            pin_dir: format!("/sys/fs/bpf/node{number}").into(),
-            interfaces,
-            mount_bpffs: false,
-            ..BpfConfig::default()
-        };
-        Some(Arc::new(within(netns, || Ok(Bpf::load(&config)?))?))
-    };
-    let config = HealthConfig {
-        domain: "cost.example".to_owned(),
-        vni: Vni::MANAGEMENT,
-        port: 4789,
-        local: None,
-        timing: Timing::default(),
-        namespace: Some(netns.clone()),
-        orphan_grace: Duration::from_secs(60),
-    };
-    let (health, events) = Health::start(config, bpf.clone())?;
-    Ok(Node {
-        number,
-        _bpf: bpf,
-        health,
-        events,
-    })
-}
-
-fn spec(node: &Node, address: IpAddr) -> PeerSpec {
-    PeerSpec {
-        address,
-        port: 4789,
-        vni: Vni::MANAGEMENT,
-        discriminator: node.health.discriminator(),
-    }
-}
-
-/// A process that spins; ended with the value, and by itself if that never happens.
-struct Busy(Child);
-
-impl Busy {
-    fn start(seconds: u64) -> Result<Self, Failure> {
-        let mut command = Command::new("setsid");
-        let seconds = seconds.to_string();
-        command.args(["timeout", &seconds, "sh", "-c", "while :; do :; done"]);
-        Ok(Self(command.stdin(Stdio::null()).spawn()?))
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        // TERM, which `timeout` hands on to what it runs.
-        let pid = self.0.id().to_string();
-        let _ = Command::new("kill").args(["-TERM", &pid]).status();
-        let _ = self.0.wait();
-    }
-}
-
 fn threads() -> Result<Vec<String>, Failure> {
     // A thread that was just started may not be listed under its name yet.
     thread::sleep(Duration::from_millis(20));
@@ -271,30 +168,4 @@ fn run_time(threads: &[String]) -> Result<u64, Failure> {
         sum += first.parse::<u64>()?;
     }
     Ok(sum)
-}
-
-fn netns() -> Result<Netns, Failure> {
-    let outer = Netns::current()?;
-    unshare(CloneFlags::CLONE_NEWNET)?;
-    let new = Netns::current()?;
-    ip("link set lo up")?;
-    setns(outer.as_fd(), CloneFlags::CLONE_NEWNET)?;
-    Ok(new)
-}
-
-fn within<T>(netns: &Netns, act: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
-    let outer = Netns::current()?;
-    setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
-    let result = act();
-    setns(outer.as_fd(), CloneFlags::CLONE_NEWNET)?;
-    result
-}
-
-fn ip(words: &str) -> Result<(), Failure> {
-    let status = Command::new("ip").args(words.split_whitespace()).status()?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("ip {words}: {status}").into())
-    }
 }
