@@ -123,6 +123,7 @@ impl ControlPlane {
                 "a link could not be deleted; it is collected when the agent starts again"
             );
         }
+        self.leave_path_of(id, established);
         if let Some(vni) = established.vni {
             lock(&self.shared.vnis).release(vni, SystemTime::now());
         }

@@ -18,7 +18,7 @@ use nsm_core::vni::Vni;
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::{sync::OwnedMutexGuard, time::Instant};
 
-use crate::{error::RequestError, forwarder::Plan, route::Route};
+use crate::{error::RequestError, forwarder::Plan, health::PathState, route::Route};
 
 /// A connection that a Request made and a Close or its expiry will take away.
 #[derive(Debug, Clone)]
@@ -36,6 +36,8 @@ pub(crate) struct Established {
     pub(crate) vni: Option<Vni>,
     /// When the previous hop's token ends, and with it the connection.
     pub(crate) expires: SystemTime,
+    /// What is known of the way that its packets take.
+    pub(crate) path: PathState,
 }
 
 /// What an event makes of an established connection; `None` when it changes nothing.

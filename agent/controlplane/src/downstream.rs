@@ -7,7 +7,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use nsm_core::path::MAX_SEGMENTS;
+use nsm_core::{health::Published, path::MAX_SEGMENTS};
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector, PathSegment, State,
 };
@@ -130,32 +130,60 @@ impl ControlPlane {
     /// that succeeds too, so their last word is true whatever ours was meanwhile.
     fn apply(&self, id: &str, change: Change) {
         let monitors = self.shared.monitors.clone();
+        self.apply_and(id, change, move |view| {
+            monitors.publish(ConnectionEventType::Update, view);
+        });
+    }
+
+    /// As [`Self::apply`], with another way to tell. What is known of the path is looked at each time: an event that waits is
+    /// replaced by the next one, and with it may go the word that the path has changed.
+    pub(crate) fn apply_and(
+        &self,
+        id: &str,
+        change: Change,
+        tell: impl FnOnce(&Connection) + Send + 'static,
+    ) {
+        let plane = self.clone();
         let patience = 2 * self.shared.settings.request_timeout;
         let connections = &self.shared.connections;
         connections.on_event(id, patience, change, move |turn, change| {
-            if let Some(changed) = turn.current().and_then(|established| change(&established)) {
+            let Some(current) = turn.current() else {
+                return;
+            };
+            let changed = change(&current);
+            let settled = plane.with_health(changed.as_ref().unwrap_or(&current));
+            if let Some(changed) = settled.or(changed) {
                 let changed = Arc::new(changed);
                 turn.set(Some(Arc::clone(&changed)));
-                monitors.publish(ConnectionEventType::Update, &changed.view);
+                tell(&changed.view);
             }
         });
     }
 }
 
 fn down(established: &Established) -> Option<Established> {
-    if established.view.state() == State::Down {
+    told(established, State::Down)
+}
+
+/// The connection when the next hop tells this of it; `None` when that is nothing new.
+fn told(established: &Established, state: State) -> Option<Established> {
+    if established.path.told == state {
         return None;
     }
     let mut changed = established.clone();
-    changed.view.set_state(State::Down);
+    changed.path.told = state;
+    // A path that is down stays so, whatever is told.
+    if !changed.path_is_down() || changed.path.granted_down {
+        changed.view.set_state(state);
+    }
     Some(changed)
 }
 
 /// Our view with what the next hop tells in it; `None` when that is nothing new. Fresh tokens
-/// alone are no news: every refresh brings them down the path by itself.
+/// alone are no news: every refresh brings them down the path by itself. Health is.
 fn merge(
     established: &Established,
-    told: &Connection,
+    news: &Connection,
     index: u32,
     kind: ConnectionEventType,
 ) -> Option<Established> {
@@ -165,16 +193,21 @@ fn merge(
     }
     let state = match kind {
         ConnectionEventType::Delete => State::Down,
-        _ => told.state(),
+        _ => news.state(),
     };
     // What is above is ours and our callers' to say.
-    let below = below(told, index);
-    let same_path = ids(below).eq(ids(self::below(view, index)));
-    if below.len() + index as usize >= MAX_SEGMENTS || (state == view.state() && same_path) {
+    let below = below(news, index);
+    let known = self::below(view, index);
+    let same_path = ids(below).eq(ids(known))
+        && below
+            .iter()
+            .zip(known)
+            .all(|(told, known)| Published::is_same(&told.metrics, &known.metrics));
+    if below.len() + index as usize >= MAX_SEGMENTS || (state == established.path.told && same_path)
+    {
         return None;
     }
-    let mut changed = established.clone();
-    changed.view.set_state(state);
+    let mut changed = told(established, state).unwrap_or_else(|| established.clone());
     if !same_path && let Some(path) = &mut changed.view.path {
         path.path_segments.truncate(index as usize + 1);
         path.path_segments.extend_from_slice(below);

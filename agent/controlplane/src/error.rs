@@ -143,6 +143,16 @@ pub enum RequestError {
         /// The code of the last failure.
         code: Code,
     },
+    /// The path of the tunnel's packets to the peer could not be proved, and the policy wants it proved.
+    #[error(
+        "{url} granted the connection, but {evidence}; `reachability: require` refuses it then"
+    )]
+    Unproven {
+        /// The peer's URL.
+        url: String,
+        /// What was seen.
+        evidence: String,
+    },
     /// The dataplane could not do its part.
     #[error(transparent)]
     Forwarder(#[from] ForwarderError),
@@ -200,7 +210,7 @@ impl RequestError {
             | Self::Mechanism(_) => Code::InvalidArgument,
             Self::Expired { .. } => Code::Unauthenticated,
             Self::Resolve(error) => Status::from(error.clone()).code(),
-            Self::Dial(_) | Self::Draining => Code::Unavailable,
+            Self::Dial(_) | Self::Draining | Self::Unproven { .. } => Code::Unavailable,
             Self::NoService { .. }
             | Self::NoEndpoint { .. }
             | Self::NoSuchEndpoint { .. }
@@ -238,7 +248,10 @@ impl RequestError {
     /// Whether another endpoint of the same service may do better.
     pub(crate) fn is_about_the_endpoint(&self) -> bool {
         match self {
-            Self::Dial(_) | Self::BadAnswer { .. } | Self::VniTaken { .. } => true,
+            Self::Dial(_)
+            | Self::BadAnswer { .. }
+            | Self::VniTaken { .. }
+            | Self::Unproven { .. } => true,
             Self::Refused { code, .. } => !matches!(
                 code,
                 Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated

@@ -7,8 +7,11 @@
 use std::{fmt, net::IpAddr};
 
 use nsm_core::{
+    health::Health,
     mechanism::NetnsUrl,
+    sbfd::Discriminator,
     tunnel::{LinkSpec, VxlanSpec},
+    vni::Vni,
 };
 use tonic::Code;
 
@@ -148,4 +151,79 @@ pub trait Forwarder: Send + Sync + 'static {
 
     /// What passed through the plan's tunnel so far; `None` where nothing counts.
     async fn counters(&self, plan: &Plan) -> Option<Counters>;
+
+    /// What proves and watches the paths to other nodes; `None` where nothing does.
+    fn prober(&self) -> Option<&dyn Prober> {
+        None
+    }
+}
+
+/// An S-BFD reflector, as the two ends of a tunnel tell each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reflector {
+    /// What probes to it carry.
+    pub discriminator: Discriminator,
+    /// The VNI that they travel in (RFC 8971).
+    pub vni: Vni,
+}
+
+/// A peer whose path is to be watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerSpec {
+    /// Where tunnels to it go.
+    pub address: IpAddr,
+    /// The UDP port of its tunnels.
+    pub port: u16,
+    /// Its reflector.
+    pub reflector: Reflector,
+    /// The MTU that tunnels to it would like to have, bytes.
+    pub mtu: u32,
+}
+
+/// What a prober tells unasked.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum PathEvent {
+    /// The health of the path to a peer, or the MTU of that path, has changed.
+    Changed(Health),
+    /// A VNI of a known peer's came in that is no tunnel of this node.
+    ForeignVni {
+        /// The peer.
+        peer: IpAddr,
+        /// The VNI.
+        vni: Vni,
+    },
+}
+
+/// Why a peer cannot be watched.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("the path to {peer} cannot be watched: {cause}")]
+pub struct WatchError {
+    /// The peer's address.
+    pub peer: IpAddr,
+    /// What is in the way, and what can be done.
+    pub cause: String,
+}
+
+/// The node's sessions with other nodes: one a peer, shared by all connections that go there.
+#[tonic::async_trait]
+pub trait Prober: Send + Sync + 'static {
+    /// This node's own reflector.
+    fn reflector(&self) -> Reflector;
+
+    /// Counts connection `user` in as one that needs the path to `peer` watched; idempotent. When this returns, probes of the
+    /// peer are answered.
+    async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError>;
+
+    /// Counts the connection out; a success when it is not counted.
+    fn leave(&self, user: &str, peer: IpAddr);
+
+    /// Proves the path to a peer that somebody has joined: at once when it is up already, else by a few probes. What is known
+    /// after that, or now where nobody has joined.
+    async fn prove(&self, peer: IpAddr) -> Option<Health>;
+
+    /// The health of the path to a peer that somebody has joined.
+    fn health(&self, peer: IpAddr) -> Option<Health>;
+
+    /// The next event. One caller at a time.
+    async fn next_event(&self) -> PathEvent;
 }

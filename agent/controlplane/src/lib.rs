@@ -19,6 +19,7 @@ mod downstream;
 pub mod error;
 mod expiry;
 pub mod forwarder;
+pub mod health;
 mod metrics;
 mod monitor;
 mod path_header;

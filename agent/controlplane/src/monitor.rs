@@ -25,6 +25,9 @@ use crate::connections::{Established, lock};
 /// each of its connections of one peer; the subscriber of a single connection never comes near.
 const BACKLOG: usize = 1024;
 
+/// Connections that are told of in one event: some 2 KiB each, and no message is to come near the limits of those who read it.
+const TOGETHER: usize = 32;
+
 type Sender = mpsc::Sender<Result<ConnectionEvent, Status>>;
 
 /// Metadata of MonitorConnections by which the hop that its selector names says: what I asked for
@@ -140,6 +143,49 @@ impl Monitors {
         self.publish_but_to(None, kind, connection);
     }
 
+    /// Tells everyone who asked for it what became of many connections at once: in as few events as messages may be large, for a
+    /// subscriber that follows thousands of connections would be cut off by as many events.
+    pub(crate) fn publish_all(&self, kind: ConnectionEventType, connections: &[Connection]) {
+        let mut subscribers = lock(&self.subscribers);
+        let mut news: BTreeMap<(String, u64), Vec<&Connection>> = BTreeMap::new();
+        for connection in connections {
+            for segment in segments(connection) {
+                let Some(listeners) = subscribers.by_segment.get(segment) else {
+                    continue;
+                };
+                for (number, subscriber) in listeners {
+                    if matches(&subscriber.selector, connection) {
+                        let key = (segment.to_owned(), *number);
+                        news.entry(key).or_default().push(connection);
+                    }
+                }
+            }
+        }
+        for ((segment, number), connections) in news {
+            let Some(listeners) = subscribers.by_segment.get_mut(&segment) else {
+                continue;
+            };
+            let reads = listeners.get(&number).is_some_and(|subscriber| {
+                connections.chunks(TOGETHER).all(|chunk| {
+                    let connections = chunk.iter().map(|it| (it.id.clone(), (*it).clone()));
+                    send(
+                        subscriber,
+                        ConnectionEvent {
+                            r#type: kind.into(),
+                            connections: connections.collect(),
+                        },
+                    )
+                })
+            });
+            if !reads {
+                listeners.remove(&number);
+                if listeners.is_empty() {
+                    subscribers.by_segment.remove(&segment);
+                }
+            }
+        }
+    }
+
     /// Tells everyone but the previous hop, which has asked for the change and hears of it by the
     /// answer. Only a stream that was opened so is passed over ([`SKIP_ANSWERED`]): through it
     /// would go an event for each Request and Close, of no news to anybody.
@@ -165,15 +211,7 @@ impl Monitors {
         if subscribers.by_segment.is_empty() {
             return;
         }
-        // Each once, also where a path repeats an id or has none.
-        let segments: BTreeSet<&str> = connection
-            .path
-            .iter()
-            .flat_map(|path| &path.path_segments)
-            .map(|segment| segment.id.as_str())
-            .chain(std::iter::once(""))
-            .collect();
-        for segment in segments {
+        for segment in segments(connection) {
             let Some(listeners) = subscribers.by_segment.get_mut(segment) else {
                 continue;
             };
@@ -183,18 +221,13 @@ impl Monitors {
                 if has_the_answer || !matches(&subscriber.selector, connection) {
                     return true;
                 }
-                let event = ConnectionEvent {
-                    r#type: kind.into(),
-                    connections: BTreeMap::from([(connection.id.clone(), connection.clone())]),
-                };
-                match subscriber.sender.try_send(Ok(event)) {
-                    Ok(()) => true,
-                    // Its sender goes with it: after what is queued, its stream ends, and it asks anew.
-                    Err(error) => {
-                        tracing::debug!(%error, "a monitor does not read its events: cut off");
-                        false
-                    }
-                }
+                send(
+                    subscriber,
+                    ConnectionEvent {
+                        r#type: kind.into(),
+                        connections: BTreeMap::from([(connection.id.clone(), connection.clone())]),
+                    },
+                )
             });
             if listeners.is_empty() {
                 subscribers.by_segment.remove(segment);
@@ -225,6 +258,27 @@ impl Monitors {
     pub(crate) fn end_all(&self) {
         lock(&self.subscribers).by_segment.clear();
     }
+}
+
+/// Whether the subscriber keeps up. One that does not is dropped, and its sender with it: after what is queued its stream ends, and
+/// it asks anew.
+fn send(subscriber: &Subscriber, event: ConnectionEvent) -> bool {
+    let sent = subscriber.sender.try_send(Ok(event));
+    if let Err(error) = &sent {
+        tracing::debug!(%error, "a monitor does not read its events: cut off");
+    }
+    sent.is_ok()
+}
+
+/// The ids that subscribers of a connection can be found by: each once, also where a path repeats an id or has none.
+fn segments(connection: &Connection) -> BTreeSet<&str> {
+    connection
+        .path
+        .iter()
+        .flat_map(|path| &path.path_segments)
+        .map(|segment| segment.id.as_str())
+        .chain(std::iter::once(""))
+        .collect()
 }
 
 fn matches(selector: &MonitorScopeSelector, connection: &Connection) -> bool {

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    net::IpAddr,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
@@ -42,6 +43,8 @@ pub(crate) struct Peer {
     monitor: Mutex<Option<AbortHandle>>,
     /// Tells the monitor that the last connection has left.
     emptied: Notify,
+    /// Where tunnels to it went last.
+    tunnel: Mutex<Option<IpAddr>>,
     max_message_bytes: usize,
 }
 
@@ -78,6 +81,16 @@ impl Peer {
     /// Whether it is an endpoint of this node.
     pub(crate) fn is_local(&self) -> bool {
         is_local(&self.url)
+    }
+
+    /// Tunnels to it end at this address.
+    pub(crate) fn set_tunnel(&self, remote: IpAddr) {
+        *lock(&self.tunnel) = Some(remote);
+    }
+
+    /// Where tunnels to it went last.
+    pub(crate) fn tunnel(&self) -> Option<IpAddr> {
+        *lock(&self.tunnel)
     }
 
     /// How many of our connections go through this peer.
@@ -206,6 +219,7 @@ impl Peers {
             users: Mutex::default(),
             monitor: Mutex::default(),
             emptied: Notify::new(),
+            tunnel: Mutex::default(),
             max_message_bytes: self.max_message_bytes,
         })
     }
@@ -343,12 +357,12 @@ pub(crate) async fn call<T>(
     }
 }
 
-/// The peer's status as our error. Tonic tells a broken transport as `Unknown`: whoever asks us
-/// should see that the peer could not be reached.
+/// The peer's status as our error. Tonic tells a broken transport as `Unknown`, and one that broke under the call as `Cancelled`:
+/// whoever asks us should see that the peer could not be reached.
 pub(crate) fn refused(url: &str, method: &'static str, status: &Status) -> RequestError {
     let cause = root_cause(status);
     let code = match status.code() {
-        Code::Unknown if cause.is_some() => Code::Unavailable,
+        Code::Unknown | Code::Cancelled if cause.is_some() => Code::Unavailable,
         code => code,
     };
     let mut message = status.message().to_owned();

@@ -19,6 +19,7 @@ use crate::{
     dns::Resolver,
     expiry::Expiries,
     forwarder::Forwarder,
+    health::{Foreign, Reachability},
     metrics::CallMetrics,
     monitor::Monitors,
     peers::{Peer, Peers},
@@ -47,6 +48,8 @@ pub struct Settings {
     pub max_connections: usize,
     /// The largest message that is read, in bytes.
     pub max_message_bytes: usize,
+    /// Whether paths are proved before connections are granted.
+    pub reachability: Reachability,
 }
 
 /// Where this agent looks up its own domain.
@@ -79,6 +82,7 @@ pub(crate) struct Shared {
     pub(crate) local_endpoints: Mutex<HashMap<String, LocalEndpoint>>,
     pub(crate) forwarder: Option<Arc<dyn Forwarder>>,
     pub(crate) vnis: Mutex<VniPool>,
+    pub(crate) foreign: Foreign,
     ip_map: RwLock<Arc<IpMap>>,
     public_urls: RwLock<PublicUrls>,
     turn: AtomicU64,
@@ -158,6 +162,7 @@ impl ControlPlane {
                 local_endpoints: Mutex::default(),
                 forwarder,
                 vnis: Mutex::new(vnis),
+                foreign: Foreign::default(),
                 ip_map: RwLock::default(),
                 public_urls: RwLock::default(),
                 turn: AtomicU64::new(0),
@@ -168,6 +173,7 @@ impl ControlPlane {
             }),
         };
         tokio::spawn(plane.clone().watch_expiries());
+        tokio::spawn(plane.clone().watch_paths());
         plane
     }
 
@@ -374,6 +380,11 @@ impl ConnectionView {
     /// What stands on this node for it.
     pub fn plan(&self) -> Option<&crate::forwarder::Plan> {
         self.established.plan.as_ref()
+    }
+
+    /// The health of the path that its packets take; none where there is no tunnel, or nothing is probed.
+    pub fn health(&self) -> Option<&nsm_core::health::Health> {
+        self.established.path.health.as_ref()
     }
 
     /// When it is closed unless it is refreshed.

@@ -6,7 +6,10 @@ use std::{
 };
 
 use nsm_core::{
-    mechanism::{KERNEL, LOCAL, Parameters, REMOTE, VXLAN, Vxlan},
+    mechanism::{
+        KERNEL, LOCAL, MTU, Parameters, REMOTE, SBFD_DISCRIMINATOR_SRC, SBFD_VNI, VXLAN, Vxlan,
+        lower_mtu, vxlan_mtu,
+    },
     path::{Hop, Path},
     tunnel::LinkAlias,
     vni::Vni,
@@ -18,7 +21,8 @@ use nsm_proto::{
 use tokio::time::Instant;
 
 use self::messages::{
-    End, all_failed, check, named, own_id, resume, serves, set_mac, source, undo_connection,
+    End, agreed_mtu, all_failed, check, named, own_id, reflector, resume, serves, set_mac, source,
+    undo_connection,
 };
 use crate::{
     case::{Case, Ends, Tunnel, interface, mac, pair_mtu, tunnel_mtu},
@@ -27,6 +31,7 @@ use crate::{
     convert, downstream,
     error::RequestError,
     forwarder::{Forwarder, ForwarderError, Plan},
+    health::Reachability,
     peers::Peer,
     plane::ControlPlane,
     pod::PassedNetns,
@@ -88,6 +93,8 @@ struct Ask {
     preferences: Vec<Mechanism>,
     expires: SystemTime,
     deadline: Instant,
+    /// The path was lost and another way is wanted: this one comes last.
+    avoid: Option<Route>,
     /// Kept by whatever is still to be undone at a next hop: no later Request of the connection
     /// may reach that hop before.
     turn: Arc<Turn>,
@@ -122,8 +129,16 @@ impl ControlPlane {
             .connections
             .admit(&hop.id, call.deadline)
             .await?;
-        if connection.state() == State::ReselectRequested && turn.current().is_some() {
-            self.tear_down(&turn, call.deadline, Cause::Asked).await;
+        let mut avoid = None;
+        if connection.state() == State::ReselectRequested
+            && let Some(current) = turn.current()
+        {
+            if current.path_is_down() {
+                // The old tunnel stands until the new one does; its next hop may not even hear a Close.
+                avoid = Some(current.route.clone());
+            } else {
+                self.tear_down(&turn, call.deadline, Cause::Asked).await;
+            }
         }
         connection.set_state(State::Up);
         let passed = match &call.descriptors {
@@ -142,6 +157,7 @@ impl ControlPlane {
             preferences: call.message.mechanism_preferences,
             expires,
             deadline: call.deadline,
+            avoid,
             turn: Arc::new(turn),
         };
         let prior = ask.turn.current();
@@ -194,37 +210,69 @@ impl ControlPlane {
         Ok((path, hop, expires.min(own_expires)))
     }
 
-    /// Tries the way it went before, then every endpoint that serves the name.
+    /// Tries the way it went before, then every endpoint that serves the name: those whose path is known to be lost last.
     async fn establish(
         &self,
         ask: &Ask,
         prior: Option<&Established>,
     ) -> Result<Established, RequestError> {
+        let policy = self.shared.settings.reachability;
         let mut failures = Vec::new();
-        if let Some(prior) = prior.filter(|prior| serves(prior, &ask.connection)) {
-            match self.try_route(ask, &prior.route, Some(prior)).await {
+        let stood = prior.filter(|prior| ask.avoid.is_none() && serves(prior, &ask.connection));
+        if let Some(prior) = stood {
+            let strict = policy == Reachability::Require;
+            match self.try_route(ask, &prior.route, Some(prior), strict).await {
                 Err(error) if error.is_about_the_endpoint() => failures.push(error),
                 outcome => return outcome,
             }
         }
-        let routes = self
+        let mut routes = self
             .shared
             .routes(ask.arrival, &ask.connection, ask.deadline)
             .await?;
+        routes.sort_by_key(|route| self.doubts(ask, route));
         let has_failed = |route: &Route| {
             prior.is_some_and(|prior| !failures.is_empty() && prior.route.is_to_same(route))
         };
-        let untried: Vec<&Route> = routes.iter().filter(|route| !has_failed(route)).collect();
-        for route in untried.into_iter().take(MAX_ENDPOINTS) {
-            match self.try_route(ask, route, prior).await {
+        let untried: Vec<&Route> = routes
+            .iter()
+            .filter(|route| !has_failed(route))
+            .take(MAX_ENDPOINTS)
+            .collect();
+        let mut unproven = None;
+        for (at, route) in untried.iter().enumerate() {
+            // As long as there are others, none is taken whose path is not proved.
+            let strict = policy == Reachability::Require
+                || policy == Reachability::Prefer && at + 1 < untried.len();
+            match self.try_route(ask, route, prior, strict).await {
                 Err(error) if error.is_about_the_endpoint() => {
                     tracing::debug!(endpoint = %route.endpoint, %error, "an endpoint failed");
+                    if matches!(error, RequestError::Unproven { .. }) {
+                        unproven.get_or_insert(*route);
+                    }
                     failures.push(error);
                 }
                 outcome => return outcome,
             }
         }
+        if let Some(route) = unproven.filter(|_| policy == Reachability::Prefer) {
+            return self.try_route(ask, route, prior, false).await;
+        }
         Err(all_failed(&ask.connection.network_service, failures))
+    }
+
+    /// How little is hoped of a route: the one whose loss made somebody ask again comes last, one whose path is down before it.
+    fn doubts(&self, ask: &Ask, route: &Route) -> u8 {
+        if ask
+            .avoid
+            .as_ref()
+            .is_some_and(|avoid| avoid.is_to_same(route))
+        {
+            return 2;
+        }
+        let tunnel = self.shared.peers.get(&route.url).tunnel();
+        let health = tunnel.and_then(|remote| self.prober()?.health(remote));
+        u8::from(health.is_some_and(|health| health.is_down()))
     }
 
     /// Asks one next hop, and sets up our part of what it grants.
@@ -233,6 +281,7 @@ impl ControlPlane {
         ask: &Ask,
         route: &Route,
         prior: Option<&Established>,
+        strict: bool,
     ) -> Result<Established, RequestError> {
         let case = Case::of(
             ask.arrival,
@@ -254,7 +303,9 @@ impl ControlPlane {
             .and_then(|prior| prior.next_mechanism.clone());
         let mut taken = 0;
         for _ in 0..MAX_VNIS {
-            let request = self.offer(ask, route, &case, next_mechanism.take()).await?;
+            let request = self
+                .offer(ask, route, &case, next_mechanism.take(), prior)
+                .await?;
             let sent_source = source(&request);
             let asked = self.shared.peers.request(&peer, request, ask.deadline);
             let mut reply = match asked.await {
@@ -269,7 +320,7 @@ impl ControlPlane {
                 }
             };
             let accepted = self
-                .accept(ask, route, &case, &mut reply, sent_source, prior)
+                .accept(ask, route, &case, &mut reply, sent_source, prior, strict)
                 .await;
             match accepted {
                 Ok(established) => return Ok(established),
@@ -305,9 +356,14 @@ impl ControlPlane {
         ask: &Ask,
         route: &Route,
         case: &Case,
-        standing: Option<Mechanism>,
+        mut standing: Option<Mechanism>,
+        prior: Option<&Established>,
     ) -> Result<NetworkServiceRequest, RequestError> {
         let mut connection = ask.connection.clone();
+        let agreed = agreed_mtu(ask, prior);
+        if let (Some(mtu), Some(context)) = (agreed, connection.context.as_mut()) {
+            context.mtu = mtu;
+        }
         connection.path = Some(convert::wire_path(ask.path.clone()));
         connection.network_service.clone_from(&route.service);
         connection
@@ -330,6 +386,7 @@ impl ControlPlane {
                 context.mtu = tunnel_mtu(context, &underlay, None);
                 set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
                 let mut parameters = [].into();
+                let reflector = self.reflector();
                 Vxlan {
                     src_ip: Some(underlay.ip),
                     dst_ip: None,
@@ -337,9 +394,21 @@ impl ControlPlane {
                     dst_port: underlay.port,
                     vni: None,
                     mtu: Some(context.mtu),
-                    ..Vxlan::default()
+                    src_discriminator: reflector.map(|it| it.discriminator),
+                    dst_discriminator: None,
+                    sbfd_vni: reflector.map(|it| it.vni),
                 }
                 .write(&mut parameters);
+                if let Some(standing) = &mut standing {
+                    // The side that speaks is ours now, and its answer was the peer's.
+                    let ours = [MTU, SBFD_DISCRIMINATOR_SRC, SBFD_VNI];
+                    for key in ours {
+                        standing.parameters.remove(key);
+                        if let Some(value) = parameters.get(key) {
+                            standing.parameters.insert(key.to_owned(), value.clone());
+                        }
+                    }
+                }
                 preferences.push(convert::mechanism(REMOTE, VXLAN, parameters));
             }
             Case::TunnelToPod(vxlan, _) => {
@@ -367,8 +436,12 @@ impl ControlPlane {
         })
     }
 
-    /// Checks the next hop's reply and makes this node's part of it real. A reply that is not taken keeps what it says of path and
-    /// mechanism, by which it is undone.
+    /// Checks the next hop's reply, proves the path that it needs, and makes this node's part of it real. A reply that is not taken
+    /// keeps what it says of path and mechanism, by which it is undone.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one Request's facts, used once and together"
+    )]
     async fn accept(
         &self,
         ask: &Ask,
@@ -377,6 +450,7 @@ impl ControlPlane {
         reply: &mut Connection,
         sent_source: Option<String>,
         prior: Option<&Established>,
+        strict: bool,
     ) -> Result<Established, RequestError> {
         check(ask, route, case, reply)?;
         let mut next_mechanism = reply.mechanism.clone();
@@ -388,6 +462,8 @@ impl ControlPlane {
         let wrong = |error: &dyn std::fmt::Display| bad_answer(route, error.to_string());
         let id = &ask.connection.id;
         let context = reply.context.get_or_insert_default();
+        let mut joined = None;
+        let mut agreed_mtu = 0;
         let (client_mechanism, plan, vni) = match case {
             Case::Through => {
                 if let Some(plan) = prior.and_then(|prior| prior.plan.as_ref()) {
@@ -417,7 +493,23 @@ impl ControlPlane {
                     return Err(wrong(&"its VXLAN mechanism lacks vni or dst_ip"));
                 };
                 let underlay = self.forwarder()?.underlay(Some(remote)).await?;
-                context.mtu = tunnel_mtu(context, &underlay, vxlan.mtu);
+                agreed_mtu = if vxlan.dst_discriminator.is_some() {
+                    // One that watches the path agrees in the mechanism; its context has what the path carries now.
+                    let asked = vxlan.mtu.unwrap_or(context.mtu);
+                    lower_mtu(asked, vxlan_mtu(underlay.mtu, underlay.ip))
+                } else {
+                    tunnel_mtu(context, &underlay, vxlan.mtu)
+                };
+                let path = self
+                    .join_path(
+                        id,
+                        (remote, vxlan.dst_port),
+                        reflector(vxlan.dst_discriminator, vxlan.sbfd_vni),
+                        vxlan_mtu(underlay.mtu, underlay.ip),
+                        prior,
+                    )
+                    .await;
+                joined = Some(path);
                 let name = interface(&client.kernel, id);
                 let tunnel = Tunnel {
                     vni,
@@ -425,28 +517,50 @@ impl ControlPlane {
                     remote,
                     port: vxlan.dst_port,
                 };
-                let plan = Ends::parse(self.alias(id)?, context)
-                    .and_then(|ends| ends.client_tunnel(client, name.clone(), tunnel))
-                    .map_err(|error| wrong(&error))?;
-                let held = prior.and_then(|prior| prior.vni);
-                if held != Some(vni) {
-                    let claimed = lock(&self.shared.vnis).claim(vni, SystemTime::now());
-                    claimed.map_err(|_| ForwarderError::VniTaken(vni.get()))?;
-                }
-                if let Err(error) = self.bring_up(&plan, prior).await {
-                    self.release_unless(held, vni);
-                    return Err(error);
-                }
+                let made = async {
+                    if path.is_new || ask.avoid.is_some() {
+                        self.prove_path(route, &path, strict).await?;
+                    }
+                    let carried = lower_mtu(context.mtu, self.path_mtu(remote));
+                    context.mtu = lower_mtu(agreed_mtu, carried);
+                    let plan = Ends::parse(self.alias(id)?, context)
+                        .and_then(|ends| ends.client_tunnel(client, name.clone(), tunnel))
+                        .map_err(|error| wrong(&error))?;
+                    let held = prior.and_then(|prior| prior.vni);
+                    if held != Some(vni) {
+                        let claimed = lock(&self.shared.vnis).claim(vni, SystemTime::now());
+                        claimed.map_err(|_| ForwarderError::VniTaken(vni.get()))?;
+                    }
+                    if let Err(error) = self.bring_up(&plan, prior).await {
+                        self.release_unless(held, vni);
+                        return Err(error);
+                    }
+                    Ok(plan)
+                };
+                let plan = match made.await {
+                    Ok(plan) => plan,
+                    Err(error) => {
+                        self.leave_path(id, &path);
+                        return Err(error);
+                    }
+                };
+                self.shared.peers.get(&route.url).set_tunnel(remote);
                 let mechanism = named(mechanism, &client.kernel, &name);
                 (Some(mechanism), Some(plan), Some(vni))
             }
             Case::TunnelToPod(vxlan, mechanism) => {
                 let endpoint = self.endpoint_pod(route, parameters).await?;
                 set_mac(context, End::Endpoint, &mac(id, "endpoint"));
-                let (mechanism, plan, vni) = self
+                let answered = self
                     .answer_tunnel(id, vxlan, mechanism, &endpoint, context, route, prior)
                     .await?;
-                (Some(mechanism), Some(plan), Some(vni))
+                joined = Some(answered.path);
+                agreed_mtu = answered.agreed_mtu;
+                (
+                    Some(answered.mechanism),
+                    Some(answered.plan),
+                    Some(answered.vni),
+                )
             }
         };
         let mut view = std::mem::take(reply);
@@ -457,14 +571,22 @@ impl ControlPlane {
             .clone_from(&route.endpoint_told);
         view.mechanism = client_mechanism;
         view.set_state(State::Up);
-        Ok(Established {
+        let path = self.path_state(
+            joined.as_ref(),
+            agreed_mtu,
+            prior.filter(|_| ask.avoid.is_none()),
+        );
+        let mut established = Established {
             view,
             route: route.clone(),
             next_mechanism,
             plan: plan.map(Plan::without_descriptors),
             vni,
             expires: ask.expires,
-        })
+            path,
+        };
+        self.settle(&mut established);
+        Ok(established)
     }
 
     /// Stores the connection, tells the monitors, and answers.
@@ -479,6 +601,8 @@ impl ControlPlane {
         let id = turn.id();
         let mut connection = established.view.clone();
         connection.id = asked_id;
+        // Granted, whatever the monitors are told of its path.
+        connection.set_state(State::Up);
         if let Some(path) = &mut connection.path {
             path.index = hop.previous.unwrap_or_default();
         }
@@ -496,6 +620,9 @@ impl ControlPlane {
                 let peer = self.shared.peers.get(&prior.route.url);
                 peer.leave(id);
                 self.undo_at(&peer, self.downstream_view(&prior), turn);
+            }
+            if prior.remote().map(|(ip, _)| ip) != established.remote().map(|(ip, _)| ip) {
+                self.leave_path_of(id, &prior);
             }
             if let Some(vni) = prior.vni
                 && prior.vni != established.vni

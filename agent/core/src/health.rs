@@ -203,12 +203,22 @@ impl Health {
         }
     }
 
+    /// One of the two.
+    #[must_use]
+    pub const fn way(&self, direction: Direction) -> &Way {
+        match direction {
+            Direction::In => &self.inward,
+            Direction::Out => &self.outward,
+        }
+    }
+
     /// A sentence on one way.
     #[must_use]
     pub fn sentence(&self, direction: Direction) -> String {
-        let (way, from_to) = match direction {
-            Direction::In => (&self.inward, "from"),
-            Direction::Out => (&self.outward, "to"),
+        let way = self.way(direction);
+        let from_to = match direction {
+            Direction::In => "from",
+            Direction::Out => "to",
         };
         let Self { peer, port, .. } = self;
         let verdict = way.verdict;

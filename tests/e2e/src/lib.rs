@@ -31,7 +31,11 @@ pub struct Pair {
     pub world: World,
 }
 
-/// What agents hold in the kernel and in their books.
+/// VXLAN's management VNI (RFC 8971): its link is the node's and stays as long as the agent; a session with a peer stays some
+/// seconds longer than the last connection to it.
+pub const MANAGEMENT_VNI: u32 = 1;
+
+/// What agents hold for connections in the kernel and in their books.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Footprint {
     /// Links that agents made: namespace, name and VNI.
@@ -52,7 +56,14 @@ impl Pair {
     /// # Errors
     /// When anything of it fails.
     pub fn start(name: &str, cloud: Cloud, clients: usize) -> Result<Self> {
-        let world = Self::world(name, cloud, clients)?;
+        Self::start_in(Self::world(name, cloud, clients)?)
+    }
+
+    /// Starts the agents of a pair in its world, and waits until both are ready.
+    ///
+    /// # Errors
+    /// When one does not become so.
+    pub fn start_in(world: World) -> Result<Self> {
         let program = binary("proxy-nsmgr")?;
         let start = |node: &str| Agent::start(&world, &world.node(node)?, &program, |_| {});
         let (near, far) = (start("node-1")?, start("node-2")?);
@@ -145,6 +156,7 @@ impl Pair {
             links: leaks
                 .links
                 .into_iter()
+                .filter(|link| link.vni != Some(MANAGEMENT_VNI))
                 .map(|link| (link.netns, link.name, link.vni))
                 .collect(),
             pins: leaks
@@ -160,9 +172,12 @@ impl Pair {
             let status = agent.status()?;
             footprint.connections += status["connections"].as_array().map_or(0, Vec::len);
             let tunnels = map_entries(&agent.node().pin_dir().join("TUNNELS"))?;
-            let slots: BTreeSet<_> = tunnels.iter().filter_map(slot).collect();
-            footprint.slots += slots.len();
-            footprint.entries += tunnels.len();
+            let management = tunnels.iter().filter(|entry| is_management(entry));
+            let management: BTreeSet<_> = management.filter_map(slot).collect();
+            let mut slots: Vec<_> = tunnels.iter().filter_map(slot).collect();
+            slots.retain(|slot| !management.contains(slot));
+            footprint.entries += slots.len();
+            footprint.slots += BTreeSet::from_iter(slots).len();
         }
         Ok(footprint)
     }
@@ -274,4 +289,9 @@ fn map_entries(pin: &Path) -> Result<Vec<Value>> {
 /// The slot of an entry of TUNNELS.
 fn slot(entry: &Value) -> Option<u64> {
     entry["formatted"]["value"]["slot"].as_u64()
+}
+
+/// Whether an entry of TUNNELS counts a peer's management VNI.
+fn is_management(entry: &Value) -> bool {
+    entry["formatted"]["key"]["vni"].as_u64() == Some(MANAGEMENT_VNI.into())
 }

@@ -35,13 +35,16 @@ fn connects(pair: &Pair) -> Result<Value> {
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn the_tunnels_port_is_taken_by_another_program() -> Result<()> {
-    let pair = Pair::start("taken", Cloud::Packet, 1)?;
+    let world = Pair::world("taken", Cloud::Packet, 1)?;
+    // Before the agent, whose management link has the port from the start.
+    let holder = world
+        .node("node-1")?
+        .inside(|| UdpSocket::bind("0.0.0.0:4789"))??;
+    let pair = Pair::start_in(world)?;
     let _endpoint = pair.endpoint()?;
     let before = pair.footprint()?;
-    let holder = pair
-        .near
-        .node()
-        .inside(|| UdpSocket::bind("0.0.0.0:4789"))??;
+    let degraded = pair.near.status()?["degraded"].to_string();
+    ensure!(degraded.contains("no probes"), "{degraded}");
     let said = pair.refused(REMOTE_SERVICE, PATIENCE, |_| {})?;
     for word in ["4789", "in use"] {
         ensure!(said.contains(word), "{word:?} is not in: {said}");

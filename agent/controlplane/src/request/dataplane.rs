@@ -1,23 +1,37 @@
 //! The parts of a Request that make links: what stands before goes, what cannot stand is undone.
 
-use std::time::SystemTime;
+use std::{net::IpAddr, time::SystemTime};
 
-use nsm_core::{mechanism::Vxlan, vni::Vni};
+use nsm_core::{
+    mechanism::{Vxlan, lower_mtu, vxlan_mtu},
+    vni::Vni,
+};
 use nsm_proto::{connection::Mechanism, connectioncontext::ConnectionContext};
 
 use super::{
     MAX_VNIS,
-    messages::{bad_answer, is_same_link},
+    messages::{bad_answer, is_same_link, reflector},
 };
 use crate::{
     case::{Ends, Tunnel, interface, tunnel_mtu},
     connections::{Established, lock},
     error::RequestError,
-    forwarder::{ForwarderError, Plan},
+    forwarder::{ForwarderError, Plan, Underlay},
+    health::JoinedPath,
     plane::ControlPlane,
     pod::Pod,
     route::{Crossing, Route},
 };
+
+/// The server's end of a tunnel that stands.
+pub(super) struct Answered {
+    /// What the client is told.
+    pub(super) mechanism: Mechanism,
+    pub(super) plan: Plan,
+    pub(super) vni: Vni,
+    pub(super) path: JoinedPath,
+    pub(super) agreed_mtu: u32,
+}
 
 impl ControlPlane {
     /// The server's end of a tunnel: chooses the VNI (again, when the kernel says that something
@@ -35,12 +49,65 @@ impl ControlPlane {
         context: &mut ConnectionContext,
         route: &Route,
         prior: Option<&Established>,
-    ) -> Result<(Mechanism, Plan, Vni), RequestError> {
+    ) -> Result<Answered, RequestError> {
         let remote = asked
             .src_ip
             .ok_or(RequestError::Missing("src_ip in its VXLAN mechanism"))?;
         let underlay = self.forwarder()?.underlay(Some(remote)).await?;
-        context.mtu = tunnel_mtu(context, &underlay, asked.mtu);
+        let agreed_mtu = tunnel_mtu(context, &underlay, asked.mtu);
+        // Joined before it is answered: the client proves the path as soon as it has the answer.
+        let path = self
+            .join_path(
+                id,
+                (remote, asked.src_port),
+                reflector(asked.src_discriminator, asked.sbfd_vni),
+                vxlan_mtu(underlay.mtu, underlay.ip),
+                prior,
+            )
+            .await;
+        context.mtu = lower_mtu(agreed_mtu, self.path_mtu(remote));
+        let made = self.make_end(
+            id, asked, mechanism, endpoint, context, route, prior, underlay, remote, agreed_mtu,
+        );
+        match made.await {
+            Ok((mechanism, plan, vni)) => Ok(Answered {
+                mechanism,
+                plan,
+                vni,
+                path,
+                agreed_mtu,
+            }),
+            Err(error) => {
+                self.leave_path(id, &path);
+                Err(error)
+            }
+        }
+    }
+
+    /// What the path to a peer is known to carry, 0 when it is not known.
+    pub(super) fn path_mtu(&self, remote: IpAddr) -> u32 {
+        let health = self.prober().and_then(|prober| prober.health(remote));
+        let known = health.and_then(|health| health.path_mtu);
+        known.map_or(0, u32::from)
+    }
+
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one connection's facts, used once and together"
+    )]
+    async fn make_end(
+        &self,
+        id: &str,
+        asked: &Vxlan,
+        mechanism: &Mechanism,
+        endpoint: &Pod,
+        context: &ConnectionContext,
+        route: &Route,
+        prior: Option<&Established>,
+        underlay: Underlay,
+        remote: IpAddr,
+        agreed_mtu: u32,
+    ) -> Result<(Mechanism, Plan, Vni), RequestError> {
         let ends = Ends::parse(self.alias(id)?, context)
             .map_err(|error| bad_answer(route, error.to_string()))?;
         let name = interface(&endpoint.kernel, id);
@@ -69,11 +136,14 @@ impl ControlPlane {
             match outcome {
                 Ok(plan) => {
                     let mut answer = mechanism.clone();
+                    let reflector = self.reflector();
                     Vxlan {
                         dst_ip: Some(underlay.ip),
                         dst_port: underlay.port,
                         vni: Some(vni),
-                        mtu: Some(context.mtu),
+                        mtu: Some(agreed_mtu),
+                        dst_discriminator: reflector.map(|it| it.discriminator),
+                        sbfd_vni: reflector.map(|it| it.vni),
                         ..asked.clone()
                     }
                     .write(&mut answer.parameters);

@@ -3,7 +3,9 @@
 use nsm_core::{
     mechanism::{INODE_URL, IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN},
     path::{Path, check_reply_of},
+    sbfd::Discriminator,
     tunnel::MacAddr,
+    vni::Vni,
 };
 use nsm_proto::{
     connection::{Connection, Mechanism},
@@ -14,7 +16,11 @@ use uuid::Uuid;
 
 use super::Ask;
 use crate::{
-    case::Case, connections::Established, convert, error::RequestError, forwarder::Plan,
+    case::Case,
+    connections::Established,
+    convert,
+    error::RequestError,
+    forwarder::{Plan, Reflector},
     route::Route,
 };
 
@@ -208,6 +214,26 @@ pub(crate) fn without_inode(mut mechanism: Mechanism) -> Mechanism {
         parameters.remove(INODE_URL);
     }
     mechanism
+}
+
+/// The MTU to ask for again, where the client asks with what its path came to carry meanwhile: what was agreed before.
+pub(super) fn agreed_mtu(ask: &Ask, prior: Option<&Established>) -> Option<u32> {
+    let prior = prior?;
+    let agreed = prior.path.agreed_mtu;
+    let now = prior.view.context.as_ref()?.mtu;
+    let asked = ask.connection.context.as_ref()?.mtu;
+    (agreed > now && asked == now).then_some(agreed)
+}
+
+/// A peer's reflector, where it told one.
+pub(super) fn reflector(
+    discriminator: Option<Discriminator>,
+    vni: Option<Vni>,
+) -> Option<Reflector> {
+    Some(Reflector {
+        discriminator: discriminator?,
+        vni: vni?,
+    })
 }
 
 pub(crate) fn bad_answer(route: &Route, fault: String) -> RequestError {

@@ -5,6 +5,7 @@
 
 mod finding;
 mod flow;
+mod health;
 mod hostile;
 mod lifetime;
 mod monitor;

@@ -1,18 +1,27 @@
 //! The admin service: what `proxy-nsmgr status` shows, gathered when it is asked for.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 
 use nsm_controlplane::{
     forwarder::{self, Forwarder as _, Plan},
     plane::ConnectionView,
 };
+use nsm_core::{
+    clock::Monotonic,
+    health::{Direction, Health},
+};
+use nsm_dataplane::health::Report;
 use nsm_proto::admin::{
-    Bpf, ConnectionStatus, Counters, Listener, Peer, Status as AgentStatus, StatusRequest, Tunnel,
+    Bpf, ConnectionStatus, Counters, Listener, PathHealth, Peer, Status as AgentStatus,
+    StatusRequest, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
 use tonic::{Request, Response, Status};
 
-use super::{Told, forwarder::NodeForwarder};
+use super::{Told, forwarder::NodeForwarder, prober};
 use crate::config::Config;
 
 /// The service of one agent.
@@ -61,9 +70,13 @@ impl Admin for AdminService {
         let waiting_for = readiness.waiting();
         let forwarder = forwarder.as_deref();
         let lost = plane.unmonitored_peers();
+        let paths = match forwarder {
+            Some(forwarder) => forwarder.path_reports().await,
+            None => Vec::new(),
+        };
         let mut connections = Vec::new();
         for view in plane.connections() {
-            connections.push(connection(&view, forwarder).await);
+            connections.push(connection(&view, forwarder, &paths).await);
         }
         Ok(Response::new(AgentStatus {
             name: self.name.clone(),
@@ -95,7 +108,11 @@ impl Admin for AdminService {
     }
 }
 
-async fn connection(view: &ConnectionView, forwarder: Option<&NodeForwarder>) -> ConnectionStatus {
+async fn connection(
+    view: &ConnectionView,
+    forwarder: Option<&NodeForwarder>,
+    paths: &[Report],
+) -> ConnectionStatus {
     let wire = view.connection();
     let ip = wire
         .context
@@ -131,7 +148,40 @@ async fn connection(view: &ConnectionView, forwarder: Option<&NodeForwarder>) ->
             Some(plan) => tunnel(plan, forwarder).await,
             None => None,
         },
-        health: None,
+        health: view.health().map(|health| path_health(health, paths)),
+    }
+}
+
+/// What is known of a connection's path, with what its session has measured.
+fn path_health(health: &Health, paths: &[Report]) -> PathHealth {
+    let report = paths
+        .iter()
+        .find(|report| report.peer.address == health.peer);
+    let measured = report.map(|report| report.statistics);
+    let nanos = |time: Option<Duration>| {
+        time.map(|time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+    };
+    let now = prober::now();
+    let ago = |at: Option<Monotonic>| {
+        at.map(|at| u64::try_from(now.since(at).as_millis()).unwrap_or(u64::MAX))
+    };
+    let answered = report.and_then(|report| report.snapshot.last_answer);
+    let heard = report.and_then(|report| report.snapshot.peer.map(|probe| probe.at));
+    let way = |direction, last_heard| WayHealth {
+        state: health.way(direction).verdict.to_string(),
+        reason: health.sentence(direction),
+        last_heard_ms: ago(last_heard),
+    };
+    PathHealth {
+        state: health.verdict().to_string(),
+        peer: health.peer.to_string(),
+        port: health.port.into(),
+        r#in: Some(way(Direction::In, answered.max(heard))),
+        out: Some(way(Direction::Out, answered)),
+        round_trip_p50_ns: nanos(measured.and_then(|it| it.rtt_p50)),
+        round_trip_p99_ns: nanos(measured.and_then(|it| it.rtt_p99)),
+        loss: measured.filter(|it| it.probes > 0).map(|it| it.loss()),
+        path_mtu: health.path_mtu.map(u32::from),
     }
 }
 

@@ -10,7 +10,8 @@ use std::{
 };
 
 use nsm_controlplane::{
-    forwarder::{Counters, Forwarder, ForwarderError, Plan, PodNetns, Underlay},
+    forwarder::{Counters, Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
+    health::Reachability,
     plane::ControlPlane,
     unix::Passed,
 };
@@ -22,12 +23,13 @@ use nsm_core::{
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, BpfError, Hook, Slot},
+    health::Report,
     links::{LinkError, Links},
     netns::{Netns, NetnsError},
 };
 use nsm_proto::admin;
 
-use super::{admin::no_bpf, namespaces::Namespaces};
+use super::{admin::no_bpf, namespaces::Namespaces, prober::NodeProber};
 use crate::config::{self, Config};
 
 /// The underlay's MTU towards a peer whose address nobody knows yet, bytes. What the peer answers
@@ -39,7 +41,9 @@ pub(crate) struct NodeForwarder {
     links: Links,
     namespaces: Namespaces,
     /// Gone once the agent has let the programs go.
-    bpf: Mutex<Option<Bpf>>,
+    bpf: Mutex<Option<Arc<Bpf>>>,
+    /// What proves paths, where that is possible and wanted.
+    prober: Option<NodeProber>,
     tunnel: config::Tunnel,
     pin_path: String,
     degraded: Vec<String>,
@@ -64,7 +68,7 @@ impl NodeForwarder {
                                 .to_owned(),
                         );
                     }
-                    Some(bpf)
+                    Some(Arc::new(bpf))
                 }
                 Err(error) => {
                     degraded.push(format!(
@@ -79,10 +83,27 @@ impl NodeForwarder {
             );
             None
         };
+        let prober = if config.reachability == Reachability::Off {
+            None
+        } else {
+            match NodeProber::start(config, bpf.clone()).await {
+                Ok(prober) => {
+                    degraded.extend(prober.degraded());
+                    Some(prober)
+                }
+                Err(error) => {
+                    degraded.push(format!(
+                        "no probes: {error}; tunnels work, and the loss of a path is not noticed"
+                    ));
+                    None
+                }
+            }
+        };
         Ok(Self {
             links,
             namespaces: Namespaces::default(),
             bpf: Mutex::new(bpf),
+            prober,
             tunnel: config.tunnel.clone(),
             pin_path: config.bpf.pin_dir.display().to_string(),
             degraded,
@@ -158,8 +179,26 @@ impl NodeForwarder {
         })
     }
 
-    /// Lets the programs go, with everything that is pinned.
-    pub(crate) fn close(&self) {
+    /// What every session has measured.
+    pub(crate) async fn path_reports(&self) -> Vec<Report> {
+        match &self.prober {
+            Some(prober) => prober.reports().await,
+            None => Vec::new(),
+        }
+    }
+
+    /// Lets peers know that this node goes.
+    pub(crate) async fn leave_paths(&self) {
+        if let Some(prober) = &self.prober {
+            prober.leave_all().await;
+        }
+    }
+
+    /// Ends the sessions and lets the programs go, with everything that is pinned.
+    pub(crate) async fn close(&self) {
+        if let Some(prober) = &self.prober {
+            prober.close().await;
+        }
         let bpf = self
             .bpf
             .lock()
@@ -203,7 +242,7 @@ impl NodeForwarder {
 
     fn with_bpf<T>(&self, use_it: impl FnOnce(&Bpf) -> T) -> Option<T> {
         let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
-        bpf.as_ref().map(use_it)
+        bpf.as_deref().map(use_it)
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<Vni, Slot>> {
@@ -299,6 +338,10 @@ impl Forwarder for NodeForwarder {
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {
         let netns = self.namespaces.find(url).await.ok()?;
         Some(Passed::new(netns.as_fd().try_clone_to_owned().ok()?))
+    }
+
+    fn prober(&self) -> Option<&dyn Prober> {
+        self.prober.as_ref().map(|prober| prober as &dyn Prober)
     }
 
     async fn counters(&self, plan: &Plan) -> Option<Counters> {

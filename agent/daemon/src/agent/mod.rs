@@ -34,6 +34,7 @@ mod forwarder;
 mod ip_map;
 mod metrics;
 mod namespaces;
+mod prober;
 mod public_address;
 mod readiness;
 mod signals;
@@ -92,6 +93,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
             dial_timeout: config.dial_timeout,
             max_connections: config.limits.max_connections,
             max_message_bytes: config.limits.max_message_bytes,
+            reachability: config.reachability,
         },
         tokens,
         Resolver::new(resolver_config(&config)),
@@ -164,6 +166,9 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
             tracing::warn!(%error, "the forwarder's entry is left to expire");
         }
     }
+    if let Some(forwarder) = &forwarder {
+        forwarder.leave_paths().await;
+    }
     plane.drain(DRAIN_GRACE).await;
     // The receivers are the listeners: they end when they see it.
     let _ = stop.send(true);
@@ -179,7 +184,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     }
     drop(plane);
     if let Some(forwarder) = forwarder {
-        forwarder.close();
+        forwarder.close().await;
     }
     tracing::info!("stopped");
     Ok(())

@@ -12,7 +12,8 @@ use super::{
         hide, hosts, labels, metadata, parse_absolute, parse_admin, parse_algorithm, parse_count,
         parse_format, parse_hook, parse_lifetime, parse_message_size, parse_metrics, parse_mtu,
         parse_name, parse_node_name, parse_path, parse_peer, parse_port, parse_positive,
-        parse_secret, parse_server, parse_socket, parse_spiffe_id, parse_unicast, provider_word,
+        parse_reachability, parse_secret, parse_server, parse_socket, parse_spiffe_id,
+        parse_unicast, provider_word,
     },
     value::{ListenUrl, parse_bool, parse_log_level, show_duration, show_size},
 };
@@ -217,6 +218,13 @@ pub(crate) static KEYS: &[Key] = &[
         },
     )
     .variable_is("NSM_LABELS"),
+    key(
+        "reachability",
+        "POLICY",
+        "Proof of the path to a peer before a connection is granted: require, prefer or off",
+        |c, n| set(&mut c.reachability, n.parse(parse_reachability)),
+        |c| text(c.reachability),
+    ),
     key(
         "resolver.servers",
         "ADDRESS[:PORT],…",

@@ -12,6 +12,7 @@ use std::{
 use nsm_controlplane::{
     dial::DialUrl,
     dns::{HostEntry, ResolverConfig},
+    health::Reachability,
     public_address::{BaseUrl, StunServer},
 };
 use nsm_core::{mechanism::IfName, name::Domain, public_address::Provider};
@@ -45,6 +46,8 @@ pub(crate) struct Config {
     pub(crate) forwarder_service: String,
     /// The labels by which network services choose among forwarders.
     pub(crate) forwarder_labels: BTreeMap<String, String>,
+    /// Whether the path to a peer must be proved before a connection is granted.
+    pub(crate) reachability: Reachability,
     /// How domains are resolved.
     pub(crate) resolver: Resolver,
     /// How the node's public address is found.
@@ -266,6 +269,7 @@ impl Config {
             forwarder: true,
             forwarder_service: "forwarder".to_owned(),
             forwarder_labels: [("p2p".to_owned(), "true".to_owned())].into(),
+            reachability: Reachability::default(),
             resolver: Resolver {
                 servers: dns.servers,
                 hosts: dns.hosts,

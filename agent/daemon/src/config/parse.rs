@@ -10,6 +10,7 @@ use std::{
 use nsm_controlplane::{
     dial::DialUrl,
     dns::{HostEntry, HostTarget},
+    health::Reachability,
     public_address::BaseUrl,
 };
 use nsm_core::{
@@ -252,6 +253,13 @@ pub(super) fn parse_algorithm(text: &str) -> Result<TokenAlgorithm, &'static str
         "es256" => Ok(TokenAlgorithm::Es256),
         _ => Err("hs256 or es256"),
     }
+}
+
+pub(super) fn parse_reachability(text: &str) -> Result<Reachability, &'static str> {
+    if is_off(text) {
+        return Ok(Reachability::Off);
+    }
+    text.parse().map_err(|_| "require, prefer or off")
 }
 
 pub(super) fn parse_secret(text: &str) -> Result<String, &'static str> {

@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use nsm_controlplane::health::Reachability;
+
 use super::{model::Token, *};
 
 fn env(pairs: &[(&str, &str)]) -> BTreeMap<OsString, OsString> {
@@ -68,6 +70,18 @@ fn nothing_said_is_a_whole_domain() {
     assert!(!config.name.is_empty());
     assert_eq!(config, load("# only a comment\n"));
     assert_eq!(config, load("tunnel:\nlog:\n  level:\n"));
+}
+
+#[test]
+fn reachability_is_a_word() {
+    assert_eq!(load("").reachability, Reachability::Prefer);
+    for (word, policy) in [
+        ("require", Reachability::Require),
+        ("prefer", Reachability::Prefer),
+        ("off", Reachability::Off),
+    ] {
+        assert_eq!(load(&format!("reachability: {word}")).reachability, policy);
+    }
 }
 
 #[test]
@@ -272,6 +286,7 @@ fn a_bad_value_names_file_line_key_value_and_what_is_allowed() {
         ("listen: {admin: 'tcp://0.0.0.0:1'}", "listen.admin"),
         ("registry_url: 192.0.2.1", "registry_url"),
         ("forwarder: maybe", "forwarder"),
+        ("reachability: always", "reachability"),
         ("resolver: {hosts: [a]}", "resolver.hosts"),
         ("resolver: {hosts: {a.example: a b}}", "resolver.hosts"),
         (

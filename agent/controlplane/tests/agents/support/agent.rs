@@ -10,6 +10,7 @@ use std::{
 use nsm_controlplane::{
     dns::{Resolver, ResolverConfig},
     forwarder::Forwarder,
+    health::Reachability,
     plane::{ControlPlane, OwnRegistry, Settings},
     registry::{Limits, Registry},
     server::{ListenerLimits, Socket, serve},
@@ -32,6 +33,9 @@ pub(crate) struct Setup {
     pub(crate) dial_timeout: Duration,
     pub(crate) max_connections: usize,
     pub(crate) token_lifetime: Duration,
+    pub(crate) reachability: Reachability,
+    /// Whether the node has a prober.
+    pub(crate) probes: bool,
     /// The first agent of the world has the registry.
     pub(crate) shares_registry: bool,
     /// The URL of another agent that has the domain's registry.
@@ -48,9 +52,21 @@ impl Setup {
             dial_timeout: Duration::from_secs(2),
             max_connections: 1000,
             token_lifetime: Duration::from_secs(600),
+            reachability: Reachability::default(),
+            probes: true,
             shares_registry: false,
             registry: None,
         }
+    }
+
+    pub(crate) fn reachability(mut self, policy: Reachability) -> Self {
+        self.reachability = policy;
+        self
+    }
+
+    pub(crate) fn without_prober(mut self) -> Self {
+        self.probes = false;
+        self
     }
 
     pub(crate) fn without_forwarder(mut self) -> Self {
@@ -116,7 +132,7 @@ impl Agent {
         let socket = folder.path().join("nsm.sock");
         let kernel = setup
             .kernel
-            .map(|(ip, mtu)| Arc::new(FakeKernel::new(ip, mtu)));
+            .map(|(ip, mtu)| Arc::new(FakeKernel::new(ip, mtu, setup.probes)));
         let (process, (plane, registry, address)) =
             Process::start(run(setup.clone(), socket.clone(), kernel.clone())).await;
         Self {
@@ -180,6 +196,7 @@ async fn run(
             dial_timeout: setup.dial_timeout,
             max_connections: setup.max_connections,
             max_message_bytes: MAX_MESSAGE,
+            reachability: setup.reachability,
         },
         Arc::new(TokenSource::hs256(
             &format!("spiffe://{}/{}", setup.domain, setup.name),

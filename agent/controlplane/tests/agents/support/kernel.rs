@@ -7,10 +7,12 @@ use std::{
 };
 
 use nsm_controlplane::{
-    forwarder::{Counters, Forwarder, ForwarderError, Plan, Underlay},
+    forwarder::{Counters, Forwarder, ForwarderError, Plan, Prober, Underlay},
     unix::Passed,
 };
 use nsm_core::{mechanism::NetnsUrl, tunnel::LinkSpec};
+
+use super::prober::FakeProber;
 
 /// The port of tunnels in these tests.
 pub(crate) const PORT: u16 = 4789;
@@ -48,16 +50,29 @@ pub(crate) struct FakeKernel {
     table: Mutex<Table>,
     /// Held while nothing may be deleted.
     deleting: tokio::sync::Mutex<()>,
+    prober: Option<FakeProber>,
 }
 
 impl FakeKernel {
-    pub(crate) fn new(ip: IpAddr, mtu: u32) -> Self {
+    pub(crate) fn new(ip: IpAddr, mtu: u32, probes: bool) -> Self {
         Self {
             ip,
             mtu,
             table: Mutex::default(),
             deleting: tokio::sync::Mutex::default(),
+            prober: probes.then(|| FakeProber::of(ip)),
         }
+    }
+
+    /// What watches its paths.
+    pub(crate) fn paths(&self) -> &FakeProber {
+        self.prober.as_ref().expect("it probes")
+    }
+
+    /// Which connections watch which paths.
+    pub(crate) fn watched(&self) -> BTreeMap<IpAddr, BTreeSet<String>> {
+        let prober = self.prober.as_ref();
+        prober.map(FakeProber::watched).unwrap_or_default()
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -184,6 +199,10 @@ impl Forwarder for FakeKernel {
 
     async fn counters(&self, _: &Plan) -> Option<Counters> {
         None
+    }
+
+    fn prober(&self) -> Option<&dyn Prober> {
+        self.prober.as_ref().map(|prober| prober as &dyn Prober)
     }
 }
 

@@ -6,12 +6,13 @@ mod client;
 mod dns;
 mod endpoint;
 mod kernel;
+mod prober;
 mod process;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Debug,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -31,10 +32,11 @@ use tonic::{Code, Status};
 
 pub(crate) use self::{
     agent::{Agent, MAX_MESSAGE, Setup},
-    client::{Client, mechanism, names, parameter, stamp},
+    client::{Client, Granted, Watch, mechanism, names, parameter, stamp},
     dns::Zone,
     endpoint::Endpoint,
     kernel::{PORT, Standing},
+    prober::Path,
 };
 
 /// Nothing in a test takes as long as this unless it hangs.
@@ -106,6 +108,8 @@ struct AgentHolds {
     links: Vec<String>,
     registry: Counts,
     peers: Vec<(String, usize)>,
+    /// Connections that watch a path, by the other end of it.
+    watched: BTreeMap<IpAddr, BTreeSet<String>>,
 }
 
 impl Held {
@@ -267,6 +271,11 @@ fn holds(agent: &Agent) -> AgentHolds {
         },
         registry: agent.registry.counts(),
         peers: agent.plane.peers(),
+        watched: if agent.has_kernel() {
+            agent.kernel().watched()
+        } else {
+            BTreeMap::new()
+        },
     }
 }
 

@@ -1,0 +1,426 @@
+//! Connections and the paths that their packets take: proof before commit, and what becomes of a connection when its path does.
+//!
+//! The node's [`Prober`] keeps one session a peer. Here each connection that has a tunnel joins it, so that a change of the path
+//! is told to the monitors of every connection that goes there: state DOWN or UP, with the health in our own path segment's
+//! metrics. Three things decide a connection's state, and any of them that is bad makes it DOWN: the path, the peer's word that it
+//! has no such VNI, and what the next hop tells.
+//!
+//! A connection that was granted although its path was known to be down (`prefer`) is UP until the path has been up once: whoever
+//! asked has been told in the metrics, and would only ask again for what there is.
+
+mod mtu;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    net::IpAddr,
+    str::FromStr,
+    sync::{Arc, Mutex},
+};
+
+use nsm_core::{
+    health::{ForeignVnis, Health, Published, Reason, Verdict},
+    vni::Vni,
+};
+use nsm_proto::connection::{Connection, ConnectionEventType, PathSegment, State};
+
+use crate::{
+    connections::{Change, Established, lock},
+    error::RequestError,
+    forwarder::{PathEvent, PeerSpec, Plan, Prober, Reflector},
+    plane::ControlPlane,
+    route::Route,
+};
+
+/// Peers of which foreign VNIs are remembered; beyond it what is told last is not.
+const MOST_PEERS: usize = 4096;
+
+/// Whether a path must be proved before a connection is granted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Reachability {
+    /// A Request whose path cannot be proved is refused, with the evidence.
+    Require,
+    /// An endpoint whose path is proved comes first; without one the connection is granted, and its health says what is known.
+    #[default]
+    Prefer,
+    /// No probes are sent and no peer's are answered.
+    Off,
+}
+
+impl Reachability {
+    /// As it is configured.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Require => "require",
+            Self::Prefer => "prefer",
+            Self::Off => "off",
+        }
+    }
+}
+
+impl fmt::Display for Reachability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A word that is no policy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no reachability policy: write require, prefer or off")]
+pub struct ReachabilityError(pub String);
+
+impl FromStr for Reachability {
+    type Err = ReachabilityError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        [Self::Require, Self::Prefer, Self::Off]
+            .into_iter()
+            .find(|policy| policy.as_str() == text)
+            .ok_or_else(|| ReachabilityError(text.to_owned()))
+    }
+}
+
+/// What is known of the way that a connection's packets take.
+#[derive(Debug, Clone)]
+pub(crate) struct PathState {
+    /// The health of the path to the other end of its tunnel; none where there is no tunnel, or nothing is probed.
+    pub(crate) health: Option<Health>,
+    /// What the next hop tells.
+    pub(crate) told: State,
+    /// It was granted although the path was down.
+    pub(crate) granted_down: bool,
+    /// The MTU that both sides agreed on, whatever the path carries.
+    pub(crate) agreed_mtu: u32,
+}
+
+impl Default for PathState {
+    fn default() -> Self {
+        Self {
+            health: None,
+            told: State::Up,
+            granted_down: false,
+            agreed_mtu: 0,
+        }
+    }
+}
+
+/// VNIs of peers that came in and are no tunnels here, by peer.
+pub(crate) type Foreign = Mutex<HashMap<IpAddr, ForeignVnis>>;
+
+/// A path that a Request joins.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct JoinedPath {
+    /// The other end of the tunnel.
+    pub(crate) remote: IpAddr,
+    /// What is known without a session: that there can be none.
+    pub(crate) unverified: Option<Health>,
+    /// Whether it is a way that the connection did not have before.
+    pub(crate) is_new: bool,
+}
+
+impl Established {
+    /// The other end of the tunnel.
+    pub(crate) fn remote(&self) -> Option<(IpAddr, u16)> {
+        match self.plan.as_ref()? {
+            Plan::Vxlan { spec, .. } => Some((spec.remote, spec.port)),
+            Plan::Veth { .. } => None,
+        }
+    }
+
+    /// Whether packets are known not to pass.
+    pub(crate) fn path_is_down(&self) -> bool {
+        self.path.health.is_some_and(|health| health.is_down())
+    }
+
+    /// Makes the view say what is known: the state, and the metrics of our own segment.
+    pub(crate) fn settle(&mut self, foreign: &ForeignVnis) {
+        let is_down = self.path_is_down();
+        self.path.granted_down &= is_down;
+        let state = if is_down && !self.path.granted_down {
+            State::Down
+        } else {
+            self.path.told
+        };
+        self.view.set_state(state);
+        let path = self.view.path.as_mut();
+        let own = path.and_then(|path| path.path_segments.get_mut(path.index as usize));
+        if let Some(own) = own {
+            Published::write(self.path.health.as_ref(), foreign, &mut own.metrics);
+        }
+    }
+}
+
+fn own_segment(view: &Connection) -> Option<&PathSegment> {
+    let path = view.path.as_ref()?;
+    path.path_segments.get(path.index as usize)
+}
+
+/// The hops behind ours.
+fn below(view: &Connection) -> &[PathSegment] {
+    view.path
+        .as_ref()
+        .and_then(|path| path.path_segments.get(path.index as usize + 1..))
+        .unwrap_or_default()
+}
+
+impl ControlPlane {
+    /// What proves paths, unless that is switched off.
+    pub(crate) fn prober(&self) -> Option<&dyn Prober> {
+        match self.shared.settings.reachability {
+            Reachability::Off => None,
+            Reachability::Require | Reachability::Prefer => {
+                self.shared.forwarder.as_deref()?.prober()
+            }
+        }
+    }
+
+    /// Our own reflector, for a peer.
+    pub(crate) fn reflector(&self) -> Option<Reflector> {
+        self.prober().map(Prober::reflector)
+    }
+
+    /// Joins the session with the other end of connection `id`'s tunnel, `peer` being what it told of itself.
+    pub(crate) async fn join_path(
+        &self,
+        id: &str,
+        (remote, port): (IpAddr, u16),
+        reflector: Option<Reflector>,
+        mtu: u32,
+        prior: Option<&Established>,
+    ) -> JoinedPath {
+        let unverified = |reason| Some(Health::unverified(remote, port, reason));
+        let unverified = match (self.prober(), reflector) {
+            (None, _) => match self.shared.settings.reachability {
+                Reachability::Require => unverified(Reason::NotProbing),
+                Reachability::Prefer | Reachability::Off => None,
+            },
+            (Some(_), None) => unverified(Reason::NoReflector),
+            (Some(prober), Some(reflector)) => {
+                let peer = PeerSpec {
+                    address: remote,
+                    port,
+                    reflector,
+                    mtu,
+                };
+                match prober.join(id, &peer).await {
+                    Ok(()) => None,
+                    Err(error) => {
+                        tracing::warn!(connection.id = %id, peer.ip = %remote, %error, "a path is not watched");
+                        unverified(Reason::NotProbing)
+                    }
+                }
+            }
+        };
+        JoinedPath {
+            remote,
+            unverified,
+            is_new: prior.and_then(Established::remote).map(|(ip, _)| ip) != Some(remote),
+        }
+    }
+
+    /// A Request has failed: it needs the path no more, unless the connection had it before.
+    pub(crate) fn leave_path(&self, id: &str, path: &JoinedPath) {
+        if let Some(prober) = self.prober().filter(|_| path.is_new) {
+            prober.leave(id, path.remote);
+        }
+    }
+
+    /// A connection, or its old tunnel, is gone.
+    pub(crate) fn leave_path_of(&self, id: &str, established: &Established) {
+        let Some((remote, _)) = established.remote() else {
+            return;
+        };
+        if let Some(prober) = self.prober() {
+            prober.leave(id, remote);
+        }
+    }
+
+    /// Proves a path before the connection is granted.
+    ///
+    /// # Errors
+    /// It could not be proved, and that is required (`strict`: by the policy, or since another endpoint may do better).
+    pub(crate) async fn prove_path(
+        &self,
+        route: &Route,
+        path: &JoinedPath,
+        strict: bool,
+    ) -> Result<(), RequestError> {
+        let proved = match (path.unverified, self.prober()) {
+            (None, Some(prober)) => prober.prove(path.remote).await,
+            (unverified, _) => unverified,
+        };
+        let verdict = proved.map_or(Verdict::Up, |health| health.verdict());
+        let is_good = match self.shared.settings.reachability {
+            Reachability::Require => verdict == Verdict::Up,
+            // A peer that offers no proof is as good as another.
+            _ => matches!(verdict, Verdict::Up | Verdict::Unverified),
+        };
+        match proved {
+            Some(health) if !is_good && strict => Err(RequestError::Unproven {
+                url: route.url.clone(),
+                evidence: health.to_string(),
+            }),
+            Some(health) if !is_good => {
+                tracing::warn!(peer.url = %route.url, %health, "granted although the path is not proved");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What is known of a joined path now. `refreshed`: the connection goes on as it was, and its monitors have been told.
+    pub(crate) fn path_state(
+        &self,
+        joined: Option<&JoinedPath>,
+        agreed_mtu: u32,
+        refreshed: Option<&Established>,
+    ) -> PathState {
+        let health = joined.and_then(|path| {
+            let known = self.prober().and_then(|prober| prober.health(path.remote));
+            known
+                .filter(|_| path.unverified.is_none())
+                .or(path.unverified)
+        });
+        let is_down = health.is_some_and(|health| health.is_down());
+        let was_granted_so = match (joined, refreshed) {
+            (Some(path), Some(prior)) if !path.is_new => prior.path.granted_down,
+            _ => true,
+        };
+        PathState {
+            health,
+            told: State::Up,
+            granted_down: is_down && was_granted_so,
+            agreed_mtu,
+        }
+    }
+
+    /// Makes a connection that is about to be committed say what is known of its path.
+    pub(crate) fn settle(&self, established: &mut Established) {
+        let Some((remote, _)) = established.remote() else {
+            established.settle(&ForeignVnis::default());
+            return;
+        };
+        let mut foreign = lock(&self.shared.foreign);
+        if let (Some(known), Some(vni)) = (foreign.get_mut(&remote), established.vni) {
+            known.remove(vni);
+        }
+        let none = ForeignVnis::default();
+        established.settle(foreign.get(&remote).unwrap_or(&none));
+    }
+
+    /// The connection with what is known of its path now; `None` when that is nothing new.
+    pub(crate) fn with_health(&self, established: &Established) -> Option<Established> {
+        let (remote, port) = established.remote()?;
+        let known = self.prober()?.health(remote);
+        let mut health = known.or(established.path.health);
+        if let Some(vni) = established.vni
+            && below(&established.view)
+                .iter()
+                .any(|hop| Published::read(&hop.metrics).foreign.contains(vni))
+        {
+            let known = health.unwrap_or(Health::unverified(remote, port, Reason::NoReflector));
+            health = Some(known.without_tunnel(vni));
+        } else if known.is_none()
+            && let Some(stale) = health
+            && matches!(stale.outward.reason, Reason::ForeignVni { .. })
+        {
+            health = Some(Health::unverified(remote, port, Reason::NoReflector));
+        }
+        let mut changed = established.clone();
+        changed.path.health = health;
+        changed.settle(
+            lock(&self.shared.foreign)
+                .get(&remote)
+                .unwrap_or(&ForeignVnis::default()),
+        );
+        let is_news = changed.view.state() != established.view.state()
+            || !same_health(&changed.view, &established.view);
+        is_news.then_some(changed)
+    }
+
+    /// Follows the node's prober, for the life of the plane.
+    pub(crate) async fn watch_paths(self) {
+        let Some(prober) = self.prober() else {
+            return;
+        };
+        loop {
+            match prober.next_event().await {
+                PathEvent::Changed(health) => self.handle_path(health),
+                PathEvent::ForeignVni { peer, vni } => self.handle_foreign(peer, vni),
+            }
+        }
+    }
+
+    fn handle_path(&self, health: Health) {
+        let was_down = self.connections_to(health.peer).any(|it| it.path_is_down());
+        match (was_down, health.is_down()) {
+            (_, true) => tracing::warn!(peer.ip = %health.peer, "{health}"),
+            (true, false) => tracing::info!(peer.ip = %health.peer, "{health}"),
+            (false, false) => tracing::debug!(peer.ip = %health.peer, "{health}"),
+        }
+        self.tell_all(health.peer);
+        if let Some(path_mtu) = health.path_mtu {
+            self.follow_mtu(health.peer, path_mtu.into());
+        }
+    }
+
+    fn handle_foreign(&self, peer: IpAddr, vni: Vni) {
+        let is_news = {
+            let mut foreign = lock(&self.shared.foreign);
+            let has_room = foreign.len() < MOST_PEERS || foreign.contains_key(&peer);
+            has_room && foreign.entry(peer).or_default().insert(vni)
+        };
+        if is_news {
+            tracing::warn!(
+                peer.ip = %peer, tunnel.vni = vni.get(),
+                "a peer sends with a VNI that has no tunnel here: it is told so"
+            );
+            self.tell_all(peer);
+        }
+    }
+
+    fn connections_to(&self, peer: IpAddr) -> impl Iterator<Item = Arc<Established>> {
+        self.shared
+            .connections
+            .all()
+            .into_iter()
+            .filter(move |it| it.remote().map(|(ip, _)| ip) == Some(peer))
+    }
+
+    /// Tells the monitors of every connection that goes to `peer` what is new of the path: at once and together, but for those at
+    /// work, which follow in their turn.
+    fn tell_all(&self, peer: IpAddr) {
+        let together = Arc::new(Mutex::new(Some(Vec::new())));
+        for established in self.connections_to(peer) {
+            let plane = self.clone();
+            let together = Arc::clone(&together);
+            // What is known is looked at in the connection's turn: see `apply`.
+            let change: Change = Box::new(|_| None);
+            self.apply_and(
+                established.view.id.as_str(),
+                change,
+                move |view| match lock(&together).as_mut() {
+                    Some(views) => views.push(view.clone()),
+                    None => plane
+                        .shared
+                        .monitors
+                        .publish(ConnectionEventType::Update, view),
+                },
+            );
+        }
+        let views = lock(&together).take().unwrap_or_default();
+        self.shared
+            .monitors
+            .publish_all(ConnectionEventType::Update, &views);
+    }
+}
+
+/// Whether our segments of two views say the same of health.
+fn same_health(one: &Connection, other: &Connection) -> bool {
+    match (own_segment(one), own_segment(other)) {
+        (Some(one), Some(other)) => Published::is_same(&one.metrics, &other.metrics),
+        (None, None) => true,
+        _ => false,
+    }
+}

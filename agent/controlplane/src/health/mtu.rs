@@ -1,0 +1,81 @@
+//! The MTU of a connection follows what its path carries.
+
+use std::net::IpAddr;
+
+use nsm_core::mechanism::lower_mtu;
+use nsm_proto::connection::ConnectionEventType;
+use tokio::time::Instant;
+
+use crate::{
+    connections::{Established, lock},
+    forwarder::Plan,
+    plane::ControlPlane,
+};
+
+impl ControlPlane {
+    /// Lets the links of every connection to `peer` carry what the path does, and no more than was agreed.
+    pub(super) fn follow_mtu(&self, peer: IpAddr, path_mtu: u32) {
+        for established in self.connections_to(peer) {
+            if wanted(&established, path_mtu).is_none() {
+                continue;
+            }
+            let plane = self.clone();
+            tokio::spawn(async move {
+                let id = established.view.id.as_str();
+                if let Err(error) = plane.set_mtu(id, peer, path_mtu).await {
+                    tracing::warn!(
+                        connection.id = %id, peer.ip = %peer, path_mtu, %error,
+                        "the link's MTU does not follow the path: large packets get lost"
+                    );
+                }
+            });
+        }
+    }
+
+    async fn set_mtu(
+        &self,
+        id: &str,
+        peer: IpAddr,
+        path_mtu: u32,
+    ) -> Result<(), crate::error::RequestError> {
+        let patience = Instant::now() + 2 * self.shared.settings.request_timeout;
+        let turn = self.shared.connections.admit_known(id, patience).await?;
+        let current = turn.as_ref().and_then(|turn| turn.current());
+        let (Some(turn), Some(current)) = (turn, current) else {
+            return Ok(());
+        };
+        // It may have been a Request that was ahead.
+        let changed =
+            wanted(&current, path_mtu).filter(|_| current.remote().map(|(ip, _)| ip) == Some(peer));
+        let Some((mtu, plan)) = changed else {
+            return Ok(());
+        };
+        self.forwarder()?.up(&plan).await?;
+        let mut changed = (*current).clone();
+        changed.plan = Some(plan);
+        changed.view.context.get_or_insert_default().mtu = mtu;
+        let foreign = lock(&self.shared.foreign).get(&peer).cloned();
+        changed.settle(&foreign.unwrap_or_default());
+        tracing::info!(connection.id = %id, peer.ip = %peer, mtu, "the MTU follows the path");
+        let changed = std::sync::Arc::new(changed);
+        turn.set(Some(std::sync::Arc::clone(&changed)));
+        self.shared
+            .monitors
+            .publish(ConnectionEventType::Update, &changed.view);
+        Ok(())
+    }
+}
+
+/// The MTU that the connection should have, and its link with it; `None` when it has it.
+fn wanted(established: &Established, path_mtu: u32) -> Option<(u32, Plan)> {
+    let mut plan = established.plan.clone()?;
+    let Plan::Vxlan { spec, .. } = &mut plan else {
+        return None;
+    };
+    let mtu = lower_mtu(established.path.agreed_mtu, path_mtu);
+    if mtu == 0 || spec.link.mtu == mtu {
+        return None;
+    }
+    spec.link.mtu = mtu;
+    Some((mtu, plan))
+}

@@ -1,0 +1,505 @@
+//! Paths: proved before a connection is granted, watched while it stands, and what its ends are told.
+
+use nsm_controlplane::{forwarder::Plan, health::Reachability};
+use nsm_core::health::{Published, Verdict};
+use nsm_proto::{
+    connection::{Connection, ConnectionEventType::*, State},
+    networkservice::NetworkServiceRequest,
+};
+use tonic::Code;
+
+use crate::support::{
+    Agent, Client, Granted, Path, Setup, Watch, World, assert_refusal, client_side, endpoint_side,
+    eventually, parameter,
+};
+
+const SERVICE: &str = "icmp-responder@cluster-2.example";
+const NEAR: &str = "192.0.2.1";
+const FAR: &str = "192.0.2.2";
+const THIRD: &str = "192.0.2.3";
+
+/// Another node of the endpoint's domain.
+fn third() -> Setup {
+    Setup::new("agent-3", "cluster-2.example", THIRD)
+}
+
+/// Health as the hop of this name says it.
+fn told(connection: &Connection, hop: &str) -> Published {
+    let path = connection.path.as_ref().expect("a path");
+    let segment = path.path_segments.iter().find(|it| it.name == hop);
+    Published::read(&segment.expect("the hop").metrics)
+}
+
+fn mtu(agent: &Agent) -> u32 {
+    match agent.kernel().only().plan {
+        Plan::Vxlan { spec, .. } => spec.link.mtu,
+        Plan::Veth { .. } => panic!("a tunnel"),
+    }
+}
+
+fn remote(agent: &Agent) -> String {
+    match agent.kernel().only().plan {
+        Plan::Vxlan { spec, .. } => spec.remote.to_string(),
+        Plan::Veth { .. } => panic!("a tunnel"),
+    }
+}
+
+/// The next event that tells this state of every one of `count` connections, in however many messages.
+async fn all_told(watch: &mut Watch, count: usize, state: State) -> Vec<Connection> {
+    let mut found = Vec::new();
+    while found.len() < count {
+        let event = watch.next().await;
+        assert_eq!(event.r#type(), Update, "{event:?}");
+        for connection in event.connections.into_values() {
+            assert_eq!(connection.state(), state, "{connection:?}");
+            found.push(connection);
+        }
+    }
+    found
+}
+
+/// What a client asks for whose path is lost.
+fn reselect(client: &Client, granted: &Granted) -> NetworkServiceRequest {
+    let mut connection = granted.connection.clone();
+    connection.set_state(State::ReselectRequested);
+    connection.network_service_endpoint_name.clear();
+    connection.mechanism = None;
+    connection.context = None;
+    NetworkServiceRequest {
+        connection: Some(connection),
+        mechanism_preferences: vec![client.kernel("nsm-1")],
+    }
+}
+
+#[tokio::test]
+async fn both_ends_know_each_others_reflector_and_the_clients_proves_the_path() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    let (near, far) = (a.kernel().paths(), b.kernel().paths());
+    let known = near.peer(FAR).expect("watched");
+    assert_eq!(
+        known.reflector,
+        nsm_controlplane::forwarder::Prober::reflector(far)
+    );
+    assert_eq!((known.port, known.mtu), (4789, 1450));
+    let known = far.peer(NEAR).expect("watched");
+    assert_eq!(
+        known.reflector,
+        nsm_controlplane::forwarder::Prober::reflector(near)
+    );
+    assert_eq!(near.proofs(), [known_address(FAR)]);
+    assert!(far.proofs().is_empty());
+    for hop in ["agent-1", "agent-2"] {
+        assert_eq!(told(&granted.connection, hop).outward, Some(Verdict::Up));
+    }
+    // One session for all connections, as long as there is one.
+    let other = client.ask(SERVICE).await;
+    client.refresh(&granted).await.expect("refreshed");
+    assert_eq!(near.proofs().len(), 2, "a refresh proves nothing again");
+    assert_eq!(near.watched()[&known_address(FAR)].len(), 2);
+    client.close(&granted.connection).await.expect("closed");
+    assert_eq!(near.watched()[&known_address(FAR)].len(), 1);
+    client.close(&other.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
+fn known_address(text: &str) -> std::net::IpAddr {
+    text.parse().expect("an address")
+}
+
+#[tokio::test]
+async fn an_unproved_path_is_refused_where_proof_is_required() {
+    let near = client_side().reachability(Reachability::Require);
+    let world = World::of([near, endpoint_side()]).await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    a.kernel().paths().set(FAR, Path::Down);
+    let client = Client::on_node(a).await;
+    let refused = client.refused(client.request_for(SERVICE)).await;
+    assert_refusal(
+        &refused,
+        Code::Unavailable,
+        &[
+            FAR,
+            "UDP 4789",
+            "none was answered for 130 ms",
+            "reachability: require",
+        ],
+    );
+    eventually(1, || endpoint.closes().len()).await;
+    world.settles(&before).await;
+    // And granted as soon as it is good.
+    a.kernel().paths().set(FAR, Path::Up);
+    let granted = client.ask(SERVICE).await;
+    // A refresh of what stands is no new path: it goes on, and is told to be down.
+    a.kernel().paths().set(FAR, Path::Down);
+    eventually(true, || {
+        a.plane.connections()[0]
+            .health()
+            .is_some_and(|it| it.is_down())
+    })
+    .await;
+    let again = client.refresh(&granted).await.expect("refreshed");
+    assert!(told(&again.connection, "agent-1").is_down());
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn an_unproved_path_is_told_where_proof_is_preferred() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    a.kernel().paths().set(FAR, Path::Down);
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    assert_eq!(granted.connection.state(), State::Up);
+    let health = told(&granted.connection, "agent-1");
+    assert!(health.is_down());
+    assert!(
+        health
+            .reason
+            .is_some_and(|reason| reason.contains("UDP 4789"))
+    );
+    // Whoever listens is not told DOWN of what it was granted so, but of the next loss.
+    let mut watch = client.monitor().await;
+    assert_eq!(watch.one(InitialStateTransfer).await.state(), State::Up);
+    a.kernel().paths().set(FAR, Path::Up);
+    let up = watch.one(Update).await;
+    assert_eq!(told(&up, "agent-1").outward, Some(Verdict::Up));
+    a.kernel().paths().set(FAR, Path::Down);
+    assert_eq!(watch.one(Update).await.state(), State::Down);
+    client.close(&granted.connection).await.expect("closed");
+    drop(watch);
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn a_peer_without_reflector_is_unverified() {
+    let require = client_side().reachability(Reachability::Require);
+    for (near, is_granted) in [(client_side(), true), (require, false)] {
+        let world = World::of([near, endpoint_side().without_prober()]).await;
+        let [a, b] = world.agents();
+        world.endpoint(b, "nse-1", "icmp-responder").await;
+        let before = world.held();
+        let client = Client::on_node(a).await;
+        if is_granted {
+            let granted = client.ask(SERVICE).await;
+            let health = told(&granted.connection, "agent-1");
+            assert_eq!(health.outward, Some(Verdict::Unverified));
+            assert!(
+                health
+                    .reason
+                    .is_some_and(|it| it.contains("no S-BFD reflector"))
+            );
+            assert_eq!(told(&granted.connection, "agent-2"), Published::default());
+            client.close(&granted.connection).await.expect("closed");
+        } else {
+            let refused = client.refused(client.request_for(SERVICE)).await;
+            assert_refusal(&refused, Code::Unavailable, &["offers no S-BFD reflector"]);
+        }
+        assert!(a.kernel().paths().proofs().is_empty());
+        world.settles(&before).await;
+    }
+}
+
+#[tokio::test]
+async fn a_policy_of_off_probes_nothing_and_offers_nothing() {
+    let far = endpoint_side().reachability(Reachability::Off);
+    let world = World::of([client_side().reachability(Reachability::Off), far]).await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    for hop in ["agent-1", "agent-2"] {
+        assert_eq!(told(&granted.connection, hop), Published::default());
+    }
+    for agent in [a, b] {
+        assert!(agent.kernel().watched().is_empty());
+        assert!(agent.kernel().paths().proofs().is_empty());
+    }
+    drop(endpoint);
+}
+
+/// A prober that can take no more peers is no reason to refuse.
+#[tokio::test]
+async fn a_path_that_cannot_be_watched_is_granted_unverified() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    a.kernel().paths().refuse();
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    let health = told(&granted.connection, "agent-1");
+    assert_eq!(health.outward, Some(Verdict::Unverified));
+}
+
+#[tokio::test]
+async fn what_becomes_of_a_path_is_told_of_every_connection_on_it() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let mut granted = Vec::new();
+    for _ in 0..40 {
+        granted.push(client.ask(SERVICE).await);
+    }
+    let mut watch = client.monitor().await;
+    assert_eq!(watch.next().await.connections.len(), 40);
+    for _ in 0..2 {
+        a.kernel().paths().set(FAR, Path::Down);
+        for connection in all_told(&mut watch, 40, State::Down).await {
+            let health = told(&connection, "agent-1");
+            assert!(health.is_down());
+            assert!(health.reason.is_some_and(|reason| reason.contains(FAR)));
+        }
+        a.kernel().paths().set(FAR, Path::Up);
+        all_told(&mut watch, 40, State::Up).await;
+    }
+    // A path that nobody takes is nobody's business.
+    a.kernel().paths().set(THIRD, Path::Down);
+    for one in &granted {
+        client.close(&one.connection).await.expect("closed");
+    }
+    drop(watch);
+    world.settles(&before).await;
+}
+
+/// The far side's word and our own: a connection is UP when both say so.
+#[tokio::test]
+async fn the_far_side_tells_what_it_sees() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    let mut watch = client.monitor().await;
+    watch.one(InitialStateTransfer).await;
+    b.kernel().paths().set(NEAR, Path::Down);
+    let down = watch.one(Update).await;
+    assert_eq!(down.state(), State::Down);
+    assert!(told(&down, "agent-2").is_down() && !told(&down, "agent-1").is_down());
+    a.kernel().paths().set(FAR, Path::Down);
+    let down = watch.one(Update).await;
+    assert!(told(&down, "agent-2").is_down() && told(&down, "agent-1").is_down());
+    b.kernel().paths().set(NEAR, Path::Up);
+    assert_eq!(
+        watch.one(Update).await.state(),
+        State::Down,
+        "our own path is down"
+    );
+    a.kernel().paths().set(FAR, Path::Up);
+    assert_eq!(watch.one(Update).await.state(), State::Up);
+    client.close(&granted.connection).await.expect("closed");
+}
+
+/// The peer sees packets of our VNI and has no tunnel for them: it says so, and the connection is DOWN until it is asked for again.
+#[tokio::test]
+async fn a_vni_that_the_peer_lacks_is_told_to_who_sends_with_it() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let hit = client.ask(SERVICE).await;
+    let spared = client.ask(SERVICE).await;
+    let mut watch = client.monitor().await;
+    watch.next().await;
+    let (vni, _) = a
+        .kernel()
+        .links()
+        .values()
+        .next()
+        .and_then(|it| it.tunnel)
+        .expect("a tunnel");
+    b.kernel().paths().see_foreign(NEAR, vni);
+    let mut down = 0;
+    // Both are told of, for the news is the peer's; one of them has that VNI.
+    for _ in 0..2 {
+        let connection = watch.one(Update).await;
+        let health = told(&connection, "agent-1");
+        if connection.state() == State::Down {
+            down += 1;
+            let words = format!("VNI {vni}");
+            assert!(health.reason.is_some_and(|reason| reason.contains(&words)));
+        }
+    }
+    assert_eq!(down, 1);
+    // Seen again it is no news; asked for again it is mended.
+    b.kernel().paths().see_foreign(NEAR, vni);
+    for granted in [&hit, &spared] {
+        let again = client.refresh(granted).await.expect("refreshed");
+        assert_eq!(again.connection.state(), State::Up);
+    }
+    eventually(true, || {
+        a.plane
+            .connections()
+            .iter()
+            .all(|it| it.connection().state() == State::Up)
+    })
+    .await;
+    for granted in [&hit, &spared] {
+        client.close(&granted.connection).await.expect("closed");
+    }
+    drop(watch);
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn the_mtu_follows_the_path_at_both_ends() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    assert_eq!((mtu(a), mtu(b)), (1450, 1450));
+    let mut watch = client.monitor().await;
+    watch.one(InitialStateTransfer).await;
+    a.kernel().paths().set_mtu(FAR, 1230);
+    // First that the path is narrow, then that the link is.
+    let mut context = watch.one(Update).await.context.expect("a context");
+    while context.mtu != 1230 {
+        context = watch.one(Update).await.context.expect("a context");
+    }
+    assert_eq!(mtu(a), 1230);
+    b.kernel().paths().set_mtu(NEAR, 1230);
+    eventually(1230, || mtu(b)).await;
+    // A refresh keeps what the path carries; a new connection has it from the start.
+    let again = client.refresh(&granted).await.expect("refreshed");
+    assert_eq!(
+        again.connection.context.as_ref().map(|it| it.mtu),
+        Some(1230)
+    );
+    let other = client.ask(SERVICE).await;
+    assert_eq!(
+        other.connection.context.as_ref().map(|it| it.mtu),
+        Some(1230)
+    );
+    client.close(&other.connection).await.expect("closed");
+    eventually(1, || b.kernel().links().len()).await;
+    // And it grows back to what was agreed, also after the client refreshed with less.
+    let refreshed = client.refresh(&again).await.expect("refreshed");
+    for (agent, peer) in [(b, NEAR), (a, FAR)] {
+        agent.kernel().paths().set_mtu(peer, 1450);
+        eventually(1450, || mtu(agent)).await;
+    }
+    client.close(&refreshed.connection).await.expect("closed");
+    drop(watch);
+    world.settles(&before).await;
+}
+
+#[tokio::test]
+async fn an_endpoint_whose_path_is_proved_comes_first() {
+    let world = World::of([
+        endpoint_side(),
+        third().sharing_the_registry(),
+        client_side(),
+    ])
+    .await;
+    let [b, c, a] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    world.endpoint(c, "nse-2", "icmp-responder").await;
+    let before = world.held();
+    a.kernel().paths().set(FAR, Path::Down);
+    let client = Client::on_node(a).await;
+    for _ in 0..3 {
+        let granted = client.ask(SERVICE).await;
+        assert_eq!(remote(a), THIRD);
+        client.close(&granted.connection).await.expect("closed");
+        world.settles(&before).await;
+    }
+    // Where none is good, any will do.
+    a.kernel().paths().set(THIRD, Path::Down);
+    let granted = client.ask(SERVICE).await;
+    assert!(told(&granted.connection, "agent-1").is_down());
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
+/// The old tunnel stands until the new one does, and nobody waits for the old one's Close.
+#[tokio::test]
+async fn a_lost_path_is_left_for_another_endpoint() {
+    let world = World::of([
+        endpoint_side(),
+        third().sharing_the_registry(),
+        client_side(),
+    ])
+    .await;
+    let [b, c, a] = world.agents();
+    let endpoints = [
+        (world.endpoint(b, "nse-1", "icmp-responder").await, FAR),
+        (world.endpoint(c, "nse-2", "icmp-responder").await, THIRD),
+    ];
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let mut granted = client.ask(SERVICE).await;
+    for _ in 0..4 {
+        let old = remote(a);
+        let mut watch = client.monitor().await;
+        watch.one(InitialStateTransfer).await;
+        a.kernel().paths().set(&old, Path::Down);
+        assert_eq!(watch.one(Update).await.state(), State::Down);
+        let (ups, downs) = a.kernel().changes();
+        let again = client
+            .send(reselect(&client, &granted))
+            .await
+            .expect("granted");
+        assert_eq!(again.agent_id(), granted.agent_id());
+        assert_ne!(remote(a), old);
+        assert_eq!(a.kernel().changes(), (ups + 1, downs + 1));
+        assert!(!told(&again.connection, "agent-1").is_down());
+        // The other endpoint alone has it.
+        for (endpoint, at) in &endpoints {
+            let standing = usize::from(*at != old);
+            eventually(standing, || endpoint.standing().len()).await;
+        }
+        assert_eq!(a.kernel().watched().len(), 1);
+        a.kernel().paths().set(&old, Path::Up);
+        granted = again;
+    }
+    assert_eq!(parameter(&granted.connection, "name"), "nsm-1");
+    client.close(&granted.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
+/// With no other endpoint the lost one is asked again: its tunnel stays.
+#[tokio::test]
+async fn a_lost_path_without_alternative_keeps_its_tunnel() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client
+        .send(with_name(client.request_for(SERVICE), &client))
+        .await
+        .expect("granted");
+    let link = a.kernel().only();
+    a.kernel().paths().set(FAR, Path::Down);
+    eventually(State::Down, || {
+        a.plane.connections()[0].connection().state()
+    })
+    .await;
+    let again = client
+        .send(reselect(&client, &granted))
+        .await
+        .expect("granted");
+    assert!(told(&again.connection, "agent-1").is_down());
+    assert_eq!(a.kernel().only(), link);
+    assert_eq!(endpoint.closes().len(), 0);
+    client.close(&again.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
+fn with_name(mut request: NetworkServiceRequest, client: &Client) -> NetworkServiceRequest {
+    request.mechanism_preferences = vec![client.kernel("nsm-1")];
+    request
+}

@@ -1,0 +1,187 @@
+//! A prober that sends nothing: paths are what a test says they are.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::{Mutex, MutexGuard},
+};
+
+use nsm_controlplane::forwarder::{PathEvent, PeerSpec, Prober, Reflector, WatchError};
+use nsm_core::{
+    health::{Health, Reason, Verdict, Way},
+    sbfd::Discriminator,
+    vni::Vni,
+};
+use tokio::sync::mpsc;
+
+/// The path to a peer, as a test wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Path {
+    Up,
+    Down,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    watched: BTreeMap<IpAddr, (PeerSpec, BTreeSet<String>)>,
+    /// Paths that are not up.
+    lost: HashMap<IpAddr, Path>,
+    mtus: HashMap<IpAddr, u16>,
+    proofs: Vec<IpAddr>,
+    refuses: bool,
+}
+
+/// The sessions of one node.
+#[derive(Debug)]
+pub(crate) struct FakeProber {
+    reflector: Reflector,
+    table: Mutex<Table>,
+    events: mpsc::UnboundedSender<PathEvent>,
+    pending: tokio::sync::Mutex<mpsc::UnboundedReceiver<PathEvent>>,
+}
+
+impl FakeProber {
+    /// The prober of the node with this tunnel address.
+    pub(crate) fn of(ip: IpAddr) -> Self {
+        let (events, pending) = mpsc::unbounded_channel();
+        let number = match ip {
+            IpAddr::V4(ip) => ip.to_bits(),
+            IpAddr::V6(ip) => ip.to_bits() as u32,
+        };
+        Self {
+            reflector: Reflector {
+                discriminator: Discriminator::new(number).expect("an address"),
+                vni: Vni::try_from(1).expect("a VNI"),
+            },
+            table: Mutex::default(),
+            events,
+            pending: tokio::sync::Mutex::new(pending),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().expect("no holder panics")
+    }
+
+    /// Which connections watch which paths.
+    pub(crate) fn watched(&self) -> BTreeMap<IpAddr, BTreeSet<String>> {
+        let table = self.table();
+        let users =
+            |(ip, (_, users)): (&IpAddr, &(PeerSpec, BTreeSet<String>))| (*ip, users.clone());
+        table.watched.iter().map(users).collect()
+    }
+
+    /// A watched peer, as it told itself.
+    pub(crate) fn peer(&self, ip: &str) -> Option<PeerSpec> {
+        let ip: IpAddr = ip.parse().expect("an address");
+        self.table().watched.get(&ip).map(|(spec, _)| *spec)
+    }
+
+    /// Paths that were proved, in order.
+    pub(crate) fn proofs(&self) -> Vec<IpAddr> {
+        self.table().proofs.clone()
+    }
+
+    /// From now on the path to `ip` is so.
+    pub(crate) fn set(&self, ip: &str, path: Path) {
+        let ip: IpAddr = ip.parse().expect("an address");
+        self.table().lost.insert(ip, path);
+        self.tell(ip);
+    }
+
+    /// From now on the path to `ip` is known to carry so much.
+    pub(crate) fn set_mtu(&self, ip: &str, mtu: u16) {
+        let ip: IpAddr = ip.parse().expect("an address");
+        self.table().mtus.insert(ip, mtu);
+        self.tell(ip);
+    }
+
+    /// Packets of a VNI come in that is no tunnel here.
+    pub(crate) fn see_foreign(&self, peer: &str, vni: u32) {
+        let _ = self.events.send(PathEvent::ForeignVni {
+            peer: peer.parse().expect("an address"),
+            vni: Vni::try_from(vni).expect("a VNI"),
+        });
+    }
+
+    /// Watches nobody more.
+    pub(crate) fn refuse(&self) {
+        self.table().refuses = true;
+    }
+
+    fn tell(&self, ip: IpAddr) {
+        if let Some(health) = self.health(ip) {
+            let _ = self.events.send(PathEvent::Changed(health));
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Prober for FakeProber {
+    fn reflector(&self) -> Reflector {
+        self.reflector
+    }
+
+    async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError> {
+        let mut table = self.table();
+        if table.refuses {
+            return Err(WatchError {
+                peer: peer.address,
+                cause: "1,024 peers are watched already".to_owned(),
+            });
+        }
+        let (spec, users) = table
+            .watched
+            .entry(peer.address)
+            .or_insert((*peer, BTreeSet::new()));
+        *spec = *peer;
+        users.insert(user.to_owned());
+        Ok(())
+    }
+
+    fn leave(&self, user: &str, peer: IpAddr) {
+        let mut table = self.table();
+        if let Some((_, users)) = table.watched.get_mut(&peer) {
+            users.remove(user);
+            if users.is_empty() {
+                table.watched.remove(&peer);
+            }
+        }
+    }
+
+    async fn prove(&self, peer: IpAddr) -> Option<Health> {
+        self.table().proofs.push(peer);
+        self.health(peer)
+    }
+
+    fn health(&self, peer: IpAddr) -> Option<Health> {
+        let table = self.table();
+        let (spec, _) = table.watched.get(&peer)?;
+        let (verdict, reason) = match table.lost.get(&peer) {
+            Some(Path::Down) => (
+                Verdict::Down,
+                Reason::Unanswered {
+                    probes: 5,
+                    silence: std::time::Duration::from_millis(130),
+                },
+            ),
+            _ => (Verdict::Up, Reason::Answered),
+        };
+        let way = Way { verdict, reason };
+        Some(Health {
+            peer,
+            port: spec.port,
+            inward: way,
+            outward: way,
+            path_mtu: table.mtus.get(&peer).copied(),
+        })
+    }
+
+    async fn next_event(&self) -> PathEvent {
+        let mut pending = self.pending.lock().await;
+        match pending.recv().await {
+            Some(event) => event,
+            None => std::future::pending().await,
+        }
+    }
+}

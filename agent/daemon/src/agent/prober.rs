@@ -1,0 +1,321 @@
+//! The control plane's prober port on this node's health plane: who needs which path, and what the sessions' reports mean.
+//!
+//! One guard a peer is held here, however many connections there are: the health plane keeps sessions, we keep their users.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    mem::discriminant,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use nsm_controlplane::forwarder::{PathEvent, PeerSpec, Prober, Reflector, WatchError};
+use nsm_core::{
+    clock::Monotonic,
+    health::{Evidence, Health, Verdict, Way, judge},
+    sbfd::Timing,
+    vni::Vni,
+};
+use nsm_dataplane::{
+    bpf::Bpf,
+    health::{
+        self as plane, Event, Events, Health as HealthPlane, HealthConfig, HealthError, Plane,
+        Report,
+    },
+};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::MANAGEMENT_VNI;
+use crate::config::Config;
+
+/// How often the evidence on paths that are not up is looked at again: the peer's probes come and go without changing the session.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// The least that every IPv4 path is taken to carry (RFC 1122 section 3.3.2), bytes.
+const SMALLEST_V4: u16 = 576;
+
+/// The least that every IPv6 path carries (RFC 8200 section 5), bytes.
+const SMALLEST_V6: u16 = 1280;
+
+/// A peer that connections go to.
+#[derive(Debug)]
+struct Watched {
+    spec: PeerSpec,
+    guard: Arc<plane::Peer>,
+    users: HashSet<String>,
+    /// As it was judged last.
+    known: Option<Health>,
+}
+
+/// What is still to be told.
+#[derive(Debug)]
+struct Inbox {
+    events: Events,
+    pending: VecDeque<PathEvent>,
+    look_again: tokio::time::Interval,
+}
+
+/// This node's sessions with others.
+#[derive(Debug)]
+pub(crate) struct NodeProber {
+    plane: HealthPlane,
+    reflector: Reflector,
+    watched: Mutex<HashMap<IpAddr, Watched>>,
+    inbox: tokio::sync::Mutex<Inbox>,
+}
+
+impl NodeProber {
+    /// Starts the health plane.
+    ///
+    /// # Errors
+    /// It cannot be had; tunnels work all the same.
+    pub(crate) async fn start(config: &Config, bpf: Option<Arc<Bpf>>) -> Result<Self, HealthError> {
+        let vni = Vni::try_from(MANAGEMENT_VNI).expect("1 is a VNI");
+        let health_config = HealthConfig {
+            domain: config.domain.to_string(),
+            vni,
+            port: config.tunnel.port,
+            local: config.tunnel.ip,
+            timing: Timing::default(),
+            namespace: None,
+            orphan_grace: config.max_token_lifetime,
+        };
+        let started = tokio::task::spawn_blocking(move || HealthPlane::start(health_config, bpf));
+        let (plane, events) = started
+            .await
+            .expect("starting the health plane does not panic")?;
+        let mut look_again = interval(LOOK_AGAIN);
+        look_again.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Self {
+            reflector: Reflector {
+                discriminator: plane.discriminator(),
+                vni: plane.vni(),
+            },
+            plane,
+            watched: Mutex::default(),
+            inbox: tokio::sync::Mutex::new(Inbox {
+                events,
+                pending: VecDeque::new(),
+                look_again,
+            }),
+        })
+    }
+
+    /// What works less well than it could.
+    pub(crate) fn degraded(&self) -> Vec<String> {
+        let mut degraded = Vec::new();
+        if self.plane.plane() == Plane::UserSpace {
+            degraded.push(
+                "no BPF: probes of peers are answered by the agent's own thread, and only while it runs"
+                    .to_owned(),
+            );
+        }
+        if !self.plane.has_realtime() {
+            degraded.push(
+                "the prober has no real-time priority (CAP_SYS_NICE): a busy node notices the loss of a path later"
+                    .to_owned(),
+            );
+        }
+        degraded
+    }
+
+    /// What every session has measured, for `status` and metrics.
+    pub(crate) async fn reports(&self) -> Vec<Report> {
+        self.plane.reports().await.unwrap_or_default()
+    }
+
+    /// Lets peers know that this node goes: its silence is no loss.
+    pub(crate) async fn leave_all(&self) {
+        if let Err(error) = self.plane.set_admin_down(true).await {
+            tracing::warn!(%error, "peers are not told that this node goes");
+        }
+    }
+
+    /// Ends all sessions.
+    pub(crate) async fn close(&self) {
+        if let Err(error) = self.plane.close().await {
+            tracing::warn!(%error, "a part of the health plane stays behind");
+        }
+    }
+
+    fn watched(&self) -> MutexGuard<'_, HashMap<IpAddr, Watched>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guard(&self, peer: IpAddr) -> Option<Arc<plane::Peer>> {
+        self.watched()
+            .get(&peer)
+            .map(|watched| Arc::clone(&watched.guard))
+    }
+
+    /// Judges a report; the health if that is something new.
+    fn note(&self, report: &Report) -> Option<Health> {
+        let health = judge(
+            &Evidence {
+                peer: report.peer.address,
+                port: report.peer.port,
+                session: report.snapshot,
+                stages: report.stages_since_up(),
+                told: None,
+            },
+            now(),
+        );
+        let mut watched = self.watched();
+        let known = &mut watched.get_mut(&report.peer.address)?.known;
+        let is_news = known.is_none_or(|known| !is_same(&known, &health));
+        *known = Some(health);
+        is_news.then_some(health)
+    }
+
+    /// Asks a session for what it has, so that what is known is not behind.
+    async fn look(&self, guard: &plane::Peer) {
+        if let Ok(report) = guard.report().await {
+            self.note(&report);
+        }
+    }
+
+    fn has_doubts(&self) -> bool {
+        self.watched().values().any(|watched| {
+            watched
+                .known
+                .is_none_or(|known| known.verdict() != Verdict::Up)
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Prober for NodeProber {
+    fn reflector(&self) -> Reflector {
+        self.reflector
+    }
+
+    async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError> {
+        if let Some(watched) = self.watched().get_mut(&peer.address)
+            && watched.spec == *peer
+        {
+            watched.users.insert(user.to_owned());
+            return Ok(());
+        }
+        let refused = |error: HealthError| WatchError {
+            peer: peer.address,
+            cause: error.to_string(),
+        };
+        let joined = self.plane.join(plane::PeerSpec {
+            address: peer.address,
+            port: peer.port,
+            vni: peer.reflector.vni,
+            discriminator: peer.reflector.discriminator,
+        });
+        let guard = Arc::new(joined.await.map_err(refused)?);
+        let smallest = if peer.address.is_ipv4() {
+            SMALLEST_V4
+        } else {
+            SMALLEST_V6
+        };
+        guard.want_mtu(smallest, u16::try_from(peer.mtu).unwrap_or(u16::MAX));
+        let replaced = {
+            let mut watched = self.watched();
+            let mut fresh = Watched {
+                spec: *peer,
+                guard,
+                users: HashSet::new(),
+                known: None,
+            };
+            let replaced = watched.remove(&peer.address);
+            if let Some(old) = &replaced {
+                fresh.users.clone_from(&old.users);
+                if old.spec.reflector == peer.reflector {
+                    fresh.known = old.known;
+                }
+            }
+            fresh.users.insert(user.to_owned());
+            watched.insert(peer.address, fresh);
+            replaced
+        };
+        drop(replaced);
+        Ok(())
+    }
+
+    fn leave(&self, user: &str, peer: IpAddr) {
+        let mut watched = self.watched();
+        if let Some(one) = watched.get_mut(&peer) {
+            one.users.remove(user);
+            if one.users.is_empty() {
+                watched.remove(&peer);
+            }
+        }
+    }
+
+    async fn prove(&self, peer: IpAddr) -> Option<Health> {
+        let guard = self.guard(peer)?;
+        let was_known_up = self
+            .health(peer)
+            .is_some_and(|known| known.verdict() == Verdict::Up);
+        if guard.prove().await.is_err() {
+            return self.health(peer);
+        }
+        // The session's own event may still be on its way to us.
+        if !(was_known_up && guard.is_up()) {
+            self.look(&guard).await;
+        }
+        self.health(peer)
+    }
+
+    fn health(&self, peer: IpAddr) -> Option<Health> {
+        self.watched().get(&peer)?.known
+    }
+
+    async fn next_event(&self) -> PathEvent {
+        let mut inbox = self.inbox.lock().await;
+        let Inbox {
+            events,
+            pending,
+            look_again,
+        } = &mut *inbox;
+        loop {
+            if let Some(event) = pending.pop_front() {
+                return event;
+            }
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(Event::Session { report, .. }) => {
+                        pending.extend(self.note(&report).map(PathEvent::Changed));
+                    }
+                    Some(Event::ForeignVni(foreign)) => {
+                        if let Ok(vni) = Vni::try_from(foreign.vni) {
+                            pending.push_back(PathEvent::ForeignVni { peer: foreign.peer, vni });
+                        }
+                    }
+                    // The plane has ended, and with it the agent will.
+                    None => std::future::pending().await,
+                },
+                _ = look_again.tick() => {
+                    if self.has_doubts() {
+                        let reports = self.reports().await;
+                        let news = reports.iter().filter_map(|report| self.note(report));
+                        pending.extend(news.map(PathEvent::Changed));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether two say the same; what they measured meanwhile may differ.
+fn is_same(one: &Health, other: &Health) -> bool {
+    let same = |one: &Way, other: &Way| {
+        one.verdict == other.verdict && discriminant(&one.reason) == discriminant(&other.reason)
+    };
+    same(&one.inward, &other.inward)
+        && same(&one.outward, &other.outward)
+        && one.path_mtu == other.path_mtu
+}
+
+/// The clock of the kernel's stamps.
+pub(super) fn now() -> Monotonic {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .expect("every Linux has a monotonic clock");
+    let nanos = Duration::from(time).as_nanos();
+    Monotonic::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
