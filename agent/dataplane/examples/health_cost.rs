@@ -97,7 +97,14 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
     while centre.events.try_recv().is_ok() {}
     let (start_ns, start) = (run_time(&of_centre)?, Instant::now());
     let probes_before = centre.health.reports().await?;
-    tokio::time::sleep(Duration::from_secs(wanted.seconds)).await;
+    let mut reflections = Vec::new();
+    while start.elapsed() < Duration::from_secs(wanted.seconds) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        // On the other nodes, whose threads are not those that are counted.
+        for guard in &guards[..nodes.len()] {
+            reflections.extend(guard.report().await?.reflection);
+        }
+    }
     let spent = Duration::from_nanos(run_time(&of_centre)? - start_ns);
     let took = start.elapsed();
     let reports = centre.health.reports().await?;
@@ -124,10 +131,15 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
         .iter()
         .map(|r| micros(r.statistics.rtt_p99))
         .collect();
+    reflections.sort_unstable();
+    let quantile = |share: f64| {
+        let index = (reflections.len() as f64 * share).ceil() as usize;
+        micros(reflections.get(index.max(1) - 1).copied())
+    };
     p50.sort_by(f64::total_cmp);
     p99.sort_by(f64::total_cmp);
     println!(
-        r#"{{"peers":{},"connections":{},"busy":{},"plane":"{:?}","realtime":{},"seconds":{:.1},"cpu_percent":{:.2},"probes_per_second":{:.0},"us_per_probe":{:.1},"rtt_p50_us":{:.1},"rtt_p99_us":{:.1},"rtt_p99_worst_peer_us":{:.1},"false_alarms":{alarms}}}"#,
+        r#"{{"peers":{},"connections":{},"busy":{},"plane":"{:?}","realtime":{},"seconds":{:.1},"cpu_percent":{:.2},"probes_per_second":{:.0},"us_per_probe":{:.1},"reflection_p50_us":{:.1},"reflection_p99_us":{:.1},"rtt_p50_us":{:.1},"rtt_p99_us":{:.1},"rtt_p99_worst_peer_us":{:.1},"false_alarms":{alarms}}}"#,
         reports.len(),
         wanted.connections,
         wanted.busy,
@@ -137,6 +149,8 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
         100.0 * spent.as_secs_f64() / took.as_secs_f64(),
         probes as f64 / took.as_secs_f64(),
         spent.as_secs_f64() * 1e6 / probes as f64,
+        quantile(0.50),
+        quantile(0.99),
         p50[p50.len() / 2],
         p99[p99.len() / 2],
         p99[p99.len() - 1],

@@ -111,6 +111,9 @@ pub struct Report {
     pub answers: u64,
     /// The peer's probes that we answered.
     pub reflected: u64,
+    /// How long the last of those answers took on this node, from ingress to egress of the management link; `None`: there was none,
+    /// or it is the agent that answers.
+    pub reflection: Option<Duration>,
     /// Whether the peer's reflector goes on without its agent (the C flag of its last answer); `None`: no answer yet.
     pub peer_is_independent: Option<bool>,
     /// Packets of the management VNI at each stage between this node and the peer, since the session began. Management link and

@@ -98,6 +98,8 @@ pub struct Session {
     pub reflected: Shared,
     /// Bytes of their frames.
     pub reflected_bytes: Shared,
+    /// How long the last one took, from the link's ingress to its egress.
+    pub last_reflection_ns: Shared,
     /// Probes of the peer that came too fast.
     pub rate_limited: Shared,
     /// When the peer's next probe is due at the lasting rate (GCRA).
@@ -128,6 +130,7 @@ impl Default for Session {
             probe: Shared::default(),
             reflected: Shared::default(),
             reflected_bytes: Shared::default(),
+            last_reflection_ns: Shared::default(),
             rate_limited: Shared::default(),
             next_probe_ns: Shared::default(),
             arrived: Shared::default(),
@@ -140,7 +143,7 @@ impl Default for Session {
 const _: () = {
     assert!(size_of::<NodeState>() == 2 * 8);
     assert!(size_of::<Stamp>() == 4 * 8);
-    assert!(size_of::<Session>() == 20 * 8 + STAMPS * size_of::<Stamp>());
+    assert!(size_of::<Session>() == 21 * 8 + STAMPS * size_of::<Stamp>());
     assert!((SEQUENCE_MASK as usize + 1).is_multiple_of(STAMPS));
 };
 
@@ -217,6 +220,7 @@ impl Session {
             &self.probe,
             &self.reflected,
             &self.reflected_bytes,
+            &self.last_reflection_ns,
             &self.rate_limited,
             &self.next_probe_ns,
             &self.arrived,
@@ -377,10 +381,15 @@ pub fn egress<N: Node + ?Sized>(packet: Option<&Packet>, now_ns: u64, node: &N) 
     let Some(packet) = packet else {
         return false;
     };
+    let session = node.session(packet.receiver);
     if packet.role == Role::Reflector {
+        if let Some(session) = session {
+            let took = now_ns.wrapping_sub(session.last_probe_ns.load());
+            session.last_reflection_ns.store(took);
+        }
         return true;
     }
-    match node.session(packet.receiver) {
+    match session {
         Some(session)
             if u64::from(packet.control.my_discriminator) == session.local_discriminator.load() =>
         {

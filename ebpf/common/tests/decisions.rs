@@ -218,6 +218,14 @@ fn a_probe_of_a_peer_is_noted_and_reflected() {
         (1, 66)
     );
 
+    let answer = Packet {
+        role: Role::Reflector,
+        receiver: mac_key(mac(SPEAKER, PEER)),
+        ..peers_probe()
+    };
+    assert!(management::egress(Some(&answer), 3 * MS + 700, &memory));
+    assert_eq!(session.last_reflection_ns.load(), 700);
+
     memory.node.state.store(State::AdminDown.bits().into());
     let verdict = memory.ingress(&peers_probe(), 4 * MS);
     assert!(matches!(verdict, Ok(Verdict::Reflect(r)) if r.state == State::AdminDown));

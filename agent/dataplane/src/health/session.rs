@@ -264,6 +264,9 @@ impl PeerSession {
             probes: session.sent.load(),
             answers: session.answered.load(),
             reflected: session.reflected.load(),
+            reflection: Some(session.last_reflection_ns.load())
+                .filter(|ns| *ns != 0)
+                .map(Duration::from_nanos),
             peer_is_independent: answer.map(|said| said.control_plane_independent),
             stages: self.stages(around),
             stages_when_up: self.stages_when_up,
