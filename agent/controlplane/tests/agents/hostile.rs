@@ -201,6 +201,16 @@ async fn wrong_answers() {
     assert_refusal(&status, Code::Aborted, &[&peer.url, "ä long story", "…"]);
     assert!(status.message().len() < 3000);
     world.settles(&before).await;
+    // An answer too large to be read tells of a connection all the same: it is given back.
+    let closed = peer.closes().len();
+    peer.twist(|mut it| {
+        it.labels.insert("much".into(), "x".repeat(1 << 20));
+        Ok(it)
+    });
+    let status = client.refused(client.request_for(SERVICE)).await;
+    assert_refusal(&status, Code::OutOfRange, &[&peer.url, "too large"]);
+    eventually(closed + 1, || peer.closes().len()).await;
+    world.settles(&before).await;
 }
 
 /// A refresh that is answered wrongly leaves what stood.
