@@ -6,7 +6,10 @@ use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::cargo::{self, Programs, step};
+use crate::{
+    cargo::{self, Programs, step},
+    packages,
+};
 
 /// The Go module, from the workspace's root.
 const MODULE: &str = "tests/interop";
@@ -14,12 +17,21 @@ const MODULE: &str = "tests/interop";
 /// The whole run takes a few minutes on two cores; what takes longer hangs.
 const TIMEOUT: &str = "15m";
 
+/// What is skipped without root.
+pub(crate) const NEEDS_ROOT: &str =
+    "tests/interop/node, in which agents make links for real clients and endpoints, is left out";
+
 /// Builds the agent and runs the tests.
 ///
 /// # Errors
-/// When Go is missing or too old, or a test fails.
+/// When Go or a program that the tests start is missing, or a test fails.
 pub(crate) fn run(pattern: Option<&str>) -> Result<()> {
     let go = Go::find()?;
+    if packages::is_root() {
+        packages::ensure(packages::DEMO)?;
+    } else {
+        eprintln!("==> not root: {NEEDS_ROOT}");
+    }
     let programs = cargo::build_programs(&["--workspace"])?;
     test(&go, &programs, pattern)
 }

@@ -49,7 +49,12 @@ pub(crate) fn run(without_go: WithoutGo) -> Result<()> {
         }
     }
     match go {
-        Ok(go) => interop::test(&go, &programs, None)?,
+        Ok(go) => {
+            interop::test(&go, &programs, None)?;
+            if !root {
+                left_out.push(format!("needs root: {}", interop::NEEDS_ROOT));
+            }
+        }
         Err(error) => left_out.push(format!("tests/interop: {error:#}")),
     }
     report(&left_out);
