@@ -382,6 +382,28 @@ mod tests {
     }
 
     #[test]
+    fn what_the_nsmgr_asks_its_forwarder_for_decides() {
+        let nsmgr = Arrival::Forwarder { trusted: true };
+        let pod = || kernel("inode://4/4026531840");
+        let tunnel = || vxlan("192.0.2.1");
+        for socket in [ENDPOINT, "inode://65024/7"] {
+            assert!(matches!(of(nsmgr, pod(), socket), Ok(Case::PodToPod(..))));
+            assert!(matches!(
+                of(nsmgr, tunnel(), socket),
+                Ok(Case::TunnelToPod(..))
+            ));
+        }
+        assert!(matches!(of(nsmgr, pod(), PEER), Ok(Case::PodToTunnel(..))));
+        assert!(matches!(of(nsmgr, tunnel(), PEER), Ok(Case::Through)));
+        let error = of(nsmgr, vxlan(""), ENDPOINT).unwrap_err().to_string();
+        assert!(error.contains("src_ip"), "{error}");
+        // An NSMgr that is not root passes descriptors as everybody.
+        let nsmgr = Arrival::Forwarder { trusted: false };
+        let error = of(nsmgr, pod(), PEER).unwrap_err();
+        assert_eq!(error.code(), tonic::Code::PermissionDenied);
+    }
+
+    #[test]
     fn each_side_takes_its_own_mechanisms_only() {
         for (arrival, offered, url) in [
             (Arrival::Network, kernel("file:///run/netns/pod"), ENDPOINT),

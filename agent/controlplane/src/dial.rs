@@ -121,13 +121,8 @@ pub(crate) async fn dial_with(
     descriptors: &Arc<Descriptors>,
     dial_timeout: Duration,
 ) -> Result<Channel, DialError> {
-    match url.parse::<DialUrl>()? {
-        DialUrl::Unix(path) => {
-            let shown = DialUrl::Unix(path.clone());
-            dial_unix(UnixPeer::At(path), descriptors, shown, dial_timeout).await
-        }
-        url @ DialUrl::Tcp { .. } => url.connect(dial_timeout).await,
-    }
+    let url = url.parse::<DialUrl>()?;
+    url.connect_with(descriptors, dial_timeout).await
 }
 
 /// Connects to the socket that `socket` is a descriptor of, wherever its path may be.
@@ -198,10 +193,23 @@ impl DialUrl {
     ///
     /// The peer cannot be connected to in time.
     pub async fn connect(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
+        self.connect_with(&Arc::default(), dial_timeout).await
+    }
+
+    /// Connects within `dial_timeout`; descriptors travel beside the calls by way of `descriptors`,
+    /// where the connection can carry any.
+    ///
+    /// # Errors
+    ///
+    /// The peer cannot be connected to in time.
+    pub async fn connect_with(
+        &self,
+        descriptors: &Arc<Descriptors>,
+        dial_timeout: Duration,
+    ) -> Result<Channel, DialError> {
         if let Self::Unix(path) = self {
-            let none = Arc::default();
             let peer = UnixPeer::At(path.clone());
-            return dial_unix(peer, &none, self.clone(), dial_timeout).await;
+            return dial_unix(peer, descriptors, self.clone(), dial_timeout).await;
         }
         let endpoint = Endpoint::from_shared(format!("http://{}", self.authority()));
         let endpoint = endpoint.map_err(|error| DialError::Connect {

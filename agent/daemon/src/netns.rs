@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::unix::fs::MetadataExt as _,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -15,6 +15,8 @@ use nsm_core::mechanism::{INODE_URL, NETNS_INODE, NetnsUrl, Parameters};
 pub(crate) struct Netns {
     /// Where it is.
     path: PathBuf,
+    /// The device of the file system of namespaces.
+    device: u64,
     /// Its number, by which the kernel tells namespaces apart.
     inode: u64,
 }
@@ -80,8 +82,13 @@ impl Netns {
             let kind = kind.to_owned();
             return Err(NetnsError::OtherKind { path, kind });
         }
-        let inode = file.metadata().map_err(failed)?.ino();
-        Ok(Self { path, inode })
+        let metadata = file.metadata().map_err(failed)?;
+        let (device, inode) = (metadata.dev(), metadata.ino());
+        Ok(Self {
+            path,
+            device,
+            inode,
+        })
     }
 
     /// Where it is.
@@ -89,10 +96,27 @@ impl Netns {
         &self.path
     }
 
-    /// Writes it into the parameters of a KERNEL mechanism.
+    /// A descriptor of it, to pass to whoever does not believe our word.
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
+        File::open(&self.path).map(OwnedFd::from)
+    }
+
+    /// Writes it into the parameters of a KERNEL mechanism, by its path.
     pub(crate) fn write(&self, parameters: &mut Parameters) {
-        let url = NetnsUrl::File(self.path.clone()).to_string();
-        parameters.insert(INODE_URL.to_owned(), url);
+        self.write_as(&NetnsUrl::File(self.path.clone()), parameters);
+    }
+
+    /// The same by its inode, whose descriptor is passed beside the call.
+    pub(crate) fn write_passed(&self, parameters: &mut Parameters) {
+        let url = NetnsUrl::Inode {
+            dev: self.device,
+            inode: self.inode,
+        };
+        self.write_as(&url, parameters);
+    }
+
+    fn write_as(&self, url: &NetnsUrl, parameters: &mut Parameters) {
+        parameters.insert(INODE_URL.to_owned(), url.to_string());
         parameters.insert(NETNS_INODE.to_owned(), self.inode.to_string());
     }
 }
@@ -119,6 +143,13 @@ mod tests {
         let mut parameters = Parameters::new();
         by_pid.write(&mut parameters);
         let pid = std::process::id();
+        let mut passed = Parameters::new();
+        by_pid.write_passed(&mut passed);
+        assert_eq!(
+            passed[INODE_URL],
+            format!("inode://{}/{}", by_pid.device, by_pid.inode)
+        );
+        by_pid.descriptor().unwrap();
         assert_eq!(parameters[INODE_URL], format!("file:///proc/{pid}/ns/net"));
         assert_eq!(parameters[NETNS_INODE], by_pid.inode.to_string());
     }

@@ -3,6 +3,8 @@
 use std::{
     future::Future,
     io::{self, Write as _},
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -10,6 +12,7 @@ use anyhow::Context as _;
 use nsm_controlplane::{
     dial::{DialError, DialUrl},
     token::TokenSource,
+    unix::{Descriptors, Passed},
 };
 use nsm_proto::connection::PathSegment;
 use prost_types::Timestamp;
@@ -31,6 +34,8 @@ pub(crate) struct Agent {
     pub(crate) url: DialUrl,
     /// The connection to it, which comes back by itself after a break.
     pub(crate) channel: Channel,
+    /// What travels beside the calls to it.
+    descriptors: Arc<Descriptors>,
     /// What the tool says who it is.
     pub(crate) tokens: TokenSource,
     /// The longest time for one call.
@@ -84,7 +89,9 @@ impl Agent {
     /// The agent cannot be connected to.
     pub(crate) async fn connect(args: &ClientArgs, name: &str) -> anyhow::Result<Self> {
         let url = args.connect_to.clone();
-        let dialed = url.connect(args.timeout.min(DIAL_TIMEOUT)).await;
+        let descriptors = Arc::default();
+        let timeout = args.timeout.min(DIAL_TIMEOUT);
+        let dialed = url.connect_with(&descriptors, timeout).await;
         let channel = dialed.map_err(|error: DialError| {
             anyhow::Error::new(error).context(
                 "is the agent running, and is this its listen.nsmgr? (--connect-to, NSM_CONNECT_TO)",
@@ -95,9 +102,21 @@ impl Agent {
         Ok(Self {
             url,
             channel,
+            descriptors,
             tokens: TokenSource::hs256(&spiffe_id, secret, args.max_token_lifetime),
             timeout: args.timeout,
         })
+    }
+
+    /// Whether the agent wants our namespace's descriptor: it takes the word of root only.
+    pub(crate) fn wants_descriptor(&self) -> bool {
+        let is_root = std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+        !is_root && matches!(self.url, DialUrl::Unix(_))
+    }
+
+    /// Passes a descriptor with the next call.
+    pub(crate) fn pass(&self, descriptor: OwnedFd) {
+        self.descriptors.send(Passed::new(descriptor));
     }
 
     /// A call with our token and the deadline in its metadata.

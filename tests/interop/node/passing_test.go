@@ -3,6 +3,9 @@ package node
 import (
 	"fmt"
 	"os"
+	"os/exec"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -149,4 +152,37 @@ func TestClaims(t *testing.T) {
 			harness.WaitUntilEmpty(t, agent)
 		})
 	}
+}
+
+// Our own client passes its namespace's descriptor when it is not root.
+func TestConnectOfAnotherUser(t *testing.T) {
+	harness.NeedsRoot(t)
+	agent := nodeAgent(t)
+	serving := startPod(t, podConfig{
+		Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
+		Service: service, Dir: openDir(t), Prefix: prefix,
+	}, placement{})
+	require.Empty(t, serving.next().Error)
+	// The user may not reach the program by its path.
+	program, err := os.Open(harness.Program(t))
+	require.NoError(t, err)
+	defer func() { _ = program.Close() }()
+	command := exec.Command("/proc/self/fd/3", "connect", service, "--netns", "/proc/self/ns/net",
+		"--json", "--name", "nsc", "--connect-to", agent.NSMgrURL().String())
+	command.ExtraFiles = []*os.File{program}
+	command.Env, command.Dir = []string{}, "/"
+	command.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNET,
+		Credential: &syscall.Credential{Uid: nobody, Gid: nobody},
+	}
+	client := harness.Start(t, "connect", command)
+	harness.Eventually(t, podDeadline, func() bool {
+		return strings.Contains(client.Log(), `"event":"connected"`)
+	}, client.Log)
+	ping := harness.InNetns(client.Netns(), exec.Command("ping", "-n", "-c", "1", "-W", "2", "172.16.1.0"))
+	output, err := ping.CombinedOutput()
+	require.NoError(t, err, "%s", output)
+	client.Stop()
+	harness.WaitUntilEmpty(t, agent)
+	require.Empty(t, serving.links())
 }

@@ -220,7 +220,7 @@ impl Descriptors {
     }
 
     /// Sends a descriptor in front of the next bytes that are written.
-    pub(crate) fn send(self: &Arc<Self>, descriptor: Passed) {
+    pub fn send(self: &Arc<Self>, descriptor: Passed) {
         let mut store = lock(&self.store);
         let until = Instant::now() + HELD_FOR;
         store.outgoing.push_back((descriptor, until));

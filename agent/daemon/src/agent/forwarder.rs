@@ -295,24 +295,36 @@ impl Forwarder for NodeForwarder {
                 let netns = self.open(pod, alias).await?;
                 let was_known = self.slots().contains_key(&spec.vni);
                 self.count(spec);
-                let outcome = self.links.up_vxlan(&netns, spec).await;
+                let up = self.links.up_vxlan(&netns, spec);
+                let (outcome, in_sight) = tokio::join!(up, self.namespaces.is_in_sight(pod));
                 if outcome.is_err() && !was_known {
                     self.uncount(spec);
                 }
                 outcome.map_err(refusal)?;
-                self.namespaces.linked(pod, alias, netns).await;
+                if !in_sight {
+                    self.namespaces.keep(pod, alias, netns);
+                }
                 Ok(())
             }
             Plan::Veth { client, endpoint } => {
-                let ends = [client, endpoint];
                 let client_netns = self.open(&client.0, &client.1.alias).await?;
                 let endpoint_netns = self.open(&endpoint.0, &endpoint.1.alias).await?;
-                self.links
-                    .up_veth((&client_netns, &client.1), (&endpoint_netns, &endpoint.1))
-                    .await
-                    .map_err(refusal)?;
-                for ((pod, link), netns) in ends.into_iter().zip([client_netns, endpoint_netns]) {
-                    self.namespaces.linked(pod, &link.alias, netns).await;
+                let up = self
+                    .links
+                    .up_veth((&client_netns, &client.1), (&endpoint_netns, &endpoint.1));
+                let (outcome, client_in_sight, endpoint_in_sight) = tokio::join!(
+                    up,
+                    self.namespaces.is_in_sight(&client.0),
+                    self.namespaces.is_in_sight(&endpoint.0),
+                );
+                outcome.map_err(refusal)?;
+                for ((pod, link), netns, in_sight) in [
+                    (client, client_netns, client_in_sight),
+                    (endpoint, endpoint_netns, endpoint_in_sight),
+                ] {
+                    if !in_sight {
+                        self.namespaces.keep(pod, &link.alias, netns);
+                    }
                 }
                 Ok(())
             }

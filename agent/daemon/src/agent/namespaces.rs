@@ -54,11 +54,14 @@ impl Namespaces {
         }
     }
 
-    /// A link stands there now: keeps the namespace if nothing but its descriptor leads there.
-    pub(super) async fn linked(&self, pod: &PodNetns, alias: &LinkAlias, netns: Netns) {
-        if pod.descriptor.is_some() && find(&pod.url).await.is_err() {
-            self.kept().insert(place(pod, alias), netns);
-        }
+    /// Whether something else than the descriptor that was passed leads there.
+    pub(super) async fn is_in_sight(&self, pod: &PodNetns) -> bool {
+        pod.descriptor.is_none() || find(&pod.url).await.is_ok()
+    }
+
+    /// A link stands there now, and nothing but its descriptor leads there: keeps it.
+    pub(super) fn keep(&self, pod: &PodNetns, alias: &LinkAlias, netns: Netns) {
+        self.kept().insert(place(pod, alias), netns);
     }
 
     /// The link is gone.

@@ -110,9 +110,17 @@ impl Session {
     /// A refusal, no answer, or an answer that is not about this connection.
     pub(crate) async fn request(&mut self) -> Result<Answer, CallError> {
         self.sign();
+        let mut preference = preference(&self.wanted);
+        // A namespace that cannot be opened any more is refused as one that is only claimed.
+        if self.agent.wants_descriptor()
+            && let Ok(descriptor) = self.wanted.netns.descriptor()
+        {
+            self.wanted.netns.write_passed(&mut preference.parameters);
+            self.agent.pass(descriptor);
+        }
         let request = self.agent.request(NetworkServiceRequest {
             connection: Some(self.connection.clone()),
-            mechanism_preferences: vec![preference(&self.wanted)],
+            mechanism_preferences: vec![preference],
         });
         let mut client = NetworkServiceClient::new(self.agent.channel.clone());
         // Until it answers, the agent may have begun to make something.
