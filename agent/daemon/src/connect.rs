@@ -2,9 +2,10 @@
 //!
 //! It asks once, and what is refused then ends it: a person waits. From the first answer on it
 //! keeps the connection: refreshed before the first token on the path expires, asked for again when
-//! the agent is gone (the same endpoint: its traffic may well flow) or when the path is told to be
-//! down (another endpoint: Close, then a Request with the state RESELECT_REQUESTED). Tries that
-//! fail are spaced by [`Backoff`]. Whatever ends it, it closes what it has.
+//! it is lost, as [`nsm_core::heal`] says. An endpoint that is gone is closed first; a path that is
+//! lost is not, for its tunnel stands until the new one does. A connection that was granted although
+//! its path is down is asked for again and again until there is another, or the path is back.
+//! Whatever ends it, it closes what it has.
 
 use std::{
     convert::Infallible,
@@ -12,7 +13,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nsm_core::{backoff::Backoff, expiry::refresh_after};
+use nsm_core::{
+    expiry::refresh_after,
+    heal::{Healer, Loss, Step},
+};
 use tokio::time::Instant;
 
 use crate::{
@@ -30,25 +34,6 @@ use self::{
     session::{Answer, Session, Wanted},
     watch::{News, Watch},
 };
-
-/// The shortest wait before another try: an agent that restarts is back within it.
-const SHORTEST_WAIT: Duration = Duration::from_millis(200);
-
-/// The longest: a person who mends something wants to see it work.
-const LONGEST_WAIT: Duration = Duration::from_secs(10);
-
-/// A connection that lived so long is one: its loss is tried to be mended at once. One that comes
-/// and goes faster is asked for with growing waits, so that two that disagree do not spin.
-const STABLE: Duration = Duration::from_secs(10);
-
-/// How a connection that is lost is asked for again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Recovery {
-    /// The same endpoint, the same path: only the agent between was gone.
-    Same,
-    /// Whatever endpoint there is.
-    Reselect,
-}
 
 /// Why the client does not go on.
 enum Ended {
@@ -100,7 +85,7 @@ struct Client {
     session: Session,
     stop: Stop,
     reporter: Reporter,
-    backoff: Backoff,
+    healer: Healer,
 }
 
 impl Client {
@@ -122,7 +107,7 @@ impl Client {
             session: Session::begin(agent, name, wanted),
             stop,
             reporter,
-            backoff: Backoff::new(SHORTEST_WAIT, LONGEST_WAIT),
+            healer: Healer::default(),
         })
     }
 
@@ -133,35 +118,45 @@ impl Client {
         self.reporter.connected(&answer)?;
         let mut since = Instant::now();
         let mut watch = Watch::start(&self.session);
+        let mut again_at = self.again_at(&answer);
         loop {
             let wait = refresh_after(SystemTime::now(), answer.expires);
-            let recovery = tokio::select! {
+            let loss = tokio::select! {
                 () = self.stop.wait() => return Err(Ended::Asked),
                 () = tokio::time::sleep(wait) => self.refresh(&mut answer).await?,
+                () = until(again_at) => Some(Loss::Path),
                 news = watch.next() => match news {
                     News::RefreshRequested => self.refresh(&mut answer).await?,
-                    News::Lost(reason) => {
-                        self.reporter.down(&reason)?;
-                        Some(Recovery::Same)
+                    News::PathUp => {
+                        again_at = None;
+                        None
                     }
-                    News::Down(reason) => {
+                    News::Lost(loss, reason) => {
                         self.reporter.down(&reason)?;
-                        Some(Recovery::Reselect)
+                        Some(loss)
                     }
                 },
             };
-            if let Some(recovery) = recovery {
+            if let Some(loss) = loss {
                 // Its news from here on are about what is being replaced.
                 drop(watch);
-                answer = self.recover(recovery, since.elapsed() >= STABLE).await?;
+                answer = self.recover(loss, since.elapsed()).await?;
                 since = Instant::now();
                 watch = Watch::start(&self.session);
+                again_at = self.again_at(&answer);
             }
         }
     }
 
-    /// A refresh; what to do where it failed.
-    async fn refresh(&mut self, answer: &mut Answer) -> Result<Option<Recovery>, Ended> {
+    /// When to look for a better path, where there was none.
+    fn again_at(&mut self, answer: &Answer) -> Option<Instant> {
+        answer.view.path_down.as_ref()?;
+        let (_, wait) = self.healer.handle_failure(Loss::Path, rand::random());
+        Some(Instant::now() + wait)
+    }
+
+    /// A refresh; what is lost where it failed.
+    async fn refresh(&mut self, answer: &mut Answer) -> Result<Option<Loss>, Ended> {
         match unless_stopped(&mut self.stop, self.session.request()).await? {
             Ok(again) => {
                 *answer = again;
@@ -170,23 +165,22 @@ impl Client {
             }
             Err(error) => {
                 self.reporter.error(&error.to_string())?;
-                Ok(Some(recovery_after(&error)))
+                Ok(Some(loss_by(&error)))
             }
         }
     }
 
-    /// Asks until there is a connection again. `stable`: the lost one lived long enough for the
-    /// first try to be made at once.
-    async fn recover(&mut self, mut recovery: Recovery, stable: bool) -> Result<Answer, Ended> {
-        let mut wait = Duration::ZERO;
-        if stable {
-            self.backoff.reset();
-        } else {
-            wait = self.backoff.next(rand::random());
-        }
+    /// Asks until there is a connection again, in place of one that lived for so long.
+    async fn recover(&mut self, mut loss: Loss, lived: Duration) -> Result<Answer, Ended> {
+        let (mut step, mut wait) = self.healer.handle_loss(loss, lived, rand::random());
         loop {
             unless_stopped(&mut self.stop, tokio::time::sleep(wait)).await?;
-            let again = self.session.again(recovery == Recovery::Reselect);
+            let again = async {
+                match step {
+                    Step::Same => self.session.same_again().await,
+                    Step::Reselect => self.session.reselect(loss == Loss::Endpoint).await,
+                }
+            };
             match unless_stopped(&mut self.stop, again).await? {
                 Ok(answer) => {
                     self.reporter.connected(&answer)?;
@@ -194,13 +188,18 @@ impl Client {
                 }
                 Err(error) => {
                     self.reporter.error(&error.to_string())?;
-                    if recovery_after(&error) == Recovery::Reselect {
-                        recovery = Recovery::Reselect;
-                    }
-                    wait = self.backoff.next(rand::random());
+                    loss = loss_by(&error);
+                    (step, wait) = self.healer.handle_failure(loss, rand::random());
                 }
             }
         }
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -212,9 +211,9 @@ async fn unless_stopped<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Re
 }
 
 /// A refusal is about the endpoint or what was agreed; silence and absence are about the agent.
-fn recovery_after(error: &CallError) -> Recovery {
+fn loss_by(error: &CallError) -> Loss {
     match error {
-        CallError::Refused { .. } | CallError::BadAnswer { .. } => Recovery::Reselect,
-        CallError::Unreachable { .. } | CallError::Silent { .. } => Recovery::Same,
+        CallError::Refused { .. } | CallError::BadAnswer { .. } => Loss::Endpoint,
+        CallError::Unreachable { .. } | CallError::Silent { .. } => Loss::ControlPlane,
     }
 }

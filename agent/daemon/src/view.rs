@@ -3,7 +3,10 @@
 use std::fmt::Write as _;
 
 use nsm_controlplane::server::facts;
-use nsm_core::mechanism::{MTU, NAME, VNI, VXLAN};
+use nsm_core::{
+    health::Published,
+    mechanism::{MTU, NAME, VNI, VXLAN},
+};
 use nsm_proto::connection::Connection;
 use serde::Serialize;
 use tonic::metadata::MetadataMap;
@@ -60,6 +63,9 @@ pub(crate) struct View {
     pub(crate) src_addresses: Vec<String>,
     pub(crate) dst_addresses: Vec<String>,
     pub(crate) interface: Option<String>,
+    /// Why packets are known not to pass, where they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) path_down: Option<String>,
 }
 
 impl View {
@@ -91,6 +97,7 @@ impl View {
             src_addresses: ip.map(|ip| ip.src_ip_addrs.clone()).unwrap_or_default(),
             dst_addresses: ip.map(|ip| ip.dst_ip_addrs.clone()).unwrap_or_default(),
             interface: parameter(NAME).cloned(),
+            path_down: path_down(connection),
         }
     }
 
@@ -109,6 +116,18 @@ impl View {
         }
         words
     }
+}
+
+/// Health as the hops of a connection tell it.
+pub(crate) fn health(connection: &Connection) -> impl Iterator<Item = Published> {
+    let hops = connection.path.iter().flat_map(|path| &path.path_segments);
+    hops.map(|hop| Published::read(&hop.metrics))
+}
+
+/// Why the path of a connection is down, where a hop tells so: the first that does.
+pub(crate) fn path_down(connection: &Connection) -> Option<String> {
+    let down = health(connection).find(Published::is_down)?;
+    Some(down.reason.unwrap_or_else(|| "the path is down".to_owned()))
 }
 
 /// The addresses, or a word for none.

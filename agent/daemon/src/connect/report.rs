@@ -155,6 +155,9 @@ fn connected_words(answer: &Answer) -> String {
             addresses(&view.dst_addresses)
         ),
     );
+    if let Some(reason) = &view.path_down {
+        line("path down", reason.clone());
+    }
     line(
         "connected",
         format!(

@@ -146,20 +146,27 @@ impl Session {
         })
     }
 
-    /// Asks again after a loss: for the same endpoint, or (`reselect`) for any.
+    /// Asks again for the same endpoint, after a loss.
     ///
     /// # Errors
     ///
     /// As [`Self::request`].
-    pub(crate) async fn again(&mut self, reselect: bool) -> Result<Answer, CallError> {
-        if reselect {
+    pub(crate) async fn same_again(&mut self) -> Result<Answer, CallError> {
+        self.connection.set_state(State::Up);
+        self.request().await
+    }
+
+    /// Asks for any endpoint, after a loss; `closes`: what there was is of no use meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::request`].
+    pub(crate) async fn reselect(&mut self, closes: bool) -> Result<Answer, CallError> {
+        if closes {
             // What it holds is freed now or when its tokens expire; either way we go on.
             let _ = tokio::time::timeout(CLOSE_BEFORE_RESELECT, self.close()).await;
-            self.connection =
-                question(&self.name, &self.id, &self.wanted, State::ReselectRequested);
-        } else {
-            self.connection.set_state(State::Up);
         }
+        self.connection = question(&self.name, &self.id, &self.wanted, State::ReselectRequested);
         self.request().await
     }
 

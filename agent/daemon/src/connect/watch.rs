@@ -1,20 +1,26 @@
 //! Listening to what becomes of the connection.
 
+use nsm_core::{
+    heal::Loss,
+    health::{Published, Verdict},
+};
 use nsm_proto::connection::{
-    ConnectionEvent, ConnectionEventType, State, monitor_connection_client::MonitorConnectionClient,
+    Connection, ConnectionEvent, ConnectionEventType, State,
+    monitor_connection_client::MonitorConnectionClient,
 };
 use tokio::{sync::mpsc, task::AbortHandle};
 use tonic::Code;
 
 use super::session::Session;
+use crate::view::{health, path_down};
 
 /// What the monitor told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum News {
-    /// The path or the endpoint is gone.
-    Down(String),
-    /// Nothing is heard any more: the agent is gone, or its stream ended.
-    Lost(String),
+    /// This is lost, and why.
+    Lost(Loss, String),
+    /// The path is known to be good.
+    PathUp,
     /// The other side wants the connection to be refreshed.
     RefreshRequested,
 }
@@ -59,7 +65,8 @@ impl Watch {
                     }
                 }
             };
-            let lost = News::Lost(format!("{url} is not heard any more: {reason}"));
+            let words = format!("{url} is not heard any more: {reason}");
+            let lost = News::Lost(Loss::ControlPlane, words);
             // The receiver is gone when the connection is not wanted any more.
             let _ = sender.send(lost).await;
         })
@@ -67,7 +74,7 @@ impl Watch {
         Self { news, task }
     }
 
-    /// The next news. After [`News::Lost`] none comes.
+    /// The next news. After a loss of the control plane none comes.
     pub(crate) async fn next(&mut self) -> News {
         match self.news.recv().await {
             Some(news) => news,
@@ -96,15 +103,26 @@ fn interpret(event: &ConnectionEvent, id: &str) -> Option<News> {
         let first = path.and_then(|path| path.path_segments.first());
         first.is_some_and(|segment| segment.id == id)
     })?;
+    let lost = |words: &str| Some(News::Lost(Loss::Endpoint, words.to_owned()));
     if event.r#type() == ConnectionEventType::Delete {
-        return Some(News::Down("it was closed by the other side".to_owned()));
+        return lost("it was closed by the other side");
     }
     match ours.state() {
-        State::Up => None,
+        State::Up => is_path_up(ours).then_some(News::PathUp),
         State::RefreshRequested => Some(News::RefreshRequested),
-        State::Down => Some(News::Down("the path or the endpoint is down".to_owned())),
-        State::ReselectRequested => Some(News::Down("another endpoint is wanted".to_owned())),
+        State::Down => match path_down(ours) {
+            Some(reason) => Some(News::Lost(Loss::Path, reason)),
+            None => lost("the path or the endpoint is down"),
+        },
+        State::ReselectRequested => lost("another endpoint is wanted"),
     }
+}
+
+/// Whether some hop tells that its path is good, and none that it is down.
+fn is_path_up(connection: &Connection) -> bool {
+    let mut hops = health(connection);
+    let is_up = |hop: &Published| hop.outward == Some(Verdict::Up);
+    path_down(connection).is_none() && hops.any(|hop| is_up(&hop))
 }
 
 #[cfg(test)]
@@ -128,20 +146,51 @@ mod tests {
         let heard = |kind, state| interpret(&event(kind, state), "nsc-id");
         assert_eq!(heard(InitialStateTransfer, State::Up), None);
         assert_eq!(heard(Update, State::Up), None);
-        assert!(matches!(heard(Update, State::Down), Some(News::Down(_))));
+        assert!(matches!(
+            heard(Update, State::Down),
+            Some(News::Lost(Loss::Endpoint, _))
+        ));
         assert!(matches!(
             heard(Update, State::ReselectRequested),
-            Some(News::Down(_))
+            Some(News::Lost(Loss::Endpoint, _))
         ));
         assert!(matches!(
             heard(InitialStateTransfer, State::Down),
-            Some(News::Down(_))
+            Some(News::Lost(Loss::Endpoint, _))
         ));
         assert_eq!(
             heard(Update, State::RefreshRequested),
             Some(News::RefreshRequested)
         );
-        assert!(matches!(heard(Delete, State::Up), Some(News::Down(_))));
+        assert!(matches!(
+            heard(Delete, State::Up),
+            Some(News::Lost(Loss::Endpoint, _))
+        ));
+    }
+
+    #[test]
+    fn a_path_tells_by_its_metrics() {
+        let mut event = event(ConnectionEventType::Update, State::Down);
+        let tell = |event: &mut ConnectionEvent, pairs: &[(&str, &str)]| {
+            let connection = event.connections.values_mut().next().expect("one");
+            let path = connection.path.as_mut().expect("a path");
+            let told = pairs
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+            path.path_segments[1].metrics = told.collect();
+        };
+        tell(
+            &mut event,
+            &[("sbfd_state_out", "down"), ("sbfd_reason", "why")],
+        );
+        let lost = News::Lost(Loss::Path, "why".to_owned());
+        assert_eq!(interpret(&event, "nsc-id"), Some(lost));
+        tell(&mut event, &[("sbfd_state_out", "up")]);
+        let told = interpret(&event, "nsc-id");
+        assert!(matches!(told, Some(News::Lost(Loss::Endpoint, _))));
+        let connection = event.connections.values_mut().next().expect("one");
+        connection.set_state(State::Up);
+        assert_eq!(interpret(&event, "nsc-id"), Some(News::PathUp));
     }
 
     #[test]
