@@ -32,6 +32,10 @@ use crate::config::Config;
 /// How often the evidence on paths that are not up is looked at again: the peer's probes come and go without changing the session.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
+/// How long a proof may take. Five probes and the wait for the last answer take 0.6 s; what takes longer is a prober without a processor,
+/// and a Request does not wait for that.
+const LONGEST_PROOF: Duration = Duration::from_secs(2);
+
 /// The least that every IPv4 path is taken to carry (RFC 1122 section 3.3.2), bytes.
 const SMALLEST_V4: u16 = 576;
 
@@ -252,7 +256,8 @@ impl Prober for NodeProber {
         let was_known_up = self
             .health(peer)
             .is_some_and(|known| known.verdict() == Verdict::Up);
-        if guard.prove().await.is_err() {
+        let proved = tokio::time::timeout(LONGEST_PROOF, guard.prove()).await;
+        if !matches!(proved, Ok(Ok(_))) {
             return self.health(peer);
         }
         // The session's own event may still be on its way to us.
