@@ -1,7 +1,7 @@
-//! Loads of NSM v1 calls through agents that run already, bounded and measured; each prints one JSON object.
+//! Loads of NSM v1 calls through agents that run already, bounded and measured; each prints JSON, one object a line.
 //!
 //! `pairs` and `hold` bring an endpoint of their own and ask an agent's proxy, as an NSMgr does: what they measure is agents and
-//! wire, not a datapath. `setup` is a client like any other, on the node's socket, and gets real links.
+//! wire, not a datapath. `setup` and `watch` are clients like any other, on the node's socket, and get real links.
 
 #![forbid(unsafe_code)]
 
@@ -9,6 +9,7 @@ mod endpoint;
 mod proxied;
 mod quantile;
 mod setup;
+mod watch;
 
 use anyhow::Context as _;
 use clap::{Args, Parser};
@@ -42,6 +43,8 @@ enum Command {
     },
     /// Connections of a pod, one after the other, each made, timed and closed.
     Setup(setup::Arguments),
+    /// One connection of a pod, held until SIGTERM: a line for each thing that the agent's monitor tells of it.
+    Watch(watch::Arguments),
 }
 
 /// The agents of `pairs` and `hold`.
@@ -82,6 +85,7 @@ async fn main() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Setup(arguments) => print(&setup::run(&arguments).await?),
+        Command::Watch(arguments) => watch::run(&arguments).await,
     }
 }
 

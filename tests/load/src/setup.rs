@@ -55,19 +55,7 @@ pub(crate) struct Report {
 
 /// Makes, times and closes connections; the first failure ends it.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<Report> {
-    let client = Client {
-        channel: dial(&arguments.connect_to, Duration::from_secs(5)).await?,
-        tokens: TokenSource::hs256(
-            "spiffe://load.example/client",
-            b"load",
-            Duration::from_secs(600),
-        ),
-        service: arguments.service.clone(),
-        netns_url: NetnsUrl::File(arguments.netns.clone()).to_string(),
-        netns_inode: fs::metadata(&arguments.netns)
-            .with_context(|| format!("open {}", arguments.netns.display()))?
-            .ino(),
-    };
+    let client = Client::dial(&arguments.connect_to, &arguments.service, &arguments.netns).await?;
     let (cold, _) = client.connection(0).await.context("the first connection")?;
     let (mut setups, mut closes) = (Vec::new(), Vec::new());
     for number in 1..=arguments.connections {
@@ -88,8 +76,9 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     })
 }
 
-struct Client {
-    channel: Channel,
+/// A client of one pod on an agent's socket.
+pub(crate) struct Client {
+    pub(crate) channel: Channel,
     tokens: TokenSource,
     service: String,
     netns_url: String,
@@ -97,6 +86,28 @@ struct Client {
 }
 
 impl Client {
+    /// Connects to an agent's socket; nothing is asked yet.
+    pub(crate) async fn dial(
+        connect_to: &str,
+        service: &str,
+        netns: &std::path::Path,
+    ) -> anyhow::Result<Self> {
+        let inode = fs::metadata(netns)
+            .with_context(|| format!("open {}", netns.display()))?
+            .ino();
+        Ok(Self {
+            channel: dial(connect_to, Duration::from_secs(5)).await?,
+            tokens: TokenSource::hs256(
+                "spiffe://load.example/client",
+                b"load",
+                Duration::from_secs(600),
+            ),
+            service: service.to_owned(),
+            netns_url: NetnsUrl::File(netns.to_owned()).to_string(),
+            netns_inode: inode,
+        })
+    }
+
     /// Makes and closes a connection; how long each took.
     async fn connection(&self, number: u64) -> anyhow::Result<(Duration, Duration)> {
         let mut client = NetworkServiceClient::new(self.channel.clone());
@@ -111,7 +122,7 @@ impl Client {
         Ok((setup, began.elapsed()))
     }
 
-    fn ask(&self, number: u64) -> NetworkServiceRequest {
+    pub(crate) fn ask(&self, number: u64) -> NetworkServiceRequest {
         let id = format!("setup-{}-{number}", std::process::id());
         let (token, expires) = self.tokens.token(SystemTime::now());
         let parameters = [
@@ -145,7 +156,7 @@ impl Client {
         }
     }
 
-    fn with_token<T>(&self, message: T) -> Request<T> {
+    pub(crate) fn with_token<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         self.tokens.apply(request.metadata_mut());
         request
@@ -153,7 +164,7 @@ impl Client {
 }
 
 /// A time without a tunnel in it would be no time of an interdomain connection.
-fn check(metadata: &MetadataMap) -> anyhow::Result<()> {
+pub(crate) fn check(metadata: &MetadataMap) -> anyhow::Result<()> {
     let mechanism = metadata
         .get(facts::REMOTE_MECHANISM)
         .and_then(|value| value.to_str().ok());

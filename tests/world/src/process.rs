@@ -19,7 +19,7 @@ use nix::{
         prctl,
         signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, killpg, sigaction},
     },
-    unistd::{Pid, getppid},
+    unistd::{Pid, getppid, setsid},
 };
 
 use crate::{WorldError, wait::wait_for};
@@ -46,6 +46,15 @@ pub(crate) struct Body {
     child: Mutex<Child>,
 }
 
+/// Whom a process is scheduled with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Company {
+    /// A process group of its own, in the session of whoever started it.
+    Group,
+    /// A session of its own, and with it a share of the CPU of its own (sched(7), autogroups).
+    Session,
+}
+
 /// A process that may have ended: its id alone could meanwhile be another's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ProcessId {
@@ -60,6 +69,7 @@ impl Process {
         log_name: &str,
         mut command: Command,
         log_dir: &Path,
+        company: Company,
     ) -> Result<(Self, ProcessId), WorldError> {
         let log = |suffix: &str| {
             let path = log_dir.join(format!("{log_name}.{suffix}"));
@@ -69,16 +79,18 @@ impl Process {
         };
         let (stdout, out) = log("out")?;
         let (stderr, err) = log("err")?;
-        command
-            .stdin(Stdio::null())
-            .stdout(out)
-            .stderr(err)
-            .process_group(0);
+        command.stdin(Stdio::null()).stdout(out).stderr(err);
+        if company == Company::Group {
+            command.process_group(0);
+        }
         let parent = Pid::this();
-        // SAFETY: runs between fork and exec; prctl, getppid and sigaction are bare system calls, the default disposition
-        // runs no code, and nothing here allocates.
+        // SAFETY: runs between fork and exec; setsid, prctl, getppid and sigaction are bare system calls, the default
+        // disposition runs no code, and nothing here allocates.
         unsafe {
             command.pre_exec(move || {
+                if company == Company::Session {
+                    setsid()?;
+                }
                 prctl::set_pdeathsig(Signal::SIGKILL)?;
                 // A shell starts background jobs deaf to Ctrl-C, and that would be inherited.
                 let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
@@ -409,6 +421,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_process_apart_has_a_session_of_its_own_and_ends_like_others() {
+        let dir = scratch("apart");
+        let spawn = |name: &str, company| {
+            Process::spawn(name, name, shell("sleep 1000"), &dir, company).unwrap()
+        };
+        let session = |process: &Process| {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid())).unwrap();
+            let fields = stat.rsplit_once(')').unwrap().1;
+            fields.split_whitespace().nth(3).unwrap().to_owned()
+        };
+        let ((apart, _), (together, _)) = (
+            spawn("apart", Company::Session),
+            spawn("with", Company::Group),
+        );
+        assert_eq!(session(&apart), apart.pid().to_string());
+        assert_ne!(session(&together), together.pid().to_string());
+        for process in [apart, together] {
+            process.terminate(KILL_DEADLINE).unwrap();
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn stat_lines_with_odd_names_are_read() {
         let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21";
         assert_eq!(
@@ -448,7 +483,7 @@ mod tests {
     fn lines_are_waited_for_and_a_kill_takes_the_group() {
         let dir = scratch("lines");
         let script = "echo started; sleep 1000 & echo child $!; echo to-stderr >&2; wait";
-        let (process, id) = Process::spawn("p", "p", shell(script), &dir).unwrap();
+        let (process, id) = Process::spawn("p", "p", shell(script), &dir, Company::Group).unwrap();
         let child = process
             .wait_for_line("child ", Duration::from_secs(10))
             .unwrap();
@@ -470,8 +505,14 @@ mod tests {
     #[test]
     fn an_early_end_is_told_with_the_output() {
         let dir = scratch("early");
-        let (process, _) =
-            Process::spawn("p", "p", shell("echo no such thing >&2; exit 3"), &dir).unwrap();
+        let (process, _) = Process::spawn(
+            "p",
+            "p",
+            shell("echo no such thing >&2; exit 3"),
+            &dir,
+            Company::Group,
+        )
+        .unwrap();
         let error = process
             .wait_for_line("ready", Duration::from_secs(10))
             .unwrap_err()
@@ -488,7 +529,7 @@ mod tests {
         let dir = scratch("thread");
         let spawn = {
             let dir = dir.clone();
-            move || Process::spawn("p", "p", shell("sleep 1000"), &dir).unwrap()
+            move || Process::spawn("p", "p", shell("sleep 1000"), &dir, Company::Group).unwrap()
         };
         let (process, id) = thread::spawn(spawn).join().unwrap();
         // The death signal would have come with the thread's end, which join has waited for.

@@ -14,7 +14,7 @@ use crate::{
     Builder, Dns, Fault, FaultGuard, Leaks, Link, PIN_DIR, Process, WorldError, fault, leaks,
     netns::{self, command_in},
     plan::{Cloud, DNS_ADDRESS, NODE_INTERFACE, Place, Plan},
-    process::{Body, ProcessId, record},
+    process::{Body, Company, ProcessId, record},
     remove, wait_until,
 };
 
@@ -170,6 +170,24 @@ impl World {
     /// # Errors
     /// When the program cannot be started, or the world is torn down.
     pub fn spawn(&self, name: &str, command: Command) -> Result<Process, WorldError> {
+        self.spawn_in(name, command, Company::Group)
+    }
+
+    /// Starts a process as [`World::spawn`], in a session of its own: where the kernel groups by session it has a share of the
+    /// CPU of its own, as what runs in another container does.
+    ///
+    /// # Errors
+    /// As [`World::spawn`].
+    pub fn spawn_apart(&self, name: &str, command: Command) -> Result<Process, WorldError> {
+        self.spawn_in(name, command, Company::Session)
+    }
+
+    fn spawn_in(
+        &self,
+        name: &str,
+        command: Command,
+        company: Company,
+    ) -> Result<Process, WorldError> {
         let mut state = self.inner.standing_state()?;
         let log_dir = self.inner.run_dir.join("log");
         fs::create_dir_all(&log_dir)
@@ -185,7 +203,7 @@ impl World {
         } else {
             format!("{name}.{}", earlier + 1)
         };
-        let (process, id) = Process::spawn(name, &log_name, command, &log_dir)?;
+        let (process, id) = Process::spawn(name, &log_name, command, &log_dir, company)?;
         let list = self.inner.run_dir.join(remove::PROCESSES);
         let listed =
             record(&list, &id).map_err(WorldError::io(format!("write {}", list.display())));

@@ -7,6 +7,7 @@
 
 mod bpf;
 mod decisions;
+mod health;
 mod interop;
 mod memory;
 mod processes;
@@ -44,6 +45,18 @@ pub(crate) struct Arguments {
     /// Small sizes, to see that everything runs.
     #[arg(long)]
     quick: bool,
+    /// For `health`: minutes in which no false alarm may come, for each of three loads.
+    #[arg(long, default_value_t = 10.0, value_parser = minutes)]
+    minutes: f64,
+}
+
+fn minutes(text: &str) -> Result<f64, String> {
+    let minutes: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if (0.01..=600.0).contains(&minutes) {
+        Ok(minutes)
+    } else {
+        Err("0.01 to 600".to_owned())
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -62,6 +75,8 @@ enum Part {
     Throughput,
     /// Real NSM proxies and ours under the same load (needs Go).
     Interop,
+    /// From a path that is cut to DOWN at the client, and false alarms.
+    Health,
 }
 
 /// What a part found.
@@ -80,7 +95,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let (mut parts, mut side_by_side) = (Vec::new(), None);
     for &part in Part::value_variants() {
         if arguments.parts.is_empty() || arguments.parts.contains(&part) {
-            parts.push(measure(part, arguments.quick, &mut side_by_side));
+            parts.push(measure(part, arguments, &mut side_by_side));
         }
     }
     let report = Report {
@@ -103,13 +118,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn measure(part: Part, quick: bool, side_by_side: &mut Option<SideBySide>) -> PartReport {
+fn measure(part: Part, arguments: &Arguments, side_by_side: &mut Option<SideBySide>) -> PartReport {
     let name = part
         .to_possible_value()
         .map(|value| value.get_name().to_owned())
         .unwrap_or_default();
     eprintln!("==> {name}");
-    let (found, error) = match measured(part, quick, side_by_side) {
+    let (found, error) = match measured(part, arguments, side_by_side) {
         Ok(found) => (found, None),
         Err(error) => {
             eprintln!("    {name}: {error}");
@@ -124,7 +139,12 @@ fn measure(part: Part, quick: bool, side_by_side: &mut Option<SideBySide>) -> Pa
     }
 }
 
-fn measured(part: Part, quick: bool, side_by_side: &mut Option<SideBySide>) -> Result<Found> {
+fn measured(
+    part: Part,
+    arguments: &Arguments,
+    side_by_side: &mut Option<SideBySide>,
+) -> Result<Found> {
+    let quick = arguments.quick;
     match part {
         Part::Core => return decisions::measure(quick),
         Part::Interop => {
@@ -149,6 +169,7 @@ fn measured(part: Part, quick: bool, side_by_side: &mut Option<SideBySide>) -> R
             packages::ensure(packages::BENCH)?;
             throughput::measure(&Programs::build()?, quick)
         }
+        Part::Health => health::measure(&Programs::build()?, quick, arguments.minutes),
     }
 }
 

@@ -4,6 +4,7 @@
 //! link that the kernel carries; BPF programs that count. What the demo claims it has looked up: counters from the agents'
 //! status, the DNS answer from the server's log, leaks from the kernel after all processes have ended.
 
+mod fault;
 mod report;
 mod story;
 
@@ -45,6 +46,10 @@ pub(crate) struct Arguments {
     /// Leave everything running, with the commands to look around, until Ctrl-C.
     #[arg(long)]
     keep: bool,
+    /// Break the way between the nodes while a ping runs, and show how the agent tells it: blackhole, one-way, mtu,
+    /// vni-mismatch, firewall-4789, nat-replies-only, loss=PERCENT.
+    #[arg(long, value_name = "KIND")]
+    fault: Option<fault::Kind>,
     /// Print what was found as JSON on standard output; the story goes to standard error.
     #[arg(long)]
     json: bool,
@@ -81,6 +86,7 @@ pub(crate) fn check(cloud: &str, programs: &Programs) -> Result<()> {
         &Arguments {
             cloud,
             keep: false,
+            fault: None,
             json: true,
         },
         programs,
@@ -125,6 +131,15 @@ fn tell(arguments: &Arguments, programs: &Programs) -> Result<Report> {
     let shown = show(&scene, &connected, &mut story).inspect_err(|_| {
         eprintln!("the last lines of each process:\n{}", scene.world.logs());
     })?;
+    let fault = match arguments.fault {
+        Some(kind) => {
+            let told = fault::show(kind, &scene, &shown.address, &mut story);
+            Some(told.inspect_err(|_| {
+                eprintln!("the last lines of each process:\n{}", scene.world.logs());
+            })?)
+        }
+        None => None,
+    };
     if arguments.keep {
         story.text(&ways_to_look_around(&scene, programs, &shown.address));
         let signal = interrupt::wait();
@@ -138,6 +153,7 @@ fn tell(arguments: &Arguments, programs: &Programs) -> Result<Report> {
         ping: shown.ping,
         counters: shown.counters,
         bpf: shown.bpf,
+        fault,
         leaked,
     };
     report.check(PINGS)?;

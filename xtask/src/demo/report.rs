@@ -13,6 +13,8 @@ pub(super) struct Report {
     pub(super) ping: Ping,
     pub(super) counters: Counters,
     pub(super) bpf: Bpf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) fault: Option<super::fault::Told>,
     pub(super) leaked: Leaked,
 }
 
@@ -34,7 +36,7 @@ pub(super) struct Dns {
     pub(super) answer: String,
 }
 
-#[derive(Debug, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Ping {
     pub(super) sent: u32,
     pub(super) received: u32,
@@ -265,6 +267,7 @@ rtt min/avg/max/mdev = 0.060/0.442/1.201/0.536 ms
                 hook: "tcx".into(),
                 object_sha256: String::new(),
             },
+            fault: None,
             leaked,
         };
         report(20, leaked(0)).check(20).unwrap();

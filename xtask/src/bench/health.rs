@@ -1,0 +1,298 @@
+//! How soon a path that is cut is told, and how often one is told that is not.
+//!
+//! A client holds a connection between two real agents and notes when the agent's monitor says DOWN, by the clock that this program
+//! reads before it cuts the path: the time includes nft's own, the sessions' verdict, the control plane, and the stream to the
+//! client. UDP to the tunnels' port is dropped between the nodes, in one direction at a time and without a word, so that the control
+//! plane goes on and tells nothing by itself.
+
+use std::{process::Command, thread, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::time::{ClockId, clock_gettime};
+use nsm_world::{Fault, FaultGuard, Process, World, wait_until};
+use serde_json::Value;
+
+use super::{
+    Found,
+    processes::run_json,
+    programs::Programs,
+    report::{Bar::AtMost, Row},
+    scene::Domains,
+};
+use crate::packages;
+
+const TOLD_P99_MS: f64 = 200.0;
+
+/// The port of tunnels.
+const PORT: u16 = 4789;
+
+/// Busy processes, each in a session of its own, twice as many as the CPUs of the machine that the bar is for.
+const BUSY: usize = 4;
+
+/// Of a thousand packets, in each direction.
+const LOSS_PER_MILLE: u16 = 50;
+
+const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Fifty times the bar: what takes longer is not told.
+const TOLD_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A session that is down probes once a second.
+const UP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Between one cut and the next, so that each meets a path that has been good for a while.
+const PAUSE: Duration = Duration::from_secs(1);
+
+pub(super) fn measure(programs: &Programs, quick: bool, minutes: f64) -> Result<Found> {
+    packages::ensure(packages::BENCH)?;
+    let (rounds, minutes) = if quick { (5, 0.1) } else { (50, minutes) };
+    let domains = Domains::build(programs)?;
+    let watch = Watch::start(&domains, programs)?;
+    let mut rows = Vec::new();
+    for busy in [0, BUSY] {
+        let _busy = keep_busy(&domains.world, busy)?;
+        for direction in [Direction::Out, Direction::In] {
+            let times =
+                cuts(&domains, &watch, direction, rounds).with_context(|| domains.world.logs())?;
+            let what = format!("told, way {} cut, {busy} busy", direction.name());
+            rows.push(
+                Row::new(format!("{what}, p99"), quantile(&times, 0.99), "ms")
+                    .bar(AtMost(TOLD_P99_MS)),
+            );
+            rows.push(Row::new(
+                format!("{what}, p50"),
+                quantile(&times, 0.5),
+                "ms",
+            ));
+        }
+    }
+    rows.extend(false_alarms(&domains, &watch, minutes)?);
+    Ok(Found {
+        rows,
+        notes: vec![
+            format!(
+                "{rounds} cuts a row, from before nft was started to the UPDATE with state DOWN at the client; false alarms are DOWN told while the path was not cut"
+            ),
+            format!(
+                "false alarms within {minutes} minutes each; at loss each direction loses {LOSS_PER_MILLE} of 1000 packets at random, of round trips nearly twice as many"
+            ),
+        ],
+    })
+}
+
+/// Seen from the client's node.
+#[derive(Debug, Clone, Copy)]
+enum Direction {
+    Out,
+    In,
+}
+
+impl Direction {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Out => "out",
+            Self::In => "in",
+        }
+    }
+
+    fn inject(self, domains: &Domains, fault: Fault) -> Result<FaultGuard> {
+        let (near, far) = (domains.client_agent.node(), domains.endpoint_agent.node());
+        let (from, to) = match self {
+            Self::Out => (near, far),
+            Self::In => (far, near),
+        };
+        Ok(domains.world.inject(from, to, fault)?)
+    }
+}
+
+/// Cuts the path again and again; milliseconds until each was told.
+fn cuts(domains: &Domains, watch: &Watch, direction: Direction, rounds: usize) -> Result<Vec<f64>> {
+    let mut times = Vec::with_capacity(rounds);
+    for round in 0..rounds {
+        let told = watch.lines().len();
+        let cut_at = monotonic_ns()?;
+        let cut = direction.inject(domains, Fault::BlockUdp { port: PORT })?;
+        let at = watch
+            .wait(told, "DOWN", TOLD_DEADLINE, is_down)
+            .with_context(|| format!("cut {round} of the way {}", direction.name()))?;
+        times.push(at.saturating_sub(cut_at) as f64 / 1e6);
+        let told = watch.lines().len();
+        cut.heal();
+        watch.wait(told, "UP", UP_DEADLINE, is_up)?;
+        thread::sleep(PAUSE);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times)
+}
+
+fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64) -> Result<Vec<Row>> {
+    let duration = Duration::from_secs_f64(minutes * 60.0);
+    let alarms = |from: usize| {
+        let lines = watch.lines();
+        lines[from..].iter().filter(|line| is_down(line)).count() as f64
+    };
+    let row =
+        |what: &str, alarms| Row::new(format!("false alarms, {what}"), alarms, "").bar(AtMost(0.0));
+    let mut rows = Vec::new();
+
+    let from = watch.lines().len();
+    thread::sleep(duration);
+    rows.push(row("idle", alarms(from)));
+
+    let from = watch.lines().len();
+    saturate(domains, watch, duration)?;
+    rows.push(row("saturated and busy", alarms(from)));
+
+    let from = watch.lines().len();
+    let _lossy = [Direction::Out, Direction::In].map(|direction| {
+        let per_mille = LOSS_PER_MILLE;
+        direction.inject(domains, Fault::Loss { per_mille })
+    });
+    thread::sleep(duration);
+    rows.push(row("5 % loss", alarms(from)));
+    Ok(rows)
+}
+
+/// As much TCP as goes, beside busy processes.
+fn saturate(domains: &Domains, watch: &Watch, duration: Duration) -> Result<()> {
+    let world = &domains.world;
+    let _busy = keep_busy(world, BUSY)?;
+    let mut server = domains.endpoint_pod.command("iperf3")?;
+    server.args(["--server", "--forceflush"]);
+    let server = world.spawn("iperf3-server", server)?;
+    server.wait_for_line("Server listening", CONNECT_DEADLINE)?;
+    let mut client = domains.client_pod.command("iperf3")?;
+    client
+        .args(["--json", "--client", &watch.address])
+        .args(["--time", &duration.as_secs().max(1).to_string()]);
+    let output: Value = run_json(world, "iperf3", client, duration + CONNECT_DEADLINE)?;
+    let rate = output["end"]["sum_received"]["bits_per_second"].as_f64();
+    ensure!(
+        rate > Some(0.0),
+        "nothing went through the tunnel: {}",
+        output["end"]
+    );
+    Ok(())
+}
+
+fn keep_busy(world: &World, count: usize) -> Result<Vec<Process>> {
+    let spawn = |number| {
+        let mut command = Command::new("sh");
+        command.args(["-c", "while :; do :; done"]);
+        Ok(world.spawn_apart(&format!("busy-{number}"), command)?)
+    };
+    (0..count).map(spawn).collect()
+}
+
+/// `nsm-load watch`: a client that holds its connection and notes what it is told.
+struct Watch {
+    process: Process,
+    /// The endpoint's, in the tunnel.
+    address: String,
+}
+
+impl Watch {
+    fn start(domains: &Domains, programs: &Programs) -> Result<Self> {
+        let agent = &domains.client_agent;
+        let mut command = agent.node().command(&programs.load)?;
+        command
+            .args(["watch", "--connect-to", &agent.nsmgr_url()])
+            .args(["--service", &Domains::service(), "--netns"])
+            .arg(domains.client_pod.netns());
+        let process = domains.world.spawn("watch", command)?;
+        let address = process.wait_for("the connection", CONNECT_DEADLINE, |line| {
+            let line: Value = serde_json::from_str(line).ok()?;
+            let address = line["dst_addresses"][0].as_str()?;
+            Some(address.split('/').next()?.to_owned())
+        })?;
+        let watch = Self { process, address };
+        watch
+            .wait(0, "UP with both ways proved", UP_DEADLINE, is_up)
+            .with_context(|| domains.world.logs())?;
+        Ok(watch)
+    }
+
+    /// Everything that was told.
+    fn lines(&self) -> Vec<Value> {
+        let text = self.process.stdout();
+        // The last line may not be whole yet.
+        text.lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()
+    }
+
+    /// When the first line behind `from` came that `is`.
+    fn wait(
+        &self,
+        from: usize,
+        what: &str,
+        deadline: Duration,
+        is: impl Fn(&Value) -> bool,
+    ) -> Result<u64> {
+        let mut at = None;
+        wait_until(format!("{what} at the client's monitor"), deadline, || {
+            let lines = self.lines();
+            let found = lines.iter().skip(from).find(|line| is(line));
+            at = found.and_then(|line| line["at_ns"].as_u64());
+            at.is_some()
+        })
+        .with_context(|| format!("it was told {:?}", self.lines().last()))?;
+        at.context("a line without its time")
+    }
+}
+
+fn is_down(line: &Value) -> bool {
+    line["state"] == "DOWN"
+}
+
+fn is_up(line: &Value) -> bool {
+    let ways = ["sbfd_state_in", "sbfd_state_out"];
+    line["state"] == "UP" && ways.iter().all(|way| line["metrics"][way] == "up")
+}
+
+fn monotonic_ns() -> Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
+    let nanos = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+    Ok(u64::try_from(nanos)?)
+}
+
+/// Of sorted values, the least that the share `q` of them does not exceed.
+fn quantile(sorted: &[f64], q: f64) -> f64 {
+    let rank = (sorted.len() as f64 * q).ceil() as usize;
+    let at = rank.clamp(1, sorted.len().max(1)) - 1;
+    sorted.get(at).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn lines_are_understood() {
+        let line = |state: &str, inward: &str, out: &str| {
+            json!({"at_ns": 7, "event": "update", "state": state,
+                "metrics": {"sbfd_state_in": inward, "sbfd_state_out": out}})
+        };
+        assert!(is_down(&line("DOWN", "down", "unknown")));
+        assert!(!is_down(&line("UP", "up", "up")));
+        assert!(is_up(&line("UP", "up", "up")));
+        for not_up in [
+            line("DOWN", "up", "up"),
+            line("UP", "up", "unknown"),
+            json!({"state": "UP", "metrics": {}}),
+        ] {
+            assert!(!is_up(&not_up), "{not_up}");
+        }
+    }
+
+    #[test]
+    fn quantiles_are_values_that_were_measured() {
+        let values: Vec<f64> = (1..=50).map(f64::from).collect();
+        assert_eq!(quantile(&values, 0.99), 50.0);
+        assert_eq!(quantile(&values, 0.5), 25.0);
+        assert_eq!(quantile(&[3.0], 0.5), 3.0);
+        assert!(quantile(&[], 0.5).is_nan());
+    }
+}
