@@ -153,7 +153,7 @@ async fn connection(
 }
 
 /// What is known of a connection's path, with what its session has measured.
-fn path_health(health: &Health, paths: &[Report]) -> PathHealth {
+pub(super) fn path_health(health: &Health, paths: &[Report]) -> PathHealth {
     let report = paths
         .iter()
         .find(|report| report.peer.address == health.peer);

@@ -25,6 +25,7 @@ use tokio::{
 use super::Told;
 
 mod gathered;
+mod paths;
 
 /// What stands before every name.
 const PREFIX: &str = "proxy_nsmgr";
@@ -126,6 +127,7 @@ impl Metrics {
         let _turn = self.turn.lock().await;
         let mut now = Registry::with_prefix(PREFIX);
         gathered::register(&self.told, &mut now).await;
+        paths::register(&self.told, &mut now).await;
         let mut page = String::new();
         let encoded = text::encode_registry(&mut page, &self.counted)
             .and_then(|()| text::encode_registry(&mut page, &now))

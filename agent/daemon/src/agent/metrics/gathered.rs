@@ -30,10 +30,10 @@ struct Reason {
 /// One connection. `peer` is the other end of its tunnel, `domain` that of the service asked for; both stay what they are for the
 /// connection's life.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfConnection {
-    connection: String,
-    peer: String,
-    domain: String,
+pub(super) struct OfConnection {
+    pub(super) connection: String,
+    pub(super) peer: String,
+    pub(super) domain: String,
 }
 
 /// Gathers everything and puts it into `registry`.
@@ -210,7 +210,7 @@ async fn tunnels(told: &Told, registry: &mut Registry) {
 }
 
 /// The labels of a connection whose tunnel ends on this node.
-fn labels(told: &Told, view: &ConnectionView) -> Option<OfConnection> {
+pub(super) fn labels(told: &Told, view: &ConnectionView) -> Option<OfConnection> {
     let Plan::Vxlan { spec, .. } = view.plan()? else {
         return None;
     };

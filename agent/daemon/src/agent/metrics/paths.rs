@@ -1,0 +1,165 @@
+//! Metrics of the ways to the peers of tunnels: what `status` shows of them, as numbers.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::{Registry, Unit},
+};
+
+use super::gathered::{OfConnection, labels};
+use crate::agent::{Told, admin::path_health};
+
+type Number = Gauge<f64, AtomicU64>;
+
+/// One direction of a connection's path, "in" or "out" as seen from this node.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfWay {
+    connection: String,
+    peer: String,
+    domain: String,
+    way: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfQuantile {
+    connection: String,
+    peer: String,
+    domain: String,
+    quantile: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPeer {
+    peer: String,
+}
+
+/// Gathers the paths of all connections and the sessions with all peers.
+pub(super) async fn register(told: &Told, registry: &mut Registry) {
+    let Some(forwarder) = &told.forwarder else {
+        return;
+    };
+    let reports = forwarder.path_reports().await;
+    let paths = Paths::default();
+    for view in told.plane.connections() {
+        if let (Some(labels), Some(health)) = (labels(told, &view), view.health()) {
+            paths.add(&labels, &path_health(health, &reports));
+        }
+    }
+    paths.register(registry);
+
+    let [probes, answers, reflected] = [(); 3].map(|()| Family::<OfPeer, Counter>::default());
+    for report in &reports {
+        let of = OfPeer {
+            peer: report.peer.address.to_string(),
+        };
+        for (family, count) in [
+            (&probes, report.probes),
+            (&answers, report.answers),
+            (&reflected, report.reflected),
+        ] {
+            family.get_or_create(&of).inc_by(count);
+        }
+    }
+    for (name, help, family) in [
+        ("sbfd_probes", "S-BFD probes to a peer that left", probes),
+        ("sbfd_answers", "Answers of a peer to our probes", answers),
+        (
+            "sbfd_reflected",
+            "Probes of a peer that were answered",
+            reflected,
+        ),
+    ] {
+        registry.register(name, help, family);
+    }
+}
+
+#[derive(Default)]
+struct Paths {
+    up: Family<OfWay, Gauge>,
+    heard: Family<OfWay, Number>,
+    round_trip: Family<OfQuantile, Number>,
+    loss: Family<OfConnection, Number>,
+    mtu: Family<OfConnection, Gauge>,
+}
+
+impl Paths {
+    fn add(&self, of: &OfConnection, path: &nsm_proto::admin::PathHealth) {
+        let OfConnection {
+            connection,
+            peer,
+            domain,
+        } = of;
+        for (way, health) in [("in", &path.r#in), ("out", &path.out)] {
+            let of = OfWay {
+                connection: connection.clone(),
+                peer: peer.clone(),
+                domain: domain.clone(),
+                way,
+            };
+            let Some(health) = health else { continue };
+            match health.state.as_str() {
+                "up" => drop(self.up.get_or_create(&of).set(1)),
+                "down" => drop(self.up.get_or_create(&of).set(0)),
+                // Not known is neither.
+                _ => {}
+            }
+            if let Some(ms) = health.last_heard_ms {
+                self.heard.get_or_create(&of).set(ms as f64 / 1e3);
+            }
+        }
+        for (quantile, nanos) in [
+            ("0.5", path.round_trip_p50_ns),
+            ("0.99", path.round_trip_p99_ns),
+        ] {
+            let of = OfQuantile {
+                connection: connection.clone(),
+                peer: peer.clone(),
+                domain: domain.clone(),
+                quantile,
+            };
+            if let Some(nanos) = nanos {
+                self.round_trip.get_or_create(&of).set(nanos as f64 / 1e9);
+            }
+        }
+        if let Some(loss) = path.loss {
+            self.loss.get_or_create(of).set(loss);
+        }
+        if let Some(mtu) = path.path_mtu {
+            self.mtu.get_or_create(of).set(mtu.into());
+        }
+    }
+
+    fn register(self, registry: &mut Registry) {
+        registry.register(
+            "path_up",
+            "Whether packets pass on a way between this node and a tunnel's peer: 1 or 0; absent where that is not known",
+            self.up,
+        );
+        registry.register_with_unit(
+            "path_silence",
+            "Since a way was last proved: in, something of the peer came; out, a probe was answered",
+            Unit::Seconds,
+            self.heard,
+        );
+        registry.register_with_unit(
+            "path_round_trip",
+            "Round trips of the last minute",
+            Unit::Seconds,
+            self.round_trip,
+        );
+        registry.register_with_unit(
+            "path_loss",
+            "Share of the last minute's probes that stayed unanswered",
+            Unit::Other("ratio".to_owned()),
+            self.loss,
+        );
+        registry.register_with_unit(
+            "path_mtu",
+            "Largest inner IP packet that the path is known to carry",
+            Unit::Bytes,
+            self.mtu,
+        );
+    }
+}
