@@ -23,6 +23,7 @@ mod prober;
 mod random;
 mod session;
 mod socket;
+mod surroundings;
 
 use std::{
     collections::BTreeMap,
@@ -46,7 +47,8 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 pub use self::error::HealthError;
 use self::{
     peers::Request,
-    prober::{Command, Commands, Drops},
+    prober::{Command, Commands},
+    surroundings::Drops,
 };
 use crate::{
     bpf::{Bpf, ForeignVni},

@@ -20,6 +20,7 @@ mod attach;
 pub mod cost;
 mod error;
 mod events;
+mod management;
 mod pins;
 mod run;
 mod sessions;
@@ -433,62 +434,6 @@ impl Bpf {
             Gso::default(),
             repeat,
         )
-    }
-
-    /// Hooks the programs of the management link to these interfaces and to no others: those of an earlier agent are let go.
-    pub(crate) fn attach_management(&self, interfaces: &[String]) -> Result<(), BpfError> {
-        let state = &mut *self.state();
-        for interface in interfaces {
-            state
-                .attachments
-                .attach(&mut state.ebpf, &state.pins, Role::Management, interface)?;
-        }
-        state
-            .attachments
-            .remove_strays(&state.pins, Role::Management);
-        Ok(())
-    }
-
-    /// Takes the programs off a management link, whose interface may be gone already.
-    pub(crate) fn detach_management(&self, interface: &str) -> Result<(), BpfError> {
-        let state = &mut *self.state();
-        state
-            .attachments
-            .detach(&state.pins, Role::Management, interface)
-    }
-
-    /// The sessions' maps. There is one owner: the second call gets `None`.
-    pub(crate) fn take_sessions(&self) -> Option<PinnedSessions> {
-        self.state().sessions.take()
-    }
-
-    /// Gives them back, for the next [`crate::health::Health`] of the same programs.
-    pub(crate) fn return_sessions(&self, sessions: PinnedSessions) {
-        self.state().sessions = Some(sessions);
-    }
-
-    /// Lets the programs count and check what a peer sends over the management VNI, and note its VNIs that are not ours.
-    pub(crate) fn add_peer(&self, vni: Vni, peer: IpAddr) -> Result<Slot, BpfError> {
-        self.state().tables.add_peer(vni.get(), peer)
-    }
-
-    /// Forgets a peer.
-    pub(crate) fn remove_peer(&self, peer: IpAddr) -> Result<(), BpfError> {
-        self.state().tables.remove_peer(peer)
-    }
-
-    /// The peers that the programs know, among them those that an earlier agent left.
-    pub(crate) fn peers(&self) -> Vec<IpAddr> {
-        self.state().tables.peers()
-    }
-
-    /// What peers sent with VNIs that this node does not have: the last [`nsm_ebpf_common::MAX_FOREIGN`] pairs.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses.
-    pub fn foreign_vnis(&self) -> Result<Vec<ForeignVni>, BpfError> {
-        self.state().tables.foreign()
     }
 
     /// Time that the kernel accounts to a program, while that account is on.

@@ -21,7 +21,7 @@ use nsm_ebpf_common::{
 };
 use tokio::sync::oneshot;
 
-use super::{Event, PeerCell, PeerSpec, Report, prober::Surroundings};
+use super::{Event, PeerCell, PeerSpec, Report, surroundings::Surroundings};
 use crate::bpf::{Slot, address, ip_addr};
 
 /// How often the stages of a session that is up are noted, for comparison when it no longer is. Often enough that a fault lets more
