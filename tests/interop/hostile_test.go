@@ -207,7 +207,7 @@ func TestBrokenTransport(t *testing.T) {
 				},
 			}).URL
 		},
-		"",
+		"transport error",
 	}} {
 		for _, place := range places {
 			t.Run(test.name+", "+place.name, func(t *testing.T) {

@@ -53,7 +53,8 @@ pub(crate) fn test(go: &Go, programs: &Programs, pattern: Option<&str>) -> Resul
         String::from_utf8_lossy(&unformatted.stderr).trim()
     );
     step("go vet", go.command(&["vet", "./..."]))?;
-    let mut tests = go.command(&["test", "-count=1", "-timeout", TIMEOUT]);
+    // One package at a time: each starts processes by the dozen.
+    let mut tests = go.command(&["test", "-p=1", "-count=1", "-timeout", TIMEOUT]);
     programs.name_to(&mut tests);
     if let Some(pattern) = pattern {
         tests.args(["-v", "-run", pattern]);

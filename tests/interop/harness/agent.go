@@ -15,6 +15,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 )
@@ -158,7 +159,9 @@ func (a *Agent) configuration(config AgentConfig) map[string]any {
 		"resolver":    resolver,
 		"tunnel":      map[string]any{"ip": a.IP},
 		"map_ip_file": a.MapIPFile(),
-		"log":         map[string]any{"level": "info", "format": "json"},
+		// On a cloud's machine its public address would stand in for the loopback one.
+		"public_address": map[string]any{"metadata": "off", "kubernetes": "off"},
+		"log":            map[string]any{"level": "info", "format": "json"},
 	}
 	if config.RegistryURL != "" {
 		all["registry_url"] = config.RegistryURL
@@ -238,7 +241,7 @@ func (a *Agent) OpenConnections(t testing.TB) int {
 func WaitUntilEmpty(t testing.TB, agents ...*Agent) {
 	t.Helper()
 	for _, a := range agents {
-		Eventually(t, 10*time.Second, func() bool { return a.OpenConnections(t) == 0 }, func() string {
+		Eventually(t, EventDeadline, func() bool { return a.OpenConnections(t) == 0 }, func() string {
 			return fmt.Sprintf("%s still holds connections: %v", a.Name, a.Status(t)["connections"])
 		})
 	}
@@ -260,6 +263,19 @@ func Dial(t testing.TB, to *url.URL) *grpc.ClientConn {
 	}
 	t.Cleanup(func() { _ = client.Close() })
 	return client
+}
+
+// WaitUntilConnected waits until calls need not wait for the connection.
+func WaitUntilConnected(t testing.TB, client *grpc.ClientConn) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), ReadyDeadline)
+	defer cancel()
+	client.Connect()
+	for state := client.GetState(); state != connectivity.Ready; state = client.GetState() {
+		if !client.WaitForStateChange(ctx, state) {
+			t.Fatalf("%s is still %v after %v", client.Target(), state, ReadyDeadline)
+		}
+	}
 }
 
 // shortTempDir is a directory whose path leaves room for a socket's name (107 bytes in all), which
