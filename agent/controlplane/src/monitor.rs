@@ -286,6 +286,15 @@ fn matches(selector: &MonitorScopeSelector, connection: &Connection) -> bool {
     if !services.is_empty() && !services.contains(&connection.network_service) {
         return false;
     }
+    // Most selectors name one connection: any other is told by its ids alone. An agent with
+    // thousands compares each of them with every stream that opens.
+    let mut ids = selector.path_segments.iter().map(|segment| &segment.id);
+    if let Some(id) = ids.find(|id| !id.is_empty()) {
+        let mut path = connection.path.iter().flat_map(|path| &path.path_segments);
+        if !path.any(|segment| segment.id == *id) {
+            return false;
+        }
+    }
     let asked: Vec<(&str, &str)> = selector
         .path_segments
         .iter()
