@@ -131,7 +131,7 @@ impl Search {
         }
     }
 
-    /// The size of a probe that is to be sent at `now`; it is awaited for `wait`, or [`SHORTEST_WAIT`] if that is longer.
+    /// The size of a probe that is to be sent at `now`; it is awaited for `wait`, and for 100 ms at least.
     pub fn poll_probe(&mut self, now: Monotonic, wait: Duration) -> Option<u16> {
         if self.in_flight.is_some() || now < self.next {
             return None;
