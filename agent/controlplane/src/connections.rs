@@ -43,13 +43,21 @@ pub(crate) struct Established {
 /// What an event makes of an established connection; `None` when it changes nothing.
 pub(crate) type Change = Box<dyn FnOnce(&Established) -> Option<Established> + Send>;
 
+/// What happened to a connection elsewhere.
+pub(crate) enum News {
+    /// The next hop tells something of it, or is gone.
+    Told(Change),
+    /// Something is new of its path, which is looked at in the connection's turn, whatever the news.
+    Path,
+}
+
 /// One connection's place in the store.
 #[derive(Default)]
 pub(crate) struct Slot {
     queue: Arc<tokio::sync::Mutex<()>>,
     current: Mutex<Option<Arc<Established>>>,
-    /// The last event that came while a Request or Close was at work.
-    missed: Mutex<Option<Change>>,
+    /// What came while a Request or Close was at work: the last that was told, or that there is something.
+    missed: Mutex<Option<News>>,
 }
 
 impl Slot {
@@ -204,14 +212,14 @@ impl Connections {
     }
 
     /// Hands `apply` the turn of a connection and what became of it: at once, or after the Request
-    /// or Close that is at work on it. Of several events that wait the last one counts, so that a
-    /// peer which tells much keeps no more than one waiting.
+    /// or Close that is at work on it. Of what is told meanwhile the last counts, so that a peer
+    /// which tells much keeps no more than one waiting; news of the path never take its place.
     pub(crate) fn on_event(
         &self,
         id: &str,
         patience: Duration,
-        change: Change,
-        apply: impl FnOnce(&Turn, Change) + Send + 'static,
+        news: News,
+        apply: impl FnOnce(&Turn, News) + Send + 'static,
     ) {
         let held = {
             let slots = lock(&self.store.slots);
@@ -225,22 +233,30 @@ impl Connections {
                 _queue: guard,
                 held,
             };
-            apply(&turn, change);
+            apply(&turn, news);
             return;
         }
-        if lock(&held.slot().missed).replace(change).is_some() {
+        let is_first = {
+            let mut missed = lock(&held.slot().missed);
+            let is_first = missed.is_none();
+            if is_first || matches!(news, News::Told(_)) {
+                *missed = Some(news);
+            }
+            is_first
+        };
+        if !is_first {
             return;
         }
         tokio::spawn(async move {
             let queue = Arc::clone(&held.slot().queue);
             let guard = tokio::time::timeout(patience, queue.lock_owned()).await;
             let missed = lock(&held.slot().missed).take();
-            if let (Ok(guard), Some(change)) = (guard, missed) {
+            if let (Ok(guard), Some(news)) = (guard, missed) {
                 let turn = Turn {
                     _queue: guard,
                     held,
                 };
-                apply(&turn, change);
+                apply(&turn, news);
             }
         });
     }

@@ -16,7 +16,7 @@ use tokio_stream::StreamExt as _;
 use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::{
-    connections::{Change, Established},
+    connections::{Change, Established, News},
     monitor::SKIP_ANSWERED,
     peers::Peer,
     plane::ControlPlane,
@@ -130,27 +130,30 @@ impl ControlPlane {
     /// that succeeds too, so their last word is true whatever ours was meanwhile.
     fn apply(&self, id: &str, change: Change) {
         let monitors = self.shared.monitors.clone();
-        self.apply_and(id, change, move |view| {
+        self.apply_and(id, News::Told(change), move |view| {
             monitors.publish(ConnectionEventType::Update, view);
         });
     }
 
-    /// As [`Self::apply`], with another way to tell. What is known of the path is looked at each time: an event that waits is
-    /// replaced by the next one, and with it may go the word that the path has changed.
+    /// As [`Self::apply`], with another way to tell. What is known of the path is looked at each time: the word that it has
+    /// changed may have gone when something else waited.
     pub(crate) fn apply_and(
         &self,
         id: &str,
-        change: Change,
+        news: News,
         tell: impl FnOnce(&Connection) + Send + 'static,
     ) {
         let plane = self.clone();
         let patience = 2 * self.shared.settings.request_timeout;
         let connections = &self.shared.connections;
-        connections.on_event(id, patience, change, move |turn, change| {
+        connections.on_event(id, patience, news, move |turn, news| {
             let Some(current) = turn.current() else {
                 return;
             };
-            let changed = change(&current);
+            let changed = match news {
+                News::Told(change) => change(&current),
+                News::Path => None,
+            };
             let settled = plane.with_health(changed.as_ref().unwrap_or(&current));
             if let Some(changed) = settled.or(changed) {
                 let changed = Arc::new(changed);

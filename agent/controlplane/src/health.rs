@@ -25,7 +25,7 @@ use nsm_core::{
 use nsm_proto::connection::{Connection, ConnectionEventType, PathSegment, State};
 
 use crate::{
-    connections::{Change, Established, lock},
+    connections::{Established, News, lock},
     error::RequestError,
     forwarder::{PathEvent, PeerSpec, Plan, Prober, Reflector},
     plane::ControlPlane,
@@ -395,11 +395,9 @@ impl ControlPlane {
         for established in self.connections_to(peer) {
             let plane = self.clone();
             let together = Arc::clone(&together);
-            // What is known is looked at in the connection's turn: see `apply`.
-            let change: Change = Box::new(|_| None);
             self.apply_and(
                 established.view.id.as_str(),
-                change,
+                News::Path,
                 move |view| match lock(&together).as_mut() {
                     Some(views) => views.push(view.clone()),
                     None => plane

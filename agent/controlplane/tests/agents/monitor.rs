@@ -351,3 +351,54 @@ async fn a_loss_during_a_refresh_is_told() {
     drop(watch);
     world.settles(&before).await;
 }
+
+/// News of the path that come after it do not hide it.
+#[tokio::test]
+async fn a_loss_during_a_refresh_is_told_whatever_comes_of_the_path() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    let spared = client.ask(SERVICE).await;
+    let mut watch = client.monitor().await;
+    watch.next().await;
+    eventually((1, 1), || {
+        (endpoint.monitors(), b.plane.holdings().monitors)
+    })
+    .await;
+    endpoint.hold(true);
+    let asked = endpoint.requests().len();
+    let (refused, ()) = tokio::join!(client.refresh(&granted), async {
+        eventually(asked + 1, || endpoint.requests().len()).await;
+        endpoint.end_monitors();
+        // Both sides know of the loss: the connection that is not at work has told it.
+        assert_eq!(watch.one(Update).await.state(), State::Down);
+        for (agent, peer) in [(b, "192.0.2.1"), (a, "192.0.2.2")] {
+            agent.kernel().paths().set_mtu(peer, 1400);
+            eventually(Some(1400), || {
+                let connections = agent.plane.connections();
+                let mtus = connections.iter().map(|it| it.health()?.path_mtu);
+                mtus.max().flatten()
+            })
+            .await;
+        }
+        endpoint.twist(|_| Err(tonic::Status::unavailable("going")));
+        endpoint.hold(false);
+    });
+    refused.expect_err("the endpoint is going");
+    let id = granted.agent_id();
+    eventually(State::Down, || {
+        let connections = a.plane.connections();
+        let one = connections.iter().find(|it| it.id() == id);
+        one.expect("it stands").connection().state()
+    })
+    .await;
+    endpoint.mend();
+    for one in [&granted, &spared] {
+        client.close(&one.connection).await.expect("closed");
+    }
+    drop(watch);
+    world.settles(&before).await;
+}
