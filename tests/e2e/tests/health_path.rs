@@ -223,3 +223,48 @@ fn a_lost_path_is_left_for_another_endpoint() -> Result<()> {
     );
     Ok(())
 }
+
+/// The path comes to carry less than the links do, and no ICMP says so: the MTU of both ends follows.
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn the_mtu_follows_a_path_that_shrinks() -> Result<()> {
+    let pair = Pair::start("mtu-hole", Cloud::Packet, 1)?;
+    let _endpoint = pair.endpoint()?;
+    let before = pair.footprint()?;
+    let (client, connected) = pair.connect(0)?;
+    let address = endpoint_address(&connected)?;
+    let pod = pair.client_pod(0)?;
+    health(&pair.near, "the path to be measured", |it| {
+        it["path_mtu"] == 1450
+    })?;
+    let hole = Fault::MtuBlackHole { max: 1280 };
+    let (near, far) = (pair.near.node(), pair.far.node());
+    let faults = [
+        pair.world.inject(near, far, hole)?,
+        pair.world.inject(far, near, hole)?,
+    ];
+    let injected = Instant::now();
+    for agent in [&pair.near, &pair.far] {
+        // 1,280 less what VXLAN adds; the search ends when it is close.
+        wait_until("the MTU to follow", PATIENCE, || {
+            let status = agent.status().unwrap_or_default();
+            let mtu = status["connections"][0]["mtu"].as_u64();
+            mtu.is_some_and(|mtu| (1226..=1230).contains(&mtu))
+        })
+        .with_context(|| format!("{:#}", agent.status().unwrap_or_default()))?;
+    }
+    println!("both ends follow after {:?}", injected.elapsed());
+    let links = format!("{}", 1226 - 28);
+    ensure!(ping(&pod, &address, 5, &["-M", "do", "-s", &links])? == 5);
+    ensure!(
+        events(&client, "down").is_empty(),
+        "small packets pass all the time"
+    );
+    // The control plane's large packets are lost as well, a Close among them.
+    drop(faults);
+    ensure!(
+        client.close(PATIENCE)?.success(),
+        "the client did not end well"
+    );
+    pair.assert_clean(&before)
+}

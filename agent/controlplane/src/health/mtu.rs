@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::{
     connections::{Established, lock},
+    error::RequestError,
     forwarder::Plan,
     plane::ControlPlane,
 };
@@ -22,9 +23,9 @@ impl ControlPlane {
             let plane = self.clone();
             tokio::spawn(async move {
                 let id = established.view.id.as_str();
-                if let Err(error) = plane.set_mtu(id, peer, path_mtu).await {
+                if let Err(error) = plane.set_mtu(id, peer).await {
                     tracing::warn!(
-                        connection.id = %id, peer.ip = %peer, path_mtu, %error,
+                        connection.id = %id, peer.ip = %peer, %error,
                         "the link's MTU does not follow the path: large packets get lost"
                     );
                 }
@@ -32,19 +33,20 @@ impl ControlPlane {
         }
     }
 
-    async fn set_mtu(
-        &self,
-        id: &str,
-        peer: IpAddr,
-        path_mtu: u32,
-    ) -> Result<(), crate::error::RequestError> {
+    async fn set_mtu(&self, id: &str, peer: IpAddr) -> Result<(), RequestError> {
         let patience = Instant::now() + 2 * self.shared.settings.request_timeout;
         let turn = self.shared.connections.admit_known(id, patience).await?;
         let current = turn.as_ref().and_then(|turn| turn.current());
         let (Some(turn), Some(current)) = (turn, current) else {
             return Ok(());
         };
-        // It may have been a Request that was ahead.
+        // A Request may have been ahead, or, of several changes in quick succession, a later one: what is known now counts.
+        let known = self
+            .prober()
+            .and_then(|prober| prober.health(peer)?.path_mtu);
+        let Some(path_mtu) = known.map(u32::from) else {
+            return Ok(());
+        };
         let changed =
             wanted(&current, path_mtu).filter(|_| current.remote().map(|(ip, _)| ip) == Some(peer));
         let Some((mtu, plan)) = changed else {
