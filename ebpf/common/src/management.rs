@@ -341,12 +341,13 @@ pub fn ingress<N: Node + ?Sized>(
     match packet.role {
         Role::Initiator => {
             session.probes.add(1);
-            session.probe.store(Said::pack(control));
-            session.last_probe_ns.store(now_ns);
             if !session.within_rate(now_ns) {
                 session.rate_limited.add(1);
                 return Err(Reason::SbfdRateLimited);
             }
+            // What a flood says is evidence no more than it is answered.
+            session.probe.store(Said::pack(control));
+            session.last_probe_ns.store(now_ns);
             session.reflected.add(1);
             session.reflected_bytes.add(u64::from(length));
             Ok(Verdict::Reflect(Reflector {
@@ -384,7 +385,7 @@ pub fn egress<N: Node + ?Sized>(packet: Option<&Packet>, now_ns: u64, node: &N) 
     let session = node.session(packet.receiver);
     if packet.role == Role::Reflector {
         if let Some(session) = session {
-            let took = now_ns.wrapping_sub(session.last_probe_ns.load());
+            let took = now_ns.saturating_sub(session.last_probe_ns.load());
             session.last_reflection_ns.store(took);
         }
         return true;

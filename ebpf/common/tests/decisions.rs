@@ -261,7 +261,14 @@ fn a_flood_is_answered_at_the_lasting_rate() {
     for probe in 0..100_000 {
         match memory.ingress(&peers_probe(), start + probe * MS / 10) {
             Ok(Verdict::Reflect(_)) => {}
-            Err(Reason::SbfdRateLimited) => limited += 1,
+            Err(Reason::SbfdRateLimited) => {
+                limited += 1;
+                assert_ne!(
+                    session.last_probe_ns.load(),
+                    start + probe * MS / 10,
+                    "no evidence"
+                );
+            }
             other => panic!("{other:?}"),
         }
     }
