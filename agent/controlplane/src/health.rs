@@ -113,6 +113,8 @@ pub(crate) type Foreign = Mutex<HashMap<IpAddr, ForeignVnis>>;
 pub(crate) struct JoinedPath {
     /// The other end of the tunnel.
     pub(crate) remote: IpAddr,
+    /// The UDP port of its tunnels.
+    pub(crate) port: u16,
     /// What is known without a session: that there can be none.
     pub(crate) unverified: Option<Health>,
     /// Whether it is a way that the connection did not have before.
@@ -214,6 +216,7 @@ impl ControlPlane {
         };
         JoinedPath {
             remote,
+            port,
             unverified,
             is_new: prior.and_then(Established::remote).map(|(ip, _)| ip) != Some(remote),
         }
@@ -247,7 +250,11 @@ impl ControlPlane {
         strict: bool,
     ) -> Result<(), RequestError> {
         let proved = match (path.unverified, self.prober()) {
-            (None, Some(prober)) => prober.prove(path.remote).await,
+            // No answer is no proof: the session went, or the prober did.
+            (None, Some(prober)) => Some(prober.prove(path.remote).await.unwrap_or(
+                Health::unverified(path.remote, path.port, Reason::NotProbing),
+            )),
+            // Nobody asks for a proof where nobody could give one.
             (unverified, _) => unverified,
         };
         let verdict = proved.map_or(Verdict::Up, |health| health.verdict());

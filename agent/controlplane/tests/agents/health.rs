@@ -150,6 +150,32 @@ async fn an_unproved_path_is_refused_where_proof_is_required() {
     world.settles(&before).await;
 }
 
+/// The session may end, or the prober, while a proof is waited for.
+#[tokio::test]
+async fn a_prober_without_an_answer_proves_nothing() {
+    let require = client_side().reachability(Reachability::Require);
+    for (near, is_granted) in [(client_side(), true), (require, false)] {
+        let world = World::of([near, endpoint_side()]).await;
+        let [a, b] = world.agents();
+        world.endpoint(b, "nse-1", "icmp-responder").await;
+        let before = world.held();
+        a.kernel().paths().set(FAR, Path::Unanswerable);
+        let client = Client::on_node(a).await;
+        if is_granted {
+            let granted = client.ask(SERVICE).await;
+            client.close(&granted.connection).await.expect("closed");
+        } else {
+            let refused = client.refused(client.request_for(SERVICE)).await;
+            assert_refusal(
+                &refused,
+                Code::Unavailable,
+                &[FAR, "sends no probes", "reachability: require"],
+            );
+        }
+        world.settles(&before).await;
+    }
+}
+
 #[tokio::test]
 async fn an_unproved_path_is_told_where_proof_is_preferred() {
     let world = World::two().await;

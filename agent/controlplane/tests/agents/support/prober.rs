@@ -19,6 +19,8 @@ use tokio::sync::mpsc;
 pub(crate) enum Path {
     Up,
     Down,
+    /// There is no session to ask.
+    Unanswerable,
 }
 
 #[derive(Debug, Default)]
@@ -158,6 +160,7 @@ impl Prober for FakeProber {
         let table = self.table();
         let (spec, _) = table.watched.get(&peer)?;
         let (verdict, reason) = match table.lost.get(&peer) {
+            Some(Path::Unanswerable) => return None,
             Some(Path::Down) => (
                 Verdict::Down,
                 Reason::Unanswered {
