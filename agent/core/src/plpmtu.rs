@@ -18,11 +18,11 @@ use crate::clock::Monotonic;
 /// The size that nearly every path carries (RFC 8899 section 5.1.2).
 pub const BASE: u16 = 1200;
 
-/// Probes of one size that are lost before it counts as too large (RFC 8899 section 5.1.2).
+/// Probes of one size that are lost before it counts as too large, at least (RFC 8899 section 5.1.2): more where small ones get lost, too.
 const MAX_PROBES: u32 = 3;
 
-/// Confirmations that are lost before the size is a black hole. Shrinking costs throughput and a lost probe nothing: at 10 % loss chance does
-/// this once in a year.
+/// Confirmations that are lost before the size is a black hole, at least. Shrinking costs throughput and a lost probe nothing; where 10 % of
+/// all packets are lost each way, that is 19 % of the probes, chance alone would lose six in a row every 18 hours: there it takes more.
 const BLACK_HOLE_PROBES: u32 = 6;
 
 /// The shortest wait for the answer to a search probe: reflectors limit their rate, and links of little bandwidth need their time.
@@ -178,12 +178,14 @@ impl Search {
         self.go_on(at);
     }
 
-    /// Time has come to `now`. `last_answer`: when the last answer to any probe came, if the path is up.
+    /// Time has come to `now`. `last_answer`: when the last answer to any probe came, if the path is up; `needed`: how many probes in a row
+    /// must be lost on this path to be more than chance.
     pub fn handle_deadline(
         &mut self,
         now: Monotonic,
         wait: Duration,
         last_answer: Option<Monotonic>,
+        needed: u32,
     ) {
         if let Some(flight) = self.in_flight
             && flight.until <= now
@@ -191,7 +193,7 @@ impl Search {
             if last_answer.is_some_and(|answer| answer > flight.sent) {
                 self.in_flight = None;
                 self.next = now;
-                self.handle_loss(flight.size, now);
+                self.handle_loss(flight.size, needed, now);
             } else {
                 // Nothing came back at all: it says nothing of sizes. Wait for a witness.
                 self.in_flight = Some(InFlight {
@@ -218,14 +220,14 @@ impl Search {
         self.go_on(now);
     }
 
-    fn handle_loss(&mut self, size: u16, now: Monotonic) {
+    fn handle_loss(&mut self, size: u16, needed: u32, now: Monotonic) {
         self.lost += 1;
         match self.phase {
             Phase::Quick => {
                 self.phase = Phase::Base;
                 self.lost = 0;
             }
-            Phase::Base if self.lost >= MAX_PROBES => {
+            Phase::Base if self.lost >= MAX_PROBES.max(needed) => {
                 self.lost = 0;
                 self.fails = self.fails.min(size);
                 self.works = self.works.map(|works| works.min(self.smallest));
@@ -235,12 +237,12 @@ impl Search {
                     self.find(now);
                 }
             }
-            Phase::Search if self.lost >= MAX_PROBES => {
+            Phase::Search if self.lost >= MAX_PROBES.max(needed) => {
                 self.lost = 0;
                 self.fails = self.fails.min(size);
                 self.go_on(now);
             }
-            Phase::Found if self.lost >= BLACK_HOLE_PROBES => self.fall(size, now),
+            Phase::Found if self.lost >= BLACK_HOLE_PROBES.max(needed) => self.fall(size, now),
             Phase::Base | Phase::Search | Phase::Found => {}
         }
     }

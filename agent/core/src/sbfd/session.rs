@@ -86,6 +86,8 @@ pub struct Session {
     round_trip: RoundTrip,
     minute: Minute,
     last_answer: Option<Monotonic>,
+    /// When the first probe left that is unanswered, as are all after it: long ago, the window has it no more.
+    silent_since: Option<Monotonic>,
     /// Answers since the last one that was missed, while the path is not up.
     answers_in_row: u32,
     /// When the path was lost, of late.
@@ -116,6 +118,7 @@ impl Session {
             round_trip: RoundTrip::default(),
             minute: Minute::new(now),
             last_answer: None,
+            silent_since: None,
             answers_in_row: 0,
             losses: VecDeque::with_capacity(FLAPS),
             next_transmit: now,
@@ -189,6 +192,7 @@ impl Session {
         self.round_trip.sample(answer.round_trip);
         self.minute.round_trip(answer.round_trip);
         self.last_answer = self.last_answer.max(Some(at));
+        self.silent_since = None;
         if let (Some(size), Some(search)) = (padded_to, &mut self.search) {
             let before = search.path_mtu();
             search.handle_answer(size, at);
@@ -250,6 +254,7 @@ impl Session {
         self.window.settle(now, &mut self.minute);
         let rto = self.round_trip.rto();
         let run = self.window.run(now, rto);
+        self.silent_since = self.silent_since.or(run.oldest);
         self.suspected = self.state == State::Up && run.missed > 0;
         if self.suspected
             && let Some(last) = self.last_transmit
@@ -279,15 +284,17 @@ impl Session {
     /// Unanswered probes until the path is down; `None` when it is, or no verdict is possible.
     fn probes_needed(&self) -> Option<u32> {
         match self.state {
-            State::Up => Some(needed_probes(
-                self.minute.random_loss(),
-                self.window.recent_loss(),
-            )),
+            State::Up => Some(self.more_than_chance()),
             // At their slow pace a longer run would take too long.
             State::Unknown | State::AdminDown => Some(PROOF_PROBES),
             State::Down => None,
         }
         .filter(|_| !self.is_kept_back)
+    }
+
+    /// Unanswered probes in a row that chance alone does not explain on this path.
+    fn more_than_chance(&self) -> u32 {
+        needed_probes(self.minute.random_loss(), self.window.recent_loss())
     }
 
     fn fall(&mut self, run: Run, now: Monotonic) {
@@ -341,9 +348,10 @@ impl Session {
     fn search_on(&mut self, now: Monotonic) {
         let wait = 2 * self.round_trip.rto();
         let alive = self.last_answer.filter(|_| self.state == State::Up);
+        let needed = self.more_than_chance();
         if let Some(search) = &mut self.search {
             let before = search.path_mtu();
-            search.handle_deadline(now, wait, alive);
+            search.handle_deadline(now, wait, alive, needed);
             self.tell_path_mtu(before, now);
         }
     }
@@ -473,7 +481,9 @@ impl Session {
             state: self.state,
             since: self.since,
             cause: self.cause,
-            silent_since: self.window.run(now, rto).oldest,
+            silent_since: self
+                .silent_since
+                .or_else(|| self.window.run(now, rto).oldest),
             last_answer: self.last_answer,
             rto,
             peer: self.peer,

@@ -197,3 +197,38 @@ fn the_path_mtu_is_found_and_a_black_hole_noticed() {
     simulation.run(605_000 * MS);
     assert_eq!(mtu(&simulation), Some(1450));
 }
+
+#[test]
+fn a_path_that_loses_much_keeps_its_mtu() {
+    for seed in 0..4 {
+        let mut simulation = Simulation::up(Path::default(), seed);
+        let now = simulation.now;
+        simulation.session.want_mtu(576, 1450, now);
+        simulation.run(5000 * MS);
+        // 44 % of the probes: chance alone loses six in a row every seven minutes.
+        simulation.path.loss = 0.25;
+        simulation.run(600 * 1000 * MS);
+        let shrunk = simulation
+            .changes
+            .iter()
+            .filter(|change| matches!(change, Change::PathMtu { to, .. } if *to < 1450))
+            .count();
+        assert_eq!(shrunk, 0, "seed {seed}: {:?}", simulation.changes);
+    }
+}
+
+#[test]
+fn a_long_outage_is_told_from_its_beginning() {
+    let mut simulation = Simulation::up(Path::default(), 1);
+    let cut = simulation.now;
+    simulation.path.is_cut = true;
+    // More probes than are kept.
+    simulation.run(600 * 1000 * MS);
+    let since = |it: &Simulation| it.session.snapshot(it.now).silent_since;
+    let told = since(&simulation).expect("silence");
+    assert!(told.since(cut) <= 100 * MS, "{:?}", told.since(cut));
+    simulation.path.is_cut = false;
+    simulation.run(5000 * MS);
+    assert_eq!(simulation.state(), State::Up);
+    assert!(since(&simulation).is_none_or(|since| simulation.now.since(since) <= 100 * MS));
+}
