@@ -213,6 +213,16 @@ struct State {
     pins: PinDir,
 }
 
+/// What [`Bpf::load`] makes.
+struct Loaded {
+    ebpf: Ebpf,
+    tables: Tables,
+    attachments: Attachments,
+    events: Events,
+    sessions: PinnedSessions,
+    hook: Hook,
+}
+
 impl Bpf {
     /// Loads the programs and attaches them to the underlay interfaces of the calling thread's network namespace.
     ///
@@ -229,15 +239,14 @@ impl Bpf {
         if loaded.is_err() && !adopted {
             pins.remove_all();
         }
-        let (mut ebpf, tables, attachments, hook) = loaded?;
-        let events = Events::take(&mut ebpf)?;
-        let sessions = PinnedSessions::take(&mut ebpf)?;
+        let loaded = loaded?;
+        let hook = loaded.hook;
         let state = State {
-            ebpf,
-            tables,
-            attachments,
-            events: Some(events),
-            sessions: Some(sessions),
+            ebpf: loaded.ebpf,
+            tables: loaded.tables,
+            attachments: loaded.attachments,
+            events: Some(loaded.events),
+            sessions: Some(loaded.sessions),
             pins,
         };
         Ok(Self {
@@ -247,10 +256,7 @@ impl Bpf {
         })
     }
 
-    fn load_into(
-        config: &BpfConfig,
-        pins: &PinDir,
-    ) -> Result<(Ebpf, Tables, Attachments, Hook), BpfError> {
+    fn load_into(config: &BpfConfig, pins: &PinDir) -> Result<Loaded, BpfError> {
         let mut loader = EbpfLoader::new();
         for map in pins::MAPS {
             loader.map_pin_path(map, pins.map(map));
@@ -266,7 +272,10 @@ impl Bpf {
         for port in &config.ports {
             tables.add_port(*port)?;
         }
+        let events = Events::take(&mut ebpf)?;
+        let sessions = PinnedSessions::take(&mut ebpf)?;
 
+        // Last, so that no error finds programs attached.
         let interfaces = match config.interfaces.as_slice() {
             [] => underlay_interfaces(&config.tunnel_addresses)?,
             named => named.to_vec(),
@@ -280,7 +289,14 @@ impl Bpf {
             }
         }
         attachments.remove_strays(pins, Role::Underlay);
-        Ok((ebpf, tables, attachments, hook))
+        Ok(Loaded {
+            ebpf,
+            tables,
+            attachments,
+            events,
+            sessions,
+            hook,
+        })
     }
 
     /// Hooks the programs to one more interface, for one that appears later. Does nothing when they are there already.

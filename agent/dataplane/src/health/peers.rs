@@ -6,10 +6,12 @@
 //! A peer is entered from the outside in (forwarding entry, underlay, session) and leaves the other way round, so that no probe
 //! is sent that could not arrive, and none reflected that could not be sent.
 
+mod adopt;
+mod links;
 mod set_up;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map},
     net::IpAddr,
     sync::{Arc, mpsc},
     thread,
@@ -23,15 +25,16 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 use super::{
     Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, PeerCell, PeerSpec,
     Report,
-    prober::{Command, Commands, Joining},
+    prober::{Command, Commands},
     session::Entry,
     surroundings::{Drops, Memory},
 };
 use crate::{
     bpf::Bpf,
     links::{
-        self, Family,
+        Family,
         management::{self, Forwarding, ManagementLink},
+        source_address,
     },
     netlink::Netlink,
 };
@@ -70,7 +73,7 @@ pub(super) struct Started {
 
 /// A peer that is known to the kernel.
 struct Known {
-    /// `None`: an earlier agent's, and nobody has joined it yet.
+    /// As the prober has it; `None`: an earlier agent's, and nobody has joined it yet.
     spec: Option<PeerSpec>,
     discriminator: u32,
     mac: [u8; 6],
@@ -87,11 +90,13 @@ struct Peers {
     links: BTreeMap<Family, ManagementLink>,
     known: HashMap<IpAddr, Known>,
     commands: Commands,
-    prober: Option<thread::JoinHandle<Memory>>,
+    prober: Option<thread::JoinHandle<Option<Memory>>>,
     discriminator: u32,
     events: tokio_mpsc::UnboundedSender<Event>,
     /// Packets of foreign VNIs that were told.
     foreign: HashMap<(u32, IpAddr), u64>,
+    /// Links that are gone and could not be made again yet.
+    broken: BTreeSet<Family>,
 }
 
 impl Peers {
@@ -109,13 +114,14 @@ impl Peers {
                 // The last handle is gone, without a word: everything stays for the next agent.
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
                     let memory = self.stop();
-                    self.give_back(memory);
+                    give_back(self.bpf.as_deref(), memory);
                     return;
                 }
             }
             let now = Instant::now();
             if now >= next {
                 next = now + FOREIGN_INTERVAL;
+                self.mend_links();
                 self.forget_expired(now);
                 self.tell_foreign();
             }
@@ -169,71 +175,119 @@ impl Peers {
             let _ = reply.send(Ok(peer));
             return;
         }
-        match self.enter(spec) {
-            Ok(entry) => {
-                let cell = entry.cell.clone();
-                let peer = Peer::new(spec, health, cell);
-                let joining = Some(Joining { peer, reply });
-                self.commands.send(Command::Enter(Box::new(entry), joining));
-            }
-            Err(error) => {
-                let _ = reply.send(Err(error));
-            }
-        }
+        let joined = self.enter(spec).map(|known| {
+            known.users += 1;
+            known.expires = None;
+            Peer::new(spec, health, known.cell.clone())
+        });
+        let _ = reply.send(joined);
     }
 
-    /// Makes a peer known to the kernel, with one user more than before.
-    fn enter(&mut self, spec: PeerSpec) -> Result<Entry, HealthError> {
+    /// Makes a peer known to the kernel and to the prober; nobody uses it yet. After an error everything is as before.
+    fn enter(&mut self, spec: PeerSpec) -> Result<&mut Known, HealthError> {
         let address = spec.address;
         if address.is_unspecified() || address.is_multicast() {
             return Err(HealthError::NotAPeer(address));
         }
-        let discriminator = spec.discriminator.get();
         let mac = self.mac_for(spec)?;
         let link = self.link(Family::of(address))?;
         let source = match self.config.local {
             Some(local) if local.is_ipv4() == address.is_ipv4() => local,
-            _ => links::source_address(&mut self.netlink, address)?,
+            _ => source_address(&mut self.netlink, address)?,
         };
-        let forwarding = Forwarding {
-            mac: MacAddr::new(mac),
-            remote: address,
-            port: spec.port,
-            vni: spec.vni,
-        };
-        let old = self.known.get(&address).map(|known| known.mac);
-        if let Some(old) = old.filter(|old| *old != mac) {
-            self.commands.send(Command::Forget(old));
-            management::remove_peer(&mut self.netlink, &link, MacAddr::new(old))?;
-        }
-        management::set_peer(&mut self.netlink, &link, forwarding)?;
-        let counters = match &self.bpf {
-            Some(bpf) => {
-                bpf.add_port(spec.port)?;
-                Some(bpf.add_peer(self.config.vni, address)?)
+        let before = self
+            .known
+            .get(&address)
+            .map(|known| (known.mac, known.spec));
+        management::set_peer(&mut self.netlink, &link, forwarding(mac, spec))?;
+        let cell = match self.enter_behind(spec, mac, source) {
+            Ok(cell) => cell,
+            Err(error) => {
+                self.undo_enter(&link, address, mac, before);
+                return Err(error);
             }
-            None => None,
         };
-        let known = self.known.entry(address).or_insert_with(|| Known {
-            spec: None,
-            discriminator,
-            mac,
-            users: 0,
-            expires: None,
-            cell: Arc::default(),
-        });
+        if let Some((old, _)) = before.filter(|(old, _)| *old != mac) {
+            self.commands.send(Command::Forget(old));
+            let removed = management::remove_peer(&mut self.netlink, &link, MacAddr::new(old));
+            if let Err(error) = removed {
+                tracing::warn!(%error, peer.ip = %address, "a forwarding entry stays");
+            }
+        }
+        let discriminator = spec.discriminator.get();
+        let known = match self.known.entry(address) {
+            hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            hash_map::Entry::Vacant(entry) => entry.insert(Known {
+                spec: None,
+                discriminator,
+                mac,
+                users: 0,
+                expires: None,
+                cell,
+            }),
+        };
         known.spec = Some(spec);
         known.discriminator = discriminator;
         known.mac = mac;
-        known.users += 1;
-        known.expires = None;
-        Ok(Entry {
+        Ok(known)
+    }
+
+    /// The underlay, then the prober, which says whether it could.
+    fn enter_behind(
+        &self,
+        spec: PeerSpec,
+        mac: [u8; 6],
+        source: IpAddr,
+    ) -> Result<Arc<PeerCell>, HealthError> {
+        let counters = match &self.bpf {
+            Some(bpf) => {
+                // Ports are tunnels', too, and stay.
+                bpf.add_port(spec.port)?;
+                Some(bpf.add_peer(self.config.vni, spec.address)?)
+            }
+            None => None,
+        };
+        let known = self.known.get(&spec.address);
+        let cell = known.map(|known| known.cell.clone()).unwrap_or_default();
+        let entry = Entry {
             spec,
             mac,
             source,
             counters,
-            cell: known.cell.clone(),
-        })
+            counts_out: spec.vni == self.config.vni,
+            cell: cell.clone(),
+        };
+        let (reply, entered) = mpsc::sync_channel(1);
+        self.commands.send(Command::Enter(Box::new(entry), reply));
+        entered.recv().map_err(|_| HealthError::Closed)??;
+        Ok(cell)
+    }
+
+    /// Takes back what a peer was entered with that has no session; `before`: what it was known as.
+    fn undo_enter(
+        &mut self,
+        link: &ManagementLink,
+        address: IpAddr,
+        mac: [u8; 6],
+        before: Option<([u8; 6], Option<PeerSpec>)>,
+    ) {
+        if before.is_none()
+            && let Some(bpf) = &self.bpf
+            && let Err(error) = bpf.remove_peer(address)
+        {
+            tracing::warn!(%error, peer.ip = %address, "the underlay goes on counting a peer");
+        }
+        let undone = match before {
+            Some((old, Some(spec))) if old == mac => {
+                management::set_peer(&mut self.netlink, link, forwarding(old, spec))
+            }
+            // Where an earlier agent's peer was reached is not known; what the peer says now is the best guess.
+            Some((old, None)) if old == mac => Ok(()),
+            _ => management::remove_peer(&mut self.netlink, link, MacAddr::new(mac)),
+        };
+        if let Err(error) = undone {
+            tracing::warn!(%error, peer.ip = %address, "a forwarding entry stays");
+        }
     }
 
     /// The Ethernet address by which a peer is reached: that by which it speaks, or where the same node has another address, too, one
@@ -304,16 +358,9 @@ impl Peers {
             .find(|known| known.discriminator == discriminator)
             .and_then(|known| known.spec);
         if let Some(spec) = heir {
-            match self.enter(spec) {
-                Ok(entry) => {
-                    if let Some(known) = self.known.get_mut(&spec.address) {
-                        known.users = known.users.saturating_sub(1);
-                    }
-                    self.commands.send(Command::Enter(Box::new(entry), None));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, peer.ip = %spec.address, "a peer's probes are not answered");
-                }
+            // Its users are those it has, and with none it goes when it was to go.
+            if let Err(error) = self.enter(spec) {
+                tracing::warn!(%error, peer.ip = %spec.address, "a peer's probes are not answered");
             }
         }
     }
@@ -343,7 +390,7 @@ impl Peers {
     /// Ends the prober's thread.
     fn stop(&mut self) -> Option<Memory> {
         self.commands.send(Command::Stop);
-        self.prober.take()?.join().ok()
+        self.prober.take()?.join().ok()?
     }
 
     fn close(&mut self) -> Result<(), HealthError> {
@@ -353,28 +400,23 @@ impl Peers {
         }
         let memory = self.stop();
         let removed = self.remove_links();
-        self.give_back(memory);
+        give_back(self.bpf.as_deref(), memory);
         removed
     }
+}
 
-    fn remove_links(&mut self) -> Result<(), HealthError> {
-        let mut result = Ok(());
-        for link in std::mem::take(&mut self.links).into_values() {
-            let detached = self
-                .bpf
-                .as_ref()
-                .map_or(Ok(()), |bpf| bpf.detach_management(&link.name));
-            let removed = management::remove(&mut self.netlink, link.index, &link.name);
-            result = result
-                .and(detached.map_err(HealthError::from))
-                .and(removed.map_err(HealthError::from));
-        }
-        result
+/// Gives the sessions back to the programs' owner, for the next health plane.
+fn give_back(bpf: Option<&Bpf>, memory: Option<Memory>) {
+    if let (Some(bpf), Some(Memory::Pinned(sessions))) = (bpf, memory) {
+        bpf.return_sessions(*sessions);
     }
+}
 
-    fn give_back(&self, memory: Option<Memory>) {
-        if let (Some(bpf), Some(Memory::Pinned(sessions))) = (&self.bpf, memory) {
-            bpf.return_sessions(*sessions);
-        }
+const fn forwarding(mac: [u8; 6], spec: PeerSpec) -> Forwarding {
+    Forwarding {
+        mac: MacAddr::new(mac),
+        remote: spec.address,
+        port: spec.port,
+        vni: spec.vni,
     }
 }

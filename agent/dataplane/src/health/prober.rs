@@ -32,7 +32,7 @@ use nsm_ebpf_common::{
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
-    Event, HealthError, Peer, Plane, Report,
+    Event, HealthError, Plane, Report,
     random::{self, Jitter},
     session::{Entry, Names, PeerSession},
     socket::PacketSocket,
@@ -63,8 +63,8 @@ const PRIORITY: libc::c_int = 10;
 pub(super) enum Command {
     /// There is a management link of this family.
     Link(Family, PacketSocket),
-    /// Probe a peer, or probe it anew; the guard goes to whoever wanted to join.
-    Enter(Box<Entry>, Option<Joining>),
+    /// Probe a peer, or probe it anew; whoever asks waits.
+    Enter(Box<Entry>, mpsc::SyncSender<Result<(), HealthError>>),
     /// Stop probing a peer and answering it.
     Forget([u8; 6]),
     /// Prove a path.
@@ -87,12 +87,6 @@ pub(super) enum Command {
     Stop,
 }
 
-/// Who waits for a session to begin.
-pub(super) struct Joining {
-    pub(super) peer: Peer,
-    pub(super) reply: oneshot::Sender<Result<Peer, HealthError>>,
-}
-
 /// Where commands are put.
 #[derive(Debug, Clone)]
 pub(super) struct Commands {
@@ -107,6 +101,22 @@ impl Commands {
         // Full, it wakes all the same.
         let _ = self.wake.write(1);
         sent
+    }
+}
+
+/// What a prober needs of the system.
+pub(super) struct Kit {
+    wake: Arc<EventFd>,
+    jitter: Jitter,
+}
+
+impl Kit {
+    pub(super) fn new() -> io::Result<Self> {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        Ok(Self {
+            wake: Arc::new(EventFd::from_value_and_flags(0, flags)?),
+            jitter: Jitter::new(random::number()?),
+        })
     }
 }
 
@@ -127,16 +137,16 @@ pub(super) struct Prober {
 }
 
 impl Prober {
-    /// A prober that is not running yet, and where its commands go.
+    /// A prober that is not running yet, and where its commands go. Nothing here can fail: the memory is not lost by an error.
     pub(super) fn new(
+        kit: Kit,
         memory: Memory,
         bpf: Option<Arc<Bpf>>,
         timing: Timing,
         events: tokio_mpsc::UnboundedSender<Event>,
-    ) -> io::Result<(Self, Commands)> {
+    ) -> (Self, Commands) {
+        let Kit { wake, jitter } = kit;
         let (sender, commands) = mpsc::channel();
-        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let sessions = memory.sessions();
         let is_free = |slot: &u32| sessions.slot(*slot).peer_discriminator.load() == 0;
         let free = (0..MAX_SESSIONS).rev().filter(is_free).collect();
@@ -148,13 +158,13 @@ impl Prober {
             sockets: Sockets::default(),
             peers: HashMap::new(),
             timing,
-            jitter: Jitter::new(random::number()?),
+            jitter,
             events,
             frame: vec![0; MAX_FRAME],
             free,
             drops: Arc::default(),
         };
-        Ok((prober, Commands { sender, wake }))
+        (prober, Commands { sender, wake })
     }
 
     /// Where it counts what it drops.
@@ -258,14 +268,9 @@ impl Prober {
             Command::Stop => {}
             Command::Link(Family::V4, socket) => self.sockets.v4 = Some(socket),
             Command::Link(Family::V6, socket) => self.sockets.v6 = Some(socket),
-            Command::Enter(entry, joining) => {
-                let entered = self.enter(*entry, now);
-                if let Some(Joining { peer, reply }) = joining {
-                    // Whoever gave up leaves by the guard's end.
-                    let _ = reply.send(entered.map(|()| peer));
-                } else if let Err(error) = entered {
-                    tracing::warn!(%error, "a peer is not watched any more");
-                }
+            Command::Enter(entry, reply) => {
+                // There is room for the answer, and whoever asked waits.
+                let _ = reply.send(self.enter(*entry, now));
             }
             Command::Forget(mac) => self.forget(mac),
             Command::Prove(peer, reply) => {
@@ -293,46 +298,56 @@ impl Prober {
         }
     }
 
+    /// What is there already stays as it is until nothing can fail any more.
     fn enter(&mut self, entry: Entry, now: Monotonic) -> Result<(), HealthError> {
         let address = entry.spec.address;
         let system = |source| HealthError::System {
             action: "draw a discriminator",
             source,
         };
+        let drawn = random::number().map_err(system)?;
+        let local = random::discriminator().map_err(system)?;
+        let first = Seq::from_low_bits(random::number().map_err(system)? as u32);
         let key = mac_key(entry.mac);
+        let indexed = self.memory.sessions().indexed()?;
+        let known = indexed.into_iter().find(|(mac, _)| *mac == key);
+        if known.is_none()
+            && self.free.is_empty()
+            && let Some(old) = self.peers.get(&address)
+        {
+            // A peer that started anew needs no second place.
+            self.forget(old.entry.mac);
+        }
         let sessions = self.memory.sessions_mut();
         let node = sessions.node().discriminator.load() as u32;
-        let known = sessions.indexed()?.into_iter().find(|(mac, _)| *mac == key);
-        let (slot, names) = match known {
-            Some((_, slot)) => (slot, Names::read(node, &entry, sessions.slot(slot))),
-            None => {
-                let slot = self.free.pop();
-                (
-                    slot.ok_or(HealthError::TooManyPeers { peer: address })?,
-                    None,
-                )
-            }
+        let slot = match known {
+            Some((_, slot)) => slot,
+            None => self
+                .free
+                .pop()
+                .ok_or(HealthError::TooManyPeers { peer: address })?,
         };
-        let names = match names {
-            Some(names) => names,
-            None => {
-                let drawn = random::number().map_err(system)?;
-                let ports = u64::from(u16::MAX - SOURCE_PORT_MIN) + 1;
-                let names = Names {
-                    node,
-                    local: random::discriminator().map_err(system)?,
-                    source_port: SOURCE_PORT_MIN + (drawn % ports) as u16,
-                };
-                names.write(&entry, sessions.slot(slot));
-                names
-            }
-        };
-        if let Err(error) = sessions.index(key, slot) {
+        let session = sessions.slot(slot);
+        let kept = known.and_then(|_| Names::read(node, &entry, session));
+        let names = kept.unwrap_or_else(|| {
+            let ports = u64::from(u16::MAX - SOURCE_PORT_MIN) + 1;
+            let names = Names {
+                node,
+                local,
+                source_port: SOURCE_PORT_MIN + (drawn % ports) as u16,
+            };
+            names.write(&entry, session);
+            names
+        });
+        if known.is_none()
+            && let Err(error) = sessions.index(key, slot)
+        {
             sessions.slot(slot).clear();
             self.free.push(slot);
             return Err(error.into());
         }
-        let first = Seq::from_low_bits(random::number().map_err(system)? as u32);
+        // Nothing is proved of what begins: not by its port or VNI before, either.
+        entry.cell.up.store(false, Ordering::Relaxed);
         let session = PeerSession::new(entry, slot, names, self.timing, first, now);
         self.peers.insert(address, session);
         Ok(())

@@ -38,6 +38,8 @@ pub(super) struct Entry {
     pub(super) source: IpAddr,
     /// Where the underlay counts the management VNI of this peer.
     pub(super) counters: Option<Slot>,
+    /// Whether what goes to the peer is counted there, too: it has the peer's management VNI, which may be another than ours.
+    pub(super) counts_out: bool,
     pub(super) cell: Arc<PeerCell>,
 }
 
@@ -278,7 +280,9 @@ impl PeerSession {
         let underlay = self.entry.counters.and_then(|slot| around.underlay(slot));
         Stages {
             link_out: session.sent.load() + session.reflected.load(),
-            card_out: underlay.map(|counters| counters.tx_packets),
+            card_out: underlay
+                .filter(|_| self.entry.counts_out)
+                .map(|counters| counters.tx_packets),
             card_in: underlay.map(|counters| counters.rx_packets),
             link_in: session.arrived.load(),
         }
@@ -300,14 +304,15 @@ fn read_stamp(probe: &mut Outstanding, session: &Session, machine: &mut sbfd::Se
     if answered_ns == 0 {
         return false;
     }
-    let said = Said::unpack(stamp.answer.load());
+    // Nothing that a reflector says: as if it had not come.
+    let Some(said) = Said::unpack(stamp.answer.load()) else {
+        return false;
+    };
     machine.handle_answer(Answer {
         seq: probe.seq,
         round_trip: Duration::from_nanos(answered_ns.saturating_sub(sent_ns)),
         at: Monotonic::from_nanos(answered_ns),
-        state: said.map_or(WireState::Down, |said| {
-            WireState::from_bits(said.state.bits())
-        }),
+        state: WireState::from_bits(said.state.bits()),
     });
     true
 }

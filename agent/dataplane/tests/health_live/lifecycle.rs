@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nsm_core::sbfd::{Proof, State};
 use nsm_dataplane::{
-    bpf::{Bpf, BpfConfig},
+    bpf::{Bpf, BpfConfig, Hook},
     health::{Health, HealthError, PeerSpec},
 };
 
@@ -249,6 +249,88 @@ fn what_cannot_be_watched_is_refused() {
         for node in nodes {
             node.end().await;
         }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_management_link_that_is_taken_away_is_made_again() {
+    sandbox(|| async {
+        for by in [TCX, By::Hook(Hook::Clsact), By::UserSpace] {
+            let world = World::new();
+            let (mut nodes, peers) = pair(&world, by, 4).await;
+            both_up(&mut nodes, &peers).await;
+            let index = || {
+                within(&world.nodes[0], || {
+                    nix::net::if_::if_nametoindex("nsm-mgmt4-4789").ok()
+                })
+            };
+            let before = index().expect("the link");
+            within(&world.nodes[0], || {
+                super::support::ip("link del nsm-mgmt4-4789");
+            });
+            eventually("another link", async || match index() {
+                Some(index) if index != before => Ok(()),
+                other => Err(format!("{other:?}")),
+            })
+            .await;
+            // Our probes leave and are answered again, and so are the peer's.
+            for peer in &peers {
+                let answers = peer.report().await.expect("report").answers;
+                eventually("answers", async || {
+                    let report = peer.report().await.expect("report");
+                    let is_well = peer.is_up() && report.answers >= answers + 20;
+                    is_well.then_some(()).ok_or_else(|| format!("{report:?}"))
+                })
+                .await;
+            }
+            for node in nodes {
+                node.end().await;
+            }
+            assert_eq!(link_names(&world.nodes[0]), ["eth0"]);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_peer_that_cannot_be_entered_is_as_before() {
+    sandbox(|| async {
+        let world = World::new();
+        let node = Node::start(&world, 1, TCX);
+        let spec = |number: u32| PeerSpec {
+            address: std::net::Ipv4Addr::from(0x0a02_0000 + number).into(),
+            port: 4789,
+            vni: nsm_core::vni::Vni::MANAGEMENT,
+            discriminator: discriminator(0x5000_0000 + number),
+        };
+        let fdb = || {
+            within(&world.nodes[0], || {
+                run("bridge", &["fdb", "show", "dev", "nsm-mgmt4-4789"])
+            })
+        };
+        let mut peers = Vec::new();
+        for number in 1..=1024 {
+            peers.push(node.health.join(spec(number)).await.expect("joined"));
+        }
+        // Twice: what failed does not look joined.
+        for _ in 0..2 {
+            let refused = node.health.join(spec(1025)).await;
+            assert!(
+                matches!(refused, Err(HealthError::TooManyPeers { .. })),
+                "{refused:?}"
+            );
+            assert!(!fdb().contains("10.2.4.1 "), "{}", fdb());
+        }
+        // One that starts anew needs no second place.
+        let anew = PeerSpec {
+            discriminator: discriminator(0x6000_0000),
+            ..spec(7)
+        };
+        peers.push(node.health.join(anew).await.expect("joined"));
+        assert_eq!(node.health.reports().await.expect("reports").len(), 1024);
+        drop(peers);
+        node.end().await;
     });
 }
 

@@ -1,37 +1,26 @@
-//! How the two threads begin: the memory of the sessions, the links and what hangs on them, and what an earlier agent left.
+//! How the two threads begin: the memory of the sessions, the links and what hangs on them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    net::IpAddr,
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, mpsc},
     thread,
-    time::Instant,
 };
 
 use nsm_core::sbfd::Discriminator;
-use nsm_ebpf_common::sbfd::{
-    State,
-    frame::{mac, mac_key},
-};
+use nsm_ebpf_common::sbfd::State;
 use tokio::sync::mpsc as tokio_mpsc;
 
 use super::{
     super::{
         Event, HealthConfig, HealthError,
-        prober::{self, Command, Prober},
+        prober::{self, Kit, Prober},
         random,
-        session::peer_address,
-        socket::PacketSocket,
         surroundings::Memory,
     },
-    Known, Peers, Request, Started,
+    Peers, Request, Started, adopt, give_back,
 };
 use crate::{
     bpf::{Bpf, LocalSessions},
-    links::{
-        Family,
-        management::{self, ManagementLink, ManagementSpec},
-    },
     netlink::Netlink,
 };
 
@@ -74,21 +63,40 @@ impl Peers {
             action: "open a netlink socket",
             source,
         })?;
-        let memory = match &bpf {
+        let system = |action| move |source| HealthError::System { action, source };
+        let drawn = random::discriminator().map_err(system("draw a discriminator"))?;
+        let kit = Kit::new().map_err(system("set up the prober"))?;
+        // Without a prober, as after any error below, it ends at once.
+        let (hand, handed) = mpsc::sync_channel::<Prober>(1);
+        let (tell, told) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new()
+            .name("nsm-prober".to_owned())
+            .spawn(move || {
+                let prober = handed.recv().ok()?;
+                let realtime = prober::set_realtime();
+                let _ = tell.send(realtime);
+                Some(prober.run())
+            })
+            .map_err(system("start the prober"))?;
+
+        let mut memory = match &bpf {
             Some(bpf) => Memory::Pinned(Box::new(bpf.take_sessions().ok_or(HealthError::InUse)?)),
             None => Memory::Local(LocalSessions::new()),
         };
-        let system = |action| move |source| HealthError::System { action, source };
+        let known = match adopt::adopt(&config, memory.sessions_mut()) {
+            Ok(known) => known,
+            Err(error) => {
+                give_back(bpf.as_deref(), Some(memory));
+                return Err(error);
+            }
+        };
         let node = memory.sessions().node();
-        let mut discriminator = node.discriminator.load() as u32;
-        if discriminator == 0 {
-            discriminator = random::discriminator().map_err(system("draw a discriminator"))?;
-            node.discriminator.store(discriminator.into());
-        }
+        let before = Discriminator::new(node.discriminator.load() as u32);
+        let own = before.map_or(drawn, Discriminator::get);
+        node.discriminator.store(own.into());
         node.state.store(State::Up.bits().into());
-        let known = adopt(&config, &memory)?;
-        let (prober, commands) = Prober::new(memory, bpf.clone(), config.timing, events.clone())
-            .map_err(system("set up the prober"))?;
+        let (prober, commands) =
+            Prober::new(kit, memory, bpf.clone(), config.timing, events.clone());
 
         let mut peers = Self {
             config,
@@ -98,25 +106,27 @@ impl Peers {
             known,
             commands: commands.clone(),
             prober: None,
-            discriminator,
+            discriminator: own,
             events,
             foreign: HashMap::new(),
+            broken: BTreeSet::new(),
         };
-        let linked = peers.make_first_links();
-        if let Err(error) = linked {
-            peers.give_up(prober.into_memory());
-            return Err(error);
-        }
+        let linked = peers.make_first_links().and_then(|()| {
+            // Drawn or found, it is not 0.
+            Discriminator::new(own).ok_or(HealthError::Closed)
+        });
+        let discriminator = match linked {
+            Ok(discriminator) => discriminator,
+            Err(error) => {
+                peers.give_up(prober.into_memory());
+                return Err(error);
+            }
+        };
         let drops = prober.drops();
-        let (tell, told) = mpsc::sync_channel(1);
-        let thread = thread::Builder::new()
-            .name("nsm-prober".to_owned())
-            .spawn(move || {
-                let realtime = prober::set_realtime();
-                let _ = tell.send(realtime);
-                prober.run()
-            })
-            .map_err(system("start the prober"))?;
+        if let Err(mpsc::SendError(prober)) = hand.send(prober) {
+            peers.give_up(prober.into_memory());
+            return Err(HealthError::Closed);
+        }
         peers.prober = Some(thread);
         let realtime = match told.recv() {
             Ok(Ok(())) => true,
@@ -130,86 +140,15 @@ impl Peers {
         let started = Started {
             requests,
             commands,
-            discriminator: Discriminator::new(discriminator).ok_or(HealthError::Closed)?,
+            discriminator,
             realtime,
             drops,
         };
         Ok((peers, receiver, started))
     }
 
-    /// The links that are there from the start: for the address that tunnels leave from, else IPv4, and for peers of an earlier
-    /// agent, who are reflected without a gap.
-    fn make_first_links(&mut self) -> Result<(), HealthError> {
-        let first = self.config.local.map_or(Family::V4, Family::of);
-        let mut families: Vec<Family> = self.known.keys().copied().map(Family::of).collect();
-        families.push(first);
-        families.sort_unstable();
-        families.dedup();
-        for family in families {
-            if let Err(error) = self.make_link(family) {
-                if family == first {
-                    return Err(error);
-                }
-                tracing::warn!(%error, ?family, "peers of an earlier agent are not reflected");
-            }
-        }
-        self.hook_links()?;
-        self.forget_strays();
-        // What an earlier agent saw is not news.
-        if let Some(bpf) = &self.bpf {
-            let seen = bpf.foreign_vnis()?.into_iter();
-            self.foreign = seen.map(|vni| ((vni.vni, vni.peer), vni.packets)).collect();
-        }
-        Ok(())
-    }
-
-    /// Makes the link of a family, or takes it over, with the prober's socket on it.
-    fn make_link(&mut self, family: Family) -> Result<(), HealthError> {
-        let spec = ManagementSpec {
-            domain: self.config.domain.clone(),
-            family,
-            vni: self.config.vni,
-            port: self.config.port,
-            local: self.config.local.filter(|ip| Family::of(*ip) == family),
-        };
-        // Without BPF, programs of an earlier agent would swallow what this one is to see.
-        let anew = self.bpf.is_none();
-        let link = management::ensure(&mut self.netlink, &spec, anew)?;
-        match PacketSocket::open(link.index, &link.name, family) {
-            Ok(socket) => {
-                self.commands.send(Command::Link(family, socket));
-                self.links.insert(family, link);
-                Ok(())
-            }
-            Err(error) => {
-                management::remove(&mut self.netlink, link.index, &link.name)?;
-                Err(error)
-            }
-        }
-    }
-
-    fn hook_links(&self) -> Result<(), HealthError> {
-        let Some(bpf) = &self.bpf else { return Ok(()) };
-        let names: Vec<String> = self.links.values().map(|link| link.name.clone()).collect();
-        Ok(bpf.attach_management(&names)?)
-    }
-
-    /// The link of a family, made when a peer first needs it.
-    pub(super) fn link(&mut self, family: Family) -> Result<ManagementLink, HealthError> {
-        if !self.links.contains_key(&family) {
-            self.make_link(family)?;
-            if let Err(error) = self.hook_links() {
-                if let Some(link) = self.links.remove(&family) {
-                    management::remove(&mut self.netlink, link.index, &link.name)?;
-                }
-                return Err(error);
-            }
-        }
-        self.links.get(&family).cloned().ok_or(HealthError::Closed)
-    }
-
     /// Underlay entries of peers that have no session any more.
-    fn forget_strays(&self) {
+    pub(super) fn forget_strays(&self) {
         let Some(bpf) = &self.bpf else { return };
         for peer in bpf.peers() {
             if !self.known.contains_key(&peer)
@@ -226,33 +165,6 @@ impl Peers {
         if let Err(error) = self.remove_links() {
             tracing::error!(%error, "a management link that could not be completed stays");
         }
-        self.give_back(Some(memory));
+        give_back(self.bpf.as_deref(), Some(memory));
     }
-}
-
-/// The sessions that an earlier agent left. What is not whole is cleared.
-fn adopt(config: &HealthConfig, memory: &Memory) -> Result<HashMap<IpAddr, Known>, HealthError> {
-    let sessions = memory.sessions();
-    let mut known = HashMap::new();
-    let expires = Some(Instant::now() + config.orphan_grace);
-    for (key, slot) in sessions.indexed()? {
-        let session = sessions.slot(slot);
-        let discriminator = session.peer_discriminator.load() as u32;
-        let [_, _, mac @ ..] = key.to_be_bytes();
-        let whole = discriminator != 0 && mac_key(self::mac(mac[1], discriminator)) == key;
-        if whole {
-            known.insert(
-                peer_address(session),
-                Known {
-                    spec: None,
-                    discriminator,
-                    mac,
-                    users: 0,
-                    expires,
-                    cell: Arc::default(),
-                },
-            );
-        }
-    }
-    Ok(known)
 }

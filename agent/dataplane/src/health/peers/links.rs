@@ -1,0 +1,151 @@
+//! The management links: made, hooked, mended, removed.
+
+use nix::net::if_::if_nametoindex;
+
+use super::{
+    super::{HealthError, prober::Command, socket::PacketSocket},
+    Peers, forwarding,
+};
+use crate::links::{
+    Family,
+    management::{self, ManagementLink, ManagementSpec},
+};
+
+impl Peers {
+    /// The links that are there from the start: for the address that tunnels leave from, else IPv4, and for peers of an earlier
+    /// agent, who are reflected without a gap.
+    pub(super) fn make_first_links(&mut self) -> Result<(), HealthError> {
+        let first = self.config.local.map_or(Family::V4, Family::of);
+        let mut families: Vec<Family> = self.known.keys().copied().map(Family::of).collect();
+        families.push(first);
+        families.sort_unstable();
+        families.dedup();
+        for family in families {
+            if let Err(error) = self.make_link(family) {
+                if family == first {
+                    return Err(error);
+                }
+                tracing::warn!(%error, ?family, "peers of an earlier agent are not reflected");
+            }
+        }
+        self.hook_links()?;
+        self.forget_strays();
+        // What an earlier agent saw is not news.
+        if let Some(bpf) = &self.bpf {
+            let seen = bpf.foreign_vnis()?.into_iter();
+            self.foreign = seen.map(|vni| ((vni.vni, vni.peer), vni.packets)).collect();
+        }
+        Ok(())
+    }
+
+    /// Makes the link of a family, or takes it over, with the prober's socket on it.
+    fn make_link(&mut self, family: Family) -> Result<(), HealthError> {
+        let spec = ManagementSpec {
+            domain: self.config.domain.clone(),
+            family,
+            vni: self.config.vni,
+            port: self.config.port,
+            local: self.config.local.filter(|ip| Family::of(*ip) == family),
+        };
+        // Without BPF, programs of an earlier agent would swallow what this one is to see.
+        let anew = self.bpf.is_none();
+        let link = management::ensure(&mut self.netlink, &spec, anew)?;
+        match PacketSocket::open(link.index, &link.name, family) {
+            Ok(socket) => {
+                self.commands.send(Command::Link(family, socket));
+                self.links.insert(family, link);
+                Ok(())
+            }
+            Err(error) => {
+                management::remove(&mut self.netlink, link.index, &link.name)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn hook_links(&self) -> Result<(), HealthError> {
+        let Some(bpf) = &self.bpf else { return Ok(()) };
+        let names: Vec<String> = self.links.values().map(|link| link.name.clone()).collect();
+        Ok(bpf.attach_management(&names)?)
+    }
+
+    /// The link of a family, made when a peer first needs it.
+    pub(super) fn link(&mut self, family: Family) -> Result<ManagementLink, HealthError> {
+        if !self.links.contains_key(&family) {
+            self.make_link(family)?;
+            if let Err(error) = self.hook_links() {
+                if let Some(link) = self.links.remove(&family) {
+                    management::remove(&mut self.netlink, link.index, &link.name)?;
+                }
+                return Err(error);
+            }
+        }
+        self.links.get(&family).cloned().ok_or(HealthError::Closed)
+    }
+
+    /// Makes links again that somebody has taken away: without them no peer is answered, and none is probed.
+    pub(super) fn mend_links(&mut self) {
+        let is_gone =
+            |link: &ManagementLink| if_nametoindex(link.name.as_str()).ok() != Some(link.index);
+        let gone: Vec<Family> = self
+            .links
+            .iter()
+            .filter(|(_, link)| is_gone(link))
+            .map(|(family, _)| *family)
+            .collect();
+        for family in gone {
+            match self.mend_link(family) {
+                Ok(()) => {
+                    self.broken.remove(&family);
+                    tracing::warn!(?family, "a management link was gone and is made again");
+                }
+                Err(error) if self.broken.insert(family) => {
+                    tracing::error!(%error, ?family, "a management link is gone: peers are not probed, nor answered, until it can be made again");
+                }
+                Err(error) => tracing::debug!(%error, ?family, "a management link stays gone"),
+            }
+        }
+    }
+
+    fn mend_link(&mut self, family: Family) -> Result<(), HealthError> {
+        self.make_link(family)?;
+        let Some(link) = self.links.get(&family).cloned() else {
+            return Ok(());
+        };
+        let hooked = match &self.bpf {
+            Some(bpf) => bpf.attach_management(std::slice::from_ref(&link.name)),
+            None => Ok(()),
+        };
+        if let Err(error) = hooked {
+            // Its index is not that of a link any more, so it is mended again.
+            management::remove(&mut self.netlink, link.index, &link.name)?;
+            return Err(error.into());
+        }
+        for (address, known) in &self.known {
+            let Some(spec) = known.spec.filter(|_| Family::of(*address) == family) else {
+                continue;
+            };
+            let entered =
+                management::set_peer(&mut self.netlink, &link, forwarding(known.mac, spec));
+            if let Err(error) = entered {
+                tracing::warn!(%error, peer.ip = %address, "a peer is not reached any more");
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn remove_links(&mut self) -> Result<(), HealthError> {
+        let mut result = Ok(());
+        for link in std::mem::take(&mut self.links).into_values() {
+            let detached = self
+                .bpf
+                .as_ref()
+                .map_or(Ok(()), |bpf| bpf.detach_management(&link.name));
+            let removed = management::remove(&mut self.netlink, link.index, &link.name);
+            result = result
+                .and(detached.map_err(HealthError::from))
+                .and(removed.map_err(HealthError::from));
+        }
+        result
+    }
+}
