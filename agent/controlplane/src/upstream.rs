@@ -39,6 +39,10 @@ const SHORTEST_WAIT: Duration = Duration::from_millis(200);
 /// The longest: nobody is connected on this node as long as its NSMgr does not know us.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
+/// How long the farewell to the NSMgr may take. It is for politeness, as the entry expires by itself, and whoever ends the
+/// agent may not wait long: an NSMgr that hangs must not take the time of closing the connections.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// What our forwarder is to its NSMgr.
 #[derive(Debug, Clone)]
 pub struct ForwarderEntry {
@@ -53,19 +57,43 @@ pub struct ForwarderEntry {
 }
 
 impl ControlPlane {
-    /// Keeps `entry` registered with the node's NSMgr. Never ends: an NSMgr that is gone comes back.
+    /// Keeps `entry` registered with the node's NSMgr until `stopped`, and then takes it out, so that the NSMgr sends no more
+    /// Requests. An NSMgr that is gone comes back; one that does not answer at the end holds nobody up.
     /// `told` hears after each try whether it is registered.
-    pub async fn keep_forwarder(self, mut entry: ForwarderEntry, told: impl Fn(bool)) {
+    pub async fn keep_forwarder(
+        self,
+        mut entry: ForwarderEntry,
+        told: impl Fn(bool),
+        stopped: impl Future<Output = ()>,
+    ) {
+        tokio::select! {
+            () = self.stay_registered(&mut entry, told) => {}
+            () = stopped => {}
+        }
+        match tokio::time::timeout(FAREWELL, self.unregister_forwarder(&entry)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the forwarder's entry is left to expire");
+            }
+            Err(_) => tracing::warn!(
+                within = ?FAREWELL,
+                "the NSMgr does not answer: the forwarder's entry is left to expire"
+            ),
+        }
+    }
+
+    /// Never ends.
+    async fn stay_registered(&self, entry: &mut ForwarderEntry, told: impl Fn(bool)) {
         let mut backoff = Backoff::new(SHORTEST_WAIT, LONGEST_WAIT);
         loop {
-            match self.register_forwarder(&mut entry).await {
+            match self.register_forwarder(entry).await {
                 Ok(expires) => {
                     told(true);
                     backoff.reset();
                     let due = tokio::time::sleep(refresh_after(SystemTime::now(), expires));
                     tokio::select! {
                         () = due => continue,
-                        reason = self.forwarder_lost(&entry) => {
+                        reason = self.forwarder_lost(entry) => {
                             tracing::info!(reason, "registering the forwarder again");
                         }
                     }
@@ -146,11 +174,8 @@ impl ControlPlane {
         }
     }
 
-    /// Takes the forwarder's entry out, so that the NSMgr sends no more Requests.
-    ///
-    /// # Errors
-    /// The NSMgr refuses or gives no answer; the entry expires by itself then.
-    pub async fn unregister_forwarder(&self, entry: &ForwarderEntry) -> Result<(), RequestError> {
+    /// Takes the forwarder's entry out, by the name that the registry granted.
+    async fn unregister_forwarder(&self, entry: &ForwarderEntry) -> Result<(), RequestError> {
         let (url, deadline) = self.upstream_call()?;
         let channel = self.shared.peers.channel(url, deadline).await?;
         let request = self.upstream_request(entry.endpoint(), deadline);
@@ -209,4 +234,62 @@ fn open_socket(path: &PathBuf) -> Result<(FileId, Passed), RequestError> {
         inode: metadata.ino(),
     };
     Ok((id, Passed::new(file.into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::ready, sync::Arc};
+
+    use nsm_core::vni::VniPool;
+    use tokio::net::UnixListener;
+
+    use super::*;
+    use crate::{
+        dns::{Resolver, ResolverConfig},
+        health::Reachability,
+        plane::{OwnRegistry, Settings},
+        registry::{Limits, Registry},
+        token::TokenSource,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn an_nsmgr_that_hangs_does_not_hold_up_the_end() {
+        const PATIENCE: Duration = Duration::from_secs(15);
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("nsm.sock");
+        // Connections stay in its queue: it never says a word.
+        let _hangs = UnixListener::bind(&socket).unwrap();
+        let plane = ControlPlane::start(
+            Settings {
+                name: "node-1".to_owned(),
+                domain: "one.example".parse().unwrap(),
+                advertise_url: "tcp://192.0.2.1:5006".to_owned(),
+                upstream_nsmgr_url: Some(format!("unix://{}", socket.display())),
+                registry_proxy_url: None,
+                request_timeout: PATIENCE,
+                dial_timeout: PATIENCE,
+                max_connections: 1,
+                max_message_bytes: 1 << 20,
+                reachability: Reachability::default(),
+            },
+            Arc::new(TokenSource::hs256(
+                "spiffe://one.example/node-1",
+                b"test",
+                PATIENCE,
+            )),
+            Resolver::new(ResolverConfig::default()),
+            OwnRegistry::Here(Registry::new(Limits::default())),
+            None,
+            VniPool::default(),
+        );
+        let entry = ForwarderEntry {
+            name: "node-1".to_owned(),
+            service: "forwarder".to_owned(),
+            labels: BTreeMap::new(),
+            url: DialUrl::Unix(folder.path().join("forwarder.sock")),
+        };
+        let start = Instant::now();
+        plane.keep_forwarder(entry, |_| {}, ready(())).await;
+        assert_eq!(start.elapsed().as_secs(), FAREWELL.as_secs());
+    }
 }

@@ -21,7 +21,11 @@ use nsm_controlplane::{
     upstream::ForwarderEntry,
 };
 use nsm_core::vni::{Vni, VniPool};
-use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch},
+    task::JoinSet,
+};
 use tonic::service::Routes;
 
 use crate::{
@@ -146,8 +150,12 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     readiness.arrived("the listeners");
     let registration = forwarder_entry(&config).map(|entry| {
         let told = readiness_of_forwarder(&config, &readiness);
-        let keeping = tasks.spawn(plane.clone().keep_forwarder(entry.clone(), told));
-        (entry, keeping)
+        let (stop, stopped) = oneshot::channel::<()>();
+        let stopped = async move {
+            let _ = stopped.await;
+        };
+        let keeping = tokio::spawn(plane.clone().keep_forwarder(entry, told, stopped));
+        (stop, keeping)
     });
     tracing::info!(
         name = %config.name, domain = %config.domain, nsmgr = %config.listen.nsmgr,
@@ -160,11 +168,9 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     }
     tracing::info!("draining");
     readiness.wait_for("its end: the agent is shutting down");
-    if let Some((entry, keeping)) = registration {
-        keeping.abort();
-        if let Err(error) = plane.unregister_forwarder(&entry).await {
-            tracing::warn!(%error, "the forwarder's entry is left to expire");
-        }
+    if let Some((stop, keeping)) = registration {
+        drop(stop);
+        let _ = keeping.await;
     }
     if let Some(forwarder) = &forwarder {
         forwarder.leave_paths().await;
