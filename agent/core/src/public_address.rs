@@ -15,11 +15,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+mod dmi;
 pub mod metadata;
 mod routable;
 pub mod stun;
 
-pub use self::{metadata::Provider, routable::is_globally_routable};
+pub use self::{dmi::Firmware, metadata::Provider, routable::is_globally_routable};
 
 /// How often all sources are asked, beside each change of the node's own addresses. A cloud moves an address within seconds, on
 /// request of a person; a minute is as long as a person waits before they look for a mistake of their own.

@@ -27,7 +27,10 @@ mod value;
 
 pub(crate) use self::{
     flags::ConfigFlags,
-    model::{Config, Hook, KubernetesApi, Log, LogFormat, PublicAddress, TokenAlgorithm, Tunnel},
+    model::{
+        Config, Hook, KubernetesApi, Log, LogFormat, MetadataServices, PublicAddress,
+        TokenAlgorithm, Tunnel,
+    },
     value::{ListenUrl, parse_duration},
 };
 use self::{

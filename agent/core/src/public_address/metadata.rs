@@ -70,9 +70,6 @@ impl Provider {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::Aws, Self::Gcp, Self::Equinix, Self::Azure];
 
-    /// Those whose service is on the link-local address and so on no network but the machine's own: they can be asked unbidden.
-    pub const LINK_LOCAL: [Self; 3] = [Self::Aws, Self::Gcp, Self::Azure];
-
     /// Where its service is.
     #[must_use]
     pub fn base_url(self) -> &'static str {

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 
 use super::at;
 use crate::public_address::{
-    Decision, Finding, Outcome, Provider, Source, TRUST, Tracker, decide, is_globally_routable,
+    Decision, Finding, Firmware, Outcome, Provider, Source, TRUST, Tracker, decide,
+    is_globally_routable,
     metadata::AnswerError,
     stun::{self, StunError},
 };
@@ -330,5 +331,62 @@ proptest! {
             let both = map.with(more, public);
             prop_assert!(both.is_err(), "a public address of two nodes");
         }
+    }
+}
+
+#[test]
+fn a_cloud_is_what_the_firmware_names() {
+    let azure = "7783-7084-3265-9085-8269-3286-77";
+    for (system, product, board, tag, cloud) in [
+        (
+            "Amazon EC2",
+            "m5.large",
+            "Amazon EC2",
+            "Amazon EC2",
+            Some(Provider::Aws),
+        ),
+        (
+            "Google",
+            "Google Compute Engine",
+            "Google",
+            "",
+            Some(Provider::Gcp),
+        ),
+        (
+            "Microsoft Corporation",
+            "Virtual Machine",
+            "Microsoft Corporation",
+            azure,
+            Some(Provider::Azure),
+        ),
+        ("Packet", "c2.large.arm", "", "", Some(Provider::Equinix)),
+        (
+            "Dell Inc.",
+            "PowerEdge R6515",
+            "Equinix",
+            "",
+            Some(Provider::Equinix),
+        ),
+        ("Amazon EC2\n", "", "", "", Some(Provider::Aws)),
+        // A laptop, and Hyper-V at home.
+        ("Google", "Lulu", "Google", "", None),
+        (
+            "Microsoft Corporation",
+            "Virtual Machine",
+            "Microsoft Corporation",
+            "",
+            None,
+        ),
+        ("Dell Inc.", "Virtual Machine", "Dell Inc.", azure, None),
+        ("QEMU", "Amazon EC2", "", "Amazon EC2", None),
+        ("", "", "", "", None),
+    ] {
+        let firmware = Firmware {
+            system_vendor: system.to_owned(),
+            product: product.to_owned(),
+            board_vendor: board.to_owned(),
+            asset_tag: tag.to_owned(),
+        };
+        assert_eq!(firmware.cloud(), cloud, "{firmware:?}");
     }
 }

@@ -17,14 +17,14 @@ use nsm_controlplane::{
     },
 };
 use nsm_core::public_address::{
-    Decision, Finding, Known, Outcome, Source, Tracker, is_globally_routable,
+    Decision, Finding, Firmware, Known, Outcome, Provider, Source, Tracker, is_globally_routable,
 };
 use nsm_dataplane::addresses::AddressEvents;
 use nsm_proto::admin;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{forwarder::NodeForwarder, ip_map::IpMaps, readiness::Readiness};
-use crate::config::{self, Config, KubernetesApi, ListenUrl};
+use crate::config::{self, Config, KubernetesApi, ListenUrl, MetadataServices};
 
 /// What readiness waits for: whoever asks before gets an address that peers may not reach.
 pub(crate) const GUARD: &str = "the public address";
@@ -32,6 +32,9 @@ pub(crate) const GUARD: &str = "the public address";
 /// The shortest time between two rounds. A CNI adds an address a pod, and hosts renew IPv6 addresses all the time: a burst of changes is
 /// one round, and no change waits longer than a person would.
 const PAUSE: Duration = Duration::from_secs(2);
+
+/// Where Linux shows what the machine's firmware says.
+const FIRMWARE: &str = "/sys/class/dmi/id";
 
 /// What is known, for `status`. Cheap to clone.
 #[derive(Clone, Default)]
@@ -270,9 +273,33 @@ async fn changed(events: &mut Option<AddressEvents>) {
 
 fn lookup_config(config: &Config) -> LookupConfig {
     LookupConfig {
-        metadata: config.public_address.metadata.clone(),
+        metadata: metadata(&config.public_address.metadata, Path::new(FIRMWARE)),
         kubernetes: kubernetes(&config.public_address, &config.name),
         stun: config.public_address.stun.clone(),
+    }
+}
+
+/// The services to ask: by default that of the cloud which the firmware, shown in `folder`, names.
+fn metadata(services: &MetadataServices, folder: &Path) -> Vec<(Provider, BaseUrl)> {
+    let provider = match services {
+        MetadataServices::These(services) => return services.clone(),
+        MetadataServices::Auto => firmware(folder).cloud(),
+    };
+    let with_place = |provider: Provider| Some((provider, provider.base_url().parse().ok()?));
+    provider.and_then(with_place).into_iter().collect()
+}
+
+/// What the kernel shows of the firmware; nothing where it has none to show, as on many ARM boards.
+fn firmware(folder: &Path) -> Firmware {
+    let field = |name| {
+        let text = std::fs::read(folder.join(name)).unwrap_or_default();
+        String::from_utf8_lossy(&text).trim().to_owned()
+    };
+    Firmware {
+        system_vendor: field("sys_vendor"),
+        product: field("product_name"),
+        board_vendor: field("board_vendor"),
+        asset_tag: field("chassis_asset_tag"),
     }
 }
 
@@ -302,4 +329,27 @@ fn kubernetes(config: &config::PublicAddress, agent: &str) -> Option<KubernetesN
         name: config.node_name.clone().unwrap_or_else(|| agent.to_owned()),
         account: account.to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_asked_unbidden_but_the_cloud_that_the_firmware_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = |services| metadata(services, folder.path());
+        assert_eq!(asked(&MetadataServices::Auto), []);
+        std::fs::write(folder.path().join("sys_vendor"), "Amazon EC2\n").unwrap();
+        std::fs::write(folder.path().join("product_name"), "m5.large\n").unwrap();
+        let url: BaseUrl = "http://169.254.169.254".parse().unwrap();
+        assert_eq!(
+            asked(&MetadataServices::Auto),
+            [(Provider::Aws, url.clone())]
+        );
+        // What the operator says holds as it is.
+        let said = vec![(Provider::Gcp, url)];
+        assert_eq!(asked(&MetadataServices::These(said.clone())), said);
+        assert_eq!(asked(&MetadataServices::These(Vec::new())), []);
+    }
 }

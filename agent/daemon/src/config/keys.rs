@@ -6,7 +6,7 @@ use nsm_controlplane::{dns::HostEntry, public_address::BaseUrl};
 use nsm_core::{name::Domain, public_address::Provider};
 
 use super::{
-    model::{Config, DEFAULT_SECRET, Hook, LogFormat, TokenAlgorithm},
+    model::{Config, DEFAULT_SECRET, Hook, LogFormat, MetadataServices, TokenAlgorithm},
     node::{Bad, Node},
     parse::{
         hide, hosts, labels, metadata, parse_absolute, parse_admin, parse_algorithm, parse_count,
@@ -281,17 +281,14 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "public_address.metadata",
-        "PROVIDER[=URL],…|off",
-        "Clouds whose metadata service is asked: aws, gcp, azure, equinix",
+        "auto|off|PROVIDER[=URL],…",
+        "Clouds whose metadata service is asked: aws, gcp, azure, equinix; auto: the one that the machine's firmware names",
         |c, n| set(&mut c.public_address.metadata, metadata(n)),
-        |c| {
-            Shown::List(
-                c.public_address
-                    .metadata
-                    .iter()
-                    .map(show_metadata)
-                    .collect(),
-            )
+        |c| match &c.public_address.metadata {
+            MetadataServices::Auto => text("auto"),
+            MetadataServices::These(services) => {
+                Shown::List(services.iter().map(show_metadata).collect())
+            }
         },
     ),
     key(

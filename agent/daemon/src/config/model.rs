@@ -111,8 +111,8 @@ pub(crate) struct Resolver {
 pub(crate) struct PublicAddress {
     /// What it is, where the operator knows.
     pub(crate) ip: Option<IpAddr>,
-    /// Metadata services that are asked, and where each is.
-    pub(crate) metadata: Vec<(Provider, BaseUrl)>,
+    /// Metadata services that are asked.
+    pub(crate) metadata: MetadataServices,
     /// The API server of the node's cluster.
     pub(crate) kubernetes: KubernetesApi,
     /// The node's name there; the agent's name when absent.
@@ -121,6 +121,15 @@ pub(crate) struct PublicAddress {
     pub(crate) stun: Vec<StunServer>,
     /// How often all are asked.
     pub(crate) interval: Duration,
+}
+
+/// Metadata services of clouds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum MetadataServices {
+    /// That of the cloud which the machine's firmware names, if it names one.
+    Auto,
+    /// These, with where each is.
+    These(Vec<(Provider, BaseUrl)>),
 }
 
 /// The API server of the node's cluster.
@@ -279,12 +288,7 @@ impl Config {
             },
             public_address: PublicAddress {
                 ip: None,
-                metadata: Provider::LINK_LOCAL
-                    .map(|provider| {
-                        let base = provider.base_url().parse().expect("a URL");
-                        (provider, base)
-                    })
-                    .to_vec(),
+                metadata: MetadataServices::Auto,
                 kubernetes: KubernetesApi::Auto,
                 node_name: None,
                 stun: Vec::new(),

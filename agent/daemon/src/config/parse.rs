@@ -19,7 +19,7 @@ use nsm_core::{
 };
 
 use super::{
-    model::{Hook, LogFormat, TokenAlgorithm},
+    model::{Hook, LogFormat, MetadataServices, TokenAlgorithm},
     node::{Bad, Node, Value},
     value::{DURATION_ALLOWED, ListenUrl, is_off, parse_duration, parse_size},
 };
@@ -71,10 +71,12 @@ fn host_entry(node: &Node) -> Result<HostEntry, Bad> {
     }
 }
 
-/// Providers, each perhaps with a place of its own, or `off`.
-pub(super) fn metadata(node: &Node) -> Result<Vec<(Provider, BaseUrl)>, Bad> {
-    if matches!(&node.value, Value::Scalar(text) if is_off(text)) {
-        return Ok(Vec::new());
+/// Providers, each perhaps with a place of its own, or `auto`, or `off`.
+pub(super) fn metadata(node: &Node) -> Result<MetadataServices, Bad> {
+    match &node.value {
+        Value::Scalar(text) if text == "auto" => return Ok(MetadataServices::Auto),
+        Value::Scalar(text) if is_off(text) => return Ok(MetadataServices::These(Vec::new())),
+        _ => {}
     }
     let services: Vec<(Provider, BaseUrl)> = node.list(|text| {
         let (word, url) = text.split_once('=').unwrap_or((text, ""));
@@ -90,7 +92,7 @@ pub(super) fn metadata(node: &Node) -> Result<Vec<(Provider, BaseUrl)>, Bad> {
             return Err(node.bad(format!("{} once", provider_word(*provider))));
         }
     }
-    Ok(services)
+    Ok(MetadataServices::These(services))
 }
 
 /// How a provider is written in the configuration.

@@ -536,7 +536,9 @@ fn whom_to_ask_for_the_public_address_is_said_in_several_ways() {
         line.unwrap().split(" #").next().unwrap().trim().to_owned()
     };
     assert_eq!(config.public_address.kubernetes, KubernetesApi::Auto);
-    assert_eq!(shown(""), r#"metadata: ["aws", "gcp", "azure"]"#);
+    for auto in ["", "public_address: {metadata: auto}"] {
+        assert_eq!(shown(auto), "metadata: auto");
+    }
     for none in ["off", "'off'", "[]"] {
         assert_eq!(
             shown(&format!("public_address: {{metadata: {none}}}")),

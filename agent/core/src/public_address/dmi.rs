@@ -1,0 +1,48 @@
+//! Which cloud the machine is in, by its firmware.
+//!
+//! A metadata service is plain HTTP on an address that is the machine's own in a cloud and anybody's elsewhere: whoever answers there
+//! could move the node. So nobody is asked unbidden unless the firmware names the cloud, which no neighbour on the network can forge.
+//! What is compared are the fields of SMBIOS (DMTF DSP0134, types 1 to 3), which Linux shows in `/sys/class/dmi/id`.
+
+use super::Provider;
+
+/// Azure's asset tag: Hyper-V has the same vendor everywhere.
+const AZURE_ASSET_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
+
+/// What the firmware says the machine is; a field that it does not tell is empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Firmware {
+    /// The system's manufacturer (`sys_vendor`).
+    pub system_vendor: String,
+    /// The system's product name (`product_name`).
+    pub product: String,
+    /// The board's manufacturer (`board_vendor`).
+    pub board_vendor: String,
+    /// The chassis' asset tag (`chassis_asset_tag`).
+    pub asset_tag: String,
+}
+
+impl Firmware {
+    /// The cloud that the firmware names.
+    #[must_use]
+    pub fn cloud(&self) -> Option<Provider> {
+        let is_made_by = |makers: &[&str]| {
+            [&self.system_vendor, &self.board_vendor]
+                .iter()
+                .any(|vendor| makers.contains(&vendor.trim()))
+        };
+        if is_made_by(&["Amazon EC2"]) {
+            Some(Provider::Aws)
+        } else if is_made_by(&["Google"]) && self.product.trim() == "Google Compute Engine" {
+            // Google sells laptops, too.
+            Some(Provider::Gcp)
+        } else if is_made_by(&["Microsoft Corporation"]) && self.asset_tag.trim() == AZURE_ASSET_TAG
+        {
+            Some(Provider::Azure)
+        } else if is_made_by(&["Packet", "Equinix", "Equinix Metal"]) {
+            Some(Provider::Equinix)
+        } else {
+            None
+        }
+    }
+}
