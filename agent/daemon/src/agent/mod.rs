@@ -198,14 +198,15 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
 
 fn token_source(config: &Config) -> anyhow::Result<TokenSource> {
     let (id, lifetime) = (config.spiffe_id(), config.max_token_lifetime);
-    Ok(match config.token.algorithm {
+    let source = match config.token.algorithm {
         TokenAlgorithm::Hs256 => TokenSource::hs256(&id, config.token.secret.as_bytes(), lifetime),
         TokenAlgorithm::Es256 => {
             let file = config.token.key_file.clone();
             let key = file.map_or(Es256Key::Generated, Es256Key::File);
             TokenSource::es256(&id, key, lifetime).context("`token.key_file`")?
         }
-    })
+    };
+    Ok(source.with_audience(config.token.audience.clone()))
 }
 
 /// What this agent's forwarder is to an upstream NSMgr.

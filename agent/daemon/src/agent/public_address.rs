@@ -338,7 +338,7 @@ mod tests {
     #[test]
     fn nobody_is_asked_unbidden_but_the_cloud_that_the_firmware_names() {
         let folder = tempfile::tempdir().unwrap();
-        let asked = |services| metadata(services, folder.path());
+        let asked = |services: &MetadataServices| metadata(services, folder.path());
         assert_eq!(asked(&MetadataServices::Auto), []);
         std::fs::write(folder.path().join("sys_vendor"), "Amazon EC2\n").unwrap();
         std::fs::write(folder.path().join("product_name"), "m5.large\n").unwrap();

@@ -443,6 +443,13 @@ pub(crate) static KEYS: &[Key] = &[
         |c| optional(c.token.spiffe_id.as_ref()),
     ),
     key(
+        "token.audience",
+        "ID,…",
+        "The SPIFFE ids of the peers that tokens are for; by default tokens name none",
+        |c, n| set(&mut c.token.audience, n.list(parse_spiffe_id)),
+        |c| list(&c.token.audience),
+    ),
+    key(
         "request_timeout",
         "DURATION",
         "The longest time for a Request",

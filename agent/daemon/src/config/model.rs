@@ -214,6 +214,8 @@ pub(crate) struct Token {
     pub(crate) key_file: Option<PathBuf>,
     /// Who the tokens say we are; `spiffe://<domain>/<name>` when absent.
     pub(crate) spiffe_id: Option<String>,
+    /// Whom the tokens are for (the claim `aud`); the claim is left out where empty.
+    pub(crate) audience: Vec<String>,
 }
 
 /// The algorithm of a token's signature.
@@ -313,6 +315,7 @@ impl Config {
                 secret: DEFAULT_SECRET.to_owned(),
                 key_file: None,
                 spiffe_id: None,
+                audience: Vec::new(),
             },
             request_timeout: Duration::from_secs(15),
             dial_timeout: Duration::from_secs(5),

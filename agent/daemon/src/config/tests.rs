@@ -306,6 +306,7 @@ fn a_bad_value_names_file_line_key_value_and_what_is_allowed() {
         ("max_token_lifetime: 1ms", "max_token_lifetime"),
         ("token: {algorithm: none}", "token.algorithm"),
         ("token: {spiffe_id: me}", "token.spiffe_id"),
+        ("token: {audience: [spiffe://a/b, me]}", "token.audience"),
         ("forwarder_labels: {p2p: [a, b]}", "forwarder_labels"),
         ("listen: {forwarder: 'tcp://:1'}", "listen.forwarder"),
         ("limits: {max_connections: 0}", "limits.max_connections"),
@@ -579,4 +580,14 @@ fn whom_to_ask_for_the_public_address_is_said_in_several_ways() {
         let error = World::new(&format!("public_address: {{{yaml}}}")).error();
         assert!(error.contains(told), "{yaml}: {error}");
     }
+}
+
+#[test]
+fn tokens_are_for_nobody_in_particular_unless_said_otherwise() {
+    assert!(load("").token.audience.is_empty());
+    let config = load("token: {audience: [spiffe://a.example/proxy, 'spiffe://b.example/proxy']}");
+    assert_eq!(
+        config.token.audience,
+        ["spiffe://a.example/proxy", "spiffe://b.example/proxy"]
+    );
 }
