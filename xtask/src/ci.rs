@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::{
     cargo::{BPF_PROGRAMS, cargo, step},
-    dependencies, ebpf, test,
+    dependencies, ebpf, interop, test,
 };
 
 /// Runs everything.
@@ -15,6 +15,8 @@ use crate::{
 /// At the first step that fails.
 pub(crate) fn run() -> Result<()> {
     let start = Instant::now();
+    // Missed at the end it would have cost all that comes before.
+    interop::Go::find()?;
     step("format", cargo(&["fmt", "--all", "--check"]))?;
     step(
         "format of the BPF programs",
