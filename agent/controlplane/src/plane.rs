@@ -97,6 +97,8 @@ pub(crate) struct LocalEndpoint {
     pub(crate) url: String,
     /// Whether it registered as root: only then may it name a network namespace.
     pub(crate) trusted: bool,
+    /// The user whose process registered it: nobody else may take its name.
+    pub(crate) uid: Option<u32>,
     /// When its registration lapses.
     pub(crate) expires: SystemTime,
     /// Keeps the descriptor of its socket, when it has passed one in the place of a path.

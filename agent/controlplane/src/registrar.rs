@@ -206,6 +206,9 @@ impl ControlPlane {
         let mut endpoint = call_.message.clone();
         let place = self.address(names(&endpoint), call_.deadline).await?;
         place.translate(&mut endpoint, strip)?;
+        let mut full_name = endpoint.name.clone();
+        place.join(&mut full_name);
+        self.check_owner(&call_, &full_name, &endpoint.name)?;
         let through_us = matches!(call_.arrival, Arrival::Local { .. }) || !place.is_ours;
         let own_url = endpoint.url.clone();
         let socket = self.passed_socket(&endpoint, &call_).await?;
@@ -232,54 +235,109 @@ impl ControlPlane {
         let bare_name = registered.name.clone();
         place.translate(&mut registered, join_text)?;
         if through_us {
+            // The registry may have named it, and another may have come first meanwhile.
+            self.check_owner(&call_, &registered.name, &bare_name)?;
             registered.url.clone_from(&own_url);
             let trusted = matches!(call_.arrival, Arrival::Local { trusted: true });
+            let expires = registered.expiration_time.as_ref();
+            let expires = expires.and_then(convert::time);
             if place.is_ours && !place.by_proxy {
-                self.keep_local(bare_name, own_url, trusted, socket, &registered);
+                let endpoint = LocalEndpoint {
+                    url: own_url,
+                    trusted,
+                    uid: call_.uid,
+                    expires: expires.unwrap_or_else(SystemTime::now),
+                    _socket: socket,
+                };
+                self.keep_local(bare_name, endpoint);
             } else {
                 let way = Way {
                     url: own_url,
                     registered_here: true,
                     trusted,
+                    uid: call_.uid,
                     _socket: socket,
                 };
-                self.shared.bypass.learn(&registered.name, way);
+                self.keep_way(&registered.name, way, expires);
             }
         }
         Ok(registered)
     }
 
-    fn keep_local(
+    /// Refuses a call for a name that another user's endpoint of this node has: it would get the traffic of
+    /// its clients, or take its service away.
+    fn check_owner<T>(
         &self,
-        name: String,
-        url: String,
-        trusted: bool,
-        socket: Option<Arc<Peer>>,
-        registered: &NetworkServiceEndpoint,
-    ) {
+        call_: &Call<T>,
+        full_name: &str,
+        bare_name: &str,
+    ) -> Result<(), RequestError> {
+        // Others are not of this node, and root may do anyway what it likes.
+        let Arrival::Local { trusted: false } = call_.arrival else {
+            return Ok(());
+        };
         let now = SystemTime::now();
-        let expires = registered
-            .expiration_time
-            .as_ref()
-            .and_then(convert::time)
-            .unwrap_or(now);
-        if socket.is_some() {
+        let here = lock(&self.shared.local_endpoints)
+            .get(bare_name)
+            .filter(|endpoint| endpoint.expires > now)
+            .and_then(|endpoint| endpoint.uid);
+        let now = std::time::Instant::now();
+        let elsewhere = self.shared.bypass.owner(full_name, now);
+        for owner in [here, elsewhere].into_iter().flatten() {
+            if call_.uid != Some(owner) {
+                let caller = call_
+                    .uid
+                    .map_or("unknown".to_owned(), |uid| uid.to_string());
+                return Err(RequestError::Forbidden(format!(
+                    "endpoint `{full_name}` is registered by user {owner} of this node, and you are user {caller}: \
+                     choose another name, or wait until it is unregistered or its registration has lapsed"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn keep_local(&self, name: String, endpoint: LocalEndpoint) {
+        let now = SystemTime::now();
+        if endpoint._socket.is_some() {
             let plane = self.clone();
-            let life = expires.duration_since(now).unwrap_or_default();
             // Its descriptor is not to be held until the next one happens to register.
-            tokio::spawn(async move {
-                tokio::time::sleep(life + LAPSE_MARGIN).await;
+            self.after(endpoint.expires, move || {
                 plane.forget_lapsed(SystemTime::now());
             });
         }
         self.forget_lapsed(now);
-        let endpoint = LocalEndpoint {
-            url,
-            trusted,
-            expires,
-            _socket: socket,
-        };
         lock(&self.shared.local_endpoints).insert(name, endpoint);
+    }
+
+    /// As [`Self::keep_local`], for an endpoint that is registered elsewhere than in our own registry.
+    fn keep_way(&self, name: &str, way: Way, expires: Option<SystemTime>) {
+        let now = std::time::Instant::now();
+        let life = expires.map(|expires| {
+            expires
+                .duration_since(SystemTime::now())
+                .unwrap_or_default()
+        });
+        if let (Some(expires), true) = (expires, way._socket.is_some()) {
+            let plane = self.clone();
+            self.after(expires, move || {
+                plane.shared.bypass.forget_lapsed(std::time::Instant::now());
+            });
+        }
+        // A life beyond what the clock can count has no end.
+        let ends = life.and_then(|life| now.checked_add(life));
+        self.shared.bypass.learn(name, way, ends, now);
+    }
+
+    /// Does something when a registration has ended.
+    fn after(&self, expires: SystemTime, then: impl FnOnce() + Send + 'static) {
+        let life = expires
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
+        tokio::spawn(async move {
+            tokio::time::sleep(life + LAPSE_MARGIN).await;
+            then();
+        });
     }
 
     fn forget_lapsed(&self, now: SystemTime) {
@@ -322,10 +380,13 @@ impl ControlPlane {
         call_: Call<NetworkServiceEndpoint>,
         path: Option<PathHeader>,
     ) -> Result<(), Status> {
-        let mut endpoint = call_.message;
+        let mut endpoint = call_.message.clone();
         let place = self.address(names(&endpoint), call_.deadline).await?;
-        self.shared.bypass.forget(&endpoint.name);
         place.translate(&mut endpoint, strip)?;
+        let mut full_name = endpoint.name.clone();
+        place.join(&mut full_name);
+        self.check_owner(&call_, &full_name, &endpoint.name)?;
+        self.shared.bypass.forget(&full_name);
         if place.is_ours {
             lock(&self.shared.local_endpoints).remove(&endpoint.name);
         }
@@ -394,9 +455,11 @@ impl ControlPlane {
                             url: url.to_owned(),
                             registered_here: false,
                             trusted: false,
+                            uid: None,
                             _socket: None,
                         };
-                        plane.shared.bypass.learn(&endpoint.name, way);
+                        let now = std::time::Instant::now();
+                        plane.shared.bypass.learn(&endpoint.name, way, None, now);
                     }
                 }
                 // Whoever was told a name with a domain asks for it so, also for one of our own:
@@ -571,3 +634,6 @@ fn join(domain: Option<&Domain>, name: &mut String) {
         name.push_str(domain.as_str());
     }
 }
+
+#[cfg(test)]
+mod tests;

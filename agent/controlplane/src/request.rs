@@ -63,6 +63,8 @@ pub struct Call<T> {
     pub arrival: Arrival,
     /// What the caller passes beside its calls, where its connection can carry descriptors.
     pub descriptors: Option<Arc<Descriptors>>,
+    /// The user of the calling process, where the node's socket says.
+    pub uid: Option<u32>,
     /// The previous hop's token and its expiry, from the call's metadata.
     pub token: Option<(String, SystemTime)>,
     /// When the caller stops waiting.

@@ -21,6 +21,7 @@ use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
 use tokio::time::Instant;
 
 use crate::{
+    bypass::Way,
     connections::lock,
     convert,
     directory::{Found, Wanted, find_at},
@@ -145,7 +146,7 @@ impl Shared {
         };
         match (arrival, domain) {
             (Arrival::Network, Some(_))
-                if let Some(way) = self.bypass.way(&connection.network_service_endpoint_name) =>
+                if let Some(way) = self.way(&connection.network_service_endpoint_name) =>
             {
                 Ok(vec![Route {
                     url: way.url,
@@ -215,7 +216,6 @@ impl Shared {
             // which may be us.
             let ways = match resolved.proxy.as_slice() {
                 [] if self.is_own_url(&endpoint.url) => self
-                    .bypass
                     .way(&name)
                     .map(|way| (way.url, way.trusted, Crossing::Inside))
                     .into_iter()
@@ -322,7 +322,7 @@ impl Shared {
         for endpoint in self.choose(&found, wanted, own, connection)? {
             let (url, crossing, socket) = if self.is_own_url(&endpoint.url) {
                 // Found through us in the proxy's place: the way is known.
-                let Some(way) = self.bypass.way(&endpoint.name) else {
+                let Some(way) = self.way(&endpoint.name) else {
                     continue;
                 };
                 (way.url, Crossing::Out, None)
@@ -349,6 +349,11 @@ impl Shared {
             });
         }
         Ok(routes)
+    }
+
+    /// Where an endpoint of another domain is served, as it was learnt.
+    fn way(&self, name: &str) -> Option<Way> {
+        self.bypass.way(name, std::time::Instant::now())
     }
 
     /// The peer behind a URL that the registry passed a socket for.

@@ -243,9 +243,8 @@ pub async fn serve(
 impl Front {
     fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
         let peer = request.extensions().get::<NodePeer>();
-        let trusted = peer
-            .and_then(|peer| peer.uid)
-            .is_some_and(|uid| uid == 0 || Some(uid) == own_uid());
+        let uid = peer.and_then(|peer| peer.uid);
+        let trusted = uid.is_some_and(|uid| uid == 0 || Some(uid) == own_uid());
         let arrival = match self.arrival {
             Kind::Network => Arrival::Network,
             Kind::Node => Arrival::Local { trusted },
@@ -267,6 +266,7 @@ impl Front {
         Ok(Call {
             arrival,
             descriptors,
+            uid,
             token,
             deadline: Instant::now() + timeout,
             message: request.into_inner(),

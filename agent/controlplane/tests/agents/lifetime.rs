@@ -153,6 +153,7 @@ async fn an_event_waits_for_the_one_before_no_longer_than_it_can() {
             descriptors: None,
             message: closing.clone(),
             arrival: Arrival::Network,
+            uid: None,
             token: None,
             deadline: tokio::time::Instant::now() + patience,
         };
