@@ -16,7 +16,7 @@ use tokio_stream::StreamExt as _;
 use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::{
-    connections::{Change, Established, News},
+    connections::{Change, Established, News, Turn},
     monitor::SKIP_ANSWERED,
     peers::Peer,
     plane::ControlPlane,
@@ -110,6 +110,16 @@ impl ControlPlane {
             (!peer.is_monitored()).then(|| down(established)).flatten()
         };
         self.apply(id, Box::new(change));
+    }
+
+    /// The next hop has the connection no more, and its Request has failed: nothing passes until another succeeds.
+    pub(crate) fn tell_gone(&self, turn: &Turn) {
+        if let Some(changed) = turn.current().as_deref().and_then(down) {
+            let changed = Arc::new(changed);
+            turn.set(Some(Arc::clone(&changed)));
+            let monitors = &self.shared.monitors;
+            monitors.publish(ConnectionEventType::Update, &changed.view);
+        }
     }
 
     /// The id and index of our segment in a connection that the next hop tells of: the next hop's

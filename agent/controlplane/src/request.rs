@@ -1,7 +1,10 @@
 //! A Request, from the message to the connection that stands: every role's part, top to bottom.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -97,6 +100,9 @@ struct Ask {
     deadline: Instant,
     /// The path was lost and another way is wanted: this one comes last.
     avoid: Option<Route>,
+    /// The hop at which the connection stands has it no more: it granted another endpoint under the same
+    /// id, and that was taken back.
+    is_moved: AtomicBool,
     /// Kept by whatever is still to be undone at a next hop: no later Request of the connection
     /// may reach that hop before.
     turn: Arc<Turn>,
@@ -160,13 +166,19 @@ impl ControlPlane {
             expires,
             deadline: call.deadline,
             avoid,
+            is_moved: AtomicBool::new(false),
             turn: Arc::new(turn),
         };
         let prior = ask.turn.current();
         if let Some(prior) = &prior {
             resume(&mut ask.path, &prior.view);
         }
-        let established = self.establish(&ask, prior.as_deref()).await?;
+        let established = self.establish(&ask, prior.as_deref()).await;
+        let established = established.inspect_err(|_| {
+            if ask.is_moved.load(Ordering::Relaxed) {
+                self.tell_gone(&ask.turn);
+            }
+        })?;
         Ok(self.commit(&ask.turn, prior, established, &hop, asked_id))
     }
 
@@ -299,9 +311,10 @@ impl ControlPlane {
             Ends::parse(self.alias(&ask.connection.id)?, context)?.check()?;
         }
         let peer = self.shared.peers.get(&route.url);
-        let stood_there = prior.is_some_and(|prior| prior.route.url == route.url);
+        let is_same_hop = prior.is_some_and(|prior| prior.route.url == route.url);
+        let is_same = prior.is_some_and(|prior| prior.route.is_to_same(route));
         let mut next_mechanism = prior
-            .filter(|prior| prior.route.url == route.url)
+            .filter(|_| is_same_hop)
             .and_then(|prior| prior.next_mechanism.clone());
         let mut taken = 0;
         for _ in 0..MAX_VNIS {
@@ -309,12 +322,20 @@ impl ControlPlane {
                 .offer(ask, route, &case, next_mechanism.take(), prior)
                 .await?;
             let sent_source = source(&request);
+            let stands = is_same_hop && !ask.is_moved.load(Ordering::Relaxed);
             let asked = self.shared.peers.request(&peer, request, ask.deadline);
             let mut reply = match asked.await {
                 Ok(reply) => reply,
                 Err(error) => {
-                    // It may have done its part all the same.
-                    if error.may_have_been_granted() && !stood_there {
+                    // It may have done its part all the same. One that refuses another endpoint keeps what
+                    // stands there; were the refusal a broken stream, its monitor would break too.
+                    let undoes = if stands {
+                        !is_same && matches!(error, RequestError::Silent { .. })
+                    } else {
+                        error.may_have_been_granted()
+                    };
+                    if undoes {
+                        ask.is_moved.fetch_or(is_same_hop, Ordering::Relaxed);
                         let undo = undo_connection(ask, route, Connection::default());
                         self.undo_at(&peer, undo, &ask.turn);
                     }
@@ -331,7 +352,8 @@ impl ControlPlane {
                         RequestError::Forwarder(ForwarderError::VniTaken(vni)) => Some(*vni),
                         _ => None,
                     };
-                    if !stood_there || is_taken.is_some() {
+                    if !(stands && is_same) || is_taken.is_some() {
+                        ask.is_moved.fetch_or(is_same_hop, Ordering::Relaxed);
                         // The next try may be at the same hop, under the same id: undo first.
                         let undo = undo_connection(ask, route, reply);
                         let undone = self.undo_at(&peer, undo, &ask.turn);

@@ -525,6 +525,43 @@ async fn a_lost_path_without_alternative_keeps_its_tunnel() {
     world.settles(&before).await;
 }
 
+/// A proxy that granted another endpoint in vain has the connection no more: it is taken back there, and DOWN
+/// whatever becomes of the path.
+#[tokio::test]
+async fn a_reselect_in_vain_at_the_same_proxy_is_taken_back() {
+    let near = client_side().reachability(Reachability::Require);
+    let world = World::of([near, endpoint_side()]).await;
+    let [a, b] = world.agents();
+    let endpoints = [
+        world.endpoint(b, "nse-1", "icmp-responder").await,
+        world.endpoint(b, "nse-2", "icmp-responder").await,
+    ];
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    let state = || a.plane.connections()[0].connection().state();
+    a.kernel().paths().set(FAR, Path::Down);
+    eventually(State::Down, state).await;
+    let refused = client.send(reselect(&client, &granted)).await;
+    refused.expect_err("no path is proved");
+    for endpoint in &endpoints {
+        eventually(0, || endpoint.standing().len()).await;
+    }
+    assert!(b.plane.connections().is_empty() && b.kernel().links().is_empty());
+    a.kernel().paths().set(FAR, Path::Up);
+    eventually(false, || {
+        let connections = a.plane.connections();
+        connections[0].health().is_none_or(|it| it.is_down())
+    })
+    .await;
+    assert_eq!(state(), State::Down, "its tunnel has no other end");
+    let again = client.refresh(&granted).await.expect("mended");
+    assert_eq!(state(), State::Up);
+    assert_eq!(a.kernel().only().tunnel, b.kernel().only().tunnel);
+    client.close(&again.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
 fn with_name(mut request: NetworkServiceRequest, client: &Client) -> NetworkServiceRequest {
     request.mechanism_preferences = vec![client.kernel("nsm-1")];
     request
