@@ -1,7 +1,7 @@
 //! Probes and answers as frames of the management VNI: Ethernet, IPv4 or IPv6, UDP, Control packet, zero padding (RFC 9764).
 //!
 //! Everything of interest lies at fixed places: the sender has no reason for IP options, extension headers or VLAN tags, so
-//! a frame that has some is refused. [`Head`] is those first bytes, and is all that a reflector needs to see or change.
+//! a frame that has some is refused. The head is those first bytes ([`HEAD_V4`], [`HEAD_V6`]), and is all that a reflector needs to see or change.
 //!
 //! Ethernet addresses on this VNI follow from the nodes' reflector discriminators ([`mac`]), so nobody asks by ARP, and a frame
 //! says by its source who sent it. Where a frame goes is said by its destination, which nobody but its sender looks at: a
