@@ -34,7 +34,7 @@ use tokio::{
     time::Instant,
 };
 use tokio_stream::{
-    StreamExt as _,
+    Stream, StreamExt as _,
     wrappers::{TcpListenerStream, UnixListenerStream},
 };
 use tonic::{
@@ -63,6 +63,10 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How long the answer to such a probe may take.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long nothing is accepted after that has failed: a process that is out of descriptors would otherwise try as fast as it can,
+/// since the connection still waits, and its other work get nothing done that gives one back.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Metadata of a Request's answer for people: what happened behind the agent. Real NSM clients
 /// ignore keys they do not know.
@@ -219,15 +223,15 @@ pub async fn serve(
         .add_routes(routes);
     match socket {
         Socket::Unix(listener) => {
-            let incoming =
-                UnixListenerStream::new(listener).map(|stream| stream.map(UnixStream::accepted));
+            let incoming = paused_by_errors(UnixListenerStream::new(listener))
+                .map(|stream| stream.map(UnixStream::accepted));
             router
                 .serve_with_incoming_shutdown(incoming, shutdown)
                 .await
         }
         Socket::Tcp(listener) => {
             // The builder's own `tcp_nodelay` does not reach sockets that come from outside.
-            let incoming = TcpListenerStream::new(listener).map(|stream| {
+            let incoming = paused_by_errors(TcpListenerStream::new(listener)).map(|stream| {
                 if let Ok(stream) = &stream {
                     let _ = stream.set_nodelay(true);
                 }
@@ -238,6 +242,19 @@ pub async fn serve(
                 .await
         }
     }
+}
+
+/// What a listener accepts, with a pause after each failure.
+fn paused_by_errors<T>(
+    accepted: impl Stream<Item = std::io::Result<T>>,
+) -> impl Stream<Item = std::io::Result<T>> {
+    accepted.then(async |stream| {
+        if let Err(error) = &stream {
+            tracing::warn!(%error, "cannot accept a connection: if files are too many, raise the agent's limit (ulimit -n)");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+        stream
+    })
 }
 
 impl Front {
@@ -458,6 +475,18 @@ mod tests {
         let error = Socket::unix(&file).unwrap_err();
         assert!(error.to_string().contains("not a socket"), "{error}");
         assert_eq!(std::fs::read(&file).unwrap(), b"data");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_to_accept_is_followed_by_a_pause() {
+        let outcomes = [Ok(1), Err(std::io::Error::from_raw_os_error(24)), Ok(2)];
+        let mut stream = Box::pin(paused_by_errors(tokio_stream::iter(outcomes)));
+        let start = Instant::now();
+        assert!(stream.next().await.is_some_and(|it| it.is_ok()));
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        assert!(stream.next().await.is_some_and(|it| it.is_err()));
+        assert!(start.elapsed() >= ACCEPT_PAUSE);
+        assert!(stream.next().await.is_some_and(|it| it.is_ok()));
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod view;
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     cli::{AgentArgs, Cli, Command},
@@ -67,11 +68,24 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
+    raise_open_files();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(worker_threads())
         .enable_all()
         .build()?
         .block_on(agent::run(loaded.config, inputs, log))
+}
+
+/// Every client holds a descriptor, and every namespace that one passes. The usual soft limit of 1024 is for programs that use
+/// select(2); this one may have what the system allows.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| (soft, hard))
+    });
+    match raised {
+        Ok((soft, hard)) => tracing::debug!(soft, hard, "raised the limit of open files"),
+        Err(error) => tracing::warn!(%error, "cannot raise the limit of open files"),
+    }
 }
 
 /// Half of the processors, at most four: the agent is a guest on its node, and waits more than it
