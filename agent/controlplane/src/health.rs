@@ -8,20 +8,17 @@
 //! A connection that was granted although its path was known to be down (`prefer`) is UP until the path has been up once: whoever
 //! asked has been told in the metrics, and would only ask again for what there is.
 
+mod foreign;
 mod mtu;
 
 use std::{
-    collections::HashMap,
     fmt,
     net::IpAddr,
     str::FromStr,
     sync::{Arc, Mutex},
 };
 
-use nsm_core::{
-    health::{ForeignVnis, Health, Published, Reason, Verdict},
-    vni::Vni,
-};
+use nsm_core::health::{ForeignVnis, Health, Published, Reason, Verdict};
 use nsm_proto::connection::{Connection, ConnectionEventType, PathSegment, State};
 
 use crate::{
@@ -32,8 +29,7 @@ use crate::{
     route::Route,
 };
 
-/// Peers of which foreign VNIs are remembered; beyond it what is told last is not.
-const MOST_PEERS: usize = 4096;
+pub(crate) use self::foreign::Foreign;
 
 /// Whether a path must be proved before a connection is granted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -104,9 +100,6 @@ impl Default for PathState {
         }
     }
 }
-
-/// VNIs of peers that came in and are no tunnels here, by peer.
-pub(crate) type Foreign = Mutex<HashMap<IpAddr, ForeignVnis>>;
 
 /// A path that a Request joins.
 #[derive(Debug, Clone, Copy)]
@@ -237,6 +230,11 @@ impl ControlPlane {
         if let Some(prober) = self.prober() {
             prober.leave(id, remote);
         }
+        if lock(&self.shared.foreign).has(remote)
+            && self.connections_to(remote).all(|it| it.view.id == id)
+        {
+            lock(&self.shared.foreign).forget_peer(remote);
+        }
     }
 
     /// Proves a path before the connection is granted.
@@ -308,12 +306,14 @@ impl ControlPlane {
             established.settle(&ForeignVnis::default());
             return;
         };
-        let mut foreign = lock(&self.shared.foreign);
-        if let (Some(known), Some(vni)) = (foreign.get_mut(&remote), established.vni) {
-            known.remove(vni);
-        }
-        let none = ForeignVnis::default();
-        established.settle(foreign.get(&remote).unwrap_or(&none));
+        let foreign = {
+            let mut foreign = lock(&self.shared.foreign);
+            if let Some(vni) = established.vni {
+                foreign.forget(remote, vni);
+            }
+            foreign.of(remote)
+        };
+        established.settle(&foreign);
     }
 
     /// The connection with what is known of its path now; `None` when that is nothing new.
@@ -336,11 +336,7 @@ impl ControlPlane {
         }
         let mut changed = established.clone();
         changed.path.health = health;
-        changed.settle(
-            lock(&self.shared.foreign)
-                .get(&remote)
-                .unwrap_or(&ForeignVnis::default()),
-        );
+        changed.settle(&lock(&self.shared.foreign).of(remote));
         let is_news = changed.view.state() != established.view.state()
             || !same_health(&changed.view, &established.view);
         is_news.then_some(changed)
@@ -369,21 +365,6 @@ impl ControlPlane {
         self.tell_all(health.peer);
         if let Some(path_mtu) = health.path_mtu {
             self.follow_mtu(health.peer, path_mtu.into());
-        }
-    }
-
-    fn handle_foreign(&self, peer: IpAddr, vni: Vni) {
-        let is_news = {
-            let mut foreign = lock(&self.shared.foreign);
-            let has_room = foreign.len() < MOST_PEERS || foreign.contains_key(&peer);
-            has_room && foreign.entry(peer).or_default().insert(vni)
-        };
-        if is_news {
-            tracing::warn!(
-                peer.ip = %peer, tunnel.vni = vni.get(),
-                "a peer sends with a VNI that has no tunnel here: it is told so"
-            );
-            self.tell_all(peer);
         }
     }
 

@@ -82,7 +82,8 @@ pub(crate) struct Shared {
     pub(crate) local_endpoints: Mutex<HashMap<String, LocalEndpoint>>,
     pub(crate) forwarder: Option<Arc<dyn Forwarder>>,
     pub(crate) vnis: Mutex<VniPool>,
-    pub(crate) foreign: Foreign,
+    /// VNIs of peers that came in and are no tunnels here.
+    pub(crate) foreign: Mutex<Foreign>,
     ip_map: RwLock<Arc<IpMap>>,
     public_urls: RwLock<PublicUrls>,
     turn: AtomicU64,
@@ -164,7 +165,7 @@ impl ControlPlane {
                 local_endpoints: Mutex::default(),
                 forwarder,
                 vnis: Mutex::new(vnis),
-                foreign: Foreign::default(),
+                foreign: Mutex::default(),
                 ip_map: RwLock::default(),
                 public_urls: RwLock::default(),
                 turn: AtomicU64::new(0),

@@ -212,6 +212,12 @@ impl VniPool {
         }
     }
 
+    /// Whether a VNI was released a moment ago: packets of the connection that had it may still be under way.
+    pub fn is_quarantined(&mut self, vni: Vni, now: SystemTime) -> bool {
+        self.end_quarantines(now);
+        self.quarantined.contains_key(&vni)
+    }
+
     /// How many VNIs are in use, the management VNI not counted.
     #[must_use]
     pub fn in_use(&self) -> usize {

@@ -56,8 +56,8 @@ impl ControlPlane {
         let mut changed = (*current).clone();
         changed.plan = Some(plan);
         changed.view.context.get_or_insert_default().mtu = mtu;
-        let foreign = lock(&self.shared.foreign).get(&peer).cloned();
-        changed.settle(&foreign.unwrap_or_default());
+        let foreign = lock(&self.shared.foreign).of(peer);
+        changed.settle(&foreign);
         tracing::info!(connection.id = %id, peer.ip = %peer, mtu, "the MTU follows the path");
         let changed = std::sync::Arc::new(changed);
         turn.set(Some(std::sync::Arc::clone(&changed)));

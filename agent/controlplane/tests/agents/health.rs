@@ -378,6 +378,35 @@ async fn a_vni_that_the_peer_lacks_is_told_to_who_sends_with_it() {
     world.settles(&before).await;
 }
 
+/// The last packets of a connection that was closed are nobody's fault; what goes on being sent without a tunnel is told until it ends.
+#[tokio::test]
+async fn a_closed_tunnels_last_packets_are_not_told() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let closed = client.ask(SERVICE).await;
+    let vni: u32 = closed.fact("nsm-vni").parse().expect("a VNI");
+    let granted = client.ask(SERVICE).await;
+    client.close(&closed.connection).await.expect("closed");
+    let mut watch = client.monitor().await;
+    watch.one(InitialStateTransfer).await;
+    // Events come in order: had the first been told, it would be heard of first.
+    b.kernel().paths().see_foreign(NEAR, vni);
+    let other = if vni == 8000 { 8002 } else { 8000 };
+    b.kernel().paths().see_foreign(NEAR, other);
+    let told_of = |connection: &Connection| {
+        let foreign = told(connection, "agent-2").foreign;
+        [vni, other].map(|it| foreign.contains(it.try_into().expect("a VNI")))
+    };
+    assert_eq!(told_of(&watch.one(Update).await), [false, true]);
+    assert_eq!(told_of(&watch.one(Update).await), [false; 2], "it is over");
+    client.close(&granted.connection).await.expect("closed");
+    drop(watch);
+    world.settles(&before).await;
+}
+
 #[tokio::test]
 async fn the_mtu_follows_the_path_at_both_ends() {
     let world = World::two().await;
