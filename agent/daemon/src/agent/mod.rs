@@ -20,7 +20,7 @@ use nsm_controlplane::{
     token::{Es256Key, TokenSource},
     upstream::ForwarderEntry,
 };
-use nsm_core::vni::{Vni, VniPool};
+use nsm_core::vni::VniPool;
 use tokio::{
     net::TcpListener,
     sync::{oneshot, watch},
@@ -50,9 +50,6 @@ use self::{
     readiness::Readiness,
     signals::Signal,
 };
-
-/// VXLAN's management VNI (RFC 8971 section 3): never given to a connection.
-const MANAGEMENT_VNI: u32 = 1;
 
 /// The NSMgr's socket is for every pod of the node, whatever user it runs as; what a client may name
 /// is decided by who it is and what it passes. The socket's folder can narrow that.
@@ -105,7 +102,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         forwarder
             .clone()
             .map(|forwarder| forwarder as Arc<dyn nsm_controlplane::forwarder::Forwarder>),
-        VniPool::new(Vni::try_from(MANAGEMENT_VNI).expect("1 is a VNI")),
+        VniPool::new(config.tunnel.management_vni),
     );
     let maps = Arc::new(IpMaps::new(plane.clone()));
     let map_file = IpMapFile::load(&config.map_ip_file, config.map_ip_file_required, &maps)?;

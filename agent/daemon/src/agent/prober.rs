@@ -26,7 +26,6 @@ use nsm_dataplane::{
 };
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::MANAGEMENT_VNI;
 use crate::config::Config;
 
 /// How often the evidence on paths that are not up is looked at again: the peer's probes come and go without changing the session.
@@ -75,10 +74,9 @@ impl NodeProber {
     /// # Errors
     /// It cannot be had; tunnels work all the same.
     pub(crate) async fn start(config: &Config, bpf: Option<Arc<Bpf>>) -> Result<Self, HealthError> {
-        let vni = Vni::try_from(MANAGEMENT_VNI).expect("1 is a VNI");
         let health_config = HealthConfig {
             domain: config.domain.to_string(),
-            vni,
+            vni: config.tunnel.management_vni,
             port: config.tunnel.port,
             local: config.tunnel.ip,
             timing: Timing::default(),

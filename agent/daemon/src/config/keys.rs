@@ -13,7 +13,7 @@ use super::{
         parse_format, parse_hook, parse_lifetime, parse_message_size, parse_metrics, parse_mtu,
         parse_name, parse_node_name, parse_path, parse_peer, parse_port, parse_positive,
         parse_reachability, parse_secret, parse_server, parse_socket, parse_spiffe_id,
-        parse_unicast, provider_word,
+        parse_unicast, parse_vni, provider_word,
     },
     value::{ListenUrl, parse_bool, parse_log_level, show_duration, show_size},
 };
@@ -345,6 +345,13 @@ pub(crate) static KEYS: &[Key] = &[
         "The MTU of the underlay; 0 takes its link's",
         |c, n| set(&mut c.tunnel.mtu, n.parse(parse_mtu)),
         |c| text(c.tunnel.mtu),
+    ),
+    key(
+        "tunnel.management_vni",
+        "VNI",
+        "The VNI of the probes between nodes, which no connection gets; peers may have another",
+        |c, n| set(&mut c.tunnel.management_vni, n.parse(parse_vni)),
+        |c| text(c.tunnel.management_vni),
     ),
     key(
         "map_ip_file",

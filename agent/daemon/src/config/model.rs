@@ -15,7 +15,7 @@ use nsm_controlplane::{
     health::Reachability,
     public_address::{BaseUrl, StunServer},
 };
-use nsm_core::{mechanism::IfName, name::Domain, public_address::Provider};
+use nsm_core::{mechanism::IfName, name::Domain, public_address::Provider, vni::Vni};
 
 use super::value::{ListenUrl, is_off};
 
@@ -177,6 +177,8 @@ pub(crate) struct Tunnel {
     pub(crate) port: u16,
     /// The MTU of the underlay; 0 takes it from the underlay's link.
     pub(crate) mtu: u32,
+    /// The VNI of the health plane's probes: never a connection's. Peers are told it, and may have another.
+    pub(crate) management_vni: Vni,
 }
 
 /// The BPF programs on the underlay.
@@ -300,6 +302,7 @@ impl Config {
                 ip: None,
                 port: 4789,
                 mtu: 0,
+                management_vni: Vni::MANAGEMENT,
             },
             map_ip_file: "map-ip.yaml".into(),
             map_ip_file_required: false,

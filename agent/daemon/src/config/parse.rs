@@ -16,6 +16,7 @@ use nsm_controlplane::{
 use nsm_core::{
     name::{Domain, InterdomainName},
     public_address::Provider,
+    vni::Vni,
 };
 
 use super::{
@@ -180,6 +181,10 @@ pub(super) fn parse_port(text: &str) -> Result<u16, &'static str> {
         .ok()
         .filter(|&port| port != 0)
         .ok_or("a port between 1 and 65535")
+}
+
+pub(super) fn parse_vni(text: &str) -> Result<Vni, &'static str> {
+    text.parse().map_err(|_| "a VNI between 1 and 16777215")
 }
 
 pub(super) fn parse_mtu(text: &str) -> Result<u32, &'static str> {

@@ -73,6 +73,13 @@ fn nothing_said_is_a_whole_domain() {
 }
 
 #[test]
+fn the_management_vni_is_one_of_our_own() {
+    assert_eq!(load("").tunnel.management_vni.get(), 1);
+    let other = load("tunnel: {management_vni: 16777215}");
+    assert_eq!(other.tunnel.management_vni.get(), 16_777_215);
+}
+
+#[test]
 fn reachability_is_a_word() {
     assert_eq!(load("").reachability, Reachability::Prefer);
     for (word, policy) in [
@@ -287,6 +294,11 @@ fn a_bad_value_names_file_line_key_value_and_what_is_allowed() {
         ("registry_url: 192.0.2.1", "registry_url"),
         ("forwarder: maybe", "forwarder"),
         ("reachability: always", "reachability"),
+        ("tunnel: {management_vni: 0}", "tunnel.management_vni"),
+        (
+            "tunnel: {management_vni: 16777216}",
+            "tunnel.management_vni",
+        ),
         ("resolver: {hosts: [a]}", "resolver.hosts"),
         ("resolver: {hosts: {a.example: a b}}", "resolver.hosts"),
         (

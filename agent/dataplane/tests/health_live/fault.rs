@@ -6,7 +6,7 @@ use nsm_core::{
     sbfd::{Change, Proof, State},
 };
 use nsm_dataplane::bpf;
-use nsm_dataplane::health::{Event, Peer, Report};
+use nsm_dataplane::health::{Event, Peer, PeerSpec, Report};
 
 use super::support::{
     Node, PATIENCE, TCX, World, addr, both_up, eventually, ip, join, nft, pair, sandbox, within,
@@ -251,6 +251,45 @@ fn probes_that_cannot_leave_are_no_loss() {
         nodes[0].becomes(State::Unknown).await;
         within(&world.nodes[0], || ip("link set nsm-mgmt4-4789 up"));
         nodes[0].becomes(State::Up).await;
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+/// What goes to such a peer has its VNI, which is not counted here: its absence at the card says nothing.
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
+fn a_loss_to_a_peer_of_another_management_vni_is_not_our_own_output() {
+    sandbox(|| async {
+        let world = World::new();
+        let vni = nsm_core::vni::Vni::try_from(7).expect("a VNI");
+        let mut nodes = [
+            Node::start(&world, 1, TCX),
+            Node::start_with(&world, 2, TCX, |config| config.vni = vni),
+        ];
+        let spec = PeerSpec {
+            vni,
+            ..nodes[1].spec(4)
+        };
+        let peers = [
+            nodes[0].health.join(spec).await.expect("joined"),
+            nodes[1]
+                .health
+                .join(nodes[0].spec(4))
+                .await
+                .expect("joined"),
+        ];
+        both_up(&mut nodes, &peers).await;
+        world.drop_between("udp dport 4789");
+        nodes[0].becomes(State::Down).await;
+        assert_ne!(reason(&peers[0], Direction::Out).await, "OwnOutputDrops");
+        let stages = peers[0].report().await.expect("report").stages;
+        assert_eq!(stages.card_out, None);
+        assert!(
+            stages.card_in.is_some_and(|packets| packets > 0),
+            "{stages:?}"
+        );
         for node in nodes {
             node.end().await;
         }
