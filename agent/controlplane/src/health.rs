@@ -128,6 +128,12 @@ impl Established {
         self.path.health.is_some_and(|health| health.is_down())
     }
 
+    /// Whether the path is lost by our own word or that of a hop behind us, which may notice it first.
+    pub(crate) fn path_is_told_down(&self) -> bool {
+        let told = |hop: &PathSegment| Published::read(&hop.metrics).is_down();
+        self.path_is_down() || below(&self.view).iter().any(told)
+    }
+
     /// Makes the view say what is known: the state, and the metrics of our own segment.
     pub(crate) fn settle(&mut self, foreign: &ForeignVnis) {
         let is_down = self.path_is_down();

@@ -141,7 +141,7 @@ impl ControlPlane {
         if connection.state() == State::ReselectRequested
             && let Some(current) = turn.current()
         {
-            if current.path_is_down() {
+            if current.path_is_told_down() {
                 // The old tunnel stands until the new one does; its next hop may not even hear a Close.
                 avoid = Some(current.route.clone());
             } else {

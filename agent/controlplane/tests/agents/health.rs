@@ -525,6 +525,34 @@ async fn a_lost_path_is_left_for_another_endpoint() {
     world.settles(&before).await;
 }
 
+/// The far side may notice the loss before we do: its word counts as ours.
+#[tokio::test]
+async fn a_loss_that_the_far_side_told_keeps_its_tunnel_until_another_stands() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let granted = client
+        .send(with_name(client.request_for(SERVICE), &client))
+        .await
+        .expect("granted");
+    let (_, downs) = a.kernel().changes();
+    b.kernel().paths().set(NEAR, Path::Down);
+    eventually(State::Down, || {
+        a.plane.connections()[0].connection().state()
+    })
+    .await;
+    let again = client
+        .send(reselect(&client, &granted))
+        .await
+        .expect("granted");
+    assert_eq!(a.kernel().changes().1, downs, "the tunnel was taken down");
+    assert_eq!(endpoint.closes().len(), 0);
+    client.close(&again.connection).await.expect("closed");
+    world.settles(&before).await;
+}
+
 /// With no other endpoint the lost one is asked again: its tunnel stays.
 #[tokio::test]
 async fn a_lost_path_without_alternative_keeps_its_tunnel() {
