@@ -9,10 +9,7 @@ use std::{
 };
 
 use nsm_core::{
-    mechanism::{
-        KERNEL, LOCAL, MTU, Parameters, REMOTE, SBFD_DISCRIMINATOR_SRC, SBFD_VNI, VXLAN, Vxlan,
-        lower_mtu, vxlan_mtu,
-    },
+    mechanism::{Parameters, Vxlan, lower_mtu, vxlan_mtu},
     path::{Hop, Path},
     tunnel::LinkAlias,
     vni::Vni,
@@ -24,11 +21,11 @@ use nsm_proto::{
 use tokio::time::Instant;
 
 use self::messages::{
-    End, agreed_mtu, all_failed, check, named, own_id, reflector, resume, serves, set_mac, source,
+    End, all_failed, check, named, own_id, reflector, resume, serves, set_mac, source,
     undo_connection,
 };
 use crate::{
-    case::{Case, Ends, Tunnel, interface, mac, pair_mtu, tunnel_mtu},
+    case::{Case, Ends, Tunnel, interface, mac, tunnel_mtu},
     close::Cause,
     connections::{Established, Turn, lock},
     convert, downstream,
@@ -38,7 +35,7 @@ use crate::{
     peers::Peer,
     plane::ControlPlane,
     pod::PassedNetns,
-    route::{Arrival, Crossing, Resolution, Route},
+    route::{Arrival, Resolution, Route},
     unix::Descriptors,
 };
 
@@ -46,6 +43,7 @@ pub(crate) use self::messages::{bad_answer, without_inode};
 
 mod dataplane;
 mod messages;
+mod offer;
 
 /// Endpoints tried for one Request. Each may cost a dial timeout; the deadline bounds them all.
 const MAX_ENDPOINTS: usize = 4;
@@ -373,93 +371,6 @@ impl ControlPlane {
         })
     }
 
-    /// The Request to the next hop: names as it knows them, the mechanism we want towards it, and
-    /// what this node can promise of the connection's context.
-    async fn offer(
-        &self,
-        ask: &Ask,
-        route: &Route,
-        case: &Case,
-        mut standing: Option<Mechanism>,
-        prior: Option<&Established>,
-    ) -> Result<NetworkServiceRequest, RequestError> {
-        let mut connection = ask.connection.clone();
-        let agreed = agreed_mtu(ask, prior);
-        if let (Some(mtu), Some(context)) = (agreed, connection.context.as_mut()) {
-            context.mtu = mtu;
-        }
-        connection.path = Some(convert::wire_path(ask.path.clone()));
-        connection.network_service.clone_from(&route.service);
-        connection
-            .network_service_endpoint_name
-            .clone_from(&route.endpoint);
-        if connection.payload.is_empty() {
-            connection.payload.clone_from(&route.payload);
-        }
-        let mut preferences = Vec::new();
-        match case {
-            Case::PodToPod(..) => {
-                let context = connection.context.get_or_insert_default();
-                context.mtu = pair_mtu(context);
-                set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
-                preferences.push(convert::mechanism(LOCAL, KERNEL, [].into()));
-            }
-            Case::PodToTunnel(..) => {
-                let underlay = self.forwarder()?.underlay(route.address()).await?;
-                let context = connection.context.get_or_insert_default();
-                context.mtu = tunnel_mtu(context, &underlay, None);
-                set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
-                let mut parameters = [].into();
-                let reflector = self.reflector();
-                Vxlan {
-                    src_ip: Some(underlay.ip),
-                    dst_ip: None,
-                    src_port: underlay.port,
-                    dst_port: underlay.port,
-                    vni: None,
-                    mtu: Some(context.mtu),
-                    src_discriminator: reflector.map(|it| it.discriminator),
-                    dst_discriminator: None,
-                    sbfd_vni: reflector.map(|it| it.vni),
-                }
-                .write(&mut parameters);
-                if let Some(standing) = &mut standing {
-                    // The side that speaks is ours now, and its answer was the peer's.
-                    let ours = [MTU, SBFD_DISCRIMINATOR_SRC, SBFD_VNI];
-                    for key in ours {
-                        standing.parameters.remove(key);
-                        if let Some(value) = parameters.get(key) {
-                            standing.parameters.insert(key.to_owned(), value.clone());
-                        }
-                    }
-                }
-                preferences.push(convert::mechanism(REMOTE, VXLAN, parameters));
-            }
-            Case::TunnelToPod(vxlan, _) => {
-                let underlay = self.forwarder()?.underlay(vxlan.src_ip).await?;
-                let context = connection.context.get_or_insert_default();
-                context.mtu = tunnel_mtu(context, &underlay, vxlan.mtu);
-                set_mac(context, End::Endpoint, &mac(&ask.connection.id, "endpoint"));
-                preferences.push(convert::mechanism(LOCAL, KERNEL, [].into()));
-            }
-            Case::Through => preferences.clone_from(&ask.preferences),
-        }
-        if !matches!(case, Case::Through) {
-            connection.mechanism = match route.is_local() {
-                true => standing.map(without_inode),
-                false => standing,
-            };
-        }
-        self.cross_request(
-            route,
-            connection.mechanism.iter_mut().chain(&mut preferences),
-        );
-        Ok(NetworkServiceRequest {
-            connection: Some(connection),
-            mechanism_preferences: preferences,
-        })
-    }
-
     /// Checks the next hop's reply, proves the path that it needs, and makes this node's part of it real. A reply that is not taken
     /// keeps what it says of path and mechanism, by which it is undone.
     #[allow(
@@ -680,40 +591,6 @@ impl ControlPlane {
                 reason: error.to_string(),
             }
         })
-    }
-
-    /// The proxy's part on the way out or in: public addresses for internal ones.
-    fn cross_request<'a>(
-        &self,
-        route: &Route,
-        mechanisms: impl Iterator<Item = &'a mut Mechanism>,
-    ) {
-        let map = self.shared.ip_map();
-        for mechanism in mechanisms {
-            match route.crossing {
-                Crossing::Inside => {}
-                Crossing::Out => {
-                    map.request_out(&mut mechanism.parameters);
-                }
-                Crossing::In => map.request_in(&mut mechanism.parameters),
-            }
-        }
-    }
-
-    /// The proxy's part on the way back. A tunnel that ends here is swapped where it is answered.
-    fn cross_reply(
-        &self,
-        route: &Route,
-        mechanism: Option<&mut Mechanism>,
-        sent_source: Option<&str>,
-    ) {
-        let Some(mechanism) = mechanism else { return };
-        let map = self.shared.ip_map();
-        match route.crossing {
-            Crossing::Inside => {}
-            Crossing::Out => map.reply_in(&mut mechanism.parameters, sent_source),
-            Crossing::In => map.reply_out(&mut mechanism.parameters),
-        }
     }
 
     /// Takes back, in the background, what a next hop may have granted. Until that is done the
