@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::{
     Found,
+    memory::BYTES_A_PAIR,
     programs::Programs,
     report::{
         Bar::{AtLeast, AtMost},
@@ -21,9 +22,6 @@ const REQUESTS_PER_CPU_SECOND: f64 = 8.0;
 const P99: f64 = 0.2;
 const MEMORY: f64 = 0.05;
 const DOWN: f64 = 0.05;
-
-/// What two agents may grow by a pair that is closed again: see `memory`.
-const BYTES_A_PAIR: f64 = 2.0 * 64.0;
 
 /// Opening thousands of connections through the real proxies takes most of it.
 const TIMEOUT: &str = "30m";
@@ -195,6 +193,7 @@ fn rows(measured: &Measured) -> Vec<Row> {
             "B",
         );
         rows.push(if is_ours {
+            // Of both agents together, and no more than one may: what one of them leaves behind must not hide in the other's share.
             growth.bar(AtMost(BYTES_A_PAIR))
         } else {
             growth
