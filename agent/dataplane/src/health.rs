@@ -19,6 +19,7 @@
 
 mod error;
 mod peers;
+mod preflight;
 mod prober;
 mod random;
 mod session;
@@ -44,9 +45,10 @@ use nsm_core::{
 use nsm_ebpf_common::sbfd::State;
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
-pub use self::error::HealthError;
+pub use self::{error::HealthError, preflight::Preflights};
 use self::{
     peers::Request,
+    preflight::PeerCell,
     prober::{Command, Commands},
     surroundings::Drops,
 };
@@ -170,6 +172,7 @@ struct Shared {
     plane: Plane,
     realtime: bool,
     drops: Arc<Drops>,
+    preflights: preflight::Count,
 }
 
 /// Receives what a health plane has to tell.
@@ -203,6 +206,7 @@ impl Health {
             plane,
             realtime: started.realtime,
             drops: started.drops,
+            preflights: preflight::Count::default(),
         };
         Ok((
             Self {
@@ -242,6 +246,12 @@ impl Health {
     #[must_use]
     pub fn drops(&self) -> BTreeMap<&'static str, u64> {
         self.shared.drops.by_name()
+    }
+
+    /// How the proofs that were asked for went.
+    #[must_use]
+    pub fn preflights(&self) -> Preflights {
+        self.shared.preflights.now()
     }
 
     /// Watches a peer, or joins those who do. The session ends [`LINGER`] after the last [`Peer`] of it is dropped.
@@ -325,17 +335,18 @@ pub struct Peer {
     spec: PeerSpec,
     health: Health,
     cell: Arc<PeerCell>,
-}
-
-/// What is known of a peer without asking its session.
-#[derive(Debug, Default)]
-pub(crate) struct PeerCell {
-    up: AtomicBool,
+    /// The session began with this, and nobody has asked for a proof yet: its first probes are those of that proof.
+    unproved: AtomicBool,
 }
 
 impl Peer {
-    pub(crate) const fn new(spec: PeerSpec, health: Health, cell: Arc<PeerCell>) -> Self {
-        Self { spec, health, cell }
+    const fn new(spec: PeerSpec, health: Health, cell: Arc<PeerCell>, begins: bool) -> Self {
+        Self {
+            spec,
+            health,
+            cell,
+            unproved: AtomicBool::new(begins),
+        }
     }
 
     /// Who it is.
@@ -347,7 +358,7 @@ impl Peer {
     /// Whether its session is up, without waiting.
     #[must_use]
     pub fn is_up(&self) -> bool {
-        self.cell.up.load(Ordering::Relaxed)
+        self.cell.is_up()
     }
 
     /// Proves the path: at once when the session is up, else by a few probes, and then at the first answer that is enough.
@@ -356,13 +367,23 @@ impl Peer {
     ///
     /// The plane was closed.
     pub async fn prove(&self) -> Result<Proof, HealthError> {
-        if self.is_up() {
-            return Ok(Proof::Reached);
-        }
-        let peer = self.spec.address;
-        self.health
-            .command(|reply| Command::Prove(peer, reply))
-            .await
+        let count = &self.health.shared.preflights;
+        let begins = self.unproved.swap(false, Ordering::Relaxed);
+        let proof = if self.is_up() {
+            if !begins {
+                count.add_standing();
+                return Ok(Proof::Reached);
+            }
+            // The answer was there before the question.
+            Proof::Reached
+        } else {
+            let peer = self.spec.address;
+            self.health
+                .command(|reply| Command::Prove(peer, reply))
+                .await?
+        };
+        count.add(proof, self.cell.answers());
+        Ok(proof)
     }
 
     /// Lets the session find out whether the path carries inner IP packets of `wanted` bytes, and else how large ones, but not

@@ -4,6 +4,8 @@
 //! An ERROR or a panic in an agent's log fails it as well, for ERROR means that a person must act.
 #![forbid(unsafe_code)]
 
+pub mod metrics;
+
 use std::{collections::BTreeSet, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};

@@ -1,38 +1,12 @@
 //! What an operator sees of a connection: counters of each stage, in `status` and in the metrics.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::TcpStream,
-};
-
 use anyhow::{Context as _, Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, endpoint_address, ping};
-use nsm_world::{Agent, Cloud};
-
-/// The agent's metrics, asked on its node.
-fn metrics(agent: &Agent) -> Result<String> {
-    agent.node().inside(|| {
-        let mut stream = TcpStream::connect("127.0.0.1:9006")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
-        let mut page = String::new();
-        stream.read_to_string(&mut page)?;
-        ensure!(page.starts_with("HTTP/1.1 200"), "{page}");
-        Ok(page)
-    })?
-}
-
-/// The value of the one series with this name and these labels.
-fn value(page: &str, name: &str, labels: &[String]) -> Result<f64> {
-    let mut lines = page.lines().filter(|line| {
-        line.starts_with(&format!("{name}{{")) && labels.iter().all(|label| line.contains(label))
-    });
-    let line = lines
-        .next()
-        .with_context(|| format!("no {name}{labels:?} in {page}"))?;
-    ensure!(lines.next().is_none(), "two {name}{labels:?} in {page}");
-    Ok(line.rsplit(' ').next().unwrap_or_default().parse()?)
-}
+use nsm_e2e::{
+    PATIENCE, Pair, endpoint_address,
+    metrics::{self, value},
+    ping,
+};
+use nsm_world::Cloud;
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
@@ -57,7 +31,7 @@ fn each_stage_of_a_tunnel_is_counted() -> Result<()> {
         format!("peer=\"{}\"", pair.far.node().public_ip()),
         "domain=\"cluster-2.example\"".to_owned(),
     ];
-    let page = metrics(&pair.near)?;
+    let page = metrics::page(&pair.near)?;
     for (stage, link, direction) in [
         ("link_transmit", "link", "tx"),
         ("underlay_transmit", "counters", "tx"),
@@ -93,7 +67,7 @@ fn each_stage_of_a_tunnel_is_counted() -> Result<()> {
         endpoint.stop(PATIENCE)?.success(),
         "the endpoint did not end"
     );
-    let page = metrics(&pair.near)?;
+    let page = metrics::page(&pair.near)?;
     ensure!(!page.contains(id), "a closed connection is still there");
     pair.assert_clean(&before)
 }

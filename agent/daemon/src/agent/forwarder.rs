@@ -23,7 +23,7 @@ use nsm_core::{
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, BpfError, Hook, Slot},
-    health::Report,
+    health::{Preflights, Report},
     links::{LinkError, Links},
     netns::{Netns, NetnsError},
 };
@@ -185,6 +185,11 @@ impl NodeForwarder {
             Some(prober) => prober.reports().await,
             None => Vec::new(),
         }
+    }
+
+    /// How the proofs of paths went; none where nothing is probed.
+    pub(crate) fn preflights(&self) -> Option<Preflights> {
+        self.prober.as_ref().map(NodeProber::preflights)
     }
 
     /// Lets peers know that this node goes.

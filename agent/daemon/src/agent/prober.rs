@@ -127,6 +127,11 @@ impl NodeProber {
         self.plane.reports().await.unwrap_or_default()
     }
 
+    /// How the proofs that Requests asked for went.
+    pub(crate) fn preflights(&self) -> plane::Preflights {
+        self.plane.preflights()
+    }
+
     /// Lets peers know that this node goes: its silence is no loss.
     pub(crate) async fn leave_all(&self) {
         if let Err(error) = self.plane.set_admin_down(true).await {

@@ -23,8 +23,8 @@ use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
-    Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, PeerCell, PeerSpec,
-    Report,
+    Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, PeerSpec, Report,
+    preflight::PeerCell,
     prober::{Command, Commands},
     session::Entry,
     surroundings::{Drops, Memory},
@@ -170,7 +170,7 @@ impl Peers {
         if let Some(known) = self.known.get_mut(&address).filter(same) {
             known.users += 1;
             known.expires = None;
-            let peer = Peer::new(spec, health, known.cell.clone());
+            let peer = Peer::new(spec, health, known.cell.clone(), false);
             // Whoever gave up leaves by the guard's end.
             let _ = reply.send(Ok(peer));
             return;
@@ -178,7 +178,7 @@ impl Peers {
         let joined = self.enter(spec).map(|known| {
             known.users += 1;
             known.expires = None;
-            Peer::new(spec, health, known.cell.clone())
+            Peer::new(spec, health, known.cell.clone(), true)
         });
         let _ = reply.send(joined);
     }

@@ -8,7 +8,7 @@ use std::{
     io,
     net::IpAddr,
     os::fd::AsFd as _,
-    sync::{Arc, atomic::Ordering, mpsc},
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
@@ -347,7 +347,7 @@ impl Prober {
             return Err(error.into());
         }
         // Nothing is proved of what begins: not by its port or VNI before, either.
-        entry.cell.up.store(false, Ordering::Relaxed);
+        entry.cell.clear();
         let session = PeerSession::new(entry, slot, names, self.timing, first, now);
         self.peers.insert(address, session);
         Ok(())
@@ -357,7 +357,7 @@ impl Prober {
         self.peers.retain(|_, peer| {
             let stays = peer.entry.mac != mac;
             if !stays {
-                peer.entry.cell.up.store(false, Ordering::Relaxed);
+                peer.entry.cell.clear();
             }
             stays
         });

@@ -1,11 +1,6 @@
 //! One peer, as the prober's thread has it: its machine, and what ties that to frames and stamps.
 
-use std::{
-    collections::VecDeque,
-    net::IpAddr,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 
 use nsm_core::{
     clock::Monotonic,
@@ -21,7 +16,7 @@ use nsm_ebpf_common::{
 };
 use tokio::sync::oneshot;
 
-use super::{Event, PeerCell, PeerSpec, Report, surroundings::Surroundings};
+use super::{Event, PeerSpec, Report, preflight::PeerCell, surroundings::Surroundings};
 use crate::bpf::{Slot, address, ip_addr};
 
 /// How often the stages of a session that is up are noted, for comparison when it no longer is. Often enough that a fault lets more
@@ -181,6 +176,10 @@ impl PeerSession {
         while let Some(change) = self.machine.poll_change() {
             self.tell(change, now, around);
         }
+        let snapshot = self.machine.snapshot(now);
+        let up = snapshot.state == State::Up;
+        // Before whoever waits is told: they look there.
+        self.entry.cell.note(&snapshot);
         let proof = self.machine.proof();
         if proof != Proof::Pending {
             for reply in self.proofs.drain(..) {
@@ -188,9 +187,6 @@ impl PeerSession {
                 let _ = reply.send(proof);
             }
         }
-        let snapshot = self.machine.snapshot(now);
-        let up = snapshot.state == State::Up;
-        self.entry.cell.up.store(up, Ordering::Relaxed);
         self.ask_to_be_woken(session, now);
         let silence = snapshot.silent_since.map(|since| now.since(since));
         let is_overdue = silence.is_some_and(|silence| silence > snapshot.rto);

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 
+use nsm_dataplane::health::Preflights;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -31,6 +32,11 @@ struct OfQuantile {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfOutcome {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfPeer {
     peer: String,
 }
@@ -48,6 +54,9 @@ pub(super) async fn register(told: &Told, registry: &mut Registry) {
         }
     }
     paths.register(registry);
+    if let Some(count) = forwarder.preflights() {
+        preflights(count, registry);
+    }
 
     let [probes, answers, reflected] = [(); 3].map(|()| Family::<OfPeer, Counter>::default());
     for report in &reports {
@@ -73,6 +82,33 @@ pub(super) async fn register(told: &Told, registry: &mut Registry) {
     ] {
         registry.register(name, help, family);
     }
+}
+
+/// Requests that needed a path, by what its proof took.
+fn preflights(count: Preflights, registry: &mut Registry) {
+    let by_outcome = Family::<OfOutcome, Counter>::default();
+    for (outcome, count) in [
+        ("standing", count.standing),
+        ("answered", count.answered),
+        ("silent", count.silent),
+        ("switched_off", count.switched_off),
+    ] {
+        by_outcome
+            .get_or_create(&OfOutcome { outcome })
+            .inc_by(count);
+    }
+    registry.register(
+        "preflights",
+        "Proofs of a path before a connection was granted: its session was standing, its probes were answered, or were not",
+        by_outcome,
+    );
+    let answers = Counter::<u64>::default();
+    answers.inc_by(count.answers);
+    registry.register(
+        "preflight_answers",
+        "Answers to probes that the answered preflights waited for",
+        answers,
+    );
 }
 
 #[derive(Default)]

@@ -1,0 +1,89 @@
+//! How proofs of paths went, counted: what a Request waits for is to be seen, and not to be guessed from how long it took.
+
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, AtomicU32, Ordering},
+};
+
+use nsm_core::sbfd::{Cause, Proof, Snapshot, State};
+
+/// Proofs that were asked for ([`super::Peer::prove`]), by how they went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Preflights {
+    /// The session was up before, and nothing was waited for.
+    pub standing: u64,
+    /// A path that was not known to be good was proved by answers to probes.
+    pub answered: u64,
+    /// The answers that this took, of all of them: one each where peers are new and paths are good.
+    pub answers: u64,
+    /// No answer came, or not enough.
+    pub silent: u64,
+    /// The peer's reflector answered that it is switched off.
+    pub switched_off: u64,
+}
+
+/// Where they are counted.
+#[derive(Debug, Default)]
+pub(super) struct Count(Mutex<Preflights>);
+
+impl Count {
+    pub(super) fn now(&self) -> Preflights {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The session was up when somebody asked.
+    pub(super) fn add_standing(&self) {
+        self.with(|count| count.standing += 1);
+    }
+
+    /// Probes were sent; `answers`: as [`PeerCell::answers`].
+    pub(super) fn add(&self, proof: Proof, answers: u32) {
+        self.with(|count| match proof {
+            Proof::Reached => {
+                count.answered += 1;
+                count.answers += u64::from(answers);
+            }
+            Proof::Silent { .. } => count.silent += 1,
+            Proof::SwitchedOff => count.switched_off += 1,
+            // Nobody is told before it is over.
+            Proof::Pending => {}
+        });
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Preflights)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// What is known of a peer without asking its session.
+#[derive(Debug, Default)]
+pub(crate) struct PeerCell {
+    up: AtomicBool,
+    answers: AtomicU32,
+}
+
+impl PeerCell {
+    /// Whether the session is up.
+    pub(super) fn is_up(&self) -> bool {
+        self.up.load(Ordering::Acquire)
+    }
+
+    /// The answers that made it so.
+    pub(super) fn answers(&self) -> u32 {
+        self.answers.load(Ordering::Relaxed)
+    }
+
+    /// The session stands like this.
+    pub(super) fn note(&self, snapshot: &Snapshot) {
+        if let Some(Cause::Answered { answers }) = snapshot.cause {
+            self.answers.store(answers, Ordering::Relaxed);
+        }
+        self.up
+            .store(snapshot.state == State::Up, Ordering::Release);
+    }
+
+    /// Nothing is proved of it.
+    pub(super) fn clear(&self) {
+        self.up.store(false, Ordering::Release);
+    }
+}
