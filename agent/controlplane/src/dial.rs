@@ -8,7 +8,7 @@
 use std::{
     error::Error as StdError,
     fmt, io,
-    net::Ipv6Addr,
+    net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
@@ -18,7 +18,7 @@ use std::{
 use http::uri::{Authority, Uri};
 use hyper_util::rt::TokioIo;
 use socket2::TcpKeepalive;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::{
@@ -43,6 +43,11 @@ const PROBES: u32 = 3;
 /// How long what was sent may stay unacknowledged (RFC 5482). Without it a peer that dies with data
 /// on the way is noticed when the kernel gives up retransmitting, after a quarter of an hour.
 const USER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The largest segment of TCP connections between agents, bytes: no packet of theirs is longer than the 1,280 bytes that every path
+/// carries (RFC 8200 section 5). Where larger ones vanish without a word the kernel would send them again and again, and no Request came
+/// through to build the tunnel whose MTU then follows the path.
+pub(crate) const MAX_SEGMENT: u32 = 1220;
 
 /// Where a peer listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -234,7 +239,7 @@ impl DialUrl {
 /// A TCP connection on which a dead peer is noticed by the kernel.
 async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
     let authority = uri.authority().map(Authority::as_str).unwrap_or_default();
-    let stream = TcpStream::connect(authority).await?;
+    let stream = connect_to_one(authority).await?;
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(&stream);
     socket.set_tcp_keepalive(
@@ -245,6 +250,25 @@ async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
     )?;
     socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
     Ok(TokioIo::new(Coalesced::new(stream)))
+}
+
+/// Connects to the first of a name's addresses that takes the connection. A segment's size is a matter of the handshake, so it is
+/// said before.
+async fn connect_to_one(authority: &str) -> io::Result<TcpStream> {
+    let mut refused = None;
+    for address in lookup_host(authority).await? {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        socket2::SockRef::from(&socket).set_tcp_mss(MAX_SEGMENT)?;
+        match socket.connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => refused = Some(error),
+        }
+    }
+    let nowhere = || io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    Err(refused.unwrap_or_else(nowhere))
 }
 
 impl fmt::Display for DialUrl {

@@ -46,6 +46,7 @@ use tonic::{
 
 use crate::{
     coalesce::Coalesced,
+    dial::MAX_SEGMENT,
     error::RequestError,
     monitor::{Events, SKIP_ANSWERED},
     path_header::PathHeader,
@@ -107,7 +108,10 @@ impl Socket {
     /// # Errors
     /// The address is taken or not ours.
     pub async fn tcp(address: SocketAddr) -> std::io::Result<Self> {
-        TcpListener::bind(address).await.map(Self::Tcp)
+        let listener = TcpListener::bind(address).await?;
+        // What is accepted inherits it.
+        socket2::SockRef::from(&listener).set_tcp_mss(MAX_SEGMENT)?;
+        Ok(Self::Tcp(listener))
     }
 
     /// Binds a Unix socket; one that an agent left behind is replaced, one that somebody still

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use crate::{
     WorldError, netns,
-    plan::{Cloud, Place, Plan},
+    plan::{Cloud, NODE_INTERFACE, Place, Plan},
 };
 
 /// What happens to packets from one node to another; the other direction is not affected.
@@ -28,8 +28,8 @@ pub enum Fault {
         /// How many of a thousand.
         per_mille: u16,
     },
-    /// IP packets longer than this are lost without an ICMP error. Switch TSO and GSO off on the sender: their
-    /// super-packets are longer than what would leave a card.
+    /// IP packets longer than this are lost without an ICMP error. The sender's card, virtual as it is, hands on what is to be
+    /// cut into packets uncut; with the first such fault it begins to cut as a real one does, and goes on after the fault.
     MtuBlackHole {
         /// The longest packet that passes, in bytes, IP header included.
         max: u16,
@@ -82,6 +82,13 @@ pub(crate) fn inject(
     let (netns, source, destination) = middle(plan, from, to);
     let table = format!("ip fault_{number}");
     let rule = rule(source, destination, what);
+    if matches!(what, Fault::MtuBlackHole { .. }) {
+        let sender = &plan.domains[from.domain].nodes[from.node].name;
+        netns::ip(
+            Some(&plan.netns(sender)),
+            &format!("link set dev {NODE_INTERFACE} gso_max_segs 1\n"),
+        )?;
+    }
     netns::nft(
         &netns,
         &format!(
