@@ -1,7 +1,8 @@
 //! Asking those who may know the node's public address: metadata services, Kubernetes, STUN servers.
 //!
 //! What each is asked and what its answers mean is decided in [`nsm_core::public_address`]; here are the sockets. Nothing of this is
-//! ever fatal: a service that is not there, silent or wrong is an [`Outcome::Failed`] with a sentence, within a second for HTTP.
+//! ever fatal: a service that is not there, silent or wrong is an [`Outcome::Failed`] with a sentence, within a second for HTTP and
+//! seven for STUN, whose server's name may have to be found first.
 
 use std::{net::IpAddr, path::PathBuf, sync::Mutex, time::Duration};
 
@@ -99,6 +100,10 @@ enum LookupError {
         path: PathBuf,
         cause: std::io::Error,
     },
+    #[error(
+        "no list of public authorities to check a certificate with ({causes}): install `ca-certificates`, or mount the host's list"
+    )]
+    NoAuthorities { causes: String },
     #[error("STUN server {server}: {cause}")]
     Stun { server: String, cause: String },
 }

@@ -1,6 +1,11 @@
 //! One HTTP/1.1 exchange, with TLS where the URL says so. Each has a connection of its own: there is one a minute.
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
 
 use ::http::{
     HeaderMap, Method, Request, StatusCode, Uri,
@@ -163,7 +168,7 @@ fn tls(trust: &Trust) -> Result<Arc<ClientConfig>, LookupError> {
             })?;
             (path.clone(), pem)
         }
-        Trust::System => system_bundle()?,
+        Trust::System => first_bundle(&SYSTEM_BUNDLES)?,
     };
     let mut roots = RootCertStore::empty();
     // Some public authorities are older than what can be parsed today: they are left out.
@@ -183,16 +188,19 @@ fn tls(trust: &Trust) -> Result<Arc<ClientConfig>, LookupError> {
     Ok(Arc::new(config))
 }
 
-fn system_bundle() -> Result<(PathBuf, Vec<u8>), LookupError> {
-    let mut failure = None;
-    for path in SYSTEM_BUNDLES {
-        let path = PathBuf::from(path);
-        match std::fs::read(&path) {
-            Ok(pem) => return Ok((path, pem)),
-            Err(cause) => failure = Some(LookupError::File { path, cause }),
+/// The first of these files that can be read.
+pub(super) fn first_bundle(paths: &[impl AsRef<Path>]) -> Result<(PathBuf, Vec<u8>), LookupError> {
+    let mut causes = Vec::new();
+    for path in paths {
+        let path = path.as_ref();
+        match std::fs::read(path) {
+            Ok(pem) => return Ok((path.to_owned(), pem)),
+            Err(cause) => causes.push(format!("{}: {cause}", path.display())),
         }
     }
-    Err(failure.expect("there is a path to try"))
+    Err(LookupError::NoAuthorities {
+        causes: causes.join("; "),
+    })
 }
 
 impl FromStr for BaseUrl {

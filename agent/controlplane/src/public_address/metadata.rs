@@ -127,10 +127,15 @@ struct PublicIp {
 }
 
 fn front_of_load_balancer(base: &BaseUrl, answer: &Answer) -> Result<Option<IpAddr>, LookupError> {
-    if answer.status != StatusCode::OK {
-        return Ok(None);
-    }
     let path = AZURE_LOAD_BALANCER.path;
+    match answer.status {
+        StatusCode::OK => {}
+        StatusCode::BAD_REQUEST | StatusCode::NOT_FOUND => return Ok(None),
+        status => {
+            let status = status.as_u16();
+            return Err(wrong(base, path, AnswerError::Status { status }));
+        }
+    }
     let told: LoadBalancers =
         serde_json::from_str(&answer.body).map_err(|error| wrong(base, path, error))?;
     let Some(first) = told.loadbalancer.public_ip_addresses.first() else {

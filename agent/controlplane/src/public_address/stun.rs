@@ -4,6 +4,7 @@ use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
+    time::Duration,
 };
 
 use nsm_core::public_address::stun::{self, StunError};
@@ -13,6 +14,10 @@ use tokio::{
 };
 
 use super::LookupError;
+
+/// The longest time for all of a transaction. A resolver whose first server is dead asks the second after 5 s, and then an answer is some
+/// milliseconds away; where the name is known at once, all of [`stun::WAITS`] fit.
+const TIMEOUT: Duration = Duration::from_secs(7);
 
 /// A STUN server: `host` or `host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +30,8 @@ pub struct StunServer {
 impl StunServer {
     /// The address that our packets come from, as the server sees it.
     pub(super) async fn ask(&self, local: Option<IpAddr>) -> Result<IpAddr, LookupError> {
-        self.transact(local)
+        let found = lookup_host((self.host.as_str(), self.port));
+        self.transact(local, found)
             .await
             .map_err(|cause| LookupError::Stun {
                 server: self.to_string(),
@@ -33,11 +39,20 @@ impl StunServer {
             })
     }
 
-    async fn transact(&self, local: Option<IpAddr>) -> Result<IpAddr, String> {
+    /// The transaction with the first fitting address that comes of `found`.
+    pub(super) async fn transact<A: Iterator<Item = SocketAddr>>(
+        &self,
+        local: Option<IpAddr>,
+        found: impl Future<Output = std::io::Result<A>>,
+    ) -> Result<IpAddr, String> {
         let text = |error: std::io::Error| error.to_string();
         let local = local.unwrap_or(Ipv4Addr::UNSPECIFIED.into()).to_canonical();
-        let server = lookup_host((self.host.as_str(), self.port))
+        let end = Instant::now() + TIMEOUT;
+        let server = timeout_at(end, found)
             .await
+            .map_err(|_| {
+                format!("its name is not resolved within {TIMEOUT:?}: does this node's DNS answer?")
+            })?
             .map_err(text)?
             .find(|server| server.is_ipv4() == local.is_ipv4())
             .ok_or_else(|| format!("it has no address of the family of {local}"))?;
@@ -50,9 +65,15 @@ impl StunServer {
         let id: stun::TransactionId = rand::random();
         let request = stun::binding_request(&id);
         let mut buffer = [0; stun::MAX_ANSWER];
+        let started = Instant::now();
+        let mut requests = 0;
         for wait in stun::WAITS {
+            if Instant::now() >= end {
+                break;
+            }
             socket.send(&request).await.map_err(text)?;
-            let until = Instant::now() + wait;
+            requests += 1;
+            let until = (Instant::now() + wait).min(end);
             while let Ok(received) = timeout_at(until, socket.recv(&mut buffer)).await {
                 let length = received.map_err(text)?;
                 match stun::binding_answer(&buffer[..length], &id) {
@@ -63,10 +84,9 @@ impl StunServer {
                 }
             }
         }
-        let total: std::time::Duration = stun::WAITS.iter().sum();
         Err(format!(
-            "no answer to {} requests within {total:?}: is UDP let out to it?",
-            stun::WAITS.len()
+            "no answer to {requests} requests within {:.1?}: is UDP let out to it?",
+            started.elapsed()
         ))
     }
 }

@@ -3,12 +3,6 @@ use std::{path::Path, sync::Arc};
 use ::http::{Request, StatusCode};
 use hyper::body::Incoming;
 use nsm_core::public_address::Outcome;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use rustls::{
-    ServerConfig,
-    pki_types::{PrivateKeyDer, pem::PemObject as _},
-};
-use tokio_rustls::TlsAcceptor;
 
 use super::{
     super::{BaseUrl, KubernetesNode, Lookup, LookupConfig},
@@ -25,33 +19,8 @@ const NODE: &str = r#"{"kind":"Node","apiVersion":"v1","metadata":{"name":"node-
     {"type":"InternalIP","address":"10.0.0.1"},{"type":"ExternalIP","address":"2001:db8::1"},
     {"type":"ExternalIP","address":"203.0.113.1"},{"type":"Hostname","address":"node-1"}]}}"#;
 
-/// The certificate of a new authority as PEM, and a server's certificate by it.
-fn certificates() -> (String, TlsAcceptor) {
-    let authority_key = KeyPair::generate().unwrap();
-    let mut authority = CertificateParams::new(Vec::new()).unwrap();
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let pem = authority.self_signed(&authority_key).unwrap().pem();
-    let issuer = Issuer::new(authority, authority_key);
-    let key = KeyPair::generate().unwrap();
-    let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()])
-        .unwrap()
-        .signed_by(&key, &issuer)
-        .unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(
-            vec![certificate.der().clone()],
-            PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).unwrap(),
-        )
-        .unwrap();
-    (pem, TlsAcceptor::from(Arc::new(config)))
-}
-
 async fn cluster(node: &'static str) -> Cluster {
-    let (authority, acceptor) = certificates();
+    let (authority, acceptor) = server::certificates();
     let handler = move |request: &Request<Incoming>| {
         let bearer = request.headers().get("authorization");
         match (

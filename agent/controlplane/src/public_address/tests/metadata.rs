@@ -4,7 +4,7 @@ use ::http::StatusCode;
 use nsm_core::public_address::{Outcome, Provider};
 
 use super::{
-    super::{BaseUrl, Lookup, LookupConfig},
+    super::{BaseUrl, Lookup, LookupConfig, Trust, http::first_bundle},
     ask_one, ip, server, trouble,
 };
 
@@ -91,31 +91,55 @@ async fn gcp_wants_its_header_and_sends_it() {
     assert!(trouble.contains("metadata-flavor"), "{trouble}");
 }
 
+/// What a machine without a load balancer is told.
+const NO_LOAD_BALANCER: (StatusCode, &str) =
+    (StatusCode::NOT_FOUND, "No load balancer metadata is found");
+
 #[tokio::test]
 async fn azure_tells_its_own_address_or_that_of_the_load_balancer() {
-    let azure = server::azure("203.0.113.1", None).await;
+    let azure = server::azure("203.0.113.1", NO_LOAD_BALANCER).await;
     assert_eq!(
         ask_one(&lookup(Provider::Azure, azure.url())).await,
         Outcome::Address(ip("203.0.113.1"))
     );
     let balanced = r#"{"loadbalancer":{"publicIpAddresses":[{"frontendIpAddress":"203.0.113.9","privateIpAddress":"10.0.0.4"}],"inboundRules":[],"outboundRules":[]}}"#;
-    let azure = server::azure("", Some(balanced)).await;
+    let azure = server::azure("", (StatusCode::OK, balanced)).await;
     assert_eq!(
         ask_one(&lookup(Provider::Azure, azure.url())).await,
         Outcome::Address(ip("203.0.113.9"))
     );
     let none = r#"{"loadbalancer":{"publicIpAddresses":[]}}"#;
-    for load_balancer in [None, Some(none)] {
-        let azure = server::azure("", load_balancer).await;
+    for none in [
+        NO_LOAD_BALANCER,
+        (StatusCode::BAD_REQUEST, ""),
+        (StatusCode::OK, none),
+    ] {
+        let azure = server::azure("", none).await;
         assert_eq!(
             ask_one(&lookup(Provider::Azure, azure.url())).await,
             Outcome::None
         );
     }
     for wrong in ["{}", "[", r#"{"loadbalancer":{"publicIpAddresses":[{}]}}"#] {
-        let azure = server::azure("", Some(wrong)).await;
+        let azure = server::azure("", (StatusCode::OK, wrong)).await;
         let trouble = trouble(ask_one(&lookup(Provider::Azure, azure.url())).await);
         assert!(trouble.contains("/metadata/loadbalancer"), "{trouble}");
+    }
+}
+
+#[tokio::test]
+async fn an_azure_that_is_busy_or_out_of_order_does_not_deny_the_load_balancers_address() {
+    for status in [
+        StatusCode::TOO_MANY_REQUESTS,
+        StatusCode::INTERNAL_SERVER_ERROR,
+        StatusCode::GONE,
+    ] {
+        let azure = server::azure("", (status, "")).await;
+        let trouble = trouble(ask_one(&lookup(Provider::Azure, azure.url())).await);
+        assert!(
+            trouble.contains("/metadata/loadbalancer") && trouble.contains(status.as_str()),
+            "{trouble}"
+        );
     }
 }
 
@@ -131,6 +155,42 @@ async fn equinix_metal_tells_the_address() {
         ask_one(&lookup(Provider::Equinix, equinix.url())).await,
         Outcome::None
     );
+}
+
+#[tokio::test]
+async fn https_is_asked_with_the_authorities_of_a_file() {
+    let (authority, acceptor) = server::certificates();
+    let handler =
+        |_: &::http::Request<hyper::body::Incoming>| server::answer(StatusCode::OK, "203.0.113.1");
+    let equinix = server::serve(Some(acceptor), Arc::new(handler)).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("authorities.pem");
+    let lookup = Lookup {
+        trust: Trust::File(file.clone()),
+        ..lookup(Provider::Equinix, equinix.url())
+    };
+    let missing = trouble(ask_one(&lookup).await);
+    assert!(missing.contains(file.to_str().unwrap()), "{missing}");
+    let (stranger, _) = server::certificates();
+    std::fs::write(&file, &stranger).unwrap();
+    let untrusted = trouble(ask_one(&lookup).await);
+    assert!(untrusted.contains("certificate"), "{untrusted}");
+    std::fs::write(&file, stranger + &authority).unwrap();
+    assert_eq!(ask_one(&lookup).await, Outcome::Address(ip("203.0.113.1")));
+}
+
+#[test]
+fn the_machines_authorities_are_looked_for_in_each_place_and_each_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let places = ["first.crt", "second.crt"].map(|name| folder.path().join(name));
+    let missing = first_bundle(&places).unwrap_err().to_string();
+    for place in &places {
+        assert!(missing.contains(place.to_str().unwrap()), "{missing}");
+    }
+    assert!(missing.contains("ca-certificates"), "{missing}");
+    std::fs::write(&places[1], "PEM").unwrap();
+    let found = first_bundle(&places).unwrap();
+    assert_eq!(found, (places[1].clone(), b"PEM".to_vec()));
 }
 
 #[tokio::test]

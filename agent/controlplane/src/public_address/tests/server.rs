@@ -11,6 +11,11 @@ use std::{
 use ::http::{Method, Request, Response, StatusCode};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::{
+    ServerConfig,
+    pki_types::{PrivateKeyDer, pem::PemObject as _},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -46,6 +51,31 @@ pub(super) fn answer(status: StatusCode, body: &str) -> Response<String> {
 }
 
 pub(super) type Handler = Arc<dyn Fn(&Request<Incoming>) -> Response<String> + Send + Sync>;
+
+/// The certificate of a new authority as PEM, and a server's certificate by it for 127.0.0.1.
+pub(super) fn certificates() -> (String, TlsAcceptor) {
+    let authority_key = KeyPair::generate().unwrap();
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let pem = authority.self_signed(&authority_key).unwrap().pem();
+    let issuer = Issuer::new(authority, authority_key);
+    let key = KeyPair::generate().unwrap();
+    let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()])
+        .unwrap()
+        .signed_by(&key, &issuer)
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![certificate.der().clone()],
+            PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).unwrap(),
+        )
+        .unwrap();
+    (pem, TlsAcceptor::from(Arc::new(config)))
+}
 
 /// Serves `handler`, by TLS with `acceptor`.
 pub(super) async fn serve(acceptor: Option<TlsAcceptor>, handler: Handler) -> Server {
@@ -198,7 +228,8 @@ pub(super) async fn gcp(address: Option<&'static str>) -> Server {
 }
 
 /// Azure's service: 400 without its header or an API version; an empty body where there is no address of the machine's own.
-pub(super) async fn azure(own: &'static str, load_balancer: Option<&'static str>) -> Server {
+/// `load_balancer`: what it answers about the addresses before the machine.
+pub(super) async fn azure(own: &'static str, load_balancer: (StatusCode, &'static str)) -> Server {
     let handler = move |request: &Request<Incoming>| {
         let query = request.uri().query().unwrap_or_default();
         let metadata = request.headers().get("metadata");
@@ -217,10 +248,7 @@ pub(super) async fn azure(own: &'static str, load_balancer: Option<&'static str>
             {
                 answer(StatusCode::OK, own)
             }
-            "/metadata/loadbalancer" => match load_balancer {
-                Some(json) => answer(StatusCode::OK, json),
-                None => answer(StatusCode::NOT_FOUND, "No load balancer metadata is found"),
-            },
+            "/metadata/loadbalancer" => answer(load_balancer.0, load_balancer.1),
             _ => answer(StatusCode::NOT_FOUND, ""),
         }
     };

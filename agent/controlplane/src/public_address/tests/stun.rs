@@ -111,6 +111,29 @@ async fn silence_is_a_failure_in_the_end() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_resolver_that_does_not_answer_ends_the_transaction() {
+    let server: StunServer = "stun.example.org".parse().unwrap();
+    let dead = std::future::pending::<std::io::Result<std::iter::Empty<SocketAddr>>>();
+    let trouble = server.transact(None, dead).await.unwrap_err();
+    assert!(trouble.contains("not resolved within 7s"), "{trouble}");
+
+    // A resolver whose first server is dead asks its second: what is left of the time is for STUN.
+    let started = tokio::time::Instant::now();
+    let silent = super::stun::server(Manner::Silent).await;
+    let late = async {
+        tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+        Ok([silent].into_iter())
+    };
+    let trouble = server.transact(None, late).await.unwrap_err();
+    assert!(
+        trouble.contains("no answer to 3 requests within 2.0s"),
+        "{trouble}"
+    );
+    // The clock is the test's own: no other second passes.
+    assert!(started.elapsed() < std::time::Duration::from_millis(7100));
+}
+
 #[tokio::test]
 async fn a_refusal_is_told_with_its_number() {
     let refused = trouble(ask_one(&lookup(server(Manner::Refuses).await)).await);
