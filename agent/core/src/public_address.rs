@@ -76,6 +76,26 @@ pub struct Decision {
     pub conflicts: Vec<Finding>,
 }
 
+impl Decision {
+    /// This decision as it stands before all sources have answered: an address on the move is told by some of them already and by others
+    /// not yet, which is no conflict. So the conflicts are those of the `last` round, as far as they still are some.
+    #[must_use]
+    pub fn before_the_rest(self, last: &Self) -> Self {
+        let still = |chosen: &Finding, conflict: &Finding| {
+            chosen.address != conflict.address && chosen.source != conflict.source
+        };
+        let conflicts = self.chosen.iter().flat_map(|chosen| {
+            last.conflicts
+                .iter()
+                .filter(move |conflict| still(chosen, conflict))
+        });
+        Self {
+            conflicts: conflicts.cloned().collect(),
+            ..self
+        }
+    }
+}
+
 /// What a source is known to say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Known {
@@ -94,8 +114,12 @@ pub struct Tracker {
 }
 
 impl Tracker {
-    /// Takes one source's answer.
+    /// Takes one source's answer. An address that no host has is a failure: a service that says 0.0.0.0 has a fault, or is another.
     pub fn observe(&mut self, source: Source, outcome: Outcome, now: SystemTime) {
+        let outcome = match outcome {
+            Outcome::Address(address) => source.checked(address.to_canonical()),
+            other => other,
+        };
         let known = self.known.entry(source).or_insert(Known {
             address: None,
             trouble: None,
@@ -103,7 +127,7 @@ impl Tracker {
         });
         match outcome {
             Outcome::Address(address) => {
-                known.address = Some(address.to_canonical());
+                known.address = Some(address);
                 known.trouble = None;
                 known.answered = Some(now);
             }
@@ -164,6 +188,23 @@ pub fn decide(local: Option<IpAddr>, findings: impl IntoIterator<Item = Finding>
         }
     }
     decision
+}
+
+impl Source {
+    fn checked(&self, address: IpAddr) -> Outcome {
+        let is_broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+        // Where all of a test runs on one machine, its operator may mean it; whoever answers from elsewhere cannot.
+        let is_own = match self {
+            Self::Configuration | Self::IpMap | Self::Route => false,
+            Self::Metadata(_) | Self::Kubernetes | Self::Stun(_) => address.is_loopback(),
+        };
+        if address.is_unspecified() || address.is_multicast() || is_broadcast || is_own {
+            return Outcome::Failed(format!(
+                "it says {address}, which is no address of a host that others reach"
+            ));
+        }
+        Outcome::Address(address)
+    }
 }
 
 impl fmt::Display for Source {

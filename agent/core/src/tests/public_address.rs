@@ -105,6 +105,95 @@ fn a_source_that_fails_is_believed_for_a_while_and_one_that_denies_is_not() {
 }
 
 #[test]
+fn what_is_no_address_of_a_host_is_a_failure_of_its_source() {
+    let remote = [
+        Source::Metadata(Provider::Gcp),
+        Source::Kubernetes,
+        Source::Stun("stun.example:3478".to_owned()),
+    ];
+    let nobody = [
+        "0.0.0.0",
+        "::",
+        "224.0.0.1",
+        "ff02::1",
+        "255.255.255.255",
+        "::ffff:0.0.0.0",
+        "::ffff:224.0.0.1",
+    ];
+    let loopback = ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"];
+    let all = nobody.iter().chain(&loopback);
+    for (source, text) in remote
+        .iter()
+        .flat_map(|source| all.clone().map(move |text| (source, *text)))
+        .chain(nobody.map(|text| (&Source::IpMap, text)))
+    {
+        let mut tracker = Tracker::default();
+        tracker.observe(source.clone(), Outcome::Address(ip(text)), at(0));
+        let (_, known) = tracker.sources().next().unwrap();
+        assert_eq!(known.address, None, "{source}: {text}");
+        let trouble = known.trouble.as_deref().unwrap_or_default();
+        assert!(
+            trouble.contains("is no address of a host that others reach"),
+            "{trouble}"
+        );
+        // What was known before holds as with any other failure.
+        let known = ip(if ip(text).to_canonical().is_ipv4() {
+            "192.0.2.1"
+        } else {
+            "2001:db8::1"
+        });
+        tracker.observe(source.clone(), Outcome::Address(known), at(1));
+        tracker.observe(source.clone(), Outcome::Address(ip(text)), at(2));
+        assert_eq!(tracker.decide(None).chosen.unwrap().address, known);
+    }
+    // What the operator wrote was checked where it was read; a machine that is a world of its own has loopback addresses.
+    for (source, text) in [
+        (Source::Configuration, "127.0.0.1"),
+        (Source::IpMap, "127.0.0.2"),
+    ] {
+        let mut tracker = Tracker::default();
+        tracker.observe(source, Outcome::Address(ip(text)), at(0));
+        assert_eq!(tracker.decide(None).chosen.unwrap().address, ip(text));
+    }
+}
+
+#[test]
+fn an_address_on_the_move_is_no_conflict_between_those_asked_before_and_after() {
+    let (aws, stun) = (
+        || Source::Metadata(Provider::Aws),
+        || Source::Stun("s".to_owned()),
+    );
+    let address = |text| Outcome::Address(ip(text));
+    let mut tracker = Tracker::default();
+    tracker.observe(aws(), address("192.0.2.1"), at(0));
+    tracker.observe(stun(), address("192.0.2.1"), at(0));
+    let before = tracker.decide(None);
+    assert_eq!(before.conflicts, []);
+    // It moves: one has told, the other has not yet.
+    tracker.observe(aws(), address("192.0.2.7"), at(60));
+    let meanwhile = tracker.decide(None).before_the_rest(&before);
+    assert_eq!(meanwhile.chosen, Some(finding(aws(), "192.0.2.7")));
+    assert_eq!(meanwhile.conflicts, []);
+    // The other says something else for good.
+    tracker.observe(stun(), address("192.0.2.9"), at(61));
+    let conflict = tracker.decide(None);
+    assert_eq!(conflict.conflicts, [finding(stun(), "192.0.2.9")]);
+    // That stands during the next round, as long as it is one.
+    tracker.observe(aws(), address("192.0.2.8"), at(120));
+    let meanwhile = tracker.decide(None).before_the_rest(&conflict);
+    assert_eq!(meanwhile.conflicts, conflict.conflicts);
+    tracker.observe(aws(), address("192.0.2.9"), at(121));
+    let meanwhile = tracker.decide(None).before_the_rest(&conflict);
+    assert_eq!(meanwhile.conflicts, []);
+    // The first denies, and the second is what holds: with itself it has no conflict.
+    tracker.observe(aws(), Outcome::None, at(180));
+    tracker.observe(stun(), address("192.0.2.10"), at(180));
+    let meanwhile = tracker.decide(None).before_the_rest(&conflict);
+    assert_eq!(meanwhile.chosen, Some(finding(stun(), "192.0.2.10")));
+    assert_eq!(meanwhile.conflicts, []);
+}
+
+#[test]
 fn an_address_that_moved_is_found_at_the_next_round() {
     let mut tracker = Tracker::default();
     for (round, address) in [(0, "192.0.2.1"), (1, "192.0.2.7")] {
