@@ -1,17 +1,33 @@
-//! Nodes behind 1:1 NAT whose operator wrote no IP map: a STUN server tells them their public addresses, and tunnels stand.
+//! Nodes behind 1:1 NAT whose operator wrote no IP map: a STUN server or a metadata service tells them their public addresses, tunnels
+//! stand, and an address that moves is followed.
 
-use std::{net::UdpSocket, thread};
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::{TcpListener, UdpSocket},
+    process::Command,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use nsm_e2e::{PATIENCE, Pair, endpoint_address, ping};
 use nsm_world::{Agent, Cloud, Node, World, binary, wait_until};
+use serde_json::Value;
 
-/// Answers Binding requests (RFC 8489) on a node until the test's process ends.
-fn stun_server(node: &Node) -> Result<()> {
+/// Answers Binding requests (RFC 8489) on a node until the test's process ends; none while the flag that it returns is set.
+fn stun_server(node: &Node) -> Result<Arc<AtomicBool>> {
     let socket = node.inside(|| UdpSocket::bind("0.0.0.0:3478"))??;
+    let is_silent = Arc::new(AtomicBool::new(false));
+    let silent = Arc::clone(&is_silent);
     thread::spawn(move || {
         let mut buffer = [0; 1500];
         while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            if silent.load(Ordering::SeqCst) {
+                continue;
+            }
             let std::net::SocketAddr::V4(seen) = from else {
                 continue;
             };
@@ -32,11 +48,171 @@ fn stun_server(node: &Node) -> Result<()> {
             }
         }
     });
+    Ok(is_silent)
+}
+
+/// Where a node's metadata service listens on it, as Equinix Metal's but without TLS.
+const METADATA: &str = "127.0.0.1:8080";
+
+/// A metadata service that tells what is set here, on a node until the test's process ends.
+struct Metadata(Arc<Mutex<String>>);
+
+impl Metadata {
+    fn on(node: &Node, address: &str) -> Result<Self> {
+        let listener = node.inside(|| TcpListener::bind(METADATA))??;
+        let told = Arc::new(Mutex::new(address.to_owned()));
+        let shared = Arc::clone(&told);
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let body = shared
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone();
+                let mut request = BufReader::new(&stream).lines().map_while(Result::ok);
+                let is_whole = request.any(|line| line.is_empty());
+                let length = body.len();
+                let answer = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+                );
+                // An agent that gave up is gone.
+                let _ = is_whole && (&stream).write_all(answer.as_bytes()).is_ok();
+            }
+        });
+        Ok(Self(told))
+    }
+
+    fn set(&self, address: &str) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = address.to_owned();
+    }
+}
+
+/// An agent on `node-1` that asks its node's metadata service, and has an empty IP map.
+fn lone_agent(world: &World, adjust: impl FnOnce(&mut Command)) -> Result<Agent> {
+    let node = world.node("node-1")?;
+    let map = node.run_dir().join("own-map.yaml");
+    std::fs::write(&map, "").context("write an empty IP map")?;
+    let service = format!("equinix=http://{METADATA}");
+    let agent = Agent::start(world, &node, &binary("proxy-nsmgr")?, |command| {
+        command.args(["--public-address-metadata", &service, "--map-ip-file"]);
+        command.arg(&map);
+        adjust(command);
+    })?;
+    agent.wait_ready()?;
+    Ok(agent)
+}
+
+/// What `status` says of the public address, once it is as `wanted` says.
+fn told(agent: &Agent, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    let mut last = Value::Null;
+    let found = wait_until(what, PATIENCE, || {
+        let status = agent.status().unwrap_or_default();
+        last = status["public_address"].clone();
+        wanted(&last)
+    });
+    found.with_context(|| format!("{last:#}\n{}", agent.process.stderr()))?;
+    Ok(last)
+}
+
+/// What `status` says of a source.
+fn source<'a>(told: &'a Value, name: &str) -> &'a Value {
+    let sources = told["sources"].as_array().map_or(&[][..], Vec::as_slice);
+    let is_it = |it: &&Value| {
+        it["source"]
+            .as_str()
+            .is_some_and(|text| text.contains(name))
+    };
+    sources.iter().find(is_it).unwrap_or(&Value::Null)
+}
+
+fn is(value: &Value, text: &str) -> bool {
+    value.as_str() == Some(text)
+}
+
+fn failed_for(source: &Value, words: &str) -> bool {
+    let trouble = source["trouble"].as_str();
+    trouble.is_some_and(|trouble| trouble.contains(words))
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn an_address_that_moves_is_found_at_the_next_round() -> Result<()> {
+    let world = world("moves")?;
+    let metadata = Metadata::on(&world.node("node-1")?, "203.0.113.50")?;
+    let agent = lone_agent(&world, |command| {
+        command.args(["--public-address-interval", "1s"]);
+    })?;
+    for address in ["203.0.113.50", "203.0.113.51", "203.0.113.52"] {
+        metadata.set(address);
+        told(&agent, address, |it| is(&it["address"], address))?;
+    }
+    // A fault of the service takes no address away, that it says there is none does.
+    metadata.set("0.0.0.0");
+    let kept = told(&agent, "the fault to be noticed", |it| {
+        failed_for(source(it, "metadata"), "no address of a host")
+    })?;
+    ensure!(is(&kept["address"], "203.0.113.52"), "{kept:#}");
+    metadata.set("");
+    told(&agent, "that there is no address", |it| {
+        is(&it["address"], "")
+    })?;
     Ok(())
 }
 
-fn world() -> Result<World> {
-    let world = World::builder("stun")
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn a_change_of_the_nodes_addresses_asks_anew_and_nobody_waits_for_who_is_silent() -> Result<()> {
+    let world = world("changes")?;
+    let stun = world.node("stun-1")?;
+    let is_silent = stun_server(&stun)?;
+    let node = world.node("node-1")?;
+    let public = node.public_ip().to_string();
+    let metadata = Metadata::on(&node, &public)?;
+    let server = stun.public_ip().to_string();
+    let agent = lone_agent(&world, |command| {
+        command.args(["--public-address-interval", "1h", "--public-address-stun"]);
+        command.arg(&server);
+    })?;
+    let first = told(&agent, "all to agree", |it| {
+        let stun = &source(it, "STUN")["address"];
+        is(&it["address"], &public) && is(stun, &public)
+    })?;
+    ensure!(first["conflicts"] == serde_json::json!([]), "{first:#}");
+
+    is_silent.store(true, Ordering::SeqCst);
+    let change = |what: &str| {
+        let device = node.interface();
+        let mut command = node.command("ip")?;
+        command.args(["addr", what, "198.51.100.7/32", "dev", device]);
+        let status = command.status().context("start ip")?;
+        ensure!(status.success(), "ip addr {what}: {status}");
+        anyhow::Ok(())
+    };
+    metadata.set("203.0.113.51");
+    change("add")?;
+    let moved = told(&agent, "the address to be followed", |it| {
+        is(&it["address"], "203.0.113.51")
+    })?;
+    // The STUN server is still waited for. What it said before the move is no conflict until it is known to say so after it.
+    let stun = source(&moved, "STUN");
+    ensure!(is(&stun["trouble"], ""), "{moved:#}");
+    ensure!(moved["conflicts"] == serde_json::json!([]), "{moved:#}");
+    let over = told(&agent, "the round to end", |it| {
+        failed_for(source(it, "STUN"), "no answer")
+    })?;
+    ensure!(is(&over["address"], "203.0.113.51"), "{over:#}");
+    ensure!(is(&over["conflicts"][0]["address"], &public), "{over:#}");
+
+    is_silent.store(false, Ordering::SeqCst);
+    metadata.set(&public);
+    change("del")?;
+    told(&agent, "all to agree again", |it| {
+        is(&it["address"], &public) && it["conflicts"] == serde_json::json!([])
+    })?;
+    Ok(())
+}
+
+fn world(name: &str) -> Result<World> {
+    let world = World::builder(name)
         .cloud(Cloud::Aws)
         .domain("cluster-1.example", |domain| {
             domain.node("node-1").pod("client-0")
@@ -51,7 +227,7 @@ fn world() -> Result<World> {
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn nodes_behind_nat_find_their_public_addresses_by_stun() -> Result<()> {
-    let world = world()?;
+    let world = world("stun")?;
     let stun = world.node("stun-1")?;
     stun_server(&stun)?;
     let program = binary("proxy-nsmgr")?;

@@ -141,12 +141,9 @@ impl Watch {
                 tracing::warn!(%error, interval = ?self.interval, "changes of this node's addresses are noticed late");
             })
             .ok();
-        // Nobody waits for a service that is slow; what it says holds when it comes.
-        let mut patience = Some(Instant::now() + HTTP_TIMEOUT);
         loop {
             let started = Instant::now();
-            self.round(patience.take()).await;
-            self.readiness.arrived(GUARD);
+            self.round(started).await;
             let next = started + self.interval;
             tokio::select! {
                 () = sleep_until(next) => {}
@@ -156,9 +153,10 @@ impl Watch {
         }
     }
 
-    /// Asks everybody, and takes over what follows: once all have answered, so that an address that moves is no conflict between those
-    /// that were asked before and after. With `patience`, what is there by then is taken over already.
-    async fn round(&mut self, patience: Option<Instant>) {
+    /// Asks everybody, and takes over what follows: what is there after [`HTTP_TIMEOUT`], and each later answer when it comes, for nobody
+    /// waits for a service that is slow. Conflicts are told once all have answered, so that an address that moves is none between those
+    /// that were asked before and after.
+    async fn round(&mut self, started: Instant) {
         let local = match (self.tunnel_ip, &self.forwarder) {
             (Some(ip), _) => Some(ip),
             (None, Some(forwarder)) => forwarder.tunnel_ip().await.ok(),
@@ -178,30 +176,33 @@ impl Watch {
         }
         let lookup = Arc::clone(&self.lookup);
         let mut asked = lookup.ask(local);
-        let mut answers = Vec::new();
-        if let Some(patience) = patience {
-            while let Ok(Some(answer)) = timeout_at(patience, asked.next()).await {
-                answers.push(answer);
-            }
-            self.conclude(local, std::mem::take(&mut answers));
+        let patience = started + HTTP_TIMEOUT;
+        while let Ok(Some((source, outcome))) = timeout_at(patience, asked.next()).await {
+            self.observe(source, outcome);
+        }
+        loop {
+            let decision = self.tracker.decide(local);
+            let decision = decision.before_the_rest(&self.told.state().decision);
+            self.conclude(local, decision);
             self.readiness.arrived(GUARD);
+            let Some((source, outcome)) = asked.next().await else {
+                break;
+            };
+            self.observe(source, outcome);
         }
-        while let Some(answer) = asked.next().await {
-            answers.push(answer);
-        }
-        self.conclude(local, answers);
+        self.conclude(local, self.tracker.decide(local));
     }
 
-    fn conclude(&mut self, local: Option<IpAddr>, answers: Vec<(Source, Outcome)>) {
-        let now = SystemTime::now();
-        for (source, outcome) in answers {
-            if let Outcome::Failed(trouble) = &outcome {
-                // Another cloud's metadata service never answers: no reason to worry anybody.
-                tracing::debug!(%source, trouble, "no public address from this source");
-            }
-            self.tracker.observe(source, outcome, now);
+    fn observe(&mut self, source: Source, outcome: Outcome) {
+        if let Outcome::Failed(trouble) = &outcome {
+            // Another cloud's metadata service never answers: no reason to worry anybody.
+            tracing::debug!(%source, trouble, "no public address from this source");
         }
-        self.apply(local, self.tracker.decide(local));
+        self.tracker.observe(source, outcome, SystemTime::now());
+    }
+
+    fn conclude(&self, local: Option<IpAddr>, decision: Decision) {
+        self.apply(local, decision);
         let sources = self.tracker.sources();
         self.told.state().sources = sources
             .map(|(source, known)| (source.clone(), known.clone()))
