@@ -9,7 +9,7 @@ use std::{
 };
 
 use nsm_core::{
-    mechanism::{Parameters, Vxlan, lower_mtu, vxlan_mtu},
+    mechanism::{Parameters, VNI, Vxlan, lower_mtu, vxlan_mtu},
     path::{Hop, Path},
     tunnel::LinkAlias,
     vni::Vni,
@@ -311,9 +311,14 @@ impl ControlPlane {
         let peer = self.shared.peers.get(&route.url);
         let is_same_hop = prior.is_some_and(|prior| prior.route.url == route.url);
         let is_same = prior.is_some_and(|prior| prior.route.is_to_same(route));
-        let mut next_mechanism = prior
-            .filter(|_| is_same_hop)
-            .and_then(|prior| prior.next_mechanism.clone());
+        let standing = prior.and_then(|prior| prior.next_mechanism.clone());
+        let mut next_mechanism = standing.filter(|_| is_same_hop).map(|mut standing| {
+            if !is_same {
+                // Its tunnel may end elsewhere: the VNI is not that server's to keep.
+                standing.parameters.remove(VNI);
+            }
+            standing
+        });
         let mut taken = 0;
         for _ in 0..MAX_VNIS {
             let request = self

@@ -164,7 +164,7 @@ impl VniPool {
         mut random: impl FnMut() -> u32,
     ) -> Result<Vni, VniError> {
         self.end_quarantines(now);
-        let even = mapped(remote) <= mapped(local);
+        let even = is_even(local, remote);
         let start = random() % self.of_one_parity;
         // Each step that fails meets a VNI of the pool or the management VNI, so the walk is as short as the pool is small.
         let walk = (0..self.of_one_parity).map(|step| (start + step) % self.of_one_parity);
@@ -201,6 +201,24 @@ impl VniPool {
         }
         self.quarantined.remove(&vni);
         Ok(())
+    }
+
+    /// Marks a VNI as used again that the client has from an earlier life of this node's agent: its end of the tunnel stands, and ours
+    /// may. One that this node would not have chosen for the two addresses is not taken: both could choose it at the same moment.
+    ///
+    /// # Errors
+    /// As [`Self::claim`]; [`VniError::Taken`] too when it is of the wrong parity.
+    pub fn reclaim(
+        &mut self,
+        vni: Vni,
+        local: IpAddr,
+        remote: IpAddr,
+        now: SystemTime,
+    ) -> Result<(), VniError> {
+        if is_even(local, remote) != vni.0.is_multiple_of(2) {
+            return Err(VniError::Taken(vni));
+        }
+        self.claim(vni, now)
     }
 
     /// Gives a VNI back. One that is not in use stays as it is, so that this can be called again.
@@ -245,6 +263,11 @@ impl VniPool {
             }
         }
     }
+}
+
+/// Whether the server at `local` takes even VNIs for a client at `remote`.
+fn is_even(local: IpAddr, remote: IpAddr) -> bool {
+    mapped(remote) <= mapped(local)
 }
 
 /// One order for both families: IPv4 as IPv6 has it mapped, as NSM compares them.

@@ -35,7 +35,8 @@ pub(super) struct Answered {
 
 impl ControlPlane {
     /// The server's end of a tunnel: chooses the VNI (again, when the kernel says that something
-    /// else on this node has it) and answers with our address.
+    /// else on this node has it) and answers with our address. A client whose tunnel stands from
+    /// before this agent was started has one already, which its link and ours on this node have.
     #[allow(
         clippy::too_many_arguments,
         reason = "one connection's facts, used once and together"
@@ -112,12 +113,22 @@ impl ControlPlane {
             .map_err(|error| bad_answer(route, error.to_string()))?;
         let name = interface(&endpoint.kernel, id);
         let held = prior.and_then(|prior| prior.vni);
-        let mut kept = held;
+        let public = self.shared.ip_map().external(underlay.ip);
+        // A proxy on the way may have cleared where the tunnel ends.
+        let is_ours = |ip: IpAddr| [underlay.ip, public].contains(&ip);
+        let mut kept = held.or_else(|| {
+            let mut vnis = lock(&self.shared.vnis);
+            let standing = asked.vni.filter(|_| asked.dst_ip.is_none_or(is_ours));
+            standing.filter(|vni| {
+                vnis.reclaim(*vni, public, remote, SystemTime::now())
+                    .is_ok()
+            })
+        });
         for attempt in 1.. {
             let vni = match kept.take() {
                 Some(vni) => vni,
                 None => lock(&self.shared.vnis).allocate(
-                    self.shared.ip_map().external(underlay.ip),
+                    public,
                     remote,
                     SystemTime::now(),
                     rand::random,

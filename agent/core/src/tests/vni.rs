@@ -96,6 +96,24 @@ fn a_second_release_changes_nothing() {
 }
 
 #[test]
+fn a_vni_of_an_earlier_life_is_reclaimed_if_it_could_be_chosen() {
+    let mut pool = VniPool::default();
+    let mut reclaim = |number| pool.reclaim(vni(number), ip(HIGH), ip(LOW), at(0));
+    assert_eq!(reclaim(8), Ok(()));
+    assert_eq!(reclaim(8), Err(VniError::Taken(vni(8))), "by another");
+    assert_eq!(
+        reclaim(9),
+        Err(VniError::Taken(vni(9))),
+        "the client's to choose"
+    );
+    assert_eq!(pool.in_use(), 1);
+    assert_eq!(
+        VniPool::default().reclaim(Vni::MANAGEMENT, ip(LOW), ip(HIGH), at(0)),
+        Err(VniError::Reserved(Vni::MANAGEMENT))
+    );
+}
+
+#[test]
 fn a_claimed_vni_is_taken_until_it_is_released() {
     let mut pool = VniPool::default();
     assert_eq!(pool.claim(vni(5), at(0)), Ok(()));
