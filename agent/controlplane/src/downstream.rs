@@ -3,11 +3,19 @@
 //! One stream a peer, for all connections that go through it: its selector names our segment with
 //! any id. What the peer tells is merged into our own view and told upstream; a stream that breaks
 //! means that the peer's part is gone or unreachable, and every connection through it is DOWN
-//! until the next Request through that peer succeeds.
+//! until the next Request through that peer succeeds. The metrics of our own segment say so and why
+//! where the peer is an agent or another manager: packets pass without it. The last hop of a path is
+//! the endpoint itself; without it there is nothing to pass to.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use nsm_core::{health::Published, path::MAX_SEGMENTS};
+use nsm_core::{
+    health::{LostHop, Published},
+    path::MAX_SEGMENTS,
+};
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector, PathSegment, State,
 };
@@ -17,8 +25,9 @@ use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::{
     connections::{Change, Established, News, Turn},
+    health,
     monitor::SKIP_ANSWERED,
-    peers::Peer,
+    peers::{Peer, root_cause},
     plane::ControlPlane,
 };
 
@@ -39,15 +48,15 @@ pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
                 tracing::debug!(peer.url = %peer.url, "the peer serves no monitor");
                 return idle(&peer).await;
             }
-            Err(status) => status.message().to_owned(),
+            Err(status) => root_cause(&status).unwrap_or_else(|| status.message().to_owned()),
             Ok(()) => "the peer ended the stream".to_owned(),
         };
         let users = peer.monitor_ended();
         if !users.is_empty() {
-            tracing::warn!(peer.url = %peer.url, cause, "lost the peer's monitor stream");
+            tracing::warn!(peer.url = %peer.url, %cause, "lost the peer's monitor stream");
         }
         for id in users {
-            plane.lost(&peer, &id);
+            plane.lost(&peer, &id, &cause);
         }
     })
     .abort_handle()
@@ -104,10 +113,15 @@ impl ControlPlane {
 
     /// The peer of connection `id` is gone, or cannot be reached. A Request that succeeds
     /// meanwhile has brought another monitor.
-    fn lost(&self, peer: &Arc<Peer>, id: &str) {
+    fn lost(&self, peer: &Arc<Peer>, id: &str, cause: &str) {
         let peer = Arc::clone(peer);
+        let hop = LostHop {
+            reason: format!("the agent of {} is not heard any more ({cause})", peer.url),
+        };
         let change = move |established: &Established| {
-            (!peer.is_monitored()).then(|| down(established)).flatten()
+            (!peer.is_monitored())
+                .then(|| unheard(established, hop))
+                .flatten()
         };
         self.apply(id, Box::new(change));
     }
@@ -120,6 +134,17 @@ impl ControlPlane {
             let monitors = &self.shared.monitors;
             monitors.publish(ConnectionEventType::Update, &changed.view);
         }
+    }
+
+    /// A Request has failed and what stood before stands: whoever asked is alive, and it ends with the token of that Request.
+    pub(crate) fn outlive(&self, turn: &Turn, expires: SystemTime) {
+        let Some(current) = turn.current().filter(|current| current.expires < expires) else {
+            return;
+        };
+        let mut changed = (*current).clone();
+        changed.expires = expires;
+        turn.set(Some(Arc::new(changed)));
+        self.shared.expiries.set(turn.id(), expires);
     }
 
     /// The id and index of our segment in a connection that the next hop tells of: the next hop's
@@ -178,6 +203,14 @@ fn down(established: &Established) -> Option<Established> {
     told(established, State::Down)
 }
 
+/// The connection when the next hop is not heard any more. One that said itself that the connection is down is taken at its word.
+fn unheard(established: &Established, hop: LostHop) -> Option<Established> {
+    let mut changed = down(established)?;
+    let is_endpoint = health::below(&changed.view).len() <= 1;
+    changed.set_lost_hop(Some(hop).filter(|_| !is_endpoint));
+    Some(changed)
+}
+
 /// The connection when the next hop tells this of it; `None` when that is nothing new.
 fn told(established: &Established, state: State) -> Option<Established> {
     if established.path.told == state {
@@ -216,11 +249,14 @@ fn merge(
             .iter()
             .zip(known)
             .all(|(told, known)| Published::is_same(&told.metrics, &known.metrics));
-    if below.len() + index as usize >= MAX_SEGMENTS || (state == established.path.told && same_path)
+    let is_heard = established.path.lost_hop.is_none();
+    if below.len() + index as usize >= MAX_SEGMENTS
+        || (state == established.path.told && same_path && is_heard)
     {
         return None;
     }
     let mut changed = told(established, state).unwrap_or_else(|| established.clone());
+    changed.set_lost_hop(None);
     if !same_path && let Some(path) = &mut changed.view.path {
         path.path_segments.truncate(index as usize + 1);
         path.path_segments.extend_from_slice(below);

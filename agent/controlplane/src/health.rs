@@ -5,6 +5,9 @@
 //! metrics. Three things decide a connection's state, and any of them that is bad makes it DOWN: the path, the peer's word that it
 //! has no such VNI, and what the next hop tells.
 //!
+//! A next hop that is not heard any more makes it DOWN too, and is told beside the path's health: whoever asked may then keep the
+//! tunnel, whose packets pass without the agents.
+//!
 //! A connection that was granted although its path was known to be down (`prefer`) is UP until the path has been up once: whoever
 //! asked has been told in the metrics, and would only ask again for what there is.
 
@@ -18,7 +21,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use nsm_core::health::{ForeignVnis, Health, Published, Reason, Verdict};
+use nsm_core::health::{ForeignVnis, Health, LostHop, Published, Reason, Verdict};
 use nsm_proto::connection::{Connection, ConnectionEventType, PathSegment, State};
 
 use crate::{
@@ -84,6 +87,8 @@ pub(crate) struct PathState {
     pub(crate) health: Option<Health>,
     /// What the next hop tells.
     pub(crate) told: State,
+    /// The next hop is not heard any more, and does not tell anything.
+    pub(crate) lost_hop: Option<LostHop>,
     /// It was granted although the path was down.
     pub(crate) granted_down: bool,
     /// The MTU that both sides agreed on, whatever the path carries.
@@ -95,6 +100,7 @@ impl Default for PathState {
         Self {
             health: None,
             told: State::Up,
+            lost_hop: None,
             granted_down: false,
             agreed_mtu: 0,
         }
@@ -134,6 +140,49 @@ impl Established {
         self.path_is_down() || below(&self.view).iter().any(told)
     }
 
+    /// Whether its packets may still pass although it is DOWN, or it stands in case they do again: the path is lost, or an agent on
+    /// the way is. Its tunnel stays until another stands.
+    pub(crate) fn is_left_standing(&self) -> bool {
+        let told = |hop: &PathSegment| LostHop::read(&hop.metrics).is_some();
+        self.path_is_told_down()
+            || self.path.lost_hop.is_some()
+            || below(&self.view).iter().any(told)
+    }
+
+    /// Says in our own segment's metrics that the next hop is lost, or heard again.
+    pub(crate) fn set_lost_hop(&mut self, lost: Option<LostHop>) {
+        self.path.lost_hop = lost;
+        if let Some(own) = own_segment_mut(&mut self.view) {
+            LostHop::write(self.path.lost_hop.as_ref(), &mut own.metrics);
+        }
+    }
+
+    /// Why it is DOWN, as a sentence; none where it is not.
+    pub(crate) fn down_reason(&self) -> Option<String> {
+        if self.view.state() != State::Down {
+            return None;
+        }
+        if let Some(health) = self.path.health.filter(Health::is_down) {
+            return Some(health.to_string());
+        }
+        if let Some(lost) = &self.path.lost_hop {
+            let path = match self.path.health.map(|health| health.verdict()) {
+                Some(Verdict::Up) => "the path is good",
+                _ => "of the path nothing is known",
+            };
+            return Some(format!("{}; {path}", lost.reason));
+        }
+        let told = below(&self.view).iter().find_map(|hop| {
+            let down = Some(Published::read(&hop.metrics)).filter(Published::is_down);
+            let lost = || Some(LostHop::read(&hop.metrics)?.reason);
+            Some((&hop.name, down.and_then(|it| it.reason).or_else(lost)?))
+        });
+        Some(match told {
+            Some((name, reason)) => format!("{name} says: {reason}"),
+            None => format!("{} says so, or has it no more", self.route.url),
+        })
+    }
+
     /// Makes the view say what is known: the state, and the metrics of our own segment.
     pub(crate) fn settle(&mut self, foreign: &ForeignVnis) {
         let is_down = self.path_is_down();
@@ -144,10 +193,9 @@ impl Established {
             self.path.told
         };
         self.view.set_state(state);
-        let path = self.view.path.as_mut();
-        let own = path.and_then(|path| path.path_segments.get_mut(path.index as usize));
-        if let Some(own) = own {
+        if let Some(own) = own_segment_mut(&mut self.view) {
             Published::write(self.path.health.as_ref(), foreign, &mut own.metrics);
+            LostHop::write(self.path.lost_hop.as_ref(), &mut own.metrics);
         }
     }
 }
@@ -157,8 +205,13 @@ fn own_segment(view: &Connection) -> Option<&PathSegment> {
     path.path_segments.get(path.index as usize)
 }
 
+fn own_segment_mut(view: &mut Connection) -> Option<&mut PathSegment> {
+    let path = view.path.as_mut()?;
+    path.path_segments.get_mut(path.index as usize)
+}
+
 /// The hops behind ours.
-fn below(view: &Connection) -> &[PathSegment] {
+pub(crate) fn below(view: &Connection) -> &[PathSegment] {
     view.path
         .as_ref()
         .and_then(|path| path.path_segments.get(path.index as usize + 1..))
@@ -301,6 +354,7 @@ impl ControlPlane {
         PathState {
             health,
             told: State::Up,
+            lost_hop: None,
             granted_down: is_down && was_granted_so,
             agreed_mtu,
         }

@@ -378,7 +378,7 @@ pub(crate) fn refused(url: &str, method: &'static str, status: &Status) -> Reque
 }
 
 /// The innermost cause of a broken transport; a peer that answered has none.
-fn root_cause(status: &Status) -> Option<String> {
+pub(crate) fn root_cause(status: &Status) -> Option<String> {
     let mut cause = std::error::Error::source(status)?;
     while let Some(inner) = cause.source() {
         cause = inner;

@@ -390,6 +390,11 @@ impl ConnectionView {
         self.established.path.health.as_ref()
     }
 
+    /// Why it is DOWN, as a sentence; none where it is not.
+    pub fn down_reason(&self) -> Option<String> {
+        self.established.down_reason()
+    }
+
     /// When it is closed unless it is refreshed.
     pub fn expires(&self) -> SystemTime {
         self.established.expires

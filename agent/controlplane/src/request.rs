@@ -96,7 +96,7 @@ struct Ask {
     preferences: Vec<Mechanism>,
     expires: SystemTime,
     deadline: Instant,
-    /// The path was lost and another way is wanted: this one comes last.
+    /// The path or its control plane was lost and another way is wanted: this one comes last.
     avoid: Option<Route>,
     /// The hop at which the connection stands has it no more: it granted another endpoint under the same
     /// id, and that was taken back.
@@ -139,7 +139,7 @@ impl ControlPlane {
         if connection.state() == State::ReselectRequested
             && let Some(current) = turn.current()
         {
-            if current.path_is_told_down() {
+            if current.is_left_standing() {
                 // The old tunnel stands until the new one does; its next hop may not even hear a Close.
                 avoid = Some(current.route.clone());
             } else {
@@ -175,6 +175,8 @@ impl ControlPlane {
         let established = established.inspect_err(|_| {
             if ask.is_moved.load(Ordering::Relaxed) {
                 self.tell_gone(&ask.turn);
+            } else {
+                self.outlive(&ask.turn, ask.expires);
             }
         })?;
         Ok(self.commit(&ask.turn, prior, established, &hop, asked_id))

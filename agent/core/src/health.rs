@@ -18,7 +18,7 @@ mod metrics;
 
 use std::{fmt, net::IpAddr, time::Duration};
 
-pub use metrics::{ForeignVnis, Published};
+pub use metrics::{ForeignVnis, LostHop, Published};
 
 use crate::{
     clock::Monotonic,

@@ -114,6 +114,10 @@ fn render(status: &Status) -> String {
         line(format!("  {}: {}", listener.role, listener.url));
     }
     section(&mut text, "CONNECTIONS", connections(&status.connections));
+    let down = down(&status.connections);
+    if !down.is_empty() {
+        section(&mut text, "DOWN", down);
+    }
     section(&mut text, "TUNNELS", tunnels(&status.connections));
     if let Some(paths) = paths::table(status) {
         section(&mut text, "PATHS", paths);
@@ -186,6 +190,15 @@ fn connections(connections: &[ConnectionStatus]) -> Table {
             seconds(connection.expires_in_seconds),
             connection.path.join(" → "),
         ]);
+    }
+    table
+}
+
+/// Why connections are DOWN, where an agent says so.
+fn down(connections: &[ConnectionStatus]) -> Table {
+    let mut table = table(&["ID", "REASON"], &[]);
+    for connection in connections.iter().filter(|it| !it.down_reason.is_empty()) {
+        table.add_row([short(&connection.id), connection.down_reason.clone()]);
     }
     table
 }

@@ -8,6 +8,7 @@ mod flow;
 mod health;
 mod hostile;
 mod lifetime;
+mod lost_hop;
 mod monitor;
 mod node;
 mod refused;

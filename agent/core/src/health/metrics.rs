@@ -10,6 +10,11 @@ const STATE_OUT: &str = "sbfd_state_out";
 const REASON: &str = "sbfd_reason";
 const PATH_MTU: &str = "sbfd_path_mtu";
 const FOREIGN: &str = "vxlan_foreign_vnis";
+const NEXT_HOP: &str = "next_hop";
+const NEXT_HOP_REASON: &str = "next_hop_reason";
+
+/// The value of [`NEXT_HOP`]; there is no other, for a hop that is heard needs no word.
+const LOST: &str = "lost";
 
 /// The most foreign VNIs that are told of one peer: a peer that sends with many has something else wrong with it.
 const MOST_FOREIGN: usize = 16;
@@ -39,6 +44,40 @@ impl ForeignVnis {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+}
+
+/// The next hop of whoever tells this is not heard any more: its part of the control plane is away, which says nothing of the path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LostHop {
+    /// Who is not heard and how that was noticed, as a sentence.
+    pub reason: String,
+}
+
+impl LostHop {
+    /// Reads a segment's metrics.
+    #[must_use]
+    pub fn read(metrics: &BTreeMap<String, String>) -> Option<Self> {
+        (metrics.get(NEXT_HOP)? == LOST).then(|| Self {
+            reason: metrics
+                .get(NEXT_HOP_REASON)
+                .cloned()
+                .unwrap_or_else(|| "the next hop is not heard any more".to_owned()),
+        })
+    }
+
+    /// Writes into our own segment's metrics that the next hop is lost, or takes that back. Whatever else is there stays.
+    pub fn write(lost: Option<&Self>, metrics: &mut BTreeMap<String, String>) {
+        match lost {
+            Some(lost) => {
+                metrics.insert(NEXT_HOP.to_owned(), LOST.to_owned());
+                metrics.insert(NEXT_HOP_REASON.to_owned(), lost.reason.clone());
+            }
+            None => {
+                metrics.remove(NEXT_HOP);
+                metrics.remove(NEXT_HOP_REASON);
+            }
+        }
     }
 }
 
@@ -106,10 +145,10 @@ impl Published {
         set(FOREIGN, (!vnis.is_empty()).then(|| vnis.join(",")));
     }
 
-    /// Whether two segments' metrics tell the same of health. The texts of reasons may differ: they count milliseconds.
+    /// Whether two segments' metrics tell the same of health and of the next hop. The texts of reasons may differ: they count milliseconds.
     #[must_use]
     pub fn is_same(one: &BTreeMap<String, String>, other: &BTreeMap<String, String>) -> bool {
-        let keys = [STATE_IN, STATE_OUT, PATH_MTU, FOREIGN];
+        let keys = [STATE_IN, STATE_OUT, PATH_MTU, FOREIGN, NEXT_HOP];
         keys.iter().all(|key| one.get(*key) == other.get(*key))
     }
 }

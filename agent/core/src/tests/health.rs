@@ -224,6 +224,34 @@ fn health_travels_in_metrics() {
     assert_eq!(later, BTreeMap::from([("rx".to_owned(), "5".to_owned())]));
 }
 
+#[test]
+fn a_lost_next_hop_travels_beside_health() {
+    let evidence = lost();
+    let health = judge(&evidence, evidence.session.since);
+    let mut metrics = BTreeMap::from([("rx".to_owned(), "5".to_owned())]);
+    Published::write(Some(&health), &ForeignVnis::default(), &mut metrics);
+    let heard = metrics.clone();
+    assert_eq!(LostHop::read(&heard), None);
+    let hop = LostHop {
+        reason: "it went".to_owned(),
+    };
+    LostHop::write(Some(&hop), &mut metrics);
+    assert_eq!(metrics["next_hop"], "lost");
+    assert_eq!(LostHop::read(&metrics), Some(hop));
+    assert!(!Published::is_same(&metrics, &heard), "it is news");
+    // Either is written without the other.
+    Published::write(None, &ForeignVnis::default(), &mut metrics);
+    assert!(LostHop::read(&metrics).is_some());
+    // Somebody else's word for the same is taken, and any other value for what it is.
+    metrics.remove("next_hop_reason");
+    let read = LostHop::read(&metrics).expect("lost");
+    assert!(read.reason.contains("not heard"), "{read:?}");
+    LostHop::write(None, &mut metrics);
+    assert_eq!(metrics, BTreeMap::from([("rx".to_owned(), "5".to_owned())]));
+    metrics.insert("next_hop".to_owned(), "10.0.0.1".to_owned());
+    assert_eq!(LostHop::read(&metrics), None);
+}
+
 fn verdict() -> impl Strategy<Value = Verdict> {
     prop::sample::select(vec![
         Verdict::Unknown,

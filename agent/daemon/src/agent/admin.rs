@@ -149,6 +149,7 @@ async fn connection(
             None => None,
         },
         health: view.health().map(|health| path_health(health, paths)),
+        down_reason: view.down_reason().unwrap_or_default(),
     }
 }
 

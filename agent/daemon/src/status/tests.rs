@@ -22,6 +22,7 @@ fn full() -> Status {
         mtu: 1450,
         tunnel,
         health: None,
+        down_reason: String::new(),
     };
     let tunnel = Tunnel {
         vni: 4242,
@@ -172,6 +173,24 @@ PEERS
     let text = render(&status);
     let line = text.lines().find(|line| line.contains(" in   down "));
     assert!(line.unwrap().contains("0                 -  let"), "{text}");
+}
+
+#[test]
+fn a_connection_that_is_down_is_shown_with_the_reason() {
+    let mut status = full();
+    let connection = &mut status.connections[1];
+    connection.state = "DOWN".to_owned();
+    connection.down_reason =
+        "the agent of tcp://203.0.113.2:5006 is not heard any more; the path is good".to_owned();
+    let expected = "
+DOWN
+  ID        REASON
+  22222222  the agent of tcp://203.0.113.2:5006 is not heard any more; the path is good
+
+TUNNELS
+";
+    let text = render(&status);
+    assert!(text.contains(expected), "{text}");
 }
 
 #[test]

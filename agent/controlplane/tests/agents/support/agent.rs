@@ -1,6 +1,7 @@
 //! A whole agent in this process: control plane, listeners, a kernel that is none.
 
 use std::{
+    io::ErrorKind,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{Arc, Mutex},
@@ -20,7 +21,7 @@ use nsm_core::{name::Domain, vni::VniPool};
 use tempfile::TempDir;
 use tonic::service::Routes;
 
-use super::{kernel::FakeKernel, process::Process};
+use super::{GLANCE, kernel::FakeKernel, process::Process};
 
 /// How an agent differs from the usual one.
 #[derive(Clone)]
@@ -109,6 +110,7 @@ impl Setup {
 
 /// A running agent.
 pub(crate) struct Agent {
+    setup: Setup,
     pub(crate) plane: ControlPlane,
     pub(crate) registry: Registry,
     pub(crate) domain: Domain,
@@ -128,13 +130,23 @@ pub(crate) const MAX_MESSAGE: usize = 256 << 10;
 
 impl Agent {
     pub(crate) async fn start(setup: Setup) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("nsm.sock");
         let kernel = setup
             .kernel
             .map(|(ip, mtu)| Arc::new(FakeKernel::new(ip, mtu, setup.probes)));
-        let (process, (plane, registry, address)) =
-            Process::start(run(setup.clone(), socket.clone(), kernel.clone())).await;
+        Self::start_at(setup, kernel, "127.0.0.1:0".parse().expect("an address")).await
+    }
+
+    /// The next life of an agent that was killed: at its address, on the links that it left.
+    pub(crate) async fn start_again(&self) -> Self {
+        assert!(!self.is_alive());
+        Self::start_at(self.setup.clone(), self.kernel.clone(), self.address).await
+    }
+
+    async fn start_at(setup: Setup, kernel: Option<Arc<FakeKernel>>, address: SocketAddr) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("nsm.sock");
+        let running = run(setup.clone(), socket.clone(), kernel.clone(), address);
+        let (process, (plane, registry, address)) = Process::start(running).await;
         Self {
             plane,
             registry,
@@ -145,6 +157,7 @@ impl Agent {
             folder,
             kernel,
             process: Mutex::new(Some(process)),
+            setup,
         }
     }
 
@@ -175,10 +188,15 @@ async fn run(
     setup: Setup,
     socket: PathBuf,
     kernel: Option<Arc<FakeKernel>>,
+    address: SocketAddr,
 ) -> (ControlPlane, Registry, SocketAddr) {
-    let network = Socket::tcp("127.0.0.1:0".parse().expect("an address"))
-        .await
-        .expect("a port");
+    let network = loop {
+        match Socket::tcp(address).await {
+            // An earlier life of it is not quite gone.
+            Err(error) if error.kind() == ErrorKind::AddrInUse => tokio::time::sleep(GLANCE).await,
+            bound => break bound.expect("a port"),
+        }
+    };
     let Socket::Tcp(listener) = &network else {
         unreachable!("made as TCP")
     };

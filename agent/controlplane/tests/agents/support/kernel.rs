@@ -102,6 +102,11 @@ impl FakeKernel {
         self.table().foreign.insert(vni);
     }
 
+    /// Loses all links, as a node that was started again.
+    pub(crate) fn forget(&self) {
+        self.table().standing.clear();
+    }
+
     /// VNIs asked for that something else had.
     pub(crate) fn refused_vnis(&self) -> Vec<u32> {
         self.table().refused.clone()
