@@ -2,16 +2,20 @@
 //!
 //! | what is lost | what is done |
 //! |---|---|
-//! | the control plane, the path is good | the same endpoint is asked again; traffic goes on meanwhile |
+//! | our own agent | it is asked for the same until it answers: there is nobody else to ask |
+//! | the control plane behind it, the path is good | the same endpoint is asked for again, within [`PATIENCE`]; traffic goes on meanwhile |
 //! | the path | another endpoint is asked for; the old tunnel stands until the new one does |
-//! | the endpoint | another endpoint is asked for |
+//! | the endpoint | what there was is closed, and another endpoint is asked for |
+//!
+//! Whatever is asked for again, a tunnel whose packets may pass is not closed before another stands: only the endpoint's own end, or a
+//! refusal that cannot be waited out, makes it useless.
 //!
 //! The first loss is tried to be mended at once, and so is that of a connection that lived long enough to be called one; other tries are
 //! spaced by [`Backoff`].
 
 use std::time::Duration;
 
-use crate::backoff::Backoff;
+use crate::{backoff::Backoff, clock::Monotonic};
 
 /// The shortest wait before another try: an agent that restarts is back within it.
 pub const SHORTEST_WAIT: Duration = Duration::from_millis(200);
@@ -23,15 +27,55 @@ pub const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// growing waits, so that two that disagree do not spin.
 pub const STABLE: Duration = Duration::from_secs(10);
 
+/// How long the same endpoint is asked for while an agent on the way to it is not heard and the path is not known to be down. An agent
+/// that died is started again at once by systemd, and by Kubernetes after 10, 20 and 40 s when it dies again; the pod of a DaemonSet that
+/// is updated is replaced within a minute, the image fetched. Traffic goes on meanwhile, so that waiting costs little; not for ever, since
+/// nobody tells what becomes of the endpoint as long as its agent is away.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long an endpoint may be unknown to an agent that is heard again: registries that live in agents know nobody after a restart, and
+/// endpoints that lost theirs register every 5 s at least.
+pub const REGISTERS_AGAIN: Duration = Duration::from_secs(10);
+
 /// What was noticed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
-    /// The agent, or a hop behind it, is not heard any more; nothing is known of the path.
+    /// Our own agent is not heard any more; nothing is known of what lies behind it.
+    Agent,
+    /// A hop behind our agent is not heard any more, and no path is told to be down.
     ControlPlane,
     /// Packets do not pass.
     Path,
     /// The endpoint is gone, or refused to go on.
     Endpoint,
+}
+
+/// Why what was asked for was not granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// Our own agent cannot be reached.
+    Agent,
+    /// No answer in time, from our agent or from a hop behind it.
+    Silence,
+    /// Our agent says that somebody cannot be reached.
+    Unavailable,
+    /// Whoever is asked knows no such endpoint.
+    Unknown,
+    /// Any other refusal, and answers that are none.
+    Refused,
+}
+
+impl Failure {
+    /// What is lost where a refresh fails so and nobody has told more: the streams of the agents on the way stand, so that whoever
+    /// cannot be reached is the endpoint.
+    #[must_use]
+    pub const fn loss(self) -> Loss {
+        match self {
+            Self::Agent => Loss::Agent,
+            Self::Silence => Loss::ControlPlane,
+            Self::Unavailable | Self::Unknown | Self::Refused => Loss::Endpoint,
+        }
+    }
 }
 
 /// What to ask for.
@@ -40,97 +84,125 @@ pub enum Step {
     /// The same endpoint under the same id: a refresh.
     Same,
     /// Any endpoint, another one if there is.
-    Reselect,
+    Reselect {
+        /// Whether what there was is closed first.
+        closes: bool,
+    },
+}
+
+/// What is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Our own agent.
+    Agent,
+    /// The control plane behind it.
+    ControlPlane {
+        since: Monotonic,
+        /// Since when the endpoint is unknown to those who answer.
+        unknown: Option<Monotonic>,
+    },
+    /// An endpoint. Nothing makes the old one wanted again.
+    Another { closes: bool },
+}
+
+impl Phase {
+    const fn begin(loss: Loss, now: Monotonic) -> Self {
+        match loss {
+            Loss::Agent => Self::Agent,
+            Loss::ControlPlane => Self::ControlPlane {
+                since: now,
+                unknown: None,
+            },
+            Loss::Path => Self::Another { closes: false },
+            Loss::Endpoint => Self::Another { closes: true },
+        }
+    }
+
+    fn after(self, failure: Failure, now: Monotonic) -> Self {
+        match (self, failure) {
+            (Self::Another { .. }, _) => self,
+            (Self::Agent, Failure::Agent | Failure::Silence) => self,
+            // It is back and has nothing to go on with.
+            (Self::Agent, _) | (Self::ControlPlane { .. }, Failure::Refused) => {
+                Self::Another { closes: true }
+            }
+            (Self::ControlPlane { since, unknown }, _) => {
+                let unknown = (failure == Failure::Unknown).then(|| unknown.unwrap_or(now));
+                if unknown.is_some_and(|first| now.since(first) >= REGISTERS_AGAIN) {
+                    Self::Another { closes: true }
+                } else if now.since(since) >= PATIENCE {
+                    Self::Another { closes: false }
+                } else {
+                    Self::ControlPlane { since, unknown }
+                }
+            }
+        }
+    }
+
+    const fn step(self) -> Step {
+        match self {
+            Self::Agent | Self::ControlPlane { .. } => Step::Same,
+            Self::Another { closes } => Step::Reselect { closes },
+        }
+    }
 }
 
 /// The healing of one connection.
 #[derive(Debug, Clone)]
 pub struct Healer {
     backoff: Backoff,
-    /// What was asked for last.
-    step: Option<Step>,
+    phase: Option<Phase>,
 }
 
 impl Default for Healer {
     fn default() -> Self {
         Self {
             backoff: Backoff::new(SHORTEST_WAIT, LONGEST_WAIT),
-            step: None,
+            phase: None,
         }
     }
 }
 
 impl Healer {
     /// A connection that lived for `lived` is lost: what to ask for, and after how long. `random` is uniform in 0..1.
-    pub fn handle_loss(&mut self, loss: Loss, lived: Duration, random: f64) -> (Step, Duration) {
-        let step = step(loss);
-        let is_first = self.step.replace(step).is_none();
+    pub fn handle_loss(
+        &mut self,
+        loss: Loss,
+        lived: Duration,
+        now: Monotonic,
+        random: f64,
+    ) -> (Step, Duration) {
+        let phase = Phase::begin(loss, now);
+        let is_first = self.phase.replace(phase).is_none();
         if is_first || lived >= STABLE {
             self.backoff.reset();
-            return (step, Duration::ZERO);
+            return (phase.step(), Duration::ZERO);
         }
-        (step, self.backoff.next(random))
+        (phase.step(), self.backoff.next(random))
+    }
+
+    /// More is lost while the same endpoint is asked for: what to ask for at once; `None` where that makes no difference.
+    pub fn handle_news(&mut self, loss: Loss, now: Monotonic) -> Option<Step> {
+        let is_more = matches!(self.phase, Some(Phase::ControlPlane { .. }))
+            && matches!(loss, Loss::Path | Loss::Endpoint);
+        is_more.then(|| self.phase.insert(Phase::begin(loss, now)).step())
     }
 
     /// A try failed, for this reason: what to ask for next, and after how long.
-    pub fn handle_failure(&mut self, loss: Loss, random: f64) -> (Step, Duration) {
-        // Once another endpoint is wanted, nothing makes the old one wanted again.
-        let step = match (self.step, step(loss)) {
-            (Some(Step::Reselect), _) | (_, Step::Reselect) => Step::Reselect,
-            _ => Step::Same,
-        };
-        self.step = Some(step);
-        (step, self.backoff.next(random))
-    }
-}
-
-const fn step(loss: Loss) -> Step {
-    match loss {
-        Loss::ControlPlane => Step::Same,
-        Loss::Path | Loss::Endpoint => Step::Reselect,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_lost_decides_what_is_asked_for() {
-        for (loss, expected) in [
-            (Loss::ControlPlane, Step::Same),
-            (Loss::Path, Step::Reselect),
-            (Loss::Endpoint, Step::Reselect),
-        ] {
-            let mut healer = Healer::default();
-            assert_eq!(
-                healer.handle_loss(loss, STABLE, 0.5),
-                (expected, Duration::ZERO)
-            );
-        }
+    pub fn handle_failure(
+        &mut self,
+        failure: Failure,
+        now: Monotonic,
+        random: f64,
+    ) -> (Step, Duration) {
+        let phase = self.phase.unwrap_or(Phase::begin(failure.loss(), now));
+        let phase = self.phase.insert(phase.after(failure, now));
+        (phase.step(), self.backoff.next(random))
     }
 
-    #[test]
-    fn tries_that_fail_wait_longer_and_want_another_endpoint_for_good() {
-        let mut healer = Healer::default();
-        healer.handle_loss(Loss::ControlPlane, STABLE, 1.0);
-        let (step, first) = healer.handle_failure(Loss::ControlPlane, 1.0);
-        assert_eq!((step, first), (Step::Same, 3 * SHORTEST_WAIT));
-        assert_eq!(healer.handle_failure(Loss::Endpoint, 1.0).0, Step::Reselect);
-        let (step, wait) = healer.handle_failure(Loss::ControlPlane, 1.0);
-        assert_eq!(step, Step::Reselect);
-        assert!(wait > first);
-    }
-
-    #[test]
-    fn a_connection_that_comes_and_goes_is_asked_for_slower() {
-        let mut healer = Healer::default();
-        let waits: Vec<_> = (0..4)
-            .map(|_| healer.handle_loss(Loss::Endpoint, Duration::ZERO, 1.0).1)
-            .collect();
-        assert!(waits.is_sorted() && waits[1] < waits[3], "{waits:?}");
-        assert_eq!(waits[0], Duration::ZERO, "the first loss");
-        let again = healer.handle_loss(Loss::Path, STABLE, 1.0);
-        assert_eq!(again, (Step::Reselect, Duration::ZERO));
+    /// What was granted has a path that is known to be down: how long to wait until a better one is looked for.
+    pub fn handle_bad_grant(&mut self, now: Monotonic, random: f64) -> Duration {
+        self.phase.get_or_insert(Phase::begin(Loss::Path, now));
+        self.backoff.next(random)
     }
 }

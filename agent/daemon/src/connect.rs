@@ -3,9 +3,10 @@
 //! It asks once, and what is refused then ends it: a person waits. From the first answer on it
 //! keeps the connection: refreshed before the first token on the path expires, asked for again when
 //! it is lost, as [`nsm_core::heal`] says. An endpoint that is gone is closed first; a path that is
-//! lost is not, for its tunnel stands until the new one does. A connection that was granted although
-//! its path is down is asked for again and again until there is another, or the path is back.
-//! Whatever ends it, it closes what it has.
+//! lost is not, for its tunnel stands until the new one does; and where an agent on the way is gone
+//! the same is asked for, while its packets go on. A connection that was granted although its path
+//! is down is asked for again and again until there is another, or the path is back. Whatever ends
+//! it, it closes what it has.
 
 use std::{
     convert::Infallible,
@@ -14,10 +15,12 @@ use std::{
 
 use anyhow::Context as _;
 use nsm_core::{
+    clock::Monotonic,
     expiry::refresh_after,
-    heal::{Healer, Loss, Step},
+    heal::{Failure, Healer, Loss, SHORTEST_WAIT, Step},
 };
 use tokio::time::Instant;
+use tonic::Code;
 
 use crate::{
     cli::{ConnectArgs, label_map},
@@ -86,6 +89,8 @@ struct Client {
     stop: Stop,
     reporter: Reporter,
     healer: Healer,
+    /// What the healer's time is counted from.
+    began: Instant,
 }
 
 impl Client {
@@ -108,6 +113,7 @@ impl Client {
             stop,
             reporter,
             healer: Healer::default(),
+            began: Instant::now(),
         })
     }
 
@@ -123,10 +129,10 @@ impl Client {
             let wait = refresh_after(SystemTime::now(), answer.expires);
             let loss = tokio::select! {
                 () = self.stop.wait() => return Err(Ended::Asked),
-                () = tokio::time::sleep(wait) => self.refresh(&mut answer).await?,
+                () = tokio::time::sleep(wait) => self.refresh(&mut answer, &mut watch).await?,
                 () = until(again_at) => Some(Loss::Path),
                 news = watch.next() => match news {
-                    News::RefreshRequested => self.refresh(&mut answer).await?,
+                    News::RefreshRequested => self.refresh(&mut answer, &mut watch).await?,
                     News::PathUp => {
                         again_at = None;
                         None
@@ -138,9 +144,7 @@ impl Client {
                 },
             };
             if let Some(loss) = loss {
-                // Its news from here on are about what is being replaced.
-                drop(watch);
-                answer = self.recover(loss, since.elapsed()).await?;
+                answer = self.recover(loss, since.elapsed(), &mut watch).await?;
                 since = Instant::now();
                 watch = Watch::start(&self.session);
                 again_at = self.again_at(&answer);
@@ -151,12 +155,18 @@ impl Client {
     /// When to look for a better path, where there was none.
     fn again_at(&mut self, answer: &Answer) -> Option<Instant> {
         answer.view.path_down.as_ref()?;
-        let (_, wait) = self.healer.handle_failure(Loss::Path, rand::random());
+        let wait = self
+            .healer
+            .handle_bad_grant(since(self.began), rand::random());
         Some(Instant::now() + wait)
     }
 
     /// A refresh; what is lost where it failed.
-    async fn refresh(&mut self, answer: &mut Answer) -> Result<Option<Loss>, Ended> {
+    async fn refresh(
+        &mut self,
+        answer: &mut Answer,
+        watch: &mut Watch,
+    ) -> Result<Option<Loss>, Ended> {
         match unless_stopped(&mut self.stop, self.session.request()).await? {
             Ok(again) => {
                 *answer = again;
@@ -165,35 +175,91 @@ impl Client {
             }
             Err(error) => {
                 self.reporter.error(&error.to_string())?;
-                Ok(Some(loss_by(&error)))
+                let failure = failure(&error);
+                if !matches!(failure, Failure::Unavailable | Failure::Unknown) {
+                    return Ok(Some(failure.loss()));
+                }
+                // Whether the endpoint or an agent on the way is gone the monitor knows, perhaps a moment later.
+                let told = tokio::time::timeout(SHORTEST_WAIT, watch.next_loss());
+                match unless_stopped(&mut self.stop, told).await? {
+                    Ok((loss, reason)) => {
+                        self.reporter.down(&reason)?;
+                        Ok(Some(loss))
+                    }
+                    Err(_) => Ok(Some(failure.loss())),
+                }
             }
         }
     }
 
-    /// Asks until there is a connection again, in place of one that lived for so long.
-    async fn recover(&mut self, mut loss: Loss, lived: Duration) -> Result<Answer, Ended> {
-        let (mut step, mut wait) = self.healer.handle_loss(loss, lived, rand::random());
+    /// Asks until there is a connection again, in place of one that lived for so long. As long as it is the same that is asked for,
+    /// what is told of it counts; after that the news are about what is being replaced.
+    async fn recover(
+        &mut self,
+        loss: Loss,
+        lived: Duration,
+        watch: &mut Watch,
+    ) -> Result<Answer, Ended> {
+        let now = since(self.began);
+        let (mut step, mut wait) = self.healer.handle_loss(loss, lived, now, rand::random());
         loop {
-            unless_stopped(&mut self.stop, tokio::time::sleep(wait)).await?;
-            let again = async {
-                match step {
-                    Step::Same => self.session.same_again().await,
-                    Step::Reselect => self.session.reselect(loss == Loss::Endpoint).await,
-                }
-            };
-            match unless_stopped(&mut self.stop, again).await? {
-                Ok(answer) => {
-                    self.reporter.connected(&answer)?;
-                    return Ok(answer);
-                }
-                Err(error) => {
-                    self.reporter.error(&error.to_string())?;
-                    loss = loss_by(&error);
-                    (step, wait) = self.healer.handle_failure(loss, rand::random());
-                }
+            match self.try_again(step, wait, watch).await? {
+                Tried::Asked(answered) => match *answered {
+                    Ok(answer) => {
+                        self.reporter.connected(&answer)?;
+                        return Ok(answer);
+                    }
+                    Err(error) => {
+                        self.reporter.error(&error.to_string())?;
+                        let (failure, now) = (failure(&error), since(self.began));
+                        (step, wait) = self.healer.handle_failure(failure, now, rand::random());
+                    }
+                },
+                Tried::Overtaken(other) => (step, wait) = (other, Duration::ZERO),
             }
         }
     }
+
+    /// Asks once, after a wait, unless more is lost meanwhile.
+    async fn try_again(
+        &mut self,
+        step: Step,
+        wait: Duration,
+        watch: &mut Watch,
+    ) -> Result<Tried, Ended> {
+        let again = async {
+            tokio::time::sleep(wait).await;
+            match step {
+                Step::Same => self.session.same_again().await,
+                Step::Reselect { closes } => self.session.reselect(closes).await,
+            }
+        };
+        tokio::pin!(again);
+        loop {
+            let (loss, reason) = tokio::select! {
+                () = self.stop.wait() => return Err(Ended::Asked),
+                answered = &mut again => return Ok(Tried::Asked(Box::new(answered))),
+                more = watch.next_loss(), if step == Step::Same => more,
+            };
+            if let Some(other) = self.healer.handle_news(loss, since(self.began)) {
+                self.reporter.down(&reason)?;
+                return Ok(Tried::Overtaken(other));
+            }
+        }
+    }
+}
+
+/// What came of a try to mend a connection.
+enum Tried {
+    /// It was asked for.
+    Asked(Box<Result<Answer, CallError>>),
+    /// Something else is to be asked for at once.
+    Overtaken(Step),
+}
+
+/// The healer's clock.
+fn since(began: Instant) -> Monotonic {
+    Monotonic::default() + began.elapsed()
 }
 
 async fn until(at: Option<Instant>) {
@@ -210,10 +276,16 @@ async fn unless_stopped<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Re
     }
 }
 
-/// A refusal is about the endpoint or what was agreed; silence and absence are about the agent.
-fn loss_by(error: &CallError) -> Loss {
+fn failure(error: &CallError) -> Failure {
     match error {
-        CallError::Refused { .. } | CallError::BadAnswer { .. } => Loss::Endpoint,
-        CallError::Unreachable { .. } | CallError::Silent { .. } => Loss::ControlPlane,
+        CallError::Unreachable { .. } => Failure::Agent,
+        CallError::Silent { .. } => Failure::Silence,
+        CallError::Refused { code, .. } => match code {
+            Code::Unavailable => Failure::Unavailable,
+            Code::DeadlineExceeded => Failure::Silence,
+            Code::NotFound => Failure::Unknown,
+            _ => Failure::Refused,
+        },
+        CallError::BadAnswer { .. } => Failure::Refused,
     }
 }

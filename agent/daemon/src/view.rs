@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use nsm_controlplane::server::facts;
 use nsm_core::{
-    health::Published,
+    health::{LostHop, Published},
     mechanism::{MTU, NAME, VNI, VXLAN},
 };
 use nsm_proto::connection::Connection;
@@ -128,6 +128,13 @@ pub(crate) fn health(connection: &Connection) -> impl Iterator<Item = Published>
 pub(crate) fn path_down(connection: &Connection) -> Option<String> {
     let down = health(connection).find(Published::is_down)?;
     Some(down.reason.unwrap_or_else(|| "the path is down".to_owned()))
+}
+
+/// Who on the way is not heard any more, where a hop tells so: the first that does.
+pub(crate) fn lost_hop(connection: &Connection) -> Option<String> {
+    let hops = connection.path.iter().flat_map(|path| &path.path_segments);
+    let lost = hops.filter_map(|hop| LostHop::read(&hop.metrics)).next();
+    Some(lost?.reason)
 }
 
 /// The addresses, or a word for none.

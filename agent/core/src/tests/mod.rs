@@ -1,6 +1,7 @@
 //! Tests of the rules that other crates call, one file a module.
 
 mod expiry;
+mod heal;
 mod health;
 mod ipmap;
 mod mechanism;

@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, task::AbortHandle};
 use tonic::Code;
 
 use super::session::Session;
-use crate::view::{health, path_down};
+use crate::view::{health, lost_hop, path_down};
 
 /// What the monitor told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +66,7 @@ impl Watch {
                 }
             };
             let words = format!("{url} is not heard any more: {reason}");
-            let lost = News::Lost(Loss::ControlPlane, words);
+            let lost = News::Lost(Loss::Agent, words);
             // The receiver is gone when the connection is not wanted any more.
             let _ = sender.send(lost).await;
         })
@@ -74,11 +74,20 @@ impl Watch {
         Self { news, task }
     }
 
-    /// The next news. After a loss of the control plane none comes.
+    /// The next news. After the loss of our agent none comes.
     pub(crate) async fn next(&mut self) -> News {
         match self.news.recv().await {
             Some(news) => news,
             None => std::future::pending().await,
+        }
+    }
+
+    /// The next loss; other news mean nothing to whoever waits for one.
+    pub(crate) async fn next_loss(&mut self) -> (Loss, String) {
+        loop {
+            if let News::Lost(loss, reason) = self.next().await {
+                return (loss, reason);
+            }
         }
     }
 }
@@ -110,9 +119,10 @@ fn interpret(event: &ConnectionEvent, id: &str) -> Option<News> {
     match ours.state() {
         State::Up => is_path_up(ours).then_some(News::PathUp),
         State::RefreshRequested => Some(News::RefreshRequested),
-        State::Down => match path_down(ours) {
-            Some(reason) => Some(News::Lost(Loss::Path, reason)),
-            None => lost("the path or the endpoint is down"),
+        State::Down => match (path_down(ours), lost_hop(ours)) {
+            (Some(reason), _) => Some(News::Lost(Loss::Path, reason)),
+            (None, Some(reason)) => Some(News::Lost(Loss::ControlPlane, reason)),
+            (None, None) => lost("the path or the endpoint is down"),
         },
         State::ReselectRequested => lost("another endpoint is wanted"),
     }
@@ -184,7 +194,29 @@ mod tests {
             &[("sbfd_state_out", "down"), ("sbfd_reason", "why")],
         );
         let lost = News::Lost(Loss::Path, "why".to_owned());
-        assert_eq!(interpret(&event, "nsc-id"), Some(lost));
+        assert_eq!(interpret(&event, "nsc-id"), Some(lost.clone()));
+        let unheard = [("next_hop", "lost"), ("next_hop_reason", "who")];
+        let down = [("sbfd_state_out", "down"), ("sbfd_reason", "why")];
+        tell(&mut event, &[unheard, down].concat());
+        assert_eq!(
+            interpret(&event, "nsc-id"),
+            Some(lost),
+            "the worse of the two"
+        );
+        // A good path, and one of which nothing is known.
+        for state in ["up", "unverified", "unknown", ""] {
+            tell(
+                &mut event,
+                &[&unheard[..], &[("sbfd_state_out", state)]].concat(),
+            );
+            let lost = News::Lost(Loss::ControlPlane, "who".to_owned());
+            assert_eq!(interpret(&event, "nsc-id"), Some(lost), "{state:?}");
+        }
+        // Whatever stands there: an endpoint that is gone is gone, and what is up is up.
+        event.set_type(ConnectionEventType::Delete);
+        let told = interpret(&event, "nsc-id");
+        assert!(matches!(told, Some(News::Lost(Loss::Endpoint, _))));
+        event.set_type(ConnectionEventType::Update);
         tell(&mut event, &[("sbfd_state_out", "up")]);
         let told = interpret(&event, "nsc-id");
         assert!(matches!(told, Some(News::Lost(Loss::Endpoint, _))));

@@ -3,7 +3,7 @@
 use std::{os::unix::fs::MetadataExt as _, time::Duration};
 
 use nix::sys::signal::Signal;
-use nsm_proto::connection::{ConnectionEventType, State};
+use nsm_proto::connection::{Connection, ConnectionEventType, State};
 use tonic::Status;
 
 use crate::support::{Call, Reply, Stage, Tool, granted, soon};
@@ -202,6 +202,100 @@ async fn an_agent_that_was_away_is_asked_for_the_same_again() {
     assert_eq!(again.state(), State::ReselectRequested);
     tool.expect("connected").await;
     soon("the monitor", stage.monitor()).await;
+    tool.signal(Signal::SIGINT);
+    stage.close().await;
+    assert_eq!(tool.end().await.0, 0);
+}
+
+/// The connection as the agent tells it while an agent behind it is not heard.
+fn unheard(connection: &Connection) -> Connection {
+    let mut told = connection.clone();
+    let metrics = &mut told.path.as_mut().unwrap().path_segments[1].metrics;
+    metrics.insert("next_hop".to_owned(), "lost".to_owned());
+    metrics.insert("next_hop_reason".to_owned(), "agent-2 went".to_owned());
+    told
+}
+
+#[tokio::test]
+async fn an_agent_on_the_way_is_waited_for() {
+    let refuse = |status: fn(&'static str) -> Status| Reply::Refuse(status("not there"));
+    let mut stage = Stage::new([
+        Reply::Grant(Duration::from_secs(600)),
+        refuse(Status::unavailable),
+        refuse(Status::deadline_exceeded),
+        refuse(Status::not_found),
+    ]);
+    let mut tool = connect(&stage, &[]);
+    let first = granted(stage.request().await, Duration::from_secs(600));
+    tool.expect("connected").await;
+    stage.monitor().await;
+    let (update, told) = (ConnectionEventType::Update, unheard(&first));
+    stage.agent.tell(update, &told, State::Down);
+    assert_eq!(tool.expect("down").await["reason"], "agent-2 went");
+    for _ in 0..3 {
+        let again = stage.request().await.connection.unwrap();
+        assert_eq!((&again.id, again.state()), (&first.id, State::Up));
+        assert_eq!(again.network_service_endpoint_name, "nse");
+        tool.expect("error").await;
+        // The same word again is no news.
+        stage.agent.tell(update, &told, State::Down);
+    }
+    stage.request().await;
+    tool.expect("connected").await;
+    stage.monitor().await;
+    tool.signal(Signal::SIGINT);
+    stage.close().await;
+    assert_eq!(tool.end().await.0, 0);
+}
+
+#[tokio::test]
+async fn a_path_that_is_lost_meanwhile_is_left_without_a_close() {
+    let mut stage = Stage::new([Reply::Grant(Duration::from_secs(600)), Reply::Silence]);
+    let mut tool = connect(&stage, &[]);
+    let first = granted(stage.request().await, Duration::from_secs(600));
+    tool.expect("connected").await;
+    stage.monitor().await;
+    let (update, mut told) = (ConnectionEventType::Update, unheard(&first));
+    stage.agent.tell(update, &told, State::Down);
+    tool.expect("down").await;
+    assert_eq!(stage.request().await.connection.unwrap().state(), State::Up);
+    let metrics = &mut told.path.as_mut().unwrap().path_segments[1].metrics;
+    metrics.insert("sbfd_state_out".to_owned(), "down".to_owned());
+    metrics.insert("sbfd_reason".to_owned(), "no answer".to_owned());
+    stage.agent.tell(update, &told, State::Down);
+    assert_eq!(tool.expect("down").await["reason"], "no answer");
+    let again = stage.request().await.connection.unwrap();
+    assert_eq!(again.state(), State::ReselectRequested);
+    assert_eq!(again.network_service_endpoint_name, "");
+    tool.expect("connected").await;
+    stage.monitor().await;
+    tool.signal(Signal::SIGINT);
+    stage.close().await;
+    assert_eq!(tool.end().await.0, 0);
+}
+
+/// A refusal says that somebody cannot be reached, the monitor who it is.
+#[tokio::test]
+async fn a_refresh_in_vain_asks_the_monitor_what_is_lost() {
+    let short = Duration::from_millis(900);
+    let mut stage = Stage::new([
+        Reply::Grant(short),
+        Reply::Refuse(Status::unavailable("not there")),
+    ]);
+    let mut tool = connect(&stage, &[]);
+    let first = granted(stage.request().await, short);
+    tool.expect("connected").await;
+    stage.monitor().await;
+    stage.request().await;
+    stage
+        .agent
+        .tell(ConnectionEventType::Update, &unheard(&first), State::Down);
+    tool.expect("error").await;
+    tool.expect("down").await;
+    let again = stage.request().await.connection.unwrap();
+    assert_eq!(again.state(), State::Up);
+    tool.expect("connected").await;
+    stage.monitor().await;
     tool.signal(Signal::SIGINT);
     stage.close().await;
     assert_eq!(tool.end().await.0, 0);
