@@ -6,7 +6,13 @@
 
 pub mod metrics;
 
-use std::{collections::BTreeSet, path::Path, process::Command, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, binary, wait_until};
@@ -220,6 +226,38 @@ impl Pair {
             }
         }
         Ok(())
+    }
+}
+
+/// The events of this name that a client has told so far.
+#[must_use]
+pub fn events(client: &Client, name: &str) -> Vec<Value> {
+    let lines = client.process.stdout();
+    let events = lines
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok());
+    events
+        .filter(|event: &Value| event["event"] == name)
+        .collect()
+}
+
+/// Waits for the `n`-th event of this name, 1 being the first.
+///
+/// # Errors
+/// When it does not come in [`PATIENCE`], with all that the client told.
+pub fn nth_event(client: &Client, name: &str, n: usize) -> Result<Value> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(event) = events(client, name).into_iter().nth(n - 1) {
+            return Ok(event);
+        }
+        ensure!(
+            Instant::now() < end,
+            "no {name} number {n}: {}",
+            client.process.stdout()
+        );
+        // Finer than what is measured.
+        thread::sleep(Duration::from_millis(2));
     }
 }
 

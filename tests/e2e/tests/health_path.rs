@@ -1,44 +1,15 @@
 //! A path that is lost: who is told, which way, why, and what becomes of the connection.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use nsm_e2e::{CIDR, PATIENCE, Pair, REMOTE_SERVICE, SERVICE, endpoint_address, ping};
-use nsm_world::{Agent, Client, Cloud, Fault, World, binary, wait_until};
+use nsm_e2e::{
+    CIDR, PATIENCE, Pair, REMOTE_SERVICE, SERVICE, endpoint_address, events, nth_event, ping,
+};
+use nsm_world::{Agent, Cloud, Fault, World, binary, wait_until};
 use serde_json::Value;
 
 const VXLAN: Fault = Fault::BlockUdp { port: 4789 };
-
-/// The events of this name that a client has told so far.
-fn events(client: &Client, name: &str) -> Vec<Value> {
-    let lines = client.process.stdout();
-    let events = lines
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok());
-    events
-        .filter(|event: &Value| event["event"] == name)
-        .collect()
-}
-
-/// Waits for the `n`-th event of this name, 1 being the first.
-fn nth_event(client: &Client, name: &str, n: usize) -> Result<Value> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        if let Some(event) = events(client, name).into_iter().nth(n - 1) {
-            return Ok(event);
-        }
-        ensure!(
-            Instant::now() < end,
-            "no {name} number {n}: {}",
-            client.process.stdout()
-        );
-        // Finer than what is measured.
-        thread::sleep(Duration::from_millis(2));
-    }
-}
 
 /// The only connection's health, once it is as `wanted` says.
 fn health(agent: &Agent, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {

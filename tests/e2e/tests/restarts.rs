@@ -1,8 +1,9 @@
 //! Agents and endpoints that die: what they held is gone, or theirs again, once they are back.
 
-use anyhow::{Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, endpoint_address, ping};
-use nsm_world::{Agent, Cloud, binary, wait_until};
+use anyhow::{Context as _, Result, ensure};
+use nsm_e2e::{PATIENCE, Pair, endpoint_address, events, nth_event, ping};
+use nsm_world::{Agent, Cloud, Pod, Process, binary, wait_until};
+use serde_json::Value;
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
@@ -21,7 +22,7 @@ fn a_killed_agent_comes_back_and_its_client_is_connected_again() -> Result<()> {
     pair.near = Agent::start(&pair.world, &node, &binary("proxy-nsmgr")?, |_| {})?;
     pair.near.wait_ready()?;
     wait_until("the agent to know the connection again", PATIENCE, || {
-        let known = |status: serde_json::Value| {
+        let known = |status: Value| {
             status["connections"]
                 .as_array()
                 .is_some_and(|all| all.len() == 1)
@@ -63,4 +64,117 @@ fn an_agent_that_ends_takes_its_links_and_pins_along() -> Result<()> {
             .is_ok_and(|status| status["connections"].as_array().is_none_or(Vec::is_empty))
     })?;
     pair.assert_quiet()
+}
+
+/// The numbers of the pings that were answered, in the order of the answers.
+fn answered(pings: &Process) -> Vec<u64> {
+    let text = pings.stdout();
+    let number = |line: &str| {
+        let (_, after) = line.split_once("icmp_seq=")?;
+        after.split(' ').next()?.parse().ok()
+    };
+    text.lines().filter_map(number).collect()
+}
+
+/// Waits until `count` more pings are answered.
+fn flows_on(pings: &Process, count: usize) -> Result<()> {
+    let before = answered(pings).len();
+    wait_until("traffic to go on", PATIENCE, || {
+        answered(pings).len() >= before + count
+    })
+    .with_context(|| pings.stdout())
+}
+
+/// The kernel's index of the link of this VNI in a pod: another link has another.
+fn link_index(pod: &Pod, vni: &Value) -> Result<u64> {
+    let mut command = pod.command("ip")?;
+    let output = command.args(["-json", "-details", "link"]).output()?;
+    let links: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+    let link = links
+        .iter()
+        .find(|link| link["linkinfo"]["info_data"]["id"] == *vni);
+    let index = link.and_then(|link| link["ifindex"].as_u64());
+    index.with_context(|| format!("no link of VNI {vni} in {}: {links:#?}", pod.name()))
+}
+
+/// The kernels carry what stands, the agents look after it: while the far one is away the client waits for it, and its next life takes
+/// over what it finds.
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
+    let mut pair = Pair::start("killed-far", Cloud::Aws, 1)?;
+    let _endpoint = pair.endpoint()?;
+    let before = pair.footprint()?;
+    let (client, connected) = pair.connect(0)?;
+    let vni = &connected["connection"]["vni"];
+    let pods = [pair.client_pod(0)?, pair.world.pod("endpoint")?];
+    let links = [link_index(&pods[0], vni)?, link_index(&pods[1], vni)?];
+    let mut command = pods[0].command("ping")?;
+    command
+        .args(["-i", "0.05"])
+        .arg(endpoint_address(&connected)?);
+    let pings = pair.world.spawn("pings", command)?;
+    flows_on(&pings, 5)?;
+
+    let node = pair.far.node().clone();
+    pair.far.process.kill9();
+    let down = nth_event(&client, "down", 1)?;
+    let reason = down["reason"].as_str().unwrap_or_default();
+    let url = format!("tcp://{}:5006", node.public_ip());
+    for word in ["not heard any more", &url] {
+        ensure!(reason.contains(word), "{word:?} is not in {down}");
+    }
+    // Asked for again, in vain, and nothing is touched.
+    nth_event(&client, "error", 2)?;
+    flows_on(&pings, 10)?;
+    let status = pair.near.status()?;
+    let shown = &status["connections"][0];
+    let why = shown["down_reason"].as_str().unwrap_or_default();
+    ensure!(shown["state"] == "DOWN", "{shown:#}");
+    for word in ["not heard any more", &url, "the path is good"] {
+        ensure!(why.contains(word), "{word:?} is not in {shown:#}");
+    }
+    println!("told: {down}\nshown: {why}");
+    let table = pair.near.status_table()?;
+    ensure!(table.contains(why), "{table}");
+
+    pair.far = Agent::start(&pair.world, &node, &binary("proxy-nsmgr")?, |_| {})?;
+    let again = nth_event(&client, "connected", 2)?;
+    for fact in ["endpoint", "vni", "id"] {
+        ensure!(
+            again["connection"][fact] == connected["connection"][fact],
+            "another {fact}: {again}"
+        );
+    }
+    pair.far.wait_ready()?;
+    for agent in [&pair.near, &pair.far] {
+        wait_until("the connection to be UP", PATIENCE, || {
+            let status = agent.status().unwrap_or_default();
+            let shown = &status["connections"][0];
+            shown["state"] == "UP" && shown["health"]["state"] == "up"
+        })
+        .with_context(|| format!("{:#}", agent.status().unwrap_or_default()))?;
+    }
+    flows_on(&pings, 10)?;
+    pings.terminate(PATIENCE)?;
+    println!("{}", client.process.stdout());
+    // Neither link was touched: every single ping came back, once and in order.
+    let numbers = answered(&pings);
+    ensure!(
+        numbers.iter().copied().eq(1..=numbers.len() as u64),
+        "{}",
+        pings.stdout()
+    );
+    ensure!(links == [link_index(&pods[0], vni)?, link_index(&pods[1], vni)?]);
+    ensure!(
+        events(&client, "down").len() == 1,
+        "{}",
+        client.process.stdout()
+    );
+
+    ensure!(
+        client.close(PATIENCE)?.success(),
+        "the client did not end well"
+    );
+    pair.assert_clean(&before)
 }
