@@ -1,6 +1,6 @@
 //! The health plane of a node: is the way to each peer's public address, and back, good right now?
 //!
-//! [`Health`] keeps one S-BFD session (RFC 7880) a peer, however many connections there are to it, and reflects the peers' own
+//! [`Health`] keeps one S-BFD session (RFC 7880) a peer ([`PeerSpec`]), however many connections there are to it, and reflects the peers' own
 //! probes. Probes travel through the management link, a VXLAN device of the management VNI (RFC 8971): the same sockets,
 //! port, firewalls, NAT and underlay as data, in both directions.
 //!
@@ -77,7 +77,7 @@ pub struct HealthConfig {
 }
 
 /// A peer to be watched, as its side told it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerSpec {
     /// Its public address: where tunnels to it go.
     pub address: IpAddr,
@@ -256,7 +256,7 @@ impl Health {
 
     /// Watches a peer, or joins those who do. The session ends [`LINGER`] after the last [`Peer`] of it is dropped.
     ///
-    /// A peer that is known at this address with another discriminator, port or VNI has started anew: its session does, too.
+    /// Another port, VNI or discriminator at an address is another peer, with a session of its own.
     ///
     /// # Errors
     ///
@@ -365,7 +365,7 @@ impl Peer {
     ///
     /// # Errors
     ///
-    /// The plane was closed.
+    /// The plane was closed, and with it the session.
     pub async fn prove(&self) -> Result<Proof, HealthError> {
         let count = &self.health.shared.preflights;
         let begins = self.unproved.swap(false, Ordering::Relaxed);
@@ -377,10 +377,12 @@ impl Peer {
             // The answer was there before the question.
             Proof::Reached
         } else {
-            let peer = self.spec.address;
-            self.health
-                .command(|reply| Command::Prove(peer, reply))
-                .await?
+            let (reply, proof) = oneshot::channel();
+            let asked = Command::Prove(self.spec, reply);
+            if !self.health.shared.commands.send(asked) {
+                return Err(HealthError::Closed);
+            }
+            proof.await.map_err(|_| self.gone())?
         };
         count.add(proof, self.cell.answers());
         Ok(proof)
@@ -391,7 +393,7 @@ impl Peer {
     pub fn want_mtu(&self, smallest: u16, wanted: u16) {
         // A plane that was closed wants nothing.
         self.health.shared.commands.send(Command::WantMtu {
-            peer: self.spec.address,
+            peer: self.spec,
             smallest,
             wanted,
         });
@@ -403,22 +405,24 @@ impl Peer {
     ///
     /// The plane was closed.
     pub async fn report(&self) -> Result<Report, HealthError> {
-        let peer = Some(self.spec.address);
+        let peer = Some(self.spec);
         let mut reports = self
             .health
             .ask(|reply| Request::Reports { peer, reply })
             .await?;
-        reports.pop().ok_or(HealthError::Closed)
+        reports.pop().ok_or_else(|| self.gone())
+    }
+
+    const fn gone(&self) -> HealthError {
+        HealthError::NotWatched {
+            peer: self.spec.address,
+        }
     }
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
         // A plane that was closed has nobody to leave.
-        let _ = self
-            .health
-            .shared
-            .requests
-            .send(Request::Leave(self.spec.address));
+        let _ = self.health.shared.requests.send(Request::Leave(self.spec));
     }
 }

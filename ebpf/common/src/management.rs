@@ -297,7 +297,7 @@ impl Session {
 pub trait Node {
     /// The reflector.
     fn state(&self) -> Option<&NodeState>;
-    /// The session with the peer that has this Ethernet address ([`crate::sbfd::frame::mac_key`]).
+    /// The session with the peer that has this Ethernet address ([`crate::sbfd::frame::session_key`]).
     fn session(&self, mac: u64) -> Option<&Session>;
 }
 

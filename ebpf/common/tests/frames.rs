@@ -8,7 +8,7 @@ use nsm_ebpf_common::{
         Control, DETECT_MULTIPLIER, Flags, Reflector, State,
         frame::{
             FrameError, HEAD_V4, HEAD_V6, Packet, Probe, Role, SPEAKER, checksums_hold, mac,
-            mac_key, parse, reflect,
+            mac_key, parse, reflect, session_key,
         },
         interval_with_sequence,
     },
@@ -247,6 +247,10 @@ fn addresses_of_a_node_follow_from_its_discriminator() {
     let packet = parsed(&written(&probe_v4(), HEAD_V4)).expect("a probe");
     assert_eq!(packet.sender, mac_key(mac(SPEAKER, OURS)));
     assert_eq!(packet.receiver, mac_key(mac(SPEAKER, PEERS)));
+    // The same on the other link leads elsewhere.
+    let packet = parsed(&written(&probe_v6(), HEAD_V6)).expect("a probe");
+    assert_eq!(packet.sender, session_key(false, mac(SPEAKER, OURS)));
+    assert_ne!(packet.sender, mac_key(mac(SPEAKER, OURS)));
 }
 
 fn address() -> impl Strategy<Value = (Address, Address)> {

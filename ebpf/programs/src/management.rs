@@ -33,7 +33,7 @@ static NODE: Array<NodeState, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static SESSIONS: Array<Session, { MAX_SESSIONS as usize }, MMAPABLE> = Array::new();
 
-/// The Ethernet address of a peer, as a number, to the slot of the session with it.
+/// The Ethernet address of a peer and the link that it is on, as a number, to the slot of the session with it.
 #[btf_map]
 static SESSION_INDEX: HashMap<u64, u32, { MAX_SESSIONS as usize }> = HashMap::new();
 

@@ -155,9 +155,11 @@ async fn connection(
 
 /// What is known of a connection's path, with what its session has measured.
 pub(super) fn path_health(health: &Health, paths: &[Report]) -> PathHealth {
-    let report = paths
+    let sessions = paths
         .iter()
-        .find(|report| report.peer.address == health.peer);
+        .filter(|report| (report.peer.address, report.peer.port) == (health.peer, health.port));
+    // Of several, one that began anew under another name: that which connections use.
+    let report = sessions.max_by_key(|report| report.users);
     let measured = report.map(|report| report.statistics);
     let nanos = |time: Option<Duration>| {
         time.map(|time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))

@@ -169,7 +169,9 @@ impl NodeProber {
             now(),
         );
         let mut watched = self.watched();
-        let known = &mut watched.get_mut(&report.peer.address)?.known;
+        // Another session of the same address may linger.
+        let watched = watched.get_mut(&report.peer.address);
+        let known = &mut watched.filter(|it| it.guard.spec() == &report.peer)?.known;
         let is_news = known.is_none_or(|known| !is_same(&known, &health));
         *known = Some(health);
         is_news.then_some(health)

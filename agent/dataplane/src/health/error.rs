@@ -64,6 +64,12 @@ pub enum HealthError {
         /// The peer.
         peer: IpAddr,
     },
+    /// The session has ended while somebody asked it.
+    #[error("peer {peer} is not watched any more")]
+    NotWatched {
+        /// The peer.
+        peer: IpAddr,
+    },
     /// The health plane was closed.
     #[error("the health plane of this node is closed")]
     Closed,

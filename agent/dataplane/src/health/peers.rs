@@ -3,15 +3,26 @@
 //! Whatever may wait in the kernel is done here, one request after the other: management links, their forwarding entries, the
 //! hooks, the entries of the underlay programs. The prober's thread is told when it is done.
 //!
-//! A peer is entered from the outside in (forwarding entry, underlay, session) and leaves the other way round, so that no probe
-//! is sent that could not arrive, and none reflected that could not be sent.
+//! # Whose session is it?
+//!
+//! A session belongs to what a peer told of itself, all of it: address, port, management VNI, discriminator ([`PeerSpec`]). Who
+//! names any of these otherwise gets a session of its own beside those that stand, and takes nobody's away: what one domain says
+//! of another's address is not believed, but probed. Nothing is ever replaced, so there is nothing to restore when a Request fails.
+//! A peer that has started anew is proved at once under its new discriminator; the session of the old one is down after its
+//! detection time, and ends when those who used it have asked again or are gone. Two nodes behind one address, told apart
+//! by their ports, are two peers.
+//!
+//! The rest is in [`ways`] (how a peer is entered, and leaves) and [`speaker`] (on which of several ways a node's own probes are
+//! answered).
 
 mod adopt;
 mod links;
 mod set_up;
+mod speaker;
+mod ways;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::{Arc, mpsc},
     thread,
@@ -26,15 +37,13 @@ use super::{
     Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, PeerSpec, Report,
     preflight::PeerCell,
     prober::{Command, Commands},
-    session::Entry,
     surroundings::{Drops, Memory},
 };
 use crate::{
     bpf::Bpf,
     links::{
         Family,
-        management::{self, Forwarding, ManagementLink},
-        source_address,
+        management::{Forwarding, ManagementLink},
     },
     netlink::Netlink,
 };
@@ -50,10 +59,10 @@ pub(super) enum Request {
         reply: oneshot::Sender<Result<Peer, HealthError>>,
     },
     /// Use it no more.
-    Leave(IpAddr),
+    Leave(PeerSpec),
     /// Report on one peer or all.
     Reports {
-        peer: Option<IpAddr>,
+        peer: Option<PeerSpec>,
         reply: oneshot::Sender<Vec<Report>>,
     },
     /// Remove everything and end.
@@ -71,16 +80,61 @@ pub(super) struct Started {
     pub(super) drops: Arc<Drops>,
 }
 
-/// A peer that is known to the kernel.
+/// A peer that is watched.
 struct Known {
-    /// As the prober has it; `None`: an earlier agent's, and nobody has joined it yet.
-    spec: Option<PeerSpec>,
-    discriminator: u32,
+    /// Where its session is.
+    slot: u32,
+    /// The Ethernet address that our probes to it have.
     mac: [u8; 6],
+    /// Whether the probes of its node, which come from [`SPEAKER`], are booked here and answered where it is.
+    speaks: bool,
+    /// Larger than that of all that were joined before.
+    joined: u64,
     users: usize,
     /// When it is forgotten, while nobody uses it.
     expires: Option<Instant>,
     cell: Arc<PeerCell>,
+}
+
+/// An earlier agent's, that nobody has joined yet. Of where it was reached, only the address is known.
+struct Orphan {
+    address: IpAddr,
+    discriminator: u32,
+    slot: u32,
+    mac: [u8; 6],
+    speaks: bool,
+    /// When it is forgotten.
+    expires: Instant,
+}
+
+/// A node as one link knows it: all ways to it have Ethernet addresses that differ in the tag only.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct NodeOnLink {
+    discriminator: u32,
+    family: Family,
+}
+
+impl NodeOnLink {
+    const fn of(spec: &PeerSpec) -> Self {
+        Self {
+            discriminator: spec.discriminator.get(),
+            family: Family::of(spec.address),
+        }
+    }
+
+    /// The Ethernet address that its own probes come from, and their answers go to.
+    const fn speaker(self) -> [u8; 6] {
+        mac(SPEAKER, self.discriminator)
+    }
+}
+
+impl Orphan {
+    const fn node(&self) -> NodeOnLink {
+        NodeOnLink {
+            discriminator: self.discriminator,
+            family: Family::of(self.address),
+        }
+    }
 }
 
 struct Peers {
@@ -88,7 +142,10 @@ struct Peers {
     bpf: Option<Arc<Bpf>>,
     netlink: Netlink,
     links: BTreeMap<Family, ManagementLink>,
-    known: HashMap<IpAddr, Known>,
+    known: HashMap<PeerSpec, Known>,
+    orphans: Vec<Orphan>,
+    /// How often a peer was entered.
+    entered: u64,
     commands: Commands,
     prober: Option<thread::JoinHandle<Option<Memory>>>,
     discriminator: u32,
@@ -123,6 +180,7 @@ impl Peers {
                 next = now + FOREIGN_INTERVAL;
                 self.mend_links();
                 self.forget_expired(now);
+                self.choose_speakers();
                 self.tell_foreign();
             }
         }
@@ -159,212 +217,6 @@ impl Peers {
         }
     }
 
-    fn join(
-        &mut self,
-        spec: PeerSpec,
-        health: Health,
-        reply: oneshot::Sender<Result<Peer, HealthError>>,
-    ) {
-        let address = spec.address;
-        let same = |known: &&mut Known| known.spec == Some(spec);
-        if let Some(known) = self.known.get_mut(&address).filter(same) {
-            known.users += 1;
-            known.expires = None;
-            let peer = Peer::new(spec, health, known.cell.clone(), false);
-            // Whoever gave up leaves by the guard's end.
-            let _ = reply.send(Ok(peer));
-            return;
-        }
-        let joined = self.enter(spec).map(|known| {
-            known.users += 1;
-            known.expires = None;
-            Peer::new(spec, health, known.cell.clone(), true)
-        });
-        let _ = reply.send(joined);
-    }
-
-    /// Makes a peer known to the kernel and to the prober; nobody uses it yet. After an error everything is as before.
-    fn enter(&mut self, spec: PeerSpec) -> Result<&mut Known, HealthError> {
-        let address = spec.address;
-        if address.is_unspecified() || address.is_multicast() {
-            return Err(HealthError::NotAPeer(address));
-        }
-        let mac = self.mac_for(spec)?;
-        let link = self.link(Family::of(address))?;
-        let source = match self.config.local {
-            Some(local) if local.is_ipv4() == address.is_ipv4() => local,
-            _ => source_address(&mut self.netlink, address)?,
-        };
-        let before = self
-            .known
-            .get(&address)
-            .map(|known| (known.mac, known.spec));
-        management::set_peer(&mut self.netlink, &link, forwarding(mac, spec))?;
-        let cell = match self.enter_behind(spec, mac, source) {
-            Ok(cell) => cell,
-            Err(error) => {
-                self.undo_enter(&link, address, mac, before);
-                return Err(error);
-            }
-        };
-        if let Some((old, _)) = before.filter(|(old, _)| *old != mac) {
-            self.commands.send(Command::Forget(old));
-            let removed = management::remove_peer(&mut self.netlink, &link, MacAddr::new(old));
-            if let Err(error) = removed {
-                tracing::warn!(%error, peer.ip = %address, "a forwarding entry stays");
-            }
-        }
-        let discriminator = spec.discriminator.get();
-        let known = match self.known.entry(address) {
-            hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            hash_map::Entry::Vacant(entry) => entry.insert(Known {
-                spec: None,
-                discriminator,
-                mac,
-                users: 0,
-                expires: None,
-                cell,
-            }),
-        };
-        known.spec = Some(spec);
-        known.discriminator = discriminator;
-        known.mac = mac;
-        Ok(known)
-    }
-
-    /// The underlay, then the prober, which says whether it could.
-    fn enter_behind(
-        &self,
-        spec: PeerSpec,
-        mac: [u8; 6],
-        source: IpAddr,
-    ) -> Result<Arc<PeerCell>, HealthError> {
-        let counters = match &self.bpf {
-            Some(bpf) => {
-                // Ports are tunnels', too, and stay.
-                bpf.add_port(spec.port)?;
-                Some(bpf.add_peer(self.config.vni, spec.address)?)
-            }
-            None => None,
-        };
-        let known = self.known.get(&spec.address);
-        let cell = known.map(|known| known.cell.clone()).unwrap_or_default();
-        let entry = Entry {
-            spec,
-            mac,
-            source,
-            counters,
-            counts_out: spec.vni == self.config.vni,
-            cell: cell.clone(),
-        };
-        let (reply, entered) = mpsc::sync_channel(1);
-        self.commands.send(Command::Enter(Box::new(entry), reply));
-        entered.recv().map_err(|_| HealthError::Closed)??;
-        Ok(cell)
-    }
-
-    /// Takes back what a peer was entered with that has no session; `before`: what it was known as.
-    fn undo_enter(
-        &mut self,
-        link: &ManagementLink,
-        address: IpAddr,
-        mac: [u8; 6],
-        before: Option<([u8; 6], Option<PeerSpec>)>,
-    ) {
-        if before.is_none()
-            && let Some(bpf) = &self.bpf
-            && let Err(error) = bpf.remove_peer(address)
-        {
-            tracing::warn!(%error, peer.ip = %address, "the underlay goes on counting a peer");
-        }
-        let undone = match before {
-            Some((old, Some(spec))) if old == mac => {
-                management::set_peer(&mut self.netlink, link, forwarding(old, spec))
-            }
-            // Where an earlier agent's peer was reached is not known; what the peer says now is the best guess.
-            Some((old, None)) if old == mac => Ok(()),
-            _ => management::remove_peer(&mut self.netlink, link, MacAddr::new(mac)),
-        };
-        if let Err(error) = undone {
-            tracing::warn!(%error, peer.ip = %address, "a forwarding entry stays");
-        }
-    }
-
-    /// The Ethernet address by which a peer is reached: that by which it speaks, or where the same node has another address, too, one
-    /// that only we know it by.
-    fn mac_for(&self, spec: PeerSpec) -> Result<[u8; 6], HealthError> {
-        let discriminator = spec.discriminator.get();
-        let taken = |holder: String| HealthError::DiscriminatorTaken {
-            discriminator: spec.discriminator,
-            peer: spec.address,
-            holder,
-        };
-        if discriminator == self.discriminator {
-            return Err(taken("this node".to_owned()));
-        }
-        let others: Vec<_> = self
-            .known
-            .iter()
-            .filter(|(address, known)| {
-                **address != spec.address && known.discriminator == discriminator
-            })
-            .collect();
-        (SPEAKER..=u8::MAX)
-            .map(|tag| mac(tag, discriminator))
-            .find(|mac| others.iter().all(|(_, known)| known.mac != *mac))
-            .ok_or_else(|| taken(format!("{} other addresses", others.len())))
-    }
-
-    fn forget_expired(&mut self, now: Instant) {
-        let expired = |known: &Known| known.expires.is_some_and(|expires| expires <= now);
-        let doomed: Vec<IpAddr> = self
-            .known
-            .iter()
-            .filter(|(_, known)| expired(known))
-            .map(|(address, _)| *address)
-            .collect();
-        for address in doomed {
-            self.forget(address);
-        }
-    }
-
-    fn forget(&mut self, address: IpAddr) {
-        let Some(known) = self.known.remove(&address) else {
-            return;
-        };
-        self.commands.send(Command::Forget(known.mac));
-        if let Some(bpf) = &self.bpf
-            && let Err(error) = bpf.remove_peer(address)
-        {
-            tracing::warn!(%error, peer.ip = %address, "the underlay goes on counting a peer");
-        }
-        if let Some(link) = self.links.get(&Family::of(address)) {
-            let removed = management::remove_peer(&mut self.netlink, link, MacAddr::new(known.mac));
-            if let Err(error) = removed {
-                tracing::warn!(%error, peer.ip = %address, "a forwarding entry stays");
-            }
-        }
-        self.succeed(known.discriminator, known.mac);
-    }
-
-    /// The same node by another address now is the one whose own probes are answered.
-    fn succeed(&mut self, discriminator: u32, gone: [u8; 6]) {
-        if gone != mac(SPEAKER, discriminator) {
-            return;
-        }
-        let heir = self
-            .known
-            .values()
-            .find(|known| known.discriminator == discriminator)
-            .and_then(|known| known.spec);
-        if let Some(spec) = heir {
-            // Its users are those it has, and with none it goes when it was to go.
-            if let Err(error) = self.enter(spec) {
-                tracing::warn!(%error, peer.ip = %spec.address, "a peer's probes are not answered");
-            }
-        }
-    }
-
     fn tell_foreign(&mut self) {
         let Some(bpf) = &self.bpf else { return };
         let found = match bpf.foreign_vnis() {
@@ -394,9 +246,12 @@ impl Peers {
     }
 
     fn close(&mut self) -> Result<(), HealthError> {
-        let addresses: Vec<IpAddr> = self.known.keys().copied().collect();
-        for address in addresses {
-            self.forget(address);
+        let specs: Vec<PeerSpec> = self.known.keys().copied().collect();
+        for spec in specs {
+            self.forget(spec);
+        }
+        for orphan in std::mem::take(&mut self.orphans) {
+            self.forget_orphan(&orphan);
         }
         let memory = self.stop();
         let removed = self.remove_links();

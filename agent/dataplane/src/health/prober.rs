@@ -27,12 +27,12 @@ use nsm_core::{
 };
 use nsm_ebpf_common::{
     management::MAX_SESSIONS,
-    sbfd::{SOURCE_PORT_MIN, State, frame::mac_key},
+    sbfd::{SOURCE_PORT_MIN, State, frame::session_key},
 };
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
-    Event, HealthError, Plane, Report,
+    Event, HealthError, PeerSpec, Plane, Report,
     random::{self, Jitter},
     session::{Entry, Names, PeerSession},
     socket::PacketSocket,
@@ -63,22 +63,34 @@ const PRIORITY: libc::c_int = 10;
 pub(super) enum Command {
     /// There is a management link of this family.
     Link(Family, PacketSocket),
-    /// Probe a peer, or probe it anew; whoever asks waits.
-    Enter(Box<Entry>, mpsc::SyncSender<Result<(), HealthError>>),
-    /// Stop probing a peer and answering it.
-    Forget([u8; 6]),
+    /// Probe a peer; whoever asks waits for the slot.
+    Enter(Box<Entry>, mpsc::SyncSender<Result<u32, HealthError>>),
+    /// Send the probes of a slot's session to another Ethernet address of the same node. What the old one leads to stays.
+    Rename {
+        slot: u32,
+        mac: [u8; 6],
+        reply: mpsc::SyncSender<Result<(), HealthError>>,
+    },
+    /// Book what comes from an Ethernet address, as [`session_key`] has it, to a slot's session.
+    Lead {
+        key: u64,
+        slot: u32,
+        reply: mpsc::SyncSender<Result<(), HealthError>>,
+    },
+    /// Stop probing the peer of a slot and answering it.
+    Forget(u32),
     /// Prove a path.
-    Prove(IpAddr, oneshot::Sender<Proof>),
+    Prove(PeerSpec, oneshot::Sender<Proof>),
     /// Search a path's MTU.
     WantMtu {
-        peer: IpAddr,
+        peer: PeerSpec,
         smallest: u16,
         wanted: u16,
     },
     /// Report on one peer or all, with how many use each.
     Reports {
-        peer: Option<IpAddr>,
-        users: HashMap<IpAddr, usize>,
+        peer: Option<PeerSpec>,
+        users: HashMap<PeerSpec, usize>,
         reply: oneshot::Sender<Vec<Report>>,
     },
     /// What the reflector says of itself.
@@ -127,7 +139,7 @@ pub(super) struct Prober {
     memory: Memory,
     bpf: Option<Arc<Bpf>>,
     sockets: Sockets,
-    peers: HashMap<IpAddr, PeerSession>,
+    peers: HashMap<PeerSpec, PeerSession>,
     timing: Timing,
     jitter: Jitter,
     events: tokio_mpsc::UnboundedSender<Event>,
@@ -272,7 +284,14 @@ impl Prober {
                 // There is room for the answer, and whoever asked waits.
                 let _ = reply.send(self.enter(*entry, now));
             }
-            Command::Forget(mac) => self.forget(mac),
+            Command::Rename { slot, mac, reply } => {
+                let _ = reply.send(self.rename(slot, mac));
+            }
+            Command::Lead { key, slot, reply } => {
+                let led = self.memory.sessions_mut().index(key, slot);
+                let _ = reply.send(led.map_err(HealthError::from));
+            }
+            Command::Forget(slot) => self.forget(slot),
             Command::Prove(peer, reply) => {
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.prove(reply, now);
@@ -298,9 +317,9 @@ impl Prober {
         }
     }
 
-    /// What is there already stays as it is until nothing can fail any more.
-    fn enter(&mut self, entry: Entry, now: Monotonic) -> Result<(), HealthError> {
-        let address = entry.spec.address;
+    /// After an error nothing has changed.
+    fn enter(&mut self, entry: Entry, now: Monotonic) -> Result<u32, HealthError> {
+        let spec = entry.spec;
         let system = |source| HealthError::System {
             action: "draw a discriminator",
             source,
@@ -308,27 +327,18 @@ impl Prober {
         let drawn = random::number().map_err(system)?;
         let local = random::discriminator().map_err(system)?;
         let first = Seq::from_low_bits(random::number().map_err(system)? as u32);
-        let key = mac_key(entry.mac);
-        let indexed = self.memory.sessions().indexed()?;
-        let known = indexed.into_iter().find(|(mac, _)| *mac == key);
-        if known.is_none()
-            && self.free.is_empty()
-            && let Some(old) = self.peers.get(&address)
-        {
-            // A peer that started anew needs no second place.
-            self.forget(old.entry.mac);
-        }
         let sessions = self.memory.sessions_mut();
         let node = sessions.node().discriminator.load() as u32;
-        let slot = match known {
-            Some((_, slot)) => slot,
+        let adopted = entry.slot;
+        let slot = match adopted {
+            Some(slot) => slot,
             None => self
                 .free
                 .pop()
-                .ok_or(HealthError::TooManyPeers { peer: address })?,
+                .ok_or(HealthError::TooManyPeers { peer: spec.address })?,
         };
         let session = sessions.slot(slot);
-        let kept = known.and_then(|_| Names::read(node, &entry, session));
+        let kept = adopted.and_then(|_| Names::read(node, &entry, session));
         let names = kept.unwrap_or_else(|| {
             let ports = u64::from(u16::MAX - SOURCE_PORT_MIN) + 1;
             let names = Names {
@@ -339,45 +349,66 @@ impl Prober {
             names.write(&entry, session);
             names
         });
-        if known.is_none()
-            && let Err(error) = sessions.index(key, slot)
+        if adopted.is_none()
+            && let Err(error) = sessions.index(entry.key(), slot)
         {
             sessions.slot(slot).clear();
             self.free.push(slot);
             return Err(error.into());
         }
-        // Nothing is proved of what begins: not by its port or VNI before, either.
-        entry.cell.clear();
         let session = PeerSession::new(entry, slot, names, self.timing, first, now);
-        self.peers.insert(address, session);
+        self.peers.insert(spec, session);
+        self.note_neighbours(spec.address);
+        Ok(slot)
+    }
+
+    fn rename(&mut self, slot: u32, mac: [u8; 6]) -> Result<(), HealthError> {
+        let peer = self.peers.values_mut().find(|peer| peer.slot == slot);
+        if let Some(peer) = peer {
+            let key = session_key(peer.is_v4(), mac);
+            self.memory.sessions_mut().index(key, slot)?;
+            peer.rename(mac);
+        }
         Ok(())
     }
 
-    fn forget(&mut self, mac: [u8; 6]) {
-        self.peers.retain(|_, peer| {
-            let stays = peer.entry.mac != mac;
-            if !stays {
+    fn forget(&mut self, slot: u32) {
+        let gone: Vec<PeerSpec> = self
+            .peers
+            .extract_if(|_, peer| peer.slot == slot)
+            .map(|(spec, peer)| {
                 peer.entry.cell.clear();
-            }
-            stays
-        });
-        let key = mac_key(mac);
+                spec
+            })
+            .collect();
+        for spec in gone {
+            self.note_neighbours(spec.address);
+        }
         let sessions = self.memory.sessions_mut();
         let indexed = sessions.indexed().unwrap_or_default();
-        if let Err(error) = sessions.forget(key) {
-            tracing::warn!(%error, "the session with a peer stays");
-            return;
+        for (key, _) in indexed.into_iter().filter(|(_, led)| *led == slot) {
+            if let Err(error) = sessions.forget(key) {
+                tracing::warn!(%error, "the session with a peer stays");
+                return;
+            }
         }
-        for (_, slot) in indexed.into_iter().filter(|(mac, _)| *mac == key) {
-            sessions.slot(slot).clear();
-            self.free.push(slot);
+        sessions.slot(slot).clear();
+        self.free.push(slot);
+    }
+
+    /// What the card counts is of an address: where several peers have one, it is no evidence on either.
+    fn note_neighbours(&mut self, address: IpAddr) {
+        let here = |spec: &PeerSpec| spec.address == address;
+        let count = self.peers.keys().filter(|spec| here(spec)).count();
+        for (_, peer) in self.peers.iter_mut().filter(|(spec, _)| here(spec)) {
+            peer.share_card(count > 1);
         }
     }
 
     fn reports(
         &mut self,
-        peer: Option<IpAddr>,
-        users: &HashMap<IpAddr, usize>,
+        peer: Option<PeerSpec>,
+        users: &HashMap<PeerSpec, usize>,
         now: Monotonic,
     ) -> Vec<Report> {
         let around = Surroundings {
@@ -392,13 +423,13 @@ impl Prober {
         let mut reports: Vec<Report> = self
             .peers
             .iter()
-            .filter(|(address, _)| peer.is_none_or(|peer| peer == **address))
-            .map(|(address, peer)| Report {
-                users: users.get(address).copied().unwrap_or(0),
+            .filter(|(spec, _)| peer.is_none_or(|peer| peer == **spec))
+            .map(|(spec, peer)| Report {
+                users: users.get(spec).copied().unwrap_or(0),
                 ..peer.report(now, &around)
             })
             .collect();
-        reports.sort_by_key(|report| report.peer.address);
+        reports.sort_by_key(|report| report.peer);
         reports
     }
 }

@@ -11,7 +11,7 @@ use nsm_ebpf_common::{
     management::{STAMPS, Said, Session, words},
     sbfd::{
         Control, DETECT_MULTIPLIER, Flags,
-        frame::{Probe, SPEAKER, mac},
+        frame::{Probe, SPEAKER, mac, session_key},
     },
 };
 use tokio::sync::oneshot;
@@ -27,6 +27,8 @@ const NOTE_STAGES: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) spec: PeerSpec,
+    /// Where an earlier agent's session with it is.
+    pub(super) slot: Option<u32>,
     /// The peer's Ethernet address here.
     pub(super) mac: [u8; 6],
     /// Our end of tunnels to it.
@@ -36,6 +38,13 @@ pub(super) struct Entry {
     /// Whether what goes to the peer is counted there, too: it has the peer's management VNI, which may be another than ours.
     pub(super) counts_out: bool,
     pub(super) cell: Arc<PeerCell>,
+}
+
+impl Entry {
+    /// What the peer's answers are known by.
+    pub(super) fn key(&self) -> u64 {
+        session_key(self.spec.address.is_ipv4(), self.mac)
+    }
 }
 
 /// A probe whose answer has not come.
@@ -58,6 +67,10 @@ pub(super) struct PeerSession {
     heard_ns: u64,
     stages_when_up: Stages,
     noted: Monotonic,
+    /// Another peer has this one's address.
+    shares_card: bool,
+    /// What the card counts since the stages were noted is of this peer alone.
+    owns_card: bool,
     /// When to look at it next.
     pub(super) due: Monotonic,
 }
@@ -148,8 +161,25 @@ impl PeerSession {
             heard_ns: 0,
             stages_when_up: Stages::default(),
             noted: Monotonic::default(),
+            shares_card: false,
+            owns_card: true,
             due: now,
         }
+    }
+
+    pub(super) const fn is_v4(&self) -> bool {
+        self.entry.spec.address.is_ipv4()
+    }
+
+    /// From now on probes go to this Ethernet address.
+    pub(super) const fn rename(&mut self, mac: [u8; 6]) {
+        self.entry.mac = mac;
+        self.probe.receiver = mac;
+    }
+
+    pub(super) const fn share_card(&mut self, shares: bool) {
+        self.shares_card = shares;
+        self.owns_card &= !shares;
     }
 
     /// Somebody wants to know whether the path is up.
@@ -191,6 +221,7 @@ impl PeerSession {
         let silence = snapshot.silent_since.map(|since| now.since(since));
         let is_overdue = silence.is_some_and(|silence| silence > snapshot.rto);
         if up && !is_overdue && now.since(self.noted) >= NOTE_STAGES {
+            self.owns_card = !self.shares_card;
             self.stages_when_up = self.stages(around);
             self.noted = now;
         }
@@ -273,7 +304,8 @@ impl PeerSession {
 
     fn stages(&self, around: &Surroundings<'_>) -> Stages {
         let session = around.sessions.slot(self.slot);
-        let underlay = self.entry.counters.and_then(|slot| around.underlay(slot));
+        let counters = self.entry.counters.filter(|_| self.owns_card);
+        let underlay = counters.and_then(|slot| around.underlay(slot));
         Stages {
             link_out: session.sent.load() + session.reflected.load(),
             card_out: underlay

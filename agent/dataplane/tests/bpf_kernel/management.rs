@@ -11,7 +11,7 @@ use nsm_ebpf_common::{
     sbfd::{
         Control, Flags, Reflector, State,
         frame::{
-            HEAD_V4, HEAD_V6, Packet, Probe, Role, SPEAKER, checksums_hold, mac, mac_key, parse,
+            HEAD_V4, HEAD_V6, Packet, Probe, Role, SPEAKER, checksums_hold, mac, parse, session_key,
         },
         interval_with_sequence,
     },
@@ -59,7 +59,8 @@ fn load(address: Address) -> Bpf {
     write(offset_of!(Session, source_port), PORT.into());
     sessions().set(0, session, 0).expect("set");
     let mut index: HashMap<_, u64, u32> = open("SESSION_INDEX").try_into().expect("a hash");
-    let key = mac_key(mac(SPEAKER, PEER));
+    let is_v4 = std::net::IpAddr::from(address).to_canonical().is_ipv4();
+    let key = session_key(is_v4, mac(SPEAKER, PEER));
     index.insert(key, 0, 0).expect("inserted");
     bpf
 }
@@ -172,8 +173,8 @@ fn a_probe_is_turned_round_as_rfc_7880_says() {
                 let packet = parsed(&answer).expect("an answer");
                 assert_eq!(packet.role, Role::Reflector);
                 assert_eq!(packet.source, ends[0]);
-                assert_eq!(packet.sender, mac_key(probe.receiver));
-                assert_eq!(packet.receiver, mac_key(probe.sender));
+                assert_eq!(packet.sender, session_key(probe.is_v4(), probe.receiver));
+                assert_eq!(packet.receiver, session_key(probe.is_v4(), probe.sender));
                 assert_eq!(packet.initiator_port, probe.source_port);
                 let expected = Control {
                     diagnostic: 0,

@@ -5,4 +5,5 @@ mod fault;
 mod lifecycle;
 mod path;
 mod support;
+mod ways;
 mod wire;

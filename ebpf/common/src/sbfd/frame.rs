@@ -40,7 +40,16 @@ pub const fn mac(tag: u8, discriminator: u32) -> [u8; 6] {
     [0x02, tag, a, b, c, d]
 }
 
-/// An Ethernet address as a number: the key of SESSION_INDEX.
+/// The key of SESSION_INDEX: an Ethernet address as a number, and on the link for IPv6 another than on that for IPv4. A node speaks
+/// by one Ethernet address on both.
+#[inline(always)]
+#[must_use]
+pub const fn session_key(is_v4: bool, mac: [u8; 6]) -> u64 {
+    let link = if is_v4 { 0 } else { 6 << 48 };
+    link | mac_key(mac)
+}
+
+/// An Ethernet address as a number.
 #[inline(always)]
 #[must_use]
 pub const fn mac_key(mac: [u8; 6]) -> u64 {
@@ -62,7 +71,7 @@ pub enum Role {
 pub struct Packet {
     /// Who speaks.
     pub role: Role,
-    /// The Ethernet address that it comes from, as [`mac_key`] has it.
+    /// The Ethernet address that it comes from, as [`session_key`] has it.
     pub sender: u64,
     /// Likewise the one that it goes to.
     pub receiver: u64,
@@ -151,8 +160,8 @@ pub fn parse<const N: usize>(head: &[u8; N], length: u32) -> Option<Packet> {
     };
     Some(Packet {
         role,
-        sender: mac_key(array_at(head, 6)),
-        receiver: mac_key(array_at(head, 0)),
+        sender: session_key(at.is_v4, array_at(head, 6)),
+        receiver: session_key(at.is_v4, array_at(head, 0)),
         source,
         initiator_port,
         control,

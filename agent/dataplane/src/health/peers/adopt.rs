@@ -1,71 +1,73 @@
 //! What an earlier agent left in the sessions' memory.
 
 use std::{
-    cmp::Reverse,
-    collections::{HashMap, HashSet},
-    net::IpAddr,
-    sync::Arc,
+    collections::{BTreeMap, HashSet},
     time::Instant,
 };
 
 use nsm_ebpf_common::{
     management::MAX_SESSIONS,
-    sbfd::frame::{mac, mac_key},
+    sbfd::frame::{SPEAKER, mac, session_key},
 };
 
-use super::{super::session::peer_address, HealthConfig, HealthError, Known};
+use super::{super::session::peer_address, HealthConfig, HealthError, Orphan};
 use crate::bpf::Sessions;
 
 /// The sessions that an earlier agent left. What is not whole is cleared: an agent may end between any two steps.
+///
+/// A session is led to by the Ethernet address that it is reached by, and by that of its node ([`SPEAKER`]) where it answers the
+/// node's own probes; often they are the same. Two at one address are two peers; one that has started anew meanwhile ends
+/// with the grace for connections that come back.
 pub(super) fn adopt(
     config: &HealthConfig,
     sessions: &mut dyn Sessions,
-) -> Result<HashMap<IpAddr, Known>, HealthError> {
-    let mut known: HashMap<IpAddr, Known> = HashMap::new();
-    let mut used = HashSet::new();
-    let expires = Some(Instant::now() + config.orphan_grace);
-    let mut indexed = sessions.indexed()?;
-    // Of two for one address, the peer is the one that was heard last: the other was about to be forgotten.
-    indexed.retain(|(_, slot)| *slot < MAX_SESSIONS);
-    indexed.sort_by_key(|(_, slot)| Reverse(sessions.slot(*slot).last_probe_ns.load()));
+) -> Result<Vec<Orphan>, HealthError> {
+    let expires = Instant::now() + config.orphan_grace;
+    let mut orphans: BTreeMap<u32, Orphan> = BTreeMap::new();
+    let indexed = sessions.indexed()?;
     let mut whole = HashSet::new();
-    for (key, slot) in indexed {
+    for (key, slot) in indexed
+        .iter()
+        .copied()
+        .filter(|(_, slot)| *slot < MAX_SESSIONS)
+    {
         let session = sessions.slot(slot);
         let discriminator = session.peer_discriminator.load() as u32;
         let [_, _, mac @ ..] = key.to_be_bytes();
+        let [_, tag, ..] = mac;
         let address = peer_address(session);
         let is_whole = discriminator != 0
-            && mac_key(self::mac(mac[1], discriminator)) == key
-            && !used.contains(&slot)
-            && !known.contains_key(&address);
-        if is_whole {
-            used.insert(slot);
-            whole.insert(key);
-            known.insert(
-                address,
-                Known {
-                    spec: None,
-                    discriminator,
-                    mac,
-                    users: 0,
-                    expires,
-                    cell: Arc::default(),
-                },
-            );
+            && session_key(address.is_ipv4(), self::mac(tag, discriminator)) == key;
+        if !is_whole {
+            continue;
+        }
+        whole.insert(key);
+        let orphan = orphans.entry(slot).or_insert(Orphan {
+            address,
+            discriminator,
+            slot,
+            mac,
+            speaks: false,
+            expires,
+        });
+        if tag == SPEAKER {
+            orphan.speaks = true;
+        } else {
+            orphan.mac = mac;
         }
     }
-    for (key, _) in sessions.indexed()? {
+    for (key, _) in indexed {
         if !whole.contains(&key) {
             sessions.forget(key)?;
         }
     }
-    for slot in (0..MAX_SESSIONS).filter(|slot| !used.contains(slot)) {
+    for slot in (0..MAX_SESSIONS).filter(|slot| !orphans.contains_key(slot)) {
         let session = sessions.slot(slot);
         if session.peer_discriminator.load() != 0 {
             session.clear();
         }
     }
-    Ok(known)
+    Ok(orphans.into_values().collect())
 }
 
 #[cfg(test)]
@@ -73,7 +75,7 @@ mod tests {
     use std::time::Duration;
 
     use nsm_core::{sbfd::Timing, vni::Vni};
-    use nsm_ebpf_common::{management::words, sbfd::frame::SPEAKER};
+    use nsm_ebpf_common::management::words;
 
     use super::*;
     use crate::bpf::{LocalSessions, address};
@@ -90,51 +92,73 @@ mod tests {
         }
     }
 
-    fn fill(sessions: &LocalSessions, slot: u32, peer: &str, discriminator: u32, heard: u64) {
+    fn fill(sessions: &LocalSessions, slot: u32, peer: &str, discriminator: u32) {
         let session = sessions.slot(slot);
         let [high, low] = words(&address(peer.parse().expect("an address")));
         session.peer_address[0].store(high);
         session.peer_address[1].store(low);
         session.peer_discriminator.store(discriminator.into());
-        session.last_probe_ns.store(heard);
     }
 
     #[test]
     fn of_an_earlier_agent_only_whole_sessions_are_left() {
         let mut sessions = LocalSessions::new();
-        let key = |discriminator| mac_key(mac(SPEAKER, discriminator));
+        let key = |discriminator| session_key(true, mac(SPEAKER, discriminator));
+        let tagged = session_key(true, mac(SPEAKER + 1, 5));
+        let six = session_key(false, mac(SPEAKER, 5));
         let mut index = |key, slot| sessions.index(key, slot).expect("indexed");
         index(key(1), 1);
-        // Another's address, an empty slot, a slot that is none.
+        // Another's address, an empty slot, a slot that is none, another link.
         index(key(2), 2);
         index(key(3), 3);
         index(key(4), MAX_SESSIONS);
-        // One peer before and after it started anew.
-        index(key(5), 5);
-        index(key(6), 6);
-        fill(&sessions, 1, "192.0.2.1", 1, 0);
-        fill(&sessions, 2, "192.0.2.2", 20, 0);
-        fill(&sessions, 5, "192.0.2.5", 5, 1_000);
-        fill(&sessions, 6, "192.0.2.5", 6, 2_000);
+        index(session_key(false, mac(SPEAKER, 8)), 8);
+        // One node by three ways, of which the second speaks on its link; and another behind the first address.
+        index(tagged, 5);
+        index(key(5), 6);
+        index(session_key(true, mac(SPEAKER + 2, 5)), 6);
+        index(six, 9);
+        index(key(10), 10);
+        fill(&sessions, 1, "192.0.2.1", 1);
+        fill(&sessions, 2, "192.0.2.2", 20);
+        fill(&sessions, 5, "192.0.2.5", 5);
+        fill(&sessions, 6, "192.0.2.6", 5);
+        fill(&sessions, 8, "192.0.2.8", 8);
+        fill(&sessions, 9, "2001:db8::5", 5);
+        fill(&sessions, 10, "192.0.2.5", 10);
         // Nothing leads there.
-        fill(&sessions, 7, "192.0.2.7", 7, 0);
+        fill(&sessions, 7, "192.0.2.7", 7);
 
-        let known = adopt(&config(), &mut sessions).expect("adopted");
-        let mut found: Vec<_> = known
+        let orphans = adopt(&config(), &mut sessions).expect("adopted");
+        let found: Vec<_> = orphans
             .iter()
-            .map(|(address, known)| (address.to_string(), known.discriminator))
+            .map(|it| {
+                (
+                    it.slot,
+                    it.address.to_string(),
+                    it.mac[1] - SPEAKER,
+                    it.speaks,
+                )
+            })
             .collect();
-        found.sort_unstable();
+        let way = |slot, address: &str, tag, speaks| (slot, address.to_owned(), tag, speaks);
         assert_eq!(
             found,
-            [("192.0.2.1".to_owned(), 1), ("192.0.2.5".to_owned(), 6)]
+            [
+                way(1, "192.0.2.1", 0, true),
+                way(5, "192.0.2.5", 1, false),
+                way(6, "192.0.2.6", 2, true),
+                way(9, "2001:db8::5", 0, true),
+                way(10, "192.0.2.5", 0, true),
+            ]
         );
-        let mut left = sessions.indexed().expect("index");
-        left.sort_unstable();
-        assert_eq!(left, [(key(1), 1), (key(6), 6)]);
+        let mut left: Vec<_> = sessions.indexed().expect("index");
+        left.sort_unstable_by_key(|(key, slot)| (*slot, *key));
+        let slots: Vec<_> = left.iter().map(|(_, slot)| *slot).collect();
+        assert_eq!(slots, [1, 5, 6, 6, 9, 10]);
         let taken: Vec<_> = (0..MAX_SESSIONS)
             .filter(|slot| sessions.slot(*slot).peer_discriminator.load() != 0)
             .collect();
-        assert_eq!(taken, [1, 6]);
+        assert_eq!(taken, [1, 5, 6, 9, 10]);
     }
 }

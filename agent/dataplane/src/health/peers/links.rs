@@ -4,7 +4,7 @@ use nix::net::if_::if_nametoindex;
 
 use super::{
     super::{HealthError, prober::Command, socket::PacketSocket},
-    Peers, forwarding,
+    NodeOnLink, Peers, forwarding,
 };
 use crate::links::{
     Family,
@@ -16,7 +16,8 @@ impl Peers {
     /// agent, who are reflected without a gap.
     pub(super) fn make_first_links(&mut self) -> Result<(), HealthError> {
         let first = self.config.local.map_or(Family::V4, Family::of);
-        let mut families: Vec<Family> = self.known.keys().copied().map(Family::of).collect();
+        let orphans = self.orphans.iter();
+        let mut families: Vec<Family> = orphans.map(|it| Family::of(it.address)).collect();
         families.push(first);
         families.sort_unstable();
         families.dedup();
@@ -121,14 +122,18 @@ impl Peers {
             management::remove(&mut self.netlink, link.index, &link.name)?;
             return Err(error.into());
         }
-        for (address, known) in &self.known {
-            let Some(spec) = known.spec.filter(|_| Family::of(*address) == family) else {
+        for (spec, known) in &self.known {
+            let node = NodeOnLink::of(spec);
+            if node.family != family {
                 continue;
-            };
-            let entered =
-                management::set_peer(&mut self.netlink, &link, forwarding(known.mac, spec));
-            if let Err(error) = entered {
-                tracing::warn!(%error, peer.ip = %address, "a peer is not reached any more");
+            }
+            let speaker = Some(node.speaker()).filter(|mac| known.speaks && *mac != known.mac);
+            for mac in [Some(known.mac), speaker].into_iter().flatten() {
+                let entered =
+                    management::set_peer(&mut self.netlink, &link, forwarding(mac, *spec));
+                if let Err(error) = entered {
+                    tracing::warn!(%error, peer.ip = %spec.address, "a peer is not reached any more");
+                }
             }
         }
         Ok(())

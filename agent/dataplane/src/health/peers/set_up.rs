@@ -83,8 +83,8 @@ impl Peers {
             Some(bpf) => Memory::Pinned(Box::new(bpf.take_sessions().ok_or(HealthError::InUse)?)),
             None => Memory::Local(LocalSessions::new()),
         };
-        let known = match adopt::adopt(&config, memory.sessions_mut()) {
-            Ok(known) => known,
+        let orphans = match adopt::adopt(&config, memory.sessions_mut()) {
+            Ok(orphans) => orphans,
             Err(error) => {
                 give_back(bpf.as_deref(), Some(memory));
                 return Err(error);
@@ -103,7 +103,9 @@ impl Peers {
             bpf,
             netlink,
             links: BTreeMap::new(),
-            known,
+            known: HashMap::new(),
+            orphans,
+            entered: 0,
             commands: commands.clone(),
             prober: None,
             discriminator: own,
@@ -151,7 +153,7 @@ impl Peers {
     pub(super) fn forget_strays(&self) {
         let Some(bpf) = &self.bpf else { return };
         for peer in bpf.peers() {
-            if !self.known.contains_key(&peer)
+            if !self.is_known(peer)
                 && let Err(error) = bpf.remove_peer(peer)
             {
                 tracing::warn!(%error, peer.ip = %peer, "a peer of an earlier agent stays");

@@ -1,0 +1,248 @@
+//! Several ways to one node, several nodes at one address, and what others say of both.
+
+use nsm_core::sbfd::{Proof, State};
+use nsm_dataplane::health::{Peer, PeerSpec};
+
+use super::support::{
+    By, Node, TCX, World, addr, both_up, discriminator, eventually, ip, pair, within,
+};
+
+/// The path is proved, at the latest when both sides know each other.
+async fn reached(peer: &Peer) {
+    eventually("a proof", async || {
+        match peer.prove().await.expect("proof") {
+            Proof::Reached => Ok(()),
+            other => Err(format!("{:?}: {other:?}", peer.spec())),
+        }
+    })
+    .await;
+}
+
+/// The session is up, and goes on being answered.
+async fn goes_on(peer: &Peer) {
+    let answers = peer.report().await.expect("report").answers;
+    eventually("answers", async || {
+        let report = peer.report().await.expect("report");
+        let is_well = peer.is_up() && report.answers >= answers + 20;
+        is_well.then_some(()).ok_or_else(|| format!("{report:?}"))
+    })
+    .await;
+}
+
+async fn is_down(peer: &Peer) {
+    eventually("a loss", async || match peer.report().await {
+        Ok(report) if report.snapshot.state == State::Down => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+}
+
+/// A node gets another address in place of its own.
+fn move_node(world: &World, number: usize) {
+    within(&world.nodes[number - 1], || {
+        ip(&format!("addr del 10.{number}.0.1/24 dev eth0"));
+        ip(&format!("addr add 10.{number}.0.2/24 dev eth0"));
+        ip(&format!("route add default via 10.{number}.0.254"));
+    });
+}
+
+fn elsewhere(spec: PeerSpec, address: &str) -> PeerSpec {
+    PeerSpec {
+        address: addr(address),
+        ..spec
+    }
+}
+
+async fn end<const N: usize>(nodes: [Node; N]) {
+    for node in nodes {
+        node.end().await;
+    }
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn each_family_of_addresses_is_answered_on_its_own_link() {
+    super::support::sandbox(|| async {
+        for by in [TCX, By::UserSpace] {
+            let world = World::new();
+            let (mut nodes, peers) = pair(&world, by, 4).await;
+            both_up(&mut nodes, &peers).await;
+            let six = super::support::join(&nodes, 6).await;
+            for peer in &six {
+                reached(peer).await;
+            }
+            for peer in six.iter().chain(&peers) {
+                goes_on(peer).await;
+                let report = peer.report().await.expect("report");
+                assert!(report.reflected > 0, "its probes are its own: {report:?}");
+            }
+            end(nodes).await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_node_is_reached_by_two_addresses_at_once() {
+    super::support::sandbox(|| async {
+        for by in [TCX, By::UserSpace] {
+            let world = World::new();
+            within(&world.nodes[1], || ip("addr add 10.2.0.2/24 dev eth0"));
+            let (mut nodes, peers) = pair(&world, by, 4).await;
+            both_up(&mut nodes, &peers).await;
+            let second = elsewhere(nodes[1].spec(4), "10.2.0.2");
+            let second = nodes[0].health.join(second).await.expect("joined");
+            reached(&second).await;
+            for peer in peers.iter().chain([&second]) {
+                goes_on(peer).await;
+            }
+            end(nodes).await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_node_that_moved_is_answered_where_it_is_now() {
+    super::support::sandbox(|| async {
+        for by in [TCX, By::UserSpace] {
+            let world = World::new();
+            let (mut nodes, peers) = pair(&world, by, 4).await;
+            both_up(&mut nodes, &peers).await;
+            move_node(&world, 2);
+            let moved = elsewhere(nodes[1].spec(4), "10.2.0.2");
+            let moved = nodes[0].health.join(moved).await.expect("joined");
+            reached(&moved).await;
+            // Connections to where it was are still there.
+            let [before, to_one] = peers;
+            is_down(&before).await;
+            goes_on(&to_one).await;
+            goes_on(&moved).await;
+            // The other way goes, and is not missed.
+            drop(before);
+            eventually("one session", async || {
+                let reports = nodes[0].health.reports().await.expect("reports");
+                (reports.len() == 1)
+                    .then_some(())
+                    .ok_or_else(|| format!("{reports:?}"))
+            })
+            .await;
+            goes_on(&moved).await;
+            end(nodes).await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn two_nodes_that_moved_at_once_find_each_other() {
+    super::support::sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        for number in [1, 2] {
+            move_node(&world, number);
+        }
+        for peer in &peers {
+            is_down(peer).await;
+        }
+        let moved = [
+            elsewhere(nodes[1].spec(4), "10.2.0.2"),
+            elsewhere(nodes[0].spec(4), "10.1.0.2"),
+        ];
+        let one = nodes[0].health.join(moved[0]).await.expect("joined");
+        let two = nodes[1].health.join(moved[1]).await.expect("joined");
+        for peer in [&one, &two] {
+            reached(peer).await;
+        }
+        end(nodes).await;
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn what_another_says_of_a_peer_takes_nothing_from_it() {
+    super::support::sandbox(|| async {
+        for by in [TCX, By::UserSpace] {
+            let world = World::new();
+            let (mut nodes, peers) = pair(&world, by, 4).await;
+            both_up(&mut nodes, &peers).await;
+            let spec = nodes[1].spec(4);
+            let claims = [
+                PeerSpec {
+                    discriminator: discriminator(0x1234_5678),
+                    ..spec
+                },
+                PeerSpec { port: 4999, ..spec },
+                PeerSpec {
+                    port: 4999,
+                    discriminator: discriminator(0x1234_5679),
+                    ..spec
+                },
+                PeerSpec {
+                    vni: nsm_core::vni::Vni::try_from(77).expect("a VNI"),
+                    ..spec
+                },
+                // The peer's own name, at an address of somebody else.
+                elsewhere(spec, "10.2.0.99"),
+            ];
+            let mut claimed = Vec::new();
+            for claim in claims {
+                let peer = nodes[0].health.join(claim).await.expect("joined");
+                let proof = peer.prove().await.expect("proof");
+                assert!(
+                    matches!(proof, Proof::Silent { .. }),
+                    "{claim:?}: {proof:?}"
+                );
+                claimed.push(peer);
+            }
+            for peer in &peers {
+                goes_on(peer).await;
+            }
+            let again = nodes[0].health.join(spec).await.expect("joined");
+            assert!(again.is_up(), "the session that stood");
+            drop(claimed);
+            while let Ok(event) = nodes[0].events.try_recv() {
+                let nsm_dataplane::health::Event::Session { change, report } = &event else {
+                    continue;
+                };
+                let lost = matches!(
+                    change,
+                    nsm_core::sbfd::Change::State {
+                        to: State::Down,
+                        ..
+                    }
+                );
+                assert!(!lost || report.peer != spec, "{event:?}");
+            }
+            end(nodes).await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_peer_that_lost_its_name_is_known_by_the_new_one_at_once() {
+    super::support::sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        let [one, two] = nodes;
+        let before = two.health.discriminator();
+        let [to_two, to_one] = peers;
+        drop(to_one);
+        two.end().await;
+        let two = Node::start(&world, 2, TCX);
+        assert_ne!(two.health.discriminator(), before);
+        let to_one = two.health.join(one.spec(4)).await.expect("joined");
+        let anew = one.health.join(two.spec(4)).await.expect("joined");
+        for peer in [&anew, &to_one] {
+            reached(peer).await;
+        }
+        is_down(&to_two).await;
+        for peer in [&anew, &to_one] {
+            goes_on(peer).await;
+        }
+        end([one, two]).await;
+    });
+}
