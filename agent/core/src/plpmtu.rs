@@ -106,7 +106,7 @@ impl Search {
         if self.phase == Phase::Found {
             self.raise(now);
         } else {
-            self.fails = wanted.saturating_add(1);
+            self.ask_anew(now);
         }
     }
 
@@ -212,12 +212,16 @@ impl Search {
 
     fn raise(&mut self, now: Monotonic) {
         self.phase = Phase::Search;
+        self.ask_anew(now);
+        self.go_on(now);
+    }
+
+    /// Nothing that failed so far counts any more, nor does the loss of what is under way: it is of another size than the next.
+    fn ask_anew(&mut self, now: Monotonic) {
         self.fails = self.wanted.saturating_add(1);
         self.lost = 0;
-        if self.in_flight.is_none() {
-            self.next = now;
-        }
-        self.go_on(now);
+        self.in_flight = None;
+        self.next = now;
     }
 
     fn handle_loss(&mut self, size: u16, needed: u32, now: Monotonic) {

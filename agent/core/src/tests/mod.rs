@@ -7,6 +7,7 @@ mod ipmap;
 mod mechanism;
 mod name;
 mod path;
+mod plpmtu;
 mod prefix;
 mod public_address;
 mod registry;
