@@ -42,7 +42,24 @@ const KEPT_BACK: u32 = 3;
 /// News that wait to be fetched. State and path MTU can each change a few times between two looks; older news are of no use.
 const NEWS: usize = 8;
 
-/// The pace of a session.
+/// The pace of a session, and with it how soon a loss is told.
+///
+/// The first probe of a lost way leaves within `interval`. The verdict falls when `silence` has passed since, or on a long way when
+/// answers have been overdue twice: once to suspect, and once for the last of the probes that suspicion sends, 3 ms apart. Where an
+/// answer is overdue after the round trip (10 ms at least, and four times what it varies by), and the verdict rests on seven probes,
+/// that is
+///
+/// ```text
+/// interval + max(silence, 2 × round trip + 7 × 3 ms)
+/// ```
+///
+/// by default 160 ms for round trips up to 44 ms, 200 ms for 64 ms, 271 ms for 100 ms; the prober's delay is added, and on a lossy
+/// path the probes that it needs more.
+///
+/// A way that becomes longer than `silence` at once (a detour, 1 ms → 150 ms) looks like a loss until its first answer is there: it is
+/// told as one, and taken back as soon as two answers have come, a round trip and an interval after the change. Smaller steps, ramps,
+/// jitter and reordering raise no alarm. A way that does so again and again must prove itself longer, as after any other loss: by 32
+/// answers in a row at most, which takes less than a second and two round trips.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
     /// Between two probes of a path that is up.
@@ -54,7 +71,7 @@ pub struct Timing {
 }
 
 impl Default for Timing {
-    /// A loss is told within 50 + 110 ms and a prober's delay: below 200 ms with 40 ms to spare.
+    /// A loss on a way of up to 44 ms is told within 50 + 110 ms and a prober's delay: below 200 ms with 40 ms to spare.
     fn default() -> Self {
         Self {
             interval: Duration::from_millis(50),

@@ -31,6 +31,10 @@ struct Path {
     /// Loss on each way, 0 to 1.
     loss: f64,
     round_trip: Duration,
+    /// Added to it, 0 to so much for each probe of its own: what was sent later may come back first.
+    jitter: Duration,
+    /// How much longer the way becomes in a second.
+    ramp: Duration,
     is_cut: bool,
     /// What the kernel does with probes that it is handed.
     leaves: bool,
@@ -44,6 +48,8 @@ impl Default for Path {
         Self {
             loss: 0.0,
             round_trip: Duration::from_micros(100),
+            jitter: Duration::ZERO,
+            ramp: Duration::ZERO,
             is_cut: false,
             leaves: true,
             reflector: WireState::Up,
@@ -112,7 +118,10 @@ impl Simulation {
     fn run_until(&mut self, end: Monotonic, stop: impl Fn(&Self) -> bool) {
         let mut steps = 0u32;
         let began = self.now;
+        let round_trip = self.path.round_trip;
         while self.now < end {
+            let grown = self.path.ramp.mul_f64(self.now.since(began).as_secs_f64());
+            self.path.round_trip = round_trip + grown;
             self.step();
             if stop(self) {
                 return;
@@ -168,10 +177,11 @@ impl Simulation {
             || self.random.next() < self.path.loss
             || probe.padded_to.is_some_and(|size| size > self.path.largest);
         if !is_lost {
+            let round_trip = self.path.round_trip + self.path.jitter.mul_f64(self.random.next());
             self.answers.push_back(Answer {
                 seq: probe.seq,
-                round_trip: self.path.round_trip,
-                at: self.now + self.path.round_trip,
+                round_trip,
+                at: self.now + round_trip,
                 state: self.path.reflector,
             });
         }

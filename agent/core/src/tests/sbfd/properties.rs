@@ -7,8 +7,18 @@ use proptest::prelude::*;
 use super::{MS, Path, Random, Simulation};
 use crate::{clock::Monotonic, sbfd::*};
 
-/// A loss of the path is told within this, where the prober runs: one probe's interval, the silence, and what a lossy path needs in more probes.
-const BOUND: Duration = Duration::from_millis(175);
+/// Within how long the loss of a way out is told, where the prober runs and little was lost before: see [`Timing`].
+fn bound(round_trip: Duration) -> Duration {
+    let rto = round_trip.max(10 * MS);
+    let of_suspicion = 2 * rto + SUSPICION;
+    Timing::default().interval + Timing::default().silence.max(of_suspicion)
+}
+
+/// How long it takes to send the probes of a verdict at the fastest pace: seven at most in the first seconds, 3 ms apart.
+const SUSPICION: Duration = Duration::from_millis(21);
+
+/// The session's own steps, and what a session of few probes needs in more of them.
+const SLACK: Duration = Duration::from_millis(15);
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
@@ -29,22 +39,116 @@ proptest! {
         prop_assert_eq!(simulation.states(), [State::Up]);
     }
 
+    /// Nor where the way takes longer for some than for others, so that answers overtake each other.
+    #[test]
+    fn answers_that_overtake_each_other_are_no_silence(
+        seed: u64, round_trip in 0u64..150_000, jitter in 0u64..100_000,
+    ) {
+        let path = Path {
+            round_trip: Duration::from_micros(round_trip),
+            jitter: Duration::from_micros(jitter),
+            ..Path::default()
+        };
+        let mut simulation = Simulation::new(path, seed);
+        simulation.run(60_000 * MS);
+        prop_assert_eq!(simulation.states(), [State::Up]);
+    }
+
+    /// Nor where queues fill and empty again.
+    #[test]
+    fn a_way_that_grows_is_no_silence(
+        seed: u64, round_trip in 0u64..50_000, jitter in 0u64..20_000, slope in 0u64..300,
+    ) {
+        let path = Path {
+            round_trip: Duration::from_micros(round_trip),
+            jitter: Duration::from_micros(jitter),
+            ..Path::default()
+        };
+        let mut simulation = Simulation::up(path, seed);
+        for _ in 0..5 {
+            simulation.path.ramp = Duration::from_millis(slope);
+            simulation.run(2_000 * MS);
+            simulation.path.ramp = Duration::ZERO;
+            simulation.run(1_000 * MS);
+            simulation.path.round_trip = Duration::from_micros(round_trip);
+            simulation.run(5_000 * MS);
+        }
+        prop_assert_eq!(simulation.states(), []);
+    }
+
+    /// A way that becomes longer at once is no silence either, as long as an answer takes less than [`Timing::silence`].
+    #[test]
+    fn a_small_detour_is_no_silence(seed: u64, before in 0u32..10_000, after in 0u64..105) {
+        let mut simulation = Simulation::up(Path::default(), seed);
+        simulation.run(before * MS);
+        simulation.path.round_trip = Duration::from_millis(after);
+        simulation.run(60_000 * MS);
+        prop_assert_eq!(simulation.states(), []);
+    }
+
+    /// One that takes longer than that cannot be told from a loss until the first answer is there. Then it is: the path is up again
+    /// as soon as two answers have come, and stays so.
+    #[test]
+    fn a_long_detour_is_an_outage_until_its_answers_come(seed: u64, before in 0u32..10_000, after in 112u64..900) {
+        let mut simulation = Simulation::up(Path { round_trip: MS, ..Path::default() }, seed);
+        simulation.run(before * MS);
+        let began = simulation.now;
+        simulation.path.round_trip = Duration::from_millis(after);
+        simulation.run(60_000 * MS);
+        prop_assert_eq!(simulation.states(), [State::Down, State::Up]);
+        for change in &simulation.changes {
+            if let Change::State { at, .. } = change {
+                // The next probe leaves within an interval, and by suspicion another one soon after.
+                prop_assert!(at.since(began) <= Duration::from_millis(after) + 75 * MS, "{:?}", simulation.changes);
+            }
+        }
+    }
+
+    /// A way that changes again and again must prove itself longer, but never for long.
+    #[test]
+    fn detours_that_come_and_go_cost_a_second_each_at_most(seed: u64, after in 112u64..400) {
+        let mut simulation = Simulation::up(Path { round_trip: MS, ..Path::default() }, seed);
+        for _ in 0..8 {
+            let began = simulation.now;
+            simulation.path.round_trip = Duration::from_millis(after);
+            simulation.run(4_000 * MS);
+            prop_assert_eq!(simulation.state(), State::Up);
+            let last = simulation.changes.iter().filter_map(|change| match change {
+                Change::State { at, .. } => Some(at.since(began)),
+                Change::PathMtu { .. } => None,
+            });
+            let took = last.max().unwrap_or_default();
+            prop_assert!(took <= 2 * Duration::from_millis(after) + 1_000 * MS, "{took:?}");
+            simulation.changes.clear();
+            simulation.path.round_trip = MS;
+            simulation.run(4_000 * MS);
+            prop_assert_eq!(simulation.states(), []);
+        }
+    }
+
     /// Silence is told within the bound, and not sooner than the silence has lasted.
     #[test]
-    fn silence_is_told_in_time(seed: u64, before in 0u64..120_000, late_us in 0u64..3_000) {
-        let mut simulation = Simulation::up(Path::default(), seed);
+    fn silence_is_told_in_time(
+        seed: u64, before in 0u64..120_000, late_us in 0u64..3_000, round_trip in 100u64..100_000, both_ways: bool,
+    ) {
+        let round_trip = Duration::from_micros(round_trip);
+        let mut simulation = Simulation::up(Path { round_trip, ..Path::default() }, seed);
         simulation.late = Duration::from_micros(late_us);
         simulation.run(Duration::from_micros(before * 100));
         let cut_at = simulation.now;
         simulation.path.is_cut = true;
-        simulation.answers.clear();
+        // Cut on the way out only, what is under way still comes back.
+        if both_ways {
+            simulation.answers.clear();
+        }
         simulation.run(1_000 * MS);
         prop_assert_eq!(simulation.states(), [State::Down]);
         let Some(Change::State { at, cause: Cause::Unanswered { probes, silence }, .. }) = simulation.changes.first() else {
             return Err(TestCaseError::fail(format!("{:?}", simulation.changes)));
         };
         let took = at.since(cut_at);
-        prop_assert!(took <= BOUND + Duration::from_micros(15 * late_us), "{took:?}");
+        let bound = bound(round_trip) + SLACK + Duration::from_micros(15 * late_us);
+        prop_assert!(took <= bound, "{took:?} of {bound:?}");
         prop_assert!(*silence >= 110 * MS && *probes >= 3);
     }
 
