@@ -269,6 +269,11 @@ impl Connections {
             .collect()
     }
 
+    /// The established connection of this id.
+    pub(crate) fn current(&self, id: &str) -> Option<Arc<Established>> {
+        lock(&self.store.slots).get(id)?.current()
+    }
+
     /// Whether there is a slot of this id, established or at work.
     pub(crate) fn has(&self, id: &str) -> bool {
         lock(&self.store.slots).contains_key(id)

@@ -28,11 +28,14 @@ use crate::{
     connections::{Established, News, lock},
     error::RequestError,
     forwarder::{PathEvent, PeerSpec, Plan, Prober, Reflector},
-    plane::ControlPlane,
+    plane::{ControlPlane, Shared},
     route::Route,
 };
 
 pub(crate) use self::foreign::Foreign;
+
+/// Connections whose news are told together: the first need not wait for thousands of others.
+const TOGETHER: usize = 64;
 
 /// Whether a path must be proved before a connection is granted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -376,26 +379,35 @@ impl ControlPlane {
         established.settle(&foreign);
     }
 
-    /// The connection with what is known of its path now; `None` when that is nothing new.
-    pub(crate) fn with_health(&self, established: &Established) -> Option<Established> {
-        let (remote, port) = established.remote()?;
-        let known = self.prober()?.health(remote);
-        let mut health = known.or(established.path.health);
+    /// What is known of a connection's path now, by the session and by the word of the hops behind us.
+    pub(crate) fn health_of(&self, established: &Established) -> Option<Health> {
+        let stored = established.path.health;
+        let Some(((remote, port), prober)) = established.remote().zip(self.prober()) else {
+            return stored;
+        };
+        let known = prober.health(remote);
         if let Some(vni) = established.vni
             && below(&established.view)
                 .iter()
                 .any(|hop| Published::read(&hop.metrics).foreign.contains(vni))
         {
-            let known = health.unwrap_or(Health::unverified(remote, port, Reason::NoReflector));
-            health = Some(known.without_tunnel(vni));
-        } else if known.is_none()
-            && let Some(stale) = health
-            && matches!(stale.outward.reason, Reason::ForeignVni { .. })
-        {
-            health = Some(Health::unverified(remote, port, Reason::NoReflector));
+            let unknown = Health::unverified(remote, port, Reason::NoReflector);
+            return Some(known.or(stored).unwrap_or(unknown).without_tunnel(vni));
         }
+        let is_over = |stale: Health| matches!(stale.outward.reason, Reason::ForeignVni { .. });
+        if known.is_none() && stored.is_some_and(is_over) {
+            return Some(Health::unverified(remote, port, Reason::NoReflector));
+        }
+        known.or(stored)
+    }
+
+    /// The connection with what is known of its path now; `None` when that is nothing new. Another kind of reason is: it may name
+    /// the firewall that is to blame.
+    pub(crate) fn with_health(&self, established: &Established) -> Option<Established> {
+        let (remote, _) = established.remote()?;
+        self.prober()?;
         let mut changed = established.clone();
-        changed.path.health = health;
+        changed.path.health = self.health_of(established);
         changed.settle(&lock(&self.shared.foreign).of(remote));
         let is_news = changed.view.state() != established.view.state()
             || !same_health(&changed.view, &established.view);
@@ -436,29 +448,38 @@ impl ControlPlane {
             .filter(move |it| it.remote().map(|(ip, _)| ip) == Some(peer))
     }
 
-    /// Tells the monitors of every connection that goes to `peer` what is new of the path: at once and together, but for those at
-    /// work, which follow in their turn.
+    /// Tells the monitors of every connection that goes to `peer` what is new of the path: at once, and many together, but for those
+    /// at work, which follow in their turn.
     fn tell_all(&self, peer: IpAddr) {
+        let ids: Vec<_> = self
+            .connections_to(peer)
+            .map(|it| it.view.id.clone())
+            .collect();
+        for ids in ids.chunks(TOGETHER) {
+            self.tell_together(ids);
+        }
+    }
+
+    fn tell_together(&self, ids: &[String]) {
         let together = Arc::new(Mutex::new(Some(Vec::new())));
-        for established in self.connections_to(peer) {
+        for id in ids {
             let plane = self.clone();
             let together = Arc::clone(&together);
-            self.apply_and(
-                established.view.id.as_str(),
-                News::Path,
-                move |view| match lock(&together).as_mut() {
-                    Some(views) => views.push(view.clone()),
-                    None => plane
-                        .shared
-                        .monitors
-                        .publish(ConnectionEventType::Update, view),
-                },
-            );
+            self.apply_and(id, News::Path, move |view| match lock(&together).as_mut() {
+                Some(changed) => changed.push(view.id.clone()),
+                None => plane
+                    .shared
+                    .monitors
+                    .publish(ConnectionEventType::Update, view),
+            });
         }
-        let views = lock(&together).take().unwrap_or_default();
-        self.shared
-            .monitors
-            .publish_all(ConnectionEventType::Update, &views);
+        let changed = lock(&together).take().unwrap_or_default();
+        let Shared {
+            monitors,
+            connections,
+            ..
+        } = &*self.shared;
+        monitors.publish_all(&changed, |id| connections.current(id));
     }
 }
 

@@ -6,27 +6,31 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    iter::Peekable,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
+    vec,
 };
 
 use nsm_core::path::selector_matches;
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector,
 };
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::connections::{Established, lock};
 
-/// Events a subscriber may lag behind before it is cut off. A node's worst burst is one event for
-/// each of its connections of one peer; the subscriber of a single connection never comes near.
+/// Events a subscriber may lag behind before it is cut off. A node's worst burst is news of all its connections, which are told
+/// [`TOGETHER`]; the subscriber of a single connection never comes near.
 const BACKLOG: usize = 1024;
 
-/// Connections that are told of in one event: some 2 KiB each, and no message is to come near the limits of those who read it.
-const TOGETHER: usize = 32;
+/// How much of connections one event tells, bytes: some 2 KiB each, and no message is to come near the limits of those who read it
+/// (1 MiB is an agent's, 4 MiB that of gRPC in Go).
+const TOGETHER: usize = 64 << 10;
 
 type Sender = mpsc::Sender<Result<ConnectionEvent, Status>>;
 
@@ -57,8 +61,13 @@ pub(crate) struct Monitors {
 }
 
 /// A stream of events; dropped, the subscription is gone.
+///
+/// What there was when it began comes first: as the initial state as much as one event holds, the rest as updates, for a reader may
+/// take another initial state for the whole of it. It is put into words when it is read, and what has changed meanwhile follows.
 #[derive(Debug)]
 pub struct Events {
+    initial: Option<ConnectionEventType>,
+    standing: Peekable<vec::IntoIter<Arc<Established>>>,
     receiver: mpsc::Receiver<Result<ConnectionEvent, Status>>,
     monitors: Monitors,
     key: (String, u64),
@@ -71,6 +80,12 @@ impl tokio_stream::Stream for Events {
         mut self: std::pin::Pin<&mut Self>,
         context: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Self::Item>> {
+        let initial = self.initial.take();
+        if initial.is_some() || self.standing.peek().is_some() {
+            let kind = initial.unwrap_or(ConnectionEventType::Update);
+            let event = next_event(kind, &mut self.standing);
+            return std::task::Poll::Ready(Some(Ok(event)));
+        }
         self.receiver.poll_recv(context)
     }
 }
@@ -82,9 +97,9 @@ impl Drop for Events {
 }
 
 impl Monitors {
-    /// Subscribes, with the matching connections of `now` as the first event.
+    /// Subscribes, with the matching connections of `now` as the first events.
     ///
-    /// `now` is asked for after the subscription stands, so nothing falls between the two.
+    /// `now` is asked for while nobody tells anything, so nothing falls between it and what follows.
     pub(crate) fn subscribe(
         &self,
         selector: MonitorScopeSelector,
@@ -104,34 +119,25 @@ impl Monitors {
             _ => None,
         };
         let key = (segment, self.next.fetch_add(1, Ordering::Relaxed));
-        let first = sender.clone();
-        {
-            let mut subscribers = lock(&self.subscribers);
-            subscribers
-                .by_segment
-                .entry(key.0.clone())
-                .or_default()
-                .insert(
-                    key.1,
-                    Subscriber {
-                        hop,
-                        selector: selector.clone(),
-                        sender,
-                    },
-                );
-            let connections = now()
-                .iter()
-                .map(|established| &established.view)
-                .filter(|view| matches(&selector, view))
-                .map(|view| (view.id.clone(), view.clone()))
-                .collect();
-            // The channel is empty and larger than one event: this cannot fail.
-            let _ = first.try_send(Ok(ConnectionEvent {
-                r#type: ConnectionEventType::InitialStateTransfer.into(),
-                connections,
-            }));
-        }
+        let mut subscribers = lock(&self.subscribers);
+        let mut standing = now();
+        standing.retain(|established| matches(&selector, &established.view));
+        subscribers
+            .by_segment
+            .entry(key.0.clone())
+            .or_default()
+            .insert(
+                key.1,
+                Subscriber {
+                    hop,
+                    selector,
+                    sender,
+                },
+            );
+        drop(subscribers);
         Events {
+            initial: Some(ConnectionEventType::InitialStateTransfer),
+            standing: standing.into_iter().peekable(),
             receiver,
             monitors: self.clone(),
             key,
@@ -143,39 +149,47 @@ impl Monitors {
         self.publish_but_to(None, kind, connection);
     }
 
-    /// Tells everyone who asked for it what became of many connections at once: in as few events as messages may be large, for a
-    /// subscriber that follows thousands of connections would be cut off by as many events.
-    pub(crate) fn publish_all(&self, kind: ConnectionEventType, connections: &[Connection]) {
+    /// Tells everyone who asked for it how many connections are now: in as few events as messages may be large, for a subscriber
+    /// that follows thousands of connections would be cut off by as many events.
+    ///
+    /// `now` looks at each by its id while nobody else tells anything, so that what was told meanwhile is not taken back: the last
+    /// word on a connection that is gone is that it is, and on one that has changed again how it is now.
+    pub(crate) fn publish_all(
+        &self,
+        ids: &[String],
+        now: impl Fn(&str) -> Option<Arc<Established>>,
+    ) {
         let mut subscribers = lock(&self.subscribers);
-        let mut news: BTreeMap<(String, u64), Vec<&Connection>> = BTreeMap::new();
-        for connection in connections {
-            for segment in segments(connection) {
+        if subscribers.by_segment.is_empty() {
+            return;
+        }
+        let mut news: BTreeMap<(String, u64), Vec<Arc<Established>>> = BTreeMap::new();
+        for established in ids.iter().filter_map(|id| now(id)) {
+            let view = &established.view;
+            for segment in segments(view) {
                 let Some(listeners) = subscribers.by_segment.get(segment) else {
                     continue;
                 };
                 for (number, subscriber) in listeners {
-                    if matches(&subscriber.selector, connection) {
+                    if matches(&subscriber.selector, view) {
                         let key = (segment.to_owned(), *number);
-                        news.entry(key).or_default().push(connection);
+                        news.entry(key).or_default().push(Arc::clone(&established));
                     }
                 }
             }
         }
-        for ((segment, number), connections) in news {
+        for ((segment, number), news) in news {
             let Some(listeners) = subscribers.by_segment.get_mut(&segment) else {
                 continue;
             };
+            let mut news = news.into_iter().peekable();
             let reads = listeners.get(&number).is_some_and(|subscriber| {
-                connections.chunks(TOGETHER).all(|chunk| {
-                    let connections = chunk.iter().map(|it| (it.id.clone(), (*it).clone()));
-                    send(
-                        subscriber,
-                        ConnectionEvent {
-                            r#type: kind.into(),
-                            connections: connections.collect(),
-                        },
-                    )
-                })
+                let mut reads = true;
+                while reads && news.peek().is_some() {
+                    let event = next_event(ConnectionEventType::Update, &mut news);
+                    reads = send(subscriber, event);
+                }
+                reads
             });
             if !reads {
                 listeners.remove(&number);
@@ -260,6 +274,25 @@ impl Monitors {
     }
 }
 
+/// An event with as many of the next connections as it may hold: one at least, unless there is none.
+fn next_event(
+    kind: ConnectionEventType,
+    left: &mut Peekable<vec::IntoIter<Arc<Established>>>,
+) -> ConnectionEvent {
+    let mut connections = BTreeMap::new();
+    let mut size = 0;
+    while let Some(next) = left.next_if(|next| {
+        size += next.view.encoded_len();
+        size <= TOGETHER || connections.is_empty()
+    }) {
+        connections.insert(next.view.id.clone(), next.view.clone());
+    }
+    ConnectionEvent {
+        r#type: kind.into(),
+        connections,
+    }
+}
+
 /// Whether the subscriber keeps up. One that does not is dropped, and its sender with it: after what is queued its stream ends, and
 /// it asks anew.
 fn send(subscriber: &Subscriber, event: ConnectionEvent) -> bool {
@@ -310,4 +343,130 @@ fn matches(selector: &MonitorScopeSelector, connection: &Connection) -> bool {
         .map(|segment| (segment.name.as_str(), segment.id.as_str()))
         .collect();
     selector_matches(&asked, &path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use nsm_proto::connection::{Path, PathSegment};
+    use tokio_stream::StreamExt as _;
+
+    use super::*;
+    use crate::route::{Crossing, Route};
+
+    fn established(number: usize, labels: usize) -> Arc<Established> {
+        let segment = |name: &str| PathSegment {
+            name: name.to_owned(),
+            id: format!("{name}-{number}"),
+            ..PathSegment::default()
+        };
+        Arc::new(Established {
+            view: Connection {
+                id: format!("agent-{number}"),
+                labels: [("text".to_owned(), "x".repeat(labels))].into(),
+                path: Some(Path {
+                    index: 1,
+                    path_segments: vec![segment("client"), segment("agent")],
+                }),
+                ..Connection::default()
+            },
+            route: Route {
+                url: String::new(),
+                trusted: false,
+                crossing: Crossing::Inside,
+                service: String::new(),
+                endpoint: String::new(),
+                endpoint_told: String::new(),
+                payload: String::new(),
+                resolution: None,
+                _socket: None,
+            },
+            next_mechanism: None,
+            plan: None,
+            vni: None,
+            expires: SystemTime::UNIX_EPOCH,
+            path: crate::health::PathState::default(),
+        })
+    }
+
+    fn follow(monitors: &Monitors, now: Vec<Arc<Established>>) -> Events {
+        let selector = MonitorScopeSelector {
+            path_segments: vec![PathSegment {
+                name: "client".to_owned(),
+                ..PathSegment::default()
+            }],
+            network_services: Vec::new(),
+        };
+        monitors.subscribe(selector, false, || now)
+    }
+
+    /// What is told until the stream ends.
+    async fn told(monitors: &Monitors, events: Events) -> Vec<ConnectionEvent> {
+        monitors.end_all();
+        let events: Vec<_> = events.collect().await;
+        events
+            .into_iter()
+            .map(|event| event.expect("an event"))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn many_connections_are_told_in_events_that_can_be_read() {
+        let monitors = Monitors::default();
+        let mut connections: Vec<_> = (0..200).map(|number| established(number, 2000)).collect();
+        // One alone is larger than what is told together.
+        connections.insert(100, established(1000, 2 * TOGETHER));
+        let events = follow(&monitors, connections.clone());
+        let ids: Vec<_> = connections.iter().map(|it| it.view.id.clone()).collect();
+        let by_id = |id: &str| connections.iter().find(|it| it.view.id == id).cloned();
+        monitors.publish_all(&ids, by_id);
+        let told = told(&monitors, events).await;
+        let kinds: Vec<_> = told.iter().map(ConnectionEvent::r#type).collect();
+        assert_eq!(kinds[0], ConnectionEventType::InitialStateTransfer);
+        assert!(
+            kinds[1..]
+                .iter()
+                .all(|kind| *kind == ConnectionEventType::Update)
+        );
+        let count: usize = told.iter().map(|event| event.connections.len()).sum();
+        assert_eq!(count, 2 * connections.len(), "at first, and then");
+        assert!(told.len() < 40, "{}", told.len());
+        for event in told {
+            let size = event.encoded_len();
+            assert!(size < TOGETHER * 3 / 2 || event.connections.len() == 1);
+        }
+    }
+
+    /// Its Close has been told, or will be when this is done.
+    #[tokio::test]
+    async fn a_connection_that_has_gone_is_not_told_to_stand() {
+        let monitors = Monitors::default();
+        let (gone, changed) = (established(1, 0), established(2, 0));
+        let mut events = follow(&monitors, vec![gone.clone(), changed.clone()]);
+        assert_eq!(
+            events
+                .next()
+                .await
+                .expect("one")
+                .expect("an event")
+                .connections
+                .len(),
+            2
+        );
+        monitors.publish(ConnectionEventType::Delete, &gone.view);
+        let now = established(2, 7);
+        let ids = [&gone, &changed].map(|it| it.view.id.clone());
+        monitors.publish_all(&ids, |id| (id == changed.view.id).then(|| now.clone()));
+        let told = told(&monitors, events).await;
+        let kinds: Vec<_> = told.iter().map(ConnectionEvent::r#type).collect();
+        assert_eq!(
+            kinds,
+            [ConnectionEventType::Delete, ConnectionEventType::Update]
+        );
+        assert_eq!(
+            told[1].connections,
+            [(changed.view.id.clone(), now.view.clone())].into()
+        );
+    }
 }

@@ -9,6 +9,7 @@ mod health;
 mod hostile;
 mod lifetime;
 mod lost_hop;
+mod many;
 mod monitor;
 mod node;
 mod refused;

@@ -8,6 +8,7 @@ mod endpoint;
 mod kernel;
 mod prober;
 mod process;
+mod wire;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,6 +38,7 @@ pub(crate) use self::{
     endpoint::Endpoint,
     kernel::{PORT, Standing},
     prober::Path,
+    wire::Wire,
 };
 
 /// Nothing in a test takes as long as this unless it hangs.

@@ -1,0 +1,49 @@
+//! Many connections through one peer.
+
+use nsm_proto::connection::{ConnectionEventType::*, State};
+
+use crate::support::{Client, Wire, World, eventually};
+
+const SERVICE: &str = "icmp-responder@cluster-2.example";
+
+/// What the peer says of all of them is much more than one message may be.
+#[tokio::test]
+async fn a_thousand_connections_come_back_with_the_first_refresh() {
+    const MANY: usize = 1000;
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let wire = Wire::to(b.address).await;
+    b.plane.set_public_url(Some(wire.url.clone()));
+    world.publish("cluster-2.example", &wire.url);
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    for _ in 1..MANY {
+        client.ask(SERVICE).await;
+    }
+    let up = || {
+        let connections = a.plane.connections();
+        let up = connections
+            .iter()
+            .filter(|it| it.connection().state() == State::Up);
+        up.count()
+    };
+    assert_eq!(up(), MANY);
+    eventually(1, || b.plane.holdings().monitors).await;
+    wire.cut();
+    eventually(0, up).await;
+    client.refresh(&granted).await.expect("refreshed");
+    eventually(MANY, up).await;
+
+    // Who asks for all of them hears of all of them.
+    let mut watch = client.monitor().await;
+    let first = watch.next().await;
+    assert_eq!(first.r#type(), InitialStateTransfer);
+    let mut told = first.connections;
+    while told.len() < MANY {
+        let event = watch.next().await;
+        assert_eq!(event.r#type(), Update);
+        told.extend(event.connections);
+    }
+    assert!(told.values().all(|it| it.state() == State::Up));
+}
