@@ -223,6 +223,12 @@ impl ControlPlane {
         views
     }
 
+    /// What is known of the path of a connection by now: [`ConnectionView::health`] is what its monitors were told last, and how long
+    /// a silence lasts is no news to them.
+    pub fn health_now(&self, view: &ConnectionView) -> Option<nsm_core::health::Health> {
+        self.health_of(&view.established)
+    }
+
     /// URL and number of connections of every peer that carries some.
     pub fn peers(&self) -> Vec<(String, usize)> {
         let mut peers = self.shared.peers.in_use();
@@ -385,7 +391,7 @@ impl ConnectionView {
         self.established.plan.as_ref()
     }
 
-    /// The health of the path that its packets take; none where there is no tunnel, or nothing is probed.
+    /// The health of the path that its packets take, as it was told last; none where there is no tunnel, or nothing is probed.
     pub fn health(&self) -> Option<&nsm_core::health::Health> {
         self.established.path.health.as_ref()
     }

@@ -258,6 +258,27 @@ impl Direction {
 }
 
 impl Reason {
+    /// What kind of reason it is, in metrics: what was counted or measured has no part in it, so two are compared by it.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::NotProbedYet => "not-probed-yet",
+            Self::NothingLeaves { .. } => "nothing-leaves",
+            Self::CannotBeTold => "cannot-be-told",
+            Self::Answered => "answered",
+            Self::PeerHeard => "peer-heard",
+            Self::PeerAnswered => "peer-answered",
+            Self::Unanswered { .. } => "unanswered",
+            Self::NothingHeard { .. } => "nothing-heard",
+            Self::OwnInputDrops { .. } => "own-input-drops",
+            Self::OwnOutputDrops { .. } => "own-output-drops",
+            Self::ForeignVni { .. } => "foreign-vni",
+            Self::NoReflector => "no-reflector",
+            Self::SwitchedOff => "switched-off",
+            Self::NotProbing => "not-probing",
+        }
+    }
+
     /// Why, and what to do, where tunnels use UDP port `port`.
     fn words(&self, port: u16) -> String {
         match *self {

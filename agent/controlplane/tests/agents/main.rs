@@ -12,6 +12,7 @@ mod lost_hop;
 mod many;
 mod monitor;
 mod node;
+mod reasons;
 mod refused;
 mod selection;
 mod support;

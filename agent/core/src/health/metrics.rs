@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Direction, Health, Verdict};
+use super::{Direction, Health, Verdict, Way};
 use crate::vni::Vni;
 
 const STATE_IN: &str = "sbfd_state_in";
 const STATE_OUT: &str = "sbfd_state_out";
+const REASON_IN: &str = "sbfd_reason_in";
+const REASON_OUT: &str = "sbfd_reason_out";
 const REASON: &str = "sbfd_reason";
 const PATH_MTU: &str = "sbfd_path_mtu";
 const FOREIGN: &str = "vxlan_foreign_vnis";
@@ -136,6 +138,9 @@ impl Published {
         };
         set(STATE_IN, health.map(|it| it.inward.verdict.to_string()));
         set(STATE_OUT, health.map(|it| it.outward.verdict.to_string()));
+        let code = |way: &Way| (way.verdict != Verdict::Up).then(|| way.reason.code().to_owned());
+        set(REASON_IN, health.and_then(|it| code(&it.inward)));
+        set(REASON_OUT, health.and_then(|it| code(&it.outward)));
         set(REASON, health.and_then(sentences));
         set(
             PATH_MTU,
@@ -145,10 +150,14 @@ impl Published {
         set(FOREIGN, (!vnis.is_empty()).then(|| vnis.join(",")));
     }
 
-    /// Whether two segments' metrics tell the same of health and of the next hop. The texts of reasons may differ: they count milliseconds.
+    /// Whether two segments' metrics tell the same of health and of the next hop. The sentences may differ, for they count
+    /// milliseconds; the kinds of reasons may not, or the word that this node's firewall is to blame would not be told to who has
+    /// heard that nothing comes in.
     #[must_use]
     pub fn is_same(one: &BTreeMap<String, String>, other: &BTreeMap<String, String>) -> bool {
-        let keys = [STATE_IN, STATE_OUT, PATH_MTU, FOREIGN, NEXT_HOP];
+        let keys = [
+            STATE_IN, STATE_OUT, REASON_IN, REASON_OUT, PATH_MTU, FOREIGN, NEXT_HOP,
+        ];
         keys.iter().all(|key| one.get(*key) == other.get(*key))
     }
 }

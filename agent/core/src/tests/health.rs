@@ -219,6 +219,23 @@ fn health_travels_in_metrics() {
     let moved = judge(&evidence, evidence.session.since + MS);
     Published::write(Some(&moved), &foreign, &mut later);
     assert!(Published::is_same(&metrics, &later));
+    // Neither is one more packet that came to the card only; that they come there is.
+    let mut blamed = [4, 5].map(|packets| {
+        let mut evidence = lost();
+        evidence.stages.card_in = Some(packets);
+        let mut metrics = metrics.clone();
+        let health = judge(&evidence, evidence.session.since);
+        Published::write(Some(&health), &foreign, &mut metrics);
+        metrics
+    });
+    assert!(!Published::is_same(&metrics, &blamed[0]));
+    assert!(Published::is_same(&blamed[0], &blamed[1]));
+    assert_ne!(blamed[0], blamed[1], "the sentence counts");
+    // Of what is up there is no reason to tell.
+    let mut up = lost();
+    up.session.state = State::Up;
+    Published::write(Some(&judge(&up, start())), &foreign, &mut blamed[0]);
+    assert!(!blamed[0].keys().any(|key| key.contains("reason")));
     Published::write(None, &ForeignVnis::default(), &mut later);
     assert!(!Published::is_same(&metrics, &later));
     assert_eq!(later, BTreeMap::from([("rx".to_owned(), "5".to_owned())]));

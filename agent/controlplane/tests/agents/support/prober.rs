@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::{Mutex, MutexGuard},
+    time::Duration,
 };
 
 use nsm_controlplane::forwarder::{PathEvent, PeerSpec, Prober, Reflector, WatchError};
@@ -19,6 +20,8 @@ use tokio::sync::mpsc;
 pub(crate) enum Path {
     Up,
     Down,
+    /// The node's own firewall drops what comes.
+    Blocked,
     /// There is no session to ask.
     Unanswerable,
 }
@@ -29,6 +32,7 @@ struct Table {
     /// Paths that are not up.
     lost: HashMap<IpAddr, Path>,
     mtus: HashMap<IpAddr, u16>,
+    silences: HashMap<IpAddr, Duration>,
     proofs: Vec<IpAddr>,
     refuses: bool,
 }
@@ -98,6 +102,12 @@ impl FakeProber {
         self.tell(ip);
     }
 
+    /// The path to `ip` has been lost for so long by now, which is no event.
+    pub(crate) fn silent_for(&self, ip: &str, silence: Duration) {
+        let ip: IpAddr = ip.parse().expect("an address");
+        self.table().silences.insert(ip, silence);
+    }
+
     /// Packets of a VNI come in that is no tunnel here.
     pub(crate) fn see_foreign(&self, peer: &str, vni: u32) {
         let _ = self.events.send(PathEvent::ForeignVni {
@@ -165,9 +175,14 @@ impl Prober for FakeProber {
                 Verdict::Down,
                 Reason::Unanswered {
                     probes: 5,
-                    silence: std::time::Duration::from_millis(130),
+                    silence: table
+                        .silences
+                        .get(&peer)
+                        .copied()
+                        .unwrap_or(Duration::from_millis(130)),
                 },
             ),
+            Some(Path::Blocked) => (Verdict::Down, Reason::OwnInputDrops { packets: 9 }),
             _ => (Verdict::Up, Reason::Answered),
         };
         let way = Way { verdict, reason };

@@ -49,8 +49,8 @@ pub(super) async fn register(told: &Told, registry: &mut Registry) {
     let reports = forwarder.path_reports().await;
     let paths = Paths::default();
     for view in told.plane.connections() {
-        if let (Some(labels), Some(health)) = (labels(told, &view), view.health()) {
-            paths.add(&labels, &path_health(health, &reports));
+        if let (Some(labels), Some(health)) = (labels(told, &view), told.plane.health_now(&view)) {
+            paths.add(&labels, &path_health(&health, &reports));
         }
     }
     paths.register(registry);
