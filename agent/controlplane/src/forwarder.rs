@@ -92,19 +92,6 @@ impl Plan {
     }
 }
 
-/// Packets and bytes of a tunnel, as seen on the underlay.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Packets sent to the peer.
-    pub tx_packets: u64,
-    /// Bytes sent to the peer, outer headers included.
-    pub tx_bytes: u64,
-    /// Packets received from the peer.
-    pub rx_packets: u64,
-    /// Bytes received from the peer, outer headers included.
-    pub rx_bytes: u64,
-}
-
 /// Why the dataplane refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwarderError {
@@ -148,9 +135,6 @@ pub trait Forwarder: Send + Sync + 'static {
 
     /// A descriptor of the namespace, where it can be found.
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed>;
-
-    /// What passed through the plan's tunnel so far; `None` where nothing counts.
-    async fn counters(&self, plan: &Plan) -> Option<Counters>;
 
     /// What proves and watches the paths to other nodes; `None` where nothing does.
     fn prober(&self) -> Option<&dyn Prober> {

@@ -12,8 +12,15 @@ use crate::{cli::StatusArgs, tool::print_line};
 
 mod paths;
 
-/// How long the agent may take to answer: it looks at its own memory and a few maps.
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection to the agent may take; it is on this node.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the agent may take to answer: it enters the namespace of each pod that has a tunnel, of which there may be thousands.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The largest answer that is read, bytes: a connection takes 1 KiB or so, and an agent is meant for tens of thousands. Whoever
+/// answers is not believed to be sound for being on this node.
+const LONGEST_ANSWER: usize = 256 << 20;
 
 /// Ids are shown short, as container tools do: enough to tell connections of one node apart.
 const SHORT_ID: usize = 8;
@@ -34,12 +41,13 @@ pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
 
 async fn ask(admin: &DialUrl) -> anyhow::Result<Status> {
     let channel = admin
-        .connect(TIMEOUT)
+        .connect(DIAL_TIMEOUT)
         .await
         .with_context(|| no_agent(admin))?;
     let mut request = tonic::Request::new(StatusRequest {});
     request.set_timeout(TIMEOUT);
-    match tokio::time::timeout(TIMEOUT, AdminClient::new(channel).get_status(request)).await {
+    let mut client = AdminClient::new(channel).max_decoding_message_size(LONGEST_ANSWER);
+    match tokio::time::timeout(TIMEOUT, client.get_status(request)).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) if status.code() == Code::Unimplemented => anyhow::bail!(
             "{admin} serves no admin API: it is not the admin socket of an agent (see listen.admin)"

@@ -21,7 +21,7 @@ mod session;
 mod turns;
 mod underlay;
 
-use std::{io, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use nsm_core::{
     mechanism::IfName,
@@ -223,7 +223,8 @@ impl Links {
         .await
     }
 
-    /// What went over the pod's link with this alias; None when there is none.
+    /// What went over each of our links in the pod's namespace. The kernel is asked for all at once: a pod may have thousands, and
+    /// finding one takes as long as reading all.
     ///
     /// # Errors
     ///
@@ -231,10 +232,9 @@ impl Links {
     pub async fn statistics(
         &self,
         pod: &Netns,
-        alias: &LinkAlias,
-    ) -> Result<Option<LinkStatistics>, LinkError> {
-        let (pod, alias) = (pod.clone(), alias.clone());
-        self.read(move || session::statistics(&pod, &alias)).await
+    ) -> Result<HashMap<LinkAlias, LinkStatistics>, LinkError> {
+        let pod = pod.clone();
+        self.read(move || session::statistics(&pod)).await
     }
 
     /// Every connection's link of this domain's agents in all namespaces that can be found, each with where it is: after a restart, those whose

@@ -1,6 +1,6 @@
 //! Memory of open connections, and after many that were closed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use serde::Deserialize;
@@ -21,6 +21,9 @@ pub(super) const BYTES_A_PAIR: f64 = 32.0;
 
 /// Pairs before the first look, so that peers are connected and pools are filled.
 const WARM_UP: u64 = 500;
+
+/// The longest that a person should wait for `status`, whatever the number of connections.
+const STATUS_MS: f64 = 2_000.0;
 
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -72,6 +75,20 @@ fn open_connections(programs: &Programs, connections: u32) -> Result<Vec<Row>> {
         let what = format!("open connection of {connections}, {}", agent.name());
         let each = (rss_kib(agent)? - before) / f64::from(connections);
         rows.push(Row::new(what, each, "KiB").bar(AtMost(KIB_A_CONNECTION)));
+    }
+    // After the look at memory, for the answer takes some.
+    for agent in agents {
+        let began = Instant::now();
+        let status = pair.status(programs, agent)?;
+        let took = began.elapsed();
+        let shown = status["connections"].as_array().map_or(0, Vec::len);
+        ensure!(
+            shown == connections as usize,
+            "`status` of {} shows {shown} connections of {connections}",
+            agent.name()
+        );
+        let what = format!("`status --json` with {connections} open, {}", agent.name());
+        rows.push(Row::new(what, took.as_secs_f64() * 1e3, "ms").bar(AtMost(STATUS_MS)));
     }
     load.terminate(END_DEADLINE)?;
     Ok(rows)

@@ -130,16 +130,19 @@ impl Pair {
         processes::run_json(&self.world, "load", command, super::LOAD_DEADLINE)
     }
 
+    /// What `status --json` says of an agent.
+    pub(super) fn status(&self, programs: &Programs, agent: &Process) -> Result<serde_json::Value> {
+        let mut status = Command::new(&programs.agent);
+        status
+            .args(["status", "--json", "--admin"])
+            .arg(admin(&self.node, agent.name()));
+        let output = status.output().context("run status")?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
     fn wait_ready(&self, programs: &Programs, agent: &Process) -> Result<()> {
-        let ready = || {
-            let mut status = Command::new(&programs.agent);
-            status
-                .args(["status", "--json", "--admin"])
-                .arg(admin(&self.node, agent.name()));
-            let output = status.output().ok()?;
-            let status: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
-            status["ready"].as_bool()
-        };
+        let ready = || self.status(programs, agent).ok()?["ready"].as_bool();
         wait_until(
             format!("{} to be ready", agent.name()),
             super::READY_DEADLINE,

@@ -1,17 +1,15 @@
 //! The admin service: what `proxy-nsmgr status` shows, gathered when it is asked for.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     time::{Duration, SystemTime},
 };
 
-use nsm_controlplane::{
-    forwarder::{self, Forwarder as _, Plan},
-    plane::ConnectionView,
-};
+use nsm_controlplane::{forwarder::Plan, plane::ConnectionView};
 use nsm_core::{
     clock::Monotonic,
     health::{Direction, Health},
+    tunnel::LinkAlias,
 };
 use nsm_dataplane::health::Report;
 use nsm_proto::admin::{
@@ -23,6 +21,9 @@ use tonic::{Request, Response, Status};
 
 use super::{Told, forwarder::NodeForwarder, prober};
 use crate::config::Config;
+
+/// Connections that are looked at before others may work: a few microseconds each, and there may be ten thousand.
+const BETWEEN_OTHERS: usize = 64;
 
 /// The service of one agent.
 pub(crate) struct AdminService {
@@ -74,9 +75,25 @@ impl Admin for AdminService {
             Some(forwarder) => forwarder.path_reports().await,
             None => Vec::new(),
         };
-        let mut connections = Vec::new();
-        for view in plane.connections() {
-            connections.push(connection(&view, forwarder, &paths).await);
+        let views = plane.connections();
+        let links = match forwarder {
+            Some(forwarder) => {
+                let plans = views.iter().filter_map(ConnectionView::plan);
+                forwarder.link_counters(plans).await
+            }
+            None => HashMap::new(),
+        };
+        let mut connections = Vec::with_capacity(views.len());
+        for views in views.chunks(BETWEEN_OTHERS) {
+            connections.extend(views.iter().map(|view| {
+                let health = plane.health_now(view);
+                ConnectionStatus {
+                    tunnel: view.plan().and_then(|plan| tunnel(plan, forwarder, &links)),
+                    health: health.map(|health| path_health(&health, &paths)),
+                    ..connection(view)
+                }
+            }));
+            tokio::task::yield_now().await;
         }
         Ok(Response::new(AgentStatus {
             name: self.name.clone(),
@@ -108,11 +125,8 @@ impl Admin for AdminService {
     }
 }
 
-async fn connection(
-    view: &ConnectionView,
-    forwarder: Option<&NodeForwarder>,
-    paths: &[Report],
-) -> ConnectionStatus {
+/// A connection without its tunnel and what is known of that.
+fn connection(view: &ConnectionView) -> ConnectionStatus {
     let wire = view.connection();
     let ip = wire
         .context
@@ -144,11 +158,8 @@ async fn connection(
         src_addresses: ip.src_ip_addrs,
         dst_addresses: ip.dst_ip_addrs,
         mtu: wire.context.as_ref().map_or(0, |context| context.mtu),
-        tunnel: match view.plan() {
-            Some(plan) => tunnel(plan, forwarder).await,
-            None => None,
-        },
-        health: view.health().map(|health| path_health(health, paths)),
+        tunnel: None,
+        health: None,
         down_reason: view.down_reason().unwrap_or_default(),
     }
 }
@@ -188,17 +199,16 @@ pub(super) fn path_health(health: &Health, paths: &[Report]) -> PathHealth {
     }
 }
 
-async fn tunnel(plan: &Plan, forwarder: Option<&NodeForwarder>) -> Option<Tunnel> {
+fn tunnel(
+    plan: &Plan,
+    forwarder: Option<&NodeForwarder>,
+    links: &HashMap<LinkAlias, Counters>,
+) -> Option<Tunnel> {
     let Plan::Vxlan { netns, spec } = plan else {
         return None;
     };
-    let (counters, link) = match forwarder {
-        Some(forwarder) => (
-            forwarder.counters(plan).await,
-            forwarder.link_counters(plan).await,
-        ),
-        None => (None, None),
-    };
+    let link = links.get(&spec.link.alias).copied();
+    let underlay = forwarder.and_then(|forwarder| forwarder.underlay_counters(spec));
     Some(Tunnel {
         vni: spec.vni.get(),
         port: u32::from(spec.port),
@@ -206,18 +216,9 @@ async fn tunnel(plan: &Plan, forwarder: Option<&NodeForwarder>) -> Option<Tunnel
         remote: spec.remote.to_string(),
         interface: spec.link.name.to_string(),
         netns: netns.to_string(),
-        counters: counters.map(told),
-        link: link.map(told),
+        counters: underlay.or(link),
+        link,
     })
-}
-
-fn told(counters: forwarder::Counters) -> Counters {
-    Counters {
-        tx_packets: counters.tx_packets,
-        tx_bytes: counters.tx_bytes,
-        rx_packets: counters.rx_packets,
-        rx_bytes: counters.rx_bytes,
-    }
 }
 
 /// Nothing is attached.

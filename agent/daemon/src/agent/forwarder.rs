@@ -9,8 +9,9 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream};
 use nsm_controlplane::{
-    forwarder::{Counters, Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
+    forwarder::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
     health::Reachability,
     plane::ControlPlane,
     unix::Passed,
@@ -24,7 +25,7 @@ use nsm_core::{
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, BpfError, Hook, Slot},
     health::{Preflights, Report},
-    links::{LinkError, Links},
+    links::{LinkError, LinkStatistics, Links},
     netns::{Netns, NetnsError},
 };
 use nsm_proto::admin;
@@ -35,6 +36,9 @@ use crate::config::{self, Config};
 /// The underlay's MTU towards a peer whose address nobody knows yet, bytes. What the peer answers
 /// and the route to it lower the connection's MTU before a link is made.
 const USUAL_MTU: u32 = 1500;
+
+/// Namespaces that are asked at one time for what their links have counted: each takes a thread of those that Requests need.
+const AT_ONCE: usize = 4;
 
 /// The dataplane of this node.
 pub(crate) struct NodeForwarder {
@@ -146,13 +150,10 @@ impl NodeForwarder {
     }
 
     /// What BPF has counted of a tunnel on the cards; none where it does not.
-    pub(crate) fn underlay_counters(&self, plan: &Plan) -> Option<Counters> {
-        let Plan::Vxlan { spec, .. } = plan else {
-            return None;
-        };
+    pub(crate) fn underlay_counters(&self, spec: &VxlanSpec) -> Option<admin::Counters> {
         let slot = self.slots().get(&spec.vni).copied()?;
         let counted = self.with_bpf(|bpf| bpf.counters(slot).ok())??;
-        Some(Counters {
+        Some(admin::Counters {
             tx_packets: counted.tx_packets,
             tx_bytes: counted.tx_bytes,
             rx_packets: counted.rx_packets,
@@ -160,23 +161,39 @@ impl NodeForwarder {
         })
     }
 
-    /// What the link of a tunnel has counted; entering its namespace takes a fraction of a millisecond.
-    pub(crate) async fn link_counters(&self, plan: &Plan) -> Option<Counters> {
-        let Plan::Vxlan { netns, spec } = plan else {
-            return None;
+    /// What the links of tunnels have counted. Each namespace is entered once, however many links it has: that takes a fraction of a
+    /// millisecond, and an agent may have thousands of pods.
+    pub(crate) async fn link_counters(
+        &self,
+        plans: impl Iterator<Item = &Plan>,
+    ) -> HashMap<LinkAlias, admin::Counters> {
+        let mut places = HashMap::new();
+        for plan in plans {
+            if let Plan::Vxlan { netns, spec } = plan {
+                places
+                    .entry(&netns.url)
+                    .or_insert_with(|| (netns.clone(), spec.link.alias.clone()));
+            }
+        }
+        let places: Vec<_> = places.into_values().collect();
+        let counted: Vec<_> = stream::iter(places)
+            .map(|(pod, alias)| async move {
+                let netns = self.namespaces.open(&pod, &alias).await.ok()?;
+                self.links.statistics(&netns).await.ok()
+            })
+            .buffer_unordered(AT_ONCE)
+            .collect()
+            .await;
+        let told = |(alias, counted): (LinkAlias, LinkStatistics)| {
+            let counters = admin::Counters {
+                tx_packets: counted.tx_packets,
+                tx_bytes: counted.tx_bytes,
+                rx_packets: counted.rx_packets,
+                rx_bytes: counted.rx_bytes,
+            };
+            (alias, counters)
         };
-        let netns = self.namespaces.open(netns, &spec.link.alias).await.ok()?;
-        let counted = self
-            .links
-            .statistics(&netns, &spec.link.alias)
-            .await
-            .ok()??;
-        Some(Counters {
-            tx_packets: counted.tx_packets,
-            tx_bytes: counted.tx_bytes,
-            rx_packets: counted.rx_packets,
-            rx_bytes: counted.rx_bytes,
-        })
+        counted.into_iter().flatten().flatten().map(told).collect()
     }
 
     /// What every session has measured.
@@ -359,13 +376,6 @@ impl Forwarder for NodeForwarder {
 
     fn prober(&self) -> Option<&dyn Prober> {
         self.prober.as_ref().map(|prober| prober as &dyn Prober)
-    }
-
-    async fn counters(&self, plan: &Plan) -> Option<Counters> {
-        match self.underlay_counters(plan) {
-            Some(counted) => Some(counted),
-            None => self.link_counters(plan).await,
-        }
     }
 }
 

@@ -266,6 +266,25 @@ async fn the_agent_is_asked_over_its_socket() {
     assert!(error.contains("not running any more"), "{error}");
 }
 
+/// Some 1 KiB a connection, more than gRPC reads unasked.
+#[tokio::test]
+async fn a_node_with_ten_thousand_connections_is_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("admin.sock");
+    let listener = tokio::net::UnixListener::bind(&path).unwrap();
+    let mut status = full();
+    let mut connection = status.connections[0].clone();
+    connection.endpoint = "nse".repeat(200);
+    status.connections = vec![connection; 10_000];
+    let server = tonic::transport::Server::builder()
+        .add_service(AdminServer::new(Fixed(status)))
+        .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
+    let server = tokio::spawn(server);
+    let answer = ask(&DialUrl::Unix(path)).await.unwrap();
+    assert_eq!(answer.connections.len(), 10_000);
+    server.abort();
+}
+
 #[tokio::test]
 async fn a_socket_of_something_else_is_told() {
     let dir = tempfile::tempdir().unwrap();

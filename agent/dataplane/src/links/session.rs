@@ -1,6 +1,6 @@
 //! The work of one call: observe, plan, apply. It leaves its thread in whatever namespace it was in last.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use ipnet::IpNet;
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkAttribute};
@@ -208,24 +208,23 @@ pub(super) fn set_mtu(pod: &Netns, alias: &LinkAlias, mtu: u32) -> Result<Option
     Ok(Some(mtu))
 }
 
-pub(super) fn statistics(
-    pod: &Netns,
-    alias: &LinkAlias,
-) -> Result<Option<LinkStatistics>, LinkError> {
-    let mut netlink = open_in(pod)?;
-    let alias = alias.to_string();
-    let is_it = |attributes: &[LinkAttribute]| {
-        attributes
+pub(super) fn statistics(pod: &Netns) -> Result<HashMap<LinkAlias, LinkStatistics>, LinkError> {
+    let links = open_in(pod)?.dump(&message::get_links(true))?;
+    let counted = links.into_iter().filter_map(|message| {
+        let RouteNetlinkMessage::NewLink(link) = message else {
+            return None;
+        };
+        let alias = link
+            .attributes
             .iter()
-            .any(|attribute| matches!(attribute, LinkAttribute::IfAlias(text) if *text == alias))
-    };
-    let links = netlink.dump(&message::get_links(true))?;
-    Ok(links.into_iter().find_map(|message| match message {
-        RouteNetlinkMessage::NewLink(link) if is_it(&link.attributes) => {
-            link.attributes.into_iter().find_map(statistics_of)
-        }
-        _ => None,
-    }))
+            .find_map(|attribute| match attribute {
+                LinkAttribute::IfAlias(text) => text.parse().ok(),
+                _ => None,
+            })?;
+        let counted = link.attributes.into_iter().find_map(statistics_of)?;
+        Some((alias, counted))
+    });
+    Ok(counted.collect())
 }
 
 fn statistics_of(attribute: LinkAttribute) -> Option<LinkStatistics> {

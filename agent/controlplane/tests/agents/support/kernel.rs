@@ -7,7 +7,7 @@ use std::{
 };
 
 use nsm_controlplane::{
-    forwarder::{Counters, Forwarder, ForwarderError, Plan, Prober, Underlay},
+    forwarder::{Forwarder, ForwarderError, Plan, Prober, Underlay},
     unix::Passed,
 };
 use nsm_core::{mechanism::NetnsUrl, tunnel::LinkSpec};
@@ -199,10 +199,6 @@ impl Forwarder for FakeKernel {
     }
 
     async fn netns(&self, _: &NetnsUrl) -> Option<Passed> {
-        None
-    }
-
-    async fn counters(&self, _: &Plan) -> Option<Counters> {
         None
     }
 

@@ -1,8 +1,5 @@
 //! Metrics of what is there now, and of what the kernel counts.
 
-use std::sync::Arc;
-
-use futures_util::{StreamExt as _, stream};
 use nsm_controlplane::{forwarder::Plan, plane::ConnectionView};
 use nsm_core::name::InterdomainName;
 use nsm_dataplane::bpf::Bpf;
@@ -13,9 +10,6 @@ use prometheus_client::{
 };
 
 use crate::agent::Told;
-
-/// Links asked at once: each is asked by a thread in its pod's namespace, and the threads are shared with Requests.
-const AT_ONCE: usize = 4;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct State {
@@ -171,28 +165,18 @@ async fn tunnels(told: &Told, registry: &mut Registry) {
     let Some(forwarder) = &told.forwarder else {
         return;
     };
-    let tunnels: Vec<(ConnectionView, OfConnection)> = told
-        .plane
-        .connections()
-        .into_iter()
-        .filter_map(|view| {
-            let labels = labels(told, &view)?;
-            Some((view, labels))
-        })
-        .collect();
-    let mut counted = stream::iter(tunnels.into_iter().map(|(view, labels)| {
-        let forwarder = Arc::clone(forwarder);
-        async move {
-            let Some(plan) = view.plan() else {
-                return (labels, None, None);
-            };
-            let underlay = forwarder.underlay_counters(plan);
-            (labels, underlay, forwarder.link_counters(plan).await)
-        }
-    }))
-    .buffer_unordered(AT_ONCE);
+    let views = told.plane.connections();
+    let links = forwarder
+        .link_counters(views.iter().filter_map(ConnectionView::plan))
+        .await;
     let [link_tx, link_rx, underlay_tx, underlay_rx] = [(); 4].map(|()| Stage::default());
-    while let Some((labels, underlay, link)) = counted.next().await {
+    for view in &views {
+        let (Some(Plan::Vxlan { spec, .. }), Some(labels)) = (view.plan(), labels(told, view))
+        else {
+            continue;
+        };
+        let link = links.get(&spec.link.alias).copied();
+        let underlay = forwarder.underlay_counters(spec);
         for (counters, tx, rx) in [
             (link, &link_tx, &link_rx),
             (underlay, &underlay_tx, &underlay_rx),
