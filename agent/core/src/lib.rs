@@ -24,6 +24,7 @@ pub mod public_address;
 pub mod registry;
 pub mod sbfd;
 pub mod select;
+pub mod text;
 pub mod tunnel;
 pub mod vni;
 

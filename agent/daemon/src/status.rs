@@ -8,7 +8,10 @@ use nsm_controlplane::dial::DialUrl;
 use nsm_proto::admin::{ConnectionStatus, Status, StatusRequest, admin_client::AdminClient};
 use tonic::Code;
 
-use crate::{cli::StatusArgs, tool::print_line};
+use crate::{
+    cli::StatusArgs,
+    tool::{print_line, shown},
+};
 
 mod paths;
 
@@ -56,7 +59,7 @@ async fn ask(admin: &DialUrl) -> anyhow::Result<Status> {
             anyhow::bail!(
                 "{admin} refused ({:?}): {}",
                 status.code(),
-                status.message()
+                shown(status.message())
             )
         }
         Err(_) => {
@@ -132,16 +135,19 @@ fn render(status: &Status) -> String {
     }
     let mut peers = table(&["PEER", "STATE", "CONNECTIONS"], &[2]);
     for peer in &status.peers {
-        peers.add_row([
-            peer.url.clone(),
-            peer.state.clone(),
-            peer.connections.to_string(),
-        ]);
+        add(
+            &mut peers,
+            [
+                peer.url.clone(),
+                peer.state.clone(),
+                peer.connections.to_string(),
+            ],
+        );
     }
     section(&mut text, "PEERS", peers);
     let mut drops = table(&["REASON", "PACKETS"], &[1]);
     for (reason, packets) in status.drops.iter().filter(|(_, packets)| **packets > 0) {
-        drops.add_row([reason.clone(), packets.to_string()]);
+        add(&mut drops, [reason.clone(), packets.to_string()]);
     }
     section(&mut text, "DROPS", drops);
     text
@@ -183,7 +189,7 @@ fn connections(connections: &[ConnectionStatus]) -> Table {
         &[7, 8],
     );
     for connection in connections {
-        table.add_row([
+        let cells = [
             short(&connection.id),
             connection.network_service.clone(),
             connection.endpoint.clone(),
@@ -197,7 +203,8 @@ fn connections(connections: &[ConnectionStatus]) -> Table {
             connection.mtu.to_string(),
             seconds(connection.expires_in_seconds),
             connection.path.join(" → "),
-        ]);
+        ];
+        add(&mut table, cells);
     }
     table
 }
@@ -206,7 +213,8 @@ fn connections(connections: &[ConnectionStatus]) -> Table {
 fn down(connections: &[ConnectionStatus]) -> Table {
     let mut table = table(&["ID", "REASON"], &[]);
     for connection in connections.iter().filter(|it| !it.down_reason.is_empty()) {
-        table.add_row([short(&connection.id), connection.down_reason.clone()]);
+        let cells = [short(&connection.id), connection.down_reason.clone()];
+        add(&mut table, cells);
     }
     table
 }
@@ -238,7 +246,7 @@ fn tunnels(connections: &[ConnectionStatus]) -> Table {
                 .as_ref()
                 .map_or_else(|| "-".to_owned(), |counters| of(counters).to_string())
         };
-        table.add_row([
+        let cells = [
             short(&connection.id),
             tunnel.vni.to_string(),
             tunnel.port.to_string(),
@@ -250,9 +258,15 @@ fn tunnels(connections: &[ConnectionStatus]) -> Table {
             count(|counters| counters.tx_bytes),
             count(|counters| counters.rx_packets),
             count(|counters| counters.rx_bytes),
-        ]);
+        ];
+        add(&mut table, cells);
     }
     table
+}
+
+/// Adds a row to a table: many of its words are those of other domains.
+fn add<const CELLS: usize>(table: &mut Table, cells: [String; CELLS]) {
+    table.add_row(cells.map(|cell| shown(&cell)));
 }
 
 /// A table with these headers; the columns `right` hold numbers.

@@ -14,6 +14,7 @@ use nsm_controlplane::{
     token::TokenSource,
     unix::{Descriptors, Passed},
 };
+use nsm_core::text::printable;
 use nsm_proto::connection::PathSegment;
 use prost_types::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
@@ -170,7 +171,7 @@ impl Agent {
         CallError::Refused {
             url,
             code: status.code(),
-            message: status.message().to_owned(),
+            message: shown(status.message()),
         }
     }
 
@@ -199,6 +200,14 @@ impl Agent {
 pub(crate) fn random_name(prefix: &str) -> String {
     let id = uuid::Uuid::new_v4().simple().to_string();
     format!("{prefix}-{}", &id[..8])
+}
+
+/// The most characters of somebody else's words that are shown in one place.
+const LONGEST_WORDS: usize = 2000;
+
+/// Somebody else's words, as they may go to a terminal: names, addresses and reasons come from other domains, too.
+pub(crate) fn shown(words: &str) -> String {
+    printable(words, LONGEST_WORDS)
 }
 
 /// Prints a line at once: who reads us through a pipe must not wait for a full buffer.

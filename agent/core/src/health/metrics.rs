@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Direction, Health, Verdict, Way};
-use crate::vni::Vni;
+use crate::{text::printable, vni::Vni};
 
 const STATE_IN: &str = "sbfd_state_in";
 const STATE_OUT: &str = "sbfd_state_out";
@@ -20,6 +20,9 @@ const LOST: &str = "lost";
 
 /// The most foreign VNIs that are told of one peer: a peer that sends with many has something else wrong with it.
 const MOST_FOREIGN: usize = 16;
+
+/// The most characters of another hop's sentence that are kept: two of ours on two ways are 600 at most.
+const LONGEST_REASON: usize = 1000;
 
 /// VNIs that came from a peer and are no tunnels here.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -52,7 +55,7 @@ impl ForeignVnis {
 /// The next hop of whoever tells this is not heard any more: its part of the control plane is away, which says nothing of the path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LostHop {
-    /// Who is not heard and how that was noticed, as a sentence.
+    /// Who is not heard and how that was noticed, as a sentence that may be shown.
     pub reason: String,
 }
 
@@ -61,10 +64,10 @@ impl LostHop {
     #[must_use]
     pub fn read(metrics: &BTreeMap<String, String>) -> Option<Self> {
         (metrics.get(NEXT_HOP)? == LOST).then(|| Self {
-            reason: metrics
-                .get(NEXT_HOP_REASON)
-                .cloned()
-                .unwrap_or_else(|| "the next hop is not heard any more".to_owned()),
+            reason: metrics.get(NEXT_HOP_REASON).map_or_else(
+                || "the next hop is not heard any more".to_owned(),
+                |text| printable(text, LONGEST_REASON),
+            ),
         })
     }
 
@@ -90,7 +93,7 @@ pub struct Published {
     pub inward: Option<Verdict>,
     /// Its way out.
     pub outward: Option<Verdict>,
-    /// Its sentence on what is not up.
+    /// Its sentence on what is not up, as it may be shown: whoever is behind us writes what it likes.
     pub reason: Option<String>,
     /// VNIs that came to it and that it has no tunnel for.
     pub foreign: ForeignVnis,
@@ -115,7 +118,9 @@ impl Published {
         Self {
             inward: verdict(STATE_IN),
             outward: verdict(STATE_OUT),
-            reason: metrics.get(REASON).cloned(),
+            reason: metrics
+                .get(REASON)
+                .map(|text| printable(text, LONGEST_REASON)),
             foreign,
         }
     }

@@ -269,6 +269,26 @@ fn a_lost_next_hop_travels_beside_health() {
     assert_eq!(LostHop::read(&metrics), None);
 }
 
+/// A hop of another domain writes what it likes, and `connect` shows it.
+#[test]
+fn what_another_hop_says_is_only_words() {
+    let told = format!("\u{1b}[31mfine\nconnected  {}", "x".repeat(100_000));
+    let metrics = BTreeMap::from([("sbfd_reason".to_owned(), told)]);
+    let reason = Published::read(&metrics).reason.expect("a reason");
+    assert!(
+        reason.starts_with("\\u{1b}[31mfine\\nconnected"),
+        "{reason}"
+    );
+    assert_eq!(reason.chars().count(), 1000);
+    let told = ["next_hop", "next_hop_reason"].map(str::to_owned);
+    let metrics = BTreeMap::from_iter(
+        told.into_iter()
+            .zip(["lost", "\u{1b}c\n"].map(str::to_owned)),
+    );
+    let lost = LostHop::read(&metrics).expect("lost");
+    assert_eq!(lost.reason, "\\u{1b}c\\n");
+}
+
 fn verdict() -> impl Strategy<Value = Verdict> {
     prop::sample::select(vec![
         Verdict::Unknown,

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::session::Answer;
 use crate::{
-    tool::print_line,
+    tool::{print_line, shown},
     view::{Dns, View, addresses},
 };
 
@@ -134,7 +134,8 @@ impl Reporter {
 fn connected_words(answer: &Answer) -> String {
     let view = &answer.view;
     let mut lines = Vec::new();
-    let mut line = |label: &str, words: String| lines.push(format!("{label:<10} {words}"));
+    let mut line =
+        |label: &str, words: String| lines.push(format!("{label:<10} {}", shown(&words)));
     if let Some(domain) = &answer.facts.domain {
         line("domain", domain.clone());
     }
@@ -208,6 +209,17 @@ mechanism  VXLAN, VNI 4242, MTU 1450
 addresses  172.16.1.1/32 on nsm-1, the endpoint has 172.16.1.0/32
 connected  in 2.618 ms, as nsc-id; Ctrl-C closes"
         );
+    }
+
+    /// Names on the path are those of other domains.
+    #[test]
+    fn what_others_call_themselves_is_one_line() {
+        let mut answer = answer();
+        answer.view.path = vec!["nsc".to_owned(), "\u{1b}[2J\nconnected  in 1 ms".to_owned()];
+        answer.view.path_down = Some("a\nb".to_owned());
+        let words = connected_words(&answer);
+        let said = "path       nsc → \\u{1b}[2J\\nconnected  in 1 ms\n";
+        assert!(words.contains(said) && words.contains("a\\nb"), "{words}");
     }
 
     #[test]

@@ -12,7 +12,10 @@ use tokio::{sync::mpsc, task::AbortHandle};
 use tonic::Code;
 
 use super::session::Session;
-use crate::view::{health, lost_hop, path_down};
+use crate::{
+    tool::shown,
+    view::{health, lost_hop, path_down},
+};
 
 /// What the monitor told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +50,7 @@ impl Watch {
                 Err(status) if status.code() == Code::Unimplemented => {
                     return pending(sender).await;
                 }
-                Err(status) => status.message().to_owned(),
+                Err(status) => shown(status.message()),
                 Ok(response) => {
                     let mut events = response.into_inner();
                     loop {
@@ -60,7 +63,7 @@ impl Watch {
                                 }
                             }
                             Ok(None) => break "its stream ended".to_owned(),
-                            Err(status) => break status.message().to_owned(),
+                            Err(status) => break shown(status.message()),
                         }
                     }
                 }

@@ -6,7 +6,7 @@ use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
 use serde::Serialize;
 
 use crate::{
-    tool::print_line,
+    tool::{print_line, shown},
     view::{View, addresses},
 };
 
@@ -145,7 +145,7 @@ impl Reporter {
         let line = if self.json {
             serde_json::to_string(event).unwrap_or_default()
         } else {
-            words()
+            shown(&words())
         };
         let _ = print_line(&line);
     }

@@ -3,7 +3,7 @@
 use comfy_table::Table;
 use nsm_proto::admin::{ConnectionStatus, Counters, PathHealth, Status, Tunnel, WayHealth};
 
-use super::{short, table as new_table};
+use super::{add, short, table as new_table};
 
 /// What stands where nothing is known.
 const NOTHING: &str = "-";
@@ -43,7 +43,8 @@ pub(super) fn table(status: &Status) -> Option<Table> {
         ];
         for (direction, way, link, underlay) in ways {
             let way = way.clone().unwrap_or_default();
-            table.add_row(row(connection, health, direction, &way, link, underlay));
+            let cells = row(connection, health, direction, &way, link, underlay);
+            add(&mut table, cells);
         }
     }
     (!table.is_empty()).then_some(table)

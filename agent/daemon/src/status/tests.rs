@@ -175,6 +175,18 @@ PEERS
     assert!(line.unwrap().contains("0                 -  let"), "{text}");
 }
 
+/// Names and endpoints are those of other domains, too.
+#[test]
+fn what_others_write_does_not_reach_the_terminal() {
+    let mut status = full();
+    status.connections[0].path[2] = "\u{1b}[31magent\n".to_owned();
+    let text = render(&status);
+    assert!(
+        text.contains("nsc → agent-1 → \\u{1b}[31magent\\n → nse"),
+        "{text}"
+    );
+}
+
 #[test]
 fn a_connection_that_is_down_is_shown_with_the_reason() {
     let mut status = full();
