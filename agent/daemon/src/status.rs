@@ -193,7 +193,7 @@ fn connections(connections: &[ConnectionStatus]) -> Table {
             short(&connection.id),
             connection.network_service.clone(),
             connection.endpoint.clone(),
-            connection.state.clone(),
+            state(connection),
             format!(
                 "{} → {}",
                 connection.client_mechanism, connection.endpoint_mechanism
@@ -207,6 +207,15 @@ fn connections(connections: &[ConnectionStatus]) -> Table {
         add(&mut table, cells);
     }
     table
+}
+
+/// The state, and of a connection that was granted without proof what is known of its path.
+fn state(connection: &ConnectionStatus) -> String {
+    let path = connection.health.as_ref().map(|health| &health.state);
+    match path.filter(|path| *path != "up" && connection.state == "UP") {
+        Some(path) => format!("UP, path {path}"),
+        None => connection.state.clone(),
+    }
 }
 
 /// Why connections are DOWN, where an agent says so.

@@ -175,6 +175,28 @@ PEERS
     assert!(line.unwrap().contains("0                 -  let"), "{text}");
 }
 
+/// Under `prefer` a connection is granted without proof; who looks must see that.
+#[test]
+fn a_connection_whose_path_is_not_proved_is_marked() {
+    let mut status = full();
+    for (state, path, expected) in [
+        ("UP", "up", "UP"),
+        ("UP", "down", "UP, path down"),
+        ("UP", "unknown", "UP, path unknown"),
+        ("UP", "unverified", "UP, path unverified"),
+        ("DOWN", "down", "DOWN"),
+    ] {
+        let connection = &mut status.connections[0];
+        connection.state = state.to_owned();
+        connection.health = Some(PathHealth {
+            state: path.to_owned(),
+            ..PathHealth::default()
+        });
+        let text = render(&status);
+        assert!(text.contains(&format!("nse-1     {expected}  ")), "{text}");
+    }
+}
+
 /// Names and endpoints are those of other domains, too.
 #[test]
 fn what_others_write_does_not_reach_the_terminal() {

@@ -1,8 +1,9 @@
 //! Metrics of what is there now, and of what the kernel counts.
 
 use nsm_controlplane::{forwarder::Plan, plane::ConnectionView};
-use nsm_core::name::InterdomainName;
+use nsm_core::{health::Verdict, name::InterdomainName};
 use nsm_dataplane::bpf::Bpf;
+use nsm_proto::connection::State as ConnectionState;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
@@ -14,6 +15,19 @@ use crate::agent::Told;
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct State {
     state: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPath {
+    path: &'static str,
+}
+
+impl From<Verdict> for OfPath {
+    fn from(verdict: Verdict) -> Self {
+        Self {
+            path: verdict.as_str(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -105,11 +119,26 @@ fn connections(told: &Told, registry: &mut Registry) {
         let state = state.to_owned();
         drop(by_state.get_or_create(&State { state }));
     }
+    let unproved = Family::<OfPath, Gauge>::default();
+    for path in [Verdict::Down, Verdict::Unknown, Verdict::Unverified] {
+        drop(unproved.get_or_create(&OfPath::from(path)));
+    }
     for view in told.plane.connections() {
-        let state = view.connection().state().as_str_name().to_owned();
+        let state = view.connection().state();
+        let path = told.plane.health_now(&view).map(|health| health.verdict());
+        if let Some(path) = path.filter(|path| *path != Verdict::Up && state == ConnectionState::Up)
+        {
+            unproved.get_or_create(&OfPath::from(path)).inc();
+        }
+        let state = state.as_str_name().to_owned();
         by_state.get_or_create(&State { state }).inc();
     }
     registry.register("connections", "Connections, by state", by_state);
+    registry.register(
+        "connections_unproved",
+        "Connections that are UP although their path is not proved, by what is known of it",
+        unproved,
+    );
 
     let peers = Family::<State, Gauge>::default();
     let lost = told.plane.unmonitored_peers();
