@@ -160,16 +160,16 @@ impl Established {
         }
     }
 
-    /// Why it is DOWN, as a sentence; none where it is not.
-    pub(crate) fn down_reason(&self) -> Option<String> {
+    /// Why it is DOWN, as a sentence, its path being known to be so now; none where it is not DOWN.
+    pub(crate) fn down_reason(&self, path: Option<Health>) -> Option<String> {
         if self.view.state() != State::Down {
             return None;
         }
-        if let Some(health) = self.path.health.filter(Health::is_down) {
+        if let Some(health) = path.filter(Health::is_down) {
             return Some(health.to_string());
         }
         if let Some(lost) = &self.path.lost_hop {
-            let path = match self.path.health.map(|health| health.verdict()) {
+            let path = match path.map(|health| health.verdict()) {
                 Some(Verdict::Up) => "the path is good",
                 _ => "of the path nothing is known",
             };

@@ -229,6 +229,11 @@ impl ControlPlane {
         self.health_of(&view.established)
     }
 
+    /// Why a connection is DOWN, as a sentence; none where it is not.
+    pub fn down_reason(&self, view: &ConnectionView) -> Option<String> {
+        view.established.down_reason(self.health_now(view))
+    }
+
     /// URL and number of connections of every peer that carries some.
     pub fn peers(&self) -> Vec<(String, usize)> {
         let mut peers = self.shared.peers.in_use();
@@ -394,11 +399,6 @@ impl ConnectionView {
     /// The health of the path that its packets take, as it was told last; none where there is no tunnel, or nothing is probed.
     pub fn health(&self) -> Option<&nsm_core::health::Health> {
         self.established.path.health.as_ref()
-    }
-
-    /// Why it is DOWN, as a sentence; none where it is not.
-    pub fn down_reason(&self) -> Option<String> {
-        self.established.down_reason()
     }
 
     /// When it is closed unless it is refreshed.

@@ -73,7 +73,10 @@ async fn a_killed_agent_is_told_and_its_next_life_takes_over_what_stands() {
         assert_eq!(segment(&down, hop).metrics, segment(&before, hop).metrics);
     }
     assert!(!Published::read(&segment(&down, "agent-1").metrics).is_down());
-    let shown = a.plane.connections()[0].down_reason().expect("it is down");
+    let shown = a
+        .plane
+        .down_reason(&a.plane.connections()[0])
+        .expect("it is down");
     assert!(
         shown.contains(&reason) && shown.contains("the path is good"),
         "{shown}"
@@ -99,7 +102,7 @@ async fn a_killed_agent_is_told_and_its_next_life_takes_over_what_stands() {
     assert_eq!(again.connection.state(), State::Up);
     let up = watch.one(Update).await;
     assert_eq!((up.state(), lost(&up, "agent-1")), (State::Up, None));
-    assert_eq!(a.plane.connections()[0].down_reason(), None);
+    assert_eq!(a.plane.down_reason(&a.plane.connections()[0]), None);
     assert_eq!(again.fact("nsm-vni"), granted.fact("nsm-vni"));
     assert_eq!(a.kernel().only().tunnel, link.tunnel);
     assert_eq!(b.kernel().only().tunnel, far_link.tunnel);
@@ -206,7 +209,7 @@ async fn a_lost_endpoint_is_no_lost_hop() {
     for hop in ["agent-1", "agent-2"] {
         assert_eq!(lost(&down, hop), None);
     }
-    let shown = b.plane.connections()[0].down_reason();
+    let shown = b.plane.down_reason(&b.plane.connections()[0]);
     assert!(shown.is_some_and(|shown| shown.contains(&endpoint.url)));
     // What it told is what holds, although its agent goes too.
     b.kill();
@@ -298,7 +301,10 @@ async fn a_lost_agent_is_left_for_another_endpoint() {
     // The agent that is next to it says so; ours hears well.
     assert!(lost(&down, "agent-2").is_some_and(|reason| reason.contains(&c.url)));
     assert_eq!(lost(&down, "agent-1"), None);
-    let shown = a.plane.connections()[0].down_reason().expect("it is down");
+    let shown = a
+        .plane
+        .down_reason(&a.plane.connections()[0])
+        .expect("it is down");
     assert!(shown.starts_with("agent-2 says: "), "{shown}");
     // In vain as long as there is no other.
     let link = a.kernel().only();

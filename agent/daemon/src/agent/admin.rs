@@ -88,6 +88,7 @@ impl Admin for AdminService {
             connections.extend(views.iter().map(|view| {
                 let health = plane.health_now(view);
                 ConnectionStatus {
+                    down_reason: plane.down_reason(view).unwrap_or_default(),
                     tunnel: view.plan().and_then(|plan| tunnel(plan, forwarder, &links)),
                     health: health.map(|health| path_health(&health, &paths)),
                     ..connection(view)
@@ -125,7 +126,7 @@ impl Admin for AdminService {
     }
 }
 
-/// A connection without its tunnel and what is known of that.
+/// A connection without its tunnel and what is known of its path.
 fn connection(view: &ConnectionView) -> ConnectionStatus {
     let wire = view.connection();
     let ip = wire
@@ -160,7 +161,7 @@ fn connection(view: &ConnectionView) -> ConnectionStatus {
         mtu: wire.context.as_ref().map_or(0, |context| context.mtu),
         tunnel: None,
         health: None,
-        down_reason: view.down_reason().unwrap_or_default(),
+        down_reason: String::new(),
     }
 }
 
