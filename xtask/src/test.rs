@@ -47,6 +47,7 @@ pub(crate) fn run(without_go: WithoutGo) -> Result<()> {
             eprintln!("==> the demo, {cloud}");
             demo::check(cloud, &programs)?;
         }
+        demo::check_faults(&programs)?;
     }
     match go {
         Ok(go) => {

@@ -4,6 +4,7 @@
 //! link that the kernel carries; BPF programs that count. What the demo claims it has looked up: counters from the agents'
 //! status, the DNS answer from the server's log, leaks from the kernel after all processes have ended.
 
+mod check;
 mod fault;
 mod report;
 mod story;
@@ -19,6 +20,7 @@ use crate::{
     cargo::{self, Programs},
     packages,
 };
+pub(crate) use check::{check, check_faults};
 use report::{Bpf, Connection, Counters, Dns, Leaked, Ping, Report};
 use story::Story;
 
@@ -77,21 +79,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         println!("{}", serde_json::to_string(&report)?);
     }
     Ok(())
-}
-
-/// Runs the demo with programs that are built already, and returns what it found. For `cargo xtask test`.
-pub(crate) fn check(cloud: &str, programs: &Programs) -> Result<()> {
-    let cloud = CloudShape::from_str(cloud, true).map_err(anyhow::Error::msg)?;
-    tell(
-        &Arguments {
-            cloud,
-            keep: false,
-            fault: None,
-            json: true,
-        },
-        programs,
-    )
-    .map(drop)
 }
 
 /// The programs of the release profile, or those that the environment names.
