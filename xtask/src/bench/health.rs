@@ -1,4 +1,4 @@
-//! How soon a path that is cut is told, and how often one is told that is not.
+//! How soon a path that is cut is told, and how often one is told that is not; with them what the sessions cost that tell it.
 //!
 //! A client holds a connection between two real agents and notes when the agent's monitor says DOWN, by the clock that this program
 //! reads before it cuts the path: the time includes nft's own, the sessions' verdict, the control plane, and the stream to the
@@ -18,6 +18,7 @@ use super::{
     programs::Programs,
     report::{Bar::AtMost, Row},
     scene::Domains,
+    sessions,
 };
 use crate::packages;
 
@@ -46,9 +47,16 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) fn measure(programs: &Programs, quick: bool, minutes: f64) -> Result<Found> {
     packages::ensure(packages::BENCH)?;
     let (rounds, minutes) = if quick { (5, 0.1) } else { (50, minutes) };
+    let Found {
+        mut rows,
+        mut notes,
+    } = sessions::throughput(programs, quick)?;
+    let cost = sessions::prober(quick, BUSY)?;
+    rows.extend(cost.rows);
+    notes.extend(cost.notes);
+
     let domains = Domains::build(programs)?;
     let watch = Watch::start(&domains, programs)?;
-    let mut rows = Vec::new();
     for busy in [0, BUSY] {
         let _busy = keep_busy(&domains.world, busy)?;
         for direction in [Direction::Out, Direction::In] {
@@ -67,17 +75,15 @@ pub(super) fn measure(programs: &Programs, quick: bool, minutes: f64) -> Result<
         }
     }
     rows.extend(false_alarms(&domains, &watch, minutes)?);
-    Ok(Found {
-        rows,
-        notes: vec![
+    notes.extend([
             format!(
                 "{rounds} cuts a row, from before nft was started to the UPDATE with state DOWN at the client; false alarms are DOWN told while the path was not cut"
             ),
             format!(
                 "false alarms within {minutes} minutes each; at loss each direction loses {LOSS_PER_MILLE} of 1000 packets at random, of round trips nearly twice as many"
             ),
-        ],
-    })
+        ]);
+    Ok(Found { rows, notes })
 }
 
 /// Seen from the client's node.

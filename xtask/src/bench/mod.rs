@@ -15,6 +15,7 @@ mod programs;
 mod proxy;
 mod report;
 mod scene;
+mod sessions;
 mod setup;
 mod throughput;
 
@@ -75,7 +76,7 @@ enum Part {
     Throughput,
     /// Real NSM proxies and ours under the same load (needs Go).
     Interop,
-    /// From a path that is cut to DOWN at the client, and false alarms.
+    /// From a path that is cut to DOWN at the client, false alarms, and what sessions cost.
     Health,
 }
 

@@ -25,12 +25,19 @@ pub(super) struct Domains {
 
 impl Domains {
     pub(super) fn build(programs: &Programs) -> Result<Self> {
+        Self::build_with(programs, &[])
+    }
+
+    /// With these flags for both agents.
+    pub(super) fn build_with(programs: &Programs, flags: &[&str]) -> Result<Self> {
         let world = two_nodes("bench")
             .dns_program(&programs.dns)
             .build()
             .context("build a world")?;
         let start = |node: &str| -> Result<Agent> {
-            let agent = Agent::start(&world, &world.node(node)?, &programs.agent, |_| {})?;
+            let agent = Agent::start(&world, &world.node(node)?, &programs.agent, |command| {
+                command.args(flags);
+            })?;
             Ok(agent)
         };
         let (client_agent, endpoint_agent) = (start("node-1")?, start("node-2")?);

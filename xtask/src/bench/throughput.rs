@@ -42,20 +42,16 @@ const BARE_INTERFACE: &str = "bare-1";
 pub(super) fn measure(programs: &Programs, quick: bool) -> Result<Found> {
     let (rounds, seconds) = if quick { (2, 1) } else { (15, 1) };
     let domains = Domains::build(programs)?;
-    let (ours, mtu, client) = connection(&domains)?;
+    let (ours, mtu, client) = connection(&domains, "ours")?;
     let world = two_nodes("bench-bare").without_dns().build()?;
     let bare = bare_link(&world, mtu)?;
 
     let mut rows = Vec::new();
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
-        rows.extend(compare(protocol, &ours, &bare, rounds, seconds)?);
+    for (protocol, bar) in [(Protocol::Tcp, TCP_RATIO), (Protocol::Udp, UDP_RATIO)] {
+        rows.extend(compare(protocol, [&ours, &bare], bar, rounds, seconds)?);
     }
     // Counted is what BPF saw: had the programs been off the path, the ratio would say nothing.
     let counted = packets_counted(&domains)?;
-    ensure!(
-        counted > 0,
-        "BPF on node-1 has counted no packet of the connection"
-    );
     drop(client);
     Ok(Found {
         rows,
@@ -70,7 +66,7 @@ pub(super) fn measure(programs: &Programs, quick: bool) -> Result<Found> {
 }
 
 /// Both ends of a link.
-struct Ends<'a> {
+pub(super) struct Ends<'a> {
     name: &'static str,
     world: &'a World,
     client_pod: Pod,
@@ -80,13 +76,16 @@ struct Ends<'a> {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Protocol {
+pub(super) enum Protocol {
     Tcp,
     Udp,
 }
 
-/// Our connection between the pods of two domains, with its MTU.
-fn connection(domains: &Domains) -> Result<(Ends<'_>, u64, Client)> {
+/// Our connection between the pods of two domains, with its MTU; it ends with the client.
+pub(super) fn connection<'a>(
+    domains: &'a Domains,
+    name: &'static str,
+) -> Result<(Ends<'a>, u64, Client)> {
     let world = &domains.world;
     let client =
         domains
@@ -98,7 +97,7 @@ fn connection(domains: &Domains) -> Result<(Ends<'_>, u64, Client)> {
     let address = connection["dst_addresses"][0].as_str();
     let address = address.context("no address of the endpoint in the answer")?;
     let ends = Ends {
-        name: "ours",
+        name,
         world,
         client_pod: domains.client_pod.clone(),
         address: address.split('/').next().unwrap_or(address).to_owned(),
@@ -172,73 +171,72 @@ fn serve(world: &World, pod: &Pod) -> Result<Process> {
     Ok(server)
 }
 
-fn compare(
+/// The rates of two links in turn, the ratio of the first to the second with its bar in front.
+pub(super) fn compare(
     protocol: Protocol,
-    ours: &Ends<'_>,
-    bare: &Ends<'_>,
+    [one, other]: [&Ends<'_>; 2],
+    bar: f64,
     rounds: usize,
     seconds: u64,
 ) -> Result<Vec<Row>> {
+    let names = [one.name, other.name];
     let (mut sent, mut received) = (Measured::default(), Measured::default());
     for round in 0..rounds {
         let rate = |ends| rate(protocol, ends, seconds);
-        let (of_ours, of_bare) = if round % 2 == 0 {
-            let first = rate(ours)?;
-            (first, rate(bare)?)
+        let (of_one, of_other) = if round % 2 == 0 {
+            let first = rate(one)?;
+            (first, rate(other)?)
         } else {
-            let first = rate(bare)?;
-            (rate(ours)?, first)
+            let first = rate(other)?;
+            (rate(one)?, first)
         };
-        sent.add(of_ours.sent, of_bare.sent);
-        received.add(of_ours.received, of_bare.received);
+        sent.add(of_one.sent, of_other.sent);
+        received.add(of_one.received, of_other.received);
     }
     let (name, unit) = match protocol {
         Protocol::Tcp => ("TCP", "Gbit/s"),
         Protocol::Udp => ("UDP of 64 bytes", "1000/s"),
     };
-    let mut rows = received.rows(name, "received", unit)?;
-    let bar = match protocol {
-        Protocol::Tcp => TCP_RATIO,
-        Protocol::Udp => UDP_RATIO,
-    };
+    let mut rows = received.rows(&format!("{name} received"), names, unit)?;
     rows[0] = rows[0].clone().bar(AtLeast(bar));
     if matches!(protocol, Protocol::Udp) {
         // A receiver that is slower than the link hides what the link costs the sender.
-        rows.extend(sent.rows(name, "sent", unit)?);
+        rows.extend(sent.rows(&format!("{name} sent"), names, unit)?);
     }
     Ok(rows)
 }
 
-/// Rates of all rounds.
+/// Rates of all rounds, of both links.
 #[derive(Default)]
 struct Measured {
-    ours: Vec<f64>,
-    bare: Vec<f64>,
+    one: Vec<f64>,
+    other: Vec<f64>,
 }
 
 impl Measured {
-    fn add(&mut self, ours: f64, bare: f64) {
-        self.ours.push(ours);
-        self.bare.push(bare);
+    fn add(&mut self, one: f64, other: f64) {
+        self.one.push(one);
+        self.other.push(other);
     }
 
     /// The median of the ratios first, then those of the rates.
-    fn rows(&self, name: &str, what: &str, unit: &'static str) -> Result<Vec<Row>> {
+    fn rows(&self, what: &str, names: [&str; 2], unit: &'static str) -> Result<Vec<Row>> {
         let ratios: Vec<_> = self
-            .ours
+            .one
             .iter()
-            .zip(&self.bare)
-            .map(|(ours, bare)| ours / bare)
+            .zip(&self.other)
+            .map(|(one, other)| one / other)
             .collect();
+        let [one, other] = names;
         let row = |text: String, values: &[f64], unit| {
             median(values)
                 .map(|value| Row::new(text, value, unit))
                 .context("no round was measured")
         };
         Ok(vec![
-            row(format!("{name} {what}, ours to bare"), &ratios, "")?,
-            row(format!("{name} {what}, ours"), &self.ours, unit)?,
-            row(format!("{name} {what}, bare"), &self.bare, unit)?,
+            row(format!("{what}, {one} to {other}"), &ratios, "")?,
+            row(format!("{what}, {one}"), &self.one, unit)?,
+            row(format!("{what}, {other}"), &self.other, unit)?,
         ])
     }
 }
@@ -295,8 +293,11 @@ fn read_rate(protocol: Protocol, output: &Value) -> Option<Rate> {
     })
 }
 
-/// Packets of our connection that the client's node has counted, both ways.
-fn packets_counted(domains: &Domains) -> Result<u64> {
+/// Packets of our connection that BPF on the client's node has counted, both ways.
+///
+/// # Errors
+/// When there are none: the programs are off the path, and a ratio says nothing of them.
+pub(super) fn packets_counted(domains: &Domains) -> Result<u64> {
     let status = domains.client_agent.status()?;
     let connections = status["connections"].as_array();
     let counters = connections
@@ -304,7 +305,12 @@ fn packets_counted(domains: &Domains) -> Result<u64> {
         .map(|connection| &connection["tunnel"]["counters"])
         .context("the client's agent shows no connection")?;
     let count = |name: &str| counters[name].as_u64().unwrap_or_default();
-    Ok(count("tx_packets") + count("rx_packets"))
+    let counted = count("tx_packets") + count("rx_packets");
+    ensure!(
+        counted > 0,
+        "BPF on node-1 has counted no packet of the connection"
+    );
+    Ok(counted)
 }
 
 #[cfg(test)]
@@ -330,14 +336,15 @@ mod tests {
     fn ratios_are_of_one_round() {
         let mut measured = Measured::default();
         // The machine was half as fast in the second round, for both.
-        for (ours, bare) in [(9.0, 10.0), (4.5, 5.0), (9.0, 10.0)] {
-            measured.add(ours, bare);
+        for (one, other) in [(9.0, 10.0), (4.5, 5.0), (9.0, 10.0)] {
+            measured.add(one, other);
         }
-        let rows = measured.rows("TCP", "received", "Gbit/s").unwrap();
+        let names = ["ours", "bare"];
+        let rows = measured.rows("TCP received", names, "Gbit/s").unwrap();
         assert_eq!(rows[0], Row::new("TCP received, ours to bare", 0.9, ""));
         assert!(
             Measured::default()
-                .rows("TCP", "received", "Gbit/s")
+                .rows("TCP received", names, "Gbit/s")
                 .is_err()
         );
     }
