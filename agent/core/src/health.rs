@@ -14,10 +14,12 @@
 //!
 //! Whatever is told carries its [`Reason`], whose text is a sentence with the evidence in it and what can be done.
 
+mod card;
 mod metrics;
 
 use std::{fmt, net::IpAddr, time::Duration};
 
+pub use card::{Card, Look};
 pub use metrics::{ForeignVnis, LostHop, Published};
 
 use crate::{
@@ -330,9 +332,9 @@ impl Reason {
 pub struct Stages {
     /// Left the tunnel.
     pub link_out: u64,
-    /// Left the card; `None` where nothing counts there.
+    /// Left the card; `None` where nothing counts there, or what counts cannot be believed ([`Card`]).
     pub card_out: Option<u64>,
-    /// Came to the card; `None` where nothing counts there.
+    /// Came to the card; `None` likewise.
     pub card_in: Option<u64>,
     /// Came to the tunnel.
     pub link_in: u64,

@@ -28,9 +28,10 @@ mod surroundings;
 
 use std::{
     collections::BTreeMap,
+    fmt,
     net::IpAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -173,6 +174,39 @@ struct Shared {
     realtime: bool,
     drops: Arc<Drops>,
     preflights: preflight::Count,
+    uncounted: Arc<Mutex<BTreeMap<IpAddr, Uncounted>>>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Threads that have ended need no word.
+        let _ = self.requests.send(Request::Abandon);
+    }
+}
+
+/// Packets to a peer that leave where nothing counts them: what is lost on this node is not told from what is lost later.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uncounted {
+    /// The peer's address.
+    pub peer: IpAddr,
+    /// The interface.
+    pub interface: String,
+    /// Why the programs are not there.
+    pub cause: String,
+}
+
+impl fmt::Display for Uncounted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            peer,
+            interface,
+            cause,
+        } = self;
+        write!(
+            f,
+            "packets to {peer} leave by `{interface}`, where nothing counts them: {cause}"
+        )
+    }
 }
 
 /// Receives what a health plane has to tell.
@@ -207,6 +241,7 @@ impl Health {
             realtime: started.realtime,
             drops: started.drops,
             preflights: preflight::Count::default(),
+            uncounted: started.uncounted,
         };
         Ok((
             Self {
@@ -252,6 +287,14 @@ impl Health {
     #[must_use]
     pub fn preflights(&self) -> Preflights {
         self.shared.preflights.now()
+    }
+
+    /// Peers to whom packets leave uncounted, as was found when their counts stood still, ordered by address.
+    #[must_use]
+    pub fn uncounted(&self) -> Vec<Uncounted> {
+        let uncounted = self.shared.uncounted.lock();
+        let uncounted = uncounted.unwrap_or_else(PoisonError::into_inner);
+        uncounted.values().cloned().collect()
     }
 
     /// Watches a peer, or joins those who do. The session ends [`LINGER`] after the last [`Peer`] of it is dropped.

@@ -32,7 +32,10 @@ use tokio::sync::oneshot;
 pub use self::error::{LinkError, LinkHolder, PortHolder};
 use self::pool::Pool;
 use self::turns::{Parcel, Turn, Turns, Undo};
-pub(crate) use self::{management::Family, underlay::source as source_address};
+pub(crate) use self::{
+    management::Family,
+    underlay::{interface as outgoing_interface, source as source_address},
+};
 use crate::{
     netlink::Netlink,
     netns::{Netns, NetnsError},

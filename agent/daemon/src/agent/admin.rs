@@ -75,6 +75,12 @@ impl Admin for AdminService {
             Some(forwarder) => forwarder.path_reports().await,
             None => Vec::new(),
         };
+        let mut degraded = readiness.degradations();
+        degraded.extend(
+            forwarder
+                .iter()
+                .flat_map(|forwarder| forwarder.degraded_paths()),
+        );
         let views = plane.connections();
         let links = match forwarder {
             Some(forwarder) => {
@@ -102,7 +108,7 @@ impl Admin for AdminService {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ready: waiting_for.is_empty(),
             waiting_for,
-            degraded: readiness.degradations(),
+            degraded,
             bpf: forwarder.map(NodeForwarder::bpf_facts),
             connections,
             peers: plane

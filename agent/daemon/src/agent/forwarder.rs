@@ -209,6 +209,12 @@ impl NodeForwarder {
         self.prober.as_ref().map(NodeProber::preflights)
     }
 
+    /// What works less well than it could for some peers, at the moment.
+    pub(crate) fn degraded_paths(&self) -> Vec<String> {
+        let prober = self.prober.iter();
+        prober.flat_map(NodeProber::uncounted).collect()
+    }
+
     /// Lets peers know that this node goes.
     pub(crate) async fn leave_paths(&self) {
         if let Some(prober) = &self.prober {

@@ -122,6 +122,14 @@ impl NodeProber {
         degraded
     }
 
+    /// Peers to whom packets leave where nothing counts them, a sentence each.
+    pub(crate) fn uncounted(&self) -> impl Iterator<Item = String> {
+        self.plane
+            .uncounted()
+            .into_iter()
+            .map(|uncounted| uncounted.to_string())
+    }
+
     /// What every session has measured, for `status` and metrics.
     pub(crate) async fn reports(&self) -> Vec<Report> {
         self.plane.reports().await.unwrap_or_default()

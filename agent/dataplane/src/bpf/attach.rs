@@ -7,6 +7,8 @@
 //! clsact: a filter of our own priority and handle on the clsact qdisc. The kernel keeps it whoever dies; the next agent
 //! replaces it at that place. The qdisc is left when the filter goes: others may have put theirs there.
 
+mod filter;
+
 use std::{collections::BTreeSet, fmt, mem, path::Path};
 
 use aya::{
@@ -158,6 +160,28 @@ impl Attachments {
         }
         self.attached.insert((role, interface.to_owned()));
         Ok(())
+    }
+
+    /// Whether the programs of a role hang on an interface: others can take them off, and an interface of the same name may be another.
+    pub(super) fn hangs(
+        &self,
+        ebpf: &mut Ebpf,
+        role: Role,
+        interface: &str,
+    ) -> Result<bool, BpfError> {
+        for direction in [Direction::In, Direction::Out] {
+            let hangs = match self.hook {
+                Hook::Tcx => program(ebpf, role, direction)
+                    .info()
+                    .and_then(|info| hangs_on(interface, direction, info.id()))
+                    .map_err(|source| attaching(interface, direction, self.hook, source))?,
+                Hook::Clsact => filter::is_there(interface, direction)?,
+            };
+            if !hangs {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     pub(super) fn detach(

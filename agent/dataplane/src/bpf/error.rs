@@ -152,6 +152,14 @@ pub enum BpfError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// What hangs on an interface could not be read.
+    #[error("cannot read which filters interface `{interface}` has")]
+    Filters {
+        /// The interface.
+        interface: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The object does not hold a map that it must.
     #[error("the BPF object holds no map {map}: it was not built from this source")]
     NoSuchMap {

@@ -2,11 +2,60 @@
 
 use std::net::IpAddr;
 
+use aya::maps::MapData;
 use nsm_core::vni::Vni;
 
-use super::{Bpf, BpfError, ForeignVni, PinnedSessions, Role, Slot};
+use super::{Bpf, BpfError, CounterReader, ForeignVni, PinnedSessions, Role, Slot, tables::of_map};
+
+/// How the programs were found on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hooked {
+    /// There.
+    Before,
+    /// Not there, and now they are.
+    Now,
+    /// Not there, and not wanted: the interfaces are named by the operator, and this is none of them.
+    Never,
+}
 
 impl Bpf {
+    /// Hooks the programs of the underlay to an interface that packets to a peer leave by, unless they hang there, or are not to.
+    pub(crate) fn hook_underlay(&self, interface: &str) -> Result<Hooked, BpfError> {
+        let known = self.interfaces().iter().any(|known| known == interface);
+        if !known && !self.finds_interfaces {
+            return Ok(Hooked::Never);
+        }
+        if known && self.hangs(Role::Underlay, interface)? {
+            return Ok(Hooked::Before);
+        }
+        self.attach(interface)?;
+        Ok(Hooked::Now)
+    }
+
+    /// Puts the programs on a management link again where somebody took them off; whether that was so.
+    pub(crate) fn mend_management(&self, interface: &str) -> Result<bool, BpfError> {
+        if self.hangs(Role::Management, interface)? {
+            return Ok(false);
+        }
+        let state = &mut *self.state();
+        state
+            .attachments
+            .attach(&mut state.ebpf, &state.pins, Role::Management, interface)?;
+        Ok(true)
+    }
+
+    fn hangs(&self, role: Role, interface: &str) -> Result<bool, BpfError> {
+        let state = &mut *self.state();
+        state.attachments.hangs(&mut state.ebpf, role, interface)
+    }
+
+    /// A way to the counters that waits for nobody who uses this value.
+    pub(crate) fn counter_reader(&self) -> Result<CounterReader, BpfError> {
+        let pin = self.state().pins.map("COUNTERS");
+        let map = MapData::from_pin(pin).map_err(of_map("COUNTERS", "open"))?;
+        CounterReader::new(map)
+    }
+
     /// Hooks the programs of the management link to these interfaces and to no others: those of an earlier agent are let go.
     pub(crate) fn attach_management(&self, interfaces: &[String]) -> Result<(), BpfError> {
         let state = &mut *self.state();

@@ -60,8 +60,9 @@ use self::{
     tables::Tables,
 };
 pub(crate) use self::{
+    management::Hooked,
     sessions::{LocalSessions, PinnedSessions, Sessions},
-    tables::{address, ip_addr},
+    tables::{CounterReader, address, ip_addr},
 };
 
 /// The programs, as `cargo xtask build-ebpf` made them. Aligned, because the loader reads its headers in place.
@@ -187,6 +188,8 @@ pub struct KnownTunnel {
 pub struct Bpf {
     state: Mutex<State>,
     hook: Hook,
+    /// The interfaces are those that lead out, not those that were named.
+    finds_interfaces: bool,
     keep_pins: bool,
 }
 
@@ -252,6 +255,7 @@ impl Bpf {
         Ok(Self {
             state: Mutex::new(state),
             hook,
+            finds_interfaces: config.interfaces.is_empty(),
             keep_pins: config.keep_pins,
         })
     }

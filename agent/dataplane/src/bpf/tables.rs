@@ -352,28 +352,7 @@ impl Tables {
         if !self.used.contains(&slot.0) {
             return Err(BpfError::NoSlot(slot));
         }
-        let cpus = self
-            .counters
-            .get(&slot.0, 0)
-            .map_err(of_map("COUNTERS", "read"))?;
-        let mut sum = Counters::default();
-        for cpu in cpus.iter() {
-            sum.in_packets += cpu.in_packets;
-            sum.in_bytes += cpu.in_bytes;
-            sum.out_packets += cpu.out_packets;
-            sum.out_bytes += cpu.out_bytes;
-            sum.last_in_ns = sum.last_in_ns.max(cpu.last_in_ns);
-            sum.last_out_ns = sum.last_out_ns.max(cpu.last_out_ns);
-        }
-        let when = |ns: u64| (ns != 0).then(|| Duration::from_nanos(ns));
-        Ok(TunnelCounters {
-            tx_packets: sum.out_packets,
-            tx_bytes: sum.out_bytes,
-            rx_packets: sum.in_packets,
-            rx_bytes: sum.in_bytes,
-            last_tx: when(sum.last_out_ns),
-            last_rx: when(sum.last_in_ns),
-        })
+        read(&self.counters, slot)
     }
 
     pub(super) fn drops(&self) -> Result<BTreeMap<&'static str, u64>, BpfError> {
@@ -404,6 +383,45 @@ impl Tables {
             .set(word, change(old, mask), 0)
             .map_err(of_map("PORTS", "write"))
     }
+}
+
+/// A way of its own to the counters, for a thread that must not wait for others.
+pub(crate) struct CounterReader(PerCpuArray<MapData, Counters>);
+
+impl CounterReader {
+    pub(super) fn new(counters: MapData) -> Result<Self, BpfError> {
+        let map = Map::from_map_data(counters).and_then(PerCpuArray::try_from);
+        map.map(Self).map_err(of_map("COUNTERS", "open"))
+    }
+
+    /// As [`super::Bpf::counters`]; of a slot that is not in use, what its last tunnel had.
+    pub(crate) fn read(&self, slot: Slot) -> Result<TunnelCounters, BpfError> {
+        read(&self.0, slot)
+    }
+}
+
+fn read(counters: &PerCpuArray<MapData, Counters>, slot: Slot) -> Result<TunnelCounters, BpfError> {
+    let cpus = counters
+        .get(&slot.0, 0)
+        .map_err(of_map("COUNTERS", "read"))?;
+    let mut sum = Counters::default();
+    for cpu in cpus.iter() {
+        sum.in_packets += cpu.in_packets;
+        sum.in_bytes += cpu.in_bytes;
+        sum.out_packets += cpu.out_packets;
+        sum.out_bytes += cpu.out_bytes;
+        sum.last_in_ns = sum.last_in_ns.max(cpu.last_in_ns);
+        sum.last_out_ns = sum.last_out_ns.max(cpu.last_out_ns);
+    }
+    let when = |ns: u64| (ns != 0).then(|| Duration::from_nanos(ns));
+    Ok(TunnelCounters {
+        tx_packets: sum.out_packets,
+        tx_bytes: sum.out_bytes,
+        rx_packets: sum.in_packets,
+        rx_bytes: sum.in_bytes,
+        last_tx: when(sum.last_out_ns),
+        last_rx: when(sum.last_in_ns),
+    })
 }
 
 /// The key of a peer's marker, and the peer's address.

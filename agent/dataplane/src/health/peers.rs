@@ -17,6 +17,7 @@
 
 mod adopt;
 mod links;
+mod look;
 mod set_up;
 mod speaker;
 mod ways;
@@ -24,7 +25,7 @@ mod ways;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::Instant,
 };
@@ -35,6 +36,7 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
     Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, PeerSpec, Report,
+    Uncounted,
     preflight::PeerCell,
     prober::{Command, Commands},
     surroundings::{Drops, Memory},
@@ -65,6 +67,10 @@ pub(super) enum Request {
         peer: Option<PeerSpec>,
         reply: oneshot::Sender<Vec<Report>>,
     },
+    /// The counts of a peer's stages seem to say something: look whether they can be believed.
+    Look(PeerSpec),
+    /// The last handle is gone, without a word: end, and leave everything for the next agent.
+    Abandon,
     /// Remove everything and end.
     Close {
         reply: oneshot::Sender<Result<(), HealthError>>,
@@ -78,6 +84,7 @@ pub(super) struct Started {
     pub(super) discriminator: Discriminator,
     pub(super) realtime: bool,
     pub(super) drops: Arc<Drops>,
+    pub(super) uncounted: Arc<Mutex<BTreeMap<IpAddr, Uncounted>>>,
 }
 
 /// A peer that is watched.
@@ -154,6 +161,7 @@ struct Peers {
     foreign: HashMap<(u32, IpAddr), u64>,
     /// Links that are gone and could not be made again yet.
     broken: BTreeSet<Family>,
+    uncounted: Arc<Mutex<BTreeMap<IpAddr, Uncounted>>>,
 }
 
 impl Peers {
@@ -166,14 +174,13 @@ impl Peers {
                     let _ = reply.send(closed);
                     return;
                 }
-                Ok(request) => self.handle(request),
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-                // The last handle is gone, without a word: everything stays for the next agent.
-                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                Ok(Request::Abandon) | Err(mpsc::RecvTimeoutError::Disconnected) => {
                     let memory = self.stop();
                     give_back(self.bpf.as_deref(), memory);
                     return;
                 }
+                Ok(request) => self.handle(request),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
             let now = Instant::now();
             if now >= next {
@@ -213,7 +220,8 @@ impl Peers {
                 let users = users.map(|(peer, known)| (*peer, known.users)).collect();
                 self.commands.send(Command::Reports { peer, users, reply });
             }
-            Request::Close { .. } => {}
+            Request::Look(peer) => self.look(peer),
+            Request::Abandon | Request::Close { .. } => {}
         }
     }
 

@@ -23,6 +23,7 @@ use nix::{
 };
 use nsm_core::{
     clock::Monotonic,
+    health::Look,
     sbfd::{Proof, Seq, Timing},
 };
 use nsm_ebpf_common::{
@@ -33,12 +34,13 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
     Event, HealthError, PeerSpec, Plane, Report,
+    peers::Request,
     random::{self, Jitter},
     session::{Entry, Names, PeerSession},
     socket::PacketSocket,
     surroundings::{Drops, Memory, Sockets, Surroundings, now_ns, serve},
 };
-use crate::{bpf::Bpf, links::Family};
+use crate::{bpf::CounterReader, links::Family};
 
 /// Wake-ups happen on this grid. A verdict may come so much later.
 const GRAIN: Duration = Duration::from_millis(2);
@@ -87,6 +89,8 @@ pub(super) enum Command {
         smallest: u16,
         wanted: u16,
     },
+    /// What was found at the routes and hooks of a peer.
+    Looked(PeerSpec, Look),
     /// Report on one peer or all, with how many use each.
     Reports {
         peer: Option<PeerSpec>,
@@ -137,7 +141,9 @@ pub(super) struct Prober {
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     memory: Memory,
-    bpf: Option<Arc<Bpf>>,
+    /// Its own way to the counters: that of others is theirs for as long as the kernel takes to hook a program.
+    counters: Option<CounterReader>,
+    requests: mpsc::Sender<Request>,
     sockets: Sockets,
     peers: HashMap<PeerSpec, PeerSession>,
     timing: Timing,
@@ -153,9 +159,10 @@ impl Prober {
     pub(super) fn new(
         kit: Kit,
         memory: Memory,
-        bpf: Option<Arc<Bpf>>,
+        counters: Option<CounterReader>,
         timing: Timing,
         events: tokio_mpsc::UnboundedSender<Event>,
+        requests: mpsc::Sender<Request>,
     ) -> (Self, Commands) {
         let Kit { wake, jitter } = kit;
         let (sender, commands) = mpsc::channel();
@@ -166,7 +173,8 @@ impl Prober {
             commands,
             wake: wake.clone(),
             memory,
-            bpf,
+            counters,
+            requests,
             sockets: Sockets::default(),
             peers: HashMap::new(),
             timing,
@@ -214,21 +222,28 @@ impl Prober {
 
     /// Sessions whose time has come have their turn; after an answer that was waited for, all who wait.
     fn turn(&mut self, now: Monotonic, woken: bool) {
-        let mut around = Surroundings {
-            sessions: self.memory.sessions(),
-            jitter: &mut self.jitter,
-            events: &self.events,
-            sockets: &self.sockets,
-            bpf: self.bpf.as_deref(),
-            frame: &mut self.frame,
-            plane: self.memory.plane(),
-        };
-        for peer in self.peers.values_mut() {
+        let (mut around, peers) = self.parts();
+        for peer in peers.values_mut() {
             let waits = || around.sessions.slot(peer.slot).wake.load() != 0;
             if peer.due <= now || woken && waits() {
                 peer.turn(now, &mut around);
             }
         }
+    }
+
+    /// The sessions, and what each needs around it.
+    fn parts(&mut self) -> (Surroundings<'_>, &mut HashMap<PeerSpec, PeerSession>) {
+        let around = Surroundings {
+            sessions: self.memory.sessions(),
+            jitter: &mut self.jitter,
+            events: &self.events,
+            sockets: &self.sockets,
+            counters: self.counters.as_ref(),
+            requests: &self.requests,
+            frame: &mut self.frame,
+            plane: self.memory.plane(),
+        };
+        (around, &mut self.peers)
     }
 
     /// Sleeps until a session is due, a command is there, or a frame: then true.
@@ -306,6 +321,12 @@ impl Prober {
                     peer.want_mtu(smallest, wanted, now);
                 }
             }
+            Command::Looked(peer, found) => {
+                let (around, peers) = self.parts();
+                if let Some(peer) = peers.get_mut(&peer) {
+                    peer.handle_look(found, &around);
+                }
+            }
             Command::Reports { peer, users, reply } => {
                 let _ = reply.send(self.reports(peer, &users, now));
             }
@@ -356,8 +377,10 @@ impl Prober {
             self.free.push(slot);
             return Err(error.into());
         }
-        let session = PeerSession::new(entry, slot, names, self.timing, first, now);
-        self.peers.insert(spec, session);
+        let mut session = PeerSession::new(entry, slot, names, self.timing, first, now);
+        let (around, peers) = self.parts();
+        session.begin(&around);
+        peers.insert(spec, session);
         self.note_neighbours(spec.address);
         Ok(slot)
     }
@@ -411,17 +434,8 @@ impl Prober {
         users: &HashMap<PeerSpec, usize>,
         now: Monotonic,
     ) -> Vec<Report> {
-        let around = Surroundings {
-            sessions: self.memory.sessions(),
-            jitter: &mut self.jitter,
-            events: &self.events,
-            sockets: &self.sockets,
-            bpf: self.bpf.as_deref(),
-            frame: &mut self.frame,
-            plane: self.memory.plane(),
-        };
-        let mut reports: Vec<Report> = self
-            .peers
+        let (around, peers) = self.parts();
+        let mut reports: Vec<Report> = peers
             .iter()
             .filter(|(spec, _)| peer.is_none_or(|peer| peer == **spec))
             .map(|(spec, peer)| Report {

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 
 use nsm_core::{
     clock::Monotonic,
-    health::Stages,
+    health::{Card, Look, Stages},
     sbfd::{self, Answer, Change, Diag, PeerProbe, Proof, Seq, State, Timing, WireState},
 };
 use nsm_ebpf_common::{
@@ -16,7 +16,9 @@ use nsm_ebpf_common::{
 };
 use tokio::sync::oneshot;
 
-use super::{Event, PeerSpec, Report, preflight::PeerCell, surroundings::Surroundings};
+use super::{
+    Event, PeerSpec, Report, peers::Request, preflight::PeerCell, surroundings::Surroundings,
+};
 use crate::bpf::{Slot, address, ip_addr};
 
 /// How often the stages of a session that is up are noted, for comparison when it no longer is. Often enough that a fault lets more
@@ -66,6 +68,7 @@ pub(super) struct PeerSession {
     /// Stamp of the peer's own probe that the machine heard of last.
     heard_ns: u64,
     stages_when_up: Stages,
+    card: Card,
     noted: Monotonic,
     /// Another peer has this one's address.
     shares_card: bool,
@@ -160,6 +163,7 @@ impl PeerSession {
             proofs: Vec::new(),
             heard_ns: 0,
             stages_when_up: Stages::default(),
+            card: Card::default(),
             noted: Monotonic::default(),
             shares_card: false,
             owns_card: true,
@@ -182,6 +186,20 @@ impl PeerSession {
         self.owns_card &= !shares;
     }
 
+    /// What was counted before says nothing of this session: its memory begins anew, that of the card may not.
+    pub(super) fn begin(&mut self, around: &Surroundings<'_>) {
+        self.stages_when_up = self.counts(around);
+        self.card.compare_from(self.stages_when_up);
+    }
+
+    /// Somebody looked whether what the stages count can be believed.
+    pub(super) fn handle_look(&mut self, found: Look, around: &Surroundings<'_>) {
+        if !self.card.handle_look(found) {
+            self.stages_when_up = self.counts(around);
+            self.card.compare_from(self.stages_when_up);
+        }
+    }
+
     /// Somebody wants to know whether the path is up.
     pub(super) fn prove(&mut self, reply: oneshot::Sender<Proof>, now: Monotonic) {
         self.machine.prove(now);
@@ -200,6 +218,7 @@ impl PeerSession {
         let session = sessions.slot(self.slot);
         self.read_stamps(session);
         self.machine.handle_deadline(now);
+        self.watch_stages(now, around);
         // Before anything is sent: the answer may be there before the next line is.
         self.ask_to_be_woken(session, now);
         self.transmit(now, session, around);
@@ -207,7 +226,6 @@ impl PeerSession {
             self.tell(change, now, around);
         }
         let snapshot = self.machine.snapshot(now);
-        let up = snapshot.state == State::Up;
         // Before whoever waits is told: they look there.
         self.entry.cell.note(&snapshot);
         let proof = self.machine.proof();
@@ -218,14 +236,32 @@ impl PeerSession {
             }
         }
         self.ask_to_be_woken(session, now);
+        self.due = self.machine.poll_deadline().at;
+    }
+
+    /// Notes the stages while all is well, and has somebody look at the hooks where they seem to say that it is not.
+    fn watch_stages(&mut self, now: Monotonic, around: &Surroundings<'_>) {
+        let snapshot = self.machine.snapshot(now);
         let silence = snapshot.silent_since.map(|since| now.since(since));
         let is_overdue = silence.is_some_and(|silence| silence > snapshot.rto);
-        if up && !is_overdue && now.since(self.noted) >= NOTE_STAGES {
+        let is_well = snapshot.state == State::Up && !is_overdue;
+        if is_well && now.since(self.noted) < NOTE_STAGES {
+            return;
+        }
+        if is_well {
             self.owns_card = !self.shares_card;
-            self.stages_when_up = self.stages(around);
+        }
+        let counts = self.counts(around);
+        if is_well {
+            self.card.note_up(&counts, silence.is_none());
+            self.stages_when_up = counts;
             self.noted = now;
         }
-        self.due = self.machine.poll_deadline().at;
+        let since_up = counts.since(&self.stages_when_up);
+        if self.card.poll_look(&since_up, now) {
+            // A thread that has ended looks at nothing.
+            let _ = around.requests.send(Request::Look(self.entry.spec));
+        }
     }
 
     /// Answers wake the thread while somebody waits for one. When the path is up they are seen in time at the next deadline.
@@ -302,7 +338,14 @@ impl PeerSession {
         }
     }
 
+    /// What came to the stages, as far as it can be believed.
     fn stages(&self, around: &Surroundings<'_>) -> Stages {
+        let counts = self.counts(around);
+        self.card
+            .believed(&counts, &counts.since(&self.stages_when_up))
+    }
+
+    fn counts(&self, around: &Surroundings<'_>) -> Stages {
         let session = around.sessions.slot(self.slot);
         let counters = self.entry.counters.filter(|_| self.owns_card);
         let underlay = counters.and_then(|slot| around.underlay(slot));

@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
 };
 
 use nsm_ebpf_common::{
@@ -15,9 +18,11 @@ use nsm_ebpf_common::{
 };
 use tokio::sync::mpsc as tokio_mpsc;
 
-use super::{Event, Plane, random::Jitter, socket::PacketSocket};
+use super::{Event, Plane, peers::Request, random::Jitter, socket::PacketSocket};
 use crate::{
-    bpf::{Bpf, LocalSessions, PinnedSessions, Sessions, Slot, TunnelCounters, now as clock},
+    bpf::{
+        CounterReader, LocalSessions, PinnedSessions, Sessions, Slot, TunnelCounters, now as clock,
+    },
     links::Family,
 };
 
@@ -76,7 +81,9 @@ pub(super) struct Surroundings<'a> {
     pub(super) jitter: &'a mut Jitter,
     pub(super) events: &'a tokio_mpsc::UnboundedSender<Event>,
     pub(super) sockets: &'a Sockets,
-    pub(super) bpf: Option<&'a Bpf>,
+    pub(super) counters: Option<&'a CounterReader>,
+    /// Where the other thread is asked.
+    pub(super) requests: &'a mpsc::Sender<Request>,
     /// Room for the largest frame.
     pub(super) frame: &'a mut [u8],
     pub(super) plane: Plane,
@@ -116,7 +123,7 @@ impl Surroundings<'_> {
 
     /// What the underlay counted.
     pub(super) fn underlay(&self, slot: Slot) -> Option<TunnelCounters> {
-        self.bpf?.counters(slot).ok()
+        self.counters?.read(slot).ok()
     }
 }
 

@@ -25,9 +25,9 @@ use rtnetlink::{LinkUnspec, LinkVxlan};
 use super::{LinkError, message, observe, place::delete, port};
 use crate::netlink::{Netlink, NetlinkError, Refusal};
 
-/// What the aliases of management links have in place of a connection's id.
-const ALIAS_V4: &str = "management";
-const ALIAS_V6: &str = "management-ipv6";
+/// What the aliases of management links have in place of a connection's id: this and the port.
+const ALIAS_V4: &str = "management-";
+const ALIAS_V6: &str = "management-ipv6-";
 
 /// MTU of the link, bytes: so large that it is never what keeps a large probe from leaving (RFC 9764).
 const MTU: u32 = 16_000;
@@ -64,19 +64,24 @@ pub(crate) struct ManagementSpec {
 
 /// Whether an alias is that of a management link: no connection's, so no orphan for want of one.
 pub(super) fn is_management(alias: &LinkAlias) -> bool {
-    matches!(alias.connection_id(), ALIAS_V4 | ALIAS_V6)
+    let id = alias.connection_id();
+    let port = id
+        .strip_prefix(ALIAS_V6)
+        .or_else(|| id.strip_prefix(ALIAS_V4));
+    port.is_some_and(|port| port.parse::<u16>().is_ok())
 }
 
 impl ManagementSpec {
+    /// The port is in alias and name: agents that share a namespace have different ones, be they of one domain or not.
     fn alias(&self) -> Result<LinkAlias, LinkError> {
         let id = match self.family {
             Family::V4 => ALIAS_V4,
             Family::V6 => ALIAS_V6,
         };
+        let id = format!("{id}{}", self.port);
         LinkAlias::new(self.domain.as_str(), id).map_err(LinkError::from)
     }
 
-    /// The port is in the name: agents that share a namespace have different ones.
     fn name(&self) -> String {
         match self.family {
             Family::V4 => format!("nsm-mgmt4-{}", self.port),
@@ -100,6 +105,8 @@ impl ManagementSpec {
 pub(crate) struct ManagementLink {
     pub(crate) index: u32,
     pub(crate) name: String,
+    /// The UDP port of this node's tunnels.
+    pub(crate) port: u16,
     /// Whether an earlier agent had made it: its forwarding entries are still there.
     pub(crate) adopted: bool,
 }
@@ -114,10 +121,11 @@ pub(crate) fn ensure(
     for link in observe::links(netlink)? {
         if link.alias.as_ref() == Some(&alias) {
             if !anew && spec.fits(&link) {
-                up(netlink, spec, link.index)?;
+                up(netlink, link.index, &name, spec.port)?;
                 return Ok(ManagementLink {
                     index: link.index,
                     name: link.name,
+                    port: spec.port,
                     adopted: true,
                 });
             }
@@ -140,7 +148,7 @@ pub(crate) fn ensure(
             .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))?;
         // A kernel without IPv6 refuses, and needs it not.
         let _ = netlink.ask(no_addresses(index), 0)?;
-        up(netlink, spec, index)
+        up(netlink, index, &name, spec.port)
     })();
     if let Err(error) = marked {
         remove(netlink, index, &name)?;
@@ -149,6 +157,7 @@ pub(crate) fn ensure(
     Ok(ManagementLink {
         index,
         name,
+        port: spec.port,
         adopted: false,
     })
 }
@@ -196,19 +205,57 @@ fn create(netlink: &mut Netlink, spec: &ManagementSpec, name: &str) -> Result<u3
         })
 }
 
-fn up(netlink: &mut Netlink, spec: &ManagementSpec, index: u32) -> Result<(), LinkError> {
+fn up(netlink: &mut Netlink, index: u32, name: &str, port: u16) -> Result<(), LinkError> {
     let (request, flags) = message::set_up(index);
     netlink.ask(request, flags)?.map(drop).map_err(|kernel| {
         if kernel.errno == Errno::EADDRINUSE {
             LinkError::PortTaken {
-                port: spec.port,
-                holder: port::holder(spec.port),
+                port,
+                holder: port::holder(port),
                 kernel,
             }
         } else {
-            LinkError::refused(format!("take management link `{}` up", spec.name()), kernel)
+            LinkError::refused(format!("take management link `{name}` up"), kernel)
         }
     })
+}
+
+/// How a management link is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Condition {
+    Up,
+    Down,
+    /// Or another has its name or index.
+    Gone,
+}
+
+/// Looks at a link.
+pub(crate) fn look(netlink: &mut Netlink, link: &ManagementLink) -> Result<Condition, LinkError> {
+    let (request, flags) = message::get_link(link.index);
+    let found = match netlink.ask(request, flags)? {
+        Ok(found) => found.into_iter().find_map(observe::link_of),
+        Err(Refusal {
+            errno: Errno::ENODEV,
+            ..
+        }) => None,
+        Err(kernel) => {
+            return Err(LinkError::refused(
+                format!("look at management link `{}`", link.name),
+                kernel,
+            ));
+        }
+    };
+    Ok(match found {
+        Some(found) if found.name != link.name => Condition::Gone,
+        Some(found) if found.up => Condition::Up,
+        Some(_) => Condition::Down,
+        None => Condition::Gone,
+    })
+}
+
+/// Takes a link up again. Its forwarding entries outlive that it was down.
+pub(crate) fn take_up(netlink: &mut Netlink, link: &ManagementLink) -> Result<(), LinkError> {
+    up(netlink, link.index, &link.name, link.port)
 }
 
 /// Removes the link; gone already is as good.
@@ -298,4 +345,35 @@ fn no_addresses(index: u32) -> RouteNetlinkMessage {
             vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
         )]));
     RouteNetlinkMessage::SetLink(link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_alias_of_a_management_link_says_so_and_no_other_does() {
+        for family in [Family::V4, Family::V6] {
+            let spec = ManagementSpec {
+                domain: "cluster-1.example".to_owned(),
+                family,
+                vni: Vni::MANAGEMENT,
+                port: 4789,
+                local: None,
+            };
+            let alias = spec.alias().expect("an alias");
+            assert!(is_management(&alias), "{alias}");
+            let other = ManagementSpec { port: 4790, ..spec };
+            assert_ne!(other.alias().expect("an alias"), alias);
+        }
+        for id in [
+            "management",
+            "management-ipv6-",
+            "management-4789-1",
+            "5b7f-4c",
+        ] {
+            let alias = LinkAlias::new("cluster-1.example", id).expect("an alias");
+            assert!(!is_management(&alias), "{alias}");
+        }
+    }
 }

@@ -7,6 +7,7 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteMessage, RouteMetric, RouteType},
 };
 use nix::errno::Errno;
+use nsm_core::tunnel::Link;
 
 use super::{LinkError, message, observe};
 use crate::netlink::{Netlink, Refusal};
@@ -23,25 +24,27 @@ struct Way {
 pub(super) fn mtu(netlink: &mut Netlink, remote: IpAddr) -> Result<u32, LinkError> {
     let way = look_up(netlink, remote)?;
     // Read besides the route's: a route can promise more than its interface carries.
+    let interface = link_of(netlink, &way, remote)?.mtu;
+    Ok(way.mtu.map_or(interface, |mtu| mtu.min(interface)))
+}
+
+/// The name of the interface that packets leave by.
+pub(crate) fn interface(netlink: &mut Netlink, remote: IpAddr) -> Result<String, LinkError> {
+    let way = look_up(netlink, remote)?;
+    Ok(link_of(netlink, &way, remote)?.name)
+}
+
+fn link_of(netlink: &mut Netlink, way: &Way, remote: IpAddr) -> Result<Link, LinkError> {
+    let refused = |kernel| LinkError::NoRoute { remote, kernel };
     let link = netlink
         .ask(message::get_link(way.out).0, 0)?
-        .map_err(|kernel| LinkError::NoRoute { remote, kernel })?;
-    let interface = link
-        .into_iter()
-        .find_map(observe::link_of)
-        .map(|link| link.mtu);
-    let refused = || LinkError::NoRoute {
-        remote,
-        kernel: Refusal {
+        .map_err(refused)?;
+    link.into_iter().find_map(observe::link_of).ok_or_else(|| {
+        refused(Refusal {
             errno: Errno::ENODEV,
             text: None,
-        },
-    };
-    way.mtu
-        .into_iter()
-        .chain(interface)
-        .min()
-        .ok_or_else(refused)
+        })
+    })
 }
 
 pub(crate) fn source(netlink: &mut Netlink, remote: IpAddr) -> Result<IpAddr, LinkError> {

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use nsm_core::sbfd::{Proof, State};
 use nsm_dataplane::{
-    bpf::{Bpf, BpfConfig, Hook},
+    bpf::{Bpf, BpfConfig},
     health::{Health, HealthError, PeerSpec},
 };
 
 use super::support::{
-    By, Node, TCX, World, addr, both_up, discriminator, eventually, join, link_names, pair,
-    pin_dir, run, sandbox, within,
+    By, CLSACT, Node, TCX, World, addr, both_up, discriminator, eventually, ip, join, link_names,
+    pair, pin_dir, run, sandbox, unhook, within,
 };
 
 #[test]
@@ -51,78 +51,86 @@ fn an_end_in_order_leaves_nothing() {
     });
 }
 
+async fn next_one_goes_on(by: By) {
+    let world = World::new();
+    let (mut nodes, peers) = pair(&world, by, 4).await;
+    both_up(&mut nodes, &peers).await;
+    let [mut one, two] = nodes;
+    let [to_two, to_one] = peers;
+    let spec = two.spec(4);
+
+    // As after kill -9: nothing is closed in order.
+    let discriminator = two.health.discriminator();
+    let Node {
+        bpf,
+        health,
+        events,
+        netns,
+        ..
+    } = two;
+    drop((to_one, health, events));
+    // The threads end by themselves and let go of the pins' lock.
+    let bpf = bpf.expect("BPF");
+    eventually(
+        "the old agent's end",
+        async || match std::sync::Arc::strong_count(&bpf) {
+            1 => Ok(()),
+            count => Err(format!("{count} users")),
+        },
+    )
+    .await;
+    drop(bpf);
+
+    let answers = to_two.report().await.expect("report").answers;
+    eventually("answers of nobody", async || {
+        let report = to_two.report().await.expect("report");
+        if report.answers >= answers + 20 {
+            Ok(())
+        } else {
+            Err(format!("{report:?}"))
+        }
+    })
+    .await;
+    assert!(to_two.is_up());
+
+    let two = Node::start(&world, 2, by);
+    assert_eq!(two.health.discriminator(), discriminator);
+    assert_eq!(two.spec(4), spec);
+    let to_one = two.health.join(one.spec(4)).await.expect("joined");
+    assert_eq!(to_one.prove().await.expect("proof"), Proof::Reached);
+    let report = to_one.report().await.expect("report");
+    assert!(report.reflected > 20, "counters go on: {report:?}");
+    assert!(to_two.is_up());
+    while let Ok(event) = one.events.try_recv() {
+        if let nsm_dataplane::health::Event::Session { change, .. } = &event {
+            let down = nsm_core::sbfd::Change::State {
+                at: Default::default(),
+                from: State::Up,
+                to: State::Down,
+                cause: nsm_core::sbfd::Cause::AdminDown,
+            };
+            assert_ne!(
+                std::mem::discriminant(change),
+                std::mem::discriminant(&down),
+                "{event:?}"
+            );
+        }
+    }
+    drop(netns);
+    one.end().await;
+    two.end().await;
+}
+
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn the_reflector_answers_while_no_agent_runs_and_the_next_one_goes_on() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
-        let [mut one, two] = nodes;
-        let [to_two, to_one] = peers;
-        let spec = two.spec(4);
+    sandbox(|| next_one_goes_on(TCX));
+}
 
-        // As after kill -9: nothing is closed in order.
-        let discriminator = two.health.discriminator();
-        let Node {
-            bpf,
-            health,
-            events,
-            netns,
-            ..
-        } = two;
-        drop((to_one, health, events));
-        // The threads end by themselves and let go of the pins' lock.
-        let bpf = bpf.expect("BPF");
-        eventually(
-            "the old agent's end",
-            async || match std::sync::Arc::strong_count(&bpf) {
-                1 => Ok(()),
-                count => Err(format!("{count} users")),
-            },
-        )
-        .await;
-        drop(bpf);
-
-        let answers = to_two.report().await.expect("report").answers;
-        eventually("answers of nobody", async || {
-            let report = to_two.report().await.expect("report");
-            if report.answers >= answers + 20 {
-                Ok(())
-            } else {
-                Err(format!("{report:?}"))
-            }
-        })
-        .await;
-        assert!(to_two.is_up());
-
-        let two = Node::start(&world, 2, TCX);
-        assert_eq!(two.health.discriminator(), discriminator);
-        assert_eq!(two.spec(4), spec);
-        let to_one = two.health.join(one.spec(4)).await.expect("joined");
-        assert_eq!(to_one.prove().await.expect("proof"), Proof::Reached);
-        let report = to_one.report().await.expect("report");
-        assert!(report.reflected > 20, "counters go on: {report:?}");
-        assert!(to_two.is_up());
-        while let Ok(event) = one.events.try_recv() {
-            if let nsm_dataplane::health::Event::Session { change, .. } = &event {
-                let down = nsm_core::sbfd::Change::State {
-                    at: Default::default(),
-                    from: State::Up,
-                    to: State::Down,
-                    cause: nsm_core::sbfd::Cause::AdminDown,
-                };
-                assert_ne!(
-                    std::mem::discriminant(change),
-                    std::mem::discriminant(&down),
-                    "{event:?}"
-                );
-            }
-        }
-        drop(netns);
-        one.end().await;
-        two.end().await;
-    });
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn the_reflector_answers_while_no_agent_runs_and_the_next_one_goes_on_with_clsact() {
+    sandbox(|| next_one_goes_on(CLSACT));
 }
 
 #[test]
@@ -241,42 +249,70 @@ fn what_cannot_be_watched_is_refused() {
     });
 }
 
+/// What somebody does to a management link of node 1, and whether there is another afterwards.
+async fn is_mended(by: By, harm: impl Fn(&Node), makes_another: bool) {
+    let world = World::new();
+    let (mut nodes, peers) = pair(&world, by, 4).await;
+    both_up(&mut nodes, &peers).await;
+    let index = || {
+        within(&world.nodes[0], || {
+            nix::net::if_::if_nametoindex("nsm-mgmt4-4789").ok()
+        })
+    };
+    let before = index().expect("the link");
+    harm(&nodes[0]);
+    if makes_another {
+        eventually("another link", async || match index() {
+            Some(index) if index != before => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+        .await;
+    }
+    // Our probes leave and are answered again, and so are the peer's.
+    for peer in &peers {
+        let answers = peer.report().await.expect("report").answers;
+        eventually("answers", async || {
+            let report = peer.report().await.expect("report");
+            let is_well = peer.is_up() && report.answers >= answers + 20;
+            is_well.then_some(()).ok_or_else(|| format!("{report:?}"))
+        })
+        .await;
+    }
+    assert_eq!(index() != Some(before), makes_another);
+    for node in nodes {
+        node.end().await;
+    }
+    assert_eq!(link_names(&world.nodes[0]), ["eth0"]);
+}
+
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_management_link_that_is_taken_away_is_made_again() {
     sandbox(|| async {
-        for by in [TCX, By::Hook(Hook::Clsact), By::UserSpace] {
-            let world = World::new();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
-            let index = || {
-                within(&world.nodes[0], || {
-                    nix::net::if_::if_nametoindex("nsm-mgmt4-4789").ok()
-                })
-            };
-            let before = index().expect("the link");
-            within(&world.nodes[0], || {
-                super::support::ip("link del nsm-mgmt4-4789");
-            });
-            eventually("another link", async || match index() {
-                Some(index) if index != before => Ok(()),
-                other => Err(format!("{other:?}")),
-            })
-            .await;
-            // Our probes leave and are answered again, and so are the peer's.
-            for peer in &peers {
-                let answers = peer.report().await.expect("report").answers;
-                eventually("answers", async || {
-                    let report = peer.report().await.expect("report");
-                    let is_well = peer.is_up() && report.answers >= answers + 20;
-                    is_well.then_some(()).ok_or_else(|| format!("{report:?}"))
-                })
-                .await;
-            }
-            for node in nodes {
-                node.end().await;
-            }
-            assert_eq!(link_names(&world.nodes[0]), ["eth0"]);
+        for by in [TCX, CLSACT, By::UserSpace] {
+            let harm = |node: &Node| within(&node.netns, || ip("link del nsm-mgmt4-4789"));
+            is_mended(by, harm, true).await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_management_link_that_is_taken_down_is_taken_up_again() {
+    sandbox(|| async {
+        for by in [TCX, CLSACT, By::UserSpace] {
+            let harm = |node: &Node| within(&node.netns, || ip("link set nsm-mgmt4-4789 down"));
+            is_mended(by, harm, false).await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_management_link_without_its_programs_gets_them_again() {
+    sandbox(|| async {
+        for by in [TCX, CLSACT] {
+            is_mended(by, |node| unhook(node, by, "nsm-mgmt4-4789"), false).await;
         }
     });
 }
@@ -344,8 +380,8 @@ fn a_link_in_the_way_is_an_error_that_leaves_nothing() {
         let world = World::new();
         let netns = &world.nodes[0];
         within(netns, || {
-            super::support::ip("link add other type vxlan id 1 dstport 4789");
-            super::support::ip("link set other up");
+            ip("link add other type vxlan id 1 dstport 4789");
+            ip("link set other up");
         });
         let config = BpfConfig {
             pin_dir: pin_dir(1),
@@ -357,9 +393,99 @@ fn a_link_in_the_way_is_an_error_that_leaves_nothing() {
         let config = || super::support::health_config(netns);
         let error = Health::start(config(), Some(bpf.clone())).expect_err("taken");
         assert!(error.to_string().contains("VNI 1"), "{error}");
-        within(netns, || super::support::ip("link del other"));
+        within(netns, || ip("link del other"));
         let (health, _events) = Health::start(config(), Some(bpf.clone())).expect("health");
         health.close().await.expect("closed");
         within(netns, || bpf.detach_and_unpin()).expect("unpinned");
     });
+}
+
+#[test]
+#[ignore = "needs root: namespaces, VXLAN, packet sockets"]
+fn agents_of_one_domain_in_one_namespace_have_a_link_each() {
+    sandbox(|| async {
+        let world = World::new();
+        let start = |port| {
+            let mut config = super::support::health_config(&world.nodes[0]);
+            config.port = port;
+            Health::start(config, None).expect("health").0
+        };
+        let both = [start(4789), start(4790)];
+        let names = ["eth0", "nsm-mgmt4-4789", "nsm-mgmt4-4790"];
+        assert_eq!(link_names(&world.nodes[0]), names);
+        let [one, other] = both;
+        one.close().await.expect("closed");
+        assert_eq!(
+            link_names(&world.nodes[0]),
+            ["eth0", "nsm-mgmt4-4790"],
+            "the other's stays"
+        );
+        other.close().await.expect("closed");
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn an_agent_that_may_not_probe_leaves_the_reflector_of_an_earlier_one() {
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        let [one, two] = nodes;
+        let [to_two, to_one] = peers;
+        let bpf = two.bpf.clone().expect("BPF");
+        drop((to_one, two.health, two.events, two.bpf));
+        eventually(
+            "the old agent's end",
+            async || match std::sync::Arc::strong_count(&bpf) {
+                1 => Ok(()),
+                count => Err(format!("{count} users")),
+            },
+        )
+        .await;
+        let config = super::support::health_config(&two.netns);
+        let refused = std::thread::scope(|scope| {
+            let start = || {
+                without_packet_sockets();
+                Health::start(config, Some(bpf.clone()))
+            };
+            scope.spawn(start).join().expect("no panic")
+        });
+        let refused = refused.expect_err("no packet socket");
+        assert!(matches!(refused, HealthError::Socket { .. }), "{refused}");
+        let answers = to_two.report().await.expect("report").answers;
+        eventually("answers of nobody", async || {
+            let report = to_two.report().await.expect("report");
+            let goes_on = to_two.is_up() && report.answers >= answers + 20;
+            goes_on.then_some(()).ok_or_else(|| format!("{report:?}"))
+        })
+        .await;
+        one.end().await;
+        // Whoever may takes it over, and away.
+        let (health, _events) =
+            Health::start(super::support::health_config(&two.netns), Some(bpf.clone()))
+                .expect("health");
+        health.close().await.expect("closed");
+        within(&two.netns, || bpf.detach_and_unpin()).expect("unpinned");
+        assert_eq!(link_names(&two.netns), ["eth0"]);
+    });
+}
+
+/// Takes CAP_NET_RAW from the calling thread for good.
+fn without_packet_sockets() {
+    use nix::libc;
+    const VERSION_3: u32 = 0x2008_0522;
+    const NET_RAW: u32 = 1 << 13;
+    // linux/capability.h: version and thread; effective, permitted, inheritable, twice 32 bits each.
+    let header = [VERSION_3, 0];
+    let mut sets = [0_u32; 6];
+    // SAFETY: reads the header and writes the sets, both as long as the version says.
+    let got = unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) };
+    assert_eq!(got, 0, "{}", std::io::Error::last_os_error());
+    for set in &mut sets[..3] {
+        *set &= !NET_RAW;
+    }
+    // SAFETY: reads both.
+    let set = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
 }

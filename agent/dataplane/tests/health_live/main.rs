@@ -4,6 +4,7 @@ mod attack;
 mod fault;
 mod lifecycle;
 mod path;
+mod stages;
 mod support;
 mod ways;
 mod wire;

@@ -142,6 +142,23 @@ impl World {
         Self { nodes, router }
     }
 
+    /// A second link of node 1 to the router, `eth1` and `to3`, which no route leads over yet.
+    pub(crate) fn second_way(&self) {
+        within(&self.router, || {
+            let node = &self.nodes[0];
+            let path = format!("/proc/{}/fd/{}", process::id(), node.as_fd().as_raw_fd());
+            ip(&format!(
+                "link add to3 type veth peer name eth1 netns {path}"
+            ));
+            ip("addr add 10.3.0.254/24 dev to3");
+            ip("link set to3 up");
+        });
+        within(&self.nodes[0], || {
+            ip("addr add 10.3.0.1/24 dev eth1");
+            ip("link set eth1 up");
+        });
+    }
+
     /// The router drops what these words of nft match.
     pub(crate) fn drop_between(&self, matches: &str) {
         within(&self.router, || {
@@ -166,6 +183,7 @@ pub(crate) enum By {
 }
 
 pub(crate) const TCX: By = By::Hook(Hook::Tcx);
+pub(crate) const CLSACT: By = By::Hook(Hook::Clsact);
 
 /// A node that runs.
 pub(crate) struct Node {
@@ -203,13 +221,24 @@ impl Node {
         by: By,
         change: impl FnOnce(&mut HealthConfig),
     ) -> Self {
+        Self::start_on(world, number, by, &[], change)
+    }
+
+    /// On these interfaces of the underlay; none: those that lead out.
+    pub(crate) fn start_on(
+        world: &World,
+        number: usize,
+        by: By,
+        interfaces: &[&str],
+        change: impl FnOnce(&mut HealthConfig),
+    ) -> Self {
         let netns = world.nodes[number - 1].clone();
         let bpf = match by {
             By::UserSpace => None,
             By::Hook(hook) => {
                 let config = BpfConfig {
                     pin_dir: pin_dir(number),
-                    interfaces: vec!["eth0".to_owned()],
+                    interfaces: interfaces.iter().copied().map(str::to_owned).collect(),
                     mount_bpffs: false,
                     hook: Some(hook),
                     ..BpfConfig::default()
@@ -286,6 +315,28 @@ impl Node {
         if let Some(bpf) = &self.bpf {
             within(&self.netns, || bpf.detach_and_unpin()).expect("unpinned");
         }
+    }
+}
+
+/// Takes the programs off an interface, as somebody might who does not know what they are.
+pub(crate) fn unhook(node: &Node, by: By, interface: &str) {
+    match by {
+        By::Hook(Hook::Tcx) => {
+            // A link ends with the last who holds it, which is its pin.
+            let pins = std::fs::read_dir(pin_dir(node.number)).expect("pins");
+            let pins = pins.map(|pin| pin.expect("a pin").path());
+            let of_interface: Vec<_> = pins
+                .filter(|pin| pin.to_string_lossy().contains(interface))
+                .collect();
+            assert_eq!(of_interface.len(), 2, "{of_interface:?}");
+            for pin in of_interface {
+                std::fs::remove_file(pin).expect("unpinned");
+            }
+        }
+        By::Hook(Hook::Clsact) => within(&node.netns, || {
+            run("tc", &["qdisc", "del", "dev", interface, "clsact"]);
+        }),
+        By::UserSpace => {}
     }
 }
 

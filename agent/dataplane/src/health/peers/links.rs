@@ -1,14 +1,12 @@
 //! The management links: made, hooked, mended, removed.
 
-use nix::net::if_::if_nametoindex;
-
 use super::{
     super::{HealthError, prober::Command, socket::PacketSocket},
     NodeOnLink, Peers, forwarding,
 };
 use crate::links::{
     Family,
-    management::{self, ManagementLink, ManagementSpec},
+    management::{self, Condition, ManagementLink, ManagementSpec},
 };
 
 impl Peers {
@@ -58,7 +56,10 @@ impl Peers {
                 Ok(())
             }
             Err(error) => {
-                management::remove(&mut self.netlink, link.index, &link.name)?;
+                // The reflector of an earlier agent answers on its link without any socket.
+                if !link.adopted {
+                    management::remove(&mut self.netlink, link.index, &link.name)?;
+                }
                 Err(error)
             }
         }
@@ -75,7 +76,7 @@ impl Peers {
         if !self.links.contains_key(&family) {
             self.make_link(family)?;
             if let Err(error) = self.hook_links() {
-                if let Some(link) = self.links.remove(&family) {
+                if let Some(link) = self.links.remove(&family).filter(|link| !link.adopted) {
                     management::remove(&mut self.netlink, link.index, &link.name)?;
                 }
                 return Err(error);
@@ -84,30 +85,62 @@ impl Peers {
         self.links.get(&family).cloned().ok_or(HealthError::Closed)
     }
 
-    /// Makes links again that somebody has taken away: without them no peer is answered, and none is probed.
-    pub(super) fn mend_links(&mut self) {
-        let is_gone =
-            |link: &ManagementLink| if_nametoindex(link.name.as_str()).ok() != Some(link.index);
-        let gone: Vec<Family> = self
+    /// Mends links that somebody has taken away, down, or the programs off: without them no peer is answered, and none is probed. False:
+    /// something is, or was, amiss.
+    pub(super) fn mend_links(&mut self) -> bool {
+        let links: Vec<(Family, ManagementLink)> = self
             .links
             .iter()
-            .filter(|(_, link)| is_gone(link))
-            .map(|(family, _)| *family)
+            .map(|(family, link)| (*family, link.clone()))
             .collect();
-        for family in gone {
-            match self.mend_link(family) {
-                Ok(()) => {
+        let mut were_well = true;
+        for (family, link) in links {
+            match self.mend(family, &link) {
+                Ok(None) => {
                     self.broken.remove(&family);
-                    tracing::warn!(?family, "a management link was gone and is made again");
                 }
-                Err(error) if self.broken.insert(family) => {
-                    tracing::error!(%error, ?family, "a management link is gone: peers are not probed, nor answered, until it can be made again");
+                Ok(Some(found)) => {
+                    were_well = false;
+                    self.broken.remove(&family);
+                    tracing::warn!(?family, found, "a management link is mended");
                 }
-                Err(error) => tracing::debug!(%error, ?family, "a management link stays gone"),
+                Err(error) => {
+                    were_well = false;
+                    if self.broken.insert(family) {
+                        tracing::error!(%error, ?family, "a management link is broken: peers are not probed, nor answered, until it can be mended");
+                    } else {
+                        tracing::debug!(%error, ?family, "a management link stays broken");
+                    }
+                }
             }
         }
+        were_well
     }
 
+    /// Mends a link; what was found amiss.
+    fn mend(
+        &mut self,
+        family: Family,
+        link: &ManagementLink,
+    ) -> Result<Option<&'static str>, HealthError> {
+        let condition = management::look(&mut self.netlink, link)?;
+        if condition == Condition::Gone {
+            self.mend_link(family)?;
+            return Ok(Some("gone"));
+        }
+        // Programs first: nothing may come to a link without.
+        let was_unhooked = match &self.bpf {
+            Some(bpf) => bpf.mend_management(&link.name)?,
+            None => false,
+        };
+        if condition == Condition::Down {
+            management::take_up(&mut self.netlink, link)?;
+            return Ok(Some("down"));
+        }
+        Ok(was_unhooked.then_some("without its programs"))
+    }
+
+    /// Makes a link again that is gone.
     fn mend_link(&mut self, family: Family) -> Result<(), HealthError> {
         self.make_link(family)?;
         let Some(link) = self.links.get(&family).cloned() else {

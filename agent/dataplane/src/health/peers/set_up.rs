@@ -79,6 +79,7 @@ impl Peers {
             })
             .map_err(system("start the prober"))?;
 
+        let counters = bpf.as_ref().map(|bpf| bpf.counter_reader()).transpose()?;
         let mut memory = match &bpf {
             Some(bpf) => Memory::Pinned(Box::new(bpf.take_sessions().ok_or(HealthError::InUse)?)),
             None => Memory::Local(LocalSessions::new()),
@@ -95,8 +96,16 @@ impl Peers {
         let own = before.map_or(drawn, Discriminator::get);
         node.discriminator.store(own.into());
         node.state.store(State::Up.bits().into());
-        let (prober, commands) =
-            Prober::new(kit, memory, bpf.clone(), config.timing, events.clone());
+        let (requests, receiver) = mpsc::channel();
+        let (prober, commands) = Prober::new(
+            kit,
+            memory,
+            counters,
+            config.timing,
+            events.clone(),
+            requests.clone(),
+        );
+        let uncounted = Arc::default();
 
         let mut peers = Self {
             config,
@@ -112,6 +121,7 @@ impl Peers {
             events,
             foreign: HashMap::new(),
             broken: BTreeSet::new(),
+            uncounted: Arc::clone(&uncounted),
         };
         let linked = peers.make_first_links().and_then(|()| {
             // Drawn or found, it is not 0.
@@ -138,13 +148,13 @@ impl Peers {
             }
             Err(_) => false,
         };
-        let (requests, receiver) = mpsc::channel();
         let started = Started {
             requests,
             commands,
             discriminator,
             realtime,
             drops,
+            uncounted,
         };
         Ok((peers, receiver, started))
     }

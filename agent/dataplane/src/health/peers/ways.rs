@@ -253,8 +253,11 @@ impl Peers {
 
     /// The underlay need not know an address any more at which nobody is.
     fn forget_address(&self, address: IpAddr) {
-        if !self.is_known(address)
-            && let Some(bpf) = &self.bpf
+        if self.is_known(address) {
+            return;
+        }
+        self.uncounted().remove(&address);
+        if let Some(bpf) = &self.bpf
             && let Err(error) = bpf.remove_peer(address)
         {
             tracing::warn!(%error, peer.ip = %address, "the underlay goes on counting a peer");
