@@ -8,7 +8,7 @@
 //! the endpoint itself; without it there is nothing to pass to.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
@@ -24,7 +24,7 @@ use tokio_stream::StreamExt as _;
 use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::{
-    connections::{Change, Established, News, Turn},
+    connections::{Established, News, Turn, lock},
     health,
     monitor::SKIP_ANSWERED,
     peers::{Peer, root_cause},
@@ -34,6 +34,9 @@ use crate::{
 /// How long a stream outlives the peer's last connection. Clients come and go in quick succession,
 /// and a stream for each would cost more than the Request it watches over.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// Connections whose news are told together: the first need not wait for thousands of others.
+const TOGETHER: usize = 64;
 
 /// Starts to watch `peer` until its stream breaks, or some time after its last connection left.
 pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
@@ -55,9 +58,7 @@ pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
         if !users.is_empty() {
             tracing::warn!(peer.url = %peer.url, %cause, "lost the peer's monitor stream");
         }
-        for id in users {
-            plane.lost(&peer, &id, &cause);
-        }
+        plane.lost(&peer, users, &cause);
     })
     .abort_handle()
 }
@@ -96,10 +97,8 @@ impl ControlPlane {
     /// Takes over what the peer of `url` tells of connections that go through it.
     fn handle_event(&self, url: &str, event: ConnectionEvent) {
         let kind = event.r#type();
-        for told in event.connections.into_values() {
-            let Some((id, index)) = self.own_segment(&told) else {
-                continue;
-            };
+        let news = event.connections.into_values().filter_map(|told| {
+            let (id, index) = self.own_segment(&told)?;
             let url = url.to_owned();
             // A peer speaks for its own connections only.
             let change = move |established: &Established| {
@@ -107,23 +106,27 @@ impl ControlPlane {
                     .then(|| merge(established, &told, index, kind))
                     .flatten()
             };
-            self.apply(&id, Box::new(change));
-        }
+            Some((id, News::Told(Box::new(change))))
+        });
+        self.apply_all(news);
     }
 
-    /// The peer of connection `id` is gone, or cannot be reached. A Request that succeeds
+    /// The peer of these connections is gone, or cannot be reached. A Request that succeeds
     /// meanwhile has brought another monitor.
-    fn lost(&self, peer: &Arc<Peer>, id: &str, cause: &str) {
-        let peer = Arc::clone(peer);
-        let hop = LostHop {
-            reason: format!("the agent of {} is not heard any more ({cause})", peer.url),
-        };
-        let change = move |established: &Established| {
-            (!peer.is_monitored())
-                .then(|| unheard(established, hop))
-                .flatten()
-        };
-        self.apply(id, Box::new(change));
+    fn lost(&self, peer: &Arc<Peer>, ids: Vec<String>, cause: &str) {
+        let news = ids.into_iter().map(|id| {
+            let peer = Arc::clone(peer);
+            let hop = LostHop {
+                reason: format!("the agent of {} is not heard any more ({cause})", peer.url),
+            };
+            let change = move |established: &Established| {
+                (!peer.is_monitored())
+                    .then(|| unheard(established, hop))
+                    .flatten()
+            };
+            (id, News::Told(Box::new(change)))
+        });
+        self.apply_all(news);
     }
 
     /// The next hop has the connection no more, and its Request has failed: nothing passes until another succeeds.
@@ -160,24 +163,38 @@ impl ControlPlane {
             })
     }
 
-    /// Changes the view of a connection and tells the monitors, if there is something to tell: in
-    /// the connection's turn, so that what is told last is what holds. Peers tell each Request
-    /// that succeeds too, so their last word is true whatever ours was meanwhile.
-    fn apply(&self, id: &str, change: Change) {
-        let monitors = self.shared.monitors.clone();
-        self.apply_and(id, News::Told(change), move |view| {
-            monitors.publish(ConnectionEventType::Update, view);
-        });
+    /// Changes the views of connections and tells the monitors what is new, of many together: one that follows them all would be
+    /// cut off by as many events.
+    pub(crate) fn apply_all(&self, news: impl Iterator<Item = (String, News)>) {
+        let mut news = news.peekable();
+        while news.peek().is_some() {
+            self.apply_together(news.by_ref().take(TOGETHER));
+        }
     }
 
-    /// As [`Self::apply`], with another way to tell. What is known of the path is looked at each time: the word that it has
-    /// changed may have gone when something else waited.
-    pub(crate) fn apply_and(
-        &self,
-        id: &str,
-        news: News,
-        tell: impl FnOnce(&Connection) + Send + 'static,
-    ) {
+    /// Does so at once, but for connections at work, which follow in their turn.
+    fn apply_together(&self, news: impl Iterator<Item = (String, News)>) {
+        let together = Arc::new(Mutex::new(Some(Vec::new())));
+        for (id, news) in news {
+            let monitors = self.shared.monitors.clone();
+            let together = Arc::clone(&together);
+            self.apply(&id, news, move |view| match lock(&together).as_mut() {
+                Some(changed) => changed.push(view.id.clone()),
+                None => monitors.publish(ConnectionEventType::Update, view),
+            });
+        }
+        let changed = lock(&together).take().unwrap_or_default();
+        let connections = &self.shared.connections;
+        self.shared
+            .monitors
+            .publish_all(&changed, |id| connections.current(id));
+    }
+
+    /// Changes the view of a connection and lets `tell` tell it, if there is something to tell: in the connection's turn, so that what
+    /// is told last is what holds. Peers tell each Request that succeeds too, so their last word is true whatever ours was
+    /// meanwhile. What is known of the path is looked at each time: the word that it has changed may have gone when something else
+    /// waited.
+    fn apply(&self, id: &str, news: News, tell: impl FnOnce(&Connection) + Send + 'static) {
         let plane = self.clone();
         let patience = 2 * self.shared.settings.request_timeout;
         let connections = &self.shared.connections;

@@ -14,28 +14,20 @@
 mod foreign;
 mod mtu;
 
-use std::{
-    fmt,
-    net::IpAddr,
-    str::FromStr,
-    sync::{Arc, Mutex},
-};
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use nsm_core::health::{ForeignVnis, Health, LostHop, Published, Reason, Verdict};
-use nsm_proto::connection::{Connection, ConnectionEventType, PathSegment, State};
+use nsm_proto::connection::{Connection, PathSegment, State};
 
 use crate::{
     connections::{Established, News, lock},
     error::RequestError,
     forwarder::{PathEvent, PeerSpec, Plan, Prober, Reflector},
-    plane::{ControlPlane, Shared},
+    plane::ControlPlane,
     route::Route,
 };
 
 pub(crate) use self::foreign::Foreign;
-
-/// Connections whose news are told together: the first need not wait for thousands of others.
-const TOGETHER: usize = 64;
 
 /// Whether a path must be proved before a connection is granted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -448,38 +440,12 @@ impl ControlPlane {
             .filter(move |it| it.remote().map(|(ip, _)| ip) == Some(peer))
     }
 
-    /// Tells the monitors of every connection that goes to `peer` what is new of the path: at once, and many together, but for those
-    /// at work, which follow in their turn.
+    /// Tells the monitors of every connection that goes to `peer` what is new of the path.
     fn tell_all(&self, peer: IpAddr) {
-        let ids: Vec<_> = self
+        let news = self
             .connections_to(peer)
-            .map(|it| it.view.id.clone())
-            .collect();
-        for ids in ids.chunks(TOGETHER) {
-            self.tell_together(ids);
-        }
-    }
-
-    fn tell_together(&self, ids: &[String]) {
-        let together = Arc::new(Mutex::new(Some(Vec::new())));
-        for id in ids {
-            let plane = self.clone();
-            let together = Arc::clone(&together);
-            self.apply_and(id, News::Path, move |view| match lock(&together).as_mut() {
-                Some(changed) => changed.push(view.id.clone()),
-                None => plane
-                    .shared
-                    .monitors
-                    .publish(ConnectionEventType::Update, view),
-            });
-        }
-        let changed = lock(&together).take().unwrap_or_default();
-        let Shared {
-            monitors,
-            connections,
-            ..
-        } = &*self.shared;
-        monitors.publish_all(&changed, |id| connections.current(id));
+            .map(|it| (it.view.id.clone(), News::Path));
+        self.apply_all(news);
     }
 }
 

@@ -46,14 +46,9 @@ fn remote(agent: &Agent) -> String {
 
 /// The next event that tells this state of every one of `count` connections, in however many messages.
 async fn all_told(watch: &mut Watch, count: usize, state: State) -> Vec<Connection> {
-    let mut found = Vec::new();
-    while found.len() < count {
-        let event = watch.next().await;
-        assert_eq!(event.r#type(), Update, "{event:?}");
-        for connection in event.connections.into_values() {
-            assert_eq!(connection.state(), state, "{connection:?}");
-            found.push(connection);
-        }
+    let found = watch.updates(count).await;
+    for connection in &found {
+        assert_eq!(connection.state(), state, "{connection:?}");
     }
     found
 }
@@ -351,8 +346,7 @@ async fn a_vni_that_the_peer_lacks_is_told_to_who_sends_with_it() {
     b.kernel().paths().see_foreign(NEAR, vni);
     let mut down = 0;
     // Both are told of, for the news is the peer's; one of them has that VNI.
-    for _ in 0..2 {
-        let connection = watch.one(Update).await;
+    for connection in watch.updates(2).await {
         let health = told(&connection, "agent-1");
         if connection.state() == State::Down {
             down += 1;

@@ -253,8 +253,7 @@ async fn a_peer_that_is_heard_again_is_not_lost() {
     watch.next().await;
     eventually(1, || peer.monitors()).await;
     peer.end_monitors();
-    for _ in 0..2 {
-        let down = watch.one(Update).await;
+    for down in watch.updates(2).await {
         assert_eq!(down.state(), State::Down);
         assert!(lost(&down, "agent-1").is_some());
     }

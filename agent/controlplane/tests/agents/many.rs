@@ -1,16 +1,20 @@
 //! Many connections through one peer.
 
+use std::collections::BTreeSet;
+
 use nsm_proto::connection::{ConnectionEventType::*, State};
 
-use crate::support::{Client, Wire, World, eventually};
+use crate::support::{Client, Setup, Wire, World, client_side, endpoint_side, eventually};
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
 
 /// What the peer says of all of them is much more than one message may be.
 #[tokio::test]
 async fn a_thousand_connections_come_back_with_the_first_refresh() {
-    const MANY: usize = 1000;
-    let world = World::two().await;
+    // More than a monitor may lag behind, were each an event.
+    const MANY: usize = 1100;
+    let room = |setup: Setup| setup.max_connections(MANY);
+    let world = World::of([room(client_side()), room(endpoint_side())]).await;
     let [a, b] = world.agents();
     let wire = Wire::to(b.address).await;
     b.plane.set_public_url(Some(wire.url.clone()));
@@ -30,10 +34,23 @@ async fn a_thousand_connections_come_back_with_the_first_refresh() {
     };
     assert_eq!(up(), MANY);
     eventually(1, || b.plane.holdings().monitors).await;
+    let mut follower = client.monitor().await;
     wire.cut();
     eventually(0, up).await;
     client.refresh(&granted).await.expect("refreshed");
     eventually(MANY, up).await;
+    // Who follows all of them from hop to hop is not cut off by the news.
+    let mut seen_down = BTreeSet::new();
+    let mut up_again = BTreeSet::new();
+    while up_again.len() < MANY {
+        for (id, connection) in follower.next().await.connections {
+            match connection.state() {
+                State::Down => drop(seen_down.insert(id)),
+                _ if seen_down.contains(&id) => drop(up_again.insert(id)),
+                _ => {}
+            }
+        }
+    }
 
     // Who asks for all of them hears of all of them.
     let mut watch = client.monitor().await;

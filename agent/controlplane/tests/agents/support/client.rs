@@ -301,6 +301,17 @@ impl<T> Watch<T> {
 }
 
 impl Watch {
+    /// The next updates, of `count` connections in however many events.
+    pub(crate) async fn updates(&mut self, count: usize) -> Vec<Connection> {
+        let mut found = Vec::new();
+        while found.len() < count {
+            let event = self.next().await;
+            assert_eq!(event.r#type(), ConnectionEventType::Update, "{event:?}");
+            found.extend(event.connections.into_values());
+        }
+        found
+    }
+
     /// The next event, which is of `kind` and tells of one connection.
     pub(crate) async fn one(&mut self, kind: ConnectionEventType) -> Connection {
         let event = self.next().await;
