@@ -20,6 +20,13 @@
 //! and still comes soon. How many depends on the loss measured so far: as many as make a run of pure chance rarer than [`FALSE_ALARM`].
 //! A path that loses every tenth packet at random is therefore up, with a loss of 10 % in its statistics.
 //!
+//! # The peer's pace
+//!
+//! A reflector says in each answer how fast it takes probes (*Required Min RX Interval*), and none is sent faster (RFC 5880 section
+//! 6.8.7): not in a burst, not in suspicion, not to find the MTU. As a verdict counts probes, it comes later by as much. Zero is
+//! no limit. More than [`Timing::slow_interval`] is not heeded: that pace RFC 7880 has for a reflector that is switched off, every node
+//! takes it, and a slip or a lie of the peer's is not to blind us for longer than a few of those.
+//!
 //! # Sequence
 //!
 //! S-BFD has no sequence number. [`Seq`] stands in the low bits of *Desired Min TX Interval*, which a reflector copies back unchanged (RFC
@@ -222,6 +229,8 @@ pub struct Answer {
     pub at: Monotonic,
     /// The state in it: a reflector says Up or AdminDown.
     pub state: WireState,
+    /// How far apart the reflector wants probes to be (*Required Min RX Interval*); zero is no limit.
+    pub required_min_rx: Duration,
 }
 
 /// A probe of the peer's own session, as our reflector saw it.

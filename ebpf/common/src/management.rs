@@ -32,7 +32,7 @@ pub const PROBES_AT_ONCE: u64 = 100;
 /// Time between two probes at the lasting rate, nanoseconds.
 const PROBE_NS: u64 = 1_000_000_000 / PROBES_PER_SECOND;
 
-/// What a reflector says it takes (*Required Min RX Interval*), microseconds.
+/// What a reflector says it takes (*Required Min RX Interval*), microseconds: below the 3 ms between two probes of the deepest suspicion.
 pub const REQUIRED_MIN_RX_US: u32 = (PROBE_NS / 1_000) as u32;
 
 /// Value of NODE: what the reflector must know. Zero in [`Self::discriminator`]: it answers nobody.
@@ -147,7 +147,7 @@ const _: () = {
     assert!((SEQUENCE_MASK as usize + 1).is_multiple_of(STAMPS));
 };
 
-/// State, diagnostic and flags of a Control packet in one number; never 0, so that 0 is "nothing heard".
+/// State, diagnostic, flags and pace of a Control packet in one number; never 0, so that 0 is "nothing heard".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Said {
     /// The sender's state.
@@ -156,14 +156,17 @@ pub struct Said {
     pub diagnostic: u8,
     /// C: it goes on when its control plane does not.
     pub control_plane_independent: bool,
+    /// How far apart it wants packets to be (*Required Min RX Interval*), microseconds.
+    pub required_min_rx_us: u32,
 }
 
 impl Said {
-    const SET: u64 = 1 << 32;
+    const SET: u64 = 1 << 24;
 
     #[inline(always)]
     fn pack(control: &Control) -> u64 {
-        Self::SET
+        (control.required_min_rx_us as u64) << 32
+            | Self::SET
             | (control.state.bits() as u64) << 16
             | (control.flags.bits() as u64) << 8
             | control.diagnostic as u64
@@ -177,6 +180,7 @@ impl Said {
             state: State::from_bits((packed >> 16) as u8),
             diagnostic: packed as u8,
             control_plane_independent: packed & c != 0,
+            required_min_rx_us: (packed >> 32) as u32,
         })
     }
 }
@@ -329,6 +333,11 @@ pub fn ingress<N: Node + ?Sized>(
 ) -> Result<Verdict, Reason> {
     let packet = packet.ok_or(Reason::SbfdMalformed)?;
     let control = &packet.control;
+    let session = node.session(packet.sender);
+    // Also what is then dropped: had it not been counted here, it would look as if this node's firewall had it.
+    if let Some(session) = session {
+        session.arrived.add(1);
+    }
     let own = node.state().ok_or(Reason::SbfdUnknownDiscriminator)?;
     let discriminator = own.discriminator.load();
     if packet.role == Role::Initiator
@@ -336,8 +345,7 @@ pub fn ingress<N: Node + ?Sized>(
     {
         return Err(Reason::SbfdUnknownDiscriminator);
     }
-    let session = node.session(packet.sender).ok_or(Reason::SbfdUnknownPeer)?;
-    session.arrived.add(1);
+    let session = session.ok_or(Reason::SbfdUnknownPeer)?;
     match packet.role {
         Role::Initiator => {
             session.probes.add(1);

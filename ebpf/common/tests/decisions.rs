@@ -249,6 +249,8 @@ fn a_probe_to_another_reflector_or_from_a_stranger_is_dropped() {
     let nothing = management::ingress(None, 66, Flags::default(), MS, &memory);
     assert_eq!(nothing, Err(Reason::SbfdMalformed));
     assert_eq!(memory.session().reflected.load(), 0);
+    // Two of them were the peer's, and came through this node's firewall.
+    assert_eq!(memory.session().arrived.load(), 2);
 }
 
 #[test]
@@ -312,6 +314,7 @@ fn what_was_said_survives_the_number() {
     let mut packet = answer(1);
     packet.control.flags = Flags::CONTROL_PLANE_INDEPENDENT;
     packet.control.state = State::AdminDown;
+    packet.control.required_min_rx_us = u32::MAX - 1;
     memory.send(1, MS);
     memory.ingress(&packet, MS).expect("answered");
     let said = Said::unpack(memory.session().answer.load()).expect("said");
@@ -319,6 +322,7 @@ fn what_was_said_survives_the_number() {
         state: State::AdminDown,
         diagnostic: 0,
         control_plane_independent: true,
+        required_min_rx_us: u32::MAX - 1,
     };
     assert_eq!(said, expected);
     assert_eq!(

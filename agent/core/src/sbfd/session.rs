@@ -111,6 +111,10 @@ pub struct Session {
     losses: VecDeque<Monotonic>,
     next_transmit: Monotonic,
     last_transmit: Option<Monotonic>,
+    /// When the last packet of any size was sent.
+    last_sent: Option<Monotonic>,
+    /// What the peer's reflector asks to lie between two of them at least.
+    peer_interval: Duration,
     fast_until: Monotonic,
     suspected: bool,
     /// Probes are handed to the kernel and do not leave: no verdict is possible.
@@ -140,6 +144,8 @@ impl Session {
             losses: VecDeque::with_capacity(FLAPS),
             next_transmit: now,
             last_transmit: None,
+            last_sent: None,
+            peer_interval: Duration::ZERO,
             fast_until: now,
             suspected: false,
             is_kept_back: false,
@@ -206,6 +212,7 @@ impl Session {
         let Ok(padded_to) = self.window.answered(answer.seq, at, answer.round_trip) else {
             return Accepted::Stale;
         };
+        self.peer_interval = answer.required_min_rx.min(self.timing.slow_interval);
         self.round_trip.sample(answer.round_trip);
         self.minute.round_trip(answer.round_trip);
         self.last_answer = self.last_answer.max(Some(at));
@@ -379,6 +386,9 @@ impl Session {
         now: Monotonic,
         random: &mut dyn FnMut() -> f64,
     ) -> Option<Probe> {
+        if self.not_before().is_some_and(|at| now < at) {
+            return None;
+        }
         if now >= self.next_transmit {
             self.count_burst(now);
             let interval = self.interval(now);
@@ -397,6 +407,7 @@ impl Session {
 
     fn probe(&mut self, now: Monotonic, interval: Duration, padded_to: Option<u16>) -> Probe {
         let outage = self.state != State::Up;
+        self.last_sent = Some(now);
         let seq = self.window.push(now, outage, padded_to, &mut self.minute);
         Probe {
             seq,
@@ -420,8 +431,17 @@ impl Session {
         }
     }
 
+    /// When the peer takes the next packet.
+    fn not_before(&self) -> Option<Monotonic> {
+        self.last_sent.map(|last| last + self.peer_interval)
+    }
+
     /// The pace of now.
     fn interval(&self, now: Monotonic) -> Duration {
+        self.own_interval(now).max(self.peer_interval)
+    }
+
+    fn own_interval(&self, now: Monotonic) -> Duration {
         let Timing {
             interval,
             slow_interval,
@@ -437,12 +457,18 @@ impl Session {
         }
     }
 
-    /// RFC 5880 section 6.8.7: 75 to 100 % of the interval, so that sessions do not beat in step. A burst and a suspicion are short and keep theirs.
+    /// RFC 5880 section 6.8.7: 75 to 100 % of the interval, so that sessions do not beat in step. A burst and a suspicion are short and keep
+    /// theirs; where the peer's pace leaves no room below, the jitter is above.
     fn spaced(&self, interval: Duration, random: &mut dyn FnMut() -> f64) -> Duration {
         if interval < self.timing.interval {
             return interval;
         }
-        interval.mul_f64(0.75 + 0.25 * random().clamp(0.0, 1.0))
+        let random = random().clamp(0.0, 1.0);
+        let jittered = interval.mul_f64(0.75 + 0.25 * random);
+        if jittered < self.peer_interval {
+            return self.peer_interval.mul_f64(1.0 + 0.25 * random);
+        }
+        jittered
     }
 
     /// As many probes as a verdict needs are to be out, and missed, when the path has been silent for long enough.
@@ -450,15 +476,17 @@ impl Session {
         let needed = self.probes_needed().unwrap_or(MOST_PROBES);
         let rto = self.round_trip.rto();
         let room = self.timing.silence.saturating_sub(2 * rto);
-        (room / needed.max(1)).clamp(FASTEST_INTERVAL, SUSPICION_INTERVAL)
+        let own = (room / needed.max(1)).clamp(FASTEST_INTERVAL, SUSPICION_INTERVAL);
+        own.max(self.peer_interval)
     }
 
     /// When to come back, after [`Session::poll_transmit`] has nothing more to send, and why.
     #[must_use]
     pub fn poll_deadline(&self) -> Deadline {
         let rto = self.round_trip.rto();
+        let sendable = |at: Monotonic| self.not_before().map_or(at, |bound| at.max(bound));
         let mut first = Deadline {
-            at: self.next_transmit,
+            at: sendable(self.next_transmit),
             reason: Wake::Transmit,
         };
         let mut consider = |at: Option<Monotonic>, reason| {
@@ -480,7 +508,7 @@ impl Session {
             consider(Some(last + rto), Wake::Proof);
         }
         if let Some(search) = self.search.as_ref().filter(|_| self.state == State::Up) {
-            consider(Some(search.poll_deadline()), Wake::PathMtu);
+            consider(Some(sendable(search.poll_deadline())), Wake::PathMtu);
         }
         first
     }

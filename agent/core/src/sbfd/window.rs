@@ -179,12 +179,16 @@ impl Window {
         })
     }
 
-    /// Puts what is old enough into the statistics.
+    /// Puts what is old enough into the statistics, but for a run of silence that may be the loss of the path: where probes are far apart it
+    /// would pass for random loss before it is long enough for a verdict, which would then take ever more of it.
     pub(super) fn settle(&mut self, now: Monotonic, minute: &mut Minute) {
-        while self
-            .ring
-            .get(self.settled)
-            .is_some_and(|sent| sent.asked_at + SETTLED_AFTER <= now)
+        let silent = |sent: &&Sent| !sent.answered && !sent.outage;
+        let decided = self.ring.len() - self.ring.iter().rev().take_while(silent).count();
+        while self.settled < decided
+            && self
+                .ring
+                .get(self.settled)
+                .is_some_and(|sent| sent.asked_at + SETTLED_AFTER <= now)
         {
             self.settle_next(minute);
         }

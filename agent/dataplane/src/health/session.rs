@@ -384,6 +384,7 @@ fn read_stamp(probe: &mut Outstanding, session: &Session, machine: &mut sbfd::Se
         round_trip: Duration::from_nanos(answered_ns.saturating_sub(sent_ns)),
         at: Monotonic::from_nanos(answered_ns),
         state: WireState::from_bits(said.state.bits()),
+        required_min_rx: Duration::from_micros(said.required_min_rx_us.into()),
     });
     true
 }

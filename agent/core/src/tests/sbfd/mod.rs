@@ -1,5 +1,6 @@
 //! The session on simulated paths: a prober that is driven as [`crate::sbfd`] says, and a way there and back that can lose, delay and cut.
 
+mod pace;
 mod properties;
 mod timing;
 mod transitions;
@@ -39,6 +40,8 @@ struct Path {
     /// What the kernel does with probes that it is handed.
     leaves: bool,
     reflector: WireState,
+    /// What it says that it takes.
+    required_min_rx: Duration,
     /// Larger inner packets vanish.
     largest: u16,
 }
@@ -53,6 +56,7 @@ impl Default for Path {
             is_cut: false,
             leaves: true,
             reflector: WireState::Up,
+            required_min_rx: Duration::ZERO,
             largest: u16::MAX,
         }
     }
@@ -183,6 +187,7 @@ impl Simulation {
                 round_trip,
                 at: self.now + round_trip,
                 state: self.path.reflector,
+                required_min_rx: self.path.required_min_rx,
             });
         }
     }

@@ -185,6 +185,7 @@ proptest! {
                 round_trip: Duration::from_nanos(u64::from(seq)),
                 at: Monotonic::from_nanos(u64::from(seq)),
                 state: WireState::from_bits(seq as u8),
+                required_min_rx: Duration::from_micros(u64::from(seq)),
             };
             if simulation.answers.is_empty() {
                 prop_assert_eq!(simulation.session.handle_answer(answer), Accepted::Stale);
@@ -209,6 +210,7 @@ proptest! {
                     round_trip: Duration::from_nanos(nanos),
                     at,
                     state: WireState::from_bits(small as u8),
+                    required_min_rx: Duration::from_nanos(nanos.rotate_left(32)),
                 })),
                 2 => session.handle_peer_probe(PeerProbe { at, state: WireState::Up, diag: Diag(small as u8) }),
                 3 => session.handle_deadline(at),

@@ -87,6 +87,7 @@ fn happen(simulation: &mut Simulation, event: Event) {
         round_trip: Duration::from_micros(100),
         at,
         state,
+        required_min_rx: Duration::ZERO,
     };
     let now = simulation.now;
     let session = &mut simulation.session;
