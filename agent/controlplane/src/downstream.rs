@@ -99,12 +99,18 @@ impl ControlPlane {
         let kind = event.r#type();
         let news = event.connections.into_values().filter_map(|told| {
             let (id, index) = self.own_segment(&told)?;
-            let url = url.to_owned();
-            // A peer speaks for its own connections only.
+            let (plane, url) = (self.clone(), url.to_owned());
             let change = move |established: &Established| {
-                (established.route.url == url)
-                    .then(|| merge(established, &told, index, kind))
-                    .flatten()
+                // A peer speaks for its own connections only.
+                if established.route.url != url {
+                    return None;
+                }
+                let heard = match kind {
+                    ConnectionEventType::Delete => Default::default(),
+                    _ => below(&told, index),
+                };
+                plane.hear_peer(established, heard);
+                merge(established, &told, index, kind)
             };
             Some((id, News::Told(Box::new(change))))
         });
@@ -115,14 +121,16 @@ impl ControlPlane {
     /// meanwhile has brought another monitor.
     fn lost(&self, peer: &Arc<Peer>, ids: Vec<String>, cause: &str) {
         let news = ids.into_iter().map(|id| {
-            let peer = Arc::clone(peer);
+            let (plane, peer) = (self.clone(), Arc::clone(peer));
             let hop = LostHop {
                 reason: format!("the agent of {} is not heard any more ({cause})", peer.url),
             };
             let change = move |established: &Established| {
-                (!peer.is_monitored())
-                    .then(|| unheard(established, hop))
-                    .flatten()
+                if peer.is_monitored() {
+                    return None;
+                }
+                plane.hear_peer(established, &[]);
+                unheard(established, hop)
             };
             (id, News::Told(Box::new(change)))
         });

@@ -7,7 +7,7 @@
 use std::{fmt, net::IpAddr};
 
 use nsm_core::{
-    health::Health,
+    health::{Health, Word},
     mechanism::NetnsUrl,
     sbfd::Discriminator,
     tunnel::{LinkSpec, VxlanSpec},
@@ -207,6 +207,10 @@ pub trait Prober: Send + Sync + 'static {
 
     /// The health of the path to a peer that somebody has joined.
     fn health(&self, peer: IpAddr) -> Option<Health>;
+
+    /// What the peer's agent says of the path to us, as connection `user` brought it just now; `None`: it is not heard any more
+    /// there. Nothing is made of it for a connection that is not counted in.
+    fn told(&self, user: &str, peer: IpAddr, word: Option<Word>);
 
     /// The next event. One caller at a time.
     async fn next_event(&self) -> PathEvent;

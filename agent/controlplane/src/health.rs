@@ -13,6 +13,7 @@
 
 mod foreign;
 mod mtu;
+mod told;
 
 use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
@@ -357,6 +358,7 @@ impl ControlPlane {
 
     /// Makes a connection that is about to be committed say what is known of its path.
     pub(crate) fn settle(&self, established: &mut Established) {
+        self.hear_peer(established, below(&established.view));
         let Some((remote, _)) = established.remote() else {
             established.settle(&ForeignVnis::default());
             return;

@@ -10,17 +10,20 @@
 //! | its packets come to the card and not to the tunnel | this node's firewall drops the tunnel's port |
 //! | our probes leave the tunnel and not the card | this node's own output drops them |
 //! | its probes come in and say that they are answered | both ways are good, and its reflector does not answer ours |
+//! | nothing of it comes in, and its agent says what comes of ours | its way in is our way out: see [`Told`] |
 //! | it counts a VNI of ours as foreign | it has no tunnel there: the way out of that connection is bad |
 //!
 //! Whatever is told carries its [`Reason`], whose text is a sentence with the evidence in it and what can be done.
 
 mod card;
 mod metrics;
+mod told;
 
 use std::{fmt, net::IpAddr, time::Duration};
 
 pub use card::{Card, Look};
 pub use metrics::{ForeignVnis, LostHop, Published};
+pub use told::{PEER_NOTICES, Told, Word};
 
 use crate::{
     clock::Monotonic,
@@ -30,6 +33,12 @@ use crate::{
 
 /// The peer's probes are heard at this pace at least, while it suspects or is up; several missing is silence.
 const HEARD_WITHIN: Duration = Duration::from_millis(150);
+
+/// A peer that lost us, as we lost it, probes once a second after a while ([`crate::sbfd::Timing`]): then several of those are missing.
+const HEARD_SLOWLY_WITHIN: Duration = Duration::from_secs(3);
+
+/// When that begins, less what the peer may have noticed the loss before us.
+const SLOWS_DOWN_AFTER: Duration = Duration::from_secs(9);
 
 /// A peer that goes on saying that all is well for so long after we lost it knows better: its own detection is as fast as ours.
 const PEER_INSISTS: Duration = Duration::from_secs(1);
@@ -92,6 +101,13 @@ pub enum Reason {
     PeerHeard,
     /// The peer says that its probes are answered.
     PeerAnswered,
+    /// The peer's agent says that our probes come in.
+    PeerHearsUs,
+    /// The peer's agent says that nothing of ours comes in.
+    PeerHearsNothing {
+        /// How many probes left since the last one that was answered.
+        probes: u32,
+    },
     /// Our probes stay unanswered.
     Unanswered {
         /// How many left since the last one that was answered.
@@ -270,6 +286,8 @@ impl Reason {
             Self::Answered => "answered",
             Self::PeerHeard => "peer-heard",
             Self::PeerAnswered => "peer-answered",
+            Self::PeerHearsUs => "peer-hears-us",
+            Self::PeerHearsNothing { .. } => "peer-hears-nothing",
             Self::Unanswered { .. } => "unanswered",
             Self::NothingHeard { .. } => "nothing-heard",
             Self::OwnInputDrops { .. } => "own-input-drops",
@@ -297,6 +315,11 @@ impl Reason {
             Self::PeerAnswered => {
                 "the peer's probes come in and say that they are answered, though its reflector does not answer ours".to_owned()
             }
+            Self::PeerHearsUs => "the peer's agent says that our probes come in".to_owned(),
+            Self::PeerHearsNothing { probes } => format!(
+                "{probes} probes left, and the peer's agent says that nothing of ours comes in: see whether UDP {port} is let \
+                 through on the way and into the peer, as new flows and not only as replies"
+            ),
             Self::Unanswered { probes, silence } => format!(
                 "{probes} probes left and none was answered for {} ms: see whether UDP {port} is let through on the way and into \
                  the peer",
@@ -372,15 +395,6 @@ fn lost_between(before: u64, after: u64) -> Option<u64> {
     (lost >= TELLING && lost > after).then_some(lost)
 }
 
-/// What the peer's agent says of its own way in, which is our way out.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Told {
-    /// Its verdict on what comes from us.
-    pub inward: Verdict,
-    /// When it was told.
-    pub at: Monotonic,
-}
-
 /// All that is known of a peer that is probed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Evidence {
@@ -444,7 +458,9 @@ fn lost(evidence: &Evidence, now: Monotonic) -> (Way, Way) {
         Some(packets) => Reason::OwnOutputDrops { packets },
         None => Reason::Unanswered { probes, silence },
     };
-    let told = evidence.told.filter(|told| told.at > silent_since);
+    let told = evidence
+        .told
+        .and_then(|told| told.way_out(silent_since, now));
     if let Some(peer) = heard(evidence, now) {
         let insists = peer.state == WireState::Up && now.since(session.since) >= PEER_INSISTS;
         let outward = if insists {
@@ -458,11 +474,10 @@ fn lost(evidence: &Evidence, now: Monotonic) -> (Way, Way) {
         Some(packets) => Reason::OwnInputDrops { packets },
         None => Reason::NothingHeard { silence },
     };
-    let outward = match (unanswered, told.map(|told| told.inward)) {
-        (Reason::OwnOutputDrops { .. }, _) | (_, Some(Verdict::Down)) => {
-            Way::new(Verdict::Down, unanswered)
-        }
-        (_, Some(Verdict::Up)) => Way::new(Verdict::Up, Reason::PeerAnswered),
+    let outward = match (unanswered, told) {
+        (Reason::OwnOutputDrops { .. }, _) => Way::new(Verdict::Down, unanswered),
+        (_, Some(Verdict::Down)) => Way::new(Verdict::Down, Reason::PeerHearsNothing { probes }),
+        (_, Some(Verdict::Up)) => Way::new(Verdict::Up, Reason::PeerHearsUs),
         _ => Way::new(Verdict::Unknown, Reason::CannotBeTold),
     };
     (Way::new(Verdict::Down, nothing_heard), outward)
@@ -471,7 +486,11 @@ fn lost(evidence: &Evidence, now: Monotonic) -> (Way, Way) {
 /// The peer's own probe, if it was sent while ours stayed unanswered: what came before says nothing of now.
 fn heard(evidence: &Evidence, now: Monotonic) -> Option<PeerProbe> {
     let session = &evidence.session;
-    let fresh = HEARD_WITHIN.max(session.peer_gap * 3);
+    let usual = match now.since(session.since) >= SLOWS_DOWN_AFTER {
+        true => HEARD_SLOWLY_WITHIN,
+        false => HEARD_WITHIN,
+    };
+    let fresh = usual.max(session.peer_gap * 3);
     session.peer.filter(|probe| {
         let since_silence = session
             .silent_since

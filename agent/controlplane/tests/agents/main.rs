@@ -16,4 +16,5 @@ mod reasons;
 mod refused;
 mod selection;
 mod support;
+mod told;
 mod topology;

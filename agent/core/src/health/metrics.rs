@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Direction, Health, Verdict, Way};
+use super::{Direction, Health, Verdict, Way, Word};
 use crate::{text::printable, vni::Vni};
 
 const STATE_IN: &str = "sbfd_state_in";
@@ -129,6 +129,15 @@ impl Published {
     #[must_use]
     pub fn is_down(&self) -> bool {
         [self.inward, self.outward].contains(&Some(Verdict::Down))
+    }
+
+    /// Its word on the path between it and us, if it is a hop that watches one.
+    #[must_use]
+    pub fn word(&self) -> Option<Word> {
+        Some(Word {
+            inward: self.inward?,
+            outward: self.outward?,
+        })
     }
 
     /// Writes health into our own segment's metrics, in place of what was there of it. Whatever else is there stays.

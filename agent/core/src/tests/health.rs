@@ -152,22 +152,6 @@ fn this_nodes_own_firewall_is_named() {
 }
 
 #[test]
-fn what_the_peers_agent_tells_of_our_way_out_counts_if_it_is_fresh() {
-    let mut evidence = lost();
-    let now = evidence.session.since;
-    for (inward, at, expected) in [
-        (Verdict::Up, now, Verdict::Up),
-        (Verdict::Down, now, Verdict::Down),
-        (Verdict::Up, start() - MS, Verdict::Unknown),
-        (Verdict::Unknown, now, Verdict::Unknown),
-    ] {
-        evidence.told = Some(Told { inward, at });
-        let health = judge(&evidence, now);
-        assert_eq!(verdicts(&health), (Verdict::Down, expected));
-    }
-}
-
-#[test]
 fn before_any_answer_nothing_is_claimed() {
     let mut evidence = lost();
     evidence.session.state = State::Unknown;
@@ -304,14 +288,17 @@ proptest! {
     fn only_a_lost_session_is_down(
         state in prop::sample::select(vec![State::Unknown, State::Up, State::Down, State::AdminDown]),
         heard in prop::option::of(any::<u64>()),
-        told in prop::option::of((verdict(), any::<u64>())),
+        told in prop::option::of((verdict(), verdict(), any::<u64>())),
         stages: [u64; 4],
         now: u64,
     ) {
         let mut evidence = lost();
         evidence.session.state = state;
         evidence.session.peer = heard.and_then(|at| probe(Monotonic::from_nanos(at), WireState::Up));
-        evidence.told = told.map(|(inward, at)| Told { inward, at: Monotonic::from_nanos(at) });
+        evidence.told = told.map(|(inward, outward, at)| Told {
+            word: Word { inward, outward },
+            at: Monotonic::from_nanos(at),
+        });
         let [link_out, card_out, card_in, link_in] = stages;
         evidence.stages = Stages { link_out, card_out: Some(card_out), card_in: Some(card_in), link_in };
         let health = judge(&evidence, Monotonic::from_nanos(now));

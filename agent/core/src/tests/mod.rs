@@ -14,6 +14,7 @@ mod public_address;
 mod registry;
 mod sbfd;
 mod select;
+mod told;
 mod vni;
 
 use std::{

@@ -3,7 +3,7 @@
 //! One guard a peer is held here, however many connections there are: the health plane keeps sessions, we keep their users.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     mem::discriminant,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -13,7 +13,7 @@ use std::{
 use nsm_controlplane::forwarder::{PathEvent, PeerSpec, Prober, Reflector, WatchError};
 use nsm_core::{
     clock::Monotonic,
-    health::{Evidence, Health, Verdict, Way, judge},
+    health::{Evidence, Health, Told, Verdict, Way, Word, judge},
     sbfd::Timing,
     vni::Vni,
 };
@@ -46,9 +46,21 @@ const SMALLEST_V6: u16 = 1280;
 struct Watched {
     spec: PeerSpec,
     guard: Arc<plane::Peer>,
-    users: HashSet<String>,
+    /// With what the peer's agent says through each.
+    users: HashMap<String, Option<Told>>,
     /// As it was judged last.
     known: Option<Health>,
+}
+
+impl Watched {
+    /// What the peer's agent said last, through any connection that still hears it.
+    fn told(&self) -> Option<Told> {
+        self.users
+            .values()
+            .copied()
+            .flatten()
+            .max_by_key(|told| told.at)
+    }
 }
 
 /// What is still to be told.
@@ -166,22 +178,20 @@ impl NodeProber {
 
     /// Judges a report; the health if that is something new.
     fn note(&self, report: &Report) -> Option<Health> {
-        let health = judge(
-            &Evidence {
-                peer: report.peer.address,
-                port: report.peer.port,
-                session: report.snapshot,
-                stages: report.stages_since_up(),
-                told: None,
-            },
-            now(),
-        );
         let mut watched = self.watched();
         // Another session of the same address may linger.
-        let watched = watched.get_mut(&report.peer.address);
-        let known = &mut watched.filter(|it| it.guard.spec() == &report.peer)?.known;
-        let is_news = known.is_none_or(|known| !is_same(&known, &health));
-        *known = Some(health);
+        let one = watched.get_mut(&report.peer.address);
+        let one = one.filter(|it| it.guard.spec() == &report.peer)?;
+        let evidence = Evidence {
+            peer: report.peer.address,
+            port: report.peer.port,
+            session: report.snapshot,
+            stages: report.stages_since_up(),
+            told: one.told(),
+        };
+        let health = judge(&evidence, now());
+        let is_news = one.known.is_none_or(|known| !is_same(&known, &health));
+        one.known = Some(health);
         is_news.then_some(health)
     }
 
@@ -211,7 +221,7 @@ impl Prober for NodeProber {
         if let Some(watched) = self.watched().get_mut(&peer.address)
             && watched.spec == *peer
         {
-            watched.users.insert(user.to_owned());
+            watched.users.entry(user.to_owned()).or_default();
             return Ok(());
         }
         let refused = |error: HealthError| WatchError {
@@ -236,7 +246,7 @@ impl Prober for NodeProber {
             let mut fresh = Watched {
                 spec: *peer,
                 guard,
-                users: HashSet::new(),
+                users: HashMap::new(),
                 known: None,
             };
             let replaced = watched.remove(&peer.address);
@@ -246,7 +256,7 @@ impl Prober for NodeProber {
                     fresh.known = old.known;
                 }
             }
-            fresh.users.insert(user.to_owned());
+            fresh.users.entry(user.to_owned()).or_default();
             watched.insert(peer.address, fresh);
             replaced
         };
@@ -282,6 +292,17 @@ impl Prober for NodeProber {
 
     fn health(&self, peer: IpAddr) -> Option<Health> {
         self.watched().get(&peer)?.known
+    }
+
+    fn told(&self, user: &str, peer: IpAddr, word: Option<Word>) {
+        let mut watched = self.watched();
+        let user = watched
+            .get_mut(&peer)
+            .and_then(|one| one.users.get_mut(user));
+        if let Some(told) = user {
+            // It is judged when the path is looked at next, which is soon where there are doubts.
+            *told = word.map(|word| Told { word, at: now() });
+        }
     }
 
     async fn next_event(&self) -> PathEvent {

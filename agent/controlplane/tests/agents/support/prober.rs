@@ -9,7 +9,7 @@ use std::{
 
 use nsm_controlplane::forwarder::{PathEvent, PeerSpec, Prober, Reflector, WatchError};
 use nsm_core::{
-    health::{Health, Reason, Verdict, Way},
+    health::{Health, Reason, Verdict, Way, Word},
     sbfd::Discriminator,
     vni::Vni,
 };
@@ -22,6 +22,8 @@ pub(crate) enum Path {
     Down,
     /// The node's own firewall drops what comes.
     Blocked,
+    /// What comes from the peer comes in.
+    DownOutwards,
     /// There is no session to ask.
     Unanswerable,
 }
@@ -34,6 +36,8 @@ struct Table {
     mtus: HashMap<IpAddr, u16>,
     silences: HashMap<IpAddr, Duration>,
     proofs: Vec<IpAddr>,
+    /// What peers say, by the connection that brought it.
+    words: BTreeMap<(IpAddr, String), Word>,
     refuses: bool,
 }
 
@@ -86,6 +90,14 @@ impl FakeProber {
     /// Paths that were proved, in order.
     pub(crate) fn proofs(&self) -> Vec<IpAddr> {
         self.table().proofs.clone()
+    }
+
+    /// What the peer says of the path to us, through each connection that brought a word: its way in and its way out.
+    pub(crate) fn words(&self, peer: &str) -> Vec<(Verdict, Verdict)> {
+        let peer: IpAddr = peer.parse().expect("an address");
+        let table = self.table();
+        let words = table.words.iter().filter(|((ip, _), _)| *ip == peer);
+        words.map(|(_, word)| (word.inward, word.outward)).collect()
     }
 
     /// From now on the path to `ip` is so.
@@ -159,6 +171,7 @@ impl Prober for FakeProber {
                 table.watched.remove(&peer);
             }
         }
+        table.words.remove(&(peer, user.to_owned()));
     }
 
     async fn prove(&self, peer: IpAddr) -> Option<Health> {
@@ -171,7 +184,7 @@ impl Prober for FakeProber {
         let (spec, _) = table.watched.get(&peer)?;
         let (verdict, reason) = match table.lost.get(&peer) {
             Some(Path::Unanswerable) => return None,
-            Some(Path::Down) => (
+            Some(Path::Down | Path::DownOutwards) => (
                 Verdict::Down,
                 Reason::Unanswered {
                     probes: 5,
@@ -186,13 +199,33 @@ impl Prober for FakeProber {
             _ => (Verdict::Up, Reason::Answered),
         };
         let way = Way { verdict, reason };
+        let inward = match table.lost.get(&peer) {
+            Some(Path::DownOutwards) => Way {
+                verdict: Verdict::Up,
+                reason: Reason::PeerHeard,
+            },
+            _ => way,
+        };
         Some(Health {
             peer,
             port: spec.port,
-            inward: way,
+            inward,
             outward: way,
             path_mtu: table.mtus.get(&peer).copied(),
         })
+    }
+
+    fn told(&self, user: &str, peer: IpAddr, word: Option<Word>) {
+        let mut table = self.table();
+        let key = (peer, user.to_owned());
+        let is_counted = table
+            .watched
+            .get(&peer)
+            .is_some_and(|(_, users)| users.contains(user));
+        match word.filter(|_| is_counted) {
+            Some(word) => drop(table.words.insert(key, word)),
+            None => drop(table.words.remove(&key)),
+        }
     }
 
     async fn next_event(&self) -> PathEvent {
