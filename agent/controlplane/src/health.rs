@@ -408,8 +408,9 @@ impl ControlPlane {
         is_news.then_some(changed)
     }
 
-    /// Follows the node's prober, for the life of the plane.
-    pub(crate) async fn watch_paths(self) {
+    /// Follows the node's prober, for the life of the plane; returns at once when there is none. Who gets one later calls it then:
+    /// connections join it when they are refreshed, for only then does the peer learn of our reflector.
+    pub async fn watch_paths(self) {
         let Some(prober) = self.prober() else {
             return;
         };

@@ -12,7 +12,6 @@ use std::{
 use futures_util::{StreamExt as _, stream};
 use nsm_controlplane::{
     forwarder::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
-    health::Reachability,
     plane::ControlPlane,
     unix::Passed,
 };
@@ -30,7 +29,7 @@ use nsm_dataplane::{
 };
 use nsm_proto::admin;
 
-use super::{admin::no_bpf, namespaces::Namespaces, prober::NodeProber};
+use super::{admin::no_bpf, namespaces::Namespaces, prober::NodeProber, probing::Probing};
 use crate::config::{self, Config};
 
 /// The underlay's MTU towards a peer whose address nobody knows yet, bytes. What the peer answers
@@ -47,7 +46,7 @@ pub(crate) struct NodeForwarder {
     /// Gone once the agent has let the programs go.
     bpf: Mutex<Option<Arc<Bpf>>>,
     /// What proves paths, where that is possible and wanted.
-    prober: Option<NodeProber>,
+    pub(super) probing: Probing,
     tunnel: config::Tunnel,
     pin_path: String,
     degraded: Vec<String>,
@@ -87,27 +86,13 @@ impl NodeForwarder {
             );
             None
         };
-        let prober = if config.reachability == Reachability::Off {
-            None
-        } else {
-            match NodeProber::start(config, bpf.clone()).await {
-                Ok(prober) => {
-                    degraded.extend(prober.degraded());
-                    Some(prober)
-                }
-                Err(error) => {
-                    degraded.push(format!(
-                        "no probes: {error}; tunnels work, and the loss of a path is not noticed"
-                    ));
-                    None
-                }
-            }
-        };
+        let probing = Probing::start(config, bpf.clone()).await;
+        degraded.extend(probing.degraded());
         Ok(Self {
             links,
             namespaces: Namespaces::default(),
             bpf: Mutex::new(bpf),
-            prober,
+            probing,
             tunnel: config.tunnel.clone(),
             pin_path: config.bpf.pin_dir.display().to_string(),
             degraded,
@@ -198,7 +183,7 @@ impl NodeForwarder {
 
     /// What every session has measured.
     pub(crate) async fn path_reports(&self) -> Vec<Report> {
-        match &self.prober {
+        match self.probing.prober() {
             Some(prober) => prober.reports().await,
             None => Vec::new(),
         }
@@ -206,27 +191,25 @@ impl NodeForwarder {
 
     /// How the proofs of paths went; none where nothing is probed.
     pub(crate) fn preflights(&self) -> Option<Preflights> {
-        self.prober.as_ref().map(NodeProber::preflights)
+        self.probing.prober().map(NodeProber::preflights)
     }
 
     /// What works less well than it could for some peers, at the moment.
     pub(crate) fn degraded_paths(&self) -> Vec<String> {
-        let prober = self.prober.iter();
+        let prober = self.probing.prober().into_iter();
         prober.flat_map(NodeProber::uncounted).collect()
     }
 
     /// Lets peers know that this node goes.
     pub(crate) async fn leave_paths(&self) {
-        if let Some(prober) = &self.prober {
+        if let Some(prober) = self.probing.prober() {
             prober.leave_all().await;
         }
     }
 
     /// Ends the sessions and lets the programs go, with everything that is pinned.
     pub(crate) async fn close(&self) {
-        if let Some(prober) = &self.prober {
-            prober.close().await;
-        }
+        self.probing.close().await;
         let bpf = self
             .bpf
             .lock()
@@ -266,6 +249,12 @@ impl NodeForwarder {
         if let Some(Err(error)) = removed {
             tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel's slot is not freed");
         }
+    }
+
+    /// The programs, while the agent has them.
+    pub(super) fn bpf(&self) -> Option<Arc<Bpf>> {
+        let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
+        bpf.clone()
     }
 
     fn with_bpf<T>(&self, use_it: impl FnOnce(&Bpf) -> T) -> Option<T> {
@@ -381,7 +370,7 @@ impl Forwarder for NodeForwarder {
     }
 
     fn prober(&self) -> Option<&dyn Prober> {
-        self.prober.as_ref().map(|prober| prober as &dyn Prober)
+        self.probing.prober().map(|prober| prober as &dyn Prober)
     }
 }
 

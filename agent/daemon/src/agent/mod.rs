@@ -39,6 +39,7 @@ mod ip_map;
 mod metrics;
 mod namespaces;
 mod prober;
+mod probing;
 mod public_address;
 mod readiness;
 mod signals;
@@ -124,6 +125,12 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         ));
     }
     if let Some(forwarder) = &forwarder {
+        tasks.spawn(probing::until_it_probes(
+            config.clone(),
+            Arc::clone(forwarder),
+            plane.clone(),
+            readiness.clone(),
+        ));
         tasks.spawn(forwarder::collect_orphans(
             Arc::clone(forwarder),
             plane.clone(),

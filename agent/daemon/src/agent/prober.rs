@@ -81,11 +81,11 @@ pub(crate) struct NodeProber {
 }
 
 impl NodeProber {
-    /// Starts the health plane.
+    /// Starts the health plane, which takes some 30 ms: for a thread of the runtime that may block.
     ///
     /// # Errors
     /// It cannot be had; tunnels work all the same.
-    pub(crate) async fn start(config: &Config, bpf: Option<Arc<Bpf>>) -> Result<Self, HealthError> {
+    pub(crate) fn start(config: &Config, bpf: Option<Arc<Bpf>>) -> Result<Self, HealthError> {
         let health_config = HealthConfig {
             domain: config.domain.to_string(),
             vni: config.tunnel.management_vni,
@@ -95,10 +95,7 @@ impl NodeProber {
             namespace: None,
             orphan_grace: config.max_token_lifetime,
         };
-        let started = tokio::task::spawn_blocking(move || HealthPlane::start(health_config, bpf));
-        let (plane, events) = started
-            .await
-            .expect("starting the health plane does not panic")?;
+        let (plane, events) = HealthPlane::start(health_config, bpf)?;
         let mut look_again = interval(LOOK_AGAIN);
         look_again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {

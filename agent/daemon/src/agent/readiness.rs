@@ -68,6 +68,13 @@ impl Readiness {
         self.state().degraded.push(reason);
     }
 
+    /// What is `old` holds no longer, and this does.
+    pub(crate) fn replace_degradations(&self, old: &[String], now: Vec<String>) {
+        let mut state = self.state();
+        state.degraded.retain(|reason| !old.contains(reason));
+        state.degraded.extend(now);
+    }
+
     /// What keeps the agent from being ready.
     pub(crate) fn waiting(&self) -> Vec<String> {
         self.state().waiting.iter().cloned().collect()

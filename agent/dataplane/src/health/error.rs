@@ -74,3 +74,15 @@ pub enum HealthError {
     #[error("the health plane of this node is closed")]
     Closed,
 }
+
+impl HealthError {
+    /// Whether the next try fails likewise, whatever changes on the node: a process gets no rights that it was not started with.
+    #[must_use]
+    pub fn is_for_good(&self) -> bool {
+        match self {
+            Self::Link(LinkError::NotPermitted { .. }) | Self::Closed => true,
+            Self::Socket { source, .. } => source.kind() == io::ErrorKind::PermissionDenied,
+            _ => false,
+        }
+    }
+}
