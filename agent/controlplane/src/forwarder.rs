@@ -143,7 +143,7 @@ pub trait Forwarder: Send + Sync + 'static {
 }
 
 /// An S-BFD reflector, as the two ends of a tunnel tell each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Reflector {
     /// What probes to it carry.
     pub discriminator: Discriminator,
@@ -151,15 +151,23 @@ pub struct Reflector {
     pub vni: Vni,
 }
 
-/// A peer whose path is to be watched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PeerSpec {
-    /// Where tunnels to it go.
+/// A path, by all that tells the peer at its end from others. Each connection has the path that its own other end told it: what
+/// another says of the same address makes another path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PathId {
+    /// Where tunnels to the peer go.
     pub address: IpAddr,
     /// The UDP port of its tunnels.
     pub port: u16,
     /// Its reflector.
     pub reflector: Reflector,
+}
+
+/// A peer whose path is to be watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerSpec {
+    /// The path to it.
+    pub path: PathId,
     /// The MTU that tunnels to it would like to have, bytes.
     pub mtu: u32,
 }
@@ -199,18 +207,18 @@ pub trait Prober: Send + Sync + 'static {
     async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError>;
 
     /// Counts the connection out; a success when it is not counted.
-    fn leave(&self, user: &str, peer: IpAddr);
+    fn leave(&self, user: &str, path: &PathId);
 
-    /// Proves the path to a peer that somebody has joined: at once when it is up already, else by a few probes. What is known
-    /// after that, or now where nobody has joined.
-    async fn prove(&self, peer: IpAddr) -> Option<Health>;
+    /// Proves a path that somebody has joined: at once when it is up already, else by a few probes. What is known after that, or
+    /// now where nobody has joined.
+    async fn prove(&self, path: &PathId) -> Option<Health>;
 
-    /// The health of the path to a peer that somebody has joined.
-    fn health(&self, peer: IpAddr) -> Option<Health>;
+    /// The health of a path that somebody has joined.
+    fn health(&self, path: &PathId) -> Option<Health>;
 
     /// What the peer's agent says of the path to us, as connection `user` brought it just now; `None`: it is not heard any more
     /// there. Nothing is made of it for a connection that is not counted in.
-    fn told(&self, user: &str, peer: IpAddr, word: Option<Word>);
+    fn told(&self, user: &str, path: &PathId, word: Option<Word>);
 
     /// The next event. One caller at a time.
     async fn next_event(&self) -> PathEvent;

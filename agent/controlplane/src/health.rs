@@ -23,7 +23,7 @@ use nsm_proto::connection::{Connection, PathSegment, State};
 use crate::{
     connections::{Established, News, lock},
     error::RequestError,
-    forwarder::{PathEvent, PeerSpec, Plan, Prober, Reflector},
+    forwarder::{PathEvent, PathId, PeerSpec, Plan, Prober, Reflector},
     plane::ControlPlane,
     route::Route,
 };
@@ -79,6 +79,8 @@ impl FromStr for Reachability {
 /// What is known of the way that a connection's packets take.
 #[derive(Debug, Clone)]
 pub(crate) struct PathState {
+    /// What is watched for it; none where nothing is, or cannot be.
+    pub(crate) watched: Option<PathId>,
     /// The health of the path to the other end of its tunnel; none where there is no tunnel, or nothing is probed.
     pub(crate) health: Option<Health>,
     /// What the next hop tells.
@@ -94,6 +96,7 @@ pub(crate) struct PathState {
 impl Default for PathState {
     fn default() -> Self {
         Self {
+            watched: None,
             health: None,
             told: State::Up,
             lost_hop: None,
@@ -110,10 +113,14 @@ pub(crate) struct JoinedPath {
     pub(crate) remote: IpAddr,
     /// The UDP port of its tunnels.
     pub(crate) port: u16,
+    /// What is watched: none where nothing is.
+    pub(crate) watched: Option<PathId>,
     /// What is known without a session: that there can be none.
     pub(crate) unverified: Option<Health>,
     /// Whether it is a way that the connection did not have before.
     pub(crate) is_new: bool,
+    /// Whether the connection watched another path before, or none: the peer there may have another reflector now.
+    pub(crate) is_joined_anew: bool,
 }
 
 impl Established {
@@ -240,19 +247,19 @@ impl ControlPlane {
         prior: Option<&Established>,
     ) -> JoinedPath {
         let unverified = |reason| Some(Health::unverified(remote, port, reason));
-        let unverified = match (self.prober(), reflector) {
+        let path = reflector.map(|reflector| PathId {
+            address: remote,
+            port,
+            reflector,
+        });
+        let unverified = match (self.prober(), path) {
             (None, _) => match self.shared.settings.reachability {
                 Reachability::Require => unverified(Reason::NotProbing),
                 Reachability::Prefer | Reachability::Off => None,
             },
             (Some(_), None) => unverified(Reason::NoReflector),
-            (Some(prober), Some(reflector)) => {
-                let peer = PeerSpec {
-                    address: remote,
-                    port,
-                    reflector,
-                    mtu,
-                };
+            (Some(prober), Some(path)) => {
+                let peer = PeerSpec { path, mtu };
                 match prober.join(id, &peer).await {
                     Ok(()) => None,
                     Err(error) => {
@@ -262,29 +269,52 @@ impl ControlPlane {
                 }
             }
         };
+        let before = prior.and_then(|prior| prior.path.watched);
+        let watched = path.filter(|_| self.prober().is_some() && unverified.is_none());
         JoinedPath {
             remote,
             port,
+            watched,
             unverified,
-            is_new: prior.and_then(Established::remote).map(|(ip, _)| ip) != Some(remote),
+            is_new: prior.and_then(Established::remote).map(|(ip, _)| ip) != Some(remote)
+                || before.is_some_and(|before| before.port != port),
+            is_joined_anew: before != watched,
         }
     }
 
     /// A Request has failed: it needs the path no more, unless the connection had it before.
     pub(crate) fn leave_path(&self, id: &str, path: &JoinedPath) {
-        if let Some(prober) = self.prober().filter(|_| path.is_new) {
-            prober.leave(id, path.remote);
+        if path.is_joined_anew {
+            self.unwatch(id, path.watched.as_ref());
+        }
+    }
+
+    fn unwatch(&self, id: &str, watched: Option<&PathId>) {
+        if let (Some(prober), Some(path)) = (self.prober(), watched) {
+            prober.leave(id, path);
+        }
+    }
+
+    /// A connection goes on as `established`, and needs what it had before no more.
+    pub(crate) fn exchange_path(&self, id: &str, prior: &Established, established: &Established) {
+        if prior.path.watched != established.path.watched {
+            self.unwatch(id, prior.path.watched.as_ref());
+        }
+        if prior.remote().map(|(ip, _)| ip) != established.remote().map(|(ip, _)| ip) {
+            self.forget_foreign_of(id, prior);
         }
     }
 
     /// A connection, or its old tunnel, is gone.
     pub(crate) fn leave_path_of(&self, id: &str, established: &Established) {
+        self.unwatch(id, established.path.watched.as_ref());
+        self.forget_foreign_of(id, established);
+    }
+
+    fn forget_foreign_of(&self, id: &str, established: &Established) {
         let Some((remote, _)) = established.remote() else {
             return;
         };
-        if let Some(prober) = self.prober() {
-            prober.leave(id, remote);
-        }
         if lock(&self.shared.foreign).has(remote)
             && self.connections_to(remote).all(|it| it.view.id == id)
         {
@@ -302,13 +332,13 @@ impl ControlPlane {
         path: &JoinedPath,
         strict: bool,
     ) -> Result<(), RequestError> {
-        let proved = match (path.unverified, self.prober()) {
+        let proved = match (path.watched, self.prober()) {
             // No answer is no proof: the session went, or the prober did.
-            (None, Some(prober)) => Some(prober.prove(path.remote).await.unwrap_or(
+            (Some(watched), Some(prober)) => Some(prober.prove(&watched).await.unwrap_or(
                 Health::unverified(path.remote, path.port, Reason::NotProbing),
             )),
             // Nobody asks for a proof where nobody could give one.
-            (unverified, _) => unverified,
+            _ => path.unverified,
         };
         let verdict = proved.map_or(Verdict::Up, |health| health.verdict());
         let is_good = match self.shared.settings.reachability {
@@ -337,10 +367,10 @@ impl ControlPlane {
         refreshed: Option<&Established>,
     ) -> PathState {
         let health = joined.and_then(|path| {
-            let known = self.prober().and_then(|prober| prober.health(path.remote));
-            known
-                .filter(|_| path.unverified.is_none())
-                .or(path.unverified)
+            let known = path
+                .watched
+                .and_then(|watched| self.prober()?.health(&watched));
+            known.or(path.unverified)
         });
         let is_down = health.is_some_and(|health| health.is_down());
         let was_granted_so = match (joined, refreshed) {
@@ -348,6 +378,7 @@ impl ControlPlane {
             _ => true,
         };
         PathState {
+            watched: joined.and_then(|path| path.watched),
             health,
             told: State::Up,
             lost_hop: None,
@@ -379,7 +410,8 @@ impl ControlPlane {
         let Some(((remote, port), prober)) = established.remote().zip(self.prober()) else {
             return stored;
         };
-        let known = prober.health(remote);
+        let watched = established.path.watched;
+        let known = watched.and_then(|watched| prober.health(&watched));
         if let Some(vni) = established.vni
             && below(&established.view)
                 .iter()
@@ -423,15 +455,18 @@ impl ControlPlane {
     }
 
     fn handle_path(&self, health: Health) {
-        let was_down = self.connections_to(health.peer).any(|it| it.path_is_down());
+        let was_down = self
+            .connections_to(health.peer)
+            .filter_map(|it| it.path.health)
+            .any(|known| known.is_down() && known.port == health.port);
         match (was_down, health.is_down()) {
             (_, true) => tracing::warn!(peer.ip = %health.peer, "{health}"),
             (true, false) => tracing::info!(peer.ip = %health.peer, "{health}"),
             (false, false) => tracing::debug!(peer.ip = %health.peer, "{health}"),
         }
         self.tell_all(health.peer);
-        if let Some(path_mtu) = health.path_mtu {
-            self.follow_mtu(health.peer, path_mtu.into());
+        if health.path_mtu.is_some() {
+            self.follow_mtu(health.peer);
         }
     }
 

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::IpAddr,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
@@ -23,6 +22,7 @@ use crate::{
     connections::lock,
     dial::{self, DialError},
     error::RequestError,
+    forwarder::PathId,
     token::TokenSource,
     unix::{Descriptors, Passed},
 };
@@ -43,8 +43,8 @@ pub(crate) struct Peer {
     monitor: Mutex<Option<AbortHandle>>,
     /// Tells the monitor that the last connection has left.
     emptied: Notify,
-    /// Where tunnels to it went last.
-    tunnel: Mutex<Option<IpAddr>>,
+    /// What is watched of where tunnels to it went last.
+    tunnel: Mutex<Option<PathId>>,
     max_message_bytes: usize,
 }
 
@@ -83,13 +83,13 @@ impl Peer {
         is_local(&self.url)
     }
 
-    /// Tunnels to it end at this address.
-    pub(crate) fn set_tunnel(&self, remote: IpAddr) {
-        *lock(&self.tunnel) = Some(remote);
+    /// Tunnels to it take this path.
+    pub(crate) fn set_tunnel(&self, path: Option<PathId>) {
+        *lock(&self.tunnel) = path;
     }
 
-    /// Where tunnels to it went last.
-    pub(crate) fn tunnel(&self) -> Option<IpAddr> {
+    /// Which path they took last, if that is watched.
+    pub(crate) fn tunnel(&self) -> Option<PathId> {
         *lock(&self.tunnel)
     }
 

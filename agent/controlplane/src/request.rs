@@ -285,7 +285,7 @@ impl ControlPlane {
             return 2;
         }
         let tunnel = self.shared.peers.get(&route.url).tunnel();
-        let health = tunnel.and_then(|remote| self.prober()?.health(remote));
+        let health = tunnel.and_then(|path| self.prober()?.health(&path));
         u8::from(health.is_some_and(|health| health.is_down()))
     }
 
@@ -460,10 +460,13 @@ impl ControlPlane {
                     port: vxlan.dst_port,
                 };
                 let made = async {
-                    if path.is_new || ask.avoid.is_some() {
-                        self.prove_path(route, &path, strict).await?;
+                    let is_other_way = path.is_new || ask.avoid.is_some();
+                    if is_other_way || path.is_joined_anew {
+                        // A peer that has another reflector now is refused no more than one that is as it was.
+                        self.prove_path(route, &path, strict && is_other_way)
+                            .await?;
                     }
-                    let carried = lower_mtu(context.mtu, self.path_mtu(remote));
+                    let carried = lower_mtu(context.mtu, self.path_mtu(path.watched.as_ref()));
                     context.mtu = lower_mtu(agreed_mtu, carried);
                     let plan = Ends::parse(self.alias(id)?, context)
                         .and_then(|ends| ends.client_tunnel(client, name.clone(), tunnel))
@@ -486,7 +489,7 @@ impl ControlPlane {
                         return Err(error);
                     }
                 };
-                self.shared.peers.get(&route.url).set_tunnel(remote);
+                self.shared.peers.get(&route.url).set_tunnel(path.watched);
                 let mechanism = named(mechanism, &client.kernel, &name);
                 (Some(mechanism), Some(plan), Some(vni))
             }
@@ -563,9 +566,7 @@ impl ControlPlane {
                 peer.leave(id);
                 self.undo_at(&peer, self.downstream_view(&prior), turn);
             }
-            if prior.remote().map(|(ip, _)| ip) != established.remote().map(|(ip, _)| ip) {
-                self.leave_path_of(id, &prior);
-            }
+            self.exchange_path(id, &prior, &established);
             if let Some(vni) = prior.vni
                 && prior.vni != established.vni
             {

@@ -15,8 +15,9 @@ use crate::{
 
 impl ControlPlane {
     /// Lets the links of every connection to `peer` carry what the path does, and no more than was agreed.
-    pub(super) fn follow_mtu(&self, peer: IpAddr, path_mtu: u32) {
+    pub(super) fn follow_mtu(&self, peer: IpAddr) {
         for established in self.connections_to(peer) {
+            let path_mtu = self.path_mtu(established.path.watched.as_ref());
             if wanted(&established, path_mtu).is_none() {
                 continue;
             }
@@ -41,12 +42,7 @@ impl ControlPlane {
             return Ok(());
         };
         // A Request may have been ahead, or, of several changes in quick succession, a later one: what is known now counts.
-        let known = self
-            .prober()
-            .and_then(|prober| prober.health(peer)?.path_mtu);
-        let Some(path_mtu) = known.map(u32::from) else {
-            return Ok(());
-        };
+        let path_mtu = self.path_mtu(current.path.watched.as_ref());
         let changed =
             wanted(&current, path_mtu).filter(|_| current.remote().map(|(ip, _)| ip) == Some(peer));
         let Some((mtu, plan)) = changed else {
@@ -68,8 +64,11 @@ impl ControlPlane {
     }
 }
 
-/// The MTU that the connection should have, and its link with it; `None` when it has it.
+/// The MTU that the connection should have, and its link with it; `None` when it has it, or what the path carries is not known (0).
 fn wanted(established: &Established, path_mtu: u32) -> Option<(u32, Plan)> {
+    if path_mtu == 0 {
+        return None;
+    }
     let mut plan = established.plan.clone()?;
     let Plan::Vxlan { spec, .. } = &mut plan else {
         return None;

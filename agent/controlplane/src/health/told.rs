@@ -20,7 +20,7 @@ impl ControlPlane {
             .next_mechanism
             .as_ref()
             .is_some_and(|mechanism| mechanism.r#type == VXLAN);
-        let Some((remote, _)) = established.remote().filter(|_| is_clients_end) else {
+        let Some(watched) = established.path.watched.filter(|_| is_clients_end) else {
             return;
         };
         if let Some(prober) = self.prober() {
@@ -30,7 +30,7 @@ impl ControlPlane {
                 let is_last = word.is_some() || LostHop::read(&hop.metrics).is_some();
                 is_last.then_some(word)
             });
-            prober.told(&established.view.id, remote, word.flatten());
+            prober.told(&established.view.id, &watched, word.flatten());
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     case::{Ends, Tunnel, interface, tunnel_mtu},
     connections::{Established, lock},
     error::RequestError,
-    forwarder::{ForwarderError, Plan, Underlay},
+    forwarder::{ForwarderError, PathId, Plan, Underlay},
     health::JoinedPath,
     plane::ControlPlane,
     pod::Pod,
@@ -66,7 +66,7 @@ impl ControlPlane {
                 prior,
             )
             .await;
-        context.mtu = lower_mtu(agreed_mtu, self.path_mtu(remote));
+        context.mtu = lower_mtu(agreed_mtu, self.path_mtu(path.watched.as_ref()));
         let made = self.make_end(
             id, asked, mechanism, endpoint, context, route, prior, underlay, remote, agreed_mtu,
         );
@@ -85,9 +85,9 @@ impl ControlPlane {
         }
     }
 
-    /// What the path to a peer is known to carry, 0 when it is not known.
-    pub(super) fn path_mtu(&self, remote: IpAddr) -> u32 {
-        let health = self.prober().and_then(|prober| prober.health(remote));
+    /// What a path is known to carry, 0 when it is not known.
+    pub(crate) fn path_mtu(&self, watched: Option<&PathId>) -> u32 {
+        let health = watched.and_then(|path| self.prober()?.health(path));
         let known = health.and_then(|health| health.path_mtu);
         known.map_or(0, u32::from)
     }

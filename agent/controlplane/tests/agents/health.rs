@@ -77,13 +77,13 @@ async fn both_ends_know_each_others_reflector_and_the_clients_proves_the_path() 
     let (near, far) = (a.kernel().paths(), b.kernel().paths());
     let known = near.peer(FAR).expect("watched");
     assert_eq!(
-        known.reflector,
+        known.path.reflector,
         nsm_controlplane::forwarder::Prober::reflector(far)
     );
-    assert_eq!((known.port, known.mtu), (4789, 1450));
+    assert_eq!((known.path.port, known.mtu), (4789, 1450));
     let known = far.peer(NEAR).expect("watched");
     assert_eq!(
-        known.reflector,
+        known.path.reflector,
         nsm_controlplane::forwarder::Prober::reflector(near)
     );
     assert_eq!(near.proofs(), [known_address(FAR)]);

@@ -5,12 +5,11 @@
 use std::{
     collections::{HashMap, VecDeque},
     mem::discriminant,
-    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use nsm_controlplane::forwarder::{PathEvent, PeerSpec, Prober, Reflector, WatchError};
+use nsm_controlplane::forwarder::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
 use nsm_core::{
     clock::Monotonic,
     health::{Evidence, Health, Told, Verdict, Way, Word, judge},
@@ -44,7 +43,7 @@ const SMALLEST_V6: u16 = 1280;
 /// A peer that connections go to.
 #[derive(Debug)]
 struct Watched {
-    spec: PeerSpec,
+    mtu: u32,
     guard: Arc<plane::Peer>,
     /// With what the peer's agent says through each.
     users: HashMap<String, Option<Told>>,
@@ -53,6 +52,21 @@ struct Watched {
 }
 
 impl Watched {
+    /// A connection uses it, and would like to have this MTU.
+    fn count_in(&mut self, user: &str, mtu: u32) {
+        self.users.entry(user.to_owned()).or_default();
+        if self.mtu != mtu {
+            self.mtu = mtu;
+            let smallest = if self.guard.spec().address.is_ipv4() {
+                SMALLEST_V4
+            } else {
+                SMALLEST_V6
+            };
+            let wanted = u16::try_from(mtu).unwrap_or(u16::MAX);
+            self.guard.want_mtu(smallest, wanted);
+        }
+    }
+
     /// What the peer's agent said last, through any connection that still hears it.
     fn told(&self) -> Option<Told> {
         self.users
@@ -76,7 +90,7 @@ struct Inbox {
 pub(crate) struct NodeProber {
     plane: HealthPlane,
     reflector: Reflector,
-    watched: Mutex<HashMap<IpAddr, Watched>>,
+    watched: Mutex<HashMap<PathId, Watched>>,
     inbox: tokio::sync::Mutex<Inbox>,
 }
 
@@ -163,22 +177,20 @@ impl NodeProber {
         }
     }
 
-    fn watched(&self) -> MutexGuard<'_, HashMap<IpAddr, Watched>> {
+    fn watched(&self) -> MutexGuard<'_, HashMap<PathId, Watched>> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn guard(&self, peer: IpAddr) -> Option<Arc<plane::Peer>> {
+    fn guard(&self, path: &PathId) -> Option<Arc<plane::Peer>> {
         self.watched()
-            .get(&peer)
+            .get(&known_as(path))
             .map(|watched| Arc::clone(&watched.guard))
     }
 
     /// Judges a report; the health if that is something new.
     fn note(&self, report: &Report) -> Option<Health> {
         let mut watched = self.watched();
-        // Another session of the same address may linger.
-        let one = watched.get_mut(&report.peer.address);
-        let one = one.filter(|it| it.guard.spec() == &report.peer)?;
+        let one = watched.get_mut(&path_of(&report.peer))?;
         let evidence = Evidence {
             peer: report.peer.address,
             port: report.peer.port,
@@ -215,86 +227,69 @@ impl Prober for NodeProber {
     }
 
     async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError> {
-        if let Some(watched) = self.watched().get_mut(&peer.address)
-            && watched.spec == *peer
-        {
-            watched.users.entry(user.to_owned()).or_default();
+        let path = known_as(&peer.path);
+        if let Some(watched) = self.watched().get_mut(&path) {
+            watched.count_in(user, peer.mtu);
             return Ok(());
         }
         let refused = |error: HealthError| WatchError {
-            peer: peer.address,
+            peer: path.address,
             cause: error.to_string(),
         };
         let joined = self.plane.join(plane::PeerSpec {
-            address: peer.address,
-            port: peer.port,
-            vni: peer.reflector.vni,
-            discriminator: peer.reflector.discriminator,
+            address: path.address,
+            port: path.port,
+            vni: path.reflector.vni,
+            discriminator: path.reflector.discriminator,
         });
         let guard = Arc::new(joined.await.map_err(refused)?);
-        let smallest = if peer.address.is_ipv4() {
-            SMALLEST_V4
-        } else {
-            SMALLEST_V6
-        };
-        guard.want_mtu(smallest, u16::try_from(peer.mtu).unwrap_or(u16::MAX));
-        let replaced = {
-            let mut watched = self.watched();
-            let mut fresh = Watched {
-                spec: *peer,
-                guard,
-                users: HashMap::new(),
-                known: None,
-            };
-            let replaced = watched.remove(&peer.address);
-            if let Some(old) = &replaced {
-                fresh.users.clone_from(&old.users);
-                if old.spec.reflector == peer.reflector {
-                    fresh.known = old.known;
-                }
-            }
-            fresh.users.entry(user.to_owned()).or_default();
-            watched.insert(peer.address, fresh);
-            replaced
-        };
-        drop(replaced);
+        // Somebody else may have come first.
+        let mut watched = self.watched();
+        let one = watched.entry(path).or_insert_with(|| Watched {
+            mtu: 0,
+            guard,
+            users: HashMap::new(),
+            known: None,
+        });
+        one.count_in(user, peer.mtu);
         Ok(())
     }
 
-    fn leave(&self, user: &str, peer: IpAddr) {
+    fn leave(&self, user: &str, path: &PathId) {
+        let path = known_as(path);
         let mut watched = self.watched();
-        if let Some(one) = watched.get_mut(&peer) {
+        if let Some(one) = watched.get_mut(&path) {
             one.users.remove(user);
             if one.users.is_empty() {
-                watched.remove(&peer);
+                watched.remove(&path);
             }
         }
     }
 
-    async fn prove(&self, peer: IpAddr) -> Option<Health> {
-        let guard = self.guard(peer)?;
+    async fn prove(&self, path: &PathId) -> Option<Health> {
+        let guard = self.guard(path)?;
         let was_known_up = self
-            .health(peer)
+            .health(path)
             .is_some_and(|known| known.verdict() == Verdict::Up);
         let proved = tokio::time::timeout(LONGEST_PROOF, guard.prove()).await;
         if !matches!(proved, Ok(Ok(_))) {
-            return self.health(peer);
+            return self.health(path);
         }
         // The session's own event may still be on its way to us.
         if !(was_known_up && guard.is_up()) {
             self.look(&guard).await;
         }
-        self.health(peer)
+        self.health(path)
     }
 
-    fn health(&self, peer: IpAddr) -> Option<Health> {
-        self.watched().get(&peer)?.known
+    fn health(&self, path: &PathId) -> Option<Health> {
+        self.watched().get(&known_as(path))?.known
     }
 
-    fn told(&self, user: &str, peer: IpAddr, word: Option<Word>) {
+    fn told(&self, user: &str, path: &PathId, word: Option<Word>) {
         let mut watched = self.watched();
         let user = watched
-            .get_mut(&peer)
+            .get_mut(&known_as(path))
             .and_then(|one| one.users.get_mut(user));
         if let Some(told) = user {
             // It is judged when the path is looked at next, which is soon where there are doubts.
@@ -335,6 +330,25 @@ impl Prober for NodeProber {
                 }
             }
         }
+    }
+}
+
+/// A path as the health plane knows it: an IPv4 address in IPv6's form is that IPv4 address.
+fn known_as(path: &PathId) -> PathId {
+    PathId {
+        address: path.address.to_canonical(),
+        ..*path
+    }
+}
+
+fn path_of(peer: &plane::PeerSpec) -> PathId {
+    PathId {
+        address: peer.address,
+        port: peer.port,
+        reflector: Reflector {
+            discriminator: peer.discriminator,
+            vni: peer.vni,
+        },
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::forwarder::{PathEvent, PeerSpec, Prober, Reflector, WatchError};
+use nsm_controlplane::forwarder::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
 use nsm_core::{
     health::{Health, Reason, Verdict, Way, Word},
     sbfd::Discriminator,
@@ -30,7 +30,7 @@ pub(crate) enum Path {
 
 #[derive(Debug, Default)]
 struct Table {
-    watched: BTreeMap<IpAddr, (PeerSpec, BTreeSet<String>)>,
+    watched: BTreeMap<PathId, (PeerSpec, BTreeSet<String>)>,
     /// Paths that are not up.
     lost: HashMap<IpAddr, Path>,
     mtus: HashMap<IpAddr, u16>,
@@ -39,6 +39,8 @@ struct Table {
     /// What peers say, by the connection that brought it.
     words: BTreeMap<(IpAddr, String), Word>,
     refuses: bool,
+    /// Reflectors that nobody has.
+    nobodys: BTreeSet<Discriminator>,
 }
 
 /// The sessions of one node.
@@ -73,18 +75,31 @@ impl FakeProber {
         self.table.lock().expect("no holder panics")
     }
 
-    /// Which connections watch which paths.
+    /// Which connections watch paths to which addresses.
     pub(crate) fn watched(&self) -> BTreeMap<IpAddr, BTreeSet<String>> {
-        let table = self.table();
-        let users =
-            |(ip, (_, users)): (&IpAddr, &(PeerSpec, BTreeSet<String>))| (*ip, users.clone());
-        table.watched.iter().map(users).collect()
+        let mut all: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
+        for (path, (_, users)) in &self.table().watched {
+            all.entry(path.address).or_default().extend(users.clone());
+        }
+        all
+    }
+
+    /// The paths that are watched.
+    pub(crate) fn paths(&self) -> Vec<PathId> {
+        self.table().watched.keys().copied().collect()
     }
 
     /// A watched peer, as it told itself.
     pub(crate) fn peer(&self, ip: &str) -> Option<PeerSpec> {
         let ip: IpAddr = ip.parse().expect("an address");
-        self.table().watched.get(&ip).map(|(spec, _)| *spec)
+        let table = self.table();
+        let mut watched = table.watched.iter();
+        watched.find_map(|(path, (spec, _))| (path.address == ip).then_some(*spec))
+    }
+
+    /// Nobody answers to this discriminator.
+    pub(crate) fn is_nobodys(&self, discriminator: Discriminator) {
+        self.table().nobodys.insert(discriminator);
     }
 
     /// Paths that were proved, in order.
@@ -134,8 +149,11 @@ impl FakeProber {
     }
 
     fn tell(&self, ip: IpAddr) {
-        if let Some(health) = self.health(ip) {
-            let _ = self.events.send(PathEvent::Changed(health));
+        let paths: Vec<PathId> = self.table().watched.keys().copied().collect();
+        for path in paths.into_iter().filter(|path| path.address == ip) {
+            if let Some(health) = self.health(&path) {
+                let _ = self.events.send(PathEvent::Changed(health));
+            }
         }
     }
 }
@@ -150,39 +168,45 @@ impl Prober for FakeProber {
         let mut table = self.table();
         if table.refuses {
             return Err(WatchError {
-                peer: peer.address,
+                peer: peer.path.address,
                 cause: "1,024 peers are watched already".to_owned(),
             });
         }
         let (spec, users) = table
             .watched
-            .entry(peer.address)
+            .entry(peer.path)
             .or_insert((*peer, BTreeSet::new()));
         *spec = *peer;
         users.insert(user.to_owned());
         Ok(())
     }
 
-    fn leave(&self, user: &str, peer: IpAddr) {
+    fn leave(&self, user: &str, path: &PathId) {
         let mut table = self.table();
-        if let Some((_, users)) = table.watched.get_mut(&peer) {
+        if let Some((_, users)) = table.watched.get_mut(path) {
             users.remove(user);
             if users.is_empty() {
-                table.watched.remove(&peer);
+                table.watched.remove(path);
             }
         }
-        table.words.remove(&(peer, user.to_owned()));
+        table.words.remove(&(path.address, user.to_owned()));
     }
 
-    async fn prove(&self, peer: IpAddr) -> Option<Health> {
-        self.table().proofs.push(peer);
-        self.health(peer)
+    async fn prove(&self, path: &PathId) -> Option<Health> {
+        self.table().proofs.push(path.address);
+        self.health(path)
     }
 
-    fn health(&self, peer: IpAddr) -> Option<Health> {
+    fn health(&self, path: &PathId) -> Option<Health> {
         let table = self.table();
-        let (spec, _) = table.watched.get(&peer)?;
-        let (verdict, reason) = match table.lost.get(&peer) {
+        table.watched.get(path)?;
+        let peer = path.address;
+        let is_nobodys = table.nobodys.contains(&path.reflector.discriminator);
+        let lost = match table.lost.get(&peer) {
+            _ if is_nobodys => Some(&Path::Down),
+            lost => lost,
+        };
+        let (verdict, reason) = match lost {
             Some(Path::Unanswerable) => return None,
             Some(Path::Down | Path::DownOutwards) => (
                 Verdict::Down,
@@ -199,7 +223,7 @@ impl Prober for FakeProber {
             _ => (Verdict::Up, Reason::Answered),
         };
         let way = Way { verdict, reason };
-        let inward = match table.lost.get(&peer) {
+        let inward = match lost {
             Some(Path::DownOutwards) => Way {
                 verdict: Verdict::Up,
                 reason: Reason::PeerHeard,
@@ -208,19 +232,19 @@ impl Prober for FakeProber {
         };
         Some(Health {
             peer,
-            port: spec.port,
+            port: path.port,
             inward,
             outward: way,
             path_mtu: table.mtus.get(&peer).copied(),
         })
     }
 
-    fn told(&self, user: &str, peer: IpAddr, word: Option<Word>) {
+    fn told(&self, user: &str, path: &PathId, word: Option<Word>) {
         let mut table = self.table();
-        let key = (peer, user.to_owned());
+        let key = (path.address, user.to_owned());
         let is_counted = table
             .watched
-            .get(&peer)
+            .get(path)
             .is_some_and(|(_, users)| users.contains(user));
         match word.filter(|_| is_counted) {
             Some(word) => drop(table.words.insert(key, word)),
