@@ -41,7 +41,7 @@ const HEARD_SLOWLY_WITHIN: Duration = Duration::from_secs(3);
 const SLOWS_DOWN_AFTER: Duration = Duration::from_secs(9);
 
 /// A peer that goes on saying that all is well for so long after we lost it knows better: its own detection is as fast as ours.
-const PEER_INSISTS: Duration = Duration::from_secs(1);
+pub const PEER_INSISTS: Duration = Duration::from_secs(1);
 
 /// What is known of one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -19,7 +19,7 @@ pub use shared::Shared;
 use management::MAX_SESSIONS;
 
 /// Version of everything in this crate that is seen through a pinned map.
-pub const LAYOUT: u32 = 5;
+pub const LAYOUT: u32 = 6;
 
 /// Tunnels that one node can hold: the bar is 10,000 connections, the rest is head room.
 pub const MAX_SLOTS: u32 = 16_384;
@@ -268,6 +268,8 @@ reasons! {
     SbfdWrongSource = 14, "sbfd_wrong_source", Dropped;
     /// An answer to a probe that was never sent, was answered already, or is long forgotten.
     SbfdStale = 15, "sbfd_stale", Dropped;
+    /// A probe whose number had not advanced: replayed, overtaken, or of an initiator that numbers none. It is answered and proves nothing.
+    SbfdReplayed = 16, "sbfd_replayed", Passed;
 }
 
 /// Entries of DROPS.

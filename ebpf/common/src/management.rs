@@ -8,11 +8,17 @@
 //!
 //! What leaves is stamped ([`egress`]); an answer is matched to the stamp of its probe and a probe is reflected ([`ingress`]).
 //! Only a peer with a session gets anything back, at most [`PROBES_PER_SECOND`], and never more bytes than it sent.
+//!
+//! A probe of the peer's is evidence of the way in only if its number has advanced ([`SEQUENCE_MASK`]). One that was replayed is answered,
+//! for an answer proves nothing to us, but out of a budget of its own, so that it takes no answer away from the peer; so is one of a foreign
+//! initiator that numbers none. A peer that starts anew begins at any number: [`ADVANCING`] probes in a row that advance from one to the
+//! next are believed to be such a start, so that no recording that is shorter ever is one. A longer one that advances is not told from the
+//! peer, as nothing is whose sender has no key.
 
 use crate::{
     Address, Reason, Shared,
     sbfd::{
-        Control, Flags, Reflector, SEQUENCE_MASK, State,
+        Control, Flags, Reflector, SEQUENCE_BITS, SEQUENCE_MASK, State,
         frame::{Packet, Role},
     },
 };
@@ -28,6 +34,10 @@ pub const PROBES_PER_SECOND: u64 = 400;
 
 /// Probes that may come at once: those of a preflight and of a node that catches up.
 pub const PROBES_AT_ONCE: u64 = 100;
+
+/// Probes in a row whose numbers advance until a peer is believed to have begun at another number. A prober of ours sends them within a
+/// second, or where it has been down for long, within 16.
+pub const ADVANCING: u64 = 16;
 
 /// Time between two probes at the lasting rate, nanoseconds.
 const PROBE_NS: u64 = 1_000_000_000 / PROBES_PER_SECOND;
@@ -90,10 +100,18 @@ pub struct Session {
 
     /// The peer's own probes.
     pub probes: Shared,
-    /// When the last one came.
+    /// When the last one came whose number had advanced.
     pub last_probe_ns: Shared,
-    /// What the last one said of the peer's session to us: see [`Said`].
+    /// What that one said of the peer's session to us: see [`Said`].
     pub probe: Shared,
+    /// Its number, with that of its session.
+    pub probe_number: Shared,
+    /// Those whose number had not: replayed, overtaken, or not numbered.
+    pub stale_probes: Shared,
+    /// The number of the last one of these, and how many before it advanced from one to the next.
+    pub stale_number: Shared,
+    /// When the last one that was answered came.
+    pub reflected_ns: Shared,
     /// Answers that we gave.
     pub reflected: Shared,
     /// Bytes of their frames.
@@ -104,6 +122,8 @@ pub struct Session {
     pub rate_limited: Shared,
     /// When the peer's next probe is due at the lasting rate (GCRA).
     pub next_probe_ns: Shared,
+    /// Likewise the next one whose number has not advanced.
+    pub next_stale_ns: Shared,
     /// All frames that came from the peer's Ethernet address, whatever became of them.
     pub arrived: Shared,
 
@@ -128,11 +148,16 @@ impl Default for Session {
             probes: Shared::default(),
             last_probe_ns: Shared::default(),
             probe: Shared::default(),
+            probe_number: Shared::default(),
+            stale_probes: Shared::default(),
+            stale_number: Shared::default(),
+            reflected_ns: Shared::default(),
             reflected: Shared::default(),
             reflected_bytes: Shared::default(),
             last_reflection_ns: Shared::default(),
             rate_limited: Shared::default(),
             next_probe_ns: Shared::default(),
+            next_stale_ns: Shared::default(),
             arrived: Shared::default(),
             stamps: core::array::from_fn(|_| Stamp::default()),
         }
@@ -143,7 +168,7 @@ impl Default for Session {
 const _: () = {
     assert!(size_of::<NodeState>() == 2 * 8);
     assert!(size_of::<Stamp>() == 4 * 8);
-    assert!(size_of::<Session>() == 21 * 8 + STAMPS * size_of::<Stamp>());
+    assert!(size_of::<Session>() == 26 * 8 + STAMPS * size_of::<Stamp>());
     assert!((SEQUENCE_MASK as usize + 1).is_multiple_of(STAMPS));
 };
 
@@ -185,6 +210,38 @@ impl Said {
     }
 }
 
+/// Which probe of the peer's: its session, its number in it, and how many in a row have advanced to it, in one number; 0 is none.
+#[derive(Clone, Copy)]
+struct Numbered(u64);
+
+impl Numbered {
+    const RUN: u32 = 16;
+
+    #[inline(always)]
+    fn of(control: &Control) -> Self {
+        // No session has the discriminator 0.
+        Self((control.my_discriminator as u64) << 32 | control.sequence() as u64)
+    }
+
+    /// Whether this is a later probe of the same session; half of all numbers are later than any.
+    #[inline(always)]
+    fn follows(self, earlier: Self) -> bool {
+        let half = 1 << (SEQUENCE_BITS - 1);
+        let ahead = self.0.wrapping_sub(earlier.0) & SEQUENCE_MASK as u64;
+        self.0 >> 32 == earlier.0 >> 32 && ahead != 0 && ahead < half
+    }
+
+    #[inline(always)]
+    fn run(self) -> u64 {
+        self.0 >> Self::RUN & 0xff
+    }
+
+    #[inline(always)]
+    fn with_run(self, run: u64) -> Self {
+        Self(self.0 | (run & 0xff) << Self::RUN)
+    }
+}
+
 /// An address as [`Session::peer_address`] holds it.
 #[inline(always)]
 #[must_use]
@@ -222,11 +279,16 @@ impl Session {
             &self.probes,
             &self.last_probe_ns,
             &self.probe,
+            &self.probe_number,
+            &self.stale_probes,
+            &self.stale_number,
+            &self.reflected_ns,
             &self.reflected,
             &self.reflected_bytes,
             &self.last_reflection_ns,
             &self.rate_limited,
             &self.next_probe_ns,
+            &self.next_stale_ns,
             &self.arrived,
         ] {
             field.store(0);
@@ -284,17 +346,65 @@ impl Session {
         Ok(())
     }
 
-    /// Whether the peer may have one more answer now (GCRA, ITU-T I.371). Two processors at once may let through one more.
+    /// A probe of the peer's came; whether it is a new one, and so evidence.
     #[inline(always)]
-    fn within_rate(&self, now_ns: u64) -> bool {
-        let due = self.next_probe_ns.load();
-        if due > now_ns.saturating_add((PROBES_AT_ONCE - 1) * PROBE_NS) {
-            return false;
+    fn note_probe(&self, control: &Control, now_ns: u64) -> Result<bool, Reason> {
+        self.probes.add(1);
+        let number = Numbered::of(control);
+        let last = self.probe_number.load();
+        let is_new = last == 0 || number.follows(Numbered(last));
+        let budget = if is_new {
+            &self.next_probe_ns
+        } else {
+            &self.next_stale_ns
+        };
+        if !within_rate(budget, now_ns) {
+            self.rate_limited.add(1);
+            return Err(Reason::SbfdRateLimited);
         }
-        let from = if due > now_ns { due } else { now_ns };
-        self.next_probe_ns.store(from.wrapping_add(PROBE_NS));
-        true
+        if is_new {
+            self.probe_number.store(number.0);
+            self.probe.store(Said::pack(control));
+            self.last_probe_ns.store(now_ns);
+        } else {
+            self.stale_probes.add(1);
+            let before = Numbered(self.stale_number.load());
+            let run = if number.follows(before) {
+                before.run() + 1
+            } else {
+                0
+            };
+            self.stale_number.store(number.with_run(run).0);
+            if run >= ADVANCING {
+                // Not evidence yet: the next one is.
+                self.probe_number.store(number.0);
+                self.stale_number.store(0);
+            }
+        }
+        Ok(is_new)
     }
+
+    /// The number of the last probe that left; `None`: none did.
+    #[must_use]
+    pub fn last_sequence(&self) -> Option<u32> {
+        let last = self
+            .stamps
+            .iter()
+            .max_by_key(|stamp| stamp.sent_ns.load())?;
+        (last.sent_ns.load() != 0).then(|| last.sequence.load() as u32)
+    }
+}
+
+/// Whether one more packet may have an answer now (GCRA, ITU-T I.371). Two processors at once may let through one more.
+#[inline(always)]
+fn within_rate(next_ns: &Shared, now_ns: u64) -> bool {
+    let due = next_ns.load();
+    if due > now_ns.saturating_add((PROBES_AT_ONCE - 1) * PROBE_NS) {
+        return false;
+    }
+    let from = if due > now_ns { due } else { now_ns };
+    next_ns.store(from.wrapping_add(PROBE_NS));
+    true
 }
 
 /// What the hooks know: the maps.
@@ -309,7 +419,12 @@ pub trait Node {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// A probe: to be turned into its answer and sent back.
-    Reflect(Reflector),
+    Reflect {
+        /// What to say.
+        reflector: Reflector,
+        /// Whether it is evidence: its number has advanced. Else it is to be counted as [`Reason::SbfdReplayed`].
+        is_new: bool,
+    },
     /// An answer to one of our probes, noted. `wake`: somebody waits for it.
     Answered {
         /// Whether it is handed on to the prober's socket.
@@ -348,21 +463,16 @@ pub fn ingress<N: Node + ?Sized>(
     let session = session.ok_or(Reason::SbfdUnknownPeer)?;
     match packet.role {
         Role::Initiator => {
-            session.probes.add(1);
-            if !session.within_rate(now_ns) {
-                session.rate_limited.add(1);
-                return Err(Reason::SbfdRateLimited);
-            }
-            // What a flood says is evidence no more than it is answered.
-            session.probe.store(Said::pack(control));
-            session.last_probe_ns.store(now_ns);
+            let is_new = session.note_probe(control, now_ns)?;
+            session.reflected_ns.store(now_ns);
             session.reflected.add(1);
             session.reflected_bytes.add(u64::from(length));
-            Ok(Verdict::Reflect(Reflector {
+            let reflector = Reflector {
                 state: State::from_bits(own.state.load() as u8),
                 flags,
                 required_min_rx_us: REQUIRED_MIN_RX_US,
-            }))
+            };
+            Ok(Verdict::Reflect { reflector, is_new })
         }
         Role::Reflector => {
             let ours = u64::from(control.your_discriminator) == session.local_discriminator.load()
@@ -393,7 +503,7 @@ pub fn egress<N: Node + ?Sized>(packet: Option<&Packet>, now_ns: u64, node: &N) 
     let session = node.session(packet.receiver);
     if packet.role == Role::Reflector {
         if let Some(session) = session {
-            let took = now_ns.saturating_sub(session.last_probe_ns.load());
+            let took = now_ns.saturating_sub(session.reflected_ns.load());
             session.last_reflection_ns.store(took);
         }
         return true;

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use nsm_ebpf_common::{
     Reason,
     management::{
-        self, Node, NodeState, PROBES_AT_ONCE, PROBES_PER_SECOND, REQUIRED_MIN_RX_US, STAMPS, Said,
-        Session, Verdict, words,
+        self, ADVANCING, Node, NodeState, PROBES_AT_ONCE, PROBES_PER_SECOND, REQUIRED_MIN_RX_US,
+        STAMPS, Said, Session, Verdict, words,
     },
     mapped,
     sbfd::{
@@ -113,6 +113,10 @@ fn answer(sequence: u32) -> Packet {
 }
 
 fn peers_probe() -> Packet {
+    numbered_probe(0)
+}
+
+fn numbered_probe(sequence: u32) -> Packet {
     Packet {
         role: Role::Initiator,
         initiator_port: 51_000,
@@ -122,9 +126,9 @@ fn peers_probe() -> Packet {
             state: State::Down,
             my_discriminator: 999,
             your_discriminator: NODE,
-            ..control(0)
+            ..control(sequence)
         },
-        ..answer(0)
+        ..answer(sequence)
     }
 }
 
@@ -204,7 +208,11 @@ fn an_answer_must_be_of_the_session_in_all_it_says() {
 #[test]
 fn a_probe_of_a_peer_is_noted_and_reflected() {
     let memory = Memory::new();
-    let Ok(Verdict::Reflect(reflector)) = memory.ingress(&peers_probe(), 3 * MS) else {
+    let Ok(Verdict::Reflect {
+        reflector,
+        is_new: true,
+    }) = memory.ingress(&peers_probe(), 3 * MS)
+    else {
         panic!("reflected");
     };
     assert_eq!(reflector.state, State::Up);
@@ -228,7 +236,9 @@ fn a_probe_of_a_peer_is_noted_and_reflected() {
 
     memory.node.state.store(State::AdminDown.bits().into());
     let verdict = memory.ingress(&peers_probe(), 4 * MS);
-    assert!(matches!(verdict, Ok(Verdict::Reflect(r)) if r.state == State::AdminDown));
+    assert!(
+        matches!(verdict, Ok(Verdict::Reflect { reflector, .. }) if reflector.state == State::AdminDown)
+    );
 }
 
 #[test]
@@ -262,7 +272,7 @@ fn a_flood_is_answered_at_the_lasting_rate() {
     // 100,000 probes within ten seconds, evenly.
     for probe in 0..100_000 {
         match memory.ingress(&peers_probe(), start + probe * MS / 10) {
-            Ok(Verdict::Reflect(_)) => {}
+            Ok(Verdict::Reflect { .. }) => {}
             Err(Reason::SbfdRateLimited) => {
                 limited += 1;
                 assert_ne!(
@@ -287,6 +297,112 @@ fn a_flood_is_answered_at_the_lasting_rate() {
     // A moment later it is a peer like any other.
     let later = start + 10_000 * MS + 1_000 * MS / PROBES_PER_SECOND;
     assert!(memory.ingress(&peers_probe(), later).is_ok());
+}
+
+impl Memory {
+    /// A probe came and was answered; whether it is evidence.
+    fn is_evidence(&self, probe: &Packet, now_ns: u64) -> bool {
+        let before = (
+            self.session().probe.load(),
+            self.session().last_probe_ns.load(),
+        );
+        let Ok(Verdict::Reflect { is_new, .. }) = self.ingress(probe, now_ns) else {
+            panic!("answered");
+        };
+        let heard = self.session().last_probe_ns.load();
+        assert_eq!(is_new, heard == now_ns, "what is evidence is noted");
+        assert!(is_new || before == (self.session().probe.load(), heard));
+        is_new
+    }
+}
+
+#[test]
+fn a_probe_is_evidence_once_and_the_next_one_is() {
+    let memory = Memory::new();
+    let mut now = MS;
+    let mut comes = |sequence| {
+        now += 50 * MS;
+        memory.is_evidence(&numbered_probe(sequence), now)
+    };
+    // Over the end of the numbers, with some lost.
+    for sequence in [1_000, 1_001, 1_010, 1_023, 0, 511] {
+        assert!(comes(sequence), "{sequence}");
+    }
+    for _ in 0..1_000 {
+        assert!(!comes(511), "replayed");
+        assert!(!comes(0), "replayed, an older one");
+    }
+    assert_eq!(memory.session().stale_probes.load(), 2_000);
+    assert_eq!(memory.session().reflected.load(), 2_006);
+    assert!(comes(512), "the peer itself");
+}
+
+#[test]
+fn a_recording_that_is_replayed_again_and_again_is_none_either() {
+    let memory = Memory::new();
+    let recorded = 1..=ADVANCING as u32;
+    for sequence in recorded.clone() {
+        assert!(memory.is_evidence(&numbered_probe(sequence), u64::from(sequence) * MS));
+    }
+    let mut now = 1_000 * MS;
+    for _ in 0..100 {
+        for sequence in recorded.clone() {
+            now += 5 * MS;
+            assert!(!memory.is_evidence(&numbered_probe(sequence), now));
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_begins_anew_at_any_number_is_believed_after_a_while() {
+    for first in [0, 3, 4, 5, 511, 512, 516, 600, 1_023] {
+        let memory = Memory::new();
+        assert!(memory.is_evidence(&numbered_probe(4), MS));
+        let mut believed = (0..2 + ADVANCING as u32).map(|probe| {
+            let mut packet = numbered_probe((first + probe) & SEQUENCE_MASK);
+            packet.control.my_discriminator ^= 1;
+            memory.is_evidence(&packet, MS * u64::from(10 + probe))
+        });
+        assert!(believed.by_ref().take(1 + ADVANCING as usize).all(|is| !is));
+        assert_eq!(believed.next(), Some(true), "from {first}");
+    }
+}
+
+#[test]
+fn an_initiator_that_numbers_nothing_is_answered_and_heard_once() {
+    let memory = Memory::new();
+    assert!(memory.is_evidence(&peers_probe(), MS));
+    for second in 1..100 {
+        assert!(!memory.is_evidence(&peers_probe(), second * 1_000 * MS));
+    }
+}
+
+#[test]
+fn replayed_probes_take_no_answer_from_the_peer() {
+    let memory = Memory::new();
+    let (mut limited, mut now) = (0, MS);
+    for sequence in 0..200 {
+        now += 50 * MS;
+        assert!(memory.is_evidence(&numbered_probe(sequence), now));
+        for _ in 0..1_000 {
+            match memory.ingress(&numbered_probe(0), now) {
+                Ok(Verdict::Reflect { is_new: false, .. }) => {}
+                Err(Reason::SbfdRateLimited) => limited += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(limited > 190_000, "{limited}");
+}
+
+#[test]
+fn the_last_number_is_found_again() {
+    let memory = Memory::new();
+    assert_eq!(memory.session().last_sequence(), None);
+    for (sequence, now) in [(1_022, 1), (1_023, 2), (0, 3), (1, 4)] {
+        memory.send(sequence, now * MS);
+    }
+    assert_eq!(memory.session().last_sequence(), Some(1));
 }
 
 #[test]

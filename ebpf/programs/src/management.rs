@@ -73,7 +73,10 @@ fn receive<const N: usize>(ctx: &TcContext) -> i32 {
     // The answers do not depend on the agent.
     let flags = Flags::CONTROL_PLANE_INDEPENDENT;
     match ingress(packet.as_ref(), length, flags, now(), &Maps) {
-        Ok(Verdict::Reflect(reflector)) => {
+        Ok(Verdict::Reflect { reflector, is_new }) => {
+            if !is_new {
+                bump(Reason::SbfdReplayed);
+            }
             if let Some(packet) = packet {
                 frame::reflect(head, &packet.control, reflector);
             }

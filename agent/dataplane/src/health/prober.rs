@@ -360,6 +360,9 @@ impl Prober {
         };
         let session = sessions.slot(slot);
         let kept = adopted.and_then(|_| Names::read(node, &entry, session));
+        // The numbers go on where an earlier agent ended: such that were there before are no evidence to the peer.
+        let last = kept.and_then(|_| session.last_sequence());
+        let first = last.map_or(first, |last| Seq::from_low_bits(last + 1));
         let names = kept.unwrap_or_else(|| {
             let ports = u64::from(u16::MAX - SOURCE_PORT_MIN) + 1;
             let names = Names {

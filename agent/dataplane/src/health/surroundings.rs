@@ -132,6 +132,10 @@ impl Surroundings<'_> {
 pub(super) struct Drops([AtomicU64; Reason::ALL.len()]);
 
 impl Drops {
+    fn count(&self, reason: Reason) {
+        self.0[reason as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(super) fn by_name(&self) -> BTreeMap<&'static str, u64> {
         Reason::ALL
             .iter()
@@ -163,7 +167,10 @@ pub(super) fn serve(
         sessions,
     );
     match (verdict, packet) {
-        (Ok(Verdict::Reflect(reflector)), Some(packet)) => {
+        (Ok(Verdict::Reflect { reflector, is_new }), Some(packet)) => {
+            if !is_new {
+                drops.count(Reason::SbfdReplayed);
+            }
             if let Some(head) = frame.first_chunk_mut::<HEAD_V4>()
                 && is_v4(head)
             {
@@ -177,7 +184,7 @@ pub(super) fn serve(
         }
         (Ok(_), _) => {}
         (Err(reason), _) => {
-            drops.0[reason as usize].fetch_add(1, Ordering::Relaxed);
+            drops.count(reason);
         }
     }
 }

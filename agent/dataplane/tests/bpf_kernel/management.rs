@@ -163,8 +163,9 @@ fn a_probe_is_turned_round_as_rfc_7880_says() {
     sandbox(|| {
         for ends in families() {
             let bpf = load(ends[1]);
-            for padding in [0, 1, 234, 1400] {
-                let probe = peers_probe(ends);
+            for (number, padding) in (1..).zip([0, 1, 234, 1400]) {
+                let mut probe = peers_probe(ends);
+                probe.control.desired_min_tx_us += number;
                 let sent = frame(&probe, padding);
                 let (verdict, answer) = run(&bpf, Direction::In, &sent);
                 assert_eq!(verdict, REDIRECT);
@@ -192,6 +193,14 @@ fn a_probe_is_turned_round_as_rfc_7880_says() {
             let bytes = read(offset_of!(Session, reflected_bytes));
             assert_eq!(bytes, 4 * head + 1 + 234 + 1400);
             assert_eq!(drops(&bpf), []);
+            // Once more, the last one: answered as before, and no evidence.
+            let heard = read(offset_of!(Session, last_probe_ns));
+            let mut probe = peers_probe(ends);
+            probe.control.desired_min_tx_us += 4;
+            let (verdict, _) = run(&bpf, Direction::In, &frame(&probe, 0));
+            assert_eq!(verdict, REDIRECT);
+            assert_eq!(read(offset_of!(Session, last_probe_ns)), heard);
+            assert_eq!(drops(&bpf), [("sbfd_replayed", 1)]);
             bpf.detach_and_unpin().expect("unpinned");
         }
     });

@@ -1,11 +1,17 @@
 //! What others make up: spoofed, replayed, flooded. Counted, and nothing changes.
 
-use nsm_core::sbfd::{Proof, State};
+use nsm_core::{
+    clock::Monotonic,
+    health::{PEER_INSISTS, Verdict},
+    sbfd::{Proof, State},
+};
+use nsm_dataplane::health::Peer;
 use nsm_ebpf_common::{
     management::{PROBES_AT_ONCE, PROBES_PER_SECOND},
     sbfd::frame::Role,
 };
 
+use super::fault::judged;
 use super::support::{
     By, Node, OUTER, TCX, Tap, World, addr, both_up, discriminator, eventually, pair, sandbox,
     sbfd_in, sendable, within,
@@ -106,21 +112,82 @@ fn sent_by(node: &Node) -> (u64, u64) {
     (numbers[9], numbers[8])
 }
 
+/// A probe of node 2 on its way to node 1.
+async fn probe_to_node_1(tap: &Tap) -> Vec<u8> {
+    tap.find("a probe to node 1", |frame| {
+        let to_node_1 = frame.get(OUTER_SOURCE..)?[..4] == [10, 2, 0, 1];
+        (to_node_1 && sbfd_in(frame)?.role == Role::Initiator).then(|| sendable(frame))
+    })
+    .await
+}
+
+/// Nothing has changed since both were up.
+async fn unmoved(nodes: &mut [Node; 2], peers: &[Peer; 2], since: [Monotonic; 2]) {
+    for ((node, peer), since) in nodes.iter_mut().zip(peers).zip(since) {
+        assert_eq!(node.state_changes(), [], "node {}", node.number);
+        let snapshot = peer.report().await.expect("report").snapshot;
+        assert_eq!((snapshot.state, snapshot.since), (State::Up, since));
+    }
+}
+
+async fn up_since(peers: &[Peer; 2]) -> [Monotonic; 2] {
+    let mut since = [Monotonic::default(); 2];
+    for (since, peer) in since.iter_mut().zip(peers) {
+        *since = peer.report().await.expect("report").snapshot.since;
+    }
+    since
+}
+
+/// What somebody makes up who sees nothing of the path: it is dropped and counted, and neither node takes notice.
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, packet sockets"]
-fn a_flood_of_probes_is_answered_at_a_bounded_rate() {
+fn a_flood_of_guessed_probes_moves_neither_node() {
+    const FLOOD: u64 = 30_000;
+    sandbox(|| async {
+        let world = World::new();
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        let since = up_since(&peers).await;
+        let tap = Tap::open(&world.router, "to1");
+        let probe = probe_to_node_1(&tap).await;
+        let before = sent_by(&nodes[0]).0;
+        let start = std::time::Instant::now();
+        for (wrong, reason) in [
+            (YOUR_DISCRIMINATOR, "sbfd_unknown_discriminator"),
+            (INNER_SENDER + 3, "sbfd_unknown_peer"),
+            (OUTER_SOURCE, "wrong_source"),
+        ] {
+            let mut forged = probe.clone();
+            forged[wrong] ^= 1;
+            let dropped = nodes[0].dropped(reason);
+            for _ in 0..FLOOD {
+                tap.send(&forged);
+            }
+            counted(&nodes[0], reason, dropped + FLOOD - 1).await;
+        }
+        // None was answered: the node's own packets are some 60 a second.
+        let sent = sent_by(&nodes[0]).0 - before;
+        let most = 1_000 * (start.elapsed().as_secs() + 1);
+        assert!(sent <= most, "{sent} packets");
+        unmoved(&mut nodes, &peers, since).await;
+        for node in nodes {
+            node.end().await;
+        }
+    });
+}
+
+/// A recording of one probe of node 2, replayed: as good as node 2's own but for its number.
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, packet sockets"]
+fn a_flood_of_replayed_probes_is_answered_at_a_bounded_rate_and_moves_neither_node() {
     const FLOOD: u64 = 100_000;
     sandbox(|| async {
         let world = World::new();
         let (mut nodes, peers) = pair(&world, TCX, 4).await;
         both_up(&mut nodes, &peers).await;
+        let since = up_since(&peers).await;
         let tap = Tap::open(&world.router, "to1");
-        let probe = tap
-            .find("a probe to node 1", |frame| {
-                let to_node_1 = frame.get(OUTER_SOURCE..)?[..4] == [10, 2, 0, 1];
-                (to_node_1 && sbfd_in(frame)?.role == Role::Initiator).then(|| sendable(frame))
-            })
-            .await;
+        let probe = probe_to_node_1(&tap).await;
         let (packets, bytes) = sent_by(&nodes[0]);
         let start = std::time::Instant::now();
         for _ in 0..FLOOD {
@@ -138,17 +205,67 @@ fn a_flood_of_probes_is_answered_at_a_bounded_rate() {
         assert!(packets <= most, "{packets} packets in {seconds} s");
         assert!(bytes <= most * probe.len() as u64, "{bytes} bytes");
         assert!(bytes <= FLOOD * probe.len() as u64);
-        // The flood takes the peer's share of answers, and no more: the session comes back by itself.
-        let peer = &peers[0];
-        eventually("up", async || match peer.is_up() {
-            true => Ok(()),
-            false => Err("down".to_owned()),
-        })
-        .await;
+        assert!(nodes[0].dropped("sbfd_replayed") >= PROBES_AT_ONCE);
+        // Also node 2, whose answers these are: replayed probes take none of them.
+        unmoved(&mut nodes, &peers, since).await;
         for node in nodes {
             node.end().await;
         }
     });
+}
+
+/// While nothing passes any more, a probe that once was node 2's goes on coming in.
+async fn replayed(by: By) {
+    let world = World::new();
+    let (mut nodes, peers) = pair(&world, by, 4).await;
+    both_up(&mut nodes, &peers).await;
+    let tap = Tap::open(&world.router, "to1");
+    let probe = probe_to_node_1(&tap).await;
+    world.drop_between("udp dport 4789");
+    nodes[0].becomes(State::Down).await;
+    let before = nodes[0].dropped("sbfd_replayed");
+    // A peer that insists that all is well is believed after one second.
+    let insisted = 2 * PEER_INSISTS;
+    eventually("a lasting verdict", async || {
+        tap.send(&probe);
+        let (health, down_for) = judged(&peers[0]).await;
+        assert_eq!(health.verdict(), Verdict::Down, "{health}");
+        assert_eq!(health.inward.verdict, Verdict::Down, "{health:?}");
+        let replayed = nodes[0].dropped("sbfd_replayed") - before;
+        let is_over = down_for > insisted && replayed > 20;
+        is_over
+            .then_some(())
+            .ok_or_else(|| format!("{replayed} in {down_for:?}"))
+    })
+    .await;
+    assert_eq!(nodes[0].state_changes(), []);
+    // And the peer itself is heard again.
+    world.mend();
+    for node in &mut nodes {
+        node.becomes(State::Up).await;
+    }
+    let heard = peers[0].report().await.expect("report").snapshot.peer;
+    eventually("node 2 itself", async || {
+        let now = peers[0].report().await.expect("report").snapshot.peer;
+        let is_later = now.map(|probe| probe.at) > heard.map(|probe| probe.at);
+        is_later.then_some(()).ok_or_else(|| format!("{now:?}"))
+    })
+    .await;
+    for node in nodes {
+        node.end().await;
+    }
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, packet sockets, nftables"]
+fn a_replayed_probe_does_not_hide_that_the_path_is_cut() {
+    sandbox(|| replayed(TCX));
+}
+
+#[test]
+#[ignore = "needs root: namespaces, VXLAN, packet sockets, nftables"]
+fn a_replayed_probe_does_not_hide_that_the_path_is_cut_without_bpf() {
+    sandbox(|| replayed(By::UserSpace));
 }
 
 async fn another_name(by: By) {

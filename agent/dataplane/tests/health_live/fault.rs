@@ -1,8 +1,10 @@
 //! What breaks, and what the sessions and the stages say of it.
 
+use std::time::Duration;
+
 use nsm_core::{
     clock::Monotonic,
-    health::{Direction, Evidence, judge},
+    health::{Direction, Evidence, Health, judge},
     sbfd::{Change, Proof, State},
 };
 use nsm_dataplane::bpf;
@@ -48,8 +50,8 @@ async fn one_way(family: u8, from: &str) {
     }
 }
 
-/// Why one way of the path is as it is, by the name of the reason.
-pub(crate) async fn reason(peer: &Peer, direction: Direction) -> String {
+/// What the evidence of a path says now, and since when its session is as it is.
+pub(crate) async fn judged(peer: &Peer) -> (Health, Duration) {
     let report = report(peer).await;
     let evidence = Evidence {
         peer: report.peer.address,
@@ -59,12 +61,13 @@ pub(crate) async fn reason(peer: &Peer, direction: Direction) -> String {
         told: None,
     };
     let now = Monotonic::from_nanos(bpf::now().as_nanos() as u64);
-    let health = judge(&evidence, now);
-    let way = match direction {
-        Direction::In => health.inward,
-        Direction::Out => health.outward,
-    };
-    let name = format!("{:?}", way.reason);
+    (judge(&evidence, now), now.since(report.snapshot.since))
+}
+
+/// Why one way of the path is as it is, by the name of the reason.
+pub(crate) async fn reason(peer: &Peer, direction: Direction) -> String {
+    let (health, _) = judged(peer).await;
+    let name = format!("{:?}", health.way(direction).reason);
     name.split([' ', '{']).next().unwrap_or_default().to_owned()
 }
 

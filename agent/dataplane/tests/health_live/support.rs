@@ -310,6 +310,17 @@ impl Node {
             .unwrap_or_else(|_| panic!("node {} did not see {wanted:?}", self.number))
     }
 
+    /// The changes of state that were told since they were asked for.
+    pub(crate) fn state_changes(&mut self) -> Vec<Change> {
+        std::iter::from_fn(|| self.events.try_recv().ok())
+            .filter_map(|event| match event {
+                Event::Session { change, .. } => Some(change),
+                Event::ForeignVni(_) => None,
+            })
+            .filter(|change| matches!(change, Change::State { .. }))
+            .collect()
+    }
+
     pub(crate) async fn end(self) {
         self.health.close().await.expect("closed");
         if let Some(bpf) = &self.bpf {
