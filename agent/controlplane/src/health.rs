@@ -470,6 +470,19 @@ impl ControlPlane {
         }
     }
 
+    /// Looks again at the path of a connection that has just been committed: what became of it since it was looked at has been told
+    /// to those connections only that there were.
+    pub(crate) fn catch_up(&self, established: &Arc<Established>) {
+        let Some((remote, _)) = established.remote() else {
+            return;
+        };
+        self.follow_mtu_of(established, remote);
+        if self.health_of(established) != established.path.health {
+            let news = (established.view.id.clone(), News::Path);
+            self.apply_all(std::iter::once(news));
+        }
+    }
+
     fn connections_to(&self, peer: IpAddr) -> impl Iterator<Item = Arc<Established>> {
         self.shared
             .connections

@@ -581,6 +581,7 @@ impl ControlPlane {
         self.shared
             .monitors
             .publish_answered(ConnectionEventType::Update, &established.view);
+        self.catch_up(&established);
         answer
     }
 

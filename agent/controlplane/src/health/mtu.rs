@@ -1,6 +1,6 @@
 //! The MTU of a connection follows what its path carries.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use nsm_core::mechanism::lower_mtu;
 use nsm_proto::connection::ConnectionEventType;
@@ -17,21 +17,26 @@ impl ControlPlane {
     /// Lets the links of every connection to `peer` carry what the path does, and no more than was agreed.
     pub(super) fn follow_mtu(&self, peer: IpAddr) {
         for established in self.connections_to(peer) {
-            let path_mtu = self.path_mtu(established.path.watched.as_ref());
-            if wanted(&established, path_mtu).is_none() {
-                continue;
-            }
-            let plane = self.clone();
-            tokio::spawn(async move {
-                let id = established.view.id.as_str();
-                if let Err(error) = plane.set_mtu(id, peer).await {
-                    tracing::warn!(
-                        connection.id = %id, peer.ip = %peer, %error,
-                        "the link's MTU does not follow the path: large packets get lost"
-                    );
-                }
-            });
+            self.follow_mtu_of(&established, peer);
         }
+    }
+
+    /// The same for one connection to `peer`.
+    pub(super) fn follow_mtu_of(&self, established: &Arc<Established>, peer: IpAddr) {
+        let path_mtu = self.path_mtu(established.path.watched.as_ref());
+        if wanted(established, path_mtu).is_none() {
+            return;
+        }
+        let (plane, established) = (self.clone(), Arc::clone(established));
+        tokio::spawn(async move {
+            let id = established.view.id.as_str();
+            if let Err(error) = plane.set_mtu(id, peer).await {
+                tracing::warn!(
+                    connection.id = %id, peer.ip = %peer, %error,
+                    "the link's MTU does not follow the path: large packets get lost"
+                );
+            }
+        });
     }
 
     async fn set_mtu(&self, id: &str, peer: IpAddr) -> Result<(), RequestError> {
@@ -55,8 +60,8 @@ impl ControlPlane {
         let foreign = lock(&self.shared.foreign).of(peer);
         changed.settle(&foreign);
         tracing::info!(connection.id = %id, peer.ip = %peer, mtu, "the MTU follows the path");
-        let changed = std::sync::Arc::new(changed);
-        turn.set(Some(std::sync::Arc::clone(&changed)));
+        let changed = Arc::new(changed);
+        turn.set(Some(Arc::clone(&changed)));
         self.shared
             .monitors
             .publish(ConnectionEventType::Update, &changed.view);

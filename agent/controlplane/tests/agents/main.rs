@@ -11,6 +11,7 @@ mod hostile;
 mod lifetime;
 mod lost_hop;
 mod many;
+mod meanwhile;
 mod monitor;
 mod node;
 mod reasons;

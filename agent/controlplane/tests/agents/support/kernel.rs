@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
     net::IpAddr,
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use nsm_controlplane::{
@@ -50,6 +53,10 @@ pub(crate) struct FakeKernel {
     table: Mutex<Table>,
     /// Held while nothing may be deleted.
     deleting: tokio::sync::Mutex<()>,
+    /// Held while nothing may be made.
+    making: tokio::sync::Mutex<()>,
+    /// Times that links were asked for.
+    asked: AtomicUsize,
     prober: Option<FakeProber>,
 }
 
@@ -60,6 +67,8 @@ impl FakeKernel {
             mtu,
             table: Mutex::default(),
             deleting: tokio::sync::Mutex::default(),
+            making: tokio::sync::Mutex::default(),
+            asked: AtomicUsize::new(0),
             prober: probes.then(|| FakeProber::of(ip)),
         }
     }
@@ -122,6 +131,16 @@ impl FakeKernel {
         self.deleting.lock().await
     }
 
+    /// Makes no link until what it returns is dropped.
+    pub(crate) async fn make_no_links(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.making.lock().await
+    }
+
+    /// How often links were asked for so far.
+    pub(crate) fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+
     /// Lets every question for the underlay fail.
     pub(crate) fn lose_underlay(&self) {
         self.table().blind = true;
@@ -142,6 +161,8 @@ impl Forwarder for FakeKernel {
     }
 
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let _making = self.making.lock().await;
         let mut table = self.table();
         if let Some(fault) = table.faults.pop_front() {
             return Err(fault);

@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -50,6 +53,8 @@ pub(crate) struct FakeProber {
     table: Mutex<Table>,
     events: mpsc::UnboundedSender<PathEvent>,
     pending: tokio::sync::Mutex<mpsc::UnboundedReceiver<PathEvent>>,
+    /// Times that somebody came for an event: what was told before is dealt with.
+    visits: AtomicUsize,
 }
 
 impl FakeProber {
@@ -68,6 +73,7 @@ impl FakeProber {
             table: Mutex::default(),
             events,
             pending: tokio::sync::Mutex::new(pending),
+            visits: AtomicUsize::new(0),
         }
     }
 
@@ -146,6 +152,11 @@ impl FakeProber {
     /// Watches nobody more.
     pub(crate) fn refuse(&self) {
         self.table().refuses = true;
+    }
+
+    /// How often somebody came for an event so far.
+    pub(crate) fn visits(&self) -> usize {
+        self.visits.load(Ordering::SeqCst)
     }
 
     fn tell(&self, ip: IpAddr) {
@@ -253,6 +264,7 @@ impl Prober for FakeProber {
     }
 
     async fn next_event(&self) -> PathEvent {
+        self.visits.fetch_add(1, Ordering::SeqCst);
         let mut pending = self.pending.lock().await;
         match pending.recv().await {
             Some(event) => event,
