@@ -20,9 +20,12 @@ use super::{
     scene::Domains,
     sessions,
 };
-use crate::packages;
+use crate::{demo::forget_tunnel, packages};
 
 const TOLD_P99_MS: f64 = 200.0;
+
+/// A VNI that the peer lacks is seen by the peer, which looks a few times a second, and told by its agent.
+const VNI_TOLD_MS: f64 = 2000.0;
 
 /// The port of tunnels.
 const PORT: u16 = 4789;
@@ -75,7 +78,19 @@ pub(super) fn measure(programs: &Programs, quick: bool, minutes: f64) -> Result<
         }
     }
     rows.extend(false_alarms(&domains, &watch, minutes)?);
+    watch.end()?;
+    let rounds_of_vni = rounds.div_ceil(5);
+    let times = lost_tunnels(&domains, programs, rounds_of_vni)?;
+    rows.push(
+        Row::new(
+            "told, VNI lost at the peer, worst",
+            quantile(&times, 1.0),
+            "ms",
+        )
+        .bar(AtMost(VNI_TOLD_MS)),
+    );
     notes.extend([
+            format!("{rounds_of_vni} connections whose tunnel vanished at the endpoint's node while a ping ran"),
             format!(
                 "{rounds} cuts a row, from before nft was started to the UPDATE with state DOWN at the client; false alarms are DOWN told while the path was not cut"
             ),
@@ -133,30 +148,66 @@ fn cuts(domains: &Domains, watch: &Watch, direction: Direction, rounds: usize) -
 
 fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64) -> Result<Vec<Row>> {
     let duration = Duration::from_secs_f64(minutes * 60.0);
-    let alarms = |from: usize| {
-        let lines = watch.lines();
-        lines[from..].iter().filter(|line| is_down(line)).count() as f64
-    };
-    let row =
-        |what: &str, alarms| Row::new(format!("false alarms, {what}"), alarms, "").bar(AtMost(0.0));
     let mut rows = Vec::new();
-
-    let from = watch.lines().len();
-    thread::sleep(duration);
-    rows.push(row("idle", alarms(from)));
-
-    let from = watch.lines().len();
-    saturate(domains, watch, duration)?;
-    rows.push(row("saturated and busy", alarms(from)));
-
-    let from = watch.lines().len();
-    let _lossy = [Direction::Out, Direction::In].map(|direction| {
-        let per_mille = LOSS_PER_MILLE;
-        direction.inject(domains, Fault::Loss { per_mille })
-    });
-    thread::sleep(duration);
-    rows.push(row("5 % loss", alarms(from)));
+    let mut during = |what: &str, load: &dyn Fn() -> Result<()>| -> Result<()> {
+        let from = watch.lines().len();
+        load()?;
+        let alarms = watch
+            .lines()
+            .iter()
+            .skip(from)
+            .filter(|line| is_down(line))
+            .count();
+        rows.push(Row::new(format!("false alarms, {what}"), alarms as f64, "").bar(AtMost(0.0)));
+        // Nor does one hear an alarm who hears nothing any more.
+        cuts(domains, watch, Direction::Out, 1)
+            .with_context(|| format!("a cut after the minutes of {what}"))?;
+        Ok(())
+    };
+    during("idle", &|| {
+        thread::sleep(duration);
+        Ok(())
+    })?;
+    during("saturated and busy", &|| saturate(domains, watch, duration))?;
+    during("5 % loss", &|| {
+        let loss = Fault::Loss {
+            per_mille: LOSS_PER_MILLE,
+        };
+        let _out = Direction::Out.inject(domains, loss)?;
+        let _in = Direction::In.inject(domains, loss)?;
+        thread::sleep(duration);
+        Ok(())
+    })?;
     Ok(rows)
+}
+
+/// Lets the endpoint's node lose its end of one tunnel after another; milliseconds until the client was told of each.
+fn lost_tunnels(domains: &Domains, programs: &Programs, rounds: usize) -> Result<Vec<f64>> {
+    let mut times = Vec::with_capacity(rounds);
+    for round in 0..rounds {
+        let watch = Watch::start(domains, programs)?;
+        let status = domains.client_agent.status()?;
+        let vni = status["connections"][0]["tunnel"]["vni"].as_u64();
+        let vni =
+            vni.with_context(|| format!("no VNI in the status of the client's agent: {status}"))?;
+        let mut ping = domains.client_pod.command("ping")?;
+        ping.args(["-i", "0.05", &watch.address]);
+        let ping = domains.world.spawn("ping", ping)?;
+        ping.wait_for_line("time=", CONNECT_DEADLINE)?;
+        let told = watch.lines().len();
+        let lost_at = monotonic_ns()?;
+        forget_tunnel(domains.endpoint_agent.node(), vni)?;
+        let at = watch
+            .wait(told, "DOWN for its VNI", TOLD_DEADLINE, |line| {
+                let reason = line["metrics"]["sbfd_reason"].as_str();
+                is_down(line) && reason.is_some_and(|reason| reason.contains("VNI"))
+            })
+            .with_context(|| format!("lost tunnel {round}"))?;
+        times.push(at.saturating_sub(lost_at) as f64 / 1e6);
+        watch.end()?;
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times)
 }
 
 /// As much TCP as goes, beside busy processes.
@@ -216,6 +267,17 @@ impl Watch {
             .wait(0, "UP with both ways proved", UP_DEADLINE, is_up)
             .with_context(|| domains.world.logs())?;
         Ok(watch)
+    }
+
+    /// Closes its connection.
+    fn end(self) -> Result<()> {
+        let status = self.process.terminate(CONNECT_DEADLINE)?;
+        ensure!(
+            status.success(),
+            "the client did not end well: {}",
+            self.process.stderr()
+        );
+        Ok(())
     }
 
     /// Everything that was told.

@@ -13,7 +13,8 @@ use serde_json::Value;
 mod clock;
 mod forget;
 
-use self::{clock::rfc3339, forget::forget_tunnel};
+use self::clock::rfc3339;
+pub(crate) use self::forget::forget_tunnel;
 use super::{Scene, report::Ping, story::Story};
 
 /// The port of tunnels.

@@ -16,11 +16,14 @@ use clap::{Args, ValueEnum};
 use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, interrupt};
 use serde_json::Value;
 
+pub(crate) use self::{
+    check::{check, check_faults},
+    fault::forget_tunnel,
+};
 use crate::{
     cargo::{self, Programs},
     packages,
 };
-pub(crate) use check::{check, check_faults};
 use report::{Bpf, Connection, Counters, Dns, Leaked, Ping, Report};
 use story::Story;
 

@@ -7,7 +7,7 @@ use nsm_world::Node;
 use serde_json::Value;
 
 /// Deletes the link in the pod, and what BPF knows of its VNI.
-pub(super) fn forget_tunnel(node: &Node, vni: u64) -> Result<()> {
+pub(crate) fn forget_tunnel(node: &Node, vni: u64) -> Result<()> {
     for pod in node.pods() {
         let lost = pod
             .links()?
