@@ -200,7 +200,7 @@ async fn a_port_that_is_taken_is_named_with_its_key() {
 async fn sources_that_differ_about_the_public_address_are_told_with_both_values() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("config.yaml");
-    // A STUN server that answers from the loopback: XOR-MAPPED-ADDRESS 127.0.0.1, as it sees us.
+    // A STUN server that sees us as 192.0.2.9, in XOR-MAPPED-ADDRESS.
     let stun = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let server = stun.local_addr().unwrap();
     tokio::spawn(async move {
@@ -209,7 +209,7 @@ async fn sources_that_differ_about_the_public_address_are_told_with_both_values(
             let mut answer = vec![1, 1, 0, 12];
             answer.extend(&request[4..]);
             answer.extend([0, 0x20, 0, 8, 0, 1, 0, 0]);
-            answer.extend((0x7f00_0001u32 ^ 0x2112_a442).to_be_bytes());
+            answer.extend((0xc000_0209u32 ^ 0x2112_a442).to_be_bytes());
             stun.send_to(&answer, from).await.unwrap();
         }
     });
@@ -223,7 +223,7 @@ async fn sources_that_differ_about_the_public_address_are_told_with_both_values(
     let admin = format!("unix://{}/admin.sock", folder.path().display());
     let words = [
         "public address: 203.0.113.7 (configuration)".to_owned(),
-        format!("conflict: 203.0.113.7 by configuration, but 127.0.0.1 by STUN {server}"),
+        format!("conflict: 203.0.113.7 by configuration, but 192.0.2.9 by STUN {server}"),
     ];
     soon("the conflict in `status`", async {
         loop {
