@@ -19,6 +19,7 @@ use nsm_proto::{
     networkservice::NetworkServiceRequest,
 };
 use tokio::time::Instant;
+use tonic::Code;
 
 use self::messages::{
     End, all_failed, check, named, own_id, reflector, resume, serves, set_mac, source,
@@ -240,10 +241,20 @@ impl ControlPlane {
                 outcome => return outcome,
             }
         }
-        let mut routes = self
+        let routes = self
             .shared
-            .routes(ask.arrival, &ask.connection, ask.deadline)
-            .await?;
+            .routes(ask.arrival, &ask.connection, ask.deadline);
+        let mut routes = match routes.await {
+            Ok(routes) => routes,
+            // A registry forgets the endpoints of an agent that is away: it is away all the same, and what stands there stands.
+            Err(error) if error.code() == Code::NotFound => {
+                let away = failures.pop();
+                return Err(away
+                    .filter(|failure| failure.code() == Code::Unavailable)
+                    .unwrap_or(error));
+            }
+            Err(error) => return Err(error),
+        };
         routes.sort_by_key(|route| self.doubts(ask, route));
         let has_failed = |route: &Route| {
             prior.is_some_and(|prior| !failures.is_empty() && prior.route.is_to_same(route))

@@ -128,9 +128,8 @@ impl Phase {
             }
             (Self::ControlPlane { since, unknown }, _) => {
                 let unknown = (failure == Failure::Unknown).then(|| unknown.unwrap_or(now));
-                if unknown.is_some_and(|first| now.since(first) >= REGISTERS_AGAIN) {
-                    Self::Another { closes: true }
-                } else if now.since(since) >= PATIENCE {
+                let is_forgotten = unknown.is_some_and(|first| now.since(first) >= REGISTERS_AGAIN);
+                if is_forgotten || now.since(since) >= PATIENCE {
                     Self::Another { closes: false }
                 } else {
                     Self::ControlPlane { since, unknown }
