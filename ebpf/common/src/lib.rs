@@ -19,7 +19,7 @@ pub use shared::Shared;
 use management::MAX_SESSIONS;
 
 /// Version of everything in this crate that is seen through a pinned map.
-pub const LAYOUT: u32 = 6;
+pub const LAYOUT: u32 = 7;
 
 /// Tunnels that one node can hold: the bar is 10,000 connections, the rest is head room.
 pub const MAX_SLOTS: u32 = 16_384;

@@ -9,16 +9,18 @@
 //! What leaves is stamped ([`egress`]); an answer is matched to the stamp of its probe and a probe is reflected ([`ingress`]).
 //! Only a peer with a session gets anything back, at most [`PROBES_PER_SECOND`], and never more bytes than it sent.
 //!
-//! A probe of the peer's is evidence of the way in only if its number has advanced ([`SEQUENCE_MASK`]). One that was replayed is answered,
-//! for an answer proves nothing to us, but out of a budget of its own, so that it takes no answer away from the peer; so is one of a foreign
-//! initiator that numbers none. A peer that starts anew begins at any number: [`ADVANCING`] probes in a row that advance from one to the
-//! next are believed to be such a start, so that no recording that is shorter ever is one. A longer one that advances is not told from the
-//! peer, as nothing is whose sender has no key.
+//! A probe of the peer's is evidence of the way in only if its number has advanced, by no more than probes get lost in a row ([`AHEAD`]).
+//! One that was replayed is answered, for an answer proves nothing to us, but out of a budget of its own, so that it takes no answer away
+//! from the peer; so is one of a foreign initiator that numbers none. A peer has a session for each way that it knows to us, and each
+//! counts on its own, so numbers are kept by the session's discriminator. One that starts anew, or is heard again after a longer loss,
+//! goes on at any number: [`ADVANCING`] probes that advance from one to the next are believed to be such a start, whatever comes between
+//! them, so that no recording that is shorter ever is one. A longer one that advances is not told from the peer, nor is one of
+//! [`AHEAD`] probes that comes when the numbers have just come round again, as nothing is whose sender has no key.
 
 use crate::{
     Address, Reason, Shared,
     sbfd::{
-        Control, Flags, Reflector, SEQUENCE_BITS, SEQUENCE_MASK, State,
+        Control, Flags, Reflector, SEQUENCE_MASK, State,
         frame::{Packet, Role},
     },
 };
@@ -35,9 +37,17 @@ pub const PROBES_PER_SECOND: u64 = 400;
 /// Probes that may come at once: those of a preflight and of a node that catches up.
 pub const PROBES_AT_ONCE: u64 = 100;
 
-/// Probes in a row whose numbers advance until a peer is believed to have begun at another number. A prober of ours sends them within a
-/// second, or where it has been down for long, within 16.
+/// Steps by which the numbers of a session advance until it is believed to have begun at another number. A prober of ours takes them
+/// within a second, or where it has been down for long, within 16.
 pub const ADVANCING: u64 = 16;
+
+/// How far a number may be ahead of the one before. Those between were lost: at [`PROBES_PER_SECOND`] in 160 ms, within which a loss is
+/// told, and at the usual 20 a second in 3.2 s, so that whoever lost more has been down since. The numbers come round in 51 s at that
+/// pace: of what was recorded at any time before, one sixteenth is ahead by so much, and the rest is old.
+pub const AHEAD: u32 = 64;
+
+/// Sessions of one peer whose numbers are kept: it has one for each of our addresses, ports and VNIs that it was told.
+pub const NUMBERED: usize = 4;
 
 /// Time between two probes at the lasting rate, nanoseconds.
 const PROBE_NS: u64 = 1_000_000_000 / PROBES_PER_SECOND;
@@ -67,6 +77,16 @@ pub struct Stamp {
     pub sequence: Shared,
     /// What the answer said: see [`Said`].
     pub answer: Shared,
+}
+
+/// How far one of a peer's sessions has come.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Reached {
+    /// The discriminator of the session, its last number, and by how many steps it advanced to it (`Numbered`); 0: none.
+    pub number: Shared,
+    /// When that came.
+    pub at_ns: Shared,
 }
 
 /// Value of SESSIONS: one peer. User space writes the first part and clears the rest before it enters the session into
@@ -104,12 +124,8 @@ pub struct Session {
     pub last_probe_ns: Shared,
     /// What that one said of the peer's session to us: see [`Said`].
     pub probe: Shared,
-    /// Its number, with that of its session.
-    pub probe_number: Shared,
-    /// Those whose number had not: replayed, overtaken, or not numbered.
+    /// Those whose number had not and that were answered: replayed, overtaken, or not numbered.
     pub stale_probes: Shared,
-    /// The number of the last one of these, and how many before it advanced from one to the next.
-    pub stale_number: Shared,
     /// When the last one that was answered came.
     pub reflected_ns: Shared,
     /// Answers that we gave.
@@ -126,6 +142,10 @@ pub struct Session {
     pub next_stale_ns: Shared,
     /// All frames that came from the peer's Ethernet address, whatever became of them.
     pub arrived: Shared,
+    /// The peer's sessions that are believed, no two of one discriminator.
+    pub heard: [Reached; NUMBERED],
+    /// What may be the start of one, by where it is: two that are further apart than [`AHEAD`] are two.
+    pub begun: [Reached; NUMBERED],
 
     /// Our last probes, by sequence number.
     pub stamps: [Stamp; STAMPS],
@@ -148,9 +168,7 @@ impl Default for Session {
             probes: Shared::default(),
             last_probe_ns: Shared::default(),
             probe: Shared::default(),
-            probe_number: Shared::default(),
             stale_probes: Shared::default(),
-            stale_number: Shared::default(),
             reflected_ns: Shared::default(),
             reflected: Shared::default(),
             reflected_bytes: Shared::default(),
@@ -159,6 +177,8 @@ impl Default for Session {
             next_probe_ns: Shared::default(),
             next_stale_ns: Shared::default(),
             arrived: Shared::default(),
+            heard: Default::default(),
+            begun: Default::default(),
             stamps: core::array::from_fn(|_| Stamp::default()),
         }
     }
@@ -168,7 +188,11 @@ impl Default for Session {
 const _: () = {
     assert!(size_of::<NodeState>() == 2 * 8);
     assert!(size_of::<Stamp>() == 4 * 8);
-    assert!(size_of::<Session>() == 26 * 8 + STAMPS * size_of::<Stamp>());
+    assert!(size_of::<Reached>() == 2 * 8);
+    assert!(
+        size_of::<Session>()
+            == 24 * 8 + 2 * NUMBERED * size_of::<Reached>() + STAMPS * size_of::<Stamp>()
+    );
     assert!((SEQUENCE_MASK as usize + 1).is_multiple_of(STAMPS));
 };
 
@@ -210,7 +234,7 @@ impl Said {
     }
 }
 
-/// Which probe of the peer's: its session, its number in it, and how many in a row have advanced to it, in one number; 0 is none.
+/// Which probe of the peer's: its session, its number in it, and by how many steps that one advanced to it, in one number; 0 is none.
 #[derive(Clone, Copy)]
 struct Numbered(u64);
 
@@ -223,12 +247,27 @@ impl Numbered {
         Self((control.my_discriminator as u64) << 32 | control.sequence() as u64)
     }
 
-    /// Whether this is a later probe of the same session; half of all numbers are later than any.
+    #[inline(always)]
+    fn is_of_session(self, other: Self) -> bool {
+        self.0 >> 32 == other.0 >> 32
+    }
+
+    /// Whether this is a later probe of the same session, with no more between than may have been lost.
     #[inline(always)]
     fn follows(self, earlier: Self) -> bool {
-        let half = 1 << (SEQUENCE_BITS - 1);
-        let ahead = self.0.wrapping_sub(earlier.0) & SEQUENCE_MASK as u64;
-        self.0 >> 32 == earlier.0 >> 32 && ahead != 0 && ahead < half
+        let ahead = self.ahead_of(earlier);
+        self.is_of_session(earlier) && ahead != 0 && ahead <= AHEAD as u64
+    }
+
+    /// Whether this was there when `later` came, as far as can be told: the same probe, or one shortly before.
+    #[inline(always)]
+    fn is_covered_by(self, later: Self) -> bool {
+        self.is_of_session(later) && later.ahead_of(self) <= AHEAD as u64
+    }
+
+    #[inline(always)]
+    fn ahead_of(self, earlier: Self) -> u64 {
+        self.0.wrapping_sub(earlier.0) & SEQUENCE_MASK as u64
     }
 
     #[inline(always)]
@@ -279,9 +318,7 @@ impl Session {
             &self.probes,
             &self.last_probe_ns,
             &self.probe,
-            &self.probe_number,
             &self.stale_probes,
-            &self.stale_number,
             &self.reflected_ns,
             &self.reflected,
             &self.reflected_bytes,
@@ -292,6 +329,10 @@ impl Session {
             &self.arrived,
         ] {
             field.store(0);
+        }
+        for reached in self.heard.iter().chain(&self.begun) {
+            reached.number.store(0);
+            reached.at_ns.store(0);
         }
         for stamp in &self.stamps {
             for field in [
@@ -351,11 +392,12 @@ impl Session {
     fn note_probe(&self, control: &Control, now_ns: u64) -> Result<bool, Reason> {
         self.probes.add(1);
         let number = Numbered::of(control);
-        let last = self.probe_number.load();
-        let is_new = last == 0 || number.follows(Numbered(last));
+        let is_new = self.is_new(number);
         let budget = if is_new {
             &self.next_probe_ns
         } else {
+            // Whether it is answered or not: what is replayed takes the answers away from who begins anew, but not the start.
+            self.note_start(number, now_ns);
             &self.next_stale_ns
         };
         if !within_rate(budget, now_ns) {
@@ -363,25 +405,80 @@ impl Session {
             return Err(Reason::SbfdRateLimited);
         }
         if is_new {
-            self.probe_number.store(number.0);
+            self.believe(number, now_ns);
             self.probe.store(Said::pack(control));
             self.last_probe_ns.store(now_ns);
         } else {
             self.stale_probes.add(1);
-            let before = Numbered(self.stale_number.load());
-            let run = if number.follows(before) {
-                before.run() + 1
-            } else {
-                0
-            };
-            self.stale_number.store(number.with_run(run).0);
-            if run >= ADVANCING {
-                // Not evidence yet: the next one is.
-                self.probe_number.store(number.0);
-                self.stale_number.store(0);
-            }
         }
         Ok(is_new)
+    }
+
+    /// Whether a session that is believed has advanced to this number, or none is believed yet.
+    #[inline(always)]
+    fn is_new(&self, number: Numbered) -> bool {
+        let mut is_first = true;
+        for reached in &self.heard {
+            let last = Numbered(reached.number.load());
+            if number.follows(last) {
+                return true;
+            }
+            is_first &= last.0 == 0;
+        }
+        is_first
+    }
+
+    /// Its session has come so far, and is believed; the one that was not heard for longest gives way.
+    #[inline(always)]
+    fn believe(&self, number: Numbered, now_ns: u64) {
+        let mut place = &self.heard[0];
+        let mut oldest = u64::MAX;
+        for reached in &self.heard {
+            if Numbered(reached.number.load()).is_of_session(number) {
+                place = reached;
+                break;
+            }
+            let at_ns = reached.at_ns.load();
+            if at_ns < oldest {
+                oldest = at_ns;
+                place = reached;
+            }
+        }
+        place.number.store(number.0);
+        place.at_ns.store(now_ns);
+    }
+
+    /// A number to which no session that is believed has advanced: one may have begun there.
+    #[inline(always)]
+    fn note_start(&self, number: Numbered, now_ns: u64) {
+        let mut place = &self.begun[0];
+        let mut oldest = u64::MAX;
+        let mut run = 0;
+        for reached in &self.begun {
+            let last = Numbered(reached.number.load());
+            if number.follows(last) {
+                run = last.run() + 1;
+                place = reached;
+                break;
+            }
+            if number.is_covered_by(last) {
+                return;
+            }
+            let at_ns = reached.at_ns.load();
+            if at_ns < oldest {
+                oldest = at_ns;
+                place = reached;
+            }
+        }
+        if run < ADVANCING {
+            place.number.store(number.with_run(run).0);
+            place.at_ns.store(now_ns);
+        } else {
+            // Not evidence yet: the next one is.
+            place.number.store(0);
+            place.at_ns.store(0);
+            self.believe(number, now_ns);
+        }
     }
 
     /// The number of the last probe that left; `None`: none did.

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use nsm_ebpf_common::{
     Reason,
     management::{
-        self, ADVANCING, Node, NodeState, PROBES_AT_ONCE, PROBES_PER_SECOND, REQUIRED_MIN_RX_US,
-        STAMPS, Said, Session, Verdict, words,
+        self, ADVANCING, AHEAD, Node, NodeState, PROBES_AT_ONCE, PROBES_PER_SECOND,
+        REQUIRED_MIN_RX_US, STAMPS, Said, Session, Verdict, words,
     },
     mapped,
     sbfd::{
@@ -325,16 +325,98 @@ fn a_probe_is_evidence_once_and_the_next_one_is() {
         memory.is_evidence(&numbered_probe(sequence), now)
     };
     // Over the end of the numbers, with some lost.
-    for sequence in [1_000, 1_001, 1_010, 1_023, 0, 511] {
+    for sequence in [1_000, 1_001, 1_010, 1_023, 0, AHEAD] {
         assert!(comes(sequence), "{sequence}");
     }
     for _ in 0..1_000 {
-        assert!(!comes(511), "replayed");
+        assert!(!comes(AHEAD), "replayed");
         assert!(!comes(0), "replayed, an older one");
     }
     assert_eq!(memory.session().stale_probes.load(), 2_000);
     assert_eq!(memory.session().reflected.load(), 2_006);
-    assert!(comes(512), "the peer itself");
+    assert!(comes(AHEAD + 1), "the peer itself");
+}
+
+#[test]
+fn a_probe_of_half_a_minute_ago_is_no_new_one() {
+    let memory = Memory::new();
+    let current = 700;
+    assert!(memory.is_evidence(&numbered_probe(current), MS));
+    for before in [600, 513, 511, 64, 1] {
+        let old = numbered_probe(current - before);
+        assert!(!memory.is_evidence(&old, 100 * MS), "{before} ago");
+    }
+    let lost_too_many = numbered_probe(current + AHEAD + 1);
+    assert!(!memory.is_evidence(&lost_too_many, 150 * MS));
+    assert!(memory.is_evidence(&numbered_probe(current + AHEAD), 200 * MS));
+}
+
+/// A probe of another of the peer's sessions.
+fn probe_of(session: u32, sequence: u32) -> Packet {
+    let mut packet = numbered_probe(sequence & SEQUENCE_MASK);
+    packet.control.my_discriminator = session;
+    packet
+}
+
+#[test]
+fn of_several_sessions_of_a_peer_each_is_evidence() {
+    let memory = Memory::new();
+    let mut now = MS;
+    let mut comes = |session, sequence| {
+        now += 10 * MS;
+        memory.is_evidence(&probe_of(session, sequence), now)
+    };
+    // One that ended, and three that live.
+    assert!(comes(1, 500));
+    for probe in 0..=ADVANCING as u32 {
+        for session in 2..=4 {
+            assert!(!comes(session, 300 * session + probe));
+        }
+    }
+    for probe in ADVANCING as u32 + 1..2_000 {
+        for session in 2..=4 {
+            assert!(comes(session, 300 * session + probe), "{session}: {probe}");
+        }
+    }
+    let replayed = memory.session().stale_probes.load();
+    assert_eq!(replayed, 3 * (ADVANCING + 1), "and no more are called so");
+}
+
+#[test]
+fn the_sessions_of_a_peer_that_are_kept_are_those_heard_last() {
+    let memory = Memory::new();
+    let mut now = MS;
+    for session in 1..=20 {
+        let mut is_evidence = false;
+        for probe in 0..=1 + ADVANCING as u32 {
+            now += 10 * MS;
+            is_evidence = memory.is_evidence(&probe_of(session, 7 * session + probe), now);
+        }
+        assert!(is_evidence, "{session}");
+    }
+    assert!(memory.is_evidence(&probe_of(19, 7 * 19 + 18), now + MS));
+    assert!(!memory.is_evidence(&probe_of(1, 7 + 18), now + 2 * MS));
+}
+
+#[test]
+fn replayed_probes_do_not_keep_a_peer_from_beginning_anew() {
+    // From any other session of the peer's, this one before, or the one that begins.
+    for (replayed, at) in [(998, 4), (999, 4), (999, 600), (1_000, 4), (1_000, 600)] {
+        let memory = Memory::new();
+        assert!(memory.is_evidence(&numbered_probe(4), MS));
+        let mut now = 1_000 * MS;
+        let mut believed = (0..2 + ADVANCING as u32).map(|probe| {
+            now += 50 * MS;
+            // So many that most get no answer: neither does who begins anew, until it is believed.
+            for _ in 0..200 {
+                let _ = memory.ingress(&probe_of(replayed, at), now);
+            }
+            let result = memory.ingress(&probe_of(1_000, 300 + probe), now);
+            matches!(result, Ok(Verdict::Reflect { is_new: true, .. }))
+        });
+        assert!(believed.by_ref().take(1 + ADVANCING as usize).all(|is| !is));
+        assert_eq!(believed.next(), Some(true), "{replayed} {at}");
+    }
 }
 
 #[test]
