@@ -266,7 +266,7 @@ impl ControlPlane {
             .collect();
         let mut unproven = None;
         for (at, route) in untried.iter().enumerate() {
-            // As long as there are others, none is taken whose path is not proved.
+            // As long as there are others, none is taken whose path fails its proof; whoever offers none is taken like any other.
             let strict = policy == Reachability::Require
                 || policy == Reachability::Prefer && at + 1 < untried.len();
             match self.try_route(ask, route, prior, strict).await {

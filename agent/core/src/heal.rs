@@ -2,8 +2,9 @@
 //!
 //! | what is lost | what is done |
 //! |---|---|
-//! | our own agent | it is asked for the same until it answers: there is nobody else to ask |
+//! | our own agent | it is asked for the same until it answers: there is nobody else to ask; then what it cannot reach is waited for |
 //! | the control plane behind it, the path is good | the same endpoint is asked for again, within [`PATIENCE`]; traffic goes on meanwhile |
+//! | the control plane behind it, nothing is known of the path | the same, within [`BLIND_PATIENCE`] |
 //! | the path | another endpoint is asked for; the old tunnel stands until the new one does |
 //! | the endpoint | what there was is closed, and another endpoint is asked for |
 //!
@@ -27,11 +28,14 @@ pub const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// growing waits, so that two that disagree do not spin.
 pub const STABLE: Duration = Duration::from_secs(10);
 
-/// How long the same endpoint is asked for while an agent on the way to it is not heard and the path is not known to be down. An agent
-/// that died is started again at once by systemd, and by Kubernetes after 10, 20 and 40 s when it dies again; the pod of a DaemonSet that
-/// is updated is replaced within a minute, the image fetched. Traffic goes on meanwhile, so that waiting costs little; not for ever, since
-/// nobody tells what becomes of the endpoint as long as its agent is away.
+/// How long the same endpoint is asked for while an agent on the way to it is not heard and the path is known to be good. An agent
+/// that died is started again at once by systemd, and by Kubernetes after 10, 20 and 40 s when it dies again. Traffic goes on meanwhile,
+/// so that waiting costs little; not for ever, since nobody tells what becomes of the endpoint as long as its agent is away.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long where nobody knows whether packets pass: the node may have gone with its agent, and another endpoint is there. An agent that
+/// is started again at once is back within it; NSM's own healing waits 15 s.
+pub const BLIND_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long an endpoint may be unknown to an agent that is heard again: registries that live in agents know nobody after a restart, and
 /// endpoints that lost theirs register every 5 s at least.
@@ -43,7 +47,10 @@ pub enum Loss {
     /// Our own agent is not heard any more; nothing is known of what lies behind it.
     Agent,
     /// A hop behind our agent is not heard any more, and no path is told to be down.
-    ControlPlane,
+    ControlPlane {
+        /// Whether those who are heard tell that packets pass.
+        is_path_good: bool,
+    },
     /// Packets do not pass.
     Path,
     /// The endpoint is gone, or refused to go on.
@@ -72,7 +79,9 @@ impl Failure {
     pub const fn loss(self) -> Loss {
         match self {
             Self::Agent => Loss::Agent,
-            Self::Silence => Loss::ControlPlane,
+            Self::Silence => Loss::ControlPlane {
+                is_path_good: false,
+            },
             Self::Unavailable | Self::Unknown | Self::Refused => Loss::Endpoint,
         }
     }
@@ -90,6 +99,14 @@ pub enum Step {
     },
 }
 
+const fn patience(is_path_good: bool) -> Duration {
+    if is_path_good {
+        PATIENCE
+    } else {
+        BLIND_PATIENCE
+    }
+}
+
 /// What is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -98,6 +115,7 @@ enum Phase {
     /// The control plane behind it.
     ControlPlane {
         since: Monotonic,
+        until: Monotonic,
         /// Since when the endpoint is unknown to those who answer.
         unknown: Option<Monotonic>,
     },
@@ -106,11 +124,12 @@ enum Phase {
 }
 
 impl Phase {
-    const fn begin(loss: Loss, now: Monotonic) -> Self {
+    fn begin(loss: Loss, now: Monotonic) -> Self {
         match loss {
             Loss::Agent => Self::Agent,
-            Loss::ControlPlane => Self::ControlPlane {
+            Loss::ControlPlane { is_path_good } => Self::ControlPlane {
                 since: now,
+                until: now + patience(is_path_good),
                 unknown: None,
             },
             Loss::Path => Self::Another { closes: false },
@@ -122,19 +141,45 @@ impl Phase {
         match (self, failure) {
             (Self::Another { .. }, _) => self,
             (Self::Agent, Failure::Agent | Failure::Silence) => self,
-            // It is back and has nothing to go on with.
-            (Self::Agent, _) | (Self::ControlPlane { .. }, Failure::Refused) => {
+            (Self::Agent | Self::ControlPlane { .. }, Failure::Refused) => {
                 Self::Another { closes: true }
             }
-            (Self::ControlPlane { since, unknown }, _) => {
+            // It is back, and what was lost with it may be on its way.
+            (Self::Agent, _) => {
+                let is_path_good = false;
+                Self::begin(Loss::ControlPlane { is_path_good }, now).after(failure, now)
+            }
+            (
+                Self::ControlPlane {
+                    since,
+                    until,
+                    unknown,
+                },
+                _,
+            ) => {
                 let unknown = (failure == Failure::Unknown).then(|| unknown.unwrap_or(now));
                 let is_forgotten = unknown.is_some_and(|first| now.since(first) >= REGISTERS_AGAIN);
-                if is_forgotten || now.since(since) >= PATIENCE {
+                if is_forgotten || now >= until {
                     Self::Another { closes: false }
                 } else {
-                    Self::ControlPlane { since, unknown }
+                    Self::ControlPlane {
+                        since,
+                        until,
+                        unknown,
+                    }
                 }
             }
+        }
+    }
+
+    /// What is known of the path has changed while the control plane is waited for.
+    fn look_again(&mut self, is_path_good: bool, now: Monotonic) {
+        if let Self::ControlPlane { since, until, .. } = self {
+            let patience = patience(is_path_good);
+            *until = match is_path_good {
+                true => *since + patience,
+                false => (*until).min(now + patience),
+            };
         }
     }
 
@@ -182,6 +227,9 @@ impl Healer {
 
     /// More is lost while the same endpoint is asked for: what to ask for at once; `None` where that makes no difference.
     pub fn handle_news(&mut self, loss: Loss, now: Monotonic) -> Option<Step> {
+        if let (Some(phase), Loss::ControlPlane { is_path_good }) = (&mut self.phase, loss) {
+            phase.look_again(is_path_good, now);
+        }
         let is_more = matches!(self.phase, Some(Phase::ControlPlane { .. }))
             && matches!(loss, Loss::Path | Loss::Endpoint);
         is_more.then(|| self.phase.insert(Phase::begin(loss, now)).step())

@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 
 use nsm_controlplane::server::facts;
 use nsm_core::{
-    health::{LostHop, Published},
+    health::{LostHop, Published, Verdict},
     mechanism::{MTU, NAME, VNI, VXLAN},
 };
-use nsm_proto::connection::Connection;
+use nsm_proto::connection::{Connection, PathSegment};
 use serde::Serialize;
 use tonic::metadata::MetadataMap;
 
@@ -130,11 +130,18 @@ pub(crate) fn path_down(connection: &Connection) -> Option<String> {
     Some(down.reason.unwrap_or_else(|| "the path is down".to_owned()))
 }
 
-/// Who on the way is not heard any more, where a hop tells so: the first that does.
-pub(crate) fn lost_hop(connection: &Connection) -> Option<String> {
-    let hops = connection.path.iter().flat_map(|path| &path.path_segments);
-    let lost = hops.filter_map(|hop| LostHop::read(&hop.metrics)).next();
-    Some(lost?.reason)
+/// Who on the way is not heard any more, where a hop tells so, the first that does; and whether packets are known to pass. What hops
+/// behind a lost one told once says nothing of now.
+pub(crate) fn lost_hop(connection: &Connection) -> Option<(String, bool)> {
+    let hops = || connection.path.iter().flat_map(|path| &path.path_segments);
+    let is_lost = |hop: &PathSegment| LostHop::read(&hop.metrics);
+    let (at, lost) = hops()
+        .enumerate()
+        .find_map(|(at, hop)| Some((at, is_lost(hop)?)))?;
+    let mut heard = health(connection).take(at + 1);
+    let is_up =
+        |hop: &Published| hop.inward == Some(Verdict::Up) && hop.outward == Some(Verdict::Up);
+    Some((lost.reason, heard.any(|hop| is_up(&hop))))
 }
 
 /// The addresses, or a word for none.
@@ -149,7 +156,7 @@ pub(crate) fn addresses(addresses: &[String]) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use nsm_proto::{
-        connection::{Mechanism, Path, PathSegment},
+        connection::{Mechanism, Path},
         connectioncontext::{ConnectionContext, IpContext},
     };
 

@@ -2,7 +2,12 @@ use std::time::Duration;
 
 use crate::{clock::Monotonic, heal::*};
 
-const LOSSES: [Loss; 4] = [Loss::Agent, Loss::ControlPlane, Loss::Path, Loss::Endpoint];
+const UNHEARD: Loss = Loss::ControlPlane { is_path_good: true };
+const BLIND: Loss = Loss::ControlPlane {
+    is_path_good: false,
+};
+
+const LOSSES: [Loss; 5] = [Loss::Agent, UNHEARD, BLIND, Loss::Path, Loss::Endpoint];
 
 const FAILURES: [Failure; 5] = [
     Failure::Agent,
@@ -30,7 +35,8 @@ fn lost(loss: Loss) -> Healer {
 fn what_is_lost_decides_what_is_asked_for() {
     for (loss, expected) in [
         (Loss::Agent, Step::Same),
-        (Loss::ControlPlane, Step::Same),
+        (UNHEARD, Step::Same),
+        (BLIND, Step::Same),
         (Loss::Path, KEEPING),
         (Loss::Endpoint, CLOSING),
     ] {
@@ -50,12 +56,17 @@ fn what_a_failed_try_means_depends_on_what_was_lost() {
                     (Loss::Path, _, _) => KEEPING,
                     (Loss::Endpoint, _, _) => CLOSING,
                     (Loss::Agent, Agent | Silence, _) => Step::Same,
-                    (Loss::Agent, Unavailable | Unknown | Refused, _) => CLOSING,
-                    (Loss::ControlPlane, Refused, _) => CLOSING,
-                    (Loss::ControlPlane, _, false) => Step::Same,
-                    (Loss::ControlPlane, _, true) => KEEPING,
+                    // It is back: from now on what lies behind it is waited for.
+                    (Loss::Agent, Unavailable | Unknown, _) => Step::Same,
+                    (Loss::Agent | Loss::ControlPlane { .. }, Refused, _) => CLOSING,
+                    (Loss::ControlPlane { .. }, _, false) => Step::Same,
+                    (Loss::ControlPlane { .. }, _, true) => KEEPING,
                 };
-                let at = start() + if is_late { PATIENCE } else { PATIENCE - MOMENT };
+                let patience = match loss {
+                    BLIND => BLIND_PATIENCE,
+                    _ => PATIENCE,
+                };
+                let at = start() + if is_late { patience } else { patience - MOMENT };
                 let mut healer = lost(loss);
                 let (step, _) = healer.handle_failure(failure, at, 0.5);
                 assert_eq!(
@@ -75,10 +86,45 @@ fn what_a_failed_try_means_depends_on_what_was_lost() {
     }
 }
 
+/// An agent that has been started again may be there before those that it asks.
+#[test]
+fn an_agent_that_is_back_may_need_a_moment() {
+    for failure in [Failure::Unavailable, Failure::Unknown] {
+        let mut healer = lost(Loss::Agent);
+        let back = start() + Duration::from_secs(20);
+        let mut ask = |failure, after| healer.handle_failure(failure, back + after, 0.5).0;
+        assert_eq!(ask(Failure::Agent, Duration::ZERO), Step::Same);
+        assert_eq!(ask(failure, MOMENT), Step::Same);
+        assert_eq!(ask(failure, BLIND_PATIENCE), Step::Same);
+        assert_eq!(ask(failure, BLIND_PATIENCE + MOMENT), KEEPING);
+    }
+}
+
+/// What is told of the path while its agent is waited for decides how long that is worth it.
+#[test]
+fn a_path_that_is_seen_no_more_is_waited_for_less() {
+    let after = |times: &[(Loss, u64)], seconds| {
+        let mut healer = lost(times[0].0);
+        for (news, at) in &times[1..] {
+            let at = start() + Duration::from_secs(*at);
+            assert_eq!(healer.handle_news(*news, at), None);
+        }
+        let at = start() + Duration::from_secs(seconds);
+        healer.handle_failure(Failure::Unavailable, at, 0.5).0
+    };
+    let turns_blind = [(UNHEARD, 0), (BLIND, 30), (BLIND, 35)];
+    assert_eq!(after(&turns_blind, 39), Step::Same);
+    assert_eq!(after(&turns_blind, 40), KEEPING);
+    assert_eq!(after(&[(UNHEARD, 0), (BLIND, 55)], 60), KEEPING);
+    let turns_good = [(BLIND, 0), (UNHEARD, 5)];
+    assert_eq!(after(&turns_good, 59), Step::Same);
+    assert_eq!(after(&turns_good, 60), KEEPING);
+}
+
 #[test]
 fn an_endpoint_may_be_unknown_while_it_registers_again() {
     let back = start() + Duration::from_secs(20);
-    let mut healer = lost(Loss::ControlPlane);
+    let mut healer = lost(UNHEARD);
     let mut ask = |failure, after| healer.handle_failure(failure, back + after, 0.5).0;
     assert_eq!(ask(Failure::Unavailable, Duration::ZERO), Step::Same);
     assert_eq!(ask(Failure::Unknown, MOMENT), Step::Same);
@@ -99,8 +145,8 @@ fn news_count_while_the_control_plane_is_waited_for() {
     for loss in LOSSES {
         for news in LOSSES {
             let expected = match (loss, news) {
-                (Loss::ControlPlane, Loss::Path) => Some(KEEPING),
-                (Loss::ControlPlane, Loss::Endpoint) => Some(CLOSING),
+                (Loss::ControlPlane { .. }, Loss::Path) => Some(KEEPING),
+                (Loss::ControlPlane { .. }, Loss::Endpoint) => Some(CLOSING),
                 _ => None,
             };
             let mut healer = lost(loss);
@@ -121,7 +167,7 @@ fn news_count_while_the_control_plane_is_waited_for() {
 fn a_refresh_that_fails_says_what_is_lost() {
     for (failure, loss) in [
         (Failure::Agent, Loss::Agent),
-        (Failure::Silence, Loss::ControlPlane),
+        (Failure::Silence, BLIND),
         (Failure::Unavailable, Loss::Endpoint),
         (Failure::Unknown, Loss::Endpoint),
         (Failure::Refused, Loss::Endpoint),
@@ -133,7 +179,7 @@ fn a_refresh_that_fails_says_what_is_lost() {
 #[test]
 fn tries_that_fail_wait_longer() {
     let mut healer = Healer::default();
-    healer.handle_loss(Loss::ControlPlane, STABLE, start(), 1.0);
+    healer.handle_loss(UNHEARD, STABLE, start(), 1.0);
     let (_, first) = healer.handle_failure(Failure::Unavailable, start(), 1.0);
     assert_eq!(first, 3 * SHORTEST_WAIT);
     let (_, second) = healer.handle_failure(Failure::Unavailable, start(), 1.0);

@@ -124,7 +124,9 @@ fn interpret(event: &ConnectionEvent, id: &str) -> Option<News> {
         State::RefreshRequested => Some(News::RefreshRequested),
         State::Down => match (path_down(ours), lost_hop(ours)) {
             (Some(reason), _) => Some(News::Lost(Loss::Path, reason)),
-            (None, Some(reason)) => Some(News::Lost(Loss::ControlPlane, reason)),
+            (None, Some((reason, is_path_good))) => {
+                Some(News::Lost(Loss::ControlPlane { is_path_good }, reason))
+            }
             (None, None) => lost("the path or the endpoint is down"),
         },
         State::ReselectRequested => lost("another endpoint is wanted"),
@@ -206,15 +208,33 @@ mod tests {
             Some(lost),
             "the worse of the two"
         );
-        // A good path, and one of which nothing is known.
-        for state in ["up", "unverified", "unknown", ""] {
-            tell(
-                &mut event,
-                &[&unheard[..], &[("sbfd_state_out", state)]].concat(),
-            );
-            let lost = News::Lost(Loss::ControlPlane, "who".to_owned());
-            assert_eq!(interpret(&event, "nsc-id"), Some(lost), "{state:?}");
+        // A good path both ways, and those of which less is known.
+        for (inward, outward) in [
+            ("up", "up"),
+            ("unknown", "up"),
+            ("up", "unverified"),
+            ("unverified", "unverified"),
+            ("", ""),
+        ] {
+            let ways = [("sbfd_state_in", inward), ("sbfd_state_out", outward)];
+            tell(&mut event, &[unheard, ways].concat());
+            let is_path_good = (inward, outward) == ("up", "up");
+            let lost = News::Lost(Loss::ControlPlane { is_path_good }, "who".to_owned());
+            let heard = interpret(&event, "nsc-id");
+            assert_eq!(heard, Some(lost), "{inward:?}, {outward:?}");
         }
+        // What those behind the lost hop said once says nothing of now.
+        tell(&mut event, &unheard);
+        let connection = event.connections.values_mut().next().expect("one");
+        let path = connection.path.as_mut().expect("a path");
+        let ways = ["sbfd_state_in", "sbfd_state_out"].map(|key| (key.to_owned(), "up".to_owned()));
+        path.path_segments[2].metrics = ways.into();
+        let is_path_good = false;
+        let lost = News::Lost(Loss::ControlPlane { is_path_good }, "who".to_owned());
+        assert_eq!(interpret(&event, "nsc-id"), Some(lost));
+        let connection = event.connections.values_mut().next().expect("one");
+        let path = connection.path.as_mut().expect("a path");
+        path.path_segments[2].metrics.clear();
         // Whatever stands there: an endpoint that is gone is gone, and what is up is up.
         event.set_type(ConnectionEventType::Delete);
         let told = interpret(&event, "nsc-id");
