@@ -411,7 +411,14 @@ impl Prober {
             self.note_neighbours(spec.address);
         }
         let sessions = self.memory.sessions_mut();
-        let indexed = sessions.indexed().unwrap_or_default();
+        // Neither cleared nor free while a key may lead there: the next peer would be taken for this one, too.
+        let indexed = match sessions.indexed() {
+            Ok(indexed) => indexed,
+            Err(error) => {
+                tracing::warn!(%error, "the session with a peer stays");
+                return;
+            }
+        };
         for (key, _) in indexed.into_iter().filter(|(_, led)| *led == slot) {
             if let Err(error) = sessions.forget(key) {
                 tracing::warn!(%error, "the session with a peer stays");
