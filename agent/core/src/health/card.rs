@@ -64,10 +64,20 @@ impl Card {
         has_doubts && is_due
     }
 
-    /// Somebody looked. False: what was counted until now says nothing, and all is to be compared with what is counted from now on.
-    pub fn handle_look(&mut self, found: Look) -> bool {
+    /// Somebody looked. What was counted until now on a way that is not believed says nothing: here and in `when_up`, the stages as
+    /// they were when the path was up, that way is compared with what is counted from `now` on. The other way's stays.
+    pub fn handle_look(&mut self, found: Look, now: &Stages, when_up: &mut Stages) {
         self.found = found;
-        found.card && found.link
+        for then in [&mut self.compared, when_up] {
+            if !found.card {
+                then.link_out = now.link_out;
+                then.card_out = now.card_out;
+            }
+            if !found.link {
+                then.card_in = now.card_in;
+                then.link_in = now.link_in;
+            }
+        }
     }
 
     /// Of the stages what can be believed.

@@ -22,6 +22,14 @@ const GOOD: Look = Look {
     card: true,
     link: true,
 };
+const NO_CARD: Look = Look {
+    card: false,
+    ..GOOD
+};
+const NO_LINK: Look = Look {
+    link: false,
+    ..GOOD
+};
 
 #[test]
 fn what_counts_along_is_believed() {
@@ -45,24 +53,23 @@ fn a_filter_is_told_only_after_a_look() {
     assert_eq!((silent.card_out, silent.card_in), (None, None));
     assert!(card.poll_look(&since, at(0)));
     assert!(!card.poll_look(&since, at(0)), "asked already");
-    assert!(card.handle_look(GOOD));
+    let mut when_up = up;
+    card.handle_look(GOOD, &now, &mut when_up);
     assert_eq!(card.believed(&now, &since), now);
+    assert_eq!(when_up, up);
     assert!(card.poll_look(&since, at(1)), "things change");
     // Each look is about its own way.
-    assert!(!card.handle_look(Look {
-        card: true,
-        link: false
-    }));
+    card.handle_look(NO_LINK, &now, &mut when_up);
     let half = card.believed(&now, &since);
     assert_eq!((half.card_out, half.card_in), (Some(100), None));
-    assert!(!card.handle_look(Look {
-        card: false,
-        link: true
-    }));
+    assert_eq!(when_up, stages(100, 100, 110, 100));
+    when_up = up;
+    card.handle_look(NO_CARD, &now, &mut when_up);
     let half = card.believed(&now, &since);
     assert_eq!((half.card_out, half.card_in), (None, Some(110)));
+    assert_eq!(when_up, stages(120, 100, 100, 100));
     // What was found of one loss says nothing of the next.
-    card.handle_look(GOOD);
+    card.handle_look(GOOD, &now, &mut when_up);
     card.note_up(&stages(130, 110, 120, 110), true);
     assert_eq!(card.believed(&now, &since).card_out, None);
 }
@@ -80,13 +87,30 @@ fn a_card_that_did_not_count_along_is_not_believed_whatever_hangs_there() {
     assert!(!card.poll_look(&none, at(0)));
     card.note_up(&stages(104, 100, 100, 104), true);
     assert!(card.poll_look(&none, at(0)));
-    card.handle_look(GOOD);
     let now = stages(120, 100, 100, 104);
+    card.handle_look(GOOD, &now, &mut Stages::default());
     assert_eq!(card.believed(&now, &none).card_out, None);
     // It counts again.
     card.note_up(&stages(110, 106, 104, 108), true);
     assert!(!card.poll_look(&none, at(9)));
     assert_eq!(card.believed(&now, &none).card_out, Some(100));
+}
+
+#[test]
+fn a_way_that_is_never_counted_hides_no_filter_on_the_other() {
+    let mut card = Card::default();
+    let mut when_up = stages(100, 100, 100, 100);
+    card.note_up(&when_up, true);
+    for second in 1..10 {
+        // Nothing is counted at the card that packets leave by, and nothing passes this node's input.
+        let now = stages(100 + 20 * second, 100, 100 + 20 * second, 100);
+        let since = now.since(&when_up);
+        assert!(card.poll_look(&since, at(second)));
+        card.handle_look(NO_CARD, &now, &mut when_up);
+        let believed = card.believed(&now, &now.since(&when_up)).since(&when_up);
+        let lost = believed.card_in.map(|came| came - believed.link_in);
+        assert_eq!(lost, Some(20 * second));
+    }
 }
 
 #[test]

@@ -194,10 +194,8 @@ impl PeerSession {
 
     /// Somebody looked whether what the stages count can be believed.
     pub(super) fn handle_look(&mut self, found: Look, around: &Surroundings<'_>) {
-        if !self.card.handle_look(found) {
-            self.stages_when_up = self.counts(around);
-            self.card.compare_from(self.stages_when_up);
-        }
+        let now = self.counts(around);
+        self.card.handle_look(found, &now, &mut self.stages_when_up);
     }
 
     /// Somebody wants to know whether the path is up.

@@ -1,5 +1,7 @@
 //! The management links: made, hooked, mended, removed.
 
+use std::collections::BTreeSet;
+
 use super::{
     super::{HealthError, prober::Command, socket::PacketSocket},
     NodeOnLink, Peers, forwarding,
@@ -85,27 +87,27 @@ impl Peers {
         self.links.get(&family).cloned().ok_or(HealthError::Closed)
     }
 
-    /// Mends links that somebody has taken away, down, or the programs off: without them no peer is answered, and none is probed. False:
-    /// something is, or was, amiss.
-    pub(super) fn mend_links(&mut self) -> bool {
+    /// Mends links that somebody has taken away, down, or the programs off: without them no peer is answered, and none is probed. Gives
+    /// those where something is, or was, amiss.
+    pub(super) fn mend_links(&mut self) -> BTreeSet<Family> {
         let links: Vec<(Family, ManagementLink)> = self
             .links
             .iter()
             .map(|(family, link)| (*family, link.clone()))
             .collect();
-        let mut were_well = true;
+        let mut amiss = BTreeSet::new();
         for (family, link) in links {
             match self.mend(family, &link) {
                 Ok(None) => {
                     self.broken.remove(&family);
                 }
                 Ok(Some(found)) => {
-                    were_well = false;
+                    amiss.insert(family);
                     self.broken.remove(&family);
                     tracing::warn!(?family, found, "a management link is mended");
                 }
                 Err(error) => {
-                    were_well = false;
+                    amiss.insert(family);
                     if self.broken.insert(family) {
                         tracing::error!(%error, ?family, "a management link is broken: peers are not probed, nor answered, until it can be mended");
                     } else {
@@ -114,7 +116,7 @@ impl Peers {
                 }
             }
         }
-        were_well
+        amiss
     }
 
     /// Mends a link; what was found amiss.

@@ -12,14 +12,14 @@ use super::{Command, Peers};
 use crate::{
     bpf::Hooked,
     health::{PeerSpec, Uncounted},
-    links::outgoing_interface,
+    links::{Family, outgoing_interface},
 };
 
 impl Peers {
     /// Looks at the links, routes and hooks that a peer's packets meet, mends what can be mended, and tells the prober what it found.
     pub(super) fn look(&mut self, spec: PeerSpec) {
         let found = Look {
-            link: self.mend_links(),
+            link: !self.mend_links().contains(&Family::of(spec.address)),
             card: self.hook_way_to(spec.address),
         };
         self.commands.send(Command::Looked(spec, found));
