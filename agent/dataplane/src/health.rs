@@ -412,22 +412,23 @@ impl Peer {
     pub async fn prove(&self) -> Result<Proof, HealthError> {
         let count = &self.health.shared.preflights;
         let begins = self.unproved.swap(false, Ordering::Relaxed);
-        let proof = if self.is_up() {
-            if !begins {
+        if self.is_up() {
+            if begins {
+                // The answer was there before the question.
+                count.add(Proof::Reached, self.cell.answers());
+            } else {
                 count.add_standing();
-                return Ok(Proof::Reached);
             }
-            // The answer was there before the question.
-            Proof::Reached
-        } else {
-            let (reply, proof) = oneshot::channel();
-            let asked = Command::Prove(self.spec, reply);
-            if !self.health.shared.commands.send(asked) {
-                return Err(HealthError::Closed);
-            }
-            proof.await.map_err(|_| self.gone())?
-        };
-        count.add(proof, self.cell.answers());
+            return Ok(Proof::Reached);
+        }
+        let wait = count.wait();
+        let (reply, proof) = oneshot::channel();
+        let asked = Command::Prove(self.spec, reply);
+        if !self.health.shared.commands.send(asked) {
+            return Err(HealthError::Closed);
+        }
+        let proof = proof.await.map_err(|_| self.gone())?;
+        wait.end(proof, self.cell.answers());
         Ok(proof)
     }
 

@@ -20,6 +20,8 @@ pub struct Preflights {
     pub silent: u64,
     /// The peer's reflector answered that it is switched off.
     pub switched_off: u64,
+    /// Nobody waited for the end: it took too long, whoever asked went away, or the plane was closed.
+    pub cut: u64,
 }
 
 /// Where they are counted.
@@ -29,6 +31,14 @@ pub(super) struct Count(Mutex<Preflights>);
 impl Count {
     pub(super) fn now(&self) -> Preflights {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody begins to wait for a proof: it is cut unless its end is told.
+    pub(super) const fn wait(&self) -> Wait<'_> {
+        Wait {
+            count: self,
+            is_over: false,
+        }
     }
 
     /// The session was up when somebody asked.
@@ -52,6 +62,29 @@ impl Count {
 
     fn with(&self, change: impl FnOnce(&mut Preflights)) {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// A proof that is waited for.
+#[must_use]
+pub(super) struct Wait<'a> {
+    count: &'a Count,
+    is_over: bool,
+}
+
+impl Wait<'_> {
+    /// The proof is there: as [`Count::add`].
+    pub(super) fn end(mut self, proof: Proof, answers: u32) {
+        self.is_over = true;
+        self.count.add(proof, answers);
+    }
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.count.with(|count| count.cut += 1);
+        }
     }
 }
 
@@ -85,5 +118,36 @@ impl PeerCell {
     /// Nothing is proved of it.
     pub(super) fn clear(&self) {
         self.up.store(false, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_proof_that_nobody_waits_for_any_more_is_counted_once() {
+        let count = Count::default();
+        let proves = async |proof: Option<Proof>| {
+            let wait = count.wait();
+            let proof = match proof {
+                Some(proof) => proof,
+                None => std::future::pending().await,
+            };
+            wait.end(proof, 2);
+        };
+        proves(Some(Proof::Reached)).await;
+        tokio::select! {
+            biased;
+            () = proves(None) => unreachable!("it waits for ever"),
+            () = async { assert_eq!(count.now().cut, 0, "it may still end") } => {}
+        }
+        let expected = Preflights {
+            answered: 1,
+            answers: 2,
+            cut: 1,
+            ..Preflights::default()
+        };
+        assert_eq!(count.now(), expected);
     }
 }

@@ -92,6 +92,7 @@ fn preflights(count: Preflights, registry: &mut Registry) {
         ("answered", count.answered),
         ("silent", count.silent),
         ("switched_off", count.switched_off),
+        ("cut", count.cut),
     ] {
         by_outcome
             .get_or_create(&OfOutcome { outcome })
@@ -99,7 +100,7 @@ fn preflights(count: Preflights, registry: &mut Registry) {
     }
     registry.register(
         "preflights",
-        "Proofs of a path before a connection was granted: its session was standing, its probes were answered, or were not",
+        "Proofs of a path before a connection was granted: its session was standing, its probes were answered, or were not, or nobody waited for the end",
         by_outcome,
     );
     let answers = Counter::<u64>::default();
