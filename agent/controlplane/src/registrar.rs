@@ -5,6 +5,8 @@
 //! name with a domain, or registered in another one, is told with our own URL: the Request for it
 //! then comes to our proxy, which knows the true one (see [`crate::bypass`]).
 
+mod services;
+
 use std::{
     collections::BTreeMap,
     pin::Pin,
@@ -15,9 +17,8 @@ use std::{
 use futures_util::{FutureExt as _, TryFutureExt as _};
 use nsm_core::name::{Domain, InterdomainName};
 use nsm_proto::registry::{
-    NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
+    NetworkServiceEndpoint, NetworkServiceEndpointQuery,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
-    network_service_registry_client::NetworkServiceRegistryClient,
 };
 use tokio::time::Instant;
 use tokio_stream::{Stream, StreamExt as _};
@@ -33,7 +34,7 @@ use crate::{
     path_header::PathHeader,
     peers::{Peer, call, is_passed, refused},
     plane::{ControlPlane, LocalEndpoint},
-    registry::{Registry, grpc::EndpointStream, grpc::ServiceStream},
+    registry::{Registry, grpc::EndpointStream},
     request::Call,
     route::Arrival,
     unix::{FileId, Kind, PATIENCE},
@@ -108,93 +109,6 @@ impl ControlPlane {
             }
         }
         Err(last)
-    }
-
-    /// Registers a network service.
-    pub(crate) async fn register_service(
-        &self,
-        call_: Call<NetworkService>,
-        path: Option<PathHeader>,
-    ) -> Result<NetworkService, Status> {
-        let mut service = call_.message;
-        let place = self
-            .address([service.name.as_str()], call_.deadline)
-            .await?;
-        place.strip(&mut service.name)?;
-        let mut registered = match &place.target {
-            Target::Here(registry) => registry.register_service(service)?,
-            Target::At { url, channel } => {
-                let request = self.outgoing(service, call_.deadline, path);
-                let mut client = NetworkServiceRegistryClient::new(channel.clone());
-                let answer = client.register(request);
-                call(url, "Register", call_.deadline, answer)
-                    .await?
-                    .into_inner()
-            }
-        };
-        place.join(&mut registered.name);
-        Ok(registered)
-    }
-
-    /// Takes a network service out.
-    pub(crate) async fn unregister_service(
-        &self,
-        call_: Call<NetworkService>,
-        path: Option<PathHeader>,
-    ) -> Result<(), Status> {
-        let mut service = call_.message;
-        let place = self
-            .address([service.name.as_str()], call_.deadline)
-            .await?;
-        place.strip(&mut service.name)?;
-        match &place.target {
-            Target::Here(registry) => {
-                registry.unregister_service(&service.name);
-            }
-            Target::At { url, channel } => {
-                let request = self.outgoing(service, call_.deadline, path);
-                let mut client = NetworkServiceRegistryClient::new(channel.clone());
-                call(
-                    url,
-                    "Unregister",
-                    call_.deadline,
-                    client.unregister(request),
-                )
-                .await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Finds network services, or watches them.
-    pub(crate) async fn find_services(
-        &self,
-        call_: Call<NetworkServiceQuery>,
-    ) -> Result<ServiceStream, Status> {
-        let mut query = call_.message;
-        let wanted = query.network_service.get_or_insert_default();
-        let place = self.address([wanted.name.as_str()], call_.deadline).await?;
-        place.strip(&mut wanted.name)?;
-        let found: ServiceStream = match &place.target {
-            Target::Here(registry) => registry.service_stream(query)?,
-            Target::At { url, channel } => {
-                let watch = query.watch;
-                let bound = Some(call_.deadline).filter(|_| !watch);
-                let request = self.shared.peers.outgoing(query, bound);
-                let mut client = NetworkServiceRegistryClient::new(channel.clone());
-                let answer = async move { client.find(request).await };
-                let end = self.shared.until_drained();
-                find(url, watch, call_.deadline, answer, end).await?
-            }
-        };
-        let domain = place.domain;
-        Ok(Box::pin(found.map(move |answer| {
-            let mut answer = answer?;
-            if let Some(service) = &mut answer.network_service {
-                join(domain.as_ref(), &mut service.name);
-            }
-            Ok(answer)
-        })))
     }
 
     /// Registers an endpoint. One that comes by the local socket is reached through us.
