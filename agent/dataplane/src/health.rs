@@ -18,6 +18,7 @@
 //! and in [`Report`]s, never as an error.
 
 mod error;
+mod left;
 mod peers;
 mod preflight;
 mod prober;
@@ -249,6 +250,15 @@ impl Health {
             },
             receiver,
         ))
+    }
+
+    /// Removes what an earlier agent's health plane left, where none is to run any more: its reflector would go on answering.
+    ///
+    /// # Errors
+    ///
+    /// Something could not be removed; everything else is.
+    pub fn remove_left(config: &HealthConfig, bpf: Option<&Bpf>) -> Result<(), HealthError> {
+        left::remove(config, bpf)
     }
 
     /// The discriminator of this node's reflector, for the peers.

@@ -100,16 +100,7 @@ impl NodeProber {
     /// # Errors
     /// It cannot be had; tunnels work all the same.
     pub(crate) fn start(config: &Config, bpf: Option<Arc<Bpf>>) -> Result<Self, HealthError> {
-        let health_config = HealthConfig {
-            domain: config.domain.to_string(),
-            vni: config.tunnel.management_vni,
-            port: config.tunnel.port,
-            local: config.tunnel.ip,
-            timing: Timing::default(),
-            namespace: None,
-            orphan_grace: config.max_token_lifetime,
-        };
-        let (plane, events) = HealthPlane::start(health_config, bpf)?;
+        let (plane, events) = HealthPlane::start(plane_config(config), bpf)?;
         let mut look_again = interval(LOOK_AGAIN);
         look_again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
@@ -125,6 +116,14 @@ impl NodeProber {
                 look_again,
             }),
         })
+    }
+
+    /// Removes what an earlier agent left that watched paths: this one does not. Blocks as [`Self::start`] does.
+    ///
+    /// # Errors
+    /// Something stays.
+    pub(crate) fn remove_left(config: &Config, bpf: Option<&Bpf>) -> Result<(), HealthError> {
+        HealthPlane::remove_left(&plane_config(config), bpf)
     }
 
     /// What works less well than it could.
@@ -330,6 +329,18 @@ impl Prober for NodeProber {
                 }
             }
         }
+    }
+}
+
+fn plane_config(config: &Config) -> HealthConfig {
+    HealthConfig {
+        domain: config.domain.to_string(),
+        vni: config.tunnel.management_vni,
+        port: config.tunnel.port,
+        local: config.tunnel.ip,
+        timing: Timing::default(),
+        namespace: None,
+        orphan_grace: config.max_token_lifetime,
     }
 }
 

@@ -37,10 +37,16 @@ impl Probing {
             failure: None,
             is_closed: Arc::default(),
         };
-        if config.reachability == Reachability::Off {
+        let is_off = config.reachability == Reachability::Off;
+        let config = config.clone();
+        if is_off {
+            let remove = move || NodeProber::remove_left(&config, bpf.as_deref());
+            let removed = tokio::task::spawn_blocking(remove).await.expect(NO_PANIC);
+            if let Err(error) = removed {
+                tracing::warn!(%error, "a part of an earlier agent's health plane stays: it may go on answering probes");
+            }
             return probing;
         }
-        let config = config.clone();
         let started = tokio::task::spawn_blocking(move || NodeProber::start(&config, bpf));
         match started.await.expect(NO_PANIC) {
             Ok(prober) => probing.prober = OnceLock::from(prober),
@@ -78,7 +84,7 @@ impl Probing {
     }
 }
 
-const NO_PANIC: &str = "starting the health plane does not panic";
+const NO_PANIC: &str = "starting the health plane, or removing one, does not panic";
 
 fn no_probes(error: &HealthError) -> String {
     format!("no probes: {error}; tunnels work, and the loss of a path is not noticed")

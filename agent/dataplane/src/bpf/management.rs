@@ -78,6 +78,17 @@ impl Bpf {
             .detach(&state.pins, Role::Management, interface)
     }
 
+    /// Takes off the programs that an earlier agent hooked to its management links, and forgets its peers.
+    pub(crate) fn forget_management(&self) -> Result<(), BpfError> {
+        let state = &mut *self.state();
+        let links = state.pins.links(Role::Management);
+        let removed = links.iter().map(|path| state.pins.remove_link(path));
+        let removed = removed.fold(Ok(()), Result::and);
+        let peers = state.tables.peers().into_iter();
+        let forgotten = peers.map(|peer| state.tables.remove_peer(peer));
+        forgotten.fold(removed, Result::and)
+    }
+
     /// The sessions' maps. There is one owner: the second call gets `None`.
     pub(crate) fn take_sessions(&self) -> Option<PinnedSessions> {
         self.state().sessions.take()

@@ -71,15 +71,18 @@ pub(super) fn is_management(alias: &LinkAlias) -> bool {
     port.is_some_and(|port| port.parse::<u16>().is_ok())
 }
 
+fn alias(domain: &str, family: Family, port: u16) -> Result<LinkAlias, LinkError> {
+    let id = match family {
+        Family::V4 => ALIAS_V4,
+        Family::V6 => ALIAS_V6,
+    };
+    LinkAlias::new(domain, format!("{id}{port}")).map_err(LinkError::from)
+}
+
 impl ManagementSpec {
     /// The port is in alias and name: agents that share a namespace have different ones, be they of one domain or not.
     fn alias(&self) -> Result<LinkAlias, LinkError> {
-        let id = match self.family {
-            Family::V4 => ALIAS_V4,
-            Family::V6 => ALIAS_V6,
-        };
-        let id = format!("{id}{}", self.port);
-        LinkAlias::new(self.domain.as_str(), id).map_err(LinkError::from)
+        alias(&self.domain, self.family, self.port)
     }
 
     fn name(&self) -> String {
@@ -263,6 +266,23 @@ pub(crate) fn remove(netlink: &mut Netlink, index: u32, name: &str) -> Result<()
     delete(netlink, message::delete_link(index), name)
 }
 
+/// Removes the links that an earlier agent of this domain made for this port.
+pub(crate) fn remove_left(netlink: &mut Netlink, domain: &str, port: u16) -> Result<(), LinkError> {
+    let ours = [
+        alias(domain, Family::V4, port)?,
+        alias(domain, Family::V6, port)?,
+    ];
+    let is_ours = |link: &Link| link.alias.as_ref().is_some_and(|it| ours.contains(it));
+    for link in observe::links(netlink)?.iter().filter(|it| is_ours(it)) {
+        tracing::info!(
+            interface = link.name,
+            "removing the management link of an earlier agent"
+        );
+        remove(netlink, link.index, &link.name)?;
+    }
+    Ok(())
+}
+
 /// Where frames to a peer's Ethernet address go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Forwarding {
@@ -323,6 +343,28 @@ pub(crate) fn remove_peer(
             kernel,
         )),
     }
+}
+
+/// The Ethernet addresses that are entered.
+pub(crate) fn peers(
+    netlink: &mut Netlink,
+    link: &ManagementLink,
+) -> Result<Vec<MacAddr>, LinkError> {
+    let mut request = NeighbourMessage::default();
+    request.header.family = AddressFamily::Bridge;
+    request.header.ifindex = link.index;
+    let found = netlink.dump(&RouteNetlinkMessage::GetNeighbour(request))?;
+    let macs = found.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewNeighbour(entry) if entry.header.ifindex == link.index => {
+            let mac = entry.attributes.iter().find_map(|it| match it {
+                NeighbourAttribute::LinkLayerAddress(mac) => Some(mac.as_slice()),
+                _ => None,
+            });
+            mac?.try_into().ok().map(MacAddr::new)
+        }
+        _ => None,
+    });
+    Ok(macs.collect())
 }
 
 /// An entry of the device's own table (`bridge fdb … self`).

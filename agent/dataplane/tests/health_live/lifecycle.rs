@@ -173,6 +173,82 @@ fn what_nobody_comes_back_for_is_let_go() {
     });
 }
 
+/// Ends an agent as `kill -9` does: nothing is closed in order.
+async fn kill(node: Node) {
+    let bpf = node.bpf.clone().expect("BPF");
+    drop(node);
+    eventually(
+        "the old agent's end",
+        async || match std::sync::Arc::strong_count(&bpf) {
+            1 => Ok(()),
+            count => Err(format!("{count} users")),
+        },
+    )
+    .await;
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn entries_of_peers_whose_sessions_are_lost_are_removed_at_the_start() {
+    sandbox(|| async {
+        let world = World::new();
+        let (nodes, peers) = pair(&world, TCX, 4).await;
+        let [one, two] = nodes;
+        drop(peers);
+        kill(one).await;
+        let fdb = || {
+            within(&world.nodes[0], || {
+                run("bridge", &["fdb", "show", "dev", "nsm-mgmt4-4789"])
+            })
+        };
+        assert!(fdb().contains("10.2.0.1"), "{}", fdb());
+        // What is known of them stays, while it is.
+        let one = Node::start(&world, 1, TCX);
+        assert!(fdb().contains("10.2.0.1"), "{}", fdb());
+        kill(one).await;
+        // Then all maps are made anew, as with another layout.
+        std::fs::remove_file(pin_dir(1).join("LAYOUT")).expect("a pin");
+        let one = Node::start(&world, 1, TCX);
+        assert!(!fdb().contains("10.2.0.1"), "{}", fdb());
+        one.end().await;
+        two.end().await;
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn where_paths_are_not_watched_any_more_nothing_is_left_that_answers() {
+    sandbox(|| async {
+        for by in [TCX, CLSACT] {
+            let world = World::new();
+            let (nodes, peers) = pair(&world, by, 4).await;
+            let six = join(&nodes, 6).await;
+            let [one, two] = nodes;
+            drop((peers, six));
+            let netns = one.netns.clone();
+            kill(one).await;
+            let config = BpfConfig {
+                pin_dir: pin_dir(1),
+                mount_bpffs: false,
+                ..BpfConfig::default()
+            };
+            let bpf = within(&netns, || Bpf::load(&config)).expect("BPF");
+            let config = super::support::health_config(&netns);
+            Health::remove_left(&config, Some(&bpf)).expect("removed");
+            assert_eq!(link_names(&netns), ["eth0"]);
+            let pins = std::fs::read_dir(pin_dir(1)).expect("pins");
+            let left: Vec<_> = pins
+                .map(|pin| pin.expect("a pin").file_name())
+                .filter(|name| name.as_encoded_bytes().starts_with(b"management_"))
+                .collect();
+            assert!(left.is_empty(), "{left:?}");
+            Health::remove_left(&config, Some(&bpf)).expect("nothing is fine");
+            within(&netns, || bpf.detach_and_unpin()).expect("unpinned");
+            two.end().await;
+        }
+    });
+}
+
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_peer_is_shared_and_lingers() {

@@ -54,6 +54,9 @@ impl Peers {
         match PacketSocket::open(link.index, &link.name, family) {
             Ok(socket) => {
                 self.commands.send(Command::Link(family, socket));
+                if link.adopted {
+                    self.forget_stray_entries(family, &link);
+                }
                 self.links.insert(family, link);
                 Ok(())
             }
@@ -64,6 +67,29 @@ impl Peers {
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Forwarding entries of peers that have no session: the link may outlive the memory of the sessions.
+    fn forget_stray_entries(&mut self, family: Family, link: &ManagementLink) {
+        let known = self.known.iter();
+        let known = known.map(|(spec, it)| (NodeOnLink::of(spec), it.mac, it.speaks));
+        let orphans = self.orphans.iter();
+        let orphans = orphans.map(|it| (it.node(), it.mac, it.speaks));
+        let wanted: BTreeSet<[u8; 6]> = known
+            .chain(orphans)
+            .filter(|(node, ..)| node.family == family)
+            .flat_map(|(node, mac, speaks)| [Some(mac), speaks.then(|| node.speaker())])
+            .flatten()
+            .collect();
+        let forgotten = management::peers(&mut self.netlink, link).and_then(|found| {
+            found
+                .iter()
+                .filter(|mac| !wanted.contains(&mac.octets()))
+                .try_for_each(|mac| management::remove_peer(&mut self.netlink, link, *mac))
+        });
+        if let Err(error) = forgotten {
+            tracing::warn!(%error, interface = link.name, "a forwarding entry of an earlier agent stays");
         }
     }
 

@@ -1,0 +1,55 @@
+//! What an earlier agent's health plane left, where none is to run any more.
+
+use std::{panic, thread};
+
+use nsm_ebpf_common::management::MAX_SESSIONS;
+
+use super::{HealthConfig, HealthError};
+use crate::{
+    bpf::{Bpf, Sessions},
+    links::management,
+    netlink::Netlink,
+};
+
+/// Lets go of the programs, links and sessions of the domain's earlier agent on this port; all of it that can be.
+pub(super) fn remove(config: &HealthConfig, bpf: Option<&Bpf>) -> Result<(), HealthError> {
+    // First what answers.
+    let unhooked = bpf.map_or(Ok(()), Bpf::forget_management);
+    let forgotten = bpf.map_or(Ok(()), forget_sessions);
+    // A thread may be in another namespace than the process's others.
+    let links = thread::scope(|scope| match scope.spawn(|| remove_links(config)).join() {
+        Ok(removed) => removed,
+        Err(cause) => panic::resume_unwind(cause),
+    });
+    unhooked
+        .map_err(HealthError::from)
+        .and(forgotten)
+        .and(links)
+}
+
+fn remove_links(config: &HealthConfig) -> Result<(), HealthError> {
+    if let Some(node) = &config.namespace {
+        node.enter()?;
+    }
+    let mut netlink = Netlink::open().map_err(|source| HealthError::System {
+        action: "open a netlink socket",
+        source,
+    })?;
+    let removed = management::remove_left(&mut netlink, &config.domain, config.port);
+    Ok(removed?)
+}
+
+fn forget_sessions(bpf: &Bpf) -> Result<(), HealthError> {
+    let mut sessions = bpf.take_sessions().ok_or(HealthError::InUse)?;
+    let forgotten = sessions.indexed().and_then(|indexed| {
+        for (key, slot) in indexed {
+            sessions.forget(key)?;
+            if slot < MAX_SESSIONS {
+                sessions.slot(slot).clear();
+            }
+        }
+        Ok(())
+    });
+    bpf.return_sessions(sessions);
+    Ok(forgotten?)
+}
