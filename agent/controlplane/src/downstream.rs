@@ -171,8 +171,7 @@ impl ControlPlane {
             })
     }
 
-    /// Changes the views of connections and tells the monitors what is new, of many together: one that follows them all would be
-    /// cut off by as many events.
+    /// Changes the views of connections and tells the monitors what is new, of many together.
     pub(crate) fn apply_all(&self, news: impl Iterator<Item = (String, News)>) {
         let mut news = news.peekable();
         while news.peek().is_some() {
@@ -192,10 +191,7 @@ impl ControlPlane {
             });
         }
         let changed = lock(&together).take().unwrap_or_default();
-        let connections = &self.shared.connections;
-        self.shared
-            .monitors
-            .publish_all(&changed, |id| connections.current(id));
+        self.shared.monitors.publish_all(&changed);
     }
 
     /// Changes the view of a connection and lets `tell` tell it, if there is something to tell: in the connection's turn, so that what

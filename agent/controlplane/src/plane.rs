@@ -149,6 +149,7 @@ impl ControlPlane {
         vnis: VniPool,
     ) -> Self {
         let tokens_of_peers = Arc::clone(&tokens);
+        let connections = Connections::with_limit(settings.max_connections);
         let plane = Self {
             shared: Arc::new(Shared {
                 directory: Directory::from(registry),
@@ -157,9 +158,9 @@ impl ControlPlane {
                     settings.dial_timeout,
                     settings.max_message_bytes,
                 ),
-                connections: Connections::with_limit(settings.max_connections),
+                monitors: Monitors::of(connections.clone()),
+                connections,
                 expiries: Expiries::default(),
-                monitors: Monitors::default(),
                 bypass: Bypass::default(),
                 calls: CallMetrics::default(),
                 local_endpoints: Mutex::default(),

@@ -350,11 +350,8 @@ impl MonitorConnection for Front {
     ) -> Result<Response<Events>, Status> {
         let shared = &self.plane.shared;
         let skip_answered = request.metadata().contains_key(SKIP_ANSWERED);
-        let events = shared
-            .monitors
-            .subscribe(request.into_inner(), skip_answered, || {
-                shared.connections.all()
-            });
+        let selector = request.into_inner();
+        let events = shared.monitors.subscribe(selector, skip_answered);
         Ok(Response::new(events))
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use nsm_proto::connection::{ConnectionEventType::*, State};
 
-use crate::support::{Client, Setup, Wire, World, client_side, endpoint_side, eventually};
+use crate::support::{Client, Setup, Watch, Wire, World, client_side, endpoint_side, eventually};
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
 
@@ -37,20 +37,11 @@ async fn a_thousand_connections_come_back_with_the_first_refresh() {
     let mut follower = client.monitor().await;
     wire.cut();
     eventually(0, up).await;
+    // Who follows all of them from hop to hop is not cut off by the news.
+    heard_of(&mut follower, MANY, State::Down).await;
     client.refresh(&granted).await.expect("refreshed");
     eventually(MANY, up).await;
-    // Who follows all of them from hop to hop is not cut off by the news.
-    let mut seen_down = BTreeSet::new();
-    let mut up_again = BTreeSet::new();
-    while up_again.len() < MANY {
-        for (id, connection) in follower.next().await.connections {
-            match connection.state() {
-                State::Down => drop(seen_down.insert(id)),
-                _ if seen_down.contains(&id) => drop(up_again.insert(id)),
-                _ => {}
-            }
-        }
-    }
+    heard_of(&mut follower, MANY, State::Up).await;
 
     // Who asks for all of them hears of all of them.
     let mut watch = client.monitor().await;
@@ -63,4 +54,14 @@ async fn a_thousand_connections_come_back_with_the_first_refresh() {
         told.extend(event.connections);
     }
     assert!(told.values().all(|it| it.state() == State::Up));
+}
+
+/// Reads until so many connections have been told in this state.
+async fn heard_of(follower: &mut Watch, count: usize, state: State) {
+    let mut heard = BTreeSet::new();
+    while heard.len() < count {
+        let told = follower.next().await.connections;
+        let told = told.into_iter().filter(|(_, it)| it.state() == state);
+        heard.extend(told.map(|(id, _)| id));
+    }
 }
