@@ -11,6 +11,7 @@
 //! | our probes leave the tunnel and not the card | this node's own output drops them |
 //! | its probes come in and say that they are answered | both ways are good, and its reflector does not answer ours |
 //! | nothing of it comes in, and its agent says what comes of ours | its way in is our way out: see [`Told`] |
+//! | its probes are booked to another way to its node | told as the way *out*; of the way in nothing is known |
 //! | it counts a VNI of ours as foreign | it has no tunnel there: the way out of that connection is bad |
 //!
 //! Whatever is told carries its [`Reason`], whose text is a sentence with the evidence in it and what can be done.
@@ -406,6 +407,8 @@ pub struct Evidence {
     pub session: Snapshot,
     /// The stages since the session was up last.
     pub stages: Stages,
+    /// There are other ways to its node, and its own probes are booked to another: that none come in says nothing of this way.
+    pub heard_elsewhere: bool,
     /// What its agent told.
     pub told: Option<Told>,
 }
@@ -469,6 +472,15 @@ fn lost(evidence: &Evidence, now: Monotonic) -> (Way, Way) {
             Way::new(Verdict::Down, unanswered)
         };
         return (Way::new(Verdict::Up, Reason::PeerHeard), outward);
+    }
+    if evidence.heard_elsewhere {
+        // Of ours, the peer knows no better by which way they came; but when it hears none, this way lets none through.
+        let reason = match (unanswered, told) {
+            (Reason::Unanswered { .. }, Some(Verdict::Down)) => Reason::PeerHearsNothing { probes },
+            _ => unanswered,
+        };
+        let inward = Way::new(Verdict::Unknown, Reason::CannotBeTold);
+        return (inward, Way::new(Verdict::Down, reason));
     }
     let nothing_heard = match evidence.stages.own_input_drops() {
         Some(packets) => Reason::OwnInputDrops { packets },

@@ -127,6 +127,8 @@ pub struct Report {
     pub stages: Stages,
     /// The same at most 0.1 s and a probe before the session was not up any more; all zero before it was.
     pub stages_when_up: Stages,
+    /// There are other ways to the peer's node, and its own probes are booked to another: that none come in here says nothing.
+    pub heard_elsewhere: bool,
 }
 
 impl Report {
@@ -313,8 +315,8 @@ impl Health {
     ///
     /// # Errors
     ///
-    /// The address is no host's, the discriminator is another peer's, all sessions are taken, the kernel refuses, the plane was
-    /// closed.
+    /// The address is no host's, the discriminator is this node's own or has as many ways as can be told apart, all sessions are taken,
+    /// the kernel refuses, the plane was closed.
     pub async fn join(&self, peer: PeerSpec) -> Result<Peer, HealthError> {
         let health = self.clone();
         self.ask(|reply| Request::Join {

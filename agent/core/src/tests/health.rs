@@ -40,6 +40,7 @@ fn lost() -> Evidence {
             path_mtu: None,
         },
         stages: Stages::default(),
+        heard_elsewhere: false,
         told: None,
     }
 }
@@ -54,6 +55,33 @@ fn probe(at: Monotonic, state: WireState) -> Option<PeerProbe> {
 
 fn verdicts(health: &Health) -> (Verdict, Verdict) {
     (health.inward.verdict, health.outward.verdict)
+}
+
+/// The card sees the peer's probes, the link books them to another way: nobody's firewall drops them.
+#[test]
+fn a_way_on_which_the_peer_cannot_be_heard_tells_nothing_of_the_way_in() {
+    let evidence = Evidence {
+        heard_elsewhere: true,
+        ..lost()
+    };
+    let later = start() + 5 * PEER_INSISTS;
+    let health = judge(&evidence, later);
+    assert_eq!(verdicts(&health), (Verdict::Unknown, Verdict::Down));
+    assert!(health.is_down());
+    assert_eq!(health.inward.reason, Reason::CannotBeTold);
+    assert!(matches!(health.outward.reason, Reason::Unanswered { .. }));
+
+    // What leaves the link is this way's own.
+    let stages = Stages {
+        link_out: 12,
+        card_out: Some(0),
+        ..Stages::default()
+    };
+    let health = judge(&Evidence { stages, ..evidence }, later);
+    assert_eq!(
+        health.outward.reason,
+        Reason::OwnOutputDrops { packets: 12 }
+    );
 }
 
 #[test]

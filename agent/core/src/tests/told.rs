@@ -42,6 +42,7 @@ fn evidence(state: State, told: Option<Told>) -> Evidence {
             path_mtu: None,
         },
         stages: Stages::default(),
+        heard_elsewhere: false,
         told,
     }
 }
@@ -200,6 +201,7 @@ impl Node {
             port: 4789,
             session: self.session.snapshot(now),
             stages: Stages::default(),
+            heard_elsewhere: false,
             told: self.told,
         };
         judge(&evidence, now)

@@ -195,6 +195,7 @@ impl NodeProber {
             port: report.peer.port,
             session: report.snapshot,
             stages: report.stages_since_up(),
+            heard_elsewhere: report.heard_elsewhere,
             told: one.told(),
         };
         let health = judge(&evidence, now());

@@ -2,7 +2,6 @@
 
 use std::{io, net::IpAddr};
 
-use nsm_core::sbfd::Discriminator;
 use nsm_ebpf_common::management::MAX_SESSIONS;
 
 use crate::{bpf::BpfError, links::LinkError, netns::NetnsError};
@@ -45,17 +44,17 @@ pub enum HealthError {
     /// The address is not that of a host.
     #[error("{0} cannot be watched: a peer has the address of one host")]
     NotAPeer(IpAddr),
-    /// Two peers cannot have one discriminator: their frames would look alike.
+    /// The discriminator is this node's own, or as many ways lead to its node as can be told apart.
     #[error(
         "discriminator {discriminator} of peer {peer} is that of {holder} already: one of the two must restart its agent \
-         with fresh BPF maps, or it is one node behind two addresses"
+         with fresh BPF maps"
     )]
     DiscriminatorTaken {
         /// The discriminator.
-        discriminator: Discriminator,
+        discriminator: u32,
         /// The peer that was to be watched.
         peer: IpAddr,
-        /// Who has it: another peer, or this node itself.
+        /// Who has it: this node itself, or so many other ways.
         holder: String,
     },
     /// All sessions are in use.

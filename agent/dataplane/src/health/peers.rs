@@ -67,6 +67,8 @@ pub(super) enum Request {
         peer: Option<PeerSpec>,
         reply: oneshot::Sender<Vec<Report>>,
     },
+    /// A peer's probes begin to be answered or not: look which way to its node is the best now.
+    Choose(PeerSpec),
     /// The counts of a peer's stages seem to say something: look whether they can be believed.
     Look(PeerSpec),
     /// The last handle is gone, without a word: end, and leave everything for the next agent.
@@ -103,10 +105,12 @@ struct Known {
     cell: Arc<PeerCell>,
 }
 
-/// An earlier agent's, that nobody has joined yet. Of where it was reached, only the address is known.
+/// An earlier agent's, that nobody has joined yet.
 struct Orphan {
     address: IpAddr,
     discriminator: u32,
+    /// All that it was reached by, where the link still has its forwarding entry; else only the address is known.
+    at: Option<PeerSpec>,
     slot: u32,
     mac: [u8; 6],
     speaks: bool,
@@ -115,7 +119,7 @@ struct Orphan {
 }
 
 /// A node as one link knows it: all ways to it have Ethernet addresses that differ in the tag only.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct NodeOnLink {
     discriminator: u32,
     family: Family,
@@ -141,6 +145,19 @@ impl Orphan {
             discriminator: self.discriminator,
             family: Family::of(self.address),
         }
+    }
+
+    /// Whether it is what a peer tells of itself. Who names an address with another port or VNI is somebody else.
+    fn is(&self, spec: &PeerSpec) -> bool {
+        match self.at {
+            Some(at) => at == *spec,
+            None => self.address == spec.address && self.discriminator == spec.discriminator.get(),
+        }
+    }
+
+    /// Whether its node's probes are answered on it, as far as can be known: nobody probes it.
+    const fn answers(&self) -> bool {
+        self.speaks && self.at.is_some()
     }
 }
 
@@ -220,6 +237,7 @@ impl Peers {
                 let users = users.map(|(peer, known)| (*peer, known.users)).collect();
                 self.commands.send(Command::Reports { peer, users, reply });
             }
+            Request::Choose(peer) => self.choose_or_tell(NodeOnLink::of(&peer)),
             Request::Look(peer) => self.look(peer),
             Request::Abandon | Request::Close { .. } => {}
         }

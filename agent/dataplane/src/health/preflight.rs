@@ -88,10 +88,22 @@ impl Drop for Wait<'_> {
     }
 }
 
+/// How good a way is; the better is the larger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Standing {
+    /// Not proved.
+    Down,
+    /// The session is up, and answers are overdue.
+    Doubted,
+    /// Its probes are answered.
+    Good,
+}
+
 /// What is known of a peer without asking its session.
 #[derive(Debug, Default)]
 pub(crate) struct PeerCell {
     up: AtomicBool,
+    doubted: AtomicBool,
     answers: AtomicU32,
 }
 
@@ -101,16 +113,26 @@ impl PeerCell {
         self.up.load(Ordering::Acquire)
     }
 
+    /// How good the way is.
+    pub(super) fn standing(&self) -> Standing {
+        match (self.is_up(), self.doubted.load(Ordering::Acquire)) {
+            (false, _) => Standing::Down,
+            (true, true) => Standing::Doubted,
+            (true, false) => Standing::Good,
+        }
+    }
+
     /// The answers that made it so.
     pub(super) fn answers(&self) -> u32 {
         self.answers.load(Ordering::Relaxed)
     }
 
-    /// The session stands like this.
-    pub(super) fn note(&self, snapshot: &Snapshot) {
+    /// The session stands like this; `doubted`: answers are overdue.
+    pub(super) fn note(&self, snapshot: &Snapshot, doubted: bool) {
         if let Some(Cause::Answered { answers }) = snapshot.cause {
             self.answers.store(answers, Ordering::Relaxed);
         }
+        self.doubted.store(doubted, Ordering::Release);
         self.up
             .store(snapshot.state == State::Up, Ordering::Release);
     }

@@ -6,7 +6,6 @@
 use std::{
     collections::HashMap,
     io,
-    net::IpAddr,
     os::fd::AsFd as _,
     sync::{Arc, mpsc},
     thread,
@@ -28,7 +27,10 @@ use nsm_core::{
 };
 use nsm_ebpf_common::{
     management::MAX_SESSIONS,
-    sbfd::{SOURCE_PORT_MIN, State, frame::session_key},
+    sbfd::{
+        SOURCE_PORT_MIN, State,
+        frame::{SPEAKER, mac, session_key},
+    },
 };
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
@@ -303,8 +305,7 @@ impl Prober {
                 let _ = reply.send(self.rename(slot, mac));
             }
             Command::Lead { key, slot, reply } => {
-                let led = self.memory.sessions_mut().index(key, slot);
-                let _ = reply.send(led.map_err(HealthError::from));
+                let _ = reply.send(self.lead(key, slot));
             }
             Command::Forget(slot) => self.forget(slot),
             Command::Prove(peer, reply) => {
@@ -384,8 +385,19 @@ impl Prober {
         let (around, peers) = self.parts();
         session.begin(&around);
         peers.insert(spec, session);
-        self.note_neighbours(spec.address);
+        self.note_neighbours(spec);
         Ok(slot)
+    }
+
+    fn lead(&mut self, key: u64, slot: u32) -> Result<(), HealthError> {
+        self.memory.sessions_mut().index(key, slot)?;
+        for peer in self.peers.values_mut() {
+            let speaker = mac(SPEAKER, peer.entry.spec.discriminator.get());
+            if session_key(peer.is_v4(), speaker) == key {
+                peer.speak(peer.slot == slot);
+            }
+        }
+        Ok(())
     }
 
     fn rename(&mut self, slot: u32, mac: [u8; 6]) -> Result<(), HealthError> {
@@ -408,7 +420,7 @@ impl Prober {
             })
             .collect();
         for spec in gone {
-            self.note_neighbours(spec.address);
+            self.note_neighbours(spec);
         }
         let sessions = self.memory.sessions_mut();
         // Neither cleared nor free while a key may lead there: the next peer would be taken for this one, too.
@@ -429,12 +441,22 @@ impl Prober {
         self.free.push(slot);
     }
 
-    /// What the card counts is of an address: where several peers have one, it is no evidence on either.
-    fn note_neighbours(&mut self, address: IpAddr) {
-        let here = |spec: &PeerSpec| spec.address == address;
-        let count = self.peers.keys().filter(|spec| here(spec)).count();
-        for (_, peer) in self.peers.iter_mut().filter(|(spec, _)| here(spec)) {
-            peer.share_card(count > 1);
+    /// What the card counts is of an address: where several peers have one, it is no evidence on either. And several may be ways to
+    /// one node.
+    fn note_neighbours(&mut self, of: PeerSpec) {
+        let here = |spec: &PeerSpec| spec.address == of.address;
+        let node = |spec: &PeerSpec| {
+            spec.discriminator == of.discriminator && spec.address.is_ipv4() == of.address.is_ipv4()
+        };
+        let at_address = self.peers.keys().filter(|spec| here(spec)).count();
+        let of_node = self.peers.keys().filter(|spec| node(spec)).count();
+        for (spec, peer) in &mut self.peers {
+            if here(spec) {
+                peer.share_card(at_address > 1);
+            }
+            if node(spec) {
+                peer.note_siblings(of_node > 1);
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 use nsm_core::{
     clock::Monotonic,
     health::{Card, Look, Stages},
-    sbfd::{self, Answer, Change, Diag, PeerProbe, Proof, Seq, State, Timing, WireState},
+    sbfd::{self, Answer, Change, Diag, PeerProbe, Proof, Seq, Snapshot, State, Timing, WireState},
 };
 use nsm_ebpf_common::{
     management::{STAMPS, Said, Session, words},
@@ -33,6 +33,8 @@ pub(super) struct Entry {
     pub(super) slot: Option<u32>,
     /// The peer's Ethernet address here.
     pub(super) mac: [u8; 6],
+    /// Whether the probes of its node are booked to its session, too: with several ways to a node, they are to that of one.
+    pub(super) speaks: bool,
     /// Our end of tunnels to it.
     pub(super) source: IpAddr,
     /// Where the underlay counts the management VNI of this peer.
@@ -74,6 +76,10 @@ pub(super) struct PeerSession {
     shares_card: bool,
     /// What the card counts since the stages were noted is of this peer alone.
     owns_card: bool,
+    /// The probes of its node were booked here since the stages were noted.
+    owns_probes: bool,
+    /// There are other ways to its node.
+    has_siblings: bool,
     /// When to look at it next.
     pub(super) due: Monotonic,
 }
@@ -154,6 +160,7 @@ impl PeerSession {
             source_port: names.source_port,
             control,
         };
+        let owns_probes = entry.speaks;
         Self {
             entry,
             slot,
@@ -167,6 +174,8 @@ impl PeerSession {
             noted: Monotonic::default(),
             shares_card: false,
             owns_card: true,
+            owns_probes,
+            has_siblings: false,
             due: now,
         }
     }
@@ -179,6 +188,16 @@ impl PeerSession {
     pub(super) const fn rename(&mut self, mac: [u8; 6]) {
         self.entry.mac = mac;
         self.probe.receiver = mac;
+    }
+
+    /// From now on the probes of its node are booked here, or elsewhere.
+    pub(super) const fn speak(&mut self, speaks: bool) {
+        self.entry.speaks = speaks;
+        self.owns_probes &= speaks;
+    }
+
+    pub(super) const fn note_siblings(&mut self, has_siblings: bool) {
+        self.has_siblings = has_siblings;
     }
 
     pub(super) const fn share_card(&mut self, shares: bool) {
@@ -225,7 +244,12 @@ impl PeerSession {
         }
         let snapshot = self.machine.snapshot(now);
         // Before whoever waits is told: they look there.
-        self.entry.cell.note(&snapshot);
+        let standing = self.entry.cell.standing();
+        self.entry.cell.note(&snapshot, is_overdue(&snapshot, now));
+        if standing != self.entry.cell.standing() && (self.has_siblings || !self.entry.speaks) {
+            // A thread that has ended chooses nothing.
+            let _ = around.requests.send(Request::Choose(self.entry.spec));
+        }
         let proof = self.machine.proof();
         if proof != Proof::Pending {
             for reply in self.proofs.drain(..) {
@@ -240,18 +264,17 @@ impl PeerSession {
     /// Notes the stages while all is well, and has somebody look at the hooks where they seem to say that it is not.
     fn watch_stages(&mut self, now: Monotonic, around: &Surroundings<'_>) {
         let snapshot = self.machine.snapshot(now);
-        let silence = snapshot.silent_since.map(|since| now.since(since));
-        let is_overdue = silence.is_some_and(|silence| silence > snapshot.rto);
-        let is_well = snapshot.state == State::Up && !is_overdue;
+        let is_well = snapshot.state == State::Up && !is_overdue(&snapshot, now);
         if is_well && now.since(self.noted) < NOTE_STAGES {
             return;
         }
         if is_well {
             self.owns_card = !self.shares_card;
+            self.owns_probes = self.entry.speaks;
         }
         let counts = self.counts(around);
         if is_well {
-            self.card.note_up(&counts, silence.is_none());
+            self.card.note_up(&counts, snapshot.silent_since.is_none());
             self.stages_when_up = counts;
             self.noted = now;
         }
@@ -333,6 +356,7 @@ impl PeerSession {
             peer_is_independent: answer.map(|said| said.control_plane_independent),
             stages: self.stages(around),
             stages_when_up: self.stages_when_up,
+            heard_elsewhere: !self.entry.speaks,
         }
     }
 
@@ -352,10 +376,19 @@ impl PeerSession {
             card_out: underlay
                 .filter(|_| self.entry.counts_out)
                 .map(|counters| counters.tx_packets),
-            card_in: underlay.map(|counters| counters.rx_packets),
+            // The card counts the node's probes where they come from, and the link where they are booked.
+            card_in: underlay
+                .filter(|_| self.owns_probes)
+                .map(|counters| counters.rx_packets),
             link_in: session.arrived.load(),
         }
     }
+}
+
+/// Whether an answer should have come by now.
+fn is_overdue(snapshot: &Snapshot, now: Monotonic) -> bool {
+    let silence = snapshot.silent_since.map(|since| now.since(since));
+    silence.is_some_and(|silence| silence > snapshot.rto)
 }
 
 /// Tells the machine what the stamp of a probe says; whether that is all there is to say.

@@ -350,21 +350,80 @@ pub(crate) fn peers(
     netlink: &mut Netlink,
     link: &ManagementLink,
 ) -> Result<Vec<MacAddr>, LinkError> {
+    let entries = entries(netlink, link)?;
+    let macs = entries.into_iter().filter_map(|entry| {
+        let mac = entry.attributes.iter().find_map(|it| match it {
+            NeighbourAttribute::LinkLayerAddress(mac) => Some(mac.as_slice()),
+            _ => None,
+        });
+        mac?.try_into().ok().map(MacAddr::new)
+    });
+    Ok(macs.collect())
+}
+
+/// Where frames of a link go, by Ethernet address; `vni`: the link's own, which entries need not name.
+pub(crate) fn forwardings(
+    netlink: &mut Netlink,
+    link: &ManagementLink,
+    vni: Vni,
+) -> Result<Vec<Forwarding>, LinkError> {
+    let entries = entries(netlink, link)?.into_iter();
+    Ok(entries
+        .filter_map(|entry| forwarding_of(entry, link.port, vni))
+        .collect())
+}
+
+fn entries(
+    netlink: &mut Netlink,
+    link: &ManagementLink,
+) -> Result<Vec<NeighbourMessage>, LinkError> {
     let mut request = NeighbourMessage::default();
     request.header.family = AddressFamily::Bridge;
     request.header.ifindex = link.index;
     let found = netlink.dump(&RouteNetlinkMessage::GetNeighbour(request))?;
-    let macs = found.into_iter().filter_map(|message| match message {
+    let of_link = found.into_iter().filter_map(|message| match message {
         RouteNetlinkMessage::NewNeighbour(entry) if entry.header.ifindex == link.index => {
-            let mac = entry.attributes.iter().find_map(|it| match it {
-                NeighbourAttribute::LinkLayerAddress(mac) => Some(mac.as_slice()),
-                _ => None,
-            });
-            mac?.try_into().ok().map(MacAddr::new)
+            Some(entry)
         }
         _ => None,
     });
-    Ok(macs.collect())
+    Ok(of_link.collect())
+}
+
+fn forwarding_of(entry: NeighbourMessage, mut port: u16, mut vni: Vni) -> Option<Forwarding> {
+    let (mut mac, mut remote) = (None, None);
+    for attribute in entry.attributes {
+        match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = <[u8; 6]>::try_from(bytes).ok().map(MacAddr::new);
+            }
+            NeighbourAttribute::Destination(address) => remote = ip_of(&address),
+            NeighbourAttribute::Port(other) => port = other,
+            NeighbourAttribute::Vni(other) => vni = Vni::try_from(other).ok()?,
+            _ => {}
+        }
+    }
+    Some(Forwarding {
+        mac: mac?,
+        remote: remote?,
+        port,
+        vni,
+    })
+}
+
+/// The entries are of the bridge family, so only the length says whose address it is.
+fn ip_of(address: &NeighbourAddress) -> Option<IpAddr> {
+    match address {
+        NeighbourAddress::Inet(ip) => Some((*ip).into()),
+        NeighbourAddress::Inet6(ip) => Some((*ip).into()),
+        NeighbourAddress::Other(bytes) => match bytes.len() {
+            4 => <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
+            _ => <[u8; 16]>::try_from(bytes.as_slice())
+                .ok()
+                .map(IpAddr::from),
+        },
+        _ => None,
+    }
 }
 
 /// An entry of the device's own table (`bridge fdb … self`).

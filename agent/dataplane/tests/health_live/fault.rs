@@ -58,6 +58,7 @@ pub(crate) async fn judged(peer: &Peer) -> (Health, Duration) {
         port: report.peer.port,
         session: report.snapshot,
         stages: report.stages_since_up(),
+        heard_elsewhere: report.heard_elsewhere,
         told: None,
     };
     let now = Monotonic::from_nanos(bpf::now().as_nanos() as u64);

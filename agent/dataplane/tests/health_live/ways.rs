@@ -1,10 +1,18 @@
 //! Several ways to one node, several nodes at one address, and what others say of both.
 
-use nsm_core::sbfd::{Proof, State};
-use nsm_dataplane::health::{Peer, PeerSpec};
+use std::sync::Arc;
 
-use super::support::{
-    By, Node, TCX, World, addr, both_up, discriminator, eventually, ip, pair, within,
+use nsm_core::{
+    health::{Direction, Verdict},
+    sbfd::{Change, Proof, State},
+};
+use nsm_dataplane::health::{Event, Peer, PeerSpec};
+
+use super::{
+    fault::{judged, reason},
+    support::{
+        By, CLSACT, Node, TCX, World, addr, both_up, discriminator, eventually, ip, pair, within,
+    },
 };
 
 /// The path is proved, at the latest when both sides know each other.
@@ -203,12 +211,12 @@ fn what_another_says_of_a_peer_takes_nothing_from_it() {
             assert!(again.is_up(), "the session that stood");
             drop(claimed);
             while let Ok(event) = nodes[0].events.try_recv() {
-                let nsm_dataplane::health::Event::Session { change, report } = &event else {
+                let Event::Session { change, report } = &event else {
                     continue;
                 };
                 let lost = matches!(
                     change,
-                    nsm_core::sbfd::Change::State {
+                    Change::State {
                         to: State::Down,
                         ..
                     }
@@ -244,5 +252,173 @@ fn a_peer_that_lost_its_name_is_known_by_the_new_one_at_once() {
             goes_on(peer).await;
         }
         end([one, two]).await;
+    });
+}
+
+/// Ends an agent as kill -9 does: nothing is closed in order.
+async fn kill(node: Node) {
+    let Node {
+        bpf,
+        health,
+        events,
+        ..
+    } = node;
+    drop((health, events));
+    // The threads end by themselves and let go of the pins' lock.
+    let bpf = bpf.expect("BPF");
+    eventually("the old agent's end", async || {
+        match Arc::strong_count(&bpf) {
+            1 => Ok(()),
+            count => Err(format!("{count} users")),
+        }
+    })
+    .await;
+}
+
+/// The peers that were told lost.
+fn lost(node: &mut Node) -> Vec<PeerSpec> {
+    std::iter::from_fn(|| node.events.try_recv().ok())
+        .filter_map(|event| match event {
+            Event::Session {
+                change: Change::State {
+                    to: State::Down, ..
+                },
+                report,
+            } => Some(report.peer),
+            _ => None,
+        })
+        .collect()
+}
+
+/// What was answered of the node that this one is at the other end of, goes on being answered.
+async fn is_answered_on(peer: &Peer) {
+    let reflected = peer.report().await.expect("report").reflected;
+    eventually("its probes", async || {
+        let report = peer.report().await.expect("report");
+        (report.reflected >= reflected + 40)
+            .then_some(())
+            .ok_or_else(|| format!("{report:?}"))
+    })
+    .await;
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn who_comes_back_first_takes_nothing_from_the_way_that_worked_before_a_restart() {
+    super::support::sandbox(|| async {
+        for by in [TCX, CLSACT] {
+            let world = World::new();
+            let (mut nodes, peers) = pair(&world, by, 4).await;
+            both_up(&mut nodes, &peers).await;
+            let ([one, mut two], [to_two, to_one]) = (nodes, peers);
+            let spec = two.spec(4);
+            drop(to_two);
+            kill(one).await;
+
+            let mut one = Node::start(&world, 1, by);
+            let claims = [
+                elsewhere(spec, "10.2.0.99"),
+                PeerSpec { port: 4999, ..spec },
+            ];
+            let mut claimed = Vec::new();
+            for claim in claims {
+                let peer = one.health.join(claim).await.expect("joined");
+                let proof = peer.prove().await.expect("proof");
+                assert!(
+                    matches!(proof, Proof::Silent { .. }),
+                    "{claim:?}: {proof:?}"
+                );
+                claimed.push(peer);
+            }
+            goes_on(&to_one).await;
+            let to_two = one.health.join(spec).await.expect("joined");
+            reached(&to_two).await;
+            for peer in [&to_one, &to_two] {
+                goes_on(peer).await;
+            }
+            assert_eq!(one.dropped("wrong_source"), 0);
+            assert_eq!(lost(&mut two), []);
+            assert!(!lost(&mut one).contains(&spec));
+            drop(claimed);
+            end([one, two]).await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_way_that_is_good_takes_the_place_of_one_of_before_a_restart_and_leaves_it_its_session() {
+    super::support::sandbox(|| async {
+        let world = World::new();
+        within(&world.nodes[1], || ip("addr add 10.2.0.2/24 dev eth0"));
+        let (mut nodes, peers) = pair(&world, TCX, 4).await;
+        both_up(&mut nodes, &peers).await;
+        let [one, mut two] = nodes;
+        let spec = two.spec(4);
+        let [to_two, to_one] = peers;
+        drop(to_two);
+        kill(one).await;
+
+        let one = Node::start(&world, 1, TCX);
+        let second = one.health.join(elsewhere(spec, "10.2.0.2")).await;
+        let second = second.expect("joined");
+        reached(&second).await;
+        // The probes of node 2 still come from its first address.
+        is_answered_on(&second).await;
+        let first = one.health.join(spec).await.expect("joined");
+        reached(&first).await;
+        for peer in [&first, &second, &to_one] {
+            goes_on(peer).await;
+        }
+        assert_eq!(one.dropped("wrong_source"), 0);
+        assert_eq!(lost(&mut two), []);
+        end([one, two]).await;
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
+fn one_of_two_ways_breaks_and_the_other_and_the_peer_notice_nothing() {
+    super::support::sandbox(|| async {
+        for by in [TCX, By::UserSpace] {
+            let world = World::new();
+            within(&world.nodes[1], || ip("addr add 10.2.0.2/24 dev eth0"));
+            let (mut nodes, peers) = pair(&world, by, 4).await;
+            both_up(&mut nodes, &peers).await;
+            let spec = nodes[1].spec(4);
+            let second = elsewhere(spec, "10.2.0.2");
+            let second = nodes[0].health.join(second).await.expect("joined");
+            reached(&second).await;
+            for peer in peers.iter().chain([&second]) {
+                goes_on(peer).await;
+            }
+            for node in &mut nodes {
+                assert_eq!(lost(node), []);
+            }
+
+            // The probes of node 2 go on coming from there.
+            world.drop_between("ip saddr 10.1.0.1 ip daddr 10.2.0.1");
+            is_down(&peers[0]).await;
+            // Long enough for somebody to have looked at the hooks.
+            is_answered_on(&second).await;
+            let (health, _) = judged(&peers[0]).await;
+            let verdicts = [health.inward.verdict, health.outward.verdict];
+            assert_eq!(verdicts, [Verdict::Unknown, Verdict::Down], "{health:?}");
+            assert_eq!(reason(&peers[0], Direction::Out).await, "Unanswered");
+            assert_eq!(reason(&peers[0], Direction::In).await, "CannotBeTold");
+            for peer in [&second, &peers[1]] {
+                goes_on(peer).await;
+            }
+            let [one, two] = &mut nodes;
+            assert_eq!(lost(one), [spec]);
+            assert_eq!(lost(two), []);
+
+            world.mend();
+            reached(&peers[0]).await;
+            for peer in peers.iter().chain([&second]) {
+                goes_on(peer).await;
+            }
+            end(nodes).await;
+        }
     });
 }

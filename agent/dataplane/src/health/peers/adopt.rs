@@ -45,6 +45,7 @@ pub(super) fn adopt(
         let orphan = orphans.entry(slot).or_insert(Orphan {
             address,
             discriminator,
+            at: None,
             slot,
             mac,
             speaks: false,

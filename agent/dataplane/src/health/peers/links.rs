@@ -2,13 +2,15 @@
 
 use std::collections::BTreeSet;
 
+use nsm_core::{sbfd::Discriminator, tunnel::MacAddr};
+
 use super::{
-    super::{HealthError, prober::Command, socket::PacketSocket},
+    super::{HealthError, PeerSpec, prober::Command, socket::PacketSocket},
     NodeOnLink, Peers, forwarding,
 };
 use crate::links::{
     Family,
-    management::{self, Condition, ManagementLink, ManagementSpec},
+    management::{self, Condition, Forwarding, ManagementLink, ManagementSpec},
 };
 
 impl Peers {
@@ -29,6 +31,7 @@ impl Peers {
                 tracing::warn!(%error, ?family, "peers of an earlier agent are not reflected");
             }
         }
+        self.recognise_orphans();
         self.hook_links()?;
         self.forget_strays();
         // What an earlier agent saw is not news.
@@ -37,6 +40,38 @@ impl Peers {
             self.foreign = seen.map(|vni| ((vni.vni, vni.peer), vni.packets)).collect();
         }
         Ok(())
+    }
+
+    /// Reads from the links that an earlier agent left by what its peers were reached.
+    fn recognise_orphans(&mut self) {
+        for (family, link) in &self.links {
+            if !link.adopted {
+                continue;
+            }
+            let entries = match management::forwardings(&mut self.netlink, link, self.config.vni) {
+                Ok(entries) => entries,
+                Err(error) => {
+                    tracing::warn!(%error, "peers of an earlier agent are known by their addresses only");
+                    continue;
+                }
+            };
+            for orphan in &mut self.orphans {
+                let of_orphan = |entry: &&Forwarding| {
+                    entry.mac == MacAddr::new(orphan.mac) && entry.remote == orphan.address
+                };
+                if Family::of(orphan.address) == *family
+                    && let Some(entry) = entries.iter().find(of_orphan)
+                    && let Some(discriminator) = Discriminator::new(orphan.discriminator)
+                {
+                    orphan.at = Some(PeerSpec {
+                        address: entry.remote,
+                        port: entry.port,
+                        vni: entry.vni,
+                        discriminator,
+                    });
+                }
+            }
+        }
     }
 
     /// Makes the link of a family, or takes it over, with the prober's socket on it.
@@ -183,15 +218,18 @@ impl Peers {
             management::remove(&mut self.netlink, link.index, &link.name)?;
             return Err(error.into());
         }
-        for (spec, known) in &self.known {
-            let node = NodeOnLink::of(spec);
+        let known = self.known.iter();
+        let known = known.map(|(spec, known)| (*spec, known.mac, known.speaks));
+        let orphans = self.orphans.iter();
+        let orphans = orphans.filter_map(|orphan| Some((orphan.at?, orphan.mac, orphan.speaks)));
+        for (spec, mac, speaks) in known.chain(orphans) {
+            let node = NodeOnLink::of(&spec);
             if node.family != family {
                 continue;
             }
-            let speaker = Some(node.speaker()).filter(|mac| known.speaks && *mac != known.mac);
-            for mac in [Some(known.mac), speaker].into_iter().flatten() {
-                let entered =
-                    management::set_peer(&mut self.netlink, &link, forwarding(mac, *spec));
+            let speaker = Some(node.speaker()).filter(|speaker| speaks && *speaker != mac);
+            for mac in [Some(mac), speaker].into_iter().flatten() {
+                let entered = management::set_peer(&mut self.netlink, &link, forwarding(mac, spec));
                 if let Err(error) = entered {
                     tracing::warn!(%error, peer.ip = %spec.address, "a peer is not reached any more");
                 }

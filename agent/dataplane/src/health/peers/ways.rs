@@ -67,9 +67,7 @@ impl Peers {
             return Err(HealthError::NotAPeer(address));
         }
         let node = NodeOnLink::of(&spec);
-        let adopted = self.orphans.iter().position(|orphan| {
-            orphan.address == address && orphan.discriminator == node.discriminator
-        });
+        let adopted = self.orphans.iter().position(|orphan| orphan.is(&spec));
         let orphan = adopted.map(|at| &self.orphans[at]);
         let (slot, speaks) = match orphan {
             Some(orphan) => (Some(orphan.slot), orphan.speaks),
@@ -77,7 +75,7 @@ impl Peers {
         };
         let mac = match orphan {
             Some(orphan) => orphan.mac,
-            None => self.free_mac(&spec)?,
+            None => self.free_mac(node, address)?,
         };
         let link = self.link(node.family)?;
         let source = match self.config.local {
@@ -86,7 +84,18 @@ impl Peers {
         };
         management::set_peer(&mut self.netlink, &link, forwarding(mac, spec))?;
         let cell = Arc::<PeerCell>::default();
-        let slot = match self.enter_behind(spec, mac, source, slot, cell.clone()) {
+        let speaks = speaks || mac == node.speaker();
+        let entry = Entry {
+            spec,
+            slot,
+            mac,
+            speaks,
+            source,
+            counters: None,
+            counts_out: spec.vni == self.config.vni,
+            cell: cell.clone(),
+        };
+        let slot = match self.enter_behind(entry) {
             Ok(slot) => slot,
             Err(error) => {
                 // Where an earlier agent's peer was reached is not known; what the peer says now is the best guess.
@@ -103,7 +112,7 @@ impl Peers {
         let known = Known {
             slot,
             mac,
-            speaks: speaks || mac == node.speaker(),
+            speaks,
             joined: self.entered,
             users: 0,
             expires: None,
@@ -120,31 +129,12 @@ impl Peers {
     }
 
     /// The underlay, then the prober, which says whether it could.
-    fn enter_behind(
-        &self,
-        spec: PeerSpec,
-        mac: [u8; 6],
-        source: IpAddr,
-        slot: Option<u32>,
-        cell: Arc<PeerCell>,
-    ) -> Result<u32, HealthError> {
-        let counters = match &self.bpf {
-            Some(bpf) => {
-                // Ports are tunnels', too, and stay.
-                bpf.add_port(spec.port)?;
-                Some(bpf.add_peer(self.config.vni, spec.address)?)
-            }
-            None => None,
-        };
-        let entry = Entry {
-            spec,
-            slot,
-            mac,
-            source,
-            counters,
-            counts_out: spec.vni == self.config.vni,
-            cell,
-        };
+    fn enter_behind(&self, mut entry: Entry) -> Result<u32, HealthError> {
+        if let Some(bpf) = &self.bpf {
+            // Ports are tunnels', too, and stay.
+            bpf.add_port(entry.spec.port)?;
+            entry.counters = Some(bpf.add_peer(self.config.vni, entry.spec.address)?);
+        }
         self.ask_prober(|reply| Command::Enter(Box::new(entry), reply))
     }
 
@@ -156,11 +146,10 @@ impl Peers {
 
     /// An Ethernet address for a way to a peer's node: that by which the node speaks, or where that is taken by another way, one that
     /// only we know it by.
-    pub(super) fn free_mac(&self, spec: &PeerSpec) -> Result<[u8; 6], HealthError> {
-        let node = NodeOnLink::of(spec);
+    pub(super) fn free_mac(&self, node: NodeOnLink, peer: IpAddr) -> Result<[u8; 6], HealthError> {
         let taken = |holder: String| HealthError::DiscriminatorTaken {
-            discriminator: spec.discriminator,
-            peer: spec.address,
+            discriminator: node.discriminator,
+            peer,
             holder,
         };
         if node.discriminator == self.discriminator {
@@ -201,6 +190,10 @@ impl Peers {
             .extract_if(.., |orphan| orphan.expires <= now)
             .collect::<Vec<_>>()
         {
+            if orphan.speaks {
+                // Before its session goes, as in `forget`.
+                self.choose_or_tell(orphan.node());
+            }
             self.forget_orphan(&orphan);
         }
     }
