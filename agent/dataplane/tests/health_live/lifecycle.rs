@@ -288,6 +288,30 @@ fn a_peer_is_shared_and_lingers() {
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn a_proof_that_nobody_waits_for_is_counted_as_such() {
+    sandbox(|| async {
+        let world = World::new();
+        let node = Node::start(&world, 1, TCX);
+        let nobody = PeerSpec {
+            address: addr("10.2.0.1"),
+            discriminator: discriminator(7),
+            ..node.spec(4)
+        };
+        let peer = node.health.join(nobody).await.expect("joined");
+        tokio::select! {
+            biased;
+            proof = peer.prove() => panic!("{proof:?} of nobody, at once"),
+            () = std::future::ready(()) => {}
+        }
+        let count = node.health.preflights();
+        assert_eq!((count.cut, count.silent), (1, 0));
+        drop(peer);
+        node.end().await;
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn what_cannot_be_watched_is_refused() {
     sandbox(|| async {
         let world = World::new();
