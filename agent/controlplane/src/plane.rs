@@ -86,6 +86,8 @@ pub(crate) struct Shared {
     pub(crate) foreign: Mutex<Foreign>,
     ip_map: RwLock<Arc<IpMap>>,
     public_urls: RwLock<PublicUrls>,
+    /// Whether the IP map has what there is to be known of this node's public address.
+    public_address_known: watch::Sender<bool>,
     turn: AtomicU64,
     /// True once every connection has been closed for the agent's end.
     drained: watch::Sender<bool>,
@@ -105,6 +107,9 @@ pub(crate) struct LocalEndpoint {
     /// Keeps the descriptor of its socket, when it has passed one in the place of a path.
     pub(crate) _socket: Option<Arc<Peer>>,
 }
+
+/// How long a Request waits for the public address of an agent that has just started: those who may know it have a second to answer.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Public URLs that are remembered after they have changed: what was registered with them is refreshed, with the new one, within the
 /// life of a token; in that time an address hardly changes twice.
@@ -171,6 +176,7 @@ impl ControlPlane {
                 public_urls: RwLock::default(),
                 turn: AtomicU64::new(0),
                 drained: watch::Sender::new(false),
+                public_address_known: watch::Sender::new(true),
                 settings,
                 tokens,
                 resolver,
@@ -199,6 +205,20 @@ impl ControlPlane {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         urls.replace(url);
+    }
+
+    /// Says whether this node's public address is known as far as it can be: until then Requests from and to other domains wait a
+    /// little, for what they are told is where their tunnels end. It is, unless somebody says otherwise.
+    pub fn set_public_address_known(&self, is_known: bool) {
+        self.shared.public_address_known.send_replace(is_known);
+    }
+
+    /// Returns when the public address is known, or has been waited for long enough.
+    pub(crate) async fn public_address_known(&self, deadline: Instant) {
+        let mut known = self.shared.public_address_known.subscribe();
+        let deadline = deadline.min(Instant::now() + ADDRESS_PATIENCE);
+        // Who may know it is asked for longer than that by nobody: then what is known holds.
+        let _ = tokio::time::timeout_at(deadline, known.wait_for(|known| *known)).await;
     }
 
     /// The domain this agent belongs to.
@@ -400,6 +420,11 @@ impl ConnectionView {
     /// The health of the path that its packets take, as it was told last; none where there is no tunnel, or nothing is probed.
     pub fn health(&self) -> Option<&nsm_core::health::Health> {
         self.established.path.health.as_ref()
+    }
+
+    /// The path that is watched for it; none where none is.
+    pub fn watched(&self) -> Option<crate::forwarder::PathId> {
+        self.established.path.watched
     }
 
     /// When it is closed unless it is refreshed.

@@ -36,7 +36,7 @@ use crate::{
     peers::Peer,
     plane::ControlPlane,
     pod::PassedNetns,
-    route::{Arrival, Resolution, Route},
+    route::{Arrival, Crossing, Resolution, Route},
     unix::Descriptors,
 };
 
@@ -308,6 +308,9 @@ impl ControlPlane {
         prior: Option<&Established>,
         strict: bool,
     ) -> Result<Established, RequestError> {
+        if route.crossing != Crossing::Inside {
+            self.public_address_known(ask.deadline).await;
+        }
         let case = Case::of(
             ask.arrival,
             self.shared.forwarder.is_some(),

@@ -348,3 +348,40 @@ async fn a_proxy_passes_on_what_it_has_found() {
     assert_eq!(status.code(), tonic::Code::NotFound, "{status:?}");
     world.settles(&before).await;
 }
+
+/// An agent that has just started does not tell others of an address that they cannot reach.
+#[tokio::test]
+async fn what_others_are_told_waits_for_the_public_address() {
+    let world = World::of([
+        Setup::new("agent-1", "cluster-1.example", "10.0.0.1"),
+        Setup::new("agent-2", "cluster-2.example", "10.0.0.2"),
+    ])
+    .await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let client = Client::on_node(a).await;
+    let mut remotes = Vec::new();
+    for (agent, from, to) in [
+        (b, "10.0.0.2", "203.0.113.2"),
+        (a, "10.0.0.1", "203.0.113.1"),
+    ] {
+        agent.plane.set_public_address_known(false);
+        let learn = async {
+            eventually(1, || agent.plane.holdings().connections).await;
+            assert!(agent.kernel().links().is_empty());
+            agent.plane.set_ip_map(map(from, to));
+            agent.plane.set_public_address_known(true);
+        };
+        let (granted, ()) = tokio::join!(client.ask("icmp-responder@cluster-2.example"), learn);
+        let Plan::Vxlan { spec, .. } = a.kernel().only().plan else {
+            unreachable!("the endpoint is on another node")
+        };
+        assert_eq!(spec.remote.to_string(), "203.0.113.2");
+        let Plan::Vxlan { spec, .. } = b.kernel().only().plan else {
+            unreachable!("the client is on another node")
+        };
+        remotes.push(spec.remote.to_string());
+        client.close(&granted.connection).await.expect("closed");
+    }
+    assert_eq!(remotes, ["10.0.0.1", "203.0.113.1"]);
+}

@@ -110,6 +110,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     let mut tasks = JoinSet::new();
     tasks.spawn(map_file.follow(Arc::clone(&maps)));
     let public_address = PublicAddress::default();
+    plane.set_public_address_known(false);
     tasks.spawn(public_address.clone().watch(
         &config,
         forwarder.clone(),

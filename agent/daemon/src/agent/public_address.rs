@@ -184,6 +184,7 @@ impl Watch {
             let decision = self.tracker.decide(local);
             let decision = decision.before_the_rest(&self.told.state().decision);
             self.conclude(local, decision);
+            self.plane.set_public_address_known(true);
             self.readiness.arrived(GUARD);
             let Some((source, outcome)) = asked.next().await else {
                 break;
