@@ -5,7 +5,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_controlplane::{forwarder::Plan, plane::ConnectionView};
+use nsm_controlplane::{
+    forwarder::{PathId, Plan},
+    plane::ConnectionView,
+};
 use nsm_core::{
     clock::Monotonic,
     health::{Direction, Health},
@@ -96,7 +99,7 @@ impl Admin for AdminService {
                 ConnectionStatus {
                     down_reason: plane.down_reason(view).unwrap_or_default(),
                     tunnel: view.plan().and_then(|plan| tunnel(plan, forwarder, &links)),
-                    health: health.map(|health| path_health(&health, &paths)),
+                    health: health.map(|health| path_health(&health, view.watched(), &paths)),
                     ..connection(view)
                 }
             }));
@@ -171,13 +174,18 @@ fn connection(view: &ConnectionView) -> ConnectionStatus {
     }
 }
 
-/// What is known of a connection's path, with what its session has measured.
-pub(super) fn path_health(health: &Health, paths: &[Report]) -> PathHealth {
-    let sessions = paths
-        .iter()
-        .filter(|report| (report.peer.address, report.peer.port) == (health.peer, health.port));
-    // Of several, one that began anew under another name: that which connections use.
-    let report = sessions.max_by_key(|report| report.users);
+/// What is known of a connection's path, with what its session has measured: that of the whole path, for the same address may have
+/// several reflectors.
+pub(super) fn path_health(
+    health: &Health,
+    watched: Option<PathId>,
+    paths: &[Report],
+) -> PathHealth {
+    let watched = watched.map(|path| prober::known_as(&path));
+    let report = watched.and_then(|path| {
+        let mut sessions = paths.iter();
+        sessions.find(|report| prober::path_of(&report.peer) == path)
+    });
     let measured = report.map(|report| report.statistics);
     let nanos = |time: Option<Duration>| {
         time.map(|time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))

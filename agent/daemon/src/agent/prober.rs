@@ -346,14 +346,15 @@ fn plane_config(config: &Config) -> HealthConfig {
 }
 
 /// A path as the health plane knows it: an IPv4 address in IPv6's form is that IPv4 address.
-fn known_as(path: &PathId) -> PathId {
+pub(super) fn known_as(path: &PathId) -> PathId {
     PathId {
         address: path.address.to_canonical(),
         ..*path
     }
 }
 
-fn path_of(peer: &plane::PeerSpec) -> PathId {
+/// The path of a session.
+pub(super) fn path_of(peer: &plane::PeerSpec) -> PathId {
     PathId {
         address: peer.address,
         port: peer.port,

@@ -50,7 +50,7 @@ pub(super) async fn register(told: &Told, registry: &mut Registry) {
     let paths = Paths::default();
     for view in told.plane.connections() {
         if let (Some(labels), Some(health)) = (labels(told, &view), told.plane.health_now(&view)) {
-            paths.add(&labels, &path_health(&health, &reports));
+            paths.add(&labels, &path_health(&health, view.watched(), &reports));
         }
     }
     paths.register(registry);
