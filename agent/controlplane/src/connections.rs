@@ -45,8 +45,12 @@ pub(crate) type Change = Box<dyn FnOnce(&Established) -> Option<Established> + S
 
 /// What happened to a connection elsewhere.
 pub(crate) enum News {
-    /// The next hop tells something of it, or is gone.
+    /// The next hop tells something of it.
     Told(Change),
+    /// The next hop tells that it is gone.
+    Gone(Change),
+    /// The next hop is not heard any more.
+    Unheard(Change),
     /// Something is new of its path, which is looked at in the connection's turn, whatever the news.
     Path,
 }
@@ -213,7 +217,8 @@ impl Connections {
 
     /// Hands `apply` the turn of a connection and what became of it: at once, or after the Request
     /// or Close that is at work on it. Of what is told meanwhile the last counts, so that a peer
-    /// which tells much keeps no more than one waiting; news of the path never take its place.
+    /// which tells much keeps no more than one waiting; news of the path never take its place, and the silence of a hop never that
+    /// of its word that the connection is gone.
     pub(crate) fn on_event(
         &self,
         id: &str,
@@ -239,7 +244,13 @@ impl Connections {
         let is_first = {
             let mut missed = lock(&held.slot().missed);
             let is_first = missed.is_none();
-            if is_first || matches!(news, News::Told(_)) {
+            let counts = match (&*missed, &news) {
+                (None, _) => true,
+                // Whoever has said that it is gone is taken at its word, whatever became of that hop then.
+                (Some(News::Gone(_)), News::Unheard(_)) | (Some(_), News::Path) => false,
+                (Some(_), News::Told(_) | News::Gone(_) | News::Unheard(_)) => true,
+            };
+            if counts {
                 *missed = Some(news);
             }
             is_first
@@ -319,4 +330,58 @@ async fn queue(held: SlotUse, deadline: Instant) -> Result<Turn, RequestError> {
 /// section here is a single assignment or map operation.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::discriminant;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    type Make = fn() -> News;
+
+    fn told() -> News {
+        News::Told(Box::new(|_| None))
+    }
+
+    fn gone() -> News {
+        News::Gone(Box::new(|_| None))
+    }
+
+    fn unheard() -> News {
+        News::Unheard(Box::new(|_| None))
+    }
+
+    /// While a Request is at work: which of the news is applied after it.
+    #[tokio::test]
+    async fn what_is_told_last_counts_but_for_the_silence_after_an_end() {
+        let path: Make = || News::Path;
+        for (first, then, expected) in [
+            (told as Make, unheard as Make, unheard as Make),
+            (unheard, told, told),
+            (told, gone, gone),
+            (gone, told, told),
+            (gone, unheard, gone),
+            (unheard, path, unheard),
+            (path, unheard, unheard),
+        ] {
+            let connections = Connections::with_limit(1);
+            let patience = Duration::from_secs(60);
+            let turn = connections.admit("id", Instant::now() + patience).await;
+            let turn = turn.expect("nobody else is at work");
+            let (sender, applied) = oneshot::channel();
+            // The first is the one that waits for the turn.
+            connections.on_event("id", patience, first(), move |_, news| {
+                assert!(sender.send(news).is_ok());
+            });
+            connections.on_event("id", patience, then(), |_, _| {
+                unreachable!("it is the second")
+            });
+            drop(turn);
+            let applied = applied.await.expect("applied");
+            assert_eq!(discriminant(&applied), discriminant(&expected()));
+        }
+    }
 }

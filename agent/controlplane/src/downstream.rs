@@ -15,6 +15,7 @@ use std::{
 use nsm_core::{
     health::{LostHop, Published},
     path::MAX_SEGMENTS,
+    text::printable,
 };
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector, PathSegment, State,
@@ -38,6 +39,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Connections whose news are told together: the first need not wait for thousands of others.
 const TOGETHER: usize = 64;
 
+/// The most characters that are kept of why a stream broke: the peer may say much, and each of its connections says it again.
+const LONGEST_CAUSE: usize = 200;
+
 /// Starts to watch `peer` until its stream breaks, or some time after its last connection left.
 pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
     tokio::spawn(async move {
@@ -54,6 +58,7 @@ pub(crate) fn watch(plane: ControlPlane, peer: Arc<Peer>) -> AbortHandle {
             Err(status) => root_cause(&status).unwrap_or_else(|| status.message().to_owned()),
             Ok(()) => "the peer ended the stream".to_owned(),
         };
+        let cause = printable(&cause, LONGEST_CAUSE);
         let users = peer.monitor_ended();
         if !users.is_empty() {
             tracing::warn!(peer.url = %peer.url, %cause, "lost the peer's monitor stream");
@@ -112,7 +117,11 @@ impl ControlPlane {
                 plane.hear_peer(established, heard);
                 merge(established, &told, index, kind)
             };
-            Some((id, News::Told(Box::new(change))))
+            let news = match kind {
+                ConnectionEventType::Delete => News::Gone(Box::new(change)),
+                _ => News::Told(Box::new(change)),
+            };
+            Some((id, news))
         });
         self.apply_all(news);
     }
@@ -120,10 +129,12 @@ impl ControlPlane {
     /// The peer of these connections is gone, or cannot be reached. A Request that succeeds
     /// meanwhile has brought another monitor.
     fn lost(&self, peer: &Arc<Peer>, ids: Vec<String>, cause: &str) {
+        let reason = format!("the agent of {} is not heard any more ({cause})", peer.url);
+        let reason: Arc<str> = reason.into();
         let news = ids.into_iter().map(|id| {
             let (plane, peer) = (self.clone(), Arc::clone(peer));
             let hop = LostHop {
-                reason: format!("the agent of {} is not heard any more ({cause})", peer.url),
+                reason: Arc::clone(&reason),
             };
             let change = move |established: &Established| {
                 if peer.is_monitored() {
@@ -132,7 +143,7 @@ impl ControlPlane {
                 plane.hear_peer(established, &[]);
                 unheard(established, hop)
             };
-            (id, News::Told(Box::new(change)))
+            (id, News::Unheard(Box::new(change)))
         });
         self.apply_all(news);
     }
@@ -207,7 +218,7 @@ impl ControlPlane {
                 return;
             };
             let changed = match news {
-                News::Told(change) => change(&current),
+                News::Told(change) | News::Gone(change) | News::Unheard(change) => change(&current),
                 News::Path => None,
             };
             let settled = plane.with_health(changed.as_ref().unwrap_or(&current));

@@ -177,7 +177,7 @@ impl Established {
         }
         let told = below(&self.view).iter().find_map(|hop| {
             let down = Some(Published::read(&hop.metrics)).filter(Published::is_down);
-            let lost = || Some(LostHop::read(&hop.metrics)?.reason);
+            let lost = || Some(LostHop::read(&hop.metrics)?.reason.to_string());
             Some((&hop.name, down.and_then(|it| it.reason).or_else(lost)?))
         });
         Some(match told {

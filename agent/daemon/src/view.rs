@@ -141,7 +141,7 @@ pub(crate) fn lost_hop(connection: &Connection) -> Option<(String, bool)> {
     let mut heard = health(connection).take(at + 1);
     let is_up =
         |hop: &Published| hop.inward == Some(Verdict::Up) && hop.outward == Some(Verdict::Up);
-    Some((lost.reason, heard.any(|hop| is_up(&hop))))
+    Some((lost.reason.to_string(), heard.any(|hop| is_up(&hop))))
 }
 
 /// The addresses, or a word for none.

@@ -23,7 +23,11 @@ fn segment<'a>(connection: &'a Connection, hop: &str) -> &'a PathSegment {
 }
 
 fn lost(connection: &Connection, hop: &str) -> Option<String> {
-    Some(LostHop::read(&segment(connection, hop).metrics)?.reason)
+    Some(
+        LostHop::read(&segment(connection, hop).metrics)?
+            .reason
+            .to_string(),
+    )
 }
 
 fn reselect(client: &Client, granted: &Granted) -> NetworkServiceRequest {

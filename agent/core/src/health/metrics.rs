@@ -1,6 +1,9 @@
 //! Health in the `metrics` of a path segment: how agents tell each other, and everybody who looks, over NSM's own API.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{Direction, Health, Verdict, Way, Word};
 use crate::{text::printable, vni::Vni};
@@ -56,7 +59,7 @@ impl ForeignVnis {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LostHop {
     /// Who is not heard and how that was noticed, as a sentence that may be shown.
-    pub reason: String,
+    pub reason: Arc<str>,
 }
 
 impl LostHop {
@@ -65,8 +68,8 @@ impl LostHop {
     pub fn read(metrics: &BTreeMap<String, String>) -> Option<Self> {
         (metrics.get(NEXT_HOP)? == LOST).then(|| Self {
             reason: metrics.get(NEXT_HOP_REASON).map_or_else(
-                || "the next hop is not heard any more".to_owned(),
-                |text| printable(text, LONGEST_REASON),
+                || "the next hop is not heard any more".into(),
+                |text| printable(text, LONGEST_REASON).into(),
             ),
         })
     }
@@ -76,7 +79,7 @@ impl LostHop {
         match lost {
             Some(lost) => {
                 metrics.insert(NEXT_HOP.to_owned(), LOST.to_owned());
-                metrics.insert(NEXT_HOP_REASON.to_owned(), lost.reason.clone());
+                metrics.insert(NEXT_HOP_REASON.to_owned(), lost.reason.to_string());
             }
             None => {
                 metrics.remove(NEXT_HOP);

@@ -262,7 +262,7 @@ fn a_lost_next_hop_travels_beside_health() {
     let heard = metrics.clone();
     assert_eq!(LostHop::read(&heard), None);
     let hop = LostHop {
-        reason: "it went".to_owned(),
+        reason: "it went".into(),
     };
     LostHop::write(Some(&hop), &mut metrics);
     assert_eq!(metrics["next_hop"], "lost");
@@ -298,7 +298,7 @@ fn what_another_hop_says_is_only_words() {
             .zip(["lost", "\u{1b}c\n"].map(str::to_owned)),
     );
     let lost = LostHop::read(&metrics).expect("lost");
-    assert_eq!(lost.reason, "\\u{1b}c\\n");
+    assert_eq!(&*lost.reason, "\\u{1b}c\\n");
 }
 
 fn verdict() -> impl Strategy<Value = Verdict> {
