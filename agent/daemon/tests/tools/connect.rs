@@ -183,7 +183,8 @@ async fn a_path_that_is_down_is_closed_and_another_is_asked_for() {
 async fn an_agent_that_was_away_is_asked_for_the_same_again() {
     let mut stage = Stage::new([
         Reply::Grant(Duration::from_secs(600)),
-        Reply::Refuse(Status::unavailable("draining")),
+        Reply::Refuse(Status::unavailable("nobody is there yet")),
+        Reply::Refuse(Status::failed_precondition("not that")),
     ]);
     let mut tool = connect(&stage, &[]);
     let first = stage.request().await.connection.unwrap();
@@ -191,12 +192,15 @@ async fn an_agent_that_was_away_is_asked_for_the_same_again() {
     stage.monitor().await;
     stage.agent.end_streams();
     tool.expect("down").await;
-    let again = stage.request().await.connection.unwrap();
-    assert_eq!((&again.id, again.state()), (&first.id, State::Up));
-    assert_eq!(again.network_service_endpoint_name, "nse");
-    assert_eq!(again.path.unwrap().path_segments.len(), 3);
+    // It is back, and those behind it may need a moment; what stands is not touched.
+    for _ in 0..2 {
+        let again = stage.request().await.connection.unwrap();
+        assert_eq!((&again.id, again.state()), (&first.id, State::Up));
+        assert_eq!(again.network_service_endpoint_name, "nse");
+        assert_eq!(again.path.unwrap().path_segments.len(), 3);
+        tool.expect("error").await;
+    }
     // Refused: what was agreed may be gone, so that whatever endpoint there is is asked for.
-    tool.expect("error").await;
     stage.close().await;
     let again = stage.request().await.connection.unwrap();
     assert_eq!(again.state(), State::ReselectRequested);
