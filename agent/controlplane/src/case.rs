@@ -11,11 +11,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nsm_core::{
+    link::{LinkAlias, LinkSpec, MacAddr, VxlanSpec},
     mechanism::{
         IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN, Vxlan, choose, lower_mtu, vxlan_mtu,
     },
-    tunnel::{LinkAlias, LinkSpec, MacAddr, VxlanSpec},
-    vni::Vni,
+    net::vni::Vni,
 };
 use nsm_proto::{
     connection::{Connection, Mechanism},

@@ -8,9 +8,11 @@ use std::{
 
 use ipnet::IpNet;
 use nsm_core::{
-    path::{Path, Segment},
-    select,
-    tunnel::{MacAddr, RouteSpec},
+    link::{MacAddr, RouteSpec},
+    nsm::{
+        path::{Path, Segment},
+        select,
+    },
 };
 use nsm_proto::{connection as wire, connectioncontext::Route, registry};
 use prost_types::Timestamp;

@@ -13,8 +13,8 @@ use std::{
 };
 
 use nsm_core::{
-    health::{LostHop, Published},
-    path::MAX_SEGMENTS,
+    liveness::health::{LostHop, Published},
+    nsm::path::MAX_SEGMENTS,
     text::printable,
 };
 use nsm_proto::connection::{

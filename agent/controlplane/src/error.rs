@@ -5,7 +5,11 @@
 
 use std::time::Duration;
 
-use nsm_core::{mechanism::MechanismError, name::NameError, path::PathError, vni::VniError};
+use nsm_core::{
+    mechanism::MechanismError,
+    net::vni::VniError,
+    nsm::{name::NameError, path::PathError},
+};
 use tonic::{Code, Status};
 
 use crate::{dial::DialError, dns::ResolveError, forwarder::ForwarderError};

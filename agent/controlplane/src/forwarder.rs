@@ -7,11 +7,13 @@
 use std::{fmt, net::IpAddr};
 
 use nsm_core::{
-    health::{Health, Word},
+    link::{LinkSpec, VxlanSpec},
+    liveness::{
+        health::{Health, Word},
+        sbfd::Discriminator,
+    },
     mechanism::NetnsUrl,
-    sbfd::Discriminator,
-    tunnel::{LinkSpec, VxlanSpec},
-    vni::Vni,
+    net::vni::Vni,
 };
 use tonic::Code;
 

@@ -17,7 +17,7 @@ mod told;
 
 use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
-use nsm_core::health::{ForeignVnis, Health, LostHop, Published, Reason, Verdict};
+use nsm_core::liveness::health::{ForeignVnis, Health, LostHop, Published, Reason, Verdict};
 use nsm_proto::connection::{Connection, PathSegment, State};
 
 use crate::{

@@ -19,7 +19,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use nsm_core::path::selector_matches;
+use nsm_core::nsm::path::selector_matches;
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector,
 };

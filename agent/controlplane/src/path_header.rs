@@ -1,7 +1,7 @@
 //! The path of a registry call, which NSM carries in the metadata key `path` as JSON
 //! (`grpcmetadata` of the sdk): each hop adds its token, and the answer echoes it.
 
-use nsm_core::path::MAX_SEGMENTS;
+use nsm_core::nsm::path::MAX_SEGMENTS;
 use serde::{Deserialize, Deserializer, Serialize};
 use tonic::metadata::{MetadataMap, MetadataValue};
 

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{ipmap::IpMap, name::Domain, vni::VniPool};
+use nsm_core::{address::ipmap::IpMap, net::vni::VniPool, nsm::name::Domain};
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
@@ -246,7 +246,7 @@ impl ControlPlane {
 
     /// What is known of the path of a connection by now: [`ConnectionView::health`] is what its monitors were told last, and how long
     /// a silence lasts is no news to them.
-    pub fn health_now(&self, view: &ConnectionView) -> Option<nsm_core::health::Health> {
+    pub fn health_now(&self, view: &ConnectionView) -> Option<nsm_core::liveness::health::Health> {
         self.health_of(&view.established)
     }
 
@@ -418,7 +418,7 @@ impl ConnectionView {
     }
 
     /// The health of the path that its packets take, as it was told last; none where there is no tunnel, or nothing is probed.
-    pub fn health(&self) -> Option<&nsm_core::health::Health> {
+    pub fn health(&self) -> Option<&nsm_core::liveness::health::Health> {
         self.established.path.health.as_ref()
     }
 

@@ -1,13 +1,13 @@
 //! Asking those who may know the node's public address: metadata services, Kubernetes, STUN servers.
 //!
-//! What each is asked and what its answers mean is decided in [`nsm_core::public_address`]; here are the sockets. Nothing of this is
+//! What each is asked and what its answers mean is decided in [`nsm_core::address::public`]; here are the sockets. Nothing of this is
 //! ever fatal: a service that is not there, silent or wrong is an [`Outcome::Failed`] with a sentence, within a second for HTTP and
 //! seven for STUN, whose server's name may have to be found first.
 
 use std::{net::IpAddr, path::PathBuf, sync::Mutex, time::Duration};
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
-use nsm_core::public_address::{Outcome, Provider, Source};
+use nsm_core::address::public::{Outcome, Provider, Source};
 use tokio_stream::Stream;
 
 mod http;

@@ -15,7 +15,7 @@ use std::{
 };
 
 use futures_util::{FutureExt as _, TryFutureExt as _};
-use nsm_core::name::{Domain, InterdomainName};
+use nsm_core::nsm::name::{Domain, InterdomainName};
 use nsm_proto::registry::{
     NetworkServiceEndpoint, NetworkServiceEndpointQuery,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,

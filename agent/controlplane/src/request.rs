@@ -9,10 +9,10 @@ use std::{
 };
 
 use nsm_core::{
+    link::LinkAlias,
     mechanism::{Parameters, VNI, Vxlan, lower_mtu, vxlan_mtu},
-    path::{Hop, Path},
-    tunnel::LinkAlias,
-    vni::Vni,
+    net::vni::Vni,
+    nsm::path::{Hop, Path},
 };
 use nsm_proto::{
     connection::{Connection, ConnectionEventType, Mechanism, State},

@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use nsm_core::{
+use nsm_core::nsm::{
     name::{Domain, InterdomainName},
     select::{Candidate, select},
 };

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{backoff::Backoff, expiry::refresh_after};
+use nsm_core::{backoff::Backoff, nsm::expiry::refresh_after};
 use nsm_proto::registry::{
     NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceLabels,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient as Endpoints,
@@ -240,7 +240,7 @@ fn open_socket(path: &PathBuf) -> Result<(FileId, Passed), RequestError> {
 mod tests {
     use std::{future::ready, sync::Arc};
 
-    use nsm_core::vni::VniPool;
+    use nsm_core::net::vni::VniPool;
     use tokio::net::UnixListener;
 
     use super::*;

@@ -11,16 +11,18 @@ use std::{
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use nsm_core::{
-    mechanism::IfName,
-    name::InterdomainName,
-    path::{Path, Segment, check_reply},
-    registry::{EndpointView, endpoint_matches},
-    select::{Candidate, Destination, Match, select},
-    tunnel::{
+    link::{
         Link, LinkAlias, LinkKind, LinkSpec, MacAddr, Route, RouteSpec, VXLAN_PORT, VxlanSpec,
         Wanted, diff,
     },
-    vni::{QUARANTINE, Vni, VniPool},
+    mechanism::IfName,
+    net::vni::{QUARANTINE, Vni, VniPool},
+    nsm::{
+        name::InterdomainName,
+        path::{Path, Segment, check_reply},
+        registry::{EndpointView, endpoint_matches},
+        select::{Candidate, Destination, Match, select},
+    },
 };
 
 /// Connections of a node that is full by the numbers we hold.

@@ -9,24 +9,15 @@
 
 #![forbid(unsafe_code)]
 
+pub mod address;
 pub mod backoff;
 pub mod clock;
-pub mod expiry;
-pub mod heal;
-pub mod health;
-pub mod ipmap;
+pub mod link;
+pub mod liveness;
 pub mod mechanism;
-pub mod name;
-pub mod path;
-pub mod plpmtu;
-pub mod prefix;
-pub mod public_address;
-pub mod registry;
-pub mod sbfd;
-pub mod select;
+pub mod net;
+pub mod nsm;
 pub mod text;
-pub mod tunnel;
-pub mod vni;
 
 #[cfg(test)]
 mod tests;

@@ -2,7 +2,7 @@
 //!
 //! It asks once, and what is refused then ends it: a person waits. From the first answer on it
 //! keeps the connection: refreshed before the first token on the path expires, asked for again when
-//! it is lost, as [`nsm_core::heal`] says. An endpoint that is gone is closed first; a path that is
+//! it is lost, as [`nsm_core::nsm::heal`] says. An endpoint that is gone is closed first; a path that is
 //! lost is not, for its tunnel stands until the new one does; and where an agent on the way is gone
 //! the same is asked for, while its packets go on. A connection that was granted although its path
 //! is down is asked for again and again until there is another, or the path is back. Whatever ends
@@ -16,8 +16,10 @@ use std::{
 use anyhow::Context as _;
 use nsm_core::{
     clock::Monotonic,
-    expiry::refresh_after,
-    heal::{Failure, Healer, Loss, SHORTEST_WAIT, Step},
+    nsm::{
+        expiry::refresh_after,
+        heal::{Failure, Healer, Loss, SHORTEST_WAIT, Step},
+    },
 };
 use tokio::time::Instant;
 use tonic::Code;

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use nsm_controlplane::server::facts;
 use nsm_core::{
-    health::{LostHop, Published, Verdict},
+    liveness::health::{LostHop, Published, Verdict},
     mechanism::{MTU, NAME, VNI, VXLAN},
 };
 use nsm_proto::connection::{Connection, PathSegment};

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nsm_core::sbfd::{Change, State};
+use nsm_core::liveness::sbfd::{Change, State};
 use nsm_dataplane::health::{Event, Peer, Report};
 use world::{Busy, Failure, ip, netns, number, sandbox, spec, start, within};
 

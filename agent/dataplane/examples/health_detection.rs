@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::sbfd::{Change, State};
+use nsm_core::liveness::sbfd::{Change, State};
 use nsm_dataplane::{bpf::now, health::Event, netns::Netns};
 use world::{Busy, Failure, Node, ip, netns, number, sandbox, spec, start, within};
 

@@ -6,7 +6,7 @@
 //!
 //! Two threads of its own, so that neither the agent's runtime nor a slow answer of the kernel is ever in the way of a probe:
 //!
-//! - `nsm-prober` sends, reads the stamps, and runs the sessions' machines ([`nsm_core::sbfd`]); at real-time priority where
+//! - `nsm-prober` sends, reads the stamps, and runs the sessions' machines ([`nsm_core::liveness::sbfd`]); at real-time priority where
 //!   that is allowed. Nothing in it waits but for the next deadline.
 //! - `nsm-peers` does what the kernel may take its time for: links, forwarding entries, BPF maps; it counts who uses a peer.
 //!
@@ -40,9 +40,11 @@ use std::{
 };
 
 use nsm_core::{
-    health::Stages,
-    sbfd::{Change, Discriminator, Proof, Snapshot, Statistics, Timing},
-    vni::Vni,
+    liveness::{
+        health::Stages,
+        sbfd::{Change, Discriminator, Proof, Snapshot, Statistics, Timing},
+    },
+    net::vni::Vni,
 };
 use nsm_ebpf_common::sbfd::State;
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};

@@ -1,6 +1,6 @@
 //! The kernel side of the agent: network namespaces, the links of connections, BPF, and the probes of the health plane.
 //!
-//! What to do is decided in `nsm_core::tunnel`, which is pure; this crate observes the kernel and applies.
+//! What to do is decided in `nsm_core::link`, which is pure; this crate observes the kernel and applies.
 
 pub mod addresses;
 pub mod bpf;

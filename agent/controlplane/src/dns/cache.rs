@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use nsm_core::name::Domain;
+use nsm_core::nsm::name::Domain;
 use tokio::{sync::watch, time::Instant};
 
 use super::{Resolved, error::ResolveError};

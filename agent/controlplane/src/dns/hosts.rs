@@ -6,7 +6,7 @@ use std::{
     str::FromStr,
 };
 
-use nsm_core::name::{Domain, DomainTarget, NameError};
+use nsm_core::nsm::name::{Domain, DomainTarget, NameError};
 use thiserror::Error;
 
 /// Where a domain is, whatever DNS says.

@@ -37,7 +37,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::name::Domain;
+use nsm_core::nsm::name::Domain;
 use tokio::{sync::watch, time::Instant};
 
 use self::{

@@ -14,7 +14,7 @@ use std::{
 
 use futures_util::future::{Either, FutureExt as _, join_all, select, try_join};
 use hickory_resolver::proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
-use nsm_core::name::{Domain, DomainTarget};
+use nsm_core::nsm::name::{Domain, DomainTarget};
 use tokio::time::{Instant, timeout};
 
 use super::{

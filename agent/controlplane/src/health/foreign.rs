@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::{health::ForeignVnis, vni::Vni};
+use nsm_core::{liveness::health::ForeignVnis, net::vni::Vni};
 use tokio::time::Instant;
 
 use crate::{connections::lock, plane::ControlPlane};

@@ -4,7 +4,7 @@
 //! on. All connections to a peer share its session, and each brings the word; one whose stream is lost takes its own back.
 
 use nsm_core::{
-    health::{LostHop, Published},
+    liveness::health::{LostHop, Published},
     mechanism::VXLAN,
 };
 use nsm_proto::connection::PathSegment;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use ::http::{Method, StatusCode};
-use nsm_core::public_address::{
+use nsm_core::address::public::{
     Provider,
     metadata::{
         AWS_TOKEN_HEADER, AWS_TOKEN_LIFETIME, AWS_TOKEN_PATH, AZURE_LOAD_BALANCER, AnswerError,

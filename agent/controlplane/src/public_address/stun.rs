@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::public_address::stun::{self, StunError};
+use nsm_core::address::public::stun::{self, StunError};
 use tokio::{
     net::{UdpSocket, lookup_host},
     time::{Instant, timeout_at},

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use nsm_core::vni::VniPool;
+use nsm_core::net::vni::VniPool;
 use tonic::Code;
 
 use super::*;

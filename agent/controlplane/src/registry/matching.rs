@@ -1,10 +1,10 @@
-//! What a query compares: `nsm_core::registry` decides, on views of the messages.
+//! What a query compares: `nsm_core::nsm::registry` decides, on views of the messages.
 //!
 //! NSM's registry compares the expiry too, by the second, where a query carries one.
 
 use std::collections::BTreeMap;
 
-use nsm_core::registry::{EndpointView, ServiceView, endpoint_matches, service_matches};
+use nsm_core::nsm::registry::{EndpointView, ServiceView, endpoint_matches, service_matches};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 
 use super::table::Entry;

@@ -31,7 +31,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::expiry::granted_expiry;
+use nsm_core::nsm::expiry::granted_expiry;
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use prost::Message;
 use tokio::{sync::Notify, time::Instant};

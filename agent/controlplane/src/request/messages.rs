@@ -1,11 +1,11 @@
 //! The pure steps of a Request: on messages and plans, without I/O.
 
 use nsm_core::{
+    link::MacAddr,
+    liveness::sbfd::Discriminator,
     mechanism::{INODE_URL, IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN},
-    path::{Path, check_reply_of},
-    sbfd::Discriminator,
-    tunnel::MacAddr,
-    vni::Vni,
+    net::vni::Vni,
+    nsm::path::{Path, check_reply_of},
 };
 use nsm_proto::{
     connection::{Connection, Mechanism},

@@ -1,7 +1,7 @@
 //! The main job: a client in one domain consumes a service of another.
 
 use nsm_controlplane::{forwarder::Plan, server::facts};
-use nsm_core::{ipmap::IpMap, tunnel::VxlanSpec};
+use nsm_core::{address::ipmap::IpMap, link::VxlanSpec};
 use nsm_proto::{connection::State, networkservice::NetworkServiceRequest};
 
 use crate::support::{

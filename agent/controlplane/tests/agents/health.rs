@@ -1,7 +1,7 @@
 //! Paths: proved before a connection is granted, watched while it stands, and what its ends are told.
 
 use nsm_controlplane::{forwarder::Plan, health::Reachability};
-use nsm_core::health::{Published, Verdict};
+use nsm_core::liveness::health::{Published, Verdict};
 use nsm_proto::{
     connection::{Connection, ConnectionEventType::*, State},
     networkservice::NetworkServiceRequest,

@@ -1,7 +1,7 @@
 //! Other shapes than two domains: floating domains, several nodes, agents that only pass on.
 
 use nsm_controlplane::forwarder::Plan;
-use nsm_core::ipmap::IpMap;
+use nsm_core::address::ipmap::IpMap;
 use nsm_proto::networkservice::NetworkServiceRequest;
 
 use crate::support::{

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use crate::{
     clock::Monotonic,
-    health::{Card, Look, Stages},
+    liveness::health::{Card, Look, Stages},
 };
 
 fn stages(link_out: u64, card_out: u64, card_in: u64, link_in: u64) -> Stages {

@@ -3,7 +3,7 @@ use std::time::{Duration, SystemTime};
 use proptest::prelude::*;
 
 use super::at;
-use crate::expiry::{MIN_REFRESH, granted_expiry, refresh_after};
+use crate::nsm::expiry::{MIN_REFRESH, granted_expiry, refresh_after};
 
 #[test]
 fn the_earliest_bound_is_granted() {

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use crate::{clock::Monotonic, heal::*};
+use crate::{clock::Monotonic, nsm::heal::*};
 
 const UNHEARD: Loss = Loss::ControlPlane { is_path_good: true };
 const BLIND: Loss = Loss::ControlPlane {

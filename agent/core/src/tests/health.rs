@@ -4,9 +4,11 @@ use proptest::prelude::*;
 
 use crate::{
     clock::Monotonic,
-    health::*,
-    sbfd::{Cause, Diag, PeerProbe, Snapshot, State, WireState},
-    vni::Vni,
+    liveness::{
+        health::*,
+        sbfd::{Cause, Diag, PeerProbe, Snapshot, State, WireState},
+    },
+    net::vni::Vni,
 };
 
 const MS: Duration = Duration::from_millis(1);

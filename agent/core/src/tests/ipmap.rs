@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::map;
 use crate::{
-    ipmap::{IpMap, IpMapError, comes_from_peer},
+    address::ipmap::{IpMap, IpMapError, comes_from_peer},
     mechanism::{DST_IP, ORIG_DST_IP, ORIG_SRC_IP, Parameters, SRC_IP},
 };
 

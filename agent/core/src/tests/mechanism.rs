@@ -7,11 +7,13 @@ use std::{
 use proptest::prelude::*;
 
 use super::map;
-use crate::mechanism::{
-    IPSEC, IfName, IfNameError, KERNEL, Kernel, LOCAL, MechanismError, NetnsUrl, NetnsUrlError,
-    Parameters, REMOTE, VXLAN, Vxlan, WIREGUARD, choose, lower_mtu, vxlan_mtu,
+use crate::{
+    liveness::sbfd::Discriminator,
+    mechanism::{
+        IPSEC, IfName, IfNameError, KERNEL, Kernel, LOCAL, MechanismError, NetnsUrl, NetnsUrlError,
+        Parameters, REMOTE, VXLAN, Vxlan, WIREGUARD, choose, lower_mtu, vxlan_mtu,
+    },
 };
-use crate::sbfd::Discriminator;
 
 #[test]
 fn what_is_absent_or_empty_is_none() {

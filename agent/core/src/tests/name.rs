@@ -2,7 +2,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
 
-use crate::name::{Domain, DomainTarget, InterdomainName, NameError};
+use crate::nsm::name::{Domain, DomainTarget, InterdomainName, NameError};
 
 fn domain(text: &str) -> Domain {
     text.parse().unwrap()

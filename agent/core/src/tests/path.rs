@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::at;
-use crate::path::{MAX_SEGMENTS, Path, PathError, Segment, check_reply, selector_matches};
+use crate::nsm::path::{MAX_SEGMENTS, Path, PathError, Segment, check_reply, selector_matches};
 
 fn segment(name: &str, id: &str) -> Segment {
     Segment {

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use crate::{
     clock::Monotonic,
-    plpmtu::{BASE, Search},
+    liveness::plpmtu::{BASE, Search},
 };
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -3,7 +3,7 @@ use std::{collections::HashSet, net::IpAddr};
 use ipnet::IpNet;
 use proptest::prelude::*;
 
-use crate::prefix::{Pair, PrefixError, PrefixPool};
+use crate::address::prefix::{Pair, PrefixError, PrefixPool};
 
 fn nets(texts: &[&str]) -> Vec<IpNet> {
     texts.iter().map(|text| text.parse().unwrap()).collect()

@@ -3,11 +3,14 @@ use std::{net::IpAddr, time::Duration};
 use proptest::prelude::*;
 
 use super::at;
-use crate::public_address::{
-    Decision, Finding, Firmware, Outcome, Provider, Source, TRUST, Tracker, decide,
-    is_globally_routable,
-    metadata::AnswerError,
-    stun::{self, StunError},
+use crate::address::{
+    ipmap::IpMap,
+    public::{
+        Decision, Finding, Firmware, Outcome, Provider, Source, TRUST, Tracker, decide,
+        is_globally_routable,
+        metadata::AnswerError,
+        stun::{self, StunError},
+    },
 };
 
 fn ip(text: &str) -> IpAddr {
@@ -410,7 +413,6 @@ proptest! {
 
     #[test]
     fn a_map_with_another_address_keeps_the_rest(own: [u8; 4], public: [u8; 4], more: [u8; 4]) {
-        use crate::ipmap::IpMap;
         let (own, public, more): (IpAddr, IpAddr, IpAddr) = (own.into(), public.into(), more.into());
         let map = IpMap::from_pairs([(own, public)]).unwrap();
         let changed = map.with(own, more).unwrap();

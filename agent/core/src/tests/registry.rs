@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::map;
-use crate::{
+use crate::nsm::{
     registry::{EndpointView, ServiceView, endpoint_matches, service_matches},
     select::Match,
 };

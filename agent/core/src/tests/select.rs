@@ -3,7 +3,7 @@ use std::collections::{BTreeMap, HashSet};
 use proptest::prelude::*;
 
 use super::map;
-use crate::select::{Candidate, Destination, Match, select};
+use crate::nsm::select::{Candidate, Destination, Match, select};
 
 type Labels = BTreeMap<String, String>;
 

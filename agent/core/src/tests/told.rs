@@ -6,8 +6,10 @@ use proptest::prelude::*;
 
 use crate::{
     clock::Monotonic,
-    health::{Verdict::*, *},
-    sbfd::{Answer, Cause, PeerProbe, Seq, Session, Snapshot, State, Timing, WireState},
+    liveness::{
+        health::{Verdict::*, *},
+        sbfd::{Answer, Cause, PeerProbe, Seq, Session, Snapshot, State, Timing, WireState},
+    },
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -130,7 +132,7 @@ fn own_evidence_goes_first() {
         heard.session.peer = Some(PeerProbe {
             at: now - MS,
             state: WireState::Down,
-            diag: crate::sbfd::Diag::NONE,
+            diag: crate::liveness::sbfd::Diag::NONE,
         });
         assert_eq!(judge(&heard, now).outward.verdict, Down);
         let mut kept = evidence(State::Down, told);

@@ -7,7 +7,7 @@ use std::{
 use proptest::prelude::*;
 
 use super::at;
-use crate::vni::{QUARANTINE, Vni, VniError, VniPool};
+use crate::net::vni::{QUARANTINE, Vni, VniError, VniPool};
 
 const LOW: &str = "192.0.2.1";
 const HIGH: &str = "192.0.2.2";

@@ -11,8 +11,8 @@ use nsm_controlplane::{
 };
 use nsm_core::{
     clock::Monotonic,
-    health::{Direction, Health},
-    tunnel::LinkAlias,
+    link::LinkAlias,
+    liveness::health::{Direction, Health},
 };
 use nsm_dataplane::health::Report;
 use nsm_proto::admin::{

@@ -16,10 +16,10 @@ use nsm_controlplane::{
     unix::Passed,
 };
 use nsm_core::{
+    link::{LinkAlias, VxlanSpec},
     mechanism::NetnsUrl,
-    name::Domain,
-    tunnel::{LinkAlias, VxlanSpec},
-    vni::Vni,
+    net::vni::Vni,
+    nsm::name::Domain,
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, BpfError, Hook, Slot},

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::Context as _;
 use nsm_controlplane::plane::ControlPlane;
-use nsm_core::ipmap::{IpMap, IpMapError};
+use nsm_core::address::ipmap::{IpMap, IpMapError};
 use tokio::sync::Notify;
 
 /// How soon a change is noticed.

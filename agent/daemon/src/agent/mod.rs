@@ -20,7 +20,7 @@ use nsm_controlplane::{
     token::{Es256Key, TokenSource},
     upstream::ForwarderEntry,
 };
-use nsm_core::vni::VniPool;
+use nsm_core::net::vni::VniPool;
 use tokio::{
     net::TcpListener,
     sync::{oneshot, watch},

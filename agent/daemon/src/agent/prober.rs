@@ -12,9 +12,11 @@ use std::{
 use nsm_controlplane::forwarder::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
 use nsm_core::{
     clock::Monotonic,
-    health::{Evidence, Health, Told, Verdict, Way, Word, judge},
-    sbfd::Timing,
-    vni::Vni,
+    liveness::{
+        health::{Evidence, Health, Told, Verdict, Way, Word, judge},
+        sbfd::Timing,
+    },
+    net::vni::Vni,
 };
 use nsm_dataplane::{
     bpf::Bpf,

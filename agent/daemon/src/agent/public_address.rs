@@ -16,7 +16,7 @@ use nsm_controlplane::{
         BaseUrl, HTTP_TIMEOUT, IN_CLUSTER_ACCOUNT, KubernetesNode, Lookup, LookupConfig,
     },
 };
-use nsm_core::public_address::{
+use nsm_core::address::public::{
     Decision, Finding, Firmware, Known, Outcome, Provider, Source, Tracker, is_globally_routable,
 };
 use nsm_dataplane::addresses::AddressEvents;

@@ -3,7 +3,7 @@
 use std::{fmt::Display, time::Duration};
 
 use nsm_controlplane::{dns::HostEntry, public_address::BaseUrl};
-use nsm_core::{name::Domain, public_address::Provider};
+use nsm_core::{address::public::Provider, nsm::name::Domain};
 
 use super::{
     model::{Config, DEFAULT_SECRET, Hook, LogFormat, MetadataServices, TokenAlgorithm},

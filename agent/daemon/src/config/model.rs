@@ -15,7 +15,7 @@ use nsm_controlplane::{
     health::Reachability,
     public_address::{BaseUrl, StunServer},
 };
-use nsm_core::{mechanism::IfName, name::Domain, public_address::Provider, vni::Vni};
+use nsm_core::{address::public::Provider, mechanism::IfName, net::vni::Vni, nsm::name::Domain};
 
 use super::value::{ListenUrl, is_off};
 
@@ -296,7 +296,7 @@ impl Config {
                 kubernetes: KubernetesApi::Auto,
                 node_name: None,
                 stun: Vec::new(),
-                interval: nsm_core::public_address::INTERVAL,
+                interval: nsm_core::address::public::INTERVAL,
             },
             tunnel: Tunnel {
                 ip: None,

@@ -14,9 +14,9 @@ use nsm_controlplane::{
     public_address::BaseUrl,
 };
 use nsm_core::{
-    name::{Domain, InterdomainName},
-    public_address::Provider,
-    vni::Vni,
+    address::public::Provider,
+    net::vni::Vni,
+    nsm::name::{Domain, InterdomainName},
 };
 
 use super::{

@@ -1,8 +1,8 @@
 //! Listening to what becomes of the connection.
 
 use nsm_core::{
-    heal::Loss,
-    health::{Published, Verdict},
+    liveness::health::{Published, Verdict},
+    nsm::heal::Loss,
 };
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, State,

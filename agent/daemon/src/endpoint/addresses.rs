@@ -8,7 +8,7 @@
 use std::net::AddrParseError;
 
 use ipnet::IpNet;
-use nsm_core::prefix::{Pair, PrefixError, PrefixPool};
+use nsm_core::address::prefix::{Pair, PrefixError, PrefixPool};
 use nsm_proto::connectioncontext::{IpContext, Route};
 
 /// Why a connection gets no addresses.

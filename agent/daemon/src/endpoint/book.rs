@@ -11,7 +11,7 @@ use std::{
 
 use nsm_core::{
     mechanism::{IfName, KERNEL, Kernel, LOCAL, MechanismError, NAME, choose},
-    path::{Path, PathError, Segment, selector_matches},
+    nsm::path::{Path, PathError, Segment, selector_matches},
 };
 use nsm_proto::{
     connection::{

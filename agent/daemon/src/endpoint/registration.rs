@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{backoff::Backoff, expiry::refresh_after};
+use nsm_core::{backoff::Backoff, nsm::expiry::refresh_after};
 use nsm_proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceLabels,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient as Endpoints,

@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
-use nsm_core::sbfd::{Cause, Proof, Snapshot, State};
+use nsm_core::liveness::sbfd::{Cause, Proof, Snapshot, State};
 
 /// Proofs that were asked for ([`super::Peer::prove`]), by how they went.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

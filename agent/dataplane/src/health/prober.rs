@@ -22,8 +22,10 @@ use nix::{
 };
 use nsm_core::{
     clock::Monotonic,
-    health::Look,
-    sbfd::{Proof, Seq, Timing},
+    liveness::{
+        health::Look,
+        sbfd::{Proof, Seq, Timing},
+    },
 };
 use nsm_ebpf_common::{
     management::MAX_SESSIONS,

@@ -4,8 +4,12 @@ use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 
 use nsm_core::{
     clock::Monotonic,
-    health::{Card, Look, Stages},
-    sbfd::{self, Answer, Change, Diag, PeerProbe, Proof, Seq, Snapshot, State, Timing, WireState},
+    liveness::{
+        health::{Card, Look, Stages},
+        sbfd::{
+            self, Answer, Change, Diag, PeerProbe, Proof, Seq, Snapshot, State, Timing, WireState,
+        },
+    },
 };
 use nsm_ebpf_common::{
     management::{STAMPS, Said, Session, words},
@@ -229,7 +233,7 @@ impl PeerSession {
         self.due = now;
     }
 
-    /// One turn of the machine, as [`nsm_core::sbfd`] has it; `now` was read before the stamps are.
+    /// One turn of the machine, as [`nsm_core::liveness::sbfd`] has it; `now` was read before the stamps are.
     pub(super) fn turn(&mut self, now: Monotonic, around: &mut Surroundings<'_>) {
         let sessions = around.sessions;
         let session = sessions.slot(self.slot);

@@ -4,7 +4,7 @@ use std::{fmt, io, net::IpAddr};
 
 use ipnet::IpNet;
 use nix::errno::Errno;
-use nsm_core::tunnel::{Link, LinkAlias, LinkAliasError, RouteSpec};
+use nsm_core::link::{Link, LinkAlias, LinkAliasError, RouteSpec};
 
 use crate::{
     netlink::{NetlinkError, Refusal},

@@ -17,8 +17,8 @@ use netlink_packet_route::{
 };
 use nix::errno::Errno;
 use nsm_core::{
-    tunnel::{Link, LinkAlias, LinkKind, MacAddr},
-    vni::Vni,
+    link::{Link, LinkAlias, LinkKind, MacAddr},
+    net::vni::Vni,
 };
 use rtnetlink::{LinkUnspec, LinkVxlan};
 

@@ -1,4 +1,4 @@
-//! What the kernel shows of links, as `nsm_core::tunnel` takes it.
+//! What the kernel shows of links, as `nsm_core::link` takes it.
 
 use std::net::IpAddr;
 
@@ -11,7 +11,7 @@ use netlink_packet_route::{
     nsid::NsidAttribute,
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
 };
-use nsm_core::tunnel::{Link, LinkKind, MacAddr, Route, RouteSpec};
+use nsm_core::link::{Link, LinkKind, MacAddr, Route, RouteSpec};
 
 use super::message;
 use crate::netlink::{Netlink, NetlinkError};

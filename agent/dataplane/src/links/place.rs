@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nsm_core::tunnel::{Link, LinkKind, LinkSpec, Operation, VxlanSpec, Wanted, diff};
+use nsm_core::link::{Link, LinkKind, LinkSpec, Operation, VxlanSpec, Wanted, diff};
 
 use super::{LinkError, LinkHolder, PortHolder, UpLink, message, observe, port, session::open_in};
 use crate::{

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use ipnet::IpNet;
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkAttribute};
 use nix::errno::Errno;
-use nsm_core::tunnel::{Link, LinkAlias, LinkSpec, VxlanSpec, Wanted, must_create};
+use nsm_core::link::{Link, LinkAlias, LinkSpec, VxlanSpec, Wanted, must_create};
 
 use super::{
     LinkError, LinkStatistics, UpLink,

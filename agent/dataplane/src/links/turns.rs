@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use nsm_core::tunnel::LinkAlias;
+use nsm_core::link::LinkAlias;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
 /// The aliases that are being worked on. A clone is the same.

@@ -7,7 +7,7 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteMessage, RouteMetric, RouteType},
 };
 use nix::errno::Errno;
-use nsm_core::tunnel::Link;
+use nsm_core::link::Link;
 
 use super::{LinkError, message, observe};
 use crate::netlink::{Netlink, Refusal};

@@ -2,8 +2,10 @@
 
 use nsm_core::{
     clock::Monotonic,
-    health::{PEER_INSISTS, Verdict},
-    sbfd::{Proof, State},
+    liveness::{
+        health::{PEER_INSISTS, Verdict},
+        sbfd::{Proof, State},
+    },
 };
 use nsm_dataplane::health::Peer;
 use nsm_ebpf_common::{

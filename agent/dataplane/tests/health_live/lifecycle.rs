@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nsm_core::sbfd::{Proof, State};
+use nsm_core::liveness::sbfd::{Proof, State};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
     health::{Health, HealthError, PeerSpec},
@@ -103,11 +103,11 @@ async fn next_one_goes_on(by: By) {
     assert!(to_two.is_up());
     while let Ok(event) = one.events.try_recv() {
         if let nsm_dataplane::health::Event::Session { change, .. } = &event {
-            let down = nsm_core::sbfd::Change::State {
+            let down = nsm_core::liveness::sbfd::Change::State {
                 at: Default::default(),
                 from: State::Up,
                 to: State::Down,
-                cause: nsm_core::sbfd::Cause::AdminDown,
+                cause: nsm_core::liveness::sbfd::Cause::AdminDown,
             };
             assert_ne!(
                 std::mem::discriminant(change),
@@ -426,7 +426,7 @@ fn a_peer_that_cannot_be_entered_is_as_before() {
         let spec = |number: u32| PeerSpec {
             address: std::net::Ipv4Addr::from(0x0a02_0000 + number).into(),
             port: 4789,
-            vni: nsm_core::vni::Vni::MANAGEMENT,
+            vni: nsm_core::net::vni::Vni::MANAGEMENT,
             discriminator: discriminator(0x5000_0000 + number),
         };
         let fdb = || {

@@ -1,6 +1,6 @@
 //! A good path: proved, watched, measured, by every way of stamping and over both families.
 
-use nsm_core::sbfd::{Proof, State};
+use nsm_core::liveness::sbfd::{Proof, State};
 use nsm_dataplane::{bpf::Hook, health::Plane};
 
 use super::support::{By, Node, TCX, World, both_up, eventually, pair, sandbox};

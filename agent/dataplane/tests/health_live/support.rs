@@ -16,8 +16,8 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 use nsm_core::{
-    sbfd::{Change, Discriminator, Proof, State, Timing},
-    vni::Vni,
+    liveness::sbfd::{Change, Discriminator, Proof, State, Timing},
+    net::vni::Vni,
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, Hook},

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs};
 
-use nsm_core::sbfd::State;
+use nsm_core::liveness::sbfd::State;
 use nsm_ebpf_common::{
     management::REQUIRED_MIN_RX_US,
     sbfd::{self, DETECT_MULTIPLIER, frame::Role},

@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 
 use nix::libc;
-use nsm_core::tunnel::{LinkSpec, MacAddr, VxlanSpec};
+use nsm_core::link::{LinkSpec, MacAddr, VxlanSpec};
 use nsm_dataplane::{
     links::{LinkError, Links, PortHolder},
     netns::{Netns, NetnsError},

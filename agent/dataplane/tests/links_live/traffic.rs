@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::tunnel::VxlanSpec;
+use nsm_core::link::VxlanSpec;
 use nsm_dataplane::{links::Links, netns::Netns};
 
 use crate::support::{add_address, eventually, inside, ip, link, net, netns, two_nodes, vxlan};
@@ -99,7 +99,7 @@ async fn pods_talk_through_vxlan() {
         );
         assert_eq!((statistics.rx_dropped, statistics.tx_errors), (0, 0));
         let mtu = links.underlay_mtu(spec.remote).await.unwrap()
-            - nsm_core::tunnel::vxlan_overhead(spec.remote);
+            - nsm_core::link::vxlan_overhead(spec.remote);
         assert_eq!(mtu, if spec.remote.is_ipv4() { 1450 } else { 1430 });
         // A full packet fits, don't fragment set.
         for (links, pod, mut spec) in [

@@ -1,6 +1,6 @@
 //! Veth pairs between two pods of one node.
 
-use nsm_core::tunnel::{LinkKind, LinkSpec};
+use nsm_core::link::{LinkKind, LinkSpec};
 use nsm_dataplane::{
     links::{LinkError, Links},
     netns::Netns,

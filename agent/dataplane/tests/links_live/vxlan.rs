@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
-use nsm_core::tunnel::{Link, LinkKind, VxlanSpec};
+use nsm_core::link::{Link, LinkKind, VxlanSpec};
 use nsm_dataplane::links::Links;
 
 use crate::support::{
@@ -242,7 +242,7 @@ async fn only_ours_goes() {
     let links = Links::in_namespace(netns());
     add_foreign_link(&pod, "eth0");
     let (one, mut ten) = (vxlan(1001), vxlan(1010));
-    ten.link.alias = nsm_core::tunnel::LinkAlias::new(
+    ten.link.alias = nsm_core::link::LinkAlias::new(
         one.link.alias.domain(),
         format!("{}0", one.link.alias.connection_id()),
     )
@@ -413,7 +413,7 @@ async fn is_found_again_after_a_restart() {
     });
     let mut spec = vxlan(100);
     let domain = format!("restart.{}", spec.link.alias.domain());
-    spec.link.alias = nsm_core::tunnel::LinkAlias::new(&domain, "connection").unwrap();
+    spec.link.alias = nsm_core::link::LinkAlias::new(&domain, "connection").unwrap();
     add_foreign_link(&pod, "eth0");
     links.up_vxlan(&pod, &spec).await.unwrap();
 

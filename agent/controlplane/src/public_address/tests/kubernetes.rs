@@ -2,7 +2,7 @@ use std::{path::Path, sync::Arc};
 
 use ::http::{Request, StatusCode};
 use hyper::body::Incoming;
-use nsm_core::public_address::Outcome;
+use nsm_core::address::public::Outcome;
 
 use super::{
     super::{BaseUrl, KubernetesNode, Lookup, LookupConfig},

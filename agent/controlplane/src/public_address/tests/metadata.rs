@@ -1,7 +1,7 @@
 use std::{sync::Arc, time::Duration};
 
 use ::http::StatusCode;
-use nsm_core::public_address::{Outcome, Provider};
+use nsm_core::address::public::{Outcome, Provider};
 
 use super::{
     super::{BaseUrl, Lookup, LookupConfig, Trust, http::first_bundle},

@@ -8,7 +8,7 @@ mod stun;
 use std::net::IpAddr;
 
 use futures_util::StreamExt as _;
-use nsm_core::public_address::{Outcome, Provider, Source};
+use nsm_core::address::public::{Outcome, Provider, Source};
 
 use super::{Lookup, LookupConfig};
 

@@ -1,6 +1,6 @@
 use std::net::SocketAddr;
 
-use nsm_core::public_address::Outcome;
+use nsm_core::address::public::Outcome;
 use tokio::net::UdpSocket;
 
 use super::{

@@ -17,7 +17,7 @@ use nsm_controlplane::{
     server::{ListenerLimits, Socket, serve},
     token::TokenSource,
 };
-use nsm_core::{name::Domain, vni::VniPool};
+use nsm_core::{net::vni::VniPool, nsm::name::Domain};
 use tempfile::TempDir;
 use tonic::service::Routes;
 

@@ -13,7 +13,7 @@ use nsm_controlplane::{
     forwarder::{Forwarder, ForwarderError, Plan, Prober, Underlay},
     unix::Passed,
 };
-use nsm_core::{mechanism::NetnsUrl, tunnel::LinkSpec};
+use nsm_core::{link::LinkSpec, mechanism::NetnsUrl};
 
 use super::prober::FakeProber;
 

@@ -26,7 +26,7 @@ use nsm_controlplane::{
     plane::Holdings,
     registry::Counts,
 };
-use nsm_core::name::Domain;
+use nsm_core::nsm::name::Domain;
 use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use tokio::time::Instant;
 use tonic::{Code, Status};

@@ -12,9 +12,11 @@ use std::{
 
 use nsm_controlplane::forwarder::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
 use nsm_core::{
-    health::{Health, Reason, Verdict, Way, Word},
-    sbfd::Discriminator,
-    vni::Vni,
+    liveness::{
+        health::{Health, Reason, Verdict, Way, Word},
+        sbfd::Discriminator,
+    },
+    net::vni::Vni,
 };
 use tokio::sync::mpsc;
 

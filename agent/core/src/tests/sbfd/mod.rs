@@ -1,4 +1,4 @@
-//! The session on simulated paths: a prober that is driven as [`crate::sbfd`] says, and a way there and back that can lose, delay and cut.
+//! The session on simulated paths: a prober that is driven as [`crate::liveness::sbfd`] says, and a way there and back that can lose, delay and cut.
 
 mod pace;
 mod properties;
@@ -7,7 +7,7 @@ mod transitions;
 
 use std::{collections::VecDeque, time::Duration};
 
-use crate::{clock::Monotonic, sbfd::*};
+use crate::{clock::Monotonic, liveness::sbfd::*};
 
 const MS: Duration = Duration::from_millis(1);
 

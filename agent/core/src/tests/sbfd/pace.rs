@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::{MS, Path, Simulation};
-use crate::sbfd::*;
+use crate::liveness::sbfd::*;
 
 fn asking(required_min_rx: Duration) -> Path {
     Path {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::{MS, Path, Random, Simulation};
-use crate::{clock::Monotonic, sbfd::*};
+use crate::{clock::Monotonic, liveness::sbfd::*};
 
 /// Within how long the loss of a way out is told, where the prober runs and little was lost before: see [`Timing`].
 fn bound(round_trip: Duration) -> Duration {

@@ -1,7 +1,7 @@
 //! When the session sends, and how soon it knows.
 
 use super::{MS, Path, Simulation};
-use crate::sbfd::*;
+use crate::liveness::sbfd::*;
 
 fn cut() -> Path {
     Path {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{MS, Path, Simulation};
-use crate::sbfd::*;
+use crate::liveness::sbfd::*;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {

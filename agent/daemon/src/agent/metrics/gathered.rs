@@ -1,7 +1,7 @@
 //! Metrics of what is there now, and of what the kernel counts.
 
 use nsm_controlplane::{forwarder::Plan, plane::ConnectionView};
-use nsm_core::{health::Verdict, name::InterdomainName};
+use nsm_core::{liveness::health::Verdict, nsm::name::InterdomainName};
 use nsm_dataplane::bpf::Bpf;
 use nsm_proto::connection::State as ConnectionState;
 use prometheus_client::{

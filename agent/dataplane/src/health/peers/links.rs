@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use nsm_core::{sbfd::Discriminator, tunnel::MacAddr};
+use nsm_core::{link::MacAddr, liveness::sbfd::Discriminator};
 
 use super::{
     super::{HealthError, PeerSpec, prober::Command, socket::PacketSocket},

@@ -6,7 +6,7 @@ use std::{
     sync::{MutexGuard, PoisonError},
 };
 
-use nsm_core::health::Look;
+use nsm_core::liveness::health::Look;
 
 use super::{Command, Peers};
 use crate::{

@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-use nsm_core::sbfd::Discriminator;
+use nsm_core::liveness::sbfd::Discriminator;
 use nsm_ebpf_common::sbfd::State;
 use tokio::sync::mpsc as tokio_mpsc;
 

@@ -28,14 +28,14 @@ pub use told::{PEER_NOTICES, Told, Word};
 
 use crate::{
     clock::Monotonic,
-    sbfd::{Cause, PeerProbe, Snapshot, State as SessionState, WireState},
-    vni::Vni,
+    liveness::sbfd::{Cause, PeerProbe, Snapshot, State as SessionState, WireState},
+    net::vni::Vni,
 };
 
 /// The peer's probes are heard at this pace at least, while it suspects or is up; several missing is silence.
 const HEARD_WITHIN: Duration = Duration::from_millis(150);
 
-/// A peer that lost us, as we lost it, probes once a second after a while ([`crate::sbfd::Timing`]): then several of those are missing.
+/// A peer that lost us, as we lost it, probes once a second after a while ([`crate::liveness::sbfd::Timing`]): then several of those are missing.
 const HEARD_SLOWLY_WITHIN: Duration = Duration::from_secs(3);
 
 /// When that begins, less what the peer may have noticed the loss before us.

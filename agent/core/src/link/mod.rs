@@ -8,7 +8,6 @@
 //! A link is ours only when its alias parses as a [`LinkAlias`]. Nothing else is ever changed or deleted, whatever its name.
 
 mod alias;
-mod mac;
 #[cfg(test)]
 mod model;
 mod plan;
@@ -19,10 +18,10 @@ use ipnet::IpNet;
 
 pub use self::{
     alias::{LinkAlias, LinkAliasError},
-    mac::{MacAddr, MacAddrError},
     plan::{Operation, diff, must_create},
 };
-use crate::{mechanism::IfName, vni::Vni};
+pub use crate::net::mac::{MacAddr, MacAddrError};
+use crate::{mechanism::IfName, net::vni::Vni};
 
 /// The UDP port of VXLAN (RFC 7348 section 5), used when the mechanism names none.
 pub const VXLAN_PORT: u16 = 4789;

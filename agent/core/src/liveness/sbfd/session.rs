@@ -9,7 +9,7 @@ use super::{
     rtt::{Minute, RoundTrip},
     window::{Run, Window},
 };
-use crate::{clock::Monotonic, plpmtu::Search};
+use crate::{clock::Monotonic, liveness::plpmtu::Search};
 
 /// Probes of a proof: with one of five lost on each way, one in 10,000 proofs of a good path fails.
 const PROOF_PROBES: u32 = 5;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::select::Match;
+use crate::nsm::select::Match;
 
 /// What of an endpoint is matched.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -11,9 +11,9 @@ use std::{collections::BTreeMap, net::IpAddr};
 pub use kernel::{IfName, IfNameError, Kernel, NetnsUrl, NetnsUrlError};
 
 use crate::{
-    sbfd::Discriminator,
-    tunnel::{VXLAN_PORT, vxlan_overhead},
-    vni::Vni,
+    link::{VXLAN_PORT, vxlan_overhead},
+    liveness::sbfd::Discriminator,
+    net::vni::Vni,
 };
 
 /// A mechanism's parameters as they stand on the wire.
