@@ -46,7 +46,7 @@ const IMPURE: &[&str] = &[
 ];
 
 const RULES: &[Rule] = &[
-    rule("nsm-core", &[], &[], IMPURE),
+    rule("nsm-core", &["nsm-ebpf-common"], &[], IMPURE),
     rule("nsm-proto", &[], &[], &[]),
     rule("nsm-ebpf-common", &[], &[], &["tokio", "tonic"]),
     rule(
@@ -56,8 +56,14 @@ const RULES: &[Rule] = &[
         &["tonic"],
     ),
     rule(
+        "nsm-discovery",
+        &["nsm-core"],
+        &[],
+        &["aya", "netlink-packet-route", "rtnetlink", "tonic"],
+    ),
+    rule(
         "nsm-controlplane",
-        &["nsm-core", "nsm-proto"],
+        &["nsm-core", "nsm-discovery", "nsm-proto"],
         &["nsm-world"],
         &["aya", "netlink-packet-route", "rtnetlink"],
     ),
@@ -67,6 +73,7 @@ const RULES: &[Rule] = &[
             "nsm-controlplane",
             "nsm-core",
             "nsm-dataplane",
+            "nsm-discovery",
             "nsm-ebpf-common",
             "nsm-proto",
         ],

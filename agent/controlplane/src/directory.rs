@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use nsm_discovery::dns::Resolved;
 use nsm_proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
@@ -12,7 +13,6 @@ use tokio_stream::StreamExt as _;
 use tonic::{Code, Streaming, transport::Channel};
 
 use crate::{
-    dns::Resolved,
     error::RequestError,
     peers::{Peers, call, refused},
     plane::{OwnRegistry, Shared},

@@ -10,9 +10,10 @@ use nsm_core::{
     net::vni::VniError,
     nsm::{name::NameError, path::PathError},
 };
+use nsm_discovery::dns::ResolveError;
 use tonic::{Code, Status};
 
-use crate::{dial::DialError, dns::ResolveError, forwarder::ForwarderError};
+use crate::{dial::DialError, forwarder::ForwarderError};
 
 /// The longest text of a refusal, in bytes. It travels in an HTTP/2 header, where each byte may
 /// become three: headers of more than 16 KiB make the other side close the whole connection, and
@@ -213,7 +214,7 @@ impl RequestError {
             | Self::Token(_)
             | Self::Mechanism(_) => Code::InvalidArgument,
             Self::Expired { .. } => Code::Unauthenticated,
-            Self::Resolve(error) => Status::from(error.clone()).code(),
+            Self::Resolve(error) => resolve_code(error),
             Self::Dial(_) | Self::Draining | Self::Unproven { .. } => Code::Unavailable,
             Self::NoService { .. }
             | Self::NoEndpoint { .. }
@@ -273,5 +274,21 @@ impl From<RequestError> for Status {
             text.push('…');
         }
         Status::new(error.code(), text)
+    }
+}
+
+/// What another try would not change is `NotFound`; the rest may pass.
+const fn resolve_code(error: &ResolveError) -> Code {
+    match error {
+        ResolveError::NoDomain { .. }
+        | ResolveError::NoAddress { .. }
+        | ResolveError::NotOffered { .. } => Code::NotFound,
+        ResolveError::Busy { .. } => Code::ResourceExhausted,
+        ResolveError::ServerFailed { .. }
+        | ResolveError::Timeout { .. }
+        | ResolveError::Unreachable { .. }
+        | ResolveError::BadAnswer { .. }
+        | ResolveError::NoServers { .. }
+        | ResolveError::Interrupted { .. } => Code::Unavailable,
     }
 }

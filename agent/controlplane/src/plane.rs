@@ -10,13 +10,13 @@ use std::{
 };
 
 use nsm_core::{address::ipmap::IpMap, net::vni::VniPool, nsm::name::Domain};
+use nsm_discovery::dns::Resolver;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
     bypass::Bypass,
     connections::{Connections, Established, lock},
     directory::Directory,
-    dns::Resolver,
     expiry::Expiries,
     forwarder::Forwarder,
     health::{Foreign, Reachability},

@@ -17,6 +17,7 @@ use nsm_core::nsm::{
     name::{Domain, InterdomainName},
     select::{Candidate, select},
 };
+use nsm_discovery::dns::Resolved;
 use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
 use tokio::time::Instant;
 
@@ -25,7 +26,6 @@ use crate::{
     connections::lock,
     convert,
     directory::{Found, Wanted, find_at},
-    dns::Resolved,
     error::RequestError,
     peers::{Peer, is_local, is_passed},
     plane::Shared,

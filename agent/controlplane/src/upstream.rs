@@ -245,12 +245,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        dns::{Resolver, ResolverConfig},
         health::Reachability,
         plane::{OwnRegistry, Settings},
         registry::{Limits, Registry},
         token::TokenSource,
     };
+    use nsm_discovery::dns::{Resolver, ResolverConfig};
 
     #[tokio::test(start_paused = true)]
     async fn an_nsmgr_that_hangs_does_not_hold_up_the_end() {

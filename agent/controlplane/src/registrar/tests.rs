@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
 use nsm_core::net::vni::VniPool;
+use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tonic::Code;
 
 use super::*;
 use crate::{
-    dns::{Resolver, ResolverConfig},
     health::Reachability,
     plane::{OwnRegistry, Settings},
     registry::Limits,

@@ -13,7 +13,6 @@ use std::{
 use anyhow::Context as _;
 use nsm_controlplane::{
     dial::DialUrl,
-    dns::{Resolver, ResolverConfig},
     plane::{ControlPlane, OwnRegistry, Settings},
     registry::{Limits, Registry},
     server::{Front, ListenerLimits, Socket, serve},
@@ -21,6 +20,7 @@ use nsm_controlplane::{
     upstream::ForwarderEntry,
 };
 use nsm_core::net::vni::VniPool;
+use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tokio::{
     net::TcpListener,
     sync::{oneshot, watch},

@@ -10,16 +10,14 @@ use std::{
 };
 
 use futures_util::StreamExt as _;
-use nsm_controlplane::{
-    plane::ControlPlane,
-    public_address::{
-        BaseUrl, HTTP_TIMEOUT, IN_CLUSTER_ACCOUNT, KubernetesNode, Lookup, LookupConfig,
-    },
-};
+use nsm_controlplane::plane::ControlPlane;
 use nsm_core::address::public::{
     Decision, Finding, Firmware, Known, Outcome, Provider, Source, Tracker, is_globally_routable,
 };
 use nsm_dataplane::addresses::AddressEvents;
+use nsm_discovery::public_address::{
+    BaseUrl, HTTP_TIMEOUT, IN_CLUSTER_ACCOUNT, KubernetesNode, Lookup, LookupConfig,
+};
 use nsm_proto::admin;
 use tokio::time::{Instant, sleep_until, timeout_at};
 

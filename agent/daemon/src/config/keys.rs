@@ -2,8 +2,8 @@
 
 use std::{fmt::Display, time::Duration};
 
-use nsm_controlplane::{dns::HostEntry, public_address::BaseUrl};
 use nsm_core::{address::public::Provider, nsm::name::Domain};
+use nsm_discovery::{dns::HostEntry, public_address::BaseUrl};
 
 use super::{
     model::{Config, DEFAULT_SECRET, Hook, LogFormat, MetadataServices, TokenAlgorithm},

@@ -9,13 +9,12 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{
-    dial::DialUrl,
+use nsm_controlplane::{dial::DialUrl, health::Reachability};
+use nsm_core::{address::public::Provider, mechanism::IfName, net::vni::Vni, nsm::name::Domain};
+use nsm_discovery::{
     dns::{HostEntry, ResolverConfig},
-    health::Reachability,
     public_address::{BaseUrl, StunServer},
 };
-use nsm_core::{address::public::Provider, mechanism::IfName, net::vni::Vni, nsm::name::Domain};
 
 use super::value::{ListenUrl, is_off};
 

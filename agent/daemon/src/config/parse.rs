@@ -7,16 +7,15 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{
-    dial::DialUrl,
-    dns::{HostEntry, HostTarget},
-    health::Reachability,
-    public_address::BaseUrl,
-};
+use nsm_controlplane::{dial::DialUrl, health::Reachability};
 use nsm_core::{
     address::public::Provider,
     net::vni::Vni,
     nsm::name::{Domain, InterdomainName},
+};
+use nsm_discovery::{
+    dns::{HostEntry, HostTarget},
+    public_address::BaseUrl,
 };
 
 use super::{

@@ -9,7 +9,6 @@ use std::{
 };
 
 use nsm_controlplane::{
-    dns::{Resolver, ResolverConfig},
     forwarder::Forwarder,
     health::Reachability,
     plane::{ControlPlane, OwnRegistry, Settings},
@@ -18,6 +17,7 @@ use nsm_controlplane::{
     token::TokenSource,
 };
 use nsm_core::{net::vni::VniPool, nsm::name::Domain};
+use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tempfile::TempDir;
 use tonic::service::Routes;
 

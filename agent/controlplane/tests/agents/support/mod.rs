@@ -21,12 +21,9 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{
-    dns::{HostEntry, HostTarget, ResolverConfig},
-    plane::Holdings,
-    registry::Counts,
-};
+use nsm_controlplane::{plane::Holdings, registry::Counts};
 use nsm_core::nsm::name::Domain;
+use nsm_discovery::dns::{HostEntry, HostTarget, ResolverConfig};
 use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use tokio::time::Instant;
 use tonic::{Code, Status};

@@ -129,22 +129,3 @@ pub enum ResolveError {
         domain: String,
     },
 }
-
-impl From<ResolveError> for tonic::Status {
-    /// What will not change by asking again is `NotFound`, the rest invites another try.
-    fn from(error: ResolveError) -> Self {
-        let message = error.to_string();
-        match error {
-            ResolveError::NoDomain { .. }
-            | ResolveError::NoAddress { .. }
-            | ResolveError::NotOffered { .. } => Self::not_found(message),
-            ResolveError::Busy { .. } => Self::resource_exhausted(message),
-            ResolveError::ServerFailed { .. }
-            | ResolveError::Timeout { .. }
-            | ResolveError::Unreachable { .. }
-            | ResolveError::BadAnswer { .. }
-            | ResolveError::NoServers { .. }
-            | ResolveError::Interrupted { .. } => Self::unavailable(message),
-        }
-    }
-}

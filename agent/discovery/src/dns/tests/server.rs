@@ -204,7 +204,7 @@ impl DnsServer {
     }
 }
 
-#[tonic::async_trait]
+#[async_trait::async_trait]
 impl RequestHandler for Handler {
     async fn handle_request<R: ResponseHandler, T: Time>(
         &self,
