@@ -13,7 +13,7 @@ use nsm_core::{
 use nsm_discovery::dns::ResolveError;
 use tonic::{Code, Status};
 
-use crate::{dial::DialError, forwarder::ForwarderError};
+use crate::{ports::ForwarderError, transport::dial::DialError};
 
 /// The longest text of a refusal, in bytes. It travels in an HTTP/2 header, where each byte may
 /// become three: headers of more than 16 KiB make the other side close the whole connection, and
@@ -57,7 +57,7 @@ pub enum RequestError {
     },
     /// The token metadata of the call cannot be read.
     #[error(transparent)]
-    Token(#[from] crate::token::TokenError),
+    Token(#[from] crate::identity::token::TokenError),
     /// The domain of the name cannot be resolved.
     #[error(transparent)]
     Resolve(#[from] ResolveError),

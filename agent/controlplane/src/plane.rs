@@ -14,16 +14,17 @@ use nsm_discovery::dns::Resolver;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    bypass::Bypass,
-    connections::{Connections, Established, lock},
-    directory::Directory,
-    expiry::Expiries,
-    forwarder::Forwarder,
-    health::{Foreign, Reachability},
+    connection::{
+        expiry::Expiries,
+        monitor::Monitors,
+        store::{Connections, Established, lock},
+    },
+    identity::token::TokenSource,
+    liveness::{Foreign, Reachability},
     metrics::CallMetrics,
-    monitor::Monitors,
-    peers::{Peer, Peers},
-    token::TokenSource,
+    peer::peers::{Peer, Peers},
+    ports::Forwarder,
+    route::{bypass::Bypass, directory::Directory},
 };
 
 /// What an agent is called and how long it waits; fixed for its life.
@@ -144,7 +145,7 @@ impl PublicUrls {
 }
 
 impl ControlPlane {
-    /// A control plane that serves nobody yet; see [`crate::server`] for its listeners.
+    /// A control plane that serves nobody yet; see [`crate::api::server`] for its listeners.
     pub fn start(
         settings: Settings,
         tokens: Arc<TokenSource>,
@@ -413,7 +414,7 @@ impl ConnectionView {
     }
 
     /// What stands on this node for it.
-    pub fn plan(&self) -> Option<&crate::forwarder::Plan> {
+    pub fn plan(&self) -> Option<&crate::ports::Plan> {
         self.established.plan.as_ref()
     }
 
@@ -423,7 +424,7 @@ impl ConnectionView {
     }
 
     /// The path that is watched for it; none where none is.
-    pub fn watched(&self) -> Option<crate::forwarder::PathId> {
+    pub fn watched(&self) -> Option<crate::ports::PathId> {
         self.established.path.watched
     }
 

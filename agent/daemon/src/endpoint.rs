@@ -8,7 +8,7 @@
 //! then the connections are closed and told to be; then the socket goes.
 
 use anyhow::Context as _;
-use nsm_controlplane::{dial::DialUrl, token::TokenSource};
+use nsm_controlplane::{identity::token::TokenSource, transport::dial::DialUrl};
 use tokio::sync::oneshot;
 
 use crate::{

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets};
-use nsm_controlplane::dial::DialUrl;
+use nsm_controlplane::transport::dial::DialUrl;
 use nsm_proto::admin::{ConnectionStatus, Status, StatusRequest, admin_client::AdminClient};
 use tonic::Code;
 

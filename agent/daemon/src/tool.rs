@@ -10,9 +10,11 @@ use std::{
 
 use anyhow::Context as _;
 use nsm_controlplane::{
-    dial::{DialError, DialUrl},
-    token::TokenSource,
-    unix::{Descriptors, Passed},
+    identity::token::TokenSource,
+    transport::{
+        dial::{DialError, DialUrl},
+        unix::{Descriptors, Passed},
+    },
 };
 use nsm_core::text::printable;
 use nsm_proto::connection::PathSegment;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use nsm_controlplane::server::facts;
+use nsm_controlplane::api::server::facts;
 use nsm_core::{
     liveness::health::{LostHop, Published, Verdict},
     mechanism::{MTU, NAME, VNI, VXLAN},

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nsm_controlplane::{dial::dial, token::TokenSource};
+use nsm_controlplane::{identity::token::TokenSource, transport::dial::dial};
 use nsm_proto::{
     connection::{Connection, Mechanism, Path, PathSegment},
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use nsm_controlplane::{dial::dial, server::facts, token::TokenSource};
+use nsm_controlplane::{api::server::facts, identity::token::TokenSource, transport::dial::dial};
 use nsm_core::mechanism::{INODE_URL, KERNEL, LOCAL, NAME, NETNS_INODE, NetnsUrl, VXLAN};
 use nsm_proto::{
     connection::{Connection, Mechanism, Path, PathSegment},

@@ -21,6 +21,7 @@ mod deadlines;
 mod error;
 pub mod grpc;
 mod matching;
+pub(crate) mod path_header;
 mod table;
 #[cfg(test)]
 mod tests;

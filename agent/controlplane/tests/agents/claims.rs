@@ -1,6 +1,6 @@
 //! Who is at the end of a path is what each connection's own other end said: what another says of the same address is beside that.
 
-use nsm_controlplane::forwarder::{ForwarderError, Prober as _};
+use nsm_controlplane::ports::{ForwarderError, Prober as _};
 use nsm_core::liveness::{
     health::{Published, Verdict},
     sbfd::Discriminator,

@@ -1,6 +1,6 @@
 //! The main job: a client in one domain consumes a service of another.
 
-use nsm_controlplane::{forwarder::Plan, server::facts};
+use nsm_controlplane::{api::server::facts, ports::Plan};
 use nsm_core::{address::ipmap::IpMap, link::VxlanSpec};
 use nsm_proto::{connection::State, networkservice::NetworkServiceRequest};
 

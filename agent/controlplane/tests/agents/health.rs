@@ -1,6 +1,6 @@
 //! Paths: proved before a connection is granted, watched while it stands, and what its ends are told.
 
-use nsm_controlplane::{forwarder::Plan, health::Reachability};
+use nsm_controlplane::{liveness::Reachability, ports::Plan};
 use nsm_core::liveness::health::{Published, Verdict};
 use nsm_proto::{
     connection::{Connection, ConnectionEventType::*, State},
@@ -78,13 +78,13 @@ async fn both_ends_know_each_others_reflector_and_the_clients_proves_the_path() 
     let known = near.peer(FAR).expect("watched");
     assert_eq!(
         known.path.reflector,
-        nsm_controlplane::forwarder::Prober::reflector(far)
+        nsm_controlplane::ports::Prober::reflector(far)
     );
     assert_eq!((known.path.port, known.mtu), (4789, 1450));
     let known = far.peer(NEAR).expect("watched");
     assert_eq!(
         known.path.reflector,
-        nsm_controlplane::forwarder::Prober::reflector(near)
+        nsm_controlplane::ports::Prober::reflector(near)
     );
     assert_eq!(near.proofs(), [known_address(FAR)]);
     assert!(far.proofs().is_empty());

@@ -1,6 +1,6 @@
 //! What is learnt of a path while a connection over it is being made.
 
-use nsm_controlplane::forwarder::Plan;
+use nsm_controlplane::ports::Plan;
 
 use crate::support::{Client, World, eventually};
 

@@ -1,6 +1,6 @@
 //! A node that cannot do what was agreed: VNIs that are taken, a kernel that refuses.
 
-use nsm_controlplane::forwarder::ForwarderError;
+use nsm_controlplane::ports::ForwarderError;
 use tonic::Code;
 
 use crate::support::{Client, World, assert_refusal};

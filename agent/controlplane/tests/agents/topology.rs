@@ -1,6 +1,6 @@
 //! Other shapes than two domains: floating domains, several nodes, agents that only pass on.
 
-use nsm_controlplane::forwarder::Plan;
+use nsm_controlplane::ports::Plan;
 use nsm_core::address::ipmap::IpMap;
 use nsm_proto::networkservice::NetworkServiceRequest;
 

@@ -6,8 +6,8 @@ use std::{
 };
 
 use nsm_controlplane::{
-    forwarder::{PathId, Plan},
     plane::ConnectionView,
+    ports::{PathId, Plan},
 };
 use nsm_core::{
     clock::Monotonic,

@@ -11,9 +11,9 @@ use std::{
 
 use futures_util::{StreamExt as _, stream};
 use nsm_controlplane::{
-    forwarder::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
     plane::ControlPlane,
-    unix::Passed,
+    ports::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
+    transport::unix::Passed,
 };
 use nsm_core::{
     link::{LinkAlias, VxlanSpec},

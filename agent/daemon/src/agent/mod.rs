@@ -12,12 +12,12 @@ use std::{
 
 use anyhow::Context as _;
 use nsm_controlplane::{
-    dial::DialUrl,
+    api::server::{Front, ListenerLimits, Socket, serve},
+    identity::token::{Es256Key, TokenSource},
     plane::{ControlPlane, OwnRegistry, Settings},
     registry::{Limits, Registry},
-    server::{Front, ListenerLimits, Socket, serve},
-    token::{Es256Key, TokenSource},
-    upstream::ForwarderEntry,
+    route::upstream::ForwarderEntry,
+    transport::dial::DialUrl,
 };
 use nsm_core::net::vni::VniPool;
 use nsm_discovery::dns::{Resolver, ResolverConfig};
@@ -102,7 +102,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         registry,
         forwarder
             .clone()
-            .map(|forwarder| forwarder as Arc<dyn nsm_controlplane::forwarder::Forwarder>),
+            .map(|forwarder| forwarder as Arc<dyn nsm_controlplane::ports::Forwarder>),
         VniPool::new(config.tunnel.management_vni),
     );
     let maps = Arc::new(IpMaps::new(plane.clone()));

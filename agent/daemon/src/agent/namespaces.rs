@@ -11,7 +11,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use nsm_controlplane::forwarder::PodNetns;
+use nsm_controlplane::ports::PodNetns;
 use nsm_core::{link::LinkAlias, mechanism::NetnsUrl};
 use nsm_dataplane::netns::{Netns, NetnsError};
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::forwarder::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
+use nsm_controlplane::ports::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
 use nsm_core::{
     clock::Monotonic,
     liveness::{

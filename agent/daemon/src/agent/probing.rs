@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{health::Reachability, plane::ControlPlane};
+use nsm_controlplane::{liveness::Reachability, plane::ControlPlane};
 use nsm_core::backoff::Backoff;
 use nsm_dataplane::{bpf::Bpf, health::HealthError};
 use tokio::sync::{Mutex, OwnedMutexGuard};

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::dial::DialUrl;
+use nsm_controlplane::transport::dial::DialUrl;
 use tonic_health::{
     ServingStatus,
     pb::health_server::{Health, HealthServer},

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{dial::DialUrl, health::Reachability};
+use nsm_controlplane::{liveness::Reachability, transport::dial::DialUrl};
 use nsm_core::{
     address::public::Provider,
     net::vni::Vni,

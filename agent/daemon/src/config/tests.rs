@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use nsm_controlplane::health::Reachability;
+use nsm_controlplane::liveness::Reachability;
 
 use super::{model::Token, *};
 

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::SystemTime};
 
-use nsm_controlplane::dial::DialUrl;
+use nsm_controlplane::transport::dial::DialUrl;
 use nsm_core::mechanism::IfName;
 use serde::Serialize;
 

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_controlplane::token::{self, TokenSource};
+use nsm_controlplane::identity::token::{self, TokenSource};
 use nsm_proto::{
     connection::{
         Connection, ConnectionEvent, MonitorScopeSelector,

@@ -7,7 +7,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use nsm_controlplane::dial::dial;
+use nsm_controlplane::transport::dial::dial;
 use nsm_proto::networkservice::{
     NetworkServiceRequest, network_service_client::NetworkServiceClient,
 };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use nsm_controlplane::{dial::dial, token::TokenSource};
+use nsm_controlplane::{identity::token::TokenSource, transport::dial::dial};
 use nsm_proto::{
     connection::{
         Connection, ConnectionEventType, Mechanism, MonitorScopeSelector, Path as WirePath,

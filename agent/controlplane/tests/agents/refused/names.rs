@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use nsm_controlplane::token::{EXPIRES_KEY, TOKEN_KEY};
+use nsm_controlplane::identity::token::{EXPIRES_KEY, TOKEN_KEY};
 use nsm_proto::{connection::PathSegment, networkservice::NetworkServiceRequest};
 use tonic::{Code, metadata::MetadataValue};
 

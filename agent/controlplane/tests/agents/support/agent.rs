@@ -9,12 +9,12 @@ use std::{
 };
 
 use nsm_controlplane::{
-    forwarder::Forwarder,
-    health::Reachability,
+    api::server::{ListenerLimits, Socket, serve},
+    identity::token::TokenSource,
+    liveness::Reachability,
     plane::{ControlPlane, OwnRegistry, Settings},
+    ports::Forwarder,
     registry::{Limits, Registry},
-    server::{ListenerLimits, Socket, serve},
-    token::TokenSource,
 };
 use nsm_core::{net::vni::VniPool, nsm::name::Domain};
 use nsm_discovery::dns::{Resolver, ResolverConfig};

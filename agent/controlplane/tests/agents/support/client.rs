@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use nsm_controlplane::{dial::dial, token::TokenSource};
+use nsm_controlplane::{identity::token::TokenSource, transport::dial::dial};
 use nsm_proto::{
     connection::{
         Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, Path,

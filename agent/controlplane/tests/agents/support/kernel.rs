@@ -10,8 +10,8 @@ use std::{
 };
 
 use nsm_controlplane::{
-    forwarder::{Forwarder, ForwarderError, Plan, Prober, Underlay},
-    unix::Passed,
+    ports::{Forwarder, ForwarderError, Plan, Prober, Underlay},
+    transport::unix::Passed,
 };
 use nsm_core::{link::LinkSpec, mechanism::NetnsUrl};
 

@@ -1,6 +1,6 @@
 //! Metrics of what is there now, and of what the kernel counts.
 
-use nsm_controlplane::{forwarder::Plan, plane::ConnectionView};
+use nsm_controlplane::{plane::ConnectionView, ports::Plan};
 use nsm_core::{liveness::health::Verdict, nsm::name::InterdomainName};
 use nsm_dataplane::bpf::Bpf;
 use nsm_proto::connection::State as ConnectionState;

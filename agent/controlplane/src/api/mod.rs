@@ -1,0 +1,3 @@
+//! The listeners, and the services of NSM v1 on them.
+
+pub mod server;

@@ -1,0 +1,510 @@
+//! The agent's listeners: NSM v1 on a Unix socket for this node, and on TCP for everyone else.
+//!
+//! Both serve the same services; what differs is the [`Arrival`], and with it what a caller may
+//! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
+
+use std::{
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use nsm_proto::{
+    connection::{
+        Connection, MonitorScopeSelector,
+        monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
+    },
+    networkservice::{
+        NetworkServiceRequest,
+        network_service_server::{NetworkService, NetworkServiceServer},
+    },
+    registry::{
+        NetworkService as Service, NetworkServiceEndpoint as Endpoint, NetworkServiceEndpointQuery,
+        NetworkServiceQuery,
+        network_service_endpoint_registry_server::{
+            NetworkServiceEndpointRegistry, NetworkServiceEndpointRegistryServer,
+        },
+        network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
+    },
+};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    time::Instant,
+};
+use tokio_stream::{
+    Stream, StreamExt as _,
+    wrappers::{TcpListenerStream, UnixListenerStream},
+};
+use tonic::{
+    Request, Response, Status,
+    metadata::{AsciiMetadataValue, MetadataMap},
+    service::Routes,
+    transport::Server,
+};
+
+use crate::{
+    call::request::{Answer, Call},
+    connection::monitor::{Events, SKIP_ANSWERED},
+    error::RequestError,
+    identity::token::{self, TokenError},
+    plane::ControlPlane,
+    registry::{
+        grpc::{EndpointStream, ServiceStream},
+        path_header::PathHeader,
+    },
+    route::router::Arrival,
+    transport::{
+        coalesce::Coalesced,
+        dial::MAX_SEGMENT,
+        unix::{NodePeer, UnixStream},
+    },
+};
+
+/// How often an idle HTTP/2 connection is probed. A peer that vanished without a word is noticed
+/// after this and [`KEEPALIVE_TIMEOUT`] together; gRPC's own rule allows servers any interval.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long the answer to such a probe may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long nothing is accepted after that has failed: a process that is out of descriptors would otherwise try as fast as it can,
+/// since the connection still waits, and its other work get nothing done that gives one back.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Metadata of a Request's answer for people: what happened behind the agent. Real NSM clients
+/// ignore keys they do not know.
+pub mod facts {
+    /// The domain of the name asked for.
+    pub const DOMAIN: &str = "nsm-domain";
+    /// The DNS question that resolved it.
+    pub const DNS_QUESTION: &str = "nsm-dns-question";
+    /// The answer to it.
+    pub const DNS_ANSWER: &str = "nsm-dns-answer";
+    /// The type of the mechanism towards the endpoint.
+    pub const REMOTE_MECHANISM: &str = "nsm-remote-mechanism";
+    /// The VNI of the tunnel.
+    pub const VNI: &str = "nsm-vni";
+}
+
+/// What bounds one listener.
+#[derive(Debug, Clone, Copy)]
+pub struct ListenerLimits {
+    /// The largest message that is read, in bytes.
+    pub max_message_bytes: usize,
+    /// Calls and streams that one client connection may have open.
+    pub max_streams: u32,
+}
+
+/// The socket of a listener: bound before anything is served, so that a taken port fails early.
+#[derive(Debug)]
+pub enum Socket {
+    /// The NSMgr's socket.
+    Unix(UnixListener),
+    /// The proxy's or registry's port.
+    Tcp(TcpListener),
+}
+
+impl Socket {
+    /// Binds a TCP address.
+    ///
+    /// # Errors
+    /// The address is taken or not ours.
+    pub async fn tcp(address: SocketAddr) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        // What is accepted inherits it.
+        socket2::SockRef::from(&listener).set_tcp_mss(MAX_SEGMENT)?;
+        Ok(Self::Tcp(listener))
+    }
+
+    /// Binds a Unix socket; one that an agent left behind is replaced, one that somebody still
+    /// listens on and what is no socket is not.
+    ///
+    /// # Errors
+    /// Somebody listens there, something else is there, or the folder cannot be written.
+    pub fn unix(path: &Path) -> std::io::Result<Self> {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        // Connecting to a plain file is refused too, and an agent may run as root.
+        if std::fs::symlink_metadata(path).is_ok_and(|there| !there.file_type().is_socket()) {
+            return Err(std::io::Error::new(
+                std::io::ErrorKind::AlreadyExists,
+                "what is there is not a socket: name another path, or remove it",
+            ));
+        }
+        match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => {
+                return Err(std::io::Error::new(
+                    std::io::ErrorKind::AddrInUse,
+                    "another process listens on this socket",
+                ));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path)?;
+            }
+            Err(_) => {}
+        }
+        UnixListener::bind(path).map(Self::Unix)
+    }
+}
+
+/// One listener's view of the control plane.
+#[derive(Debug, Clone)]
+pub struct Front {
+    plane: ControlPlane,
+    arrival: Kind,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Node,
+    Forwarder,
+    Network,
+}
+
+impl ControlPlane {
+    /// The services for the clients and endpoints of this node.
+    pub fn node_front(&self) -> Front {
+        Front {
+            plane: self.clone(),
+            arrival: Kind::Node,
+        }
+    }
+
+    /// The services for the NSMgr that our forwarder works for.
+    pub fn forwarder_front(&self) -> Front {
+        Front {
+            plane: self.clone(),
+            arrival: Kind::Forwarder,
+        }
+    }
+
+    /// The services for everyone else.
+    pub fn network_front(&self) -> Front {
+        Front {
+            plane: self.clone(),
+            arrival: Kind::Network,
+        }
+    }
+}
+
+impl Front {
+    /// The NSM v1 services of this front, beside what is in `routes`.
+    #[must_use]
+    pub fn add_to(self, routes: Routes, limits: ListenerLimits) -> Routes {
+        let size = limits.max_message_bytes;
+        let routes = routes
+            .add_service(NetworkServiceServer::new(self.clone()).max_decoding_message_size(size))
+            .add_service(
+                MonitorConnectionServer::new(self.clone()).max_decoding_message_size(size),
+            );
+        if matches!(self.arrival, Kind::Forwarder) {
+            // A forwarder is asked for connections only.
+            return routes;
+        }
+        routes
+            .add_service(
+                NetworkServiceRegistryServer::new(self.clone()).max_decoding_message_size(size),
+            )
+            .add_service(
+                NetworkServiceEndpointRegistryServer::new(self).max_decoding_message_size(size),
+            )
+    }
+}
+
+/// Serves `routes` on `socket` until `shutdown` resolves.
+///
+/// # Errors
+/// The listener broke.
+pub async fn serve(
+    socket: Socket,
+    routes: Routes,
+    limits: ListenerLimits,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    let router = Server::builder()
+        .max_concurrent_streams(limits.max_streams)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .add_routes(routes);
+    match socket {
+        Socket::Unix(listener) => {
+            let incoming = paused_by_errors(UnixListenerStream::new(listener))
+                .map(|stream| stream.map(UnixStream::accepted));
+            router
+                .serve_with_incoming_shutdown(incoming, shutdown)
+                .await
+        }
+        Socket::Tcp(listener) => {
+            // The builder's own `tcp_nodelay` does not reach sockets that come from outside.
+            let incoming = paused_by_errors(TcpListenerStream::new(listener)).map(|stream| {
+                if let Ok(stream) = &stream {
+                    let _ = stream.set_nodelay(true);
+                }
+                stream.map(Coalesced::new)
+            });
+            router
+                .serve_with_incoming_shutdown(incoming, shutdown)
+                .await
+        }
+    }
+}
+
+/// What a listener accepts, with a pause after each failure.
+fn paused_by_errors<T>(
+    accepted: impl Stream<Item = std::io::Result<T>>,
+) -> impl Stream<Item = std::io::Result<T>> {
+    accepted.then(async |stream| {
+        if let Err(error) = &stream {
+            tracing::warn!(%error, "cannot accept a connection: if files are too many, raise the agent's limit (ulimit -n)");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+        stream
+    })
+}
+
+impl Front {
+    fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
+        let peer = request.extensions().get::<NodePeer>();
+        let uid = peer.and_then(|peer| peer.uid);
+        let trusted = uid.is_some_and(|uid| uid == 0 || Some(uid) == own_uid());
+        let arrival = match self.arrival {
+            Kind::Network => Arrival::Network,
+            Kind::Node => Arrival::Local { trusted },
+            Kind::Forwarder => Arrival::Forwarder { trusted },
+        };
+        let descriptors = peer.map(|peer| Arc::clone(&peer.descriptors));
+        let token = token::read(request.metadata())
+            .map(Some)
+            .or_else(|error| {
+                if matches!(error, TokenError::Missing(_)) {
+                    Ok(None)
+                } else {
+                    Err(error)
+                }
+            })
+            .map_err(RequestError::from)?;
+        let limit = self.plane.shared.settings.request_timeout;
+        let timeout = caller_timeout(request.metadata()).map_or(limit, |asked| asked.min(limit));
+        Ok(Call {
+            arrival,
+            descriptors,
+            uid,
+            token,
+            deadline: Instant::now() + timeout,
+            message: request.into_inner(),
+        })
+    }
+
+    async fn serve_request(
+        &self,
+        request: Request<NetworkServiceRequest>,
+    ) -> Result<Response<Connection>, Status> {
+        let call = self.call(request)?;
+        let answer = self.plane.request(call).await.inspect_err(|error| {
+            tracing::info!(%error, "refused a Request");
+        })?;
+        Ok(with_facts(answer))
+    }
+
+    async fn serve_close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
+        let call = self.call(request)?;
+        self.plane.close(call).await?;
+        Ok(Response::new(()))
+    }
+
+    fn registry_call<T>(
+        &self,
+        request: Request<T>,
+    ) -> Result<(Call<T>, Option<PathHeader>), Status> {
+        let metadata = request.metadata().clone();
+        let call = self.call(request)?;
+        let (own_token, _) = self.plane.shared.tokens.token(std::time::SystemTime::now());
+        let previous = call.token.as_ref().map(|(token, _)| token.as_str());
+        let path = PathHeader::descend(&metadata, previous, &own_token)?;
+        Ok((call, path))
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkService for Front {
+    async fn request(
+        &self,
+        request: Request<NetworkServiceRequest>,
+    ) -> Result<Response<Connection>, Status> {
+        let running = self.plane.shared.calls.request();
+        running.done(self.serve_request(request).await)
+    }
+
+    async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
+        let running = self.plane.shared.calls.close();
+        running.done(self.serve_close(request).await)
+    }
+}
+
+#[tonic::async_trait]
+impl MonitorConnection for Front {
+    type MonitorConnectionsStream = Events;
+
+    async fn monitor_connections(
+        &self,
+        request: Request<MonitorScopeSelector>,
+    ) -> Result<Response<Events>, Status> {
+        let shared = &self.plane.shared;
+        let skip_answered = request.metadata().contains_key(SKIP_ANSWERED);
+        let selector = request.into_inner();
+        let events = shared.monitors.subscribe(selector, skip_answered);
+        Ok(Response::new(events))
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkServiceRegistry for Front {
+    type FindStream = ServiceStream;
+
+    async fn register(&self, request: Request<Service>) -> Result<Response<Service>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        let registered = self.plane.register_service(call, path.clone()).await?;
+        Ok(with_path(registered, path))
+    }
+
+    async fn find(
+        &self,
+        request: Request<NetworkServiceQuery>,
+    ) -> Result<Response<ServiceStream>, Status> {
+        let call = self.call(request)?;
+        Ok(Response::new(self.plane.find_services(call).await?))
+    }
+
+    async fn unregister(&self, request: Request<Service>) -> Result<Response<()>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        self.plane.unregister_service(call, path.clone()).await?;
+        Ok(with_path((), path))
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkServiceEndpointRegistry for Front {
+    type FindStream = EndpointStream;
+
+    async fn register(&self, request: Request<Endpoint>) -> Result<Response<Endpoint>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        let registered = self.plane.register_endpoint(call, path.clone()).await?;
+        Ok(with_path(registered, path))
+    }
+
+    async fn find(
+        &self,
+        request: Request<NetworkServiceEndpointQuery>,
+    ) -> Result<Response<EndpointStream>, Status> {
+        let call = self.call(request)?;
+        Ok(Response::new(self.plane.find_endpoints(call).await?))
+    }
+
+    async fn unregister(&self, request: Request<Endpoint>) -> Result<Response<()>, Status> {
+        let (call, path) = self.registry_call(request)?;
+        self.plane.unregister_endpoint(call, path.clone()).await?;
+        Ok(with_path((), path))
+    }
+}
+
+fn with_path<T>(message: T, path: Option<PathHeader>) -> Response<T> {
+    let mut response = Response::new(message);
+    if let Some(path) = path {
+        path.echo(response.metadata_mut());
+    }
+    response
+}
+
+fn with_facts(answer: Answer) -> Response<Connection> {
+    let mut response = Response::new(answer.connection);
+    let metadata = response.metadata_mut();
+    let mut put = |key: &'static str, value: Option<String>| {
+        if let Some(value) = value.and_then(|value| AsciiMetadataValue::try_from(value).ok()) {
+            metadata.insert(key, value);
+        }
+    };
+    if let Some(resolution) = answer.resolution {
+        put(facts::DOMAIN, Some(resolution.domain));
+        put(facts::DNS_QUESTION, Some(resolution.question));
+        put(facts::DNS_ANSWER, Some(resolution.answer));
+    }
+    put(facts::REMOTE_MECHANISM, answer.next_mechanism);
+    put(facts::VNI, answer.vni.map(|vni| vni.to_string()));
+    response
+}
+
+/// The user this agent runs as: whoever is the same user can do what the agent can.
+fn own_uid() -> Option<u32> {
+    static UID: OnceLock<Option<u32>> = OnceLock::new();
+    *UID.get_or_init(|| Some(std::fs::metadata("/proc/self").ok()?.uid()))
+}
+
+/// The caller's `grpc-timeout`: digits and a unit (gRPC over HTTP/2, "Timeout").
+fn caller_timeout(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(value * 3600),
+        "M" => Duration::from_secs(value * 60),
+        "S" => Duration::from_secs(value),
+        "m" => Duration::from_millis(value),
+        "u" => Duration::from_micros(value),
+        "n" => Duration::from_nanos(value),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_left_socket_is_replaced_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run/nsm.sock");
+        let socket = Socket::unix(&path).unwrap();
+        let error = Socket::unix(&path).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse, "{error}");
+        drop(socket);
+        drop(Socket::unix(&path).unwrap());
+
+        let file = folder.path().join("precious");
+        std::fs::write(&file, "data").unwrap();
+        let error = Socket::unix(&file).unwrap_err();
+        assert!(error.to_string().contains("not a socket"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"data");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_to_accept_is_followed_by_a_pause() {
+        let outcomes = [Ok(1), Err(std::io::Error::from_raw_os_error(24)), Ok(2)];
+        let mut stream = Box::pin(paused_by_errors(tokio_stream::iter(outcomes)));
+        let start = Instant::now();
+        assert!(stream.next().await.is_some_and(|it| it.is_ok()));
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        assert!(stream.next().await.is_some_and(|it| it.is_err()));
+        assert!(start.elapsed() >= ACCEPT_PAUSE);
+        assert!(stream.next().await.is_some_and(|it| it.is_ok()));
+    }
+
+    #[test]
+    fn a_grpc_timeout_is_read_and_a_bad_one_is_none() {
+        let read = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().expect("ASCII"));
+            caller_timeout(&metadata)
+        };
+        assert_eq!(read("15S"), Some(Duration::from_secs(15)));
+        assert_eq!(read("250m"), Some(Duration::from_millis(250)));
+        for bad in ["", "S", "15", "-1S", "123456789S", "1x"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! A Close: idempotent, it always frees what the Request made, whether or not the next hop is
+//! still there to be told.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use nsm_proto::connection::{Connection, ConnectionEventType};
+use tokio::time::Instant;
+
+use crate::{
+    call::request::{Call, without_inode},
+    connection::store::{Established, Turn, lock},
+    error::RequestError,
+    peer::peers::Peer,
+    plane::ControlPlane,
+    transport::unix::Passed,
+};
+
+/// How long a next hop may take to answer a Close. What it holds ends with its token anyway; the
+/// client that closes should not wait for a dead peer longer than a person would.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why a connection is taken away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The previous hop has asked for it, and hears of it by the answer.
+    Asked,
+    /// This agent has decided it.
+    Own,
+}
+
+impl ControlPlane {
+    /// Closes a connection; one that is not there is closed already.
+    ///
+    /// # Errors
+    /// Only for a message that breaks the path rules, or when an earlier event of the connection
+    /// is still at work at the deadline.
+    pub async fn close(&self, call: Call<Connection>) -> Result<(), RequestError> {
+        let plane = self.clone();
+        // Boxed: see `request`.
+        tokio::spawn(Box::pin(async move {
+            let mut connection = call.message;
+            let (_, hop, _) = plane.enter(&mut connection, call.token)?;
+            let turn = plane
+                .shared
+                .connections
+                .admit_known(&hop.id, call.deadline)
+                .await?;
+            if let Some(turn) = turn {
+                // However long it waited for its turn, the next hop is to hear of it.
+                let deadline = Instant::now() + CLOSE_TIMEOUT;
+                plane.tear_down(&turn, deadline, Cause::Asked).await;
+            }
+            Ok(())
+        }))
+        .await
+        .unwrap_or(Err(RequestError::Internal))
+    }
+
+    /// Closes the connection of our segment `id` because its expiry has come.
+    pub(crate) async fn close_expired(&self, id: &str, deadline: Instant) {
+        match self.shared.connections.admit_known(id, deadline).await {
+            Ok(Some(turn)) => {
+                // A refresh that was ahead in the queue has set another expiry: it has won.
+                if !self.shared.expiries.has(id) {
+                    self.tear_down(&turn, deadline, Cause::Own).await;
+                }
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(connection.id = %id, %error, "could not close; trying again");
+                self.shared.expiries.set_if_none(id, CLOSE_TIMEOUT);
+            }
+        }
+    }
+
+    /// Closes the connection of our segment `id` because the agent goes.
+    pub(crate) async fn close_drained(&self, id: &str, deadline: Instant) {
+        match self.shared.connections.admit_known(id, deadline).await {
+            Ok(Some(turn)) => self.tear_down(&turn, deadline, Cause::Own).await,
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(connection.id = %id, %error, "could not close before the end");
+            }
+        }
+    }
+
+    /// Takes an established connection away, here and at the next hop at the same time: deleting a
+    /// link takes the kernel tens of milliseconds, on either side.
+    pub(crate) async fn tear_down(&self, turn: &Turn, deadline: Instant, cause: Cause) {
+        let Some(established) = turn.current() else {
+            return;
+        };
+        self.shared.expiries.remove(turn.id());
+        let peer = self.shared.peers.get(&established.route.url);
+        // While our own handle of the namespace is still there.
+        let returned = self
+            .returned_netns(&peer, established.next_mechanism.as_ref())
+            .await;
+        let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
+        let view = self.downstream_view(&established);
+        tokio::join!(
+            self.tear_down_here(turn, &established, &peer, cause),
+            self.close_at(&peer, view, returned, deadline),
+        );
+    }
+
+    async fn tear_down_here(
+        &self,
+        turn: &Turn,
+        established: &Established,
+        peer: &Peer,
+        cause: Cause,
+    ) {
+        let id = turn.id();
+        if let (Some(plan), Ok(forwarder)) = (&established.plan, self.forwarder())
+            && let Err(error) = forwarder.down(plan).await
+        {
+            tracing::error!(
+                connection.id = %id, %error,
+                "a link could not be deleted; it is collected when the agent starts again"
+            );
+        }
+        self.leave_path_of(id, established);
+        if let Some(vni) = established.vni {
+            lock(&self.shared.vnis).release(vni, SystemTime::now());
+        }
+        turn.set(None);
+        peer.leave(id);
+        let (monitors, view) = (&self.shared.monitors, &established.view);
+        match cause {
+            Cause::Asked => monitors.publish_answered(ConnectionEventType::Delete, view),
+            Cause::Own => monitors.publish(ConnectionEventType::Delete, view),
+        }
+    }
+
+    /// The connection as the next hop knows it.
+    pub(crate) fn downstream_view(&self, established: &Arc<Established>) -> Connection {
+        Connection {
+            network_service: established.route.service.clone(),
+            network_service_endpoint_name: established.route.endpoint.clone(),
+            mechanism: established.next_mechanism.clone(),
+            ..established.view.clone()
+        }
+    }
+
+    /// Closes at a next hop, with the descriptor of its own namespace. A failure is logged, not
+    /// told: whoever closes cannot do more, and what is left there ends with its token.
+    pub(crate) async fn close_at(
+        &self,
+        peer: &Peer,
+        mut connection: Connection,
+        returned: Option<Passed>,
+        deadline: Instant,
+    ) {
+        match returned {
+            Some(netns) => peer.descriptors.send(netns),
+            None if peer.is_local() => {
+                connection.mechanism = connection.mechanism.map(without_inode);
+            }
+            None => {}
+        }
+        let id = connection.id.clone();
+        if let Err(error) = self.shared.peers.close(peer, connection, deadline).await {
+            tracing::warn!(
+                connection.id = %id, peer.url = %peer.url, %error,
+                "the next hop did not close: its part ends with the token"
+            );
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! When connections end because nobody refreshed them: one timer for all.
+//!
+//! The wall clock is asked once, when an expiry is set; what is left until then runs on the
+//! monotonic clock, so that a clock which is set moves no connection's end.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout_at},
+};
+
+use crate::connection::store::lock;
+
+/// What a token that never ends comes to: sums of times stay far from overflow.
+const FOR_EVER: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
+#[derive(Debug, Default)]
+struct Deadlines {
+    order: BTreeSet<(Instant, String)>,
+    by_id: HashMap<String, Instant>,
+}
+
+/// The expiry of every connection, earliest first.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Expiries {
+    deadlines: Arc<Mutex<Deadlines>>,
+    changed: Arc<Notify>,
+}
+
+impl Expiries {
+    /// Sets or moves the expiry of `id`.
+    pub(crate) fn set(&self, id: &str, at: SystemTime) {
+        let left = at.duration_since(SystemTime::now()).unwrap_or_default();
+        self.put(lock(&self.deadlines), id, left);
+    }
+
+    /// Sets the expiry of `id` to `left` from now, unless it has one.
+    pub(crate) fn set_if_none(&self, id: &str, left: Duration) {
+        let deadlines = lock(&self.deadlines);
+        if !deadlines.by_id.contains_key(id) {
+            self.put(deadlines, id, left);
+        }
+    }
+
+    /// Whether `id` has an expiry that is still to come.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        lock(&self.deadlines).by_id.contains_key(id)
+    }
+
+    fn put(&self, mut deadlines: MutexGuard<'_, Deadlines>, id: &str, left: Duration) {
+        let at = Instant::now() + left.min(FOR_EVER);
+        if let Some(old) = deadlines.by_id.insert(id.to_owned(), at) {
+            deadlines.order.remove(&(old, id.to_owned()));
+        }
+        deadlines.order.insert((at, id.to_owned()));
+        let is_first = deadlines
+            .order
+            .first()
+            .is_some_and(|(_, first)| first == id);
+        drop(deadlines);
+        if is_first {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Forgets `id`.
+    pub(crate) fn remove(&self, id: &str) {
+        let mut deadlines = lock(&self.deadlines);
+        if let Some(old) = deadlines.by_id.remove(id) {
+            deadlines.order.remove(&(old, id.to_owned()));
+        }
+    }
+
+    /// Waits for the next expiry, and forgets it.
+    pub(crate) async fn next(&self) -> String {
+        loop {
+            let wait = {
+                let mut deadlines = lock(&self.deadlines);
+                match deadlines.order.first() {
+                    None => None,
+                    Some((at, _)) if *at > Instant::now() => Some(*at),
+                    Some(_) => {
+                        let (_, id) = deadlines
+                            .order
+                            .pop_first()
+                            .expect("the set was not empty under the same lock");
+                        deadlines.by_id.remove(&id);
+                        return id;
+                    }
+                }
+            };
+            match wait {
+                None => self.changed.notified().await,
+                Some(at) => {
+                    let _ = timeout_at(at, self.changed.notified()).await;
+                }
+            }
+        }
+    }
+
+    /// How many connections have an expiry.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.deadlines).by_id.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_earliest_expires_first_and_a_refresh_moves_it() {
+        let expiries = Expiries::default();
+        let now = SystemTime::now();
+        expiries.set("refreshed", now - Duration::from_secs(1));
+        expiries.set("late", now + Duration::from_millis(20));
+        expiries.set("refreshed", now + Duration::from_secs(3600));
+        expiries.set("closed", now - Duration::from_secs(1));
+        expiries.remove("closed");
+        assert_eq!(expiries.next().await, "late");
+        assert_eq!(expiries.len(), 1);
+    }
+
+    /// What the wall clock says after an expiry was set does not matter, and one beyond all
+    /// bounds is no fault.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_left_runs_on_the_monotonic_clock() {
+        let expiries = Expiries::default();
+        let began = Instant::now();
+        expiries.set("soon", SystemTime::now() + Duration::from_secs(600));
+        expiries.set("never", SystemTime::now() + Duration::from_secs(1 << 40));
+        expiries.set_if_none("soon", Duration::ZERO);
+        expiries.set_if_none("sooner", Duration::from_secs(3));
+        assert_eq!(expiries.next().await, "sooner");
+        assert!(expiries.has("soon") && !expiries.has("sooner"));
+        // The paused clock jumps to the deadline; the wall clock has not moved.
+        assert_eq!(expiries.next().await, "soon");
+        assert!(began.elapsed() >= Duration::from_secs(599));
+        assert_eq!(expiries.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_earlier_deadline_wakes_the_waiter() {
+        let expiries = Expiries::default();
+        expiries.set("far", SystemTime::now() + Duration::from_secs(3600));
+        let waiter = tokio::spawn({
+            let expiries = expiries.clone();
+            async move { expiries.next().await }
+        });
+        tokio::task::yield_now().await;
+        expiries.set("near", SystemTime::now());
+        assert_eq!(waiter.await.expect("the waiter ends"), "near");
+    }
+}

@@ -1,0 +1,387 @@
+//! The connections of this agent, and the rule that one event at a time works on each.
+//!
+//! A [`Slot`] is found by the id of our own path segment. Its queue admits one Request, Close or
+//! expiry at a time, in order of arrival; readers (status, monitors) look at the established state
+//! without queueing. A slot without an established connection and without a waiter is forgotten,
+//! so refused Requests leave nothing behind.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use nsm_core::net::vni::Vni;
+use nsm_proto::connection::{Connection, Mechanism};
+use tokio::{sync::OwnedMutexGuard, time::Instant};
+
+use crate::{error::RequestError, liveness::PathState, ports::Plan, route::router::Route};
+
+/// A connection that a Request made and a Close or its expiry will take away.
+#[derive(Debug, Clone)]
+pub(crate) struct Established {
+    /// Our own view: `id` and `path.index` are those of our segment, names and mechanism are those
+    /// the client sees. This is what monitors are told.
+    pub(crate) view: Connection,
+    /// The next hop, and the names it knows the connection by.
+    pub(crate) route: Route,
+    /// The mechanism agreed with the next hop, with the addresses of this node's own view.
+    pub(crate) next_mechanism: Option<Mechanism>,
+    /// What stands on this node for it.
+    pub(crate) plan: Option<Plan>,
+    /// The VNI we hold for it.
+    pub(crate) vni: Option<Vni>,
+    /// When the previous hop's token ends, and with it the connection.
+    pub(crate) expires: SystemTime,
+    /// What is known of the way that its packets take.
+    pub(crate) path: PathState,
+}
+
+/// What an event makes of an established connection; `None` when it changes nothing.
+pub(crate) type Change = Box<dyn FnOnce(&Established) -> Option<Established> + Send>;
+
+/// What happened to a connection elsewhere.
+pub(crate) enum News {
+    /// The next hop tells something of it.
+    Told(Change),
+    /// The next hop tells that it is gone.
+    Gone(Change),
+    /// The next hop is not heard any more.
+    Unheard(Change),
+    /// Something is new of its path, which is looked at in the connection's turn, whatever the news.
+    Path,
+}
+
+/// One connection's place in the store.
+#[derive(Default)]
+pub(crate) struct Slot {
+    queue: Arc<tokio::sync::Mutex<()>>,
+    current: Mutex<Option<Arc<Established>>>,
+    /// What came while a Request or Close was at work: the last that was told, or that there is something.
+    missed: Mutex<Option<News>>,
+}
+
+impl Slot {
+    /// What is established now.
+    pub(crate) fn current(&self) -> Option<Arc<Established>> {
+        lock(&self.current).clone()
+    }
+
+    fn set(&self, established: Option<Arc<Established>>) {
+        *lock(&self.current) = established;
+    }
+}
+
+impl std::fmt::Debug for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Slot")
+            .field("current", &self.current)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A use of a slot. The last one to go forgets a slot in which nothing is established, whether it
+/// finished its work, timed out in the queue or was cancelled.
+#[derive(Debug)]
+struct SlotUse {
+    id: String,
+    /// There until the use is dropped.
+    slot: Option<Arc<Slot>>,
+    store: Arc<Store>,
+}
+
+impl SlotUse {
+    fn slot(&self) -> &Arc<Slot> {
+        self.slot
+            .as_ref()
+            .expect("a use has its slot until it is dropped")
+    }
+}
+
+impl Drop for SlotUse {
+    fn drop(&mut self) {
+        let mut slots = lock(&self.store.slots);
+        // Let go under the lock: of two uses that end at once, the second then sees the map alone.
+        drop(self.slot.take());
+        let is_last = slots
+            .get(&self.id)
+            .is_some_and(|slot| Arc::strong_count(slot) == 1 && slot.current().is_none());
+        if is_last {
+            slots.remove(&self.id);
+        }
+    }
+}
+
+/// The right to work on one connection; dropped, the next event may.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    _queue: OwnedMutexGuard<()>,
+    held: SlotUse,
+}
+
+impl Turn {
+    /// The id of our segment.
+    pub(crate) fn id(&self) -> &str {
+        &self.held.id
+    }
+
+    /// What is established now.
+    pub(crate) fn current(&self) -> Option<Arc<Established>> {
+        self.held.slot().current()
+    }
+
+    /// Replaces what is established.
+    pub(crate) fn set(&self, established: Option<Arc<Established>>) {
+        self.held.slot().set(established);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Store {
+    slots: Mutex<HashMap<String, Arc<Slot>>>,
+    draining: AtomicBool,
+}
+
+/// All connections of this agent.
+#[derive(Debug, Clone)]
+pub(crate) struct Connections {
+    store: Arc<Store>,
+    limit: usize,
+}
+
+impl Connections {
+    /// An empty store of at most `limit` connections.
+    pub(crate) fn with_limit(limit: usize) -> Self {
+        Self {
+            store: Arc::default(),
+            limit,
+        }
+    }
+
+    /// Queues for the connection, making its slot when it has none.
+    ///
+    /// # Errors
+    /// When the store is full, when the agent drains and nothing is established, or when the queue
+    /// did not move until `deadline`.
+    pub(crate) async fn admit(&self, id: &str, deadline: Instant) -> Result<Turn, RequestError> {
+        let held = {
+            let mut slots = lock(&self.store.slots);
+            if !slots.contains_key(id) {
+                if self.store.draining.load(Ordering::Acquire) {
+                    return Err(RequestError::Draining);
+                }
+                if slots.len() >= self.limit {
+                    return Err(RequestError::TooManyConnections(self.limit));
+                }
+            }
+            let slot = Arc::clone(slots.entry(id.to_owned()).or_default());
+            self.hold(id, slot)
+        };
+        let turn = queue(held, deadline).await?;
+        // The drain was ahead in the queue: what it closed does not come back.
+        if self.is_draining() && turn.current().is_none() {
+            return Err(RequestError::Draining);
+        }
+        Ok(turn)
+    }
+
+    /// Queues for a connection that exists; `None` when it does not.
+    ///
+    /// # Errors
+    /// When the queue did not move until `deadline`.
+    pub(crate) async fn admit_known(
+        &self,
+        id: &str,
+        deadline: Instant,
+    ) -> Result<Option<Turn>, RequestError> {
+        let held = {
+            let slots = lock(&self.store.slots);
+            let Some(slot) = slots.get(id).cloned() else {
+                return Ok(None);
+            };
+            self.hold(id, slot)
+        };
+        queue(held, deadline).await.map(Some)
+    }
+
+    fn hold(&self, id: &str, slot: Arc<Slot>) -> SlotUse {
+        SlotUse {
+            id: id.to_owned(),
+            slot: Some(slot),
+            store: Arc::clone(&self.store),
+        }
+    }
+
+    /// Hands `apply` the turn of a connection and what became of it: at once, or after the Request
+    /// or Close that is at work on it. Of what is told meanwhile the last counts, so that a peer
+    /// which tells much keeps no more than one waiting; news of the path never take its place, and the silence of a hop never that
+    /// of its word that the connection is gone.
+    pub(crate) fn on_event(
+        &self,
+        id: &str,
+        patience: Duration,
+        news: News,
+        apply: impl FnOnce(&Turn, News) + Send + 'static,
+    ) {
+        let held = {
+            let slots = lock(&self.store.slots);
+            let Some(slot) = slots.get(id).cloned() else {
+                return;
+            };
+            self.hold(id, slot)
+        };
+        if let Ok(guard) = Arc::clone(&held.slot().queue).try_lock_owned() {
+            let turn = Turn {
+                _queue: guard,
+                held,
+            };
+            apply(&turn, news);
+            return;
+        }
+        let is_first = {
+            let mut missed = lock(&held.slot().missed);
+            let is_first = missed.is_none();
+            let counts = match (&*missed, &news) {
+                (None, _) => true,
+                // Whoever has said that it is gone is taken at its word, whatever became of that hop then.
+                (Some(News::Gone(_)), News::Unheard(_)) | (Some(_), News::Path) => false,
+                (Some(_), News::Told(_) | News::Gone(_) | News::Unheard(_)) => true,
+            };
+            if counts {
+                *missed = Some(news);
+            }
+            is_first
+        };
+        if !is_first {
+            return;
+        }
+        tokio::spawn(async move {
+            let queue = Arc::clone(&held.slot().queue);
+            let guard = tokio::time::timeout(patience, queue.lock_owned()).await;
+            let missed = lock(&held.slot().missed).take();
+            if let (Ok(guard), Some(news)) = (guard, missed) {
+                let turn = Turn {
+                    _queue: guard,
+                    held,
+                };
+                apply(&turn, news);
+            }
+        });
+    }
+
+    /// Every established connection.
+    pub(crate) fn all(&self) -> Vec<Arc<Established>> {
+        lock(&self.store.slots)
+            .values()
+            .filter_map(|slot| slot.current())
+            .collect()
+    }
+
+    /// The established connection of this id.
+    pub(crate) fn current(&self, id: &str) -> Option<Arc<Established>> {
+        lock(&self.store.slots).get(id)?.current()
+    }
+
+    /// Whether there is a slot of this id, established or at work.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        lock(&self.store.slots).contains_key(id)
+    }
+
+    /// Ids of all slots, established or at work.
+    pub(crate) fn ids(&self) -> Vec<String> {
+        lock(&self.store.slots).keys().cloned().collect()
+    }
+
+    /// Slots in use, established or at work.
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.store.slots).len()
+    }
+
+    /// Refuses new connections from now on; those that exist can still be refreshed and closed.
+    pub(crate) fn drain(&self) {
+        self.store.draining.store(true, Ordering::Release);
+    }
+
+    /// Whether the agent is on its way out.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.store.draining.load(Ordering::Acquire)
+    }
+}
+
+async fn queue(held: SlotUse, deadline: Instant) -> Result<Turn, RequestError> {
+    let began = Instant::now();
+    let queue = Arc::clone(&held.slot().queue);
+    match tokio::time::timeout_at(deadline, queue.lock_owned()).await {
+        Ok(guard) => Ok(Turn {
+            _queue: guard,
+            held,
+        }),
+        Err(_) => Err(RequestError::Busy {
+            id: held.id.clone(),
+            after: began.elapsed(),
+        }),
+    }
+}
+
+/// A poisoned lock means that a holder panicked; the data is still whole, since every critical
+/// section here is a single assignment or map operation.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::discriminant;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    type Make = fn() -> News;
+
+    fn told() -> News {
+        News::Told(Box::new(|_| None))
+    }
+
+    fn gone() -> News {
+        News::Gone(Box::new(|_| None))
+    }
+
+    fn unheard() -> News {
+        News::Unheard(Box::new(|_| None))
+    }
+
+    /// While a Request is at work: which of the news is applied after it.
+    #[tokio::test]
+    async fn what_is_told_last_counts_but_for_the_silence_after_an_end() {
+        let path: Make = || News::Path;
+        for (first, then, expected) in [
+            (told as Make, unheard as Make, unheard as Make),
+            (unheard, told, told),
+            (told, gone, gone),
+            (gone, told, told),
+            (gone, unheard, gone),
+            (unheard, path, unheard),
+            (path, unheard, unheard),
+        ] {
+            let connections = Connections::with_limit(1);
+            let patience = Duration::from_secs(60);
+            let turn = connections.admit("id", Instant::now() + patience).await;
+            let turn = turn.expect("nobody else is at work");
+            let (sender, applied) = oneshot::channel();
+            // The first is the one that waits for the turn.
+            connections.on_event("id", patience, first(), move |_, news| {
+                assert!(sender.send(news).is_ok());
+            });
+            connections.on_event("id", patience, then(), |_, _| {
+                unreachable!("it is the second")
+            });
+            drop(turn);
+            let applied = applied.await.expect("applied");
+            assert_eq!(discriminant(&applied), discriminant(&expected()));
+        }
+    }
+}

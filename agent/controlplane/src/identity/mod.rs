@@ -1,0 +1,3 @@
+//! Who calls: the tokens that each hop puts into the path.
+
+pub mod token;

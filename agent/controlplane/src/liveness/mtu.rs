@@ -1,0 +1,87 @@
+//! The MTU of a connection follows what its path carries.
+
+use std::{net::IpAddr, sync::Arc};
+
+use nsm_core::mechanism::lower_mtu;
+use nsm_proto::connection::ConnectionEventType;
+use tokio::time::Instant;
+
+use crate::{
+    connection::store::{Established, lock},
+    error::RequestError,
+    plane::ControlPlane,
+    ports::Plan,
+};
+
+impl ControlPlane {
+    /// Lets the links of every connection to `peer` carry what the path does, and no more than was agreed.
+    pub(super) fn follow_mtu(&self, peer: IpAddr) {
+        for established in self.connections_to(peer) {
+            self.follow_mtu_of(&established, peer);
+        }
+    }
+
+    /// The same for one connection to `peer`.
+    pub(super) fn follow_mtu_of(&self, established: &Arc<Established>, peer: IpAddr) {
+        let path_mtu = self.path_mtu(established.path.watched.as_ref());
+        if wanted(established, path_mtu).is_none() {
+            return;
+        }
+        let (plane, established) = (self.clone(), Arc::clone(established));
+        tokio::spawn(async move {
+            let id = established.view.id.as_str();
+            if let Err(error) = plane.set_mtu(id, peer).await {
+                tracing::warn!(
+                    connection.id = %id, peer.ip = %peer, %error,
+                    "the link's MTU does not follow the path: large packets get lost"
+                );
+            }
+        });
+    }
+
+    async fn set_mtu(&self, id: &str, peer: IpAddr) -> Result<(), RequestError> {
+        let patience = Instant::now() + 2 * self.shared.settings.request_timeout;
+        let turn = self.shared.connections.admit_known(id, patience).await?;
+        let current = turn.as_ref().and_then(|turn| turn.current());
+        let (Some(turn), Some(current)) = (turn, current) else {
+            return Ok(());
+        };
+        // A Request may have been ahead, or, of several changes in quick succession, a later one: what is known now counts.
+        let path_mtu = self.path_mtu(current.path.watched.as_ref());
+        let changed =
+            wanted(&current, path_mtu).filter(|_| current.remote().map(|(ip, _)| ip) == Some(peer));
+        let Some((mtu, plan)) = changed else {
+            return Ok(());
+        };
+        self.forwarder()?.up(&plan).await?;
+        let mut changed = (*current).clone();
+        changed.plan = Some(plan);
+        changed.view.context.get_or_insert_default().mtu = mtu;
+        let foreign = lock(&self.shared.foreign).of(peer);
+        changed.settle(&foreign);
+        tracing::info!(connection.id = %id, peer.ip = %peer, mtu, "the MTU follows the path");
+        let changed = Arc::new(changed);
+        turn.set(Some(Arc::clone(&changed)));
+        self.shared
+            .monitors
+            .publish(ConnectionEventType::Update, &changed.view);
+        Ok(())
+    }
+}
+
+/// The MTU that the connection should have, and its link with it; `None` when it has it, or what the path carries is not known (0).
+fn wanted(established: &Established, path_mtu: u32) -> Option<(u32, Plan)> {
+    if path_mtu == 0 {
+        return None;
+    }
+    let mut plan = established.plan.clone()?;
+    let Plan::Vxlan { spec, .. } = &mut plan else {
+        return None;
+    };
+    let mtu = lower_mtu(established.path.agreed_mtu, path_mtu);
+    if mtu == 0 || spec.link.mtu == mtu {
+        return None;
+    }
+    spec.link.mtu = mtu;
+    Some((mtu, plan))
+}

@@ -1,0 +1,389 @@
+//! The next hops of our connections: one HTTP/2 connection and one monitor stream for each URL,
+//! whatever the number of NSM connections that go there.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
+
+use nsm_proto::{
+    connection::{Connection, monitor_connection_client::MonitorConnectionClient},
+    networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
+};
+use tokio::{
+    sync::{Notify, OnceCell},
+    task::AbortHandle,
+    time::{Instant, timeout, timeout_at},
+};
+use tonic::{Code, Request, Response, Status, transport::Channel};
+
+use crate::{
+    connection::store::lock,
+    error::RequestError,
+    identity::token::TokenSource,
+    ports::PathId,
+    transport::{
+        dial::{self, DialError},
+        unix::{Descriptors, Passed},
+    },
+};
+
+/// Peers without connections that are kept for the next Request before the oldest go.
+const IDLE_PEERS: usize = 256;
+
+/// A next hop.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) url: String,
+    /// The socket behind an `inode://` URL. As long as it is held no other file has its inode.
+    socket: Option<Passed>,
+    /// What the peer passes beside its answers, and what we pass it.
+    pub(crate) descriptors: Arc<Descriptors>,
+    channel: OnceCell<Channel>,
+    users: Mutex<HashSet<String>>,
+    monitor: Mutex<Option<AbortHandle>>,
+    /// Tells the monitor that the last connection has left.
+    emptied: Notify,
+    /// What is watched of where tunnels to it went last.
+    tunnel: Mutex<Option<PathId>>,
+    max_message_bytes: usize,
+}
+
+impl Peer {
+    /// The channel, dialled by the first who asks. Whoever waits for another's attempt waits no
+    /// longer than for its own, so that callers of a dead peer do not queue up behind each other.
+    async fn channel(
+        &self,
+        dial_timeout: Duration,
+        budget: Duration,
+    ) -> Result<Channel, RequestError> {
+        let dialling = self
+            .channel
+            // Boxed: dialling is rare, and its state would make every call's future larger.
+            .get_or_try_init(|| Box::pin(self.dial(dial_timeout)));
+        match timeout(budget, dialling).await {
+            Ok(channel) => Ok(channel?.clone()),
+            Err(_) => Err(DialError::Timeout {
+                url: self.url.parse().map_err(DialError::Url)?,
+                timeout: budget,
+            }
+            .into()),
+        }
+    }
+
+    async fn dial(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
+        match &self.socket {
+            Some(socket) => dial::dial_passed(socket, &self.descriptors, dial_timeout).await,
+            None if is_passed(&self.url) => Err(DialError::Released(self.url.clone())),
+            None => dial::dial_with(&self.url, &self.descriptors, dial_timeout).await,
+        }
+    }
+
+    /// Whether it is an endpoint of this node.
+    pub(crate) fn is_local(&self) -> bool {
+        is_local(&self.url)
+    }
+
+    /// Tunnels to it take this path.
+    pub(crate) fn set_tunnel(&self, path: Option<PathId>) {
+        *lock(&self.tunnel) = path;
+    }
+
+    /// Which path they took last, if that is watched.
+    pub(crate) fn tunnel(&self) -> Option<PathId> {
+        *lock(&self.tunnel)
+    }
+
+    /// How many of our connections go through this peer.
+    pub(crate) fn user_count(&self) -> usize {
+        lock(&self.users).len()
+    }
+
+    /// Counts a connection in, and starts the monitor with the first one or when it has ended.
+    pub(crate) fn join(&self, id: &str, start_monitor: impl FnOnce() -> AbortHandle) {
+        let mut users = lock(&self.users);
+        users.insert(id.to_owned());
+        let mut monitor = lock(&self.monitor);
+        if monitor.as_ref().is_none_or(AbortHandle::is_finished) {
+            *monitor = Some(start_monitor());
+        }
+    }
+
+    /// The monitor's last word: its stream has broken. Gives the connections that it watched over;
+    /// whoever joins after this starts another.
+    pub(crate) fn monitor_ended(&self) -> Vec<String> {
+        let users = lock(&self.users);
+        *lock(&self.monitor) = None;
+        users.iter().cloned().collect()
+    }
+
+    /// Whether a monitor watches over the connections.
+    pub(crate) fn is_monitored(&self) -> bool {
+        lock(&self.monitor)
+            .as_ref()
+            .is_some_and(|monitor| !monitor.is_finished())
+    }
+
+    /// Counts a connection out. The monitor ends some time after the last one.
+    pub(crate) fn leave(&self, id: &str) {
+        let mut users = lock(&self.users);
+        users.remove(id);
+        if users.is_empty() {
+            self.emptied.notify_one();
+        }
+    }
+
+    /// Returns when the last connection has left.
+    pub(crate) async fn emptied(&self) {
+        self.emptied.notified().await;
+    }
+
+    /// Whether the monitor has nobody to watch over; it must end then, and the next connection
+    /// starts another.
+    pub(crate) fn end_idle_monitor(&self) -> bool {
+        let users = lock(&self.users);
+        if users.is_empty() {
+            *lock(&self.monitor) = None;
+        }
+        users.is_empty()
+    }
+}
+
+/// Every peer of this agent.
+#[derive(Debug)]
+pub(crate) struct Peers {
+    peers: Mutex<HashMap<String, Arc<Peer>>>,
+    /// Those whose socket was passed: as long as they are registered or carry connections.
+    passed: Mutex<HashMap<String, Weak<Peer>>>,
+    dial_timeout: Duration,
+    max_message_bytes: usize,
+    tokens: Arc<TokenSource>,
+}
+
+impl Peers {
+    /// No peers yet.
+    pub(crate) fn connecting_with(
+        tokens: Arc<TokenSource>,
+        dial_timeout: Duration,
+        max_message_bytes: usize,
+    ) -> Self {
+        Self {
+            peers: Mutex::default(),
+            passed: Mutex::default(),
+            dial_timeout,
+            max_message_bytes,
+            tokens,
+        }
+    }
+
+    /// The peer behind `url`.
+    pub(crate) fn get(&self, url: &str) -> Arc<Peer> {
+        if is_passed(url) {
+            // One that is gone cannot be dialled, which is told when somebody does.
+            return self
+                .known_passed(url)
+                .unwrap_or_else(|| self.fresh(url, None));
+        }
+        let mut peers = lock(&self.peers);
+        if peers.len() >= IDLE_PEERS && !peers.contains_key(url) {
+            peers.retain(|_, peer| Arc::strong_count(peer) > 1 || peer.user_count() > 0);
+        }
+        let peer = peers
+            .entry(url.to_owned())
+            .or_insert_with(|| self.fresh(url, None));
+        Arc::clone(peer)
+    }
+
+    /// The peer whose socket was passed under the name `url` before, if it is still held.
+    pub(crate) fn known_passed(&self, url: &str) -> Option<Arc<Peer>> {
+        lock(&self.passed).get(url).and_then(Weak::upgrade)
+    }
+
+    /// The peer whose socket was passed under the name `url`: there as long as the caller holds it.
+    pub(crate) fn get_passed(&self, url: &str, socket: Passed) -> Arc<Peer> {
+        let mut passed = lock(&self.passed);
+        if let Some(known) = passed.get(url).and_then(Weak::upgrade) {
+            return known;
+        }
+        passed.retain(|_, peer| peer.strong_count() > 0);
+        let peer = self.fresh(url, Some(socket));
+        passed.insert(url.to_owned(), Arc::downgrade(&peer));
+        peer
+    }
+
+    fn fresh(&self, url: &str, socket: Option<Passed>) -> Arc<Peer> {
+        Arc::new(Peer {
+            url: url.to_owned(),
+            socket,
+            descriptors: Arc::default(),
+            channel: OnceCell::new(),
+            users: Mutex::default(),
+            monitor: Mutex::default(),
+            emptied: Notify::new(),
+            tunnel: Mutex::default(),
+            max_message_bytes: self.max_message_bytes,
+        })
+    }
+
+    /// Every peer that carries connections, with their number.
+    pub(crate) fn in_use(&self) -> Vec<(String, usize)> {
+        self.all()
+            .into_iter()
+            .map(|peer| (peer.url.clone(), peer.user_count()))
+            .filter(|(_, users)| *users > 0)
+            .collect()
+    }
+
+    /// Peers that carry connections and that no monitor stream watches.
+    pub(crate) fn unmonitored(&self) -> Vec<String> {
+        self.all()
+            .into_iter()
+            .filter(|peer| peer.user_count() > 0 && !peer.is_monitored())
+            .map(|peer| peer.url.clone())
+            .collect()
+    }
+
+    fn all(&self) -> Vec<Arc<Peer>> {
+        let mut all: Vec<_> = lock(&self.peers).values().cloned().collect();
+        all.extend(lock(&self.passed).values().filter_map(Weak::upgrade));
+        all
+    }
+
+    /// A channel to `url` for the registry services.
+    pub(crate) async fn channel(
+        &self,
+        url: &str,
+        deadline: Instant,
+    ) -> Result<Channel, RequestError> {
+        self.channel_of(&self.get(url), deadline).await
+    }
+
+    async fn channel_of(&self, peer: &Peer, deadline: Instant) -> Result<Channel, RequestError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let budget = self.dial_timeout.min(left);
+        peer.channel(self.dial_timeout, budget).await
+    }
+
+    /// Sends a Request to the peer.
+    pub(crate) async fn request(
+        &self,
+        peer: &Peer,
+        request: NetworkServiceRequest,
+        deadline: Instant,
+    ) -> Result<Connection, RequestError> {
+        let channel = self.channel_of(peer, deadline).await?;
+        let mut client =
+            NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
+        let request = self.outgoing(request, Some(deadline));
+        let response = call(
+            &peer.url,
+            "Request",
+            deadline,
+            Box::pin(client.request(request)),
+        )
+        .await?;
+        Ok(response.into_inner())
+    }
+
+    /// Sends a Close to the peer.
+    pub(crate) async fn close(
+        &self,
+        peer: &Peer,
+        connection: Connection,
+        deadline: Instant,
+    ) -> Result<(), RequestError> {
+        let channel = self.channel_of(peer, deadline).await?;
+        let mut client =
+            NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
+        let request = self.outgoing(connection, Some(deadline));
+        call(
+            &peer.url,
+            "Close",
+            deadline,
+            Box::pin(client.close(request)),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// A monitor client of the peer.
+    pub(crate) async fn monitor(
+        &self,
+        peer: &Peer,
+    ) -> Result<MonitorConnectionClient<Channel>, RequestError> {
+        let channel = peer.channel(self.dial_timeout, self.dial_timeout).await?;
+        Ok(MonitorConnectionClient::new(channel).max_decoding_message_size(peer.max_message_bytes))
+    }
+
+    /// A message with our token, and with what is left of the time as its gRPC timeout.
+    pub(crate) fn outgoing<T>(&self, message: T, deadline: Option<Instant>) -> Request<T> {
+        let mut request = Request::new(message);
+        self.tokens.apply(request.metadata_mut());
+        if let Some(deadline) = deadline {
+            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+        }
+        request
+    }
+}
+
+/// Whether the URL names a socket of this node.
+pub(crate) fn is_local(url: &str) -> bool {
+    url.starts_with("unix:") || is_passed(url)
+}
+
+/// Whether the URL names a socket by its inode, whose descriptor is passed.
+pub(crate) fn is_passed(url: &str) -> bool {
+    url.starts_with("inode:")
+}
+
+/// Awaits a call until `deadline`, and says in its error who was called and how it failed.
+pub(crate) async fn call<T>(
+    url: &str,
+    method: &'static str,
+    deadline: Instant,
+    answer: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<Response<T>, RequestError> {
+    let began = Instant::now();
+    let silent = || RequestError::Silent {
+        url: url.to_owned(),
+        method,
+        after: began.elapsed(),
+    };
+    match timeout_at(deadline, answer).await {
+        Ok(Ok(response)) => Ok(response),
+        // The client side of our own timeout is told as cancelled or deadline exceeded.
+        Ok(Err(_)) if Instant::now() >= deadline => Err(silent()),
+        Ok(Err(status)) => Err(refused(url, method, &status)),
+        Err(_) => Err(silent()),
+    }
+}
+
+/// The peer's status as our error. Tonic tells a broken transport as `Unknown`, and one that broke under the call as `Cancelled`:
+/// whoever asks us should see that the peer could not be reached.
+pub(crate) fn refused(url: &str, method: &'static str, status: &Status) -> RequestError {
+    let cause = root_cause(status);
+    let code = match status.code() {
+        Code::Unknown | Code::Cancelled if cause.is_some() => Code::Unavailable,
+        code => code,
+    };
+    let mut message = status.message().to_owned();
+    if let Some(cause) = cause.filter(|cause| !message.contains(cause)) {
+        message = format!("{message} ({cause})");
+    }
+    RequestError::Refused {
+        url: url.to_owned(),
+        method,
+        code,
+        message,
+    }
+}
+
+/// The innermost cause of a broken transport; a peer that answered has none.
+pub(crate) fn root_cause(status: &Status) -> Option<String> {
+    let mut cause = std::error::Error::source(status)?;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    Some(cause.to_string())
+}

@@ -1,0 +1,227 @@
+//! What the control plane asks of the node's dataplane: a port, implemented where the daemon is
+//! wired, so that this crate knows no netlink and no BPF.
+//!
+//! A [`Plan`] is the whole of what one connection needs on this node. `up` is all or nothing and
+//! idempotent; `down` of a plan that is not up is a success.
+
+use std::{fmt, net::IpAddr};
+
+use nsm_core::{
+    link::{LinkSpec, VxlanSpec},
+    liveness::{
+        health::{Health, Word},
+        sbfd::Discriminator,
+    },
+    mechanism::NetnsUrl,
+    net::vni::Vni,
+};
+use tonic::Code;
+
+use crate::transport::unix::Passed;
+
+/// The node's end of a tunnel towards one peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Underlay {
+    /// The address our VXLAN packets leave from, as the node's links know it.
+    pub ip: IpAddr,
+    /// The UDP port of tunnels on this node.
+    pub port: u16,
+    /// The MTU of the link towards the peer, in bytes.
+    pub mtu: u32,
+}
+
+/// A pod's network namespace. Two are equal when their owners call them the same.
+#[derive(Debug, Clone)]
+pub struct PodNetns {
+    /// Where it is, in its owner's words.
+    pub url: NetnsUrl,
+    /// Its descriptor, where the owner passed one. Works where the agent cannot find the namespace
+    /// by its URL, and keeps the namespace alive as long as it is held.
+    pub descriptor: Option<Passed>,
+}
+
+impl PartialEq for PodNetns {
+    fn eq(&self, other: &Self) -> bool {
+        self.url == other.url
+    }
+}
+
+impl From<NetnsUrl> for PodNetns {
+    fn from(url: NetnsUrl) -> Self {
+        Self {
+            url,
+            descriptor: None,
+        }
+    }
+}
+
+impl fmt::Display for PodNetns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.url.fmt(f)
+    }
+}
+
+/// The links of one connection on this node.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Plan {
+    /// One end of a tunnel, in the namespace of the client or of the endpoint.
+    Vxlan {
+        /// The pod's namespace.
+        netns: PodNetns,
+        /// The link.
+        spec: VxlanSpec,
+    },
+    /// Client and endpoint are both on this node.
+    Veth {
+        /// The client's namespace and link.
+        client: (PodNetns, LinkSpec),
+        /// The endpoint's namespace and link.
+        endpoint: (PodNetns, LinkSpec),
+    },
+}
+
+impl Plan {
+    /// The plan as it is kept: a descriptor would keep the namespace of a pod that is gone.
+    pub(crate) fn without_descriptors(mut self) -> Self {
+        match &mut self {
+            Self::Vxlan { netns, .. } => netns.descriptor = None,
+            Self::Veth { client, endpoint } => {
+                client.0.descriptor = None;
+                endpoint.0.descriptor = None;
+            }
+        }
+        self
+    }
+}
+
+/// Why the dataplane refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwarderError {
+    /// The VNI and port exist on this node already: ask for another VNI.
+    #[error("VNI {0} is in use on this node")]
+    VniTaken(u32),
+    /// The request names something that is not there or not allowed.
+    #[error("{0}")]
+    Invalid(String),
+    /// The agent lacks a capability.
+    #[error("{0}")]
+    NotPermitted(String),
+    /// The kernel refused; its own words are in the text.
+    #[error("{0}")]
+    Kernel(String),
+}
+
+impl ForwarderError {
+    /// The gRPC code the error travels as.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::VniTaken(_) => Code::ResourceExhausted,
+            Self::Invalid(_) => Code::InvalidArgument,
+            Self::NotPermitted(_) | Self::Kernel(_) => Code::FailedPrecondition,
+        }
+    }
+}
+
+/// The dataplane of this node.
+#[tonic::async_trait]
+pub trait Forwarder: Send + Sync + 'static {
+    /// Our end of a tunnel towards `remote`, or towards anywhere when it is not known yet.
+    async fn underlay(&self, remote: Option<IpAddr>) -> Result<Underlay, ForwarderError>;
+
+    /// Makes the plan real, or leaves nothing behind. Later calls may name the same namespaces
+    /// without their descriptors.
+    async fn up(&self, plan: &Plan) -> Result<(), ForwarderError>;
+
+    /// Takes the plan's links away; a success when they are not there.
+    async fn down(&self, plan: &Plan) -> Result<(), ForwarderError>;
+
+    /// A descriptor of the namespace, where it can be found.
+    async fn netns(&self, url: &NetnsUrl) -> Option<Passed>;
+
+    /// What proves and watches the paths to other nodes; `None` where nothing does.
+    fn prober(&self) -> Option<&dyn Prober> {
+        None
+    }
+}
+
+/// An S-BFD reflector, as the two ends of a tunnel tell each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Reflector {
+    /// What probes to it carry.
+    pub discriminator: Discriminator,
+    /// The VNI that they travel in (RFC 8971).
+    pub vni: Vni,
+}
+
+/// A path, by all that tells the peer at its end from others. Each connection has the path that its own other end told it: what
+/// another says of the same address makes another path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PathId {
+    /// Where tunnels to the peer go.
+    pub address: IpAddr,
+    /// The UDP port of its tunnels.
+    pub port: u16,
+    /// Its reflector.
+    pub reflector: Reflector,
+}
+
+/// A peer whose path is to be watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerSpec {
+    /// The path to it.
+    pub path: PathId,
+    /// The MTU that tunnels to it would like to have, bytes.
+    pub mtu: u32,
+}
+
+/// What a prober tells unasked.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum PathEvent {
+    /// The health of the path to a peer, or the MTU of that path, has changed.
+    Changed(Health),
+    /// A VNI of a known peer's came in that is no tunnel of this node.
+    ForeignVni {
+        /// The peer.
+        peer: IpAddr,
+        /// The VNI.
+        vni: Vni,
+    },
+}
+
+/// Why a peer cannot be watched.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("the path to {peer} cannot be watched: {cause}")]
+pub struct WatchError {
+    /// The peer's address.
+    pub peer: IpAddr,
+    /// What is in the way, and what can be done.
+    pub cause: String,
+}
+
+/// The node's sessions with other nodes: one a peer, shared by all connections that go there.
+#[tonic::async_trait]
+pub trait Prober: Send + Sync + 'static {
+    /// This node's own reflector.
+    fn reflector(&self) -> Reflector;
+
+    /// Counts connection `user` in as one that needs the path to `peer` watched; idempotent. When this returns, probes of the
+    /// peer are answered.
+    async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError>;
+
+    /// Counts the connection out; a success when it is not counted.
+    fn leave(&self, user: &str, path: &PathId);
+
+    /// Proves a path that somebody has joined: at once when it is up already, else by a few probes. What is known after that, or
+    /// now where nobody has joined.
+    async fn prove(&self, path: &PathId) -> Option<Health>;
+
+    /// The health of a path that somebody has joined.
+    fn health(&self, path: &PathId) -> Option<Health>;
+
+    /// What the peer's agent says of the path to us, as connection `user` brought it just now; `None`: it is not heard any more
+    /// there. Nothing is made of it for a connection that is not counted in.
+    fn told(&self, user: &str, path: &PathId, word: Option<Word>);
+
+    /// The next event. One caller at a time.
+    async fn next_event(&self) -> PathEvent;
+}

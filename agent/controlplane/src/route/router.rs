@@ -1,0 +1,498 @@
+//! Where a Request goes next: the NSMgr's and the proxy's part of the decision.
+//!
+//! - From a local client, a name of another domain goes to that domain's proxy, found by DNS and
+//!   its registry; anything else is looked up in our own domain.
+//! - From the NSMgr that our forwarder works for, names are that NSMgr's business: its registry is
+//!   asked, and knows endpoints of this node by their sockets and others by the next NSMgr or proxy.
+//! - From the network, a name that a Find through this proxy has taught us goes where it was
+//!   found; any other `@domain` means us, under whatever name the caller knows our domain, and is
+//!   stripped (NSM `interdomainbypass`).
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use nsm_core::nsm::{
+    name::{Domain, InterdomainName},
+    select::{Candidate, select},
+};
+use nsm_discovery::dns::Resolved;
+use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
+use tokio::time::Instant;
+
+use crate::{
+    connection::store::lock,
+    convert,
+    error::RequestError,
+    peer::peers::{Peer, is_local, is_passed},
+    plane::Shared,
+    route::{
+        bypass::Way,
+        directory::{Found, Wanted, find_at},
+    },
+    transport::unix::{FileId, Kind, PATIENCE},
+};
+
+/// Which listener a call came in by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrival {
+    /// The NSMgr's socket: a client or endpoint on this node. `trusted` is true for a peer process
+    /// of root or of the agent's own user, which may name a network namespace.
+    Local {
+        /// Whether the peer process runs as root or as the agent's user.
+        trusted: bool,
+    },
+    /// The forwarder's socket: the node's own NSMgr, for one of its clients or for another node.
+    Forwarder {
+        /// Whether the NSMgr runs as root or as the agent's user.
+        trusted: bool,
+    },
+    /// The proxy's port: another agent, NSMgr or proxy.
+    Network,
+}
+
+impl Arrival {
+    /// Whether the caller's claims about this node are believed.
+    pub(crate) fn is_trusted(self) -> bool {
+        matches!(
+            self,
+            Self::Local { trusted: true } | Self::Forwarder { trusted: true }
+        )
+    }
+}
+
+/// Whether the next hop lies in another domain than the previous one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Crossing {
+    /// Both hops are of our domain.
+    Inside,
+    /// The Request leaves our domain: the peer must see public addresses.
+    Out,
+    /// The Request has come from another domain.
+    In,
+}
+
+/// The next hop of a connection, and the names it knows it by.
+#[derive(Debug, Clone)]
+pub(crate) struct Route {
+    pub(crate) url: String,
+    /// The next hop is an endpoint of this node that runs as root: it may name a network namespace
+    /// in its answer.
+    pub(crate) trusted: bool,
+    pub(crate) crossing: Crossing,
+    /// The service as the next hop is asked for it.
+    pub(crate) service: String,
+    /// The endpoint as the next hop is asked for it.
+    pub(crate) endpoint: String,
+    /// The endpoint as the previous hop is told it.
+    pub(crate) endpoint_told: String,
+    /// What the service carries, where the registry said.
+    pub(crate) payload: String,
+    pub(crate) resolution: Option<Resolution>,
+    /// Keeps the descriptor of the next hop's socket, when that was passed in the place of a path.
+    pub(crate) _socket: Option<Arc<Peer>>,
+}
+
+/// How a domain was resolved, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolution {
+    /// The domain asked for.
+    pub domain: String,
+    /// The DNS question, as its name and type.
+    pub question: String,
+    /// The answer in short.
+    pub answer: String,
+}
+
+impl Route {
+    /// Whether the next hop is an endpoint on this node.
+    pub(crate) fn is_local(&self) -> bool {
+        is_local(&self.url)
+    }
+
+    /// Whether another way leads to the same endpoint by the same hop.
+    pub(crate) fn is_to_same(&self, other: &Self) -> bool {
+        self.url == other.url && self.endpoint == other.endpoint
+    }
+
+    /// The next hop's address, when its URL holds one.
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        let address: SocketAddr = self.url.strip_prefix("tcp://")?.parse().ok()?;
+        Some(address.ip())
+    }
+}
+
+impl Shared {
+    /// The ways to a service or endpoint, best first; never empty.
+    pub(crate) async fn routes(
+        &self,
+        arrival: Arrival,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        if let Arrival::Forwarder { .. } = arrival {
+            let nsmgr = self.settings.upstream_nsmgr_url.as_deref();
+            let nsmgr = nsmgr.ok_or(RequestError::Missing("NSMgr that the forwarder works for"))?;
+            return self.routes_as_named(nsmgr, connection, deadline).await;
+        }
+        let service = parse(&connection.network_service)?;
+        let endpoint = parse(&connection.network_service_endpoint_name)?;
+        if service.is_none() && endpoint.is_none() {
+            return Err(RequestError::Missing("network_service"));
+        }
+        let domain = common_domain(service.as_ref(), endpoint.as_ref())?;
+        let wanted = Wanted {
+            service: service.as_ref().map_or("", InterdomainName::target),
+            endpoint: endpoint.as_ref().map_or("", InterdomainName::target),
+        };
+        match (arrival, domain) {
+            (Arrival::Network, Some(_))
+                if let Some(way) = self.way(&connection.network_service_endpoint_name) =>
+            {
+                Ok(vec![Route {
+                    url: way.url,
+                    trusted: way.trusted,
+                    crossing: if way.registered_here {
+                        Crossing::In
+                    } else {
+                        Crossing::Out
+                    },
+                    service: connection.network_service.clone(),
+                    endpoint: connection.network_service_endpoint_name.clone(),
+                    endpoint_told: connection.network_service_endpoint_name.clone(),
+                    payload: connection.payload.clone(),
+                    resolution: None,
+                    _socket: None,
+                }])
+            }
+            (Arrival::Local { .. }, Some(domain))
+                if domain != self.settings.domain
+                    && let Some(proxy) = &self.settings.registry_proxy_url =>
+            {
+                self.routes_as_named(proxy, connection, deadline).await
+            }
+            (Arrival::Local { .. }, Some(domain)) if domain != self.settings.domain => {
+                let resolved = self.resolver.resolve(&domain).await?;
+                // Our own domain by another name, such as our address.
+                if resolved
+                    .proxy
+                    .iter()
+                    .any(|at| self.is_own_url(&format!("tcp://{at}")))
+                {
+                    return self
+                        .routes_here(arrival, Some(domain), wanted, connection, deadline)
+                        .await;
+                }
+                self.routes_out(&domain, &resolved, wanted, connection, deadline)
+                    .await
+            }
+            (_, domain) => {
+                self.routes_here(arrival, domain, wanted, connection, deadline)
+                    .await
+            }
+        }
+    }
+
+    async fn routes_out(
+        &self,
+        domain: &Domain,
+        resolved: &Resolved,
+        wanted: Wanted<'_>,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        let found = self.find_in(resolved, wanted, deadline).await?;
+        let chosen = self.choose(&found, wanted, domain, connection)?;
+        let payload = payload(&found);
+        let resolution = resolution(domain, resolved);
+        let service = match wanted.service {
+            "" => String::new(),
+            service => format!("{service}@{domain}"),
+        };
+        let mut routes = Vec::new();
+        for endpoint in chosen {
+            let name = format!("{}@{domain}", endpoint.name);
+            let out = |url| (url, false, Crossing::Out);
+            // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
+            // which may be us.
+            let ways = match resolved.proxy.as_slice() {
+                [] if self.is_own_url(&endpoint.url) => self
+                    .way(&name)
+                    .map(|way| (way.url, way.trusted, Crossing::Inside))
+                    .into_iter()
+                    .collect(),
+                // Whatever a registry says, a socket of our own node is not in another domain.
+                [] if !endpoint.url.starts_with("tcp://") => Vec::new(),
+                [] => vec![out(endpoint.url.clone())],
+                proxies => proxies
+                    .iter()
+                    .map(|proxy| out(format!("tcp://{proxy}")))
+                    .collect(),
+            };
+            for (url, trusted, crossing) in ways {
+                routes.push(Route {
+                    url,
+                    trusted,
+                    crossing,
+                    service: service.clone(),
+                    endpoint: name.clone(),
+                    endpoint_told: told_name(connection, &endpoint.name),
+                    payload: payload.clone(),
+                    resolution: Some(resolution.clone()),
+                    _socket: None,
+                });
+            }
+        }
+        if routes.is_empty() {
+            return Err(RequestError::NoEndpoint {
+                service: wanted.service.to_owned(),
+                domain: domain.to_string(),
+            });
+        }
+        Ok(routes)
+    }
+
+    async fn routes_here(
+        &self,
+        arrival: Arrival,
+        domain: Option<Domain>,
+        wanted: Wanted<'_>,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        let found = self.find_here(wanted, deadline).await?;
+        let own = &self.settings.domain;
+        let chosen = self.choose(&found, wanted, own, connection)?;
+        let payload = payload(&found);
+        let crossing = match (&domain, arrival) {
+            (Some(_), Arrival::Network) => Crossing::In,
+            _ => Crossing::Inside,
+        };
+        let local = lock(&self.local_endpoints);
+        let routes: Vec<Route> = chosen
+            .into_iter()
+            .filter_map(|endpoint| {
+                let (url, trusted) = if self.is_own_url(&endpoint.url) {
+                    // Else registered through an earlier life of this agent, and not again since.
+                    let local = local.get(&endpoint.name)?;
+                    (local.url.clone(), local.trusted)
+                } else if endpoint.url.starts_with("tcp://") {
+                    (endpoint.url.clone(), false)
+                } else {
+                    // A socket of this node that nobody of this node has registered with us.
+                    return None;
+                };
+                Some(Route {
+                    url,
+                    trusted,
+                    crossing,
+                    service: wanted.service.to_owned(),
+                    endpoint: endpoint.name.clone(),
+                    endpoint_told: told_name(connection, &endpoint.name),
+                    payload: payload.clone(),
+                    resolution: None,
+                    _socket: None,
+                })
+            })
+            .collect();
+        if routes.is_empty() {
+            return Err(RequestError::NoEndpoint {
+                service: wanted.service.to_owned(),
+                domain: own.to_string(),
+            });
+        }
+        Ok(routes)
+    }
+
+    /// The ways that somebody else's registry knows, which is asked for names as they are: that of
+    /// the NSMgr that our forwarder works for, or a registry proxy.
+    async fn routes_as_named(
+        &self,
+        registry: &str,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<Vec<Route>, RequestError> {
+        let wanted = Wanted {
+            service: &connection.network_service,
+            endpoint: &connection.network_service_endpoint_name,
+        };
+        let found = find_at(&self.peers, registry, wanted, deadline).await?;
+        let own = &self.settings.domain;
+        let payload = payload(&found);
+        let mut routes = Vec::new();
+        for endpoint in self.choose(&found, wanted, own, connection)? {
+            let (url, crossing, socket) = if self.is_own_url(&endpoint.url) {
+                // Found through us in the proxy's place: the way is known.
+                let Some(way) = self.way(&endpoint.name) else {
+                    continue;
+                };
+                (way.url, Crossing::Out, None)
+            } else {
+                let socket = self.found_socket(registry, &endpoint.url).await?;
+                (endpoint.url.clone(), Crossing::Inside, socket)
+            };
+            routes.push(Route {
+                url,
+                trusted: false,
+                crossing,
+                service: connection.network_service.clone(),
+                endpoint: endpoint.name.clone(),
+                endpoint_told: endpoint.name.clone(),
+                payload: payload.clone(),
+                resolution: None,
+                _socket: socket,
+            });
+        }
+        if routes.is_empty() {
+            return Err(RequestError::NoEndpoint {
+                service: wanted.service.to_owned(),
+                domain: own.to_string(),
+            });
+        }
+        Ok(routes)
+    }
+
+    /// Where an endpoint of another domain is served, as it was learnt.
+    fn way(&self, name: &str) -> Option<Way> {
+        self.bypass.way(name, std::time::Instant::now())
+    }
+
+    /// The peer behind a URL that the registry passed a socket for.
+    async fn found_socket(
+        &self,
+        registry: &str,
+        url: &str,
+    ) -> Result<Option<Arc<Peer>>, RequestError> {
+        if !is_passed(url) {
+            return Ok(None);
+        }
+        if let Some(known) = self.peers.known_passed(url) {
+            return Ok(Some(known));
+        }
+        let wrong = |fault: String| RequestError::BadAnswer {
+            url: registry.to_owned(),
+            method: "Find",
+            fault: format!("an endpoint has the url {url}, and {fault}"),
+        };
+        let id = FileId::parse(url).ok_or_else(|| wrong("that is no inode".to_owned()))?;
+        let passing = self.peers.get(registry);
+        let socket = passing.descriptors.take(id, Kind::Socket, PATIENCE).await;
+        let socket = socket.map_err(|missing| wrong(missing.to_string()))?;
+        Ok(Some(self.peers.get_passed(url, socket)))
+    }
+
+    /// The endpoints that serve the connection, best first; never empty.
+    fn choose<'a>(
+        &self,
+        found: &'a Found,
+        wanted: Wanted<'_>,
+        domain: &Domain,
+        connection: &Connection,
+    ) -> Result<Vec<&'a NetworkServiceEndpoint>, RequestError> {
+        let domain = domain.to_string();
+        let service = wanted.service.to_owned();
+        if found.endpoints.is_empty() {
+            return Err(if !wanted.endpoint.is_empty() {
+                RequestError::NoSuchEndpoint {
+                    endpoint: wanted.endpoint.to_owned(),
+                    domain,
+                }
+            } else if found.service.is_some() {
+                RequestError::NoEndpoint { service, domain }
+            } else {
+                RequestError::NoService { service, domain }
+            });
+        }
+        if !wanted.endpoint.is_empty() {
+            return Ok(found.endpoints.iter().collect());
+        }
+        let no_labels = std::collections::BTreeMap::new();
+        let candidates: Vec<Candidate<'_>> = found
+            .endpoints
+            .iter()
+            .map(|endpoint| Candidate {
+                name: &endpoint.name,
+                labels: endpoint
+                    .network_service_labels
+                    .get(wanted.service)
+                    .map_or(&no_labels, |labels| &labels.labels),
+            })
+            .collect();
+        let matches = found
+            .service
+            .as_ref()
+            .map(convert::matches)
+            .unwrap_or_default();
+        let chosen = select(&matches, &connection.labels, &candidates, self.turn());
+        if chosen.is_empty() {
+            return Err(RequestError::NoMatch {
+                service,
+                domain,
+                count: candidates.len(),
+                labels: connection
+                    .labels
+                    .iter()
+                    .map(|(key, value)| format!("{key}={value}"))
+                    .collect(),
+            });
+        }
+        Ok(chosen.into_iter().map(|at| &found.endpoints[at]).collect())
+    }
+}
+
+/// The endpoint `target` as the previous hop is told it: with the domain in the words in which it
+/// asked, because it compares them.
+fn told_name(asked: &Connection, target: &str) -> String {
+    let endpoint = &asked.network_service_endpoint_name;
+    if endpoint.contains('@') {
+        return endpoint.clone();
+    }
+    match asked.network_service.split_once('@') {
+        Some((_, domain)) => format!("{target}@{domain}"),
+        None => target.to_owned(),
+    }
+}
+
+fn payload(found: &Found) -> String {
+    found
+        .service
+        .as_ref()
+        .map(|service| service.payload.clone())
+        .unwrap_or_default()
+}
+
+fn resolution(domain: &Domain, resolved: &Resolved) -> Resolution {
+    Resolution {
+        domain: domain.to_string(),
+        question: resolved.question.clone(),
+        answer: resolved.answer.clone(),
+    }
+}
+
+/// The domain that service and endpoint are of.
+fn common_domain(
+    service: Option<&InterdomainName>,
+    endpoint: Option<&InterdomainName>,
+) -> Result<Option<Domain>, RequestError> {
+    let of_service = service.and_then(InterdomainName::domain);
+    let of_endpoint = endpoint.and_then(InterdomainName::domain);
+    match (of_service, of_endpoint) {
+        (Some(one), Some(other)) if one != other => Err(RequestError::Field {
+            field: "network_service_endpoint_name",
+            value: endpoint.map(ToString::to_string).unwrap_or_default(),
+            reason: format!(
+                "the network service is of domain `{one}`, and so must its endpoint be"
+            ),
+        }),
+        (one, other) => Ok(one.or(other).cloned()),
+    }
+}
+
+/// A name that may be absent.
+fn parse(name: &str) -> Result<Option<InterdomainName>, RequestError> {
+    if name.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(name.parse()?))
+}

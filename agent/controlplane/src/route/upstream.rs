@@ -1,0 +1,297 @@
+//! Our forwarder under the NSMgr of its node, as NSM's own forwarders are: an endpoint of the service
+//! `forwarder` that the NSMgr sends its clients' Requests to, and those of other nodes.
+//!
+//! The entry is registered with the NSMgr over the NSMgr's own socket, our socket's descriptor beside
+//! it: the NSMgr may not see our files. It is registered again at two thirds of its life. An NSMgr
+//! that restarts has forgotten it: a watch on our own name ends with it, so that the forwarder is
+//! back as soon as the NSMgr is, and not when the entry would have expired.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use nsm_core::{backoff::Backoff, nsm::expiry::refresh_after};
+use nsm_proto::registry::{
+    NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceLabels,
+    network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient as Endpoints,
+};
+use rustix::fs::OFlags;
+use tokio::time::Instant;
+use tonic::{Code, Request};
+
+use crate::{
+    convert,
+    error::RequestError,
+    peer::peers::{call, refused},
+    plane::ControlPlane,
+    registry::path_header::PathHeader,
+    transport::{
+        dial::DialUrl,
+        unix::{FileId, Passed},
+    },
+};
+
+/// The shortest wait before another try: an NSMgr that restarts is back within it.
+const SHORTEST_WAIT: Duration = Duration::from_millis(200);
+
+/// The longest: nobody is connected on this node as long as its NSMgr does not know us.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// How long the farewell to the NSMgr may take. It is for politeness, as the entry expires by itself, and whoever ends the
+/// agent may not wait long: an NSMgr that hangs must not take the time of closing the connections.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What our forwarder is to its NSMgr.
+#[derive(Debug, Clone)]
+pub struct ForwarderEntry {
+    /// The name; our path segments have the same.
+    pub name: String,
+    /// The service that the NSMgr looks for its forwarders by.
+    pub service: String,
+    /// By which network services choose among forwarders (`p2p: true` is asked for by default).
+    pub labels: BTreeMap<String, String>,
+    /// Where the forwarder listens.
+    pub url: DialUrl,
+}
+
+impl ControlPlane {
+    /// Keeps `entry` registered with the node's NSMgr until `stopped`, and then takes it out, so that the NSMgr sends no more
+    /// Requests. An NSMgr that is gone comes back; one that does not answer at the end holds nobody up.
+    /// `told` hears after each try whether it is registered.
+    pub async fn keep_forwarder(
+        self,
+        mut entry: ForwarderEntry,
+        told: impl Fn(bool),
+        stopped: impl Future<Output = ()>,
+    ) {
+        tokio::select! {
+            () = self.stay_registered(&mut entry, told) => {}
+            () = stopped => {}
+        }
+        match tokio::time::timeout(FAREWELL, self.unregister_forwarder(&entry)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the forwarder's entry is left to expire");
+            }
+            Err(_) => tracing::warn!(
+                within = ?FAREWELL,
+                "the NSMgr does not answer: the forwarder's entry is left to expire"
+            ),
+        }
+    }
+
+    /// Never ends.
+    async fn stay_registered(&self, entry: &mut ForwarderEntry, told: impl Fn(bool)) {
+        let mut backoff = Backoff::new(SHORTEST_WAIT, LONGEST_WAIT);
+        loop {
+            match self.register_forwarder(entry).await {
+                Ok(expires) => {
+                    told(true);
+                    backoff.reset();
+                    let due = tokio::time::sleep(refresh_after(SystemTime::now(), expires));
+                    tokio::select! {
+                        () = due => continue,
+                        reason = self.forwarder_lost(entry) => {
+                            tracing::info!(reason, "registering the forwarder again");
+                        }
+                    }
+                }
+                Err(error) => {
+                    told(false);
+                    tracing::warn!(%error, "the forwarder is not registered; trying again");
+                }
+            }
+            tokio::time::sleep(backoff.next(rand::random())).await;
+        }
+    }
+
+    async fn register_forwarder(
+        &self,
+        entry: &mut ForwarderEntry,
+    ) -> Result<SystemTime, RequestError> {
+        let (url, deadline) = self.upstream_call()?;
+        let peer = self.shared.peers.get(url);
+        let endpoint = NetworkServiceEndpoint {
+            url: match &entry.url {
+                DialUrl::Unix(path) if url.starts_with("unix:") => {
+                    let (id, socket) = open_socket(path)?;
+                    peer.descriptors.send(socket);
+                    id.to_string()
+                }
+                own => own.to_string(),
+            },
+            ..entry.endpoint()
+        };
+        let channel = self.shared.peers.channel(url, deadline).await?;
+        let request = self.upstream_request(endpoint, deadline);
+        let mut client = Endpoints::new(channel);
+        let granted = call(url, "Register", deadline, client.register(request)).await?;
+        let granted = granted.into_inner();
+        // The registry may have given it another name, to tell it from an older one.
+        entry.name = granted.name;
+        Ok(granted
+            .expiration_time
+            .as_ref()
+            .and_then(convert::time)
+            .unwrap_or_else(|| self.shared.tokens.token(SystemTime::now()).1))
+    }
+
+    /// Waits until the NSMgr does not have the entry any more, or is gone itself.
+    async fn forwarder_lost(&self, entry: &ForwarderEntry) -> String {
+        let Ok((url, deadline)) = self.upstream_call() else {
+            return std::future::pending().await;
+        };
+        let query = NetworkServiceEndpointQuery {
+            network_service_endpoint: Some(NetworkServiceEndpoint {
+                name: entry.name.clone(),
+                ..NetworkServiceEndpoint::default()
+            }),
+            watch: true,
+        };
+        let channel = match self.shared.peers.channel(url, deadline).await {
+            Ok(channel) => channel,
+            Err(error) => return error.to_string(),
+        };
+        let request = self.shared.peers.outgoing(query, None);
+        match Endpoints::new(channel).find(request).await {
+            Err(status) if status.code() == Code::Unimplemented => std::future::pending().await,
+            Err(status) => refused(url, "Find", &status).to_string(),
+            Ok(response) => {
+                let mut entries = response.into_inner();
+                loop {
+                    match entries.message().await {
+                        Ok(Some(found)) if found.deleted => {
+                            return format!("{url} forgot it");
+                        }
+                        Ok(Some(_)) => {}
+                        Ok(None) => return format!("{url} ended its watch"),
+                        Err(status) => return refused(url, "Find", &status).to_string(),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes the forwarder's entry out, by the name that the registry granted.
+    async fn unregister_forwarder(&self, entry: &ForwarderEntry) -> Result<(), RequestError> {
+        let (url, deadline) = self.upstream_call()?;
+        let channel = self.shared.peers.channel(url, deadline).await?;
+        let request = self.upstream_request(entry.endpoint(), deadline);
+        let mut client = Endpoints::new(channel);
+        call(url, "Unregister", deadline, client.unregister(request)).await?;
+        Ok(())
+    }
+
+    fn upstream_call(&self) -> Result<(&str, Instant), RequestError> {
+        let settings = &self.shared.settings;
+        let url = settings.upstream_nsmgr_url.as_deref();
+        let url = url.ok_or(RequestError::Missing(
+            "NSMgr: the agent has no upstream_nsmgr_url",
+        ))?;
+        Ok((url, Instant::now() + settings.request_timeout))
+    }
+
+    fn upstream_request<T>(&self, message: T, deadline: Instant) -> Request<T> {
+        let mut request = self.shared.peers.outgoing(message, Some(deadline));
+        let (token, _) = self.shared.tokens.token(SystemTime::now());
+        PathHeader::begin(token).apply(request.metadata_mut());
+        request
+    }
+}
+
+impl ForwarderEntry {
+    fn endpoint(&self) -> NetworkServiceEndpoint {
+        let labels = NetworkServiceLabels {
+            labels: self.labels.clone(),
+        };
+        NetworkServiceEndpoint {
+            name: self.name.clone(),
+            network_service_names: vec![self.service.clone()],
+            network_service_labels: [(self.service.clone(), labels)].into(),
+            url: self.url.to_string(),
+            ..NetworkServiceEndpoint::default()
+        }
+    }
+}
+
+/// A descriptor of our own socket: its file, not a connection to it.
+fn open_socket(path: &PathBuf) -> Result<(FileId, Passed), RequestError> {
+    let failed = |error: std::io::Error| RequestError::Field {
+        field: "the forwarder's socket",
+        value: path.display().to_string(),
+        reason: format!("it cannot be opened ({error}); did somebody remove it?"),
+    };
+    let file = File::options()
+        .read(true)
+        .custom_flags(i32::from_ne_bytes(OFlags::PATH.bits().to_ne_bytes()))
+        .open(path)
+        .map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    let id = FileId {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    };
+    Ok((id, Passed::new(file.into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::ready, sync::Arc};
+
+    use nsm_core::net::vni::VniPool;
+    use tokio::net::UnixListener;
+
+    use super::*;
+    use crate::{
+        identity::token::TokenSource,
+        liveness::Reachability,
+        plane::{OwnRegistry, Settings},
+        registry::{Limits, Registry},
+    };
+    use nsm_discovery::dns::{Resolver, ResolverConfig};
+
+    #[tokio::test(start_paused = true)]
+    async fn an_nsmgr_that_hangs_does_not_hold_up_the_end() {
+        const PATIENCE: Duration = Duration::from_secs(15);
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("nsm.sock");
+        // Connections stay in its queue: it never says a word.
+        let _hangs = UnixListener::bind(&socket).unwrap();
+        let plane = ControlPlane::start(
+            Settings {
+                name: "node-1".to_owned(),
+                domain: "one.example".parse().unwrap(),
+                advertise_url: "tcp://192.0.2.1:5006".to_owned(),
+                upstream_nsmgr_url: Some(format!("unix://{}", socket.display())),
+                registry_proxy_url: None,
+                request_timeout: PATIENCE,
+                dial_timeout: PATIENCE,
+                max_connections: 1,
+                max_message_bytes: 1 << 20,
+                reachability: Reachability::default(),
+            },
+            Arc::new(TokenSource::hs256(
+                "spiffe://one.example/node-1",
+                b"test",
+                PATIENCE,
+            )),
+            Resolver::new(ResolverConfig::default()),
+            OwnRegistry::Here(Registry::new(Limits::default())),
+            None,
+            VniPool::default(),
+        );
+        let entry = ForwarderEntry {
+            name: "node-1".to_owned(),
+            service: "forwarder".to_owned(),
+            labels: BTreeMap::new(),
+            url: DialUrl::Unix(folder.path().join("forwarder.sock")),
+        };
+        let start = Instant::now();
+        plane.keep_forwarder(entry, |_| {}, ready(())).await;
+        assert_eq!(start.elapsed().as_secs(), FAREWELL.as_secs());
+    }
+}

@@ -1,0 +1,5 @@
+//! Bytes between processes: dialing, unix sockets that carry descriptors, and the coalescing of writes.
+
+pub(crate) mod coalesce;
+pub mod dial;
+pub mod unix;
