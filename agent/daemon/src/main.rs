@@ -13,7 +13,7 @@ mod connect;
 mod endpoint;
 mod logging;
 mod netns;
-mod status;
+mod observe;
 mod tool;
 mod view;
 
@@ -50,7 +50,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Agent(args) => agent(*args),
         Command::Connect(args) => one_thread()?.block_on(connect::run(&args)),
         Command::Endpoint(args) => one_thread()?.block_on(endpoint::run(&args)),
-        Command::Status(args) => one_thread()?.block_on(status::run(&args)),
+        Command::Status(args) => one_thread()?.block_on(observe::status::run(&args)),
     }
 }
 

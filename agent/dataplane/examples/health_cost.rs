@@ -18,7 +18,7 @@ use std::{
 };
 
 use nsm_core::liveness::sbfd::{Change, State};
-use nsm_dataplane::health::{Event, Peer, Report};
+use nsm_dataplane::liveness::{Event, Peer, Report};
 use world::{Busy, Failure, ip, netns, number, sandbox, spec, start, within};
 
 struct Wanted {

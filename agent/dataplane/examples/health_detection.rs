@@ -15,7 +15,7 @@ use std::{
 };
 
 use nsm_core::liveness::sbfd::{Change, State};
-use nsm_dataplane::{bpf::now, health::Event, netns::Netns};
+use nsm_dataplane::{bpf::now, liveness::Event, netns::Netns};
 use world::{Busy, Failure, Node, ip, netns, number, sandbox, spec, start, within};
 
 fn main() -> Result<(), Failure> {

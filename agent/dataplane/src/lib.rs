@@ -4,8 +4,8 @@
 
 pub mod addresses;
 pub mod bpf;
-pub mod health;
 pub mod links;
+pub mod liveness;
 mod netlink;
 pub mod netns;
 

@@ -14,7 +14,7 @@ use nsm_core::{
     link::LinkAlias,
     liveness::health::{Direction, Health},
 };
-use nsm_dataplane::health::Report;
+use nsm_dataplane::liveness::Report;
 use nsm_proto::admin::{
     Bpf, ConnectionStatus, Counters, Listener, PathHealth, Peer, Status as AgentStatus,
     StatusRequest, Tunnel, WayHealth,

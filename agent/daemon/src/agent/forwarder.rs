@@ -23,8 +23,8 @@ use nsm_core::{
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, BpfError, Hook, Slot},
-    health::{Preflights, Report},
     links::{LinkError, LinkStatistics, Links},
+    liveness::{Preflights, Report},
     netns::{Netns, NetnsError},
 };
 use nsm_proto::admin;

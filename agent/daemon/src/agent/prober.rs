@@ -20,10 +20,8 @@ use nsm_core::{
 };
 use nsm_dataplane::{
     bpf::Bpf,
-    health::{
-        self as plane, Event, Events, Health as HealthPlane, HealthConfig, HealthError, Plane,
-        Report,
-    },
+    liveness as plane,
+    liveness::{Event, Events, Health as HealthPlane, HealthConfig, HealthError, Plane, Report},
 };
 use tokio::time::{MissedTickBehavior, interval};
 

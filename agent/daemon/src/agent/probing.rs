@@ -8,7 +8,7 @@ use std::{
 
 use nsm_controlplane::{liveness::Reachability, plane::ControlPlane};
 use nsm_core::backoff::Backoff;
-use nsm_dataplane::{bpf::Bpf, health::HealthError};
+use nsm_dataplane::{bpf::Bpf, liveness::HealthError};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::{forwarder::NodeForwarder, prober::NodeProber, readiness::Readiness};

@@ -16,7 +16,7 @@ use nix::{
 use nsm_core::{liveness::sbfd::Timing, net::vni::Vni};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
-    health::{Events, Health, HealthConfig, PeerSpec},
+    liveness::{Events, Health, HealthConfig, PeerSpec},
     netns::Netns,
 };
 

@@ -94,7 +94,7 @@ impl Bpf {
         self.state().sessions.take()
     }
 
-    /// Gives them back, for the next [`crate::health::Health`] of the same programs.
+    /// Gives them back, for the next [`crate::liveness::Health`] of the same programs.
     pub(crate) fn return_sessions(&self, sessions: PinnedSessions) {
         self.state().sessions = Some(sessions);
     }

@@ -436,7 +436,7 @@ impl Bpf {
     }
 
     /// Runs a program of the management link on a frame, as [`Self::test_run`]: its verdict (7, TC_ACT_REDIRECT, sends back)
-    /// and the frame as it left it. The sessions are those of [`crate::health`].
+    /// and the frame as it left it. The sessions are those of [`crate::liveness`].
     ///
     /// # Errors
     ///

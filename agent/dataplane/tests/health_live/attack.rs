@@ -7,7 +7,7 @@ use nsm_core::{
         sbfd::{Proof, State},
     },
 };
-use nsm_dataplane::health::Peer;
+use nsm_dataplane::liveness::Peer;
 use nsm_ebpf_common::{
     management::{PROBES_AT_ONCE, PROBES_PER_SECOND},
     sbfd::frame::Role,

@@ -9,8 +9,10 @@ use nsm_core::{
         sbfd::{Change, Proof, State},
     },
 };
-use nsm_dataplane::bpf;
-use nsm_dataplane::health::{Event, Peer, PeerSpec, Report};
+use nsm_dataplane::{
+    bpf,
+    liveness::{Event, Peer, PeerSpec, Report},
+};
 
 use super::support::{
     Node, PATIENCE, TCX, World, addr, both_up, eventually, ip, join, nft, pair, sandbox, within,

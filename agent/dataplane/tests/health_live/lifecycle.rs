@@ -5,7 +5,7 @@ use std::time::Duration;
 use nsm_core::liveness::sbfd::{Proof, State};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
-    health::{Health, HealthError, PeerSpec},
+    liveness::{Health, HealthError, PeerSpec},
 };
 
 use super::support::{
@@ -102,7 +102,7 @@ async fn next_one_goes_on(by: By) {
     assert!(report.reflected > 20, "counters go on: {report:?}");
     assert!(to_two.is_up());
     while let Ok(event) = one.events.try_recv() {
-        if let nsm_dataplane::health::Event::Session { change, .. } = &event {
+        if let nsm_dataplane::liveness::Event::Session { change, .. } = &event {
             let down = nsm_core::liveness::sbfd::Change::State {
                 at: Default::default(),
                 from: State::Up,

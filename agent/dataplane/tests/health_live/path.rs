@@ -1,7 +1,7 @@
 //! A good path: proved, watched, measured, by every way of stamping and over both families.
 
 use nsm_core::liveness::sbfd::{Proof, State};
-use nsm_dataplane::{bpf::Hook, health::Plane};
+use nsm_dataplane::{bpf::Hook, liveness::Plane};
 
 use super::support::{By, Node, TCX, World, both_up, eventually, pair, sandbox};
 

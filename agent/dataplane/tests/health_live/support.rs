@@ -21,7 +21,7 @@ use nsm_core::{
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, Hook},
-    health::{Event, Events, Health, HealthConfig, Peer, PeerSpec, Report},
+    liveness::{Event, Events, Health, HealthConfig, Peer, PeerSpec, Report},
     netns::Netns,
 };
 use nsm_ebpf_common::sbfd::frame;

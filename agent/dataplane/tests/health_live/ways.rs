@@ -6,7 +6,7 @@ use nsm_core::liveness::{
     health::{Direction, Verdict},
     sbfd::{Change, Proof, State},
 };
-use nsm_dataplane::health::{Event, Peer, PeerSpec};
+use nsm_dataplane::liveness::{Event, Peer, PeerSpec};
 
 use super::{
     fault::{judged, reason},

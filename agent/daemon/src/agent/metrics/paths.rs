@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 
-use nsm_dataplane::health::Preflights;
+use nsm_dataplane::liveness::Preflights;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},

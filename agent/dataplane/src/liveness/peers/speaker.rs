@@ -27,11 +27,11 @@ use nsm_ebpf_common::sbfd::frame::session_key;
 
 use super::{Known, NodeOnLink, Orphan, Peers, forwarding};
 use crate::{
-    health::{HealthError, PeerSpec, preflight::Standing, prober::Command},
     links::{
         Family,
         management::{self, ManagementLink},
     },
+    liveness::{HealthError, PeerSpec, preflight::Standing, prober::Command},
 };
 
 /// What speaks for a way; the largest wins.

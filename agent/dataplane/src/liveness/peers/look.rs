@@ -11,8 +11,8 @@ use nsm_core::liveness::health::Look;
 use super::{Command, Peers};
 use crate::{
     bpf::Hooked,
-    health::{PeerSpec, Uncounted},
     links::{Family, outgoing_interface},
+    liveness::{PeerSpec, Uncounted},
 };
 
 impl Peers {

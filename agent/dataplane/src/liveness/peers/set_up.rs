@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Starts both threads.
-pub(in crate::health) fn start(
+pub(in crate::liveness) fn start(
     config: HealthConfig,
     bpf: Option<Arc<Bpf>>,
     events: tokio_mpsc::UnboundedSender<Event>,

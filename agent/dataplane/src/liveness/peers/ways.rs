@@ -15,12 +15,12 @@ use tokio::sync::oneshot;
 
 use super::{Known, NodeOnLink, Orphan, Peers, forwarding};
 use crate::{
-    health::{
-        Health, HealthError, Peer, PeerSpec, preflight::PeerCell, prober::Command, session::Entry,
-    },
     links::{
         management::{self, ManagementLink},
         source_address,
+    },
+    liveness::{
+        Health, HealthError, Peer, PeerSpec, preflight::PeerCell, prober::Command, session::Entry,
     },
 };
 
