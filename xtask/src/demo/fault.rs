@@ -7,7 +7,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use nsm_world::{Agent, Fault, FaultGuard, Process, Signal, World, wait_until};
-use serde::Serialize;
 use serde_json::Value;
 
 mod clock;
@@ -15,7 +14,11 @@ mod forget;
 
 use self::clock::rfc3339;
 pub(crate) use self::forget::forget_tunnel;
-use super::{Scene, report::Ping, story::Story};
+use super::{
+    Scene,
+    report::{FaultReport, Ping},
+    story::Story,
+};
 
 /// The port of tunnels.
 const VXLAN_PORT: u16 = 4789;
@@ -26,7 +29,7 @@ const NARROW: u16 = 1280;
 /// An inner packet of the ping that passes before an `mtu` fault, and then no longer: ICMP data, bytes.
 const WIDE_PING: &str = "1350";
 
-/// A loss of the path is told within a fraction of a second, on a machine that is busy with a build within some.
+/// `status` shows a lost path within a fraction of a second; on a machine that builds at the same time, within some seconds.
 const TOLD_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A search for the path's MTU waits seconds for its timers (RFC 8899 section 5.1.1), and a loss shows in the statistics of a minute.
@@ -55,24 +58,6 @@ pub(super) enum Kind {
     NatRepliesOnly,
     /// Packets are lost at random, this share of a hundred in each direction.
     Loss(u8),
-}
-
-/// What the demo found.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Told {
-    kind: String,
-    /// RFC 3339, UTC.
-    injected_at: String,
-    /// From the fault to the agent's `status` that tells it.
-    detected_ms: f64,
-    /// Of both ways together.
-    state: String,
-    /// "in", "out" or "both", seen from the client's node.
-    direction: &'static str,
-    reason: String,
-    /// From the end of the fault to a `status` with both ways up again.
-    recovered_ms: f64,
-    ping: Ping,
 }
 
 impl FromStr for Kind {
@@ -166,7 +151,7 @@ impl Kind {
     }
 
     /// Whether a status tells this fault, and not just any.
-    fn is_told(self, health: &Health, before: &Health) -> bool {
+    fn is_shown(self, health: &Health, before: &Health) -> bool {
         match self {
             // Nothing of the peer comes in; what becomes of our own packets only the peer could tell.
             Self::Blackhole => health.inward.is_down(),
@@ -187,7 +172,7 @@ impl Kind {
         }
     }
 
-    /// The way that the fault is told of, and why.
+    /// The direction in which `status` shows the fault, and why.
     fn account(self, health: &Health) -> (&'static str, String) {
         match self {
             Self::Mtu => (
@@ -217,13 +202,18 @@ impl Kind {
 }
 
 /// Breaks the way while a ping runs, waits until the client's agent tells it, and mends the way.
-pub(super) fn show(kind: Kind, scene: &Scene, address: &str, story: &mut Story) -> Result<Told> {
+pub(super) fn show(
+    kind: Kind,
+    scene: &Scene,
+    address: &str,
+    story: &mut Story,
+) -> Result<FaultReport> {
     let near = &scene.client_agent;
     let mut before = None;
     wait_until("both ways to be proved", WATCHED_DEADLINE, || {
         before = near.status().ok().as_ref().and_then(Health::of);
         before.as_ref().is_some_and(|health| {
-            // A narrow path is told by its MTU, which a search finds after the ways are up.
+            // The sign of a narrow path is its MTU: the search finds it after both directions are up.
             health.is_up() && (kind != Kind::Mtu || health.path_mtu.is_some())
         })
     })
@@ -235,10 +225,10 @@ pub(super) fn show(kind: Kind, scene: &Scene, address: &str, story: &mut Story) 
     let start = Instant::now();
     let guards = kind.inject(&scene.world, near, &scene.endpoint_agent, before.vni)?;
     story.step(&format!("fault {kind}: {}", kind.words()));
-    let (health, detected_ms) = wait_told(kind, near, &before, start)?;
+    let (health, detected_ms) = wait_shown(kind, near, &before, start)?;
     let (direction, reason) = kind.account(&health);
     story.step(&format!(
-        "told after {detected_ms:.0} ms: {} ({direction}): {reason}",
+        "shown after {detected_ms:.0} ms: {} ({direction}): {reason}",
         health.state
     ));
     for agent in [near, &scene.endpoint_agent] {
@@ -261,7 +251,7 @@ pub(super) fn show(kind: Kind, scene: &Scene, address: &str, story: &mut Story) 
         "both ways are up again after {recovered_ms:.0} ms; {} of {} pings were answered meanwhile",
         ping.received, ping.sent
     ));
-    Ok(Told {
+    Ok(FaultReport {
         kind: kind.to_string(),
         injected_at,
         detected_ms,
@@ -273,13 +263,13 @@ pub(super) fn show(kind: Kind, scene: &Scene, address: &str, story: &mut Story) 
     })
 }
 
-fn wait_told(kind: Kind, near: &Agent, before: &Health, start: Instant) -> Result<(Health, f64)> {
+fn wait_shown(kind: Kind, near: &Agent, before: &Health, start: Instant) -> Result<(Health, f64)> {
     let mut last = None;
     loop {
         let health = near.status().ok().as_ref().and_then(Health::of);
         let elapsed = start.elapsed();
         if let Some(health) = health {
-            if kind.is_told(&health, before) {
+            if kind.is_shown(&health, before) {
                 return Ok((health, milliseconds(elapsed)));
             }
             last = Some(health);
@@ -395,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn each_fault_is_told_by_its_own_signs() {
+    fn each_fault_is_shown_by_its_own_signs() {
         let status = |state: &str, out: [&str; 2], inward: [&str; 2], mtu: u64, loss: f64| {
             let way = |[state, reason]: [&str; 2]| json!({"state": state, "reason": reason});
             let health = json!({"state": state, "out": way(out), "in": way(inward),
@@ -412,7 +402,7 @@ mod tests {
         let narrow = status("up", up, up, 1230, 0.0);
         let lossy = status("up", up, up, 1450, 0.5);
         let all = [&before, &out, &vni, &inward, &narrow, &lossy];
-        for (kind, told, direction) in [
+        for (kind, expected, direction) in [
             ("blackhole", vec![&inward], "in"),
             ("one-way", vec![&out, &vni], "out"),
             ("vni-mismatch", vec![&vni], "out"),
@@ -424,10 +414,10 @@ mod tests {
             let kind: Kind = kind.parse().unwrap();
             let found: Vec<_> = all
                 .into_iter()
-                .filter(|health| kind.is_told(health, &before))
+                .filter(|health| kind.is_shown(health, &before))
                 .collect();
-            assert_eq!(found, told, "{kind}");
-            assert_eq!(kind.account(told[0]).0, direction, "{kind}");
+            assert_eq!(found, expected, "{kind}");
+            assert_eq!(kind.account(expected[0]).0, direction, "{kind}");
         }
         assert_eq!(Health::of(&json!({"connections": []})), None);
         assert_eq!(

@@ -14,7 +14,7 @@ pub(super) struct Report {
     pub(super) counters: Counters,
     pub(super) bpf: Bpf,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) fault: Option<super::fault::Told>,
+    pub(super) fault: Option<FaultReport>,
     pub(super) leaked: Leaked,
 }
 
@@ -67,6 +67,24 @@ pub(super) struct Leaked {
     pub(super) pins: usize,
     pub(super) netns: usize,
     pub(super) processes: usize,
+}
+
+/// What the fault did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct FaultReport {
+    pub(super) kind: String,
+    /// RFC 3339, UTC.
+    pub(super) injected_at: String,
+    /// From the fault to the first `status` of the client's agent that shows it.
+    pub(super) detected_ms: f64,
+    /// Of both directions together.
+    pub(super) state: String,
+    /// "in", "out" or "both", seen from the client's node.
+    pub(super) direction: &'static str,
+    pub(super) reason: String,
+    /// From the end of the fault to a `status` with both directions up again.
+    pub(super) recovered_ms: f64,
+    pub(super) ping: Ping,
 }
 
 impl Report {
