@@ -8,7 +8,8 @@ use std::{
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{MacAddr, RouteSpec},
+    link::RouteSpec,
+    net::MacAddr,
     nsm::{
         path::{Path, Segment},
         select,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nsm_core::{
     mechanism::MechanismError,
-    net::vni::VniError,
+    mechanism::vni_pool::VniPoolError,
     nsm::{name::NameError, path::PathError},
 };
 use nsm_discovery::dns::ResolveError;
@@ -168,7 +168,7 @@ pub enum RequestError {
     NoForwarder(&'static str),
     /// No VNI could be had.
     #[error(transparent)]
-    Vni(#[from] VniError),
+    Vni(#[from] VniPoolError),
     /// The servers kept choosing VNIs that are taken here.
     #[error(
         "{url} chose VNI {vni}, which is in use on this node, {tries} times in a row: close unused tunnels, or ask again"

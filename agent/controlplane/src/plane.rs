@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{address::ipmap::IpMap, net::vni::VniPool, nsm::name::Domain};
+use nsm_core::{address::ipmap::IpMap, mechanism::vni_pool::VniPool, nsm::name::Domain};
 use nsm_discovery::dns::Resolver;
 use tokio::{sync::watch, time::Instant};
 

@@ -12,8 +12,7 @@ use nsm_core::{
         health::{Health, Word},
         sbfd::Discriminator,
     },
-    mechanism::NetnsUrl,
-    net::vni::Vni,
+    net::{NetnsUrl, Vni},
 };
 use tonic::Code;
 

@@ -12,11 +12,10 @@ use std::{
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use nsm_core::{
     link::{
-        Link, LinkAlias, LinkKind, LinkSpec, MacAddr, Route, RouteSpec, VXLAN_PORT, VxlanSpec,
-        Wanted, diff,
+        Link, LinkAlias, LinkKind, LinkSpec, Route, RouteSpec, VXLAN_PORT, VxlanSpec, Wanted, diff,
     },
-    mechanism::IfName,
-    net::vni::{QUARANTINE, Vni, VniPool},
+    mechanism::vni_pool::{QUARANTINE, VniPool},
+    net::{IfName, MacAddr, Vni},
     nsm::{
         name::InterdomainName,
         path::{Path, Segment, check_reply},

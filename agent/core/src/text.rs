@@ -1,9 +1,9 @@
-//! Words that come from elsewhere and are shown on a person's terminal.
+//! Text from other hosts: as a terminal may show it, and as a number.
 
 use std::fmt::Write as _;
 
-/// The words of somebody else as they may be shown: on one line, without anything that a terminal obeys or that hides or turns around
-/// what stands beside it, and of at most `longest` characters, the last of them `…` where something was cut off.
+/// Foreign text as a terminal may show it: on one line, without control characters and without characters that hide or reorder
+/// others, and of at most `longest` characters, the last of them `…` where something was cut off.
 ///
 /// ```
 /// # use nsm_core::text::printable;
@@ -36,6 +36,16 @@ pub fn printable(text: &str, longest: usize) -> String {
     shown
 }
 
+/// A decimal number without sign.
+pub(crate) fn decimal(text: &str) -> Option<u64> {
+    // `parse` alone would take a sign.
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        text.parse().ok()
+    } else {
+        None
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -44,7 +54,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_that_a_terminal_obeys_is_left(text: String, longest in 1_usize..50) {
+        fn no_control_character_is_left(text: String, longest in 1_usize..50) {
             let shown = printable(&text, longest);
             prop_assert!(shown.chars().count() <= longest);
             prop_assert!(!shown.chars().any(char::is_control));
@@ -52,13 +62,13 @@ mod tests {
         }
 
         #[test]
-        fn plain_words_stay_as_they_are(text in "[ -~äß→…]{0,50}") {
+        fn plain_text_is_unchanged(text in "[ -~äß→…]{0,50}") {
             prop_assert_eq!(printable(&text, 50), text);
         }
     }
 
     #[test]
-    fn words_cannot_be_turned_around() {
+    fn text_direction_cannot_be_changed() {
         assert_eq!(printable("a\u{202e}b\u{2028}", 80), "a\\u{202e}b\\u{2028}");
     }
 }

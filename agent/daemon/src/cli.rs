@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use nsm_controlplane::transport::dial::DialUrl;
-use nsm_core::{mechanism::IfName, nsm::name::InterdomainName};
+use nsm_core::{net::IfName, nsm::name::InterdomainName};
 
 use crate::config::{ConfigFlags, parse_duration};
 

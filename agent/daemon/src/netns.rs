@@ -8,7 +8,10 @@ use std::{
 };
 
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
-use nsm_core::mechanism::{INODE_URL, NETNS_INODE, NetnsUrl, Parameters};
+use nsm_core::{
+    mechanism::{INODE_URL, NETNS_INODE, Parameters},
+    net::NetnsUrl,
+};
 
 /// A network namespace that was there when it was looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -28,7 +28,7 @@ use nix::{
         statfs::{NSFS_MAGIC, fstatfs},
     },
 };
-use nsm_core::mechanism::NetnsUrl;
+use nsm_core::net::NetnsUrl;
 
 /// Where `ip netns add` and container runtimes mount namespaces.
 const RUN_NETNS: &str = "/run/netns";

@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use nsm_controlplane::{api::server::facts, identity::token::TokenSource, transport::dial::dial};
-use nsm_core::mechanism::{INODE_URL, KERNEL, LOCAL, NAME, NETNS_INODE, NetnsUrl, VXLAN};
+use nsm_core::{
+    mechanism::{INODE_URL, KERNEL, LOCAL, NAME, NETNS_INODE, VXLAN},
+    net::NetnsUrl,
+};
 use nsm_proto::{
     connection::{Connection, Mechanism, Path, PathSegment},
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},

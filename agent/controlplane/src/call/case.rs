@@ -11,11 +11,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{LinkAlias, LinkSpec, MacAddr, VxlanSpec},
-    mechanism::{
-        IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN, Vxlan, choose, lower_mtu, vxlan_mtu,
-    },
-    net::vni::Vni,
+    link::{LinkAlias, LinkSpec, VxlanSpec},
+    mechanism::{KERNEL, Kernel, LOCAL, REMOTE, VXLAN, Vxlan, choose, lower_mtu, vxlan_mtu},
+    net::{IfName, MacAddr, Vni},
 };
 use nsm_proto::{
     connection::{Connection, Mechanism},

@@ -7,7 +7,10 @@
 
 use std::{collections::HashMap, os::unix::fs::MetadataExt as _, sync::OnceLock, time::Duration};
 
-use nsm_core::mechanism::{KERNEL, Kernel, NetnsUrl, Parameters};
+use nsm_core::{
+    mechanism::{KERNEL, Kernel, Parameters},
+    net::NetnsUrl,
+};
 use nsm_proto::connection::Mechanism;
 
 use crate::{

@@ -11,7 +11,7 @@ use std::{
 use nsm_core::{
     link::LinkAlias,
     mechanism::{Parameters, VNI, Vxlan, lower_mtu, vxlan_mtu},
-    net::vni::Vni,
+    net::Vni,
     nsm::path::{Hop, Path},
 };
 use nsm_proto::{

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::net::vni::Vni;
+use nsm_core::net::Vni;
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::{sync::OwnedMutexGuard, time::Instant};
 

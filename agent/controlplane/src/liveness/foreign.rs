@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::{liveness::health::ForeignVnis, net::vni::Vni};
+use nsm_core::{liveness::health::ForeignVnis, net::Vni};
 use tokio::time::Instant;
 
 use crate::{connection::store::lock, plane::ControlPlane};

@@ -242,7 +242,7 @@ fn open_socket(path: &PathBuf) -> Result<(FileId, Passed), RequestError> {
 mod tests {
     use std::{future::ready, sync::Arc};
 
-    use nsm_core::net::vni::VniPool;
+    use nsm_core::mechanism::vni_pool::VniPool;
     use tokio::net::UnixListener;
 
     use super::*;

@@ -14,7 +14,7 @@ const MAX_LEN: usize = 255;
 /// and no link without it is ever touched.
 ///
 /// ```
-/// # use nsm_core::tunnel::LinkAlias;
+/// # use nsm_core::link::LinkAlias;
 /// let alias = LinkAlias::new("cluster-1.example", "5b7f-4c").unwrap();
 /// assert_eq!(alias.to_string(), "proxy-nsmgr/cluster-1.example/5b7f-4c");
 /// assert_eq!("proxy-nsmgr/cluster-1.example/5b7f-4c".parse(), Ok(alias));

@@ -20,8 +20,7 @@ pub use self::{
     alias::{LinkAlias, LinkAliasError},
     plan::{Operation, diff, must_create},
 };
-pub use crate::net::mac::{MacAddr, MacAddrError};
-use crate::{mechanism::IfName, net::vni::Vni};
+use crate::net::{IfName, MacAddr, Vni};
 
 /// The UDP port of VXLAN (RFC 7348 section 5), used when the mechanism names none.
 pub const VXLAN_PORT: u16 = 4789;
@@ -30,7 +29,7 @@ pub const VXLAN_PORT: u16 = 4789;
 /// section 5).
 ///
 /// ```
-/// # use nsm_core::tunnel::vxlan_overhead;
+/// # use nsm_core::link::vxlan_overhead;
 /// assert_eq!(vxlan_overhead("192.0.2.1".parse().unwrap()), 50);
 /// ```
 #[must_use]

@@ -15,7 +15,8 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{Link, LinkKind, LinkSpec, MacAddr, Route, RouteSpec, Wanted};
+use super::{Link, LinkKind, LinkSpec, Route, RouteSpec, Wanted};
+use crate::net::MacAddr;
 
 /// One step of a plan; it concerns the link of one connection.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -29,7 +29,7 @@ pub use told::{PEER_NOTICES, Told, Word};
 use crate::{
     clock::Monotonic,
     liveness::sbfd::{Cause, PeerProbe, Snapshot, State as SessionState, WireState},
-    net::vni::Vni,
+    net::Vni,
 };
 
 /// The peer's probes are heard at this pace at least, while it suspects or is up; several missing is silence.

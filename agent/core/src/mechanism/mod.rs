@@ -5,15 +5,17 @@
 //! clear values so. Parameters that are not ours pass through untouched: a later NSM, or another forwarder, may know them.
 
 mod kernel;
+pub mod vni_pool;
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-pub use kernel::{IfName, IfNameError, Kernel, NetnsUrl, NetnsUrlError};
+pub use kernel::Kernel;
 
 use crate::{
     link::{VXLAN_PORT, vxlan_overhead},
     liveness::sbfd::Discriminator,
-    net::vni::Vni,
+    net::{IfNameError, NetnsUrlError, Vni},
+    text::decimal,
 };
 
 /// A mechanism's parameters as they stand on the wire.
@@ -341,15 +343,6 @@ fn parse_mtu(params: &Parameters) -> Result<Option<u32>, MechanismError> {
         _ => Err(MechanismError::Mtu {
             value: text.to_owned(),
         }),
-    }
-}
-
-/// A number without sign.
-fn decimal(text: &str) -> Option<u64> {
-    if text.bytes().all(|byte| byte.is_ascii_digit()) {
-        text.parse().ok()
-    } else {
-        None
     }
 }
 

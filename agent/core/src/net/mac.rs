@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 /// An Ethernet address.
 ///
 /// ```
-/// # use nsm_core::tunnel::MacAddr;
+/// # use nsm_core::net::MacAddr;
 /// let mac: MacAddr = "02:00:00:00:00:2A".parse().unwrap();
 /// assert_eq!(mac.to_string(), "02:00:00:00:00:2a");
 /// ```

@@ -1,4 +1,11 @@
 //! Types of the network that cannot hold an illegal value.
 
-pub mod mac;
-pub mod vni;
+mod if_name;
+mod mac;
+mod netns_url;
+mod vni;
+
+pub use if_name::{IfName, IfNameError};
+pub use mac::{MacAddr, MacAddrError};
+pub use netns_url::{NetnsUrl, NetnsUrlError};
+pub use vni::{Vni, VniError};

@@ -1,10 +1,10 @@
 //! Names of services and endpoints, and the domains behind their `@`.
 //!
-//! An interdomain name is `target@domain`. What stands after the `@` tells where to ask: a DNS name is resolved by SRV records, an
-//! address is taken as it is (design.md section 1). Both are checked here, before a resolver or a peer sees them, because a name that
-//! cannot exist must fail at once with a reason, not as an answer that never comes.
+//! An interdomain name is `target@domain`. The domain is a DNS name, which is resolved by SRV records, or an address, which is used as
+//! it is. Both are checked here, before a resolver or a peer gets them: a name that cannot exist fails at once with a reason, and not
+//! by a timeout.
 //!
-//! Text is kept as it was written, in lower case for domains: answers carry the name that was asked for, and peers compare it.
+//! Text is kept as written, with domains in lower case: answers carry the name of the question, and peers compare it.
 
 use std::{
     fmt,

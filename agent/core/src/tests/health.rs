@@ -8,7 +8,7 @@ use crate::{
         health::*,
         sbfd::{Cause, Diag, PeerProbe, Snapshot, State, WireState},
     },
-    net::vni::Vni,
+    net::Vni,
 };
 
 const MS: Duration = Duration::from_millis(1);

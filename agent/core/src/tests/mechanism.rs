@@ -10,9 +10,10 @@ use super::map;
 use crate::{
     liveness::sbfd::Discriminator,
     mechanism::{
-        IPSEC, IfName, IfNameError, KERNEL, Kernel, LOCAL, MechanismError, NetnsUrl, NetnsUrlError,
-        Parameters, REMOTE, VXLAN, Vxlan, WIREGUARD, choose, lower_mtu, vxlan_mtu,
+        IPSEC, KERNEL, Kernel, LOCAL, MechanismError, Parameters, REMOTE, VXLAN, Vxlan, WIREGUARD,
+        choose, lower_mtu, vxlan_mtu,
     },
+    net::{IfName, IfNameError, NetnsUrl, NetnsUrlError},
 };
 
 #[test]

@@ -15,7 +15,7 @@ mod registry;
 mod sbfd;
 mod select;
 mod told;
-mod vni;
+mod vni_pool;
 
 use std::{
     collections::BTreeMap,

@@ -17,8 +17,7 @@ use nsm_controlplane::{
 };
 use nsm_core::{
     link::{LinkAlias, VxlanSpec},
-    mechanism::NetnsUrl,
-    net::vni::Vni,
+    net::{NetnsUrl, Vni},
     nsm::name::Domain,
 };
 use nsm_dataplane::{

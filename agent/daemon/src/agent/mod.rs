@@ -19,7 +19,7 @@ use nsm_controlplane::{
     route::upstream::ForwarderEntry,
     transport::dial::DialUrl,
 };
-use nsm_core::net::vni::VniPool;
+use nsm_core::mechanism::vni_pool::VniPool;
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tokio::{
     net::TcpListener,

@@ -12,7 +12,7 @@ use std::{
 };
 
 use nsm_controlplane::ports::PodNetns;
-use nsm_core::{link::LinkAlias, mechanism::NetnsUrl};
+use nsm_core::{link::LinkAlias, net::NetnsUrl};
 use nsm_dataplane::netns::{Netns, NetnsError};
 
 /// A connection's link in one namespace.

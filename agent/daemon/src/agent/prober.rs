@@ -16,7 +16,7 @@ use nsm_core::{
         health::{Evidence, Health, Told, Verdict, Way, Word, judge},
         sbfd::Timing,
     },
-    net::vni::Vni,
+    net::Vni,
 };
 use nsm_dataplane::{
     bpf::Bpf,

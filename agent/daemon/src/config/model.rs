@@ -10,7 +10,11 @@ use std::{
 };
 
 use nsm_controlplane::{liveness::Reachability, transport::dial::DialUrl};
-use nsm_core::{address::public::Provider, mechanism::IfName, net::vni::Vni, nsm::name::Domain};
+use nsm_core::{
+    address::public::Provider,
+    net::{IfName, Vni},
+    nsm::name::Domain,
+};
 use nsm_discovery::{
     dns::{HostEntry, ResolverConfig},
     public_address::{BaseUrl, StunServer},

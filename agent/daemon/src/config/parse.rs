@@ -10,7 +10,7 @@ use std::{
 use nsm_controlplane::{liveness::Reachability, transport::dial::DialUrl};
 use nsm_core::{
     address::public::Provider,
-    net::vni::Vni,
+    net::Vni,
     nsm::name::{Domain, InterdomainName},
 };
 use nsm_discovery::{

@@ -3,7 +3,7 @@
 use std::{path::Path, time::SystemTime};
 
 use nsm_controlplane::transport::dial::DialUrl;
-use nsm_core::mechanism::IfName;
+use nsm_core::net::IfName;
 use serde::Serialize;
 
 use super::session::Answer;

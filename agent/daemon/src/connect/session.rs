@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use nsm_core::mechanism::{IfName, KERNEL, LOCAL, NAME, Parameters};
+use nsm_core::{
+    mechanism::{KERNEL, LOCAL, NAME, Parameters},
+    net::IfName,
+};
 use nsm_proto::{
     connection::{Connection, Mechanism, MonitorScopeSelector, Path, PathSegment, State},
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},

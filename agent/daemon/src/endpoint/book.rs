@@ -10,7 +10,8 @@ use std::{
 };
 
 use nsm_core::{
-    mechanism::{IfName, KERNEL, Kernel, LOCAL, MechanismError, NAME, choose},
+    mechanism::{KERNEL, Kernel, LOCAL, MechanismError, NAME, choose},
+    net::IfName,
     nsm::path::{Path, PathError, Segment, selector_matches},
 };
 use nsm_proto::{

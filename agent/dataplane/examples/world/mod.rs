@@ -13,7 +13,7 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
 };
-use nsm_core::{liveness::sbfd::Timing, net::vni::Vni};
+use nsm_core::{liveness::sbfd::Timing, net::Vni};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
     liveness::{Events, Health, HealthConfig, PeerSpec},

@@ -4,7 +4,7 @@ use std::{net::IpAddr, path::Path, thread};
 
 use aya::sys::{Stats, enable_stats};
 use nix::sched::{CloneFlags, unshare};
-use nsm_core::net::vni::Vni;
+use nsm_core::net::Vni;
 
 use super::{Bpf, BpfConfig, BpfError, Direction, Gso, tables};
 

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use aya::maps::MapData;
-use nsm_core::net::vni::Vni;
+use nsm_core::net::Vni;
 
 use super::{Bpf, BpfError, CounterReader, ForeignVni, PinnedSessions, Role, Slot, tables::of_map};
 

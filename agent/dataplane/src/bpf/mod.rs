@@ -43,7 +43,7 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 use nix::time::{ClockId, clock_gettime};
-use nsm_core::net::vni::Vni;
+use nsm_core::net::Vni;
 use nsm_ebpf_common::VXLAN_PORT;
 use sha2::{Digest as _, Sha256};
 

@@ -17,8 +17,8 @@ use netlink_packet_route::{
 };
 use nix::errno::Errno;
 use nsm_core::{
-    link::{Link, LinkAlias, LinkKind, MacAddr},
-    net::vni::Vni,
+    link::{Link, LinkAlias, LinkKind},
+    net::{MacAddr, Vni},
 };
 use rtnetlink::{LinkUnspec, LinkVxlan};
 

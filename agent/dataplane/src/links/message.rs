@@ -18,7 +18,10 @@ use netlink_packet_route::{
     nsid::{NsidAttribute, NsidMessage},
     route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteVia},
 };
-use nsm_core::link::{LinkSpec, MacAddr, RouteSpec, VxlanSpec};
+use nsm_core::{
+    link::{LinkSpec, RouteSpec, VxlanSpec},
+    net::MacAddr,
+};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder};
 
 use crate::{netlink::Request, netns::Netns};

@@ -24,8 +24,8 @@ mod underlay;
 use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use nsm_core::{
-    link::{Link, LinkAlias, LinkSpec, MacAddr, VxlanSpec},
-    mechanism::IfName,
+    link::{Link, LinkAlias, LinkSpec, VxlanSpec},
+    net::{IfName, MacAddr},
 };
 use tokio::sync::oneshot;
 

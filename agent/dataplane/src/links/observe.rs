@@ -11,7 +11,10 @@ use netlink_packet_route::{
     nsid::NsidAttribute,
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
 };
-use nsm_core::link::{Link, LinkKind, MacAddr, Route, RouteSpec};
+use nsm_core::{
+    link::{Link, LinkKind, Route, RouteSpec},
+    net::MacAddr,
+};
 
 use super::message;
 use crate::netlink::{Netlink, NetlinkError};

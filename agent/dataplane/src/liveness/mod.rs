@@ -44,7 +44,7 @@ use nsm_core::{
         health::Stages,
         sbfd::{Change, Discriminator, Proof, Snapshot, Statistics, Timing},
     },
-    net::vni::Vni,
+    net::Vni,
 };
 use nsm_ebpf_common::sbfd::State;
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};

@@ -30,7 +30,7 @@ use std::{
     time::Instant,
 };
 
-use nsm_core::{link::MacAddr, liveness::sbfd::Discriminator};
+use nsm_core::{liveness::sbfd::Discriminator, net::MacAddr};
 use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 

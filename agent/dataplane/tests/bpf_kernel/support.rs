@@ -12,7 +12,7 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use nsm_core::net::vni::Vni;
+use nsm_core::net::Vni;
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Gso};
 
 /// TC_ACT_UNSPEC: other programs and the kernel go on.

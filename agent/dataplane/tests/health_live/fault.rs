@@ -285,7 +285,7 @@ fn probes_that_cannot_leave_are_no_loss() {
 fn a_loss_to_a_peer_of_another_management_vni_is_not_our_own_output() {
     sandbox(|| async {
         let world = World::new();
-        let vni = nsm_core::net::vni::Vni::try_from(7).expect("a VNI");
+        let vni = nsm_core::net::Vni::try_from(7).expect("a VNI");
         let mut nodes = [
             Node::start(&world, 1, TCX),
             Node::start_with(&world, 2, TCX, |config| config.vni = vni),

@@ -426,7 +426,7 @@ fn a_peer_that_cannot_be_entered_is_as_before() {
         let spec = |number: u32| PeerSpec {
             address: std::net::Ipv4Addr::from(0x0a02_0000 + number).into(),
             port: 4789,
-            vni: nsm_core::net::vni::Vni::MANAGEMENT,
+            vni: nsm_core::net::Vni::MANAGEMENT,
             discriminator: discriminator(0x5000_0000 + number),
         };
         let fdb = || {

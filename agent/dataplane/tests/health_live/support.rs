@@ -17,7 +17,7 @@ use nix::{
 };
 use nsm_core::{
     liveness::sbfd::{Change, Discriminator, Proof, State, Timing},
-    net::vni::Vni,
+    net::Vni,
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, Hook},

@@ -188,7 +188,7 @@ fn what_another_says_of_a_peer_takes_nothing_from_it() {
                     ..spec
                 },
                 PeerSpec {
-                    vni: nsm_core::net::vni::Vni::try_from(77).expect("a VNI"),
+                    vni: nsm_core::net::Vni::try_from(77).expect("a VNI"),
                     ..spec
                 },
                 // The peer's own name, at an address of somebody else.

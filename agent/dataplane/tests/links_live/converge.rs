@@ -3,7 +3,10 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use nsm_core::link::{LinkSpec, MacAddr, RouteSpec, VxlanSpec};
+use nsm_core::{
+    link::{LinkSpec, RouteSpec, VxlanSpec},
+    net::MacAddr,
+};
 use nsm_dataplane::links::Links;
 use proptest::{collection::vec, option, prelude::*, sample::subsequence};
 

@@ -3,7 +3,10 @@
 use std::net::UdpSocket;
 
 use nix::libc;
-use nsm_core::link::{LinkSpec, MacAddr, VxlanSpec};
+use nsm_core::{
+    link::{LinkSpec, VxlanSpec},
+    net::MacAddr,
+};
 use nsm_dataplane::{
     links::{LinkError, Links, PortHolder},
     netns::{Netns, NetnsError},

@@ -21,8 +21,8 @@ use netlink_packet_route::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, setns, unshare};
 use nsm_core::{
-    link::{LinkAlias, LinkSpec, MacAddr, RouteSpec, VxlanSpec},
-    mechanism::IfName,
+    link::{LinkAlias, LinkSpec, RouteSpec, VxlanSpec},
+    net::{IfName, MacAddr},
 };
 use nsm_dataplane::{links::Links, netns::Netns};
 

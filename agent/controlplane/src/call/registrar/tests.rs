@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use nsm_core::net::vni::VniPool;
+use nsm_core::mechanism::vni_pool::VniPool;
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tonic::Code;
 

@@ -4,7 +4,7 @@ use std::{net::IpAddr, time::SystemTime};
 
 use nsm_core::{
     mechanism::{Vxlan, lower_mtu, vxlan_mtu},
-    net::vni::Vni,
+    net::Vni,
 };
 use nsm_proto::{connection::Mechanism, connectioncontext::ConnectionContext};
 

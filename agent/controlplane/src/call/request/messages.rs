@@ -1,10 +1,9 @@
 //! The pure steps of a Request: on messages and plans, without I/O.
 
 use nsm_core::{
-    link::MacAddr,
     liveness::sbfd::Discriminator,
-    mechanism::{INODE_URL, IfName, KERNEL, Kernel, LOCAL, REMOTE, VXLAN},
-    net::vni::Vni,
+    mechanism::{INODE_URL, KERNEL, Kernel, LOCAL, REMOTE, VXLAN},
+    net::{IfName, MacAddr, Vni},
     nsm::path::{Path, check_reply_of},
 };
 use nsm_proto::{

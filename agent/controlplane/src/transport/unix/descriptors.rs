@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::mechanism::NetnsUrl;
+use nsm_core::net::NetnsUrl;
 use rustix::fs::{FileType, fstat, fstatfs};
 use tokio::{
     sync::Notify,

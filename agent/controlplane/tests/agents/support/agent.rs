@@ -16,7 +16,7 @@ use nsm_controlplane::{
     ports::Forwarder,
     registry::{Limits, Registry},
 };
-use nsm_core::{net::vni::VniPool, nsm::name::Domain};
+use nsm_core::{mechanism::vni_pool::VniPool, nsm::name::Domain};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tempfile::TempDir;
 use tonic::service::Routes;

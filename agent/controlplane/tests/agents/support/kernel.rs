@@ -13,7 +13,7 @@ use nsm_controlplane::{
     ports::{Forwarder, ForwarderError, Plan, Prober, Underlay},
     transport::unix::Passed,
 };
-use nsm_core::{link::LinkSpec, mechanism::NetnsUrl};
+use nsm_core::{link::LinkSpec, net::NetnsUrl};
 
 use super::prober::FakeProber;
 

@@ -16,7 +16,7 @@ use nsm_core::{
         health::{Health, Reason, Verdict, Way, Word},
         sbfd::Discriminator,
     },
-    net::vni::Vni,
+    net::Vni,
 };
 use tokio::sync::mpsc;
 

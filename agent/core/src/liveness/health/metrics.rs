@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{Direction, Health, Verdict, Way, Word};
-use crate::{net::vni::Vni, text::printable};
+use crate::{net::Vni, text::printable};
 
 const STATE_IN: &str = "sbfd_state_in";
 const STATE_OUT: &str = "sbfd_state_out";

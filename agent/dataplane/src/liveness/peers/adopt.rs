@@ -75,7 +75,7 @@ pub(super) fn adopt(
 mod tests {
     use std::time::Duration;
 
-    use nsm_core::{liveness::sbfd::Timing, net::vni::Vni};
+    use nsm_core::{liveness::sbfd::Timing, net::Vni};
     use nsm_ebpf_common::management::words;
 
     use super::*;

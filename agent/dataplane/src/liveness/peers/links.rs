@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use nsm_core::{link::MacAddr, liveness::sbfd::Discriminator};
+use nsm_core::{liveness::sbfd::Discriminator, net::MacAddr};
 
 use super::{
     super::{HealthError, PeerSpec, prober::Command, socket::PacketSocket},

@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use nsm_core::link::MacAddr;
+use nsm_core::net::MacAddr;
 use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
 use tokio::sync::oneshot;
 
