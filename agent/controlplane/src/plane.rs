@@ -1,30 +1,36 @@
-//! The control plane of one agent: everything its roles share.
+//! The control plane of one agent: it owns the parts, hands each what it needs, and is imported by no part.
 
 use std::{
-    collections::HashMap,
-    sync::{
-        Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{address::ipmap::IpMap, mechanism::vni_pool::VniPool, nsm::name::Domain};
+use nsm_core::{
+    address::ipmap::IpMap, liveness::health::Health, mechanism::vni_pool::VniPool,
+    nsm::name::Domain,
+};
 use nsm_discovery::dns::Resolver;
-use tokio::{sync::watch, time::Instant};
+use nsm_proto::connection::Connection;
+use tokio::sync::watch;
 
 use crate::{
-    connection::{
-        expiry::Expiries,
-        monitor::Monitors,
-        store::{Connections, Established, lock},
-    },
+    api::server::{Front, Kind, Services},
+    call::{Call, CallConfig, Calls, registrar::Registrar},
+    connection::{Held, model::Established},
+    error::RequestError,
     identity::token::TokenSource,
-    liveness::{Foreign, Reachability},
+    liveness::{Liveness, LivenessConfig, Reachability},
     metrics::CallMetrics,
-    peer::peers::{Peer, Peers},
-    ports::Forwarder,
-    route::{bypass::Bypass, directory::Directory},
+    peer::peers::Peers,
+    ports::{Forwarder, PathId, Plan},
+    route::{
+        addresses::Addresses,
+        bypass::Bypass,
+        directory::Directory,
+        local::LocalEndpoints,
+        router::{Lookup, Router, RouterConfig},
+        upstream::{ForwarderEntry, Upstream},
+    },
 };
 
 /// What an agent is called and how long it waits; fixed for its life.
@@ -53,95 +59,47 @@ pub struct Settings {
     pub reachability: Reachability,
 }
 
-/// Where this agent looks up its own domain.
-#[derive(Clone)]
-pub enum OwnRegistry {
-    /// The registry role of this agent.
-    Here(crate::registry::Registry),
-    /// A registry of this domain somewhere else, by URL.
-    At(String),
+impl Settings {
+    fn router(&self) -> RouterConfig {
+        RouterConfig {
+            domain: self.domain.clone(),
+            upstream_nsmgr_url: self.upstream_nsmgr_url.clone(),
+            registry_proxy_url: self.registry_proxy_url.clone(),
+        }
+    }
+
+    fn liveness(&self) -> LivenessConfig {
+        LivenessConfig {
+            policy: self.reachability,
+            own_name: self.name.clone(),
+            patience: 2 * self.request_timeout,
+        }
+    }
+
+    fn calls(&self) -> CallConfig {
+        CallConfig {
+            name: self.name.clone(),
+            domain: self.domain.clone(),
+            request_timeout: self.request_timeout,
+        }
+    }
 }
 
 /// The control plane of one agent. Cheap to clone; all clones are the same plane.
 #[derive(Clone)]
 pub struct ControlPlane {
-    pub(crate) shared: Arc<Shared>,
+    parts: Arc<Parts>,
 }
 
-pub(crate) struct Shared {
-    pub(crate) settings: Settings,
-    pub(crate) tokens: Arc<TokenSource>,
-    pub(crate) resolver: Resolver,
-    pub(crate) directory: Directory,
-    pub(crate) peers: Peers,
-    pub(crate) connections: Connections,
-    pub(crate) expiries: Expiries,
-    pub(crate) monitors: Monitors,
-    pub(crate) bypass: Bypass,
-    pub(crate) calls: CallMetrics,
-    /// Endpoints that registered on this node's socket, by name.
-    pub(crate) local_endpoints: Mutex<HashMap<String, LocalEndpoint>>,
-    pub(crate) forwarder: Option<Arc<dyn Forwarder>>,
-    pub(crate) vnis: Mutex<VniPool>,
-    /// VNIs of peers that came in and are no tunnels here.
-    pub(crate) foreign: Mutex<Foreign>,
-    ip_map: RwLock<Arc<IpMap>>,
-    public_urls: RwLock<PublicUrls>,
-    /// Whether the IP map has what there is to be known of this node's public address.
-    public_address_known: watch::Sender<bool>,
-    turn: AtomicU64,
+struct Parts {
+    domain: Domain,
+    lookup: Arc<Lookup>,
+    held: Held,
+    liveness: Arc<Liveness>,
+    services: Arc<Services>,
+    upstream: Upstream,
     /// True once every connection has been closed for the agent's end.
     drained: watch::Sender<bool>,
-}
-
-/// An endpoint of this node.
-#[derive(Debug, Clone)]
-pub(crate) struct LocalEndpoint {
-    /// Its own URL; the registry holds ours in its place.
-    pub(crate) url: String,
-    /// Whether it registered as root: only then may it name a network namespace.
-    pub(crate) trusted: bool,
-    /// The user whose process registered it: nobody else may take its name.
-    pub(crate) uid: Option<u32>,
-    /// When its registration lapses.
-    pub(crate) expires: SystemTime,
-    /// Keeps the descriptor of its socket, when it has passed one in the place of a path.
-    pub(crate) _socket: Option<Arc<Peer>>,
-}
-
-/// How long a Request waits for the public address of an agent that has just started: those who may know it have a second to answer.
-const ADDRESS_PATIENCE: Duration = Duration::from_secs(3);
-
-/// Public URLs that are remembered after they have changed: what was registered with them is refreshed, with the new one, within the
-/// life of a token; in that time an address hardly changes twice.
-const EARLIER_URLS: usize = 4;
-
-/// What other domains have been told to dial.
-#[derive(Debug, Default)]
-struct PublicUrls {
-    now: Option<String>,
-    /// The latest last.
-    earlier: Vec<String>,
-}
-
-impl PublicUrls {
-    fn replace(&mut self, url: Option<String>) {
-        if self.now == url {
-            return;
-        }
-        self.earlier.retain(|earlier| Some(earlier) != url.as_ref());
-        self.earlier.extend(std::mem::replace(&mut self.now, url));
-        if self.earlier.len() > EARLIER_URLS {
-            self.earlier.remove(0);
-        }
-    }
-
-    fn has(&self, url: &str) -> bool {
-        self.now
-            .iter()
-            .chain(&self.earlier)
-            .any(|known| known == url)
-    }
 }
 
 impl ControlPlane {
@@ -150,105 +108,151 @@ impl ControlPlane {
         settings: Settings,
         tokens: Arc<TokenSource>,
         resolver: Resolver,
-        registry: OwnRegistry,
+        directory: Directory,
         forwarder: Option<Arc<dyn Forwarder>>,
         vnis: VniPool,
     ) -> Self {
-        let tokens_of_peers = Arc::clone(&tokens);
-        let connections = Connections::with_limit(settings.max_connections);
-        let plane = Self {
-            shared: Arc::new(Shared {
-                directory: Directory::from(registry),
-                peers: Peers::connecting_with(
-                    tokens_of_peers,
-                    settings.dial_timeout,
-                    settings.max_message_bytes,
-                ),
-                monitors: Monitors::of(connections.clone()),
-                connections,
-                expiries: Expiries::default(),
-                bypass: Bypass::default(),
-                calls: CallMetrics::default(),
-                local_endpoints: Mutex::default(),
-                forwarder,
-                vnis: Mutex::new(vnis),
-                foreign: Mutex::default(),
-                ip_map: RwLock::default(),
-                public_urls: RwLock::default(),
-                turn: AtomicU64::new(0),
-                drained: watch::Sender::new(false),
-                public_address_known: watch::Sender::new(true),
-                settings,
-                tokens,
-                resolver,
+        let peers = Arc::new(Peers::connecting_with(
+            Arc::clone(&tokens),
+            settings.dial_timeout,
+            settings.max_message_bytes,
+        ));
+        let lookup = Arc::new(Lookup {
+            directory,
+            resolver,
+            peers: Arc::clone(&peers),
+            addresses: Addresses::new(settings.advertise_url.clone()),
+            bypass: Bypass::default(),
+            local_endpoints: LocalEndpoints::default(),
+        });
+        let held = Held::new(settings.max_connections, vnis);
+        let liveness = Liveness::new(settings.liveness(), forwarder.clone(), held.clone());
+        let calls = Calls::new(
+            settings.calls(),
+            Arc::clone(&tokens),
+            forwarder,
+            Arc::clone(&lookup),
+            Router::new(settings.router(), Arc::clone(&lookup)),
+            held.clone(),
+            Arc::clone(&liveness),
+        );
+        let drained = watch::Sender::new(false);
+        let registrar = Registrar::new(
+            settings.domain.clone(),
+            settings.registry_proxy_url,
+            Arc::clone(&lookup),
+            drained.subscribe(),
+        );
+        let upstream = Upstream::new(
+            settings.upstream_nsmgr_url,
+            settings.request_timeout,
+            peers,
+            Arc::clone(&tokens),
+        );
+        tokio::spawn(Arc::clone(&calls).close_expired());
+        tokio::spawn(Arc::clone(&liveness).watch_paths());
+        let services = Arc::new(Services {
+            calls,
+            registrar,
+            monitors: held.monitors.clone(),
+            metrics: CallMetrics::default(),
+            tokens,
+            request_timeout: settings.request_timeout,
+        });
+        Self {
+            parts: Arc::new(Parts {
+                domain: settings.domain,
+                lookup,
+                held,
+                liveness,
+                services,
+                upstream,
+                drained,
             }),
-        };
-        tokio::spawn(plane.clone().watch_expiries());
-        tokio::spawn(plane.clone().watch_paths());
-        plane
+        }
+    }
+
+    /// The services for the clients and endpoints of this node.
+    pub fn node_front(&self) -> Front {
+        self.front(Kind::Node)
+    }
+
+    /// The services for the NSMgr that our forwarder works for.
+    pub fn forwarder_front(&self) -> Front {
+        self.front(Kind::Forwarder)
+    }
+
+    /// The services for everyone else.
+    pub fn network_front(&self) -> Front {
+        self.front(Kind::Network)
+    }
+
+    fn front(&self, kind: Kind) -> Front {
+        Front::new(Arc::clone(&self.parts.services), kind)
+    }
+
+    /// Closes a connection; one that does not exist is closed already.
+    ///
+    /// # Errors
+    /// Only for a message that breaks the path rules, or when an earlier event of the connection is still at work at the deadline.
+    pub async fn close(&self, call: Call<Connection>) -> Result<(), RequestError> {
+        self.parts.services.calls.close(call).await
+    }
+
+    /// Keeps `entry` registered with the node's NSMgr until `stopped`, and then takes it out, so that the NSMgr sends no more
+    /// Requests. An NSMgr that is gone comes back; one that does not answer at the end delays nothing. `on_change` is called after
+    /// each try with whether the entry is registered.
+    pub async fn keep_forwarder(
+        self,
+        entry: ForwarderEntry,
+        on_change: impl Fn(bool),
+        stopped: impl Future<Output = ()>,
+    ) {
+        let upstream = &self.parts.upstream;
+        upstream.keep_forwarder(entry, on_change, stopped).await;
     }
 
     /// Replaces the map between internal and public addresses.
     pub fn set_ip_map(&self, map: IpMap) {
-        *self
-            .shared
-            .ip_map
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
+        self.parts.lookup.addresses.set_map(map);
     }
 
-    /// Replaces the URL that other domains are told to dial: behind NAT it is not the one that our own domain dials. None tells them
+    /// Replaces the URL that other domains dial: behind NAT it is not the one that our own domain dials. None: it is
     /// [`Settings::advertise_url`] too.
     pub fn set_public_url(&self, url: Option<String>) {
-        let mut urls = self
-            .shared
-            .public_urls
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        urls.replace(url);
+        self.parts.lookup.addresses.set_public_url(url);
     }
 
-    /// Says whether this node's public address is known as far as it can be: until then Requests from and to other domains wait a
-    /// little, for what they are told is where their tunnels end. It is, unless somebody says otherwise.
+    /// Sets whether this node's public address is known as far as it can be: until then Requests from and to other domains wait a
+    /// little, because their tunnels end at the address that they carry. It counts as known until this is called.
     pub fn set_public_address_known(&self, is_known: bool) {
-        self.shared.public_address_known.send_replace(is_known);
-    }
-
-    /// Returns when the public address is known, or has been waited for long enough.
-    pub(crate) async fn public_address_known(&self, deadline: Instant) {
-        let mut known = self.shared.public_address_known.subscribe();
-        let deadline = deadline.min(Instant::now() + ADDRESS_PATIENCE);
-        // Who may know it is asked for longer than that by nobody: then what is known holds.
-        let _ = tokio::time::timeout_at(deadline, known.wait_for(|known| *known)).await;
+        self.parts.lookup.addresses.set_known(is_known);
     }
 
     /// The domain this agent belongs to.
     pub fn domain(&self) -> &Domain {
-        &self.shared.settings.domain
+        &self.parts.domain
     }
 
     /// The resolver of domains, to reload its configuration.
     pub fn resolver(&self) -> &Resolver {
-        &self.shared.resolver
+        &self.parts.lookup.resolver
     }
 
     /// Every established connection, as `status` shows it.
     pub fn connections(&self) -> Vec<ConnectionView> {
-        let mut views: Vec<ConnectionView> = self
-            .shared
-            .connections
-            .all()
-            .into_iter()
+        let established = self.parts.held.connections.all().into_iter();
+        let mut views: Vec<_> = established
             .map(|established| ConnectionView { established })
             .collect();
         views.sort_by(|a, b| a.id().cmp(b.id()));
         views
     }
 
-    /// What is known of the path of a connection by now: [`ConnectionView::health`] is what its monitors were told last, and how long
-    /// a silence lasts is no news to them.
-    pub fn health_now(&self, view: &ConnectionView) -> Option<nsm_core::liveness::health::Health> {
-        self.health_of(&view.established)
+    /// The health of a connection's path now: [`ConnectionView::health`] is what was published last, and how long a silence lasts is
+    /// not published.
+    pub fn health_now(&self, view: &ConnectionView) -> Option<Health> {
+        self.parts.liveness.health_of(&view.established)
     }
 
     /// Why a connection is DOWN, as a sentence; none where it is not.
@@ -258,122 +262,69 @@ impl ControlPlane {
 
     /// URL and number of connections of every peer that carries some.
     pub fn peers(&self) -> Vec<(String, usize)> {
-        let mut peers = self.shared.peers.in_use();
+        let mut peers = self.parts.lookup.peers.in_use();
         peers.sort();
         peers
     }
 
     /// Whether the connection of our segment `id` is established or at work.
     pub fn holds(&self, id: &str) -> bool {
-        self.shared.connections.has(id)
+        self.parts.held.connections.has(id)
     }
 
-    /// URLs of peers that carry connections and whose monitor stream has broken: what they would
-    /// tell is not heard until the next Request through them.
+    /// URLs of peers that carry connections and whose monitor stream is lost: no report of them comes until the next Request
+    /// through them.
     pub fn unmonitored_peers(&self) -> Vec<String> {
-        self.shared.peers.unmonitored()
+        self.parts.lookup.peers.unmonitored()
     }
 
     /// What the registry of this agent holds; none where another one is the domain's.
     pub fn registry_counts(&self) -> Option<crate::registry::Counts> {
-        match &self.shared.directory {
+        match &self.parts.lookup.directory {
             Directory::Here(registry) => Some(registry.counts()),
             Directory::At(_) => None,
         }
     }
 
-    /// Puts what the control plane counts into a metrics registry.
+    /// Adds what the control plane counts to a metrics registry.
     pub fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
-        self.shared.calls.register(registry);
-        self.shared.resolver.register_metrics(registry);
+        self.parts.services.metrics.register(registry);
+        self.parts.lookup.resolver.register_metrics(registry);
     }
 
     /// What is held now, to compare before and after.
     pub fn holdings(&self) -> Holdings {
+        let held = &self.parts.held;
         Holdings {
-            connections: self.shared.connections.len(),
-            vnis: lock(&self.shared.vnis).in_use(),
-            monitors: self.shared.monitors.len(),
+            connections: held.connections.len(),
+            vnis: held.vnis.in_use(),
+            monitors: held.monitors.len(),
         }
+    }
+
+    /// Follows the node's prober, for the life of the plane; returns at once when there is none. Where a prober starts later, this is
+    /// called then.
+    pub async fn watch_paths(self) {
+        Arc::clone(&self.parts.liveness).watch_paths().await;
     }
 
     /// Refuses new connections, then closes all that are left: towards the endpoints, on this
     /// node, and for the monitors. Returns when all is gone or `grace` is over.
     pub async fn drain(&self, grace: Duration) {
-        self.shared.connections.drain();
-        let deadline = Instant::now() + grace;
-        let mut closing = tokio::task::JoinSet::new();
-        // Those at work too: a Request that was admitted before is let finish, and closed.
-        for id in self.shared.connections.ids() {
-            let plane = self.clone();
-            closing.spawn(async move { plane.close_drained(&id, deadline).await });
-        }
-        closing.join_all().await;
-        self.shared.monitors.end_all();
-        if let Directory::Here(registry) = &self.shared.directory {
+        self.parts.services.calls.drain(grace).await;
+        self.parts.held.monitors.end_all();
+        if let Directory::Here(registry) = &self.parts.lookup.directory {
             registry.close();
         }
-        self.shared.drained.send_replace(true);
-    }
-
-    /// A task for the life of the plane: closes what nobody refreshed.
-    async fn watch_expiries(self) {
-        loop {
-            let id = self.shared.expiries.next().await;
-            tracing::info!(connection.id = %id, "the previous hop's token has expired: closing");
-            let plane = self.clone();
-            tokio::spawn(async move {
-                let deadline = Instant::now() + plane.shared.settings.request_timeout;
-                plane.close_expired(&id, deadline).await;
-            });
-        }
+        self.parts.drained.send_replace(true);
     }
 }
 
 impl std::fmt::Debug for ControlPlane {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ControlPlane")
-            .field("settings", &self.shared.settings)
+            .field("domain", &self.parts.domain)
             .finish_non_exhaustive()
-    }
-}
-
-impl Shared {
-    pub(crate) fn ip_map(&self) -> Arc<IpMap> {
-        Arc::clone(&self.ip_map.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Returns when the drain has closed all connections: what else is open is to end now.
-    pub(crate) fn until_drained(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut drained = self.drained.subscribe();
-        async move {
-            let _ = drained.wait_for(|is_drained| *is_drained).await;
-        }
-    }
-
-    /// What other domains are told to dial.
-    pub(crate) fn public_url(&self) -> String {
-        let urls = self
-            .public_urls
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        let url = urls.now.as_ref();
-        url.unwrap_or(&self.settings.advertise_url).clone()
-    }
-
-    /// Whether the URL is one that we have told others to dial.
-    pub(crate) fn is_own_url(&self, url: &str) -> bool {
-        url == self.settings.advertise_url
-            || self
-                .public_urls
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .has(url)
-    }
-
-    /// A number that grows with every use, for spreading load.
-    pub(crate) fn turn(&self) -> u64 {
-        self.turn.fetch_add(1, Ordering::Relaxed)
     }
 }
 
@@ -401,7 +352,7 @@ impl ConnectionView {
     }
 
     /// The connection as monitors of this agent see it.
-    pub fn connection(&self) -> &nsm_proto::connection::Connection {
+    pub fn connection(&self) -> &Connection {
         &self.established.view
     }
 
@@ -414,47 +365,22 @@ impl ConnectionView {
     }
 
     /// What stands on this node for it.
-    pub fn plan(&self) -> Option<&crate::ports::Plan> {
+    pub fn plan(&self) -> Option<&Plan> {
         self.established.plan.as_ref()
     }
 
-    /// The health of the path that its packets take, as it was told last; none where there is no tunnel, or nothing is probed.
-    pub fn health(&self) -> Option<&nsm_core::liveness::health::Health> {
+    /// The health of the path that its packets take, as it was published last; none where there is no tunnel, or nothing is probed.
+    pub fn health(&self) -> Option<&Health> {
         self.established.path.health.as_ref()
     }
 
     /// The path that is watched for it; none where none is.
-    pub fn watched(&self) -> Option<crate::ports::PathId> {
+    pub fn watched(&self) -> Option<PathId> {
         self.established.path.watched
     }
 
     /// When it is closed unless it is refreshed.
     pub fn expires(&self) -> SystemTime {
         self.established.expires
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{EARLIER_URLS, PublicUrls};
-
-    #[test]
-    fn earlier_public_urls_are_still_ours_for_a_while() {
-        let mut urls = PublicUrls::default();
-        let url = |number: usize| format!("tcp://192.0.2.{number}:5006");
-        for number in 0..=EARLIER_URLS {
-            urls.replace(Some(url(number)));
-        }
-        assert!((0..=EARLIER_URLS).all(|number| urls.has(&url(number))));
-        urls.replace(Some(url(EARLIER_URLS)));
-        assert!(urls.has(&url(0)), "nothing changed");
-        urls.replace(None);
-        assert!(!urls.has(&url(0)) && urls.has(&url(EARLIER_URLS)));
-        urls.replace(Some(url(1)));
-        assert_eq!(
-            urls.earlier.len(),
-            EARLIER_URLS - 1,
-            "one that came back counts once"
-        );
     }
 }

@@ -45,11 +45,12 @@ use tonic::{
 };
 
 use crate::{
-    call::request::{Answer, Call},
-    connection::monitor::{Events, SKIP_ANSWERED},
+    call::{Answer, Call, Calls, registrar::Registrar},
+    connection::monitor::{Events, Monitors},
     error::RequestError,
-    identity::token::{self, TokenError},
-    plane::ControlPlane,
+    identity::token::{self, TokenError, TokenSource},
+    metrics::CallMetrics,
+    peer::stream::SKIP_ANSWERED,
     registry::{
         grpc::{EndpointStream, ServiceStream},
         path_header::PathHeader,
@@ -150,47 +151,46 @@ impl Socket {
     }
 }
 
-/// One listener's view of the control plane.
-#[derive(Debug, Clone)]
-pub struct Front {
-    plane: ControlPlane,
-    arrival: Kind,
+/// What calls are handed on to.
+pub(crate) struct Services {
+    pub(crate) calls: Arc<Calls>,
+    pub(crate) registrar: Registrar,
+    pub(crate) monitors: Monitors,
+    pub(crate) metrics: CallMetrics,
+    pub(crate) tokens: Arc<TokenSource>,
+    /// How long a call may take.
+    pub(crate) request_timeout: Duration,
 }
 
+/// The services as one listener serves them.
+#[derive(Clone)]
+pub struct Front {
+    services: Arc<Services>,
+    kind: Kind,
+}
+
+/// Who calls by a listener.
 #[derive(Debug, Clone, Copy)]
-enum Kind {
+pub(crate) enum Kind {
+    /// Clients and endpoints of this node.
     Node,
+    /// The NSMgr that our forwarder works for.
     Forwarder,
+    /// Everyone else.
     Network,
 }
 
-impl ControlPlane {
-    /// The services for the clients and endpoints of this node.
-    pub fn node_front(&self) -> Front {
-        Front {
-            plane: self.clone(),
-            arrival: Kind::Node,
-        }
-    }
-
-    /// The services for the NSMgr that our forwarder works for.
-    pub fn forwarder_front(&self) -> Front {
-        Front {
-            plane: self.clone(),
-            arrival: Kind::Forwarder,
-        }
-    }
-
-    /// The services for everyone else.
-    pub fn network_front(&self) -> Front {
-        Front {
-            plane: self.clone(),
-            arrival: Kind::Network,
-        }
+impl std::fmt::Debug for Front {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Front").field(&self.kind).finish()
     }
 }
 
 impl Front {
+    pub(crate) fn new(services: Arc<Services>, kind: Kind) -> Self {
+        Self { services, kind }
+    }
+
     /// The NSM v1 services of this front, beside what is in `routes`.
     #[must_use]
     pub fn add_to(self, routes: Routes, limits: ListenerLimits) -> Routes {
@@ -200,7 +200,7 @@ impl Front {
             .add_service(
                 MonitorConnectionServer::new(self.clone()).max_decoding_message_size(size),
             );
-        if matches!(self.arrival, Kind::Forwarder) {
+        if matches!(self.kind, Kind::Forwarder) {
             // A forwarder is asked for connections only.
             return routes;
         }
@@ -270,7 +270,7 @@ impl Front {
         let peer = request.extensions().get::<NodePeer>();
         let uid = peer.and_then(|peer| peer.uid);
         let trusted = uid.is_some_and(|uid| uid == 0 || Some(uid) == own_uid());
-        let arrival = match self.arrival {
+        let arrival = match self.kind {
             Kind::Network => Arrival::Network,
             Kind::Node => Arrival::Local { trusted },
             Kind::Forwarder => Arrival::Forwarder { trusted },
@@ -286,7 +286,7 @@ impl Front {
                 }
             })
             .map_err(RequestError::from)?;
-        let limit = self.plane.shared.settings.request_timeout;
+        let limit = self.services.request_timeout;
         let timeout = caller_timeout(request.metadata()).map_or(limit, |asked| asked.min(limit));
         Ok(Call {
             arrival,
@@ -303,15 +303,20 @@ impl Front {
         request: Request<NetworkServiceRequest>,
     ) -> Result<Response<Connection>, Status> {
         let call = self.call(request)?;
-        let answer = self.plane.request(call).await.inspect_err(|error| {
-            tracing::info!(%error, "refused a Request");
-        })?;
+        let answer = self
+            .services
+            .calls
+            .request(call)
+            .await
+            .inspect_err(|error| {
+                tracing::info!(%error, "refused a Request");
+            })?;
         Ok(with_facts(answer))
     }
 
     async fn serve_close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
         let call = self.call(request)?;
-        self.plane.close(call).await?;
+        self.services.calls.close(call).await?;
         Ok(Response::new(()))
     }
 
@@ -321,7 +326,7 @@ impl Front {
     ) -> Result<(Call<T>, Option<PathHeader>), Status> {
         let metadata = request.metadata().clone();
         let call = self.call(request)?;
-        let (own_token, _) = self.plane.shared.tokens.token(std::time::SystemTime::now());
+        let (own_token, _) = self.services.tokens.token(std::time::SystemTime::now());
         let previous = call.token.as_ref().map(|(token, _)| token.as_str());
         let path = PathHeader::descend(&metadata, previous, &own_token)?;
         Ok((call, path))
@@ -334,12 +339,12 @@ impl NetworkService for Front {
         &self,
         request: Request<NetworkServiceRequest>,
     ) -> Result<Response<Connection>, Status> {
-        let running = self.plane.shared.calls.request();
+        let running = self.services.metrics.request();
         running.done(self.serve_request(request).await)
     }
 
     async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
-        let running = self.plane.shared.calls.close();
+        let running = self.services.metrics.close();
         running.done(self.serve_close(request).await)
     }
 }
@@ -352,10 +357,9 @@ impl MonitorConnection for Front {
         &self,
         request: Request<MonitorScopeSelector>,
     ) -> Result<Response<Events>, Status> {
-        let shared = &self.plane.shared;
         let skip_answered = request.metadata().contains_key(SKIP_ANSWERED);
         let selector = request.into_inner();
-        let events = shared.monitors.subscribe(selector, skip_answered);
+        let events = self.services.monitors.subscribe(selector, skip_answered);
         Ok(Response::new(events))
     }
 }
@@ -366,7 +370,11 @@ impl NetworkServiceRegistry for Front {
 
     async fn register(&self, request: Request<Service>) -> Result<Response<Service>, Status> {
         let (call, path) = self.registry_call(request)?;
-        let registered = self.plane.register_service(call, path.clone()).await?;
+        let registered = self
+            .services
+            .registrar
+            .register_service(call, path.clone())
+            .await?;
         Ok(with_path(registered, path))
     }
 
@@ -375,12 +383,17 @@ impl NetworkServiceRegistry for Front {
         request: Request<NetworkServiceQuery>,
     ) -> Result<Response<ServiceStream>, Status> {
         let call = self.call(request)?;
-        Ok(Response::new(self.plane.find_services(call).await?))
+        Ok(Response::new(
+            self.services.registrar.find_services(call).await?,
+        ))
     }
 
     async fn unregister(&self, request: Request<Service>) -> Result<Response<()>, Status> {
         let (call, path) = self.registry_call(request)?;
-        self.plane.unregister_service(call, path.clone()).await?;
+        self.services
+            .registrar
+            .unregister_service(call, path.clone())
+            .await?;
         Ok(with_path((), path))
     }
 }
@@ -391,7 +404,11 @@ impl NetworkServiceEndpointRegistry for Front {
 
     async fn register(&self, request: Request<Endpoint>) -> Result<Response<Endpoint>, Status> {
         let (call, path) = self.registry_call(request)?;
-        let registered = self.plane.register_endpoint(call, path.clone()).await?;
+        let registered = self
+            .services
+            .registrar
+            .register_endpoint(call, path.clone())
+            .await?;
         Ok(with_path(registered, path))
     }
 
@@ -400,12 +417,17 @@ impl NetworkServiceEndpointRegistry for Front {
         request: Request<NetworkServiceEndpointQuery>,
     ) -> Result<Response<EndpointStream>, Status> {
         let call = self.call(request)?;
-        Ok(Response::new(self.plane.find_endpoints(call).await?))
+        Ok(Response::new(
+            self.services.registrar.find_endpoints(call).await?,
+        ))
     }
 
     async fn unregister(&self, request: Request<Endpoint>) -> Result<Response<()>, Status> {
         let (call, path) = self.registry_call(request)?;
-        self.plane.unregister_endpoint(call, path.clone()).await?;
+        self.services
+            .registrar
+            .unregister_endpoint(call, path.clone())
+            .await?;
         Ok(with_path((), path))
     }
 }

@@ -311,7 +311,7 @@ pub(crate) fn pair_mtu(context: &ConnectionContext) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::route::router::Crossing;
+    use crate::route::addresses::Crossing;
 
     fn route(url: &str) -> Route {
         Route {

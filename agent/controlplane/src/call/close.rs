@@ -1,20 +1,16 @@
 //! A Close: idempotent, it always frees what the Request made, whether or not the next hop is
 //! still there to be told.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use nsm_proto::connection::{Connection, ConnectionEventType};
 use tokio::time::Instant;
 
 use crate::{
-    call::request::{Call, without_inode},
-    connection::store::{Established, Turn, lock},
+    call::{Call, Calls, request::without_inode},
+    connection::{model::Established, store::Turn},
     error::RequestError,
     peer::peers::Peer,
-    plane::ControlPlane,
     transport::unix::Passed,
 };
 
@@ -31,27 +27,30 @@ pub(crate) enum Cause {
     Own,
 }
 
-impl ControlPlane {
+impl Calls {
     /// Closes a connection; one that is not there is closed already.
     ///
     /// # Errors
     /// Only for a message that breaks the path rules, or when an earlier event of the connection
     /// is still at work at the deadline.
-    pub async fn close(&self, call: Call<Connection>) -> Result<(), RequestError> {
-        let plane = self.clone();
+    pub(crate) async fn close(
+        self: &Arc<Self>,
+        call: Call<Connection>,
+    ) -> Result<(), RequestError> {
+        let calls = Arc::clone(self);
         // Boxed: see `request`.
         tokio::spawn(Box::pin(async move {
             let mut connection = call.message;
-            let (_, hop, _) = plane.enter(&mut connection, call.token)?;
-            let turn = plane
-                .shared
+            let (_, hop, _) = calls.enter(&mut connection, call.token)?;
+            let turn = calls
+                .held
                 .connections
                 .admit_known(&hop.id, call.deadline)
                 .await?;
             if let Some(turn) = turn {
                 // However long it waited for its turn, the next hop is to hear of it.
                 let deadline = Instant::now() + CLOSE_TIMEOUT;
-                plane.tear_down(&turn, deadline, Cause::Asked).await;
+                calls.tear_down(&turn, deadline, Cause::Asked).await;
             }
             Ok(())
         }))
@@ -59,26 +58,52 @@ impl ControlPlane {
         .unwrap_or(Err(RequestError::Internal))
     }
 
+    /// Closes what nobody refreshes, for the life of the agent.
+    pub(crate) async fn close_expired(self: Arc<Self>) {
+        loop {
+            let id = self.held.expiries.next().await;
+            tracing::info!(connection.id = %id, "the previous hop's token has expired: closing");
+            let calls = Arc::clone(&self);
+            tokio::spawn(async move {
+                let deadline = Instant::now() + calls.config.request_timeout;
+                calls.close_one_expired(&id, deadline).await;
+            });
+        }
+    }
+
     /// Closes the connection of our segment `id` because its expiry has come.
-    pub(crate) async fn close_expired(&self, id: &str, deadline: Instant) {
-        match self.shared.connections.admit_known(id, deadline).await {
+    async fn close_one_expired(&self, id: &str, deadline: Instant) {
+        match self.held.connections.admit_known(id, deadline).await {
             Ok(Some(turn)) => {
                 // A refresh that was ahead in the queue has set another expiry: it has won.
-                if !self.shared.expiries.has(id) {
+                if !self.held.expiries.has(id) {
                     self.tear_down(&turn, deadline, Cause::Own).await;
                 }
             }
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(connection.id = %id, %error, "could not close; trying again");
-                self.shared.expiries.set_if_none(id, CLOSE_TIMEOUT);
+                self.held.expiries.set_if_none(id, CLOSE_TIMEOUT);
             }
         }
     }
 
+    /// Refuses new connections, then closes all that are left. Returns when all are gone or `grace` is over.
+    pub(crate) async fn drain(self: &Arc<Self>, grace: Duration) {
+        self.held.connections.drain();
+        let deadline = Instant::now() + grace;
+        let mut closing = tokio::task::JoinSet::new();
+        // Those at work too: a Request that was admitted before may finish, and is closed then.
+        for id in self.held.connections.ids() {
+            let calls = Arc::clone(self);
+            closing.spawn(async move { calls.close_drained(&id, deadline).await });
+        }
+        closing.join_all().await;
+    }
+
     /// Closes the connection of our segment `id` because the agent goes.
-    pub(crate) async fn close_drained(&self, id: &str, deadline: Instant) {
-        match self.shared.connections.admit_known(id, deadline).await {
+    async fn close_drained(&self, id: &str, deadline: Instant) {
+        match self.held.connections.admit_known(id, deadline).await {
             Ok(Some(turn)) => self.tear_down(&turn, deadline, Cause::Own).await,
             Ok(None) => {}
             Err(error) => {
@@ -93,8 +118,8 @@ impl ControlPlane {
         let Some(established) = turn.current() else {
             return;
         };
-        self.shared.expiries.remove(turn.id());
-        let peer = self.shared.peers.get(&established.route.url);
+        self.held.expiries.remove(turn.id());
+        let peer = self.lookup.peers.get(&established.route.url);
         // While our own handle of the namespace is still there.
         let returned = self
             .returned_netns(&peer, established.next_mechanism.as_ref())
@@ -123,13 +148,13 @@ impl ControlPlane {
                 "a link could not be deleted; it is collected when the agent starts again"
             );
         }
-        self.leave_path_of(id, established);
+        self.liveness.leave_with(id, established);
         if let Some(vni) = established.vni {
-            lock(&self.shared.vnis).release(vni, SystemTime::now());
+            self.held.vnis.release(vni);
         }
         turn.set(None);
         peer.leave(id);
-        let (monitors, view) = (&self.shared.monitors, &established.view);
+        let (monitors, view) = (&self.held.monitors, &established.view);
         match cause {
             Cause::Asked => monitors.publish_answered(ConnectionEventType::Delete, view),
             Cause::Own => monitors.publish(ConnectionEventType::Delete, view),
@@ -163,7 +188,7 @@ impl ControlPlane {
             None => {}
         }
         let id = connection.id.clone();
-        if let Err(error) = self.shared.peers.close(peer, connection, deadline).await {
+        if let Err(error) = self.lookup.peers.close(peer, connection, deadline).await {
             tracing::warn!(
                 connection.id = %id, peer.url = %peer.url, %error,
                 "the next hop did not close: its part ends with the token"

@@ -1,7 +1,106 @@
 //! What a call does: Request, Close, and the calls to the registry.
 
 mod case;
-pub(crate) mod close;
+mod close;
 pub(crate) mod pod;
 pub(crate) mod registrar;
-pub mod request;
+mod request;
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use nsm_core::nsm::name::Domain;
+use nsm_proto::connection::Connection;
+use tokio::time::Instant;
+
+use crate::{
+    connection::Held,
+    error::RequestError,
+    identity::token::TokenSource,
+    liveness::Liveness,
+    ports::Forwarder,
+    route::router::{Arrival, Lookup, Resolution, Router},
+    transport::unix::Descriptors,
+};
+
+/// A call as a listener hands it on.
+#[derive(Debug)]
+pub struct Call<T> {
+    /// The message.
+    pub message: T,
+    /// The listener it came in by.
+    pub arrival: Arrival,
+    /// What the caller passes beside its calls, where its connection can carry descriptors.
+    pub descriptors: Option<Arc<Descriptors>>,
+    /// The user of the calling process, where the node's socket says.
+    pub uid: Option<u32>,
+    /// The previous hop's token and its expiry, from the call's metadata.
+    pub token: Option<(String, SystemTime)>,
+    /// When the caller stops waiting.
+    pub deadline: Instant,
+}
+
+/// What a Request gives back.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// The connection, as the previous hop knows it.
+    pub connection: Connection,
+    /// How the domain was resolved, when it was.
+    pub resolution: Option<Resolution>,
+    /// The type of the mechanism towards the endpoint.
+    pub next_mechanism: Option<String>,
+    /// The tunnel's VNI, when this node has an end of it.
+    pub vni: Option<u32>,
+}
+
+/// What is fixed for the life of the agent.
+#[derive(Debug)]
+pub(crate) struct CallConfig {
+    /// The name of our path segments.
+    pub(crate) name: String,
+    /// The domain of this agent.
+    pub(crate) domain: Domain,
+    /// How long a Request, and each call it makes, may take.
+    pub(crate) request_timeout: Duration,
+}
+
+/// Requests and Closes.
+pub(crate) struct Calls {
+    config: CallConfig,
+    tokens: Arc<TokenSource>,
+    forwarder: Option<Arc<dyn Forwarder>>,
+    lookup: Arc<Lookup>,
+    router: Router,
+    held: Held,
+    liveness: Arc<Liveness>,
+}
+
+impl Calls {
+    pub(crate) fn new(
+        config: CallConfig,
+        tokens: Arc<TokenSource>,
+        forwarder: Option<Arc<dyn Forwarder>>,
+        lookup: Arc<Lookup>,
+        router: Router,
+        held: Held,
+        liveness: Arc<Liveness>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            tokens,
+            forwarder,
+            lookup,
+            router,
+            held,
+            liveness,
+        })
+    }
+
+    fn forwarder(&self) -> Result<&dyn Forwarder, RequestError> {
+        self.forwarder
+            .as_deref()
+            .ok_or(RequestError::NoForwarder("network"))
+    }
+}

@@ -14,10 +14,9 @@ use nsm_core::{
 use nsm_proto::connection::Mechanism;
 
 use crate::{
-    call::request::bad_answer,
+    call::{Calls, request::bad_answer},
     error::RequestError,
     peer::peers::Peer,
-    plane::ControlPlane,
     ports::PodNetns,
     route::router::Route,
     transport::unix::{Descriptors, FileId, Kind, MissingDescriptor, PATIENCE, Passed},
@@ -94,7 +93,7 @@ impl Pod {
     }
 }
 
-impl ControlPlane {
+impl Calls {
     /// What an endpoint of this node answered of its pod.
     pub(crate) async fn endpoint_pod(
         &self,
@@ -116,7 +115,7 @@ impl ControlPlane {
                 } else {
                     PATIENCE
                 };
-                let peer = self.shared.peers.get(&route.url);
+                let peer = self.lookup.peers.get(&route.url);
                 let passed = peer.descriptors.take(id, Kind::Namespace, patience);
                 Some(passed.await)
             }
@@ -135,7 +134,7 @@ impl ControlPlane {
     }
 }
 
-impl ControlPlane {
+impl Calls {
     /// The descriptor of the namespace that an endpoint of this node named as its own, to go back to
     /// it with a Close: NSM's endpoints take the mechanism that they answered for what they are told,
     /// and wait for the descriptor of each inode in it.

@@ -20,19 +20,22 @@ use nsm_proto::registry::{
     NetworkServiceEndpoint, NetworkServiceEndpointQuery,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
 };
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Response, Status, Streaming, transport::Channel};
 
 use crate::{
-    call::request::Call,
-    connection::store::lock,
+    call::Call,
     convert,
     error::RequestError,
     peer::peers::{Peer, call, is_passed, refused},
-    plane::{ControlPlane, LocalEndpoint},
     registry::{Registry, grpc::EndpointStream, path_header::PathHeader},
-    route::{bypass::Way, directory::Directory, router::Arrival},
+    route::{
+        bypass::Way,
+        directory::Directory,
+        local::LocalEndpoint,
+        router::{Arrival, Lookup},
+    },
     transport::{
         dial::DialUrl,
         unix::{FileId, Kind, PATIENCE},
@@ -58,17 +61,42 @@ struct Addressed<'a> {
     by_proxy: bool,
 }
 
-impl ControlPlane {
+/// The registry services of this agent.
+pub(crate) struct Registrar {
+    /// The domain of this agent.
+    domain: Domain,
+    /// The registry proxy that is asked for names of other domains; without one this agent is its own.
+    proxy_url: Option<String>,
+    lookup: Arc<Lookup>,
+    /// True once the drain has closed all connections: watches on other registries end then.
+    drained: watch::Receiver<bool>,
+}
+
+impl Registrar {
+    pub(crate) fn new(
+        domain: Domain,
+        proxy_url: Option<String>,
+        lookup: Arc<Lookup>,
+        drained: watch::Receiver<bool>,
+    ) -> Self {
+        Self {
+            domain,
+            proxy_url,
+            lookup,
+            drained,
+        }
+    }
+
     async fn address<'a>(
         &'a self,
         names: impl IntoIterator<Item = &str>,
         deadline: Instant,
     ) -> Result<Addressed<'a>, RequestError> {
         let domain = common_domain(names)?;
-        let own = &self.shared.settings.domain;
+        let own = &self.domain;
         let is_ours = domain.as_ref().is_none_or(|domain| domain == own);
-        if let (false, Some(url)) = (is_ours, &self.shared.settings.registry_proxy_url) {
-            let channel = self.shared.peers.channel(url, deadline).await?;
+        if let (false, Some(url)) = (is_ours, &self.proxy_url) {
+            let channel = self.lookup.peers.channel(url, deadline).await?;
             let url = url.clone();
             return Ok(Addressed {
                 target: Target::At { url, channel },
@@ -77,12 +105,12 @@ impl ControlPlane {
                 by_proxy: true,
             });
         }
-        let target = match (&domain, &self.shared.directory) {
+        let target = match (&domain, &self.lookup.directory) {
             (Some(domain), _) if !is_ours => self.registry_of(domain, deadline).await?,
             (_, Directory::Here(registry)) => Target::Here(registry),
             (_, Directory::At(url)) => Target::At {
                 url: url.clone(),
-                channel: self.shared.peers.channel(url, deadline).await?,
+                channel: self.lookup.peers.channel(url, deadline).await?,
             },
         };
         Ok(Addressed {
@@ -98,11 +126,11 @@ impl ControlPlane {
         domain: &Domain,
         deadline: Instant,
     ) -> Result<Target<'static>, RequestError> {
-        let resolved = self.shared.resolver.resolve(domain).await?;
+        let resolved = self.lookup.resolver.resolve(domain).await?;
         let mut last = RequestError::Missing("registry address");
         for address in &resolved.registry {
             let url = format!("tcp://{address}");
-            match self.shared.peers.channel(&url, deadline).await {
+            match self.lookup.peers.channel(&url, deadline).await {
                 Ok(channel) => return Ok(Target::At { url, channel }),
                 Err(error) => last = error,
             }
@@ -190,12 +218,9 @@ impl ControlPlane {
             return Ok(());
         };
         let now = SystemTime::now();
-        let here = lock(&self.shared.local_endpoints)
-            .get(bare_name)
-            .filter(|endpoint| endpoint.expires > now)
-            .and_then(|endpoint| endpoint.uid);
+        let here = self.lookup.local_endpoints.owner(bare_name, now);
         let now = std::time::Instant::now();
-        let elsewhere = self.shared.bypass.owner(full_name, now);
+        let elsewhere = self.lookup.bypass.owner(full_name, now);
         for owner in [here, elsewhere].into_iter().flatten() {
             if call_.uid != Some(owner) {
                 let caller = call_
@@ -213,14 +238,14 @@ impl ControlPlane {
     fn keep_local(&self, name: String, endpoint: LocalEndpoint) {
         let now = SystemTime::now();
         if endpoint._socket.is_some() {
-            let plane = self.clone();
+            let lookup = Arc::clone(&self.lookup);
             // Its descriptor is not to be held until the next one happens to register.
-            self.after(endpoint.expires, move || {
-                plane.forget_lapsed(SystemTime::now());
+            after(endpoint.expires, move || {
+                lookup.local_endpoints.forget_lapsed(SystemTime::now());
             });
         }
-        self.forget_lapsed(now);
-        lock(&self.shared.local_endpoints).insert(name, endpoint);
+        self.lookup.local_endpoints.forget_lapsed(now);
+        self.lookup.local_endpoints.insert(name, endpoint);
     }
 
     /// As [`Self::keep_local`], for an endpoint that is registered elsewhere than in our own registry.
@@ -232,29 +257,14 @@ impl ControlPlane {
                 .unwrap_or_default()
         });
         if let (Some(expires), true) = (expires, way._socket.is_some()) {
-            let plane = self.clone();
-            self.after(expires, move || {
-                plane.shared.bypass.forget_lapsed(std::time::Instant::now());
+            let lookup = Arc::clone(&self.lookup);
+            after(expires, move || {
+                lookup.bypass.forget_lapsed(std::time::Instant::now());
             });
         }
         // A life beyond what the clock can count has no end.
         let ends = life.and_then(|life| now.checked_add(life));
-        self.shared.bypass.learn(name, way, ends, now);
-    }
-
-    /// Does something when a registration has ended.
-    fn after(&self, expires: SystemTime, then: impl FnOnce() + Send + 'static) {
-        let life = expires
-            .duration_since(SystemTime::now())
-            .unwrap_or_default();
-        tokio::spawn(async move {
-            tokio::time::sleep(life + LAPSE_MARGIN).await;
-            then();
-        });
-    }
-
-    fn forget_lapsed(&self, now: SystemTime) {
-        lock(&self.shared.local_endpoints).retain(|_, endpoint| endpoint.expires > now);
+        self.lookup.bypass.learn(name, way, ends, now);
     }
 
     /// The peer of an endpoint that names its socket by inode and passes the descriptor: its path
@@ -264,7 +274,7 @@ impl ControlPlane {
         endpoint: &NetworkServiceEndpoint,
         call_: &Call<NetworkServiceEndpoint>,
     ) -> Result<Option<Arc<Peer>>, RequestError> {
-        let (url, peers) = (&endpoint.url, &self.shared.peers);
+        let (url, peers) = (&endpoint.url, &self.lookup.peers);
         let (true, Some(descriptors)) = (is_passed(url), &call_.descriptors) else {
             return Ok(None);
         };
@@ -299,9 +309,9 @@ impl ControlPlane {
         let mut full_name = endpoint.name.clone();
         place.join(&mut full_name);
         self.check_owner(&call_, &full_name, &endpoint.name)?;
-        self.shared.bypass.forget(&full_name);
+        self.lookup.bypass.forget(&full_name);
         if place.is_ours {
-            lock(&self.shared.local_endpoints).remove(&endpoint.name);
+            self.lookup.local_endpoints.remove(&endpoint.name);
         }
         match &place.target {
             Target::Here(registry) => {
@@ -338,22 +348,23 @@ impl ControlPlane {
             Target::At { url, channel } => {
                 let watch = query.watch;
                 let bound = Some(call_.deadline).filter(|_| !watch);
-                let request = self.shared.peers.outgoing(query, bound);
+                let request = self.lookup.peers.outgoing(query, bound);
                 let mut client = NetworkServiceEndpointRegistryClient::new(channel.clone());
                 let answer = async move { client.find(request).await };
-                let end = self.shared.until_drained();
+                let end = self.drained();
                 find(url, watch, call_.deadline, answer, end).await?
             }
         };
         let proxy = match &place.domain {
             Some(domain) if !place.is_ours => {
-                let resolved = self.shared.resolver.resolve(domain).await;
+                let resolved = self.lookup.resolver.resolve(domain).await;
                 let resolved = resolved.map_err(RequestError::from)?;
                 resolved.proxy.first().map(|proxy| format!("tcp://{proxy}"))
             }
             _ => None,
         };
-        let (plane, domain, is_ours) = (self.clone(), place.domain, place.is_ours);
+        let lookup = Arc::clone(&self.lookup);
+        let (domain, is_ours) = (place.domain, place.is_ours);
         Ok(Box::pin(found.map(move |answer| {
             let mut answer = answer?;
             if let Some(endpoint) = &mut answer.network_service_endpoint {
@@ -363,7 +374,7 @@ impl ControlPlane {
                     // proxy which registered it there.
                     let url = proxy.as_deref().unwrap_or(&endpoint.url);
                     // One that registered through us there is known better already.
-                    if url.starts_with("tcp://") && !plane.shared.is_own_url(url) {
+                    if url.starts_with("tcp://") && !lookup.addresses.is_own_url(url) {
                         let way = Way {
                             url: url.to_owned(),
                             registered_here: false,
@@ -372,15 +383,13 @@ impl ControlPlane {
                             _socket: None,
                         };
                         let now = std::time::Instant::now();
-                        plane.shared.bypass.learn(&endpoint.name, way, None, now);
+                        lookup.bypass.learn(&endpoint.name, way, None, now);
                     }
                 }
                 // Whoever was told a name with a domain asks for it so, also for one of our own:
                 // it is for us to take the domain off.
                 if domain.is_some() {
-                    endpoint
-                        .url
-                        .clone_from(&plane.shared.settings.advertise_url);
+                    endpoint.url = lookup.addresses.internal_url().to_owned();
                 }
             }
             Ok(answer)
@@ -390,9 +399,17 @@ impl ControlPlane {
     /// Where we are reached, as it is registered there: another domain dials our public address.
     fn url_in(&self, place: &Addressed<'_>) -> String {
         if place.is_ours {
-            self.shared.settings.advertise_url.clone()
+            self.lookup.addresses.internal_url().to_owned()
         } else {
-            self.shared.public_url()
+            self.lookup.addresses.public_url()
+        }
+    }
+
+    /// Returns when the drain has closed all connections.
+    fn drained(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut drained = self.drained.clone();
+        async move {
+            let _ = drained.wait_for(|is_drained| *is_drained).await;
         }
     }
 
@@ -402,12 +419,23 @@ impl ControlPlane {
         deadline: Instant,
         path: Option<PathHeader>,
     ) -> tonic::Request<T> {
-        let mut request = self.shared.peers.outgoing(message, Some(deadline));
+        let mut request = self.lookup.peers.outgoing(message, Some(deadline));
         if let Some(path) = path {
             path.apply(request.metadata_mut());
         }
         request
     }
+}
+
+/// Runs `then` when a registration has ended.
+fn after(expires: SystemTime, then: impl FnOnce() + Send + 'static) {
+    let life = expires
+        .duration_since(SystemTime::now())
+        .unwrap_or_default();
+    tokio::spawn(async move {
+        tokio::time::sleep(life + LAPSE_MARGIN).await;
+        then();
+    });
 }
 
 /// What another registry finds. One that watches may say nothing at all until there is something

@@ -27,19 +27,21 @@ use self::messages::{
 };
 use crate::{
     call::{
+        Answer, Call, Calls,
         case::{Case, Ends, Tunnel, interface, mac, tunnel_mtu},
         close::Cause,
         pod::PassedNetns,
     },
-    connection::store::{Established, Turn, lock},
+    connection::{model::Established, store::Turn},
     convert,
     error::RequestError,
-    liveness::Reachability,
-    peer::{downstream, peers::Peer},
-    plane::ControlPlane,
-    ports::{Forwarder, ForwarderError, Plan},
-    route::router::{Arrival, Crossing, Resolution, Route},
-    transport::unix::Descriptors,
+    liveness::{Reachability, Remote},
+    peer::{peers::Peer, stream},
+    ports::{ForwarderError, Plan},
+    route::{
+        addresses::Crossing,
+        router::{Arrival, Route},
+    },
 };
 
 pub(crate) use self::messages::{bad_answer, without_inode};
@@ -57,36 +59,6 @@ const MAX_VNIS: u32 = 4;
 
 /// How long a Close may take that undoes a Request which failed.
 const UNDO_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// A call as a listener hands it on.
-#[derive(Debug)]
-pub struct Call<T> {
-    /// The message.
-    pub message: T,
-    /// The listener it came in by.
-    pub arrival: Arrival,
-    /// What the caller passes beside its calls, where its connection can carry descriptors.
-    pub descriptors: Option<Arc<Descriptors>>,
-    /// The user of the calling process, where the node's socket says.
-    pub uid: Option<u32>,
-    /// The previous hop's token and its expiry, from the call's metadata.
-    pub token: Option<(String, SystemTime)>,
-    /// When the caller stops waiting.
-    pub deadline: Instant,
-}
-
-/// What a Request gives back.
-#[derive(Debug, Clone)]
-pub struct Answer {
-    /// The connection, as the previous hop knows it.
-    pub connection: Connection,
-    /// How the domain was resolved, when it was.
-    pub resolution: Option<Resolution>,
-    /// The type of the mechanism towards the endpoint.
-    pub next_mechanism: Option<String>,
-    /// The tunnel's VNI, when this node has an end of it.
-    pub vni: Option<u32>,
-}
 
 /// A Request in the terms of its next hop's side.
 struct Ask {
@@ -109,22 +81,25 @@ struct Ask {
     turn: Arc<Turn>,
 }
 
-impl ControlPlane {
+impl Calls {
     /// Makes or refreshes a connection. The work goes on when the caller goes away, so that it
     /// either stands, to be closed by its token's expiry, or leaves nothing behind.
     ///
     /// # Errors
     /// See [`RequestError`]: nothing of a Request that fails is left on either side.
-    pub async fn request(&self, call: Call<NetworkServiceRequest>) -> Result<Answer, RequestError> {
-        let plane = self.clone();
+    pub(crate) async fn request(
+        self: &Arc<Self>,
+        call: Call<NetworkServiceRequest>,
+    ) -> Result<Answer, RequestError> {
+        let calls = Arc::clone(self);
         // Boxed, so that what is moved into the task is a pointer and not some ten kilobytes.
-        tokio::spawn(Box::pin(plane.serve_request(call)))
+        tokio::spawn(Box::pin(calls.serve_request(call)))
             .await
             .unwrap_or(Err(RequestError::Internal))
     }
 
     async fn serve_request(
-        self,
+        self: Arc<Self>,
         call: Call<NetworkServiceRequest>,
     ) -> Result<Answer, RequestError> {
         let mut connection = call
@@ -133,11 +108,7 @@ impl ControlPlane {
             .ok_or(RequestError::Missing("connection"))?;
         let asked_id = connection.id.clone();
         let (path, hop, expires) = self.enter(&mut connection, call.token)?;
-        let turn = self
-            .shared
-            .connections
-            .admit(&hop.id, call.deadline)
-            .await?;
+        let turn = self.held.connections.admit(&hop.id, call.deadline).await?;
         let mut avoid = None;
         if connection.state() == State::ReselectRequested
             && let Some(current) = turn.current()
@@ -151,7 +122,7 @@ impl ControlPlane {
         }
         connection.set_state(State::Up);
         let passed = match &call.descriptors {
-            Some(descriptors) if self.shared.forwarder.is_some() => {
+            Some(descriptors) if self.forwarder.is_some() => {
                 let mechanisms = connection.mechanism.iter();
                 let mechanisms = mechanisms.chain(&call.message.mechanism_preferences);
                 PassedNetns::collect(descriptors, mechanisms, call.arrival.is_trusted()).await
@@ -177,7 +148,7 @@ impl ControlPlane {
         let established = self.establish(&ask, prior.as_deref()).await;
         let established = established.inspect_err(|_| {
             if ask.is_moved.load(Ordering::Relaxed) {
-                self.tell_gone(&ask.turn);
+                self.publish_gone(&ask.turn);
             } else {
                 self.outlive(&ask.turn, ask.expires);
             }
@@ -200,7 +171,7 @@ impl ControlPlane {
             previous.token = token;
             previous.expires = Some(expires);
         }
-        let name = &self.shared.settings.name;
+        let name = &self.config.name;
         let fresh_id = (!path.knows(name)).then(|| own_id(&path, name));
         let hop = path.descend(&connection.id, name, || fresh_id.unwrap_or_default())?;
         let previous = hop
@@ -216,7 +187,7 @@ impl ControlPlane {
                 ago,
             });
         }
-        let (own_token, own_expires) = self.shared.tokens.token(now);
+        let (own_token, own_expires) = self.tokens.token(now);
         if let Some(own) = path.segments.get_mut(hop.index as usize) {
             own.token = own_token;
             own.expires = Some(own_expires);
@@ -229,11 +200,11 @@ impl ControlPlane {
 
     /// Tries the way it went before, then every endpoint that serves the name: those whose path is known to be lost last.
     async fn establish(
-        &self,
+        self: &Arc<Self>,
         ask: &Ask,
         prior: Option<&Established>,
     ) -> Result<Established, RequestError> {
-        let policy = self.shared.settings.reachability;
+        let policy = self.liveness.policy();
         let mut failures = Vec::new();
         let stood = prior.filter(|prior| ask.avoid.is_none() && serves(prior, &ask.connection));
         if let Some(prior) = stood {
@@ -244,7 +215,7 @@ impl ControlPlane {
             }
         }
         let routes = self
-            .shared
+            .router
             .routes(ask.arrival, &ask.connection, ask.deadline);
         let mut routes = match routes.await {
             Ok(routes) => routes,
@@ -297,25 +268,25 @@ impl ControlPlane {
         {
             return 2;
         }
-        let tunnel = self.shared.peers.get(&route.url).tunnel();
-        let health = tunnel.and_then(|path| self.prober()?.health(&path));
+        let tunnel = self.lookup.peers.get(&route.url).tunnel();
+        let health = tunnel.and_then(|path| self.liveness.health(&path));
         u8::from(health.is_some_and(|health| health.is_down()))
     }
 
     /// Asks one next hop, and sets up our part of what it grants.
     async fn try_route(
-        &self,
+        self: &Arc<Self>,
         ask: &Ask,
         route: &Route,
         prior: Option<&Established>,
         strict: bool,
     ) -> Result<Established, RequestError> {
         if route.crossing != Crossing::Inside {
-            self.public_address_known(ask.deadline).await;
+            self.lookup.addresses.known(ask.deadline).await;
         }
         let case = Case::of(
             ask.arrival,
-            self.shared.forwarder.is_some(),
+            self.forwarder.is_some(),
             &ask.connection,
             &ask.preferences,
             &ask.passed,
@@ -326,7 +297,7 @@ impl ControlPlane {
         {
             Ends::parse(self.alias(&ask.connection.id)?, context)?.check()?;
         }
-        let peer = self.shared.peers.get(&route.url);
+        let peer = self.lookup.peers.get(&route.url);
         let is_same_hop = prior.is_some_and(|prior| prior.route.url == route.url);
         let is_same = prior.is_some_and(|prior| prior.route.is_to_same(route));
         let standing = prior.and_then(|prior| prior.next_mechanism.clone());
@@ -344,7 +315,7 @@ impl ControlPlane {
                 .await?;
             let sent_source = source(&request);
             let stands = is_same_hop && !ask.is_moved.load(Ordering::Relaxed);
-            let asked = self.shared.peers.request(&peer, request, ask.deadline);
+            let asked = self.lookup.peers.request(&peer, request, ask.deadline);
             let mut reply = match asked.await {
                 Ok(reply) => reply,
                 Err(error) => {
@@ -412,7 +383,10 @@ impl ControlPlane {
     ) -> Result<Established, RequestError> {
         check(ask, route, case, reply)?;
         let mut next_mechanism = reply.mechanism.clone();
-        self.cross_reply(route, next_mechanism.as_mut(), sent_source.as_deref());
+        if let Some(mechanism) = &mut next_mechanism {
+            let addresses = &self.lookup.addresses;
+            addresses.swap_reply(route.crossing, mechanism, sent_source.as_deref());
+        }
         let none = Parameters::new();
         let parameters = next_mechanism
             .as_ref()
@@ -459,10 +433,14 @@ impl ControlPlane {
                     tunnel_mtu(context, &underlay, vxlan.mtu)
                 };
                 let path = self
-                    .join_path(
+                    .liveness
+                    .join(
                         id,
-                        (remote, vxlan.dst_port),
-                        reflector(vxlan.dst_discriminator, vxlan.sbfd_vni),
+                        Remote {
+                            address: remote,
+                            port: vxlan.dst_port,
+                            reflector: reflector(vxlan.dst_discriminator, vxlan.sbfd_vni),
+                        },
                         vxlan_mtu(underlay.mtu, underlay.ip),
                         prior,
                     )
@@ -479,17 +457,19 @@ impl ControlPlane {
                     let is_other_way = path.is_new || ask.avoid.is_some();
                     if is_other_way || path.is_joined_anew {
                         // A peer that has another reflector now is refused no more than one that is as it was.
-                        self.prove_path(route, &path, strict && is_other_way)
+                        self.liveness
+                            .prove(&route.url, &path, strict && is_other_way)
                             .await?;
                     }
-                    let carried = lower_mtu(context.mtu, self.path_mtu(path.watched.as_ref()));
+                    let carried =
+                        lower_mtu(context.mtu, self.liveness.path_mtu(path.watched.as_ref()));
                     context.mtu = lower_mtu(agreed_mtu, carried);
                     let plan = Ends::parse(self.alias(id)?, context)
                         .and_then(|ends| ends.client_tunnel(client, name.clone(), tunnel))
                         .map_err(|error| wrong(&error))?;
                     let held = prior.and_then(|prior| prior.vni);
                     if held != Some(vni) {
-                        let claimed = lock(&self.shared.vnis).claim(vni, SystemTime::now());
+                        let claimed = self.held.vnis.claim(vni);
                         claimed.map_err(|_| ForwarderError::VniTaken(vni.get()))?;
                     }
                     if let Err(error) = self.bring_up(&plan, prior).await {
@@ -501,11 +481,11 @@ impl ControlPlane {
                 let plan = match made.await {
                     Ok(plan) => plan,
                     Err(error) => {
-                        self.leave_path(id, &path);
+                        self.liveness.leave(id, &path);
                         return Err(error);
                     }
                 };
-                self.shared.peers.get(&route.url).set_tunnel(path.watched);
+                self.lookup.peers.get(&route.url).set_tunnel(path.watched);
                 let mechanism = named(mechanism, &client.kernel, &name);
                 (Some(mechanism), Some(plan), Some(vni))
             }
@@ -532,7 +512,7 @@ impl ControlPlane {
             .clone_from(&route.endpoint_told);
         view.mechanism = client_mechanism;
         view.set_state(State::Up);
-        let path = self.path_state(
+        let path = self.liveness.path_state(
             joined.as_ref(),
             agreed_mtu,
             prior.filter(|_| ask.avoid.is_none()),
@@ -546,13 +526,13 @@ impl ControlPlane {
             expires: ask.expires,
             path,
         };
-        self.settle(&mut established);
+        self.liveness.settle(&mut established);
         Ok(established)
     }
 
     /// Stores the connection, tells the monitors, and answers.
     fn commit(
-        &self,
+        self: &Arc<Self>,
         turn: &Arc<Turn>,
         prior: Option<Arc<Established>>,
         established: Established,
@@ -578,61 +558,82 @@ impl ControlPlane {
         };
         if let Some(prior) = prior {
             if prior.route.url != established.route.url {
-                let peer = self.shared.peers.get(&prior.route.url);
+                let peer = self.lookup.peers.get(&prior.route.url);
                 peer.leave(id);
                 self.undo_at(&peer, self.downstream_view(&prior), turn);
             }
-            self.exchange_path(id, &prior, &established);
+            self.liveness.exchange(id, &prior, &established);
             if let Some(vni) = prior.vni
                 && prior.vni != established.vni
             {
-                lock(&self.shared.vnis).release(vni, SystemTime::now());
+                self.held.vnis.release(vni);
             }
         }
         let established = Arc::new(established);
-        let peer = self.shared.peers.get(&established.route.url);
+        let peer = self.lookup.peers.get(&established.route.url);
         turn.set(Some(Arc::clone(&established)));
-        self.shared.expiries.set(id, established.expires);
-        peer.join(id, || downstream::watch(self.clone(), Arc::clone(&peer)));
-        self.shared
+        self.held.expiries.set(id, established.expires);
+        peer.join(id, || {
+            let liveness = Arc::clone(&self.liveness);
+            stream::watch(
+                Arc::clone(&self.lookup.peers),
+                Arc::clone(&peer),
+                self.config.name.clone(),
+                move |peer, report| liveness.on_report(peer, report),
+            )
+        });
+        self.held
             .monitors
             .publish_answered(ConnectionEventType::Update, &established.view);
-        self.catch_up(&established);
+        self.liveness.catch_up(&established);
         answer
     }
 
-    pub(crate) fn forwarder(&self) -> Result<&dyn Forwarder, RequestError> {
-        self.shared
-            .forwarder
-            .as_deref()
-            .ok_or(RequestError::NoForwarder("network"))
+    fn alias(&self, id: &str) -> Result<LinkAlias, RequestError> {
+        LinkAlias::new(self.config.domain.as_str(), id).map_err(|error| RequestError::Field {
+            field: "id of our path segment",
+            value: id.to_owned(),
+            reason: error.to_string(),
+        })
     }
 
-    fn alias(&self, id: &str) -> Result<LinkAlias, RequestError> {
-        LinkAlias::new(self.shared.settings.domain.as_str(), id).map_err(|error| {
-            RequestError::Field {
-                field: "id of our path segment",
-                value: id.to_owned(),
-                reason: error.to_string(),
-            }
-        })
+    /// The next hop does not have the connection any more, and its Request has failed: nothing passes until another one succeeds.
+    fn publish_gone(&self, turn: &Turn) {
+        let current = turn.current();
+        if let Some(changed) = current.and_then(|current| current.with_reported(State::Down)) {
+            let changed = Arc::new(changed);
+            turn.set(Some(Arc::clone(&changed)));
+            let monitors = &self.held.monitors;
+            monitors.publish(ConnectionEventType::Update, &changed.view);
+        }
+    }
+
+    /// A Request has failed and what stood before stands: the client is alive, and the connection ends with the token of this Request.
+    fn outlive(&self, turn: &Turn, expires: SystemTime) {
+        let Some(current) = turn.current().filter(|current| current.expires < expires) else {
+            return;
+        };
+        let mut changed = (*current).clone();
+        changed.expires = expires;
+        turn.set(Some(Arc::new(changed)));
+        self.held.expiries.set(turn.id(), expires);
     }
 
     /// Takes back, in the background, what a next hop may have granted. Until that is done the
     /// connection's next event waits.
     fn undo_at(
-        &self,
+        self: &Arc<Self>,
         peer: &Arc<Peer>,
         connection: Connection,
         turn: &Arc<Turn>,
     ) -> tokio::task::JoinHandle<()> {
-        let (plane, peer, turn) = (self.clone(), Arc::clone(peer), Arc::clone(turn));
+        let (calls, peer, turn) = (Arc::clone(self), Arc::clone(peer), Arc::clone(turn));
         tokio::spawn(async move {
             let deadline = Instant::now() + UNDO_TIMEOUT;
-            let returned = plane
+            let returned = calls
                 .returned_netns(&peer, connection.mechanism.as_ref())
                 .await;
-            plane.close_at(&peer, connection, returned, deadline).await;
+            calls.close_at(&peer, connection, returned, deadline).await;
             drop(turn);
         })
     }

@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::connection::store::lock;
+use crate::sync::lock;
 
 /// What a token that never ends comes to: sums of times stay far from overflow.
 const FOR_EVER: Duration = Duration::from_secs(10 * 366 * 24 * 3600);

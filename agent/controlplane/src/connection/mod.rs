@@ -1,5 +1,33 @@
-//! The connections of this agent: the store, when they expire, and who monitors them.
+//! The connections of this agent: the store, when they expire, who monitors them, and the VNIs that they hold.
 
 pub(crate) mod expiry;
+pub(crate) mod model;
 pub(crate) mod monitor;
 pub(crate) mod store;
+pub(crate) mod vnis;
+
+use nsm_core::mechanism::vni_pool::VniPool;
+
+use self::{expiry::Expiries, monitor::Monitors, store::Connections, vnis::Vnis};
+
+/// What this agent holds of its connections. Cheap to clone; clones are the same.
+#[derive(Debug, Clone)]
+pub(crate) struct Held {
+    pub(crate) connections: Connections,
+    pub(crate) expiries: Expiries,
+    pub(crate) monitors: Monitors,
+    pub(crate) vnis: Vnis,
+}
+
+impl Held {
+    /// No connections yet, and at most `limit`; `vnis` are those of this node.
+    pub(crate) fn new(limit: usize, vnis: VniPool) -> Self {
+        let connections = Connections::with_limit(limit);
+        Self {
+            monitors: Monitors::of(connections.clone()),
+            connections,
+            expiries: Expiries::default(),
+            vnis: Vnis::of(vnis),
+        }
+    }
+}

@@ -26,7 +26,7 @@ use nsm_proto::connection::{
 use prost::Message as _;
 use tonic::Status;
 
-use crate::connection::store::{Connections, lock};
+use crate::{connection::store::Connections, sync::lock};
 
 /// Ends of connections that may wait for a subscriber before it is cut off, some 2 KiB each.
 const BACKLOG: usize = 1024;
@@ -34,11 +34,6 @@ const BACKLOG: usize = 1024;
 /// How much of connections one event tells, bytes: some 2 KiB each, and no message is to come near the limits of those who read it
 /// (1 MiB is an agent's, 4 MiB that of gRPC in Go).
 const TOGETHER: usize = 64 << 10;
-
-/// Metadata of MonitorConnections by which the hop that its selector names says: what I asked for
-/// myself I need not be told. Agents say so to each other; an NSM component that does not know the
-/// key tells everything.
-pub(crate) const SKIP_ANSWERED: &str = "nsm-skip-answered";
 
 /// What is still to be told.
 #[derive(Debug)]
@@ -321,7 +316,7 @@ impl Monitors {
     }
 
     /// Tells everyone but the previous hop, which has asked for the change and hears of it by the
-    /// answer. Only a stream that was opened so is passed over ([`SKIP_ANSWERED`]): through it
+    /// answer. Only a stream that was opened so is passed over ([`crate::peer::stream::SKIP_ANSWERED`]): through it
     /// would go an event for each Request and Close, of no news to anybody.
     pub(crate) fn publish_answered(&self, kind: ConnectionEventType, connection: &Connection) {
         let previous = connection.path.as_ref().and_then(|path| {
@@ -440,8 +435,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        connection::store::Established,
-        route::router::{Crossing, Route},
+        connection::model::{Established, PathState},
+        route::{addresses::Crossing, router::Route},
     };
 
     fn established(number: usize, labels: usize) -> Arc<Established> {
@@ -475,7 +470,7 @@ mod tests {
             plan: None,
             vni: None,
             expires: SystemTime::UNIX_EPOCH,
-            path: crate::liveness::PathState::default(),
+            path: PathState::default(),
         })
     }
 

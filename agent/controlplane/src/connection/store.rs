@@ -8,50 +8,28 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use nsm_core::net::Vni;
-use nsm_proto::connection::{Connection, Mechanism};
 use tokio::{sync::OwnedMutexGuard, time::Instant};
 
-use crate::{error::RequestError, liveness::PathState, ports::Plan, route::router::Route};
-
-/// A connection that a Request made and a Close or its expiry will take away.
-#[derive(Debug, Clone)]
-pub(crate) struct Established {
-    /// Our own view: `id` and `path.index` are those of our segment, names and mechanism are those
-    /// the client sees. This is what monitors are told.
-    pub(crate) view: Connection,
-    /// The next hop, and the names it knows the connection by.
-    pub(crate) route: Route,
-    /// The mechanism agreed with the next hop, with the addresses of this node's own view.
-    pub(crate) next_mechanism: Option<Mechanism>,
-    /// What stands on this node for it.
-    pub(crate) plan: Option<Plan>,
-    /// The VNI we hold for it.
-    pub(crate) vni: Option<Vni>,
-    /// When the previous hop's token ends, and with it the connection.
-    pub(crate) expires: SystemTime,
-    /// What is known of the way that its packets take.
-    pub(crate) path: PathState,
-}
+use crate::{connection::model::Established, error::RequestError, sync::lock};
 
 /// What an event makes of an established connection; `None` when it changes nothing.
 pub(crate) type Change = Box<dyn FnOnce(&Established) -> Option<Established> + Send>;
 
 /// What happened to a connection elsewhere.
 pub(crate) enum News {
-    /// The next hop tells something of it.
-    Told(Change),
-    /// The next hop tells that it is gone.
+    /// The next hop has published an update of it.
+    Reported(Change),
+    /// The next hop has published its end.
     Gone(Change),
-    /// The next hop is not heard any more.
-    Unheard(Change),
-    /// Something is new of its path, which is looked at in the connection's turn, whatever the news.
+    /// The monitor stream from the next hop is lost.
+    StreamLost(Change),
+    /// The health of its path may have changed. That is checked in the connection's turn whatever the news.
     Path,
 }
 
@@ -60,7 +38,7 @@ pub(crate) enum News {
 pub(crate) struct Slot {
     queue: Arc<tokio::sync::Mutex<()>>,
     current: Mutex<Option<Arc<Established>>>,
-    /// What came while a Request or Close was at work: the last that was told, or that there is something.
+    /// The news that came while a Request or Close was at work, at most one: see [`Connections::on_event`].
     missed: Mutex<Option<News>>,
 }
 
@@ -215,10 +193,10 @@ impl Connections {
         }
     }
 
-    /// Hands `apply` the turn of a connection and what became of it: at once, or after the Request
-    /// or Close that is at work on it. Of what is told meanwhile the last counts, so that a peer
-    /// which tells much keeps no more than one waiting; news of the path never take its place, and the silence of a hop never that
-    /// of its word that the connection is gone.
+    /// Calls `apply` with the turn of a connection and news of it: at once, or after the Request or Close that is at work on it.
+    ///
+    /// Of the news that come meanwhile the last one counts, so that a peer that reports much keeps one waiting at most. News of the
+    /// path never replace a report, and a lost stream never replaces the report that the connection is gone.
     pub(crate) fn on_event(
         &self,
         id: &str,
@@ -246,9 +224,9 @@ impl Connections {
             let is_first = missed.is_none();
             let counts = match (&*missed, &news) {
                 (None, _) => true,
-                // Whoever has said that it is gone is taken at its word, whatever became of that hop then.
-                (Some(News::Gone(_)), News::Unheard(_)) | (Some(_), News::Path) => false,
-                (Some(_), News::Told(_) | News::Gone(_) | News::Unheard(_)) => true,
+                // A report that the connection is gone stays true when the stream that brought it ends.
+                (Some(News::Gone(_)), News::StreamLost(_)) | (Some(_), News::Path) => false,
+                (Some(_), News::Reported(_) | News::Gone(_) | News::StreamLost(_)) => true,
             };
             if counts {
                 *missed = Some(news);
@@ -326,12 +304,6 @@ async fn queue(held: SlotUse, deadline: Instant) -> Result<Turn, RequestError> {
     }
 }
 
-/// A poisoned lock means that a holder panicked; the data is still whole, since every critical
-/// section here is a single assignment or map operation.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use std::mem::discriminant;
@@ -342,30 +314,30 @@ mod tests {
 
     type Make = fn() -> News;
 
-    fn told() -> News {
-        News::Told(Box::new(|_| None))
+    fn reported() -> News {
+        News::Reported(Box::new(|_| None))
     }
 
     fn gone() -> News {
         News::Gone(Box::new(|_| None))
     }
 
-    fn unheard() -> News {
-        News::Unheard(Box::new(|_| None))
+    fn lost() -> News {
+        News::StreamLost(Box::new(|_| None))
     }
 
     /// While a Request is at work: which of the news is applied after it.
     #[tokio::test]
-    async fn what_is_told_last_counts_but_for_the_silence_after_an_end() {
+    async fn the_last_report_counts_but_a_lost_stream_does_not_replace_an_end() {
         let path: Make = || News::Path;
         for (first, then, expected) in [
-            (told as Make, unheard as Make, unheard as Make),
-            (unheard, told, told),
-            (told, gone, gone),
-            (gone, told, told),
-            (gone, unheard, gone),
-            (unheard, path, unheard),
-            (path, unheard, unheard),
+            (reported as Make, lost as Make, lost as Make),
+            (lost, reported, reported),
+            (reported, gone, gone),
+            (gone, reported, reported),
+            (gone, lost, gone),
+            (lost, path, lost),
+            (path, lost, lost),
         ] {
             let connections = Connections::with_limit(1);
             let patience = Duration::from_secs(60);

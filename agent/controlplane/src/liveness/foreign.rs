@@ -1,4 +1,4 @@
-//! VNIs that peers send with and that are no tunnels here: what is told of them, and for how long.
+//! VNIs that peers send with and that are no tunnels here: what is published of them, and for how long.
 //!
 //! Both sides of a connection delete their links at the same moment, so the last packets of a closed one are no evidence of a fault.
 //! What is evidence goes on: an entry lives as long as packets come.
@@ -6,19 +6,21 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
 use nsm_core::{liveness::health::ForeignVnis, net::Vni};
 use tokio::time::Instant;
 
-use crate::{connection::store::lock, plane::ControlPlane};
+use super::Liveness;
+use crate::sync::lock;
 
-/// Peers of which foreign VNIs are remembered; beyond it what is told last is not.
+/// Peers of which foreign VNIs are remembered; those of further peers are not.
 const MOST_PEERS: usize = 4096;
 
-/// How long without a new packet an entry is told. The node is looked at twice a second; a client whose connection is DOWN asks again
-/// within this time, and one that sends little is not told UP and DOWN in turns.
+/// How long an entry is published without a new packet. The node is checked twice a second; a client whose connection is DOWN asks again
+/// within this time, and a client that sends little does not get UP and DOWN in turns.
 const LIFE: Duration = Duration::from_secs(5);
 
 /// Foreign VNIs, by peer.
@@ -35,7 +37,7 @@ struct Seen {
 }
 
 impl Foreign {
-    /// What is told of a peer.
+    /// What is published of a peer.
     pub(crate) fn of(&self, peer: IpAddr) -> ForeignVnis {
         let seen = self.peers.get(&peer);
         seen.map(|seen| seen.vnis.clone()).unwrap_or_default()
@@ -81,27 +83,26 @@ impl Foreign {
     }
 }
 
-impl ControlPlane {
-    pub(super) fn handle_foreign(&self, peer: IpAddr, vni: Vni) {
-        let is_closed = lock(&self.shared.vnis).is_quarantined(vni, std::time::SystemTime::now());
-        if is_closed {
+impl Liveness {
+    pub(super) fn on_foreign_vni(self: &Arc<Self>, peer: IpAddr, vni: Vni) {
+        if self.held.vnis.is_quarantined(vni) {
             tracing::debug!(peer.ip = %peer, tunnel.vni = vni.get(), "packets of a tunnel that was closed a moment ago");
             return;
         }
-        if lock(&self.shared.foreign).see(peer, vni, Instant::now()) {
+        if lock(&self.foreign).see(peer, vni, Instant::now()) {
             tracing::warn!(
                 peer.ip = %peer, tunnel.vni = vni.get(),
-                "a peer sends with a VNI that has no tunnel here: it is told so"
+                "a peer sends with a VNI that has no tunnel here: it gets that in the metrics of its connections"
             );
-            self.tell_all(peer);
-            tokio::spawn(self.clone().forget_when_quiet(peer, vni));
+            self.publish_path(peer);
+            tokio::spawn(Arc::clone(self).forget_when_quiet(peer, vni));
         }
     }
 
-    async fn forget_when_quiet(self, peer: IpAddr, vni: Vni) {
+    async fn forget_when_quiet(self: Arc<Self>, peer: IpAddr, vni: Vni) {
         loop {
             let ends = {
-                let mut foreign = lock(&self.shared.foreign);
+                let mut foreign = lock(&self.foreign);
                 let Some(ends) = foreign.ends(peer, vni) else {
                     return;
                 };
@@ -114,7 +115,7 @@ impl ControlPlane {
             };
             match ends {
                 Some(ends) => tokio::time::sleep_until(ends).await,
-                None => return self.tell_all(peer),
+                None => return self.publish_path(peer),
             }
         }
     }

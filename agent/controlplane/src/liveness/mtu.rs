@@ -6,31 +6,27 @@ use nsm_core::mechanism::lower_mtu;
 use nsm_proto::connection::ConnectionEventType;
 use tokio::time::Instant;
 
-use crate::{
-    connection::store::{Established, lock},
-    error::RequestError,
-    plane::ControlPlane,
-    ports::Plan,
-};
+use super::Liveness;
+use crate::{connection::model::Established, error::RequestError, ports::Plan, sync::lock};
 
-impl ControlPlane {
+impl Liveness {
     /// Lets the links of every connection to `peer` carry what the path does, and no more than was agreed.
-    pub(super) fn follow_mtu(&self, peer: IpAddr) {
+    pub(super) fn follow_mtu(self: &Arc<Self>, peer: IpAddr) {
         for established in self.connections_to(peer) {
             self.follow_mtu_of(&established, peer);
         }
     }
 
     /// The same for one connection to `peer`.
-    pub(super) fn follow_mtu_of(&self, established: &Arc<Established>, peer: IpAddr) {
+    pub(super) fn follow_mtu_of(self: &Arc<Self>, established: &Arc<Established>, peer: IpAddr) {
         let path_mtu = self.path_mtu(established.path.watched.as_ref());
         if wanted(established, path_mtu).is_none() {
             return;
         }
-        let (plane, established) = (self.clone(), Arc::clone(established));
+        let (liveness, established) = (Arc::clone(self), Arc::clone(established));
         tokio::spawn(async move {
             let id = established.view.id.as_str();
-            if let Err(error) = plane.set_mtu(id, peer).await {
+            if let Err(error) = liveness.set_mtu(id, peer).await {
                 tracing::warn!(
                     connection.id = %id, peer.ip = %peer, %error,
                     "the link's MTU does not follow the path: large packets get lost"
@@ -40,8 +36,8 @@ impl ControlPlane {
     }
 
     async fn set_mtu(&self, id: &str, peer: IpAddr) -> Result<(), RequestError> {
-        let patience = Instant::now() + 2 * self.shared.settings.request_timeout;
-        let turn = self.shared.connections.admit_known(id, patience).await?;
+        let patience = Instant::now() + self.config.patience;
+        let turn = self.held.connections.admit_known(id, patience).await?;
         let current = turn.as_ref().and_then(|turn| turn.current());
         let (Some(turn), Some(current)) = (turn, current) else {
             return Ok(());
@@ -53,16 +49,20 @@ impl ControlPlane {
         let Some((mtu, plan)) = changed else {
             return Ok(());
         };
-        self.forwarder()?.up(&plan).await?;
+        let forwarder = self.forwarder.as_deref();
+        forwarder
+            .ok_or(RequestError::NoForwarder("network"))?
+            .up(&plan)
+            .await?;
         let mut changed = (*current).clone();
         changed.plan = Some(plan);
         changed.view.context.get_or_insert_default().mtu = mtu;
-        let foreign = lock(&self.shared.foreign).of(peer);
+        let foreign = lock(&self.foreign).of(peer);
         changed.settle(&foreign);
         tracing::info!(connection.id = %id, peer.ip = %peer, mtu, "the MTU follows the path");
         let changed = Arc::new(changed);
         turn.set(Some(Arc::clone(&changed)));
-        self.shared
+        self.held
             .monitors
             .publish(ConnectionEventType::Update, &changed.view);
         Ok(())

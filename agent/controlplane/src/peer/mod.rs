@@ -1,4 +1,4 @@
 //! The next hops of our connections: their channels, and the monitor streams from them.
 
-pub(crate) mod downstream;
 pub(crate) mod peers;
+pub(crate) mod stream;

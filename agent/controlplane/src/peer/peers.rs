@@ -19,10 +19,10 @@ use tokio::{
 use tonic::{Code, Request, Response, Status, transport::Channel};
 
 use crate::{
-    connection::store::lock,
     error::RequestError,
     identity::token::TokenSource,
     ports::PathId,
+    sync::lock,
     transport::{
         dial::{self, DialError},
         unix::{Descriptors, Passed},

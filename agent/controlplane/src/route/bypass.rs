@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{connection::store::lock, peer::peers::Peer};
+use crate::{peer::peers::Peer, sync::lock};
 
 /// Longer than the longest life of a path token (10 minutes): a connection that is refreshed
 /// without a new Find keeps its route.

@@ -15,7 +15,6 @@ use tonic::{Code, Streaming, transport::Channel};
 use crate::{
     error::RequestError,
     peer::peers::{Peers, call, refused},
-    plane::{OwnRegistry, Shared},
     registry::Registry,
 };
 
@@ -39,18 +38,12 @@ pub(crate) struct Found {
 }
 
 /// The registry of our own domain.
-pub(crate) enum Directory {
+#[derive(Clone)]
+pub enum Directory {
+    /// The registry role of this agent.
     Here(Registry),
+    /// A registry of this domain somewhere else, by URL.
     At(String),
-}
-
-impl From<OwnRegistry> for Directory {
-    fn from(registry: OwnRegistry) -> Self {
-        match registry {
-            OwnRegistry::Here(registry) => Self::Here(registry),
-            OwnRegistry::At(url) => Self::At(url),
-        }
-    }
 }
 
 impl Wanted<'_> {
@@ -73,15 +66,16 @@ impl Wanted<'_> {
     }
 }
 
-impl Shared {
+impl Directory {
     /// Looks `wanted` up in our own domain.
-    pub(crate) async fn find_here(
+    pub(crate) async fn find(
         &self,
+        peers: &Peers,
         wanted: Wanted<'_>,
         deadline: Instant,
     ) -> Result<Found, RequestError> {
-        match &self.directory {
-            Directory::Here(registry) => Ok(Found {
+        match self {
+            Self::Here(registry) => Ok(Found {
                 service: registry
                     .find_services(&wanted.service_query())
                     .into_iter()
@@ -96,30 +90,29 @@ impl Shared {
                     .map(Arc::unwrap_or_clone)
                     .collect(),
             }),
-            Directory::At(url) => Box::pin(find_at(&self.peers, url, wanted, deadline)).await,
+            Self::At(url) => Box::pin(find_at(peers, url, wanted, deadline)).await,
         }
     }
+}
 
-    /// Looks `wanted` up in the registry of another domain; of several addresses the first that
-    /// can be reached is asked.
-    pub(crate) async fn find_in(
-        &self,
-        resolved: &Resolved,
-        wanted: Wanted<'_>,
-        deadline: Instant,
-    ) -> Result<Found, RequestError> {
-        let mut last = None;
-        for address in &resolved.registry {
-            let url = format!("tcp://{address}");
-            match Box::pin(find_at(&self.peers, &url, wanted, deadline)).await {
-                Ok(found) => return Ok(found),
-                // One that was reached before tells that it is gone by the call, not by the dial.
-                Err(error) if error.code() == Code::Unavailable => last = Some(error),
-                Err(error) => return Err(error),
-            }
+/// Looks `wanted` up in the registry of another domain; of several addresses the first that can be reached is asked.
+pub(crate) async fn find_in(
+    peers: &Peers,
+    resolved: &Resolved,
+    wanted: Wanted<'_>,
+    deadline: Instant,
+) -> Result<Found, RequestError> {
+    let mut last = None;
+    for address in &resolved.registry {
+        let url = format!("tcp://{address}");
+        match Box::pin(find_at(peers, &url, wanted, deadline)).await {
+            Ok(found) => return Ok(found),
+            // A registry that was dialled before fails in the call, not in the dial.
+            Err(error) if error.code() == Code::Unavailable => last = Some(error),
+            Err(error) => return Err(error),
         }
-        Err(last.unwrap_or(RequestError::Missing("registry address")))
     }
+    Err(last.unwrap_or(RequestError::Missing("registry address")))
 }
 
 pub(crate) async fn find_at(

@@ -1,6 +1,8 @@
 //! Where a Request goes next.
 
+pub(crate) mod addresses;
 pub(crate) mod bypass;
-pub(crate) mod directory;
+pub mod directory;
+pub(crate) mod local;
 pub mod router;
 pub mod upstream;

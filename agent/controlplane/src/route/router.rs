@@ -10,26 +10,29 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use nsm_core::nsm::{
     name::{Domain, InterdomainName},
     select::{Candidate, select},
 };
-use nsm_discovery::dns::Resolved;
+use nsm_discovery::dns::{Resolved, Resolver};
 use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
 use tokio::time::Instant;
 
 use crate::{
-    connection::store::lock,
     convert,
     error::RequestError,
-    peer::peers::{Peer, is_local, is_passed},
-    plane::Shared,
+    peer::peers::{Peer, Peers, is_local, is_passed},
     route::{
-        bypass::Way,
-        directory::{Found, Wanted, find_at},
+        addresses::{Addresses, Crossing},
+        bypass::{Bypass, Way},
+        directory::{Directory, Found, Wanted, find_at, find_in},
+        local::LocalEndpoints,
     },
     transport::unix::{FileId, Kind, PATIENCE},
 };
@@ -60,17 +63,6 @@ impl Arrival {
             Self::Local { trusted: true } | Self::Forwarder { trusted: true }
         )
     }
-}
-
-/// Whether the next hop lies in another domain than the previous one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Crossing {
-    /// Both hops are of our domain.
-    Inside,
-    /// The Request leaves our domain: the peer must see public addresses.
-    Out,
-    /// The Request has come from another domain.
-    In,
 }
 
 /// The next hop of a connection, and the names it knows it by.
@@ -123,7 +115,44 @@ impl Route {
     }
 }
 
-impl Shared {
+/// What is fixed for the life of the agent.
+#[derive(Debug)]
+pub(crate) struct RouterConfig {
+    /// The domain of this agent.
+    pub(crate) domain: Domain,
+    /// The NSMgr that this agent's forwarder works for, where that is not this agent itself.
+    pub(crate) upstream_nsmgr_url: Option<String>,
+    /// The registry proxy that is asked for names of other domains; without one this agent is its own.
+    pub(crate) registry_proxy_url: Option<String>,
+}
+
+/// What names are looked up in: shared by the router and the registry services.
+pub(crate) struct Lookup {
+    pub(crate) directory: Directory,
+    pub(crate) resolver: Resolver,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) addresses: Addresses,
+    pub(crate) bypass: Bypass,
+    pub(crate) local_endpoints: LocalEndpoints,
+}
+
+/// Decides where Requests go.
+pub(crate) struct Router {
+    config: RouterConfig,
+    lookup: Arc<Lookup>,
+    /// Grows with every choice, to spread load.
+    choices: AtomicU64,
+}
+
+impl Router {
+    pub(crate) fn new(config: RouterConfig, lookup: Arc<Lookup>) -> Self {
+        Self {
+            config,
+            lookup,
+            choices: AtomicU64::new(0),
+        }
+    }
+
     /// The ways to a service or endpoint, best first; never empty.
     pub(crate) async fn routes(
         &self,
@@ -132,7 +161,7 @@ impl Shared {
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
         if let Arrival::Forwarder { .. } = arrival {
-            let nsmgr = self.settings.upstream_nsmgr_url.as_deref();
+            let nsmgr = self.config.upstream_nsmgr_url.as_deref();
             let nsmgr = nsmgr.ok_or(RequestError::Missing("NSMgr that the forwarder works for"))?;
             return self.routes_as_named(nsmgr, connection, deadline).await;
         }
@@ -167,18 +196,18 @@ impl Shared {
                 }])
             }
             (Arrival::Local { .. }, Some(domain))
-                if domain != self.settings.domain
-                    && let Some(proxy) = &self.settings.registry_proxy_url =>
+                if domain != self.config.domain
+                    && let Some(proxy) = &self.config.registry_proxy_url =>
             {
                 self.routes_as_named(proxy, connection, deadline).await
             }
-            (Arrival::Local { .. }, Some(domain)) if domain != self.settings.domain => {
-                let resolved = self.resolver.resolve(&domain).await?;
+            (Arrival::Local { .. }, Some(domain)) if domain != self.config.domain => {
+                let resolved = self.lookup.resolver.resolve(&domain).await?;
                 // Our own domain by another name, such as our address.
                 if resolved
                     .proxy
                     .iter()
-                    .any(|at| self.is_own_url(&format!("tcp://{at}")))
+                    .any(|at| self.lookup.addresses.is_own_url(&format!("tcp://{at}")))
                 {
                     return self
                         .routes_here(arrival, Some(domain), wanted, connection, deadline)
@@ -202,7 +231,7 @@ impl Shared {
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
-        let found = self.find_in(resolved, wanted, deadline).await?;
+        let found = find_in(&self.lookup.peers, resolved, wanted, deadline).await?;
         let chosen = self.choose(&found, wanted, domain, connection)?;
         let payload = payload(&found);
         let resolution = resolution(domain, resolved);
@@ -217,7 +246,7 @@ impl Shared {
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
             let ways = match resolved.proxy.as_slice() {
-                [] if self.is_own_url(&endpoint.url) => self
+                [] if self.lookup.addresses.is_own_url(&endpoint.url) => self
                     .way(&name)
                     .map(|way| (way.url, way.trusted, Crossing::Inside))
                     .into_iter()
@@ -261,22 +290,25 @@ impl Shared {
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
-        let found = self.find_here(wanted, deadline).await?;
-        let own = &self.settings.domain;
+        let found = self
+            .lookup
+            .directory
+            .find(&self.lookup.peers, wanted, deadline)
+            .await?;
+        let own = &self.config.domain;
         let chosen = self.choose(&found, wanted, own, connection)?;
         let payload = payload(&found);
         let crossing = match (&domain, arrival) {
             (Some(_), Arrival::Network) => Crossing::In,
             _ => Crossing::Inside,
         };
-        let local = lock(&self.local_endpoints);
         let routes: Vec<Route> = chosen
             .into_iter()
             .filter_map(|endpoint| {
-                let (url, trusted) = if self.is_own_url(&endpoint.url) {
+                let (url, trusted) = if self.lookup.addresses.is_own_url(&endpoint.url) {
                     // Else registered through an earlier life of this agent, and not again since.
-                    let local = local.get(&endpoint.name)?;
-                    (local.url.clone(), local.trusted)
+                    let local = self.lookup.local_endpoints.get(&endpoint.name)?;
+                    (local.url, local.trusted)
                 } else if endpoint.url.starts_with("tcp://") {
                     (endpoint.url.clone(), false)
                 } else {
@@ -317,12 +349,12 @@ impl Shared {
             service: &connection.network_service,
             endpoint: &connection.network_service_endpoint_name,
         };
-        let found = find_at(&self.peers, registry, wanted, deadline).await?;
-        let own = &self.settings.domain;
+        let found = find_at(&self.lookup.peers, registry, wanted, deadline).await?;
+        let own = &self.config.domain;
         let payload = payload(&found);
         let mut routes = Vec::new();
         for endpoint in self.choose(&found, wanted, own, connection)? {
-            let (url, crossing, socket) = if self.is_own_url(&endpoint.url) {
+            let (url, crossing, socket) = if self.lookup.addresses.is_own_url(&endpoint.url) {
                 // Found through us in the proxy's place: the way is known.
                 let Some(way) = self.way(&endpoint.name) else {
                     continue;
@@ -355,7 +387,7 @@ impl Shared {
 
     /// Where an endpoint of another domain is served, as it was learnt.
     fn way(&self, name: &str) -> Option<Way> {
-        self.bypass.way(name, std::time::Instant::now())
+        self.lookup.bypass.way(name, std::time::Instant::now())
     }
 
     /// The peer behind a URL that the registry passed a socket for.
@@ -367,7 +399,7 @@ impl Shared {
         if !is_passed(url) {
             return Ok(None);
         }
-        if let Some(known) = self.peers.known_passed(url) {
+        if let Some(known) = self.lookup.peers.known_passed(url) {
             return Ok(Some(known));
         }
         let wrong = |fault: String| RequestError::BadAnswer {
@@ -376,10 +408,10 @@ impl Shared {
             fault: format!("an endpoint has the url {url}, and {fault}"),
         };
         let id = FileId::parse(url).ok_or_else(|| wrong("that is no inode".to_owned()))?;
-        let passing = self.peers.get(registry);
+        let passing = self.lookup.peers.get(registry);
         let socket = passing.descriptors.take(id, Kind::Socket, PATIENCE).await;
         let socket = socket.map_err(|missing| wrong(missing.to_string()))?;
-        Ok(Some(self.peers.get_passed(url, socket)))
+        Ok(Some(self.lookup.peers.get_passed(url, socket)))
     }
 
     /// The endpoints that serve the connection, best first; never empty.
@@ -424,7 +456,12 @@ impl Shared {
             .as_ref()
             .map(convert::matches)
             .unwrap_or_default();
-        let chosen = select(&matches, &connection.labels, &candidates, self.turn());
+        let chosen = select(
+            &matches,
+            &connection.labels,
+            &candidates,
+            self.choices.fetch_add(1, Ordering::Relaxed),
+        );
         if chosen.is_empty() {
             return Err(RequestError::NoMatch {
                 service,

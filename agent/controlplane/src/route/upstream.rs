@@ -11,6 +11,7 @@ use std::{
     fs::File,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::PathBuf,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -26,8 +27,8 @@ use tonic::{Code, Request};
 use crate::{
     convert,
     error::RequestError,
-    peer::peers::{call, refused},
-    plane::ControlPlane,
+    identity::token::TokenSource,
+    peer::peers::{Peers, call, refused},
     registry::path_header::PathHeader,
     transport::{
         dial::DialUrl,
@@ -58,12 +59,35 @@ pub struct ForwarderEntry {
     pub url: DialUrl,
 }
 
-impl ControlPlane {
+/// The NSMgr that this agent's forwarder works for.
+pub(crate) struct Upstream {
+    url: Option<String>,
+    request_timeout: Duration,
+    peers: Arc<Peers>,
+    tokens: Arc<TokenSource>,
+}
+
+impl Upstream {
+    /// The NSMgr at `url`, if there is one, which has `request_timeout` for each call.
+    pub(crate) fn new(
+        url: Option<String>,
+        request_timeout: Duration,
+        peers: Arc<Peers>,
+        tokens: Arc<TokenSource>,
+    ) -> Self {
+        Self {
+            url,
+            request_timeout,
+            peers,
+            tokens,
+        }
+    }
+
     /// Keeps `entry` registered with the node's NSMgr until `stopped`, and then takes it out, so that the NSMgr sends no more
     /// Requests. An NSMgr that is gone comes back; one that does not answer at the end holds nobody up.
     /// `told` hears after each try whether it is registered.
-    pub async fn keep_forwarder(
-        self,
+    pub(crate) async fn keep_forwarder(
+        &self,
         mut entry: ForwarderEntry,
         told: impl Fn(bool),
         stopped: impl Future<Output = ()>,
@@ -114,7 +138,7 @@ impl ControlPlane {
         entry: &mut ForwarderEntry,
     ) -> Result<SystemTime, RequestError> {
         let (url, deadline) = self.upstream_call()?;
-        let peer = self.shared.peers.get(url);
+        let peer = self.peers.get(url);
         let endpoint = NetworkServiceEndpoint {
             url: match &entry.url {
                 DialUrl::Unix(path) if url.starts_with("unix:") => {
@@ -126,7 +150,7 @@ impl ControlPlane {
             },
             ..entry.endpoint()
         };
-        let channel = self.shared.peers.channel(url, deadline).await?;
+        let channel = self.peers.channel(url, deadline).await?;
         let request = self.upstream_request(endpoint, deadline);
         let mut client = Endpoints::new(channel);
         let granted = call(url, "Register", deadline, client.register(request)).await?;
@@ -137,7 +161,7 @@ impl ControlPlane {
             .expiration_time
             .as_ref()
             .and_then(convert::time)
-            .unwrap_or_else(|| self.shared.tokens.token(SystemTime::now()).1))
+            .unwrap_or_else(|| self.tokens.token(SystemTime::now()).1))
     }
 
     /// Waits until the NSMgr does not have the entry any more, or is gone itself.
@@ -152,11 +176,11 @@ impl ControlPlane {
             }),
             watch: true,
         };
-        let channel = match self.shared.peers.channel(url, deadline).await {
+        let channel = match self.peers.channel(url, deadline).await {
             Ok(channel) => channel,
             Err(error) => return error.to_string(),
         };
-        let request = self.shared.peers.outgoing(query, None);
+        let request = self.peers.outgoing(query, None);
         match Endpoints::new(channel).find(request).await {
             Err(status) if status.code() == Code::Unimplemented => std::future::pending().await,
             Err(status) => refused(url, "Find", &status).to_string(),
@@ -179,7 +203,7 @@ impl ControlPlane {
     /// Takes the forwarder's entry out, by the name that the registry granted.
     async fn unregister_forwarder(&self, entry: &ForwarderEntry) -> Result<(), RequestError> {
         let (url, deadline) = self.upstream_call()?;
-        let channel = self.shared.peers.channel(url, deadline).await?;
+        let channel = self.peers.channel(url, deadline).await?;
         let request = self.upstream_request(entry.endpoint(), deadline);
         let mut client = Endpoints::new(channel);
         call(url, "Unregister", deadline, client.unregister(request)).await?;
@@ -187,17 +211,15 @@ impl ControlPlane {
     }
 
     fn upstream_call(&self) -> Result<(&str, Instant), RequestError> {
-        let settings = &self.shared.settings;
-        let url = settings.upstream_nsmgr_url.as_deref();
-        let url = url.ok_or(RequestError::Missing(
+        let url = self.url.as_deref().ok_or(RequestError::Missing(
             "NSMgr: the agent has no upstream_nsmgr_url",
         ))?;
-        Ok((url, Instant::now() + settings.request_timeout))
+        Ok((url, Instant::now() + self.request_timeout))
     }
 
     fn upstream_request<T>(&self, message: T, deadline: Instant) -> Request<T> {
-        let mut request = self.shared.peers.outgoing(message, Some(deadline));
-        let (token, _) = self.shared.tokens.token(SystemTime::now());
+        let mut request = self.peers.outgoing(message, Some(deadline));
+        let (token, _) = self.tokens.token(SystemTime::now());
         PathHeader::begin(token).apply(request.metadata_mut());
         request
     }
@@ -240,50 +262,24 @@ fn open_socket(path: &PathBuf) -> Result<(FileId, Passed), RequestError> {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::ready, sync::Arc};
+    use std::future::ready;
 
-    use nsm_core::mechanism::vni_pool::VniPool;
     use tokio::net::UnixListener;
 
     use super::*;
-    use crate::{
-        identity::token::TokenSource,
-        liveness::Reachability,
-        plane::{OwnRegistry, Settings},
-        registry::{Limits, Registry},
-    };
-    use nsm_discovery::dns::{Resolver, ResolverConfig};
 
     #[tokio::test(start_paused = true)]
     async fn an_nsmgr_that_hangs_does_not_hold_up_the_end() {
         const PATIENCE: Duration = Duration::from_secs(15);
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("nsm.sock");
-        // Connections stay in its queue: it never says a word.
+        // Connections stay in its queue: it never answers.
         let _hangs = UnixListener::bind(&socket).unwrap();
-        let plane = ControlPlane::start(
-            Settings {
-                name: "node-1".to_owned(),
-                domain: "one.example".parse().unwrap(),
-                advertise_url: "tcp://192.0.2.1:5006".to_owned(),
-                upstream_nsmgr_url: Some(format!("unix://{}", socket.display())),
-                registry_proxy_url: None,
-                request_timeout: PATIENCE,
-                dial_timeout: PATIENCE,
-                max_connections: 1,
-                max_message_bytes: 1 << 20,
-                reachability: Reachability::default(),
-            },
-            Arc::new(TokenSource::hs256(
-                "spiffe://one.example/node-1",
-                b"test",
-                PATIENCE,
-            )),
-            Resolver::new(ResolverConfig::default()),
-            OwnRegistry::Here(Registry::new(Limits::default())),
-            None,
-            VniPool::default(),
-        );
+        let tokens = TokenSource::hs256("spiffe://one.example/node-1", b"test", PATIENCE);
+        let tokens = Arc::new(tokens);
+        let peers = Peers::connecting_with(Arc::clone(&tokens), PATIENCE, 1 << 20);
+        let url = Some(format!("unix://{}", socket.display()));
+        let upstream = Upstream::new(url, PATIENCE, Arc::new(peers), tokens);
         let entry = ForwarderEntry {
             name: "node-1".to_owned(),
             service: "forwarder".to_owned(),
@@ -291,7 +287,7 @@ mod tests {
             url: DialUrl::Unix(folder.path().join("forwarder.sock")),
         };
         let start = Instant::now();
-        plane.keep_forwarder(entry, |_| {}, ready(())).await;
+        upstream.keep_forwarder(entry, |_| {}, ready(())).await;
         assert_eq!(start.elapsed().as_secs(), FAREWELL.as_secs());
     }
 }

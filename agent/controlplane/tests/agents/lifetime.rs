@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use nsm_controlplane::{call::request::Call, ports::ForwarderError, route::router::Arrival};
+use nsm_controlplane::{call::Call, ports::ForwarderError, route::router::Arrival};
 use nsm_proto::{
     connection::{ConnectionEventType::*, State},
     networkservice::NetworkServiceRequest,

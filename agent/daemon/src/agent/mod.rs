@@ -14,9 +14,9 @@ use anyhow::Context as _;
 use nsm_controlplane::{
     api::server::{Front, ListenerLimits, Socket, serve},
     identity::token::{Es256Key, TokenSource},
-    plane::{ControlPlane, OwnRegistry, Settings},
+    plane::{ControlPlane, Settings},
     registry::{Limits, Registry},
-    route::upstream::ForwarderEntry,
+    route::{directory::Directory, upstream::ForwarderEntry},
     transport::dial::DialUrl,
 };
 use nsm_core::mechanism::vni_pool::VniPool;
@@ -79,9 +79,9 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     let registry = match &config.registry_url {
         Some(url) => {
             readiness.wait_for(format!("the registry {url}"));
-            OwnRegistry::At(url.to_string())
+            Directory::At(url.to_string())
         }
-        None => OwnRegistry::Here(Registry::new(Limits::default())),
+        None => Directory::Here(Registry::new(Limits::default())),
     };
     let tokens = Arc::new(token_source(&config)?);
     let plane = ControlPlane::start(

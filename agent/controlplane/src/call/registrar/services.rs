@@ -7,15 +7,14 @@ use nsm_proto::registry::{
 use tokio_stream::StreamExt as _;
 use tonic::Status;
 
-use super::{Target, find, join};
+use super::{Registrar, Target, find, join};
 use crate::{
-    call::request::Call,
+    call::Call,
     peer::peers::call,
-    plane::ControlPlane,
     registry::{grpc::ServiceStream, path_header::PathHeader},
 };
 
-impl ControlPlane {
+impl Registrar {
     /// Registers a network service.
     pub(crate) async fn register_service(
         &self,
@@ -86,10 +85,10 @@ impl ControlPlane {
             Target::At { url, channel } => {
                 let watch = query.watch;
                 let bound = Some(call_.deadline).filter(|_| !watch);
-                let request = self.shared.peers.outgoing(query, bound);
+                let request = self.lookup.peers.outgoing(query, bound);
                 let mut client = NetworkServiceRegistryClient::new(channel.clone());
                 let answer = async move { client.find(request).await };
-                let end = self.shared.until_drained();
+                let end = self.drained();
                 find(url, watch, call_.deadline, answer, end).await?
             }
         };

@@ -1,40 +1,30 @@
 use std::sync::Arc;
 
-use nsm_core::mechanism::vni_pool::VniPool;
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tonic::Code;
 
 use super::*;
 use crate::{
     identity::token::TokenSource,
-    liveness::Reachability,
-    plane::{OwnRegistry, Settings},
+    peer::peers::Peers,
     registry::Limits,
+    route::{addresses::Addresses, bypass::Bypass, local::LocalEndpoints},
 };
 
-fn plane() -> ControlPlane {
+fn registrar() -> Registrar {
     let second = Duration::from_secs(1);
-    let settings = Settings {
-        name: "agent-1".to_owned(),
-        domain: "cluster-1.example".parse().expect("a domain"),
-        advertise_url: "tcp://192.0.2.1:5006".to_owned(),
-        upstream_nsmgr_url: None,
-        registry_proxy_url: None,
-        request_timeout: second,
-        dial_timeout: second,
-        max_connections: 1,
-        max_message_bytes: 1 << 16,
-        reachability: Reachability::Off,
-    };
     let tokens = TokenSource::hs256("spiffe://cluster-1.example/agent-1", b"test", 60 * second);
-    ControlPlane::start(
-        settings,
-        Arc::new(tokens),
-        Resolver::new(ResolverConfig::default()),
-        OwnRegistry::Here(Registry::new(Limits::default())),
-        None,
-        VniPool::default(),
-    )
+    let lookup = Lookup {
+        directory: Directory::Here(Registry::new(Limits::default())),
+        resolver: Resolver::new(ResolverConfig::default()),
+        peers: Arc::new(Peers::connecting_with(Arc::new(tokens), second, 1 << 16)),
+        addresses: Addresses::new("tcp://192.0.2.1:5006".to_owned()),
+        bypass: Bypass::default(),
+        local_endpoints: LocalEndpoints::default(),
+    };
+    let domain = "cluster-1.example".parse().expect("a domain");
+    let (_, drained) = watch::channel(false);
+    Registrar::new(domain, None, Arc::new(lookup), drained)
 }
 
 /// A call of a process of this user, for the endpoint whose socket lies in its folder.
@@ -55,17 +45,17 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
     }
 }
 
-fn url_kept(plane: &ControlPlane) -> Option<String> {
-    let endpoints = lock(&plane.shared.local_endpoints);
-    endpoints.get("nse-1").map(|endpoint| endpoint.url.clone())
+fn url_kept(registrar: &Registrar) -> Option<String> {
+    let endpoint = registrar.lookup.local_endpoints.get("nse-1")?;
+    Some(endpoint.url)
 }
 
 #[tokio::test]
 async fn an_endpoint_is_its_users_alone() {
     const MINUTE: Duration = Duration::from_secs(60);
-    let plane = plane();
-    let register = |uid, life| plane.register_endpoint(call_of(uid, life), None);
-    let unregister = |uid| plane.unregister_endpoint(call_of(uid, MINUTE), None);
+    let registrar = registrar();
+    let register = |uid, life| registrar.register_endpoint(call_of(uid, life), None);
+    let unregister = |uid| registrar.unregister_endpoint(call_of(uid, MINUTE), None);
     register(1000, MINUTE).await.expect("registered");
     for refused in [
         register(1001, MINUTE).await.map(drop),
@@ -78,29 +68,33 @@ async fn an_endpoint_is_its_users_alone() {
         }
     }
     let url = |uid: u32| Some(format!("unix:///run/user/{uid}/nse.sock"));
-    assert_eq!(url_kept(&plane), url(1000));
+    assert_eq!(url_kept(&registrar), url(1000));
     // Its own user refreshes it and takes it out, and then it is whose who comes first; root may always.
     register(1000, MINUTE).await.expect("refreshed");
     unregister(1000).await.expect("unregistered");
     register(1001, MINUTE).await.expect("free");
     register(0, MINUTE).await.expect("root");
-    assert_eq!(url_kept(&plane), url(0));
+    assert_eq!(url_kept(&registrar), url(0));
     unregister(0).await.expect("root");
-    assert_eq!(url_kept(&plane), None);
+    assert_eq!(url_kept(&registrar), None);
 }
 
 #[tokio::test]
 async fn a_lapsed_endpoint_is_nobodys() {
-    let plane = plane();
+    let registrar = registrar();
     let mut lapsed = call_of(1000, Duration::from_secs(60));
     lapsed.token = None;
-    plane
+    registrar
         .register_endpoint(lapsed, None)
         .await
         .expect("registered");
-    for endpoint in lock(&plane.shared.local_endpoints).values_mut() {
-        endpoint.expires = SystemTime::now();
-    }
+    let endpoints = &registrar.lookup.local_endpoints;
+    let mut endpoint = endpoints.get("nse-1").expect("it is kept");
+    endpoint.expires = SystemTime::now();
+    endpoints.insert("nse-1".to_owned(), endpoint);
     let other = call_of(1001, Duration::from_secs(60));
-    plane.register_endpoint(other, None).await.expect("free");
+    registrar
+        .register_endpoint(other, None)
+        .await
+        .expect("free");
 }

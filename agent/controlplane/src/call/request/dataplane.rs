@@ -1,6 +1,6 @@
 //! The parts of a Request that make links: what stands before goes, what cannot stand is undone.
 
-use std::{net::IpAddr, time::SystemTime};
+use std::net::IpAddr;
 
 use nsm_core::{
     mechanism::{Vxlan, lower_mtu, vxlan_mtu},
@@ -14,15 +14,15 @@ use super::{
 };
 use crate::{
     call::{
+        Calls,
         case::{Ends, Tunnel, interface, tunnel_mtu},
         pod::Pod,
     },
-    connection::store::{Established, lock},
+    connection::model::Established,
     error::RequestError,
-    liveness::JoinedPath,
-    plane::ControlPlane,
-    ports::{ForwarderError, PathId, Plan, Underlay},
-    route::router::{Crossing, Route},
+    liveness::{JoinedPath, Remote},
+    ports::{ForwarderError, Plan, Underlay},
+    route::router::Route,
 };
 
 /// The server's end of a tunnel that stands.
@@ -35,7 +35,7 @@ pub(super) struct Answered {
     pub(super) agreed_mtu: u32,
 }
 
-impl ControlPlane {
+impl Calls {
     /// The server's end of a tunnel: chooses the VNI (again, when the kernel says that something
     /// else on this node has it) and answers with our address. A client whose tunnel stands from
     /// before this agent was started has one already, which its link and ours on this node have.
@@ -60,15 +60,19 @@ impl ControlPlane {
         let agreed_mtu = tunnel_mtu(context, &underlay, asked.mtu);
         // Joined before it is answered: the client proves the path as soon as it has the answer.
         let path = self
-            .join_path(
+            .liveness
+            .join(
                 id,
-                (remote, asked.src_port),
-                reflector(asked.src_discriminator, asked.sbfd_vni),
+                Remote {
+                    address: remote,
+                    port: asked.src_port,
+                    reflector: reflector(asked.src_discriminator, asked.sbfd_vni),
+                },
                 vxlan_mtu(underlay.mtu, underlay.ip),
                 prior,
             )
             .await;
-        context.mtu = lower_mtu(agreed_mtu, self.path_mtu(path.watched.as_ref()));
+        context.mtu = lower_mtu(agreed_mtu, self.liveness.path_mtu(path.watched.as_ref()));
         let made = self.make_end(
             id, asked, mechanism, endpoint, context, route, prior, underlay, remote, agreed_mtu,
         );
@@ -81,17 +85,10 @@ impl ControlPlane {
                 agreed_mtu,
             }),
             Err(error) => {
-                self.leave_path(id, &path);
+                self.liveness.leave(id, &path);
                 Err(error)
             }
         }
-    }
-
-    /// What a path is known to carry, 0 when it is not known.
-    pub(crate) fn path_mtu(&self, watched: Option<&PathId>) -> u32 {
-        let health = watched.and_then(|path| self.prober()?.health(path));
-        let known = health.and_then(|health| health.path_mtu);
-        known.map_or(0, u32::from)
     }
 
     #[allow(
@@ -115,26 +112,17 @@ impl ControlPlane {
             .map_err(|error| bad_answer(route, error.to_string()))?;
         let name = interface(&endpoint.kernel, id);
         let held = prior.and_then(|prior| prior.vni);
-        let public = self.shared.ip_map().external(underlay.ip);
+        let public = self.lookup.addresses.public_of(underlay.ip);
         // A proxy on the way may have cleared where the tunnel ends.
         let is_ours = |ip: IpAddr| [underlay.ip, public].contains(&ip);
         let mut kept = held.or_else(|| {
-            let mut vnis = lock(&self.shared.vnis);
             let standing = asked.vni.filter(|_| asked.dst_ip.is_none_or(is_ours));
-            standing.filter(|vni| {
-                vnis.reclaim(*vni, public, remote, SystemTime::now())
-                    .is_ok()
-            })
+            standing.filter(|vni| self.held.vnis.reclaim(*vni, public, remote).is_ok())
         });
         for attempt in 1.. {
             let vni = match kept.take() {
                 Some(vni) => vni,
-                None => lock(&self.shared.vnis).allocate(
-                    public,
-                    remote,
-                    SystemTime::now(),
-                    rand::random,
-                )?,
+                None => self.held.vnis.allocate(public, remote)?,
             };
             let tunnel = Tunnel {
                 vni,
@@ -149,7 +137,7 @@ impl ControlPlane {
             match outcome {
                 Ok(plan) => {
                     let mut answer = mechanism.clone();
-                    let reflector = self.reflector();
+                    let reflector = self.liveness.reflector();
                     Vxlan {
                         dst_ip: Some(underlay.ip),
                         dst_port: underlay.port,
@@ -160,9 +148,8 @@ impl ControlPlane {
                         ..asked.clone()
                     }
                     .write(&mut answer.parameters);
-                    if route.crossing == Crossing::In {
-                        self.shared.ip_map().reply_out(&mut answer.parameters);
-                    }
+                    let addresses = &self.lookup.addresses;
+                    addresses.swap_answer(route.crossing, &mut answer);
                     return Ok((answer, plan, vni));
                 }
                 Err(error) => {
@@ -180,7 +167,7 @@ impl ControlPlane {
 
     pub(super) fn release_unless(&self, held: Option<Vni>, vni: Vni) {
         if held != Some(vni) {
-            lock(&self.shared.vnis).release(vni, SystemTime::now());
+            self.held.vnis.release(vni);
         }
     }
 

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::Ask;
 use crate::{
     call::case::Case,
-    connection::store::Established,
+    connection::model::Established,
     convert,
     error::RequestError,
     ports::{Plan, Reflector},

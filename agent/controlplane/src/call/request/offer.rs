@@ -10,15 +10,17 @@ use super::{
     messages::{End, agreed_mtu, set_mac, without_inode},
 };
 use crate::{
-    call::case::{Case, mac, pair_mtu, tunnel_mtu},
-    connection::store::Established,
+    call::{
+        Calls,
+        case::{Case, mac, pair_mtu, tunnel_mtu},
+    },
+    connection::model::Established,
     convert,
     error::RequestError,
-    plane::ControlPlane,
-    route::router::{Crossing, Route},
+    route::router::Route,
 };
 
-impl ControlPlane {
+impl Calls {
     /// The Request to the next hop: names as it knows them, the mechanism we want towards it, and
     /// what this node can promise of the connection's context.
     pub(super) async fn offer(
@@ -56,7 +58,7 @@ impl ControlPlane {
                 context.mtu = tunnel_mtu(context, &underlay, None);
                 set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
                 let mut parameters = [].into();
-                let reflector = self.reflector();
+                let reflector = self.liveness.reflector();
                 Vxlan {
                     src_ip: Some(underlay.ip),
                     dst_ip: None,
@@ -96,47 +98,13 @@ impl ControlPlane {
                 false => standing,
             };
         }
-        self.cross_request(
-            route,
+        self.lookup.addresses.swap_request(
+            route.crossing,
             connection.mechanism.iter_mut().chain(&mut preferences),
         );
         Ok(NetworkServiceRequest {
             connection: Some(connection),
             mechanism_preferences: preferences,
         })
-    }
-
-    /// The proxy's part on the way out or in: public addresses for internal ones.
-    pub(super) fn cross_request<'a>(
-        &self,
-        route: &Route,
-        mechanisms: impl Iterator<Item = &'a mut Mechanism>,
-    ) {
-        let map = self.shared.ip_map();
-        for mechanism in mechanisms {
-            match route.crossing {
-                Crossing::Inside => {}
-                Crossing::Out => {
-                    map.request_out(&mut mechanism.parameters);
-                }
-                Crossing::In => map.request_in(&mut mechanism.parameters),
-            }
-        }
-    }
-
-    /// The proxy's part on the way back. A tunnel that ends here is swapped where it is answered.
-    pub(super) fn cross_reply(
-        &self,
-        route: &Route,
-        mechanism: Option<&mut Mechanism>,
-        sent_source: Option<&str>,
-    ) {
-        let Some(mechanism) = mechanism else { return };
-        let map = self.shared.ip_map();
-        match route.crossing {
-            Crossing::Inside => {}
-            Crossing::Out => map.reply_in(&mut mechanism.parameters, sent_source),
-            Crossing::In => map.reply_out(&mut mechanism.parameters),
-        }
     }
 }

@@ -27,7 +27,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use crate::connection::store::lock;
+use crate::sync::lock;
 
 /// Descriptors of one connection that are held at one time. A peer has one or two in flight for each
 /// of its calls; of more the oldest goes.

@@ -12,9 +12,10 @@ use nsm_controlplane::{
     api::server::{ListenerLimits, Socket, serve},
     identity::token::TokenSource,
     liveness::Reachability,
-    plane::{ControlPlane, OwnRegistry, Settings},
+    plane::{ControlPlane, Settings},
     ports::Forwarder,
     registry::{Limits, Registry},
+    route::directory::Directory,
 };
 use nsm_core::{mechanism::vni_pool::VniPool, nsm::name::Domain};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
@@ -226,8 +227,8 @@ async fn run(
             ..ResolverConfig::default()
         }),
         match &setup.registry {
-            Some(url) => OwnRegistry::At(url.clone()),
-            None => OwnRegistry::Here(registry.clone()),
+            Some(url) => Directory::At(url.clone()),
+            None => Directory::Here(registry.clone()),
         },
         kernel.map(|kernel| kernel as Arc<dyn Forwarder>),
         VniPool::default(),

@@ -1,0 +1,195 @@
+//! A connection as this agent holds it: the view that monitors get, the next hop, the links on this node, and what is known of its path.
+//!
+//! Three things decide a connection's state, and any of them that is bad makes it DOWN: the verdict on its path, a peer that has no
+//! tunnel for its VNI, and what the next hop reports. A next hop whose monitor stream is lost makes it DOWN too; that is published
+//! beside the path's health, because packets pass without the agents and the client may keep the tunnel.
+//!
+//! A connection that was granted although its path was known to be down (`prefer`) is UP until the path has been up once: DOWN would
+//! only trigger a retry that changes nothing, and the metrics carry the health.
+
+use std::{net::IpAddr, time::SystemTime};
+
+use nsm_core::{
+    liveness::health::{ForeignVnis, Health, LostHop, Published, Verdict},
+    net::Vni,
+};
+use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
+
+use crate::{
+    ports::{PathId, Plan},
+    route::router::Route,
+};
+
+/// A connection that a Request made and a Close or its expiry will take away.
+#[derive(Debug, Clone)]
+pub(crate) struct Established {
+    /// Our own view, as monitors get it: `id` and `path.index` are those of our segment, names and mechanism are the client's.
+    pub(crate) view: Connection,
+    /// The next hop, and the names it knows the connection by.
+    pub(crate) route: Route,
+    /// The mechanism agreed with the next hop, with the addresses of this node's own view.
+    pub(crate) next_mechanism: Option<Mechanism>,
+    /// The links of this node that belong to it.
+    pub(crate) plan: Option<Plan>,
+    /// The VNI that is reserved for it.
+    pub(crate) vni: Option<Vni>,
+    /// When the previous hop's token ends, and with it the connection.
+    pub(crate) expires: SystemTime,
+    /// What is known of the path that its packets take.
+    pub(crate) path: PathState,
+}
+
+/// What is known of the path that a connection's packets take.
+#[derive(Debug, Clone)]
+pub(crate) struct PathState {
+    /// The path that is watched for it; none where nothing is, or cannot be.
+    pub(crate) watched: Option<PathId>,
+    /// The health of the path to the other end of its tunnel; none where there is no tunnel, or nothing is probed.
+    pub(crate) health: Option<Health>,
+    /// The state that the next hop reported last.
+    pub(crate) reported: State,
+    /// Set while the monitor stream from the next hop is lost.
+    pub(crate) lost_hop: Option<LostHop>,
+    /// It was granted although the path was down.
+    pub(crate) granted_down: bool,
+    /// The MTU that both sides agreed on, whatever the path carries.
+    pub(crate) agreed_mtu: u32,
+}
+
+impl Default for PathState {
+    fn default() -> Self {
+        Self {
+            watched: None,
+            health: None,
+            reported: State::Up,
+            lost_hop: None,
+            granted_down: false,
+            agreed_mtu: 0,
+        }
+    }
+}
+
+impl Established {
+    /// The other end of the tunnel: address and UDP port.
+    pub(crate) fn remote(&self) -> Option<(IpAddr, u16)> {
+        match self.plan.as_ref()? {
+            Plan::Vxlan { spec, .. } => Some((spec.remote, spec.port)),
+            Plan::Veth { .. } => None,
+        }
+    }
+
+    /// Whether packets are known not to pass.
+    pub(crate) fn path_is_down(&self) -> bool {
+        self.path.health.is_some_and(|health| health.is_down())
+    }
+
+    /// Whether its packets may still pass although it is DOWN, or may pass again later: its path is down by our verdict or by that of
+    /// a hop behind us (which may notice first), or an agent on the path is lost. Its tunnel stays until another one stands.
+    pub(crate) fn is_left_standing(&self) -> bool {
+        let is_reported = |hop: &PathSegment| {
+            Published::read(&hop.metrics).is_down() || LostHop::read(&hop.metrics).is_some()
+        };
+        self.path_is_down()
+            || self.path.lost_hop.is_some()
+            || below(&self.view).iter().any(is_reported)
+    }
+
+    /// Writes into our own segment's metrics that the next hop is lost, or is back.
+    pub(crate) fn set_lost_hop(&mut self, lost: Option<LostHop>) {
+        self.path.lost_hop = lost;
+        if let Some(own) = own_segment_mut(&mut self.view) {
+            LostHop::write(self.path.lost_hop.as_ref(), &mut own.metrics);
+        }
+    }
+
+    /// The connection with another state reported by the next hop; `None` when that changes nothing.
+    pub(crate) fn with_reported(&self, state: State) -> Option<Self> {
+        if self.path.reported == state {
+            return None;
+        }
+        let mut changed = self.clone();
+        changed.path.reported = state;
+        // A path that is down stays so, whatever is reported.
+        if !changed.path_is_down() || changed.path.granted_down {
+            changed.view.set_state(state);
+        }
+        Some(changed)
+    }
+
+    /// Why it is DOWN, as a sentence, with `path` the health of its path now; none where it is not DOWN.
+    pub(crate) fn down_reason(&self, path: Option<Health>) -> Option<String> {
+        if self.view.state() != State::Down {
+            return None;
+        }
+        if let Some(health) = path.filter(Health::is_down) {
+            return Some(health.to_string());
+        }
+        if let Some(lost) = &self.path.lost_hop {
+            let path = match path.map(|health| health.verdict()) {
+                Some(Verdict::Up) => "the path is good",
+                _ => "of the path nothing is known",
+            };
+            return Some(format!("{}; {path}", lost.reason));
+        }
+        let reported = below(&self.view).iter().find_map(|hop| {
+            let down = Some(Published::read(&hop.metrics)).filter(Published::is_down);
+            let lost = || Some(LostHop::read(&hop.metrics)?.reason.to_string());
+            Some((&hop.name, down.and_then(|it| it.reason).or_else(lost)?))
+        });
+        Some(match reported {
+            Some((name, reason)) => format!("{name} says: {reason}"),
+            None => format!("{} says so, or has it no more", self.route.url),
+        })
+    }
+
+    /// Brings the view up to date: the state, and the metrics of our own segment.
+    pub(crate) fn settle(&mut self, foreign: &ForeignVnis) {
+        let is_down = self.path_is_down();
+        self.path.granted_down &= is_down;
+        let state = if is_down && !self.path.granted_down {
+            State::Down
+        } else {
+            self.path.reported
+        };
+        self.view.set_state(state);
+        if let Some(own) = own_segment_mut(&mut self.view) {
+            Published::write(self.path.health.as_ref(), foreign, &mut own.metrics);
+            LostHop::write(self.path.lost_hop.as_ref(), &mut own.metrics);
+        }
+    }
+
+    /// Whether `other` publishes the same state and the same health. Another kind of reason is another health: it may name the
+    /// firewall that is to blame.
+    pub(crate) fn publishes_same(&self, other: &Self) -> bool {
+        self.view.state() == other.view.state()
+            && match (own_segment(&self.view), own_segment(&other.view)) {
+                (Some(one), Some(other)) => Published::is_same(&one.metrics, &other.metrics),
+                (None, None) => true,
+                _ => false,
+            }
+    }
+}
+
+fn own_segment(view: &Connection) -> Option<&PathSegment> {
+    let path = view.path.as_ref()?;
+    path.path_segments.get(path.index as usize)
+}
+
+fn own_segment_mut(view: &mut Connection) -> Option<&mut PathSegment> {
+    let path = view.path.as_mut()?;
+    path.path_segments.get_mut(path.index as usize)
+}
+
+/// The segments of the hops behind the one at `path.index`.
+pub(crate) fn below(view: &Connection) -> &[PathSegment] {
+    let index = view.path.as_ref().map_or(0, |path| path.index);
+    after(view, index)
+}
+
+/// The segments after the one at `index`.
+pub(crate) fn after(view: &Connection, index: u32) -> &[PathSegment] {
+    view.path
+        .as_ref()
+        .and_then(|path| path.path_segments.get(index as usize + 1..))
+        .unwrap_or_default()
+}

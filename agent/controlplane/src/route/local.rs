@@ -1,0 +1,57 @@
+//! Endpoints that have registered on this node's socket.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::SystemTime,
+};
+
+use crate::{peer::peers::Peer, sync::lock};
+
+/// An endpoint of this node.
+#[derive(Debug, Clone)]
+pub(crate) struct LocalEndpoint {
+    /// Its own URL; the registry holds ours in its place.
+    pub(crate) url: String,
+    /// Whether it registered as root: only then may it name a network namespace.
+    pub(crate) trusted: bool,
+    /// The user whose process registered it: no other user may take its name.
+    pub(crate) uid: Option<u32>,
+    /// When its registration lapses.
+    pub(crate) expires: SystemTime,
+    /// Keeps the descriptor of its socket, where it has passed one in the place of a path.
+    pub(crate) _socket: Option<Arc<Peer>>,
+}
+
+/// The endpoints of this node, by name.
+#[derive(Debug, Default)]
+pub(crate) struct LocalEndpoints(Mutex<HashMap<String, LocalEndpoint>>);
+
+impl LocalEndpoints {
+    /// The endpoint of this name.
+    pub(crate) fn get(&self, name: &str) -> Option<LocalEndpoint> {
+        lock(&self.0).get(name).cloned()
+    }
+
+    /// The user who has registered the name, where that has not lapsed.
+    pub(crate) fn owner(&self, name: &str, now: SystemTime) -> Option<u32> {
+        let endpoints = lock(&self.0);
+        let endpoint = endpoints.get(name)?;
+        endpoint.uid.filter(|_| endpoint.expires > now)
+    }
+
+    /// Keeps an endpoint, in the place of an earlier one of its name.
+    pub(crate) fn insert(&self, name: String, endpoint: LocalEndpoint) {
+        lock(&self.0).insert(name, endpoint);
+    }
+
+    /// Forgets an endpoint.
+    pub(crate) fn remove(&self, name: &str) {
+        lock(&self.0).remove(name);
+    }
+
+    /// Forgets every endpoint that has lapsed.
+    pub(crate) fn forget_lapsed(&self, now: SystemTime) {
+        lock(&self.0).retain(|_, endpoint| endpoint.expires > now);
+    }
+}
