@@ -46,14 +46,14 @@ pub(crate) enum Command {
 }
 
 const AGENT_HELP: &str = "\
-Each key may stand in the file, in the environment and on the command line; the later wins.
+The file, the environment and the command line may each set every key; the later overrides the earlier.
 SIGTERM drains and ends; SIGHUP reloads the IP map, the log level and the resolver.
 
 Examples:
   proxy-nsmgr agent                                  one agent that is a whole domain
   proxy-nsmgr agent --domain cluster-1.example --tunnel-ip 192.0.2.1
   NSM_LOG_LEVEL=debug proxy-nsmgr agent --config /etc/proxy-nsmgr/config.yaml
-  proxy-nsmgr agent --print-config                   what would be in force, and who said so
+  proxy-nsmgr agent --print-config                   the effective configuration, and where each value comes from
 
 Exit codes: 0 all went well, 1 it failed (the reason is on standard error), 2 the command line is wrong.";
 
@@ -95,6 +95,10 @@ pub(crate) struct AgentArgs {
     /// Prints the configuration that would be in force, as YAML with the source of each value, and ends
     #[arg(long)]
     pub(crate) print_config: bool,
+
+    /// Prints the JSON schema of the configuration file and ends
+    #[arg(long)]
+    pub(crate) print_config_schema: bool,
 
     #[command(flatten)]
     pub(crate) keys: ConfigFlags,

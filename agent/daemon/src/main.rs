@@ -55,6 +55,9 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn agent(args: AgentArgs) -> anyhow::Result<()> {
+    if args.print_config_schema {
+        return tool::print_line(&config::schema());
+    }
     let inputs = Inputs {
         file: args.config,
         environment: std::env::vars_os().collect(),

@@ -19,6 +19,8 @@ use nsm_controlplane::plane::ControlPlane;
 use nsm_core::address::ipmap::{IpMap, IpMapError};
 use tokio::sync::Notify;
 
+use crate::config::MapIpFile;
+
 /// How soon a change is noticed.
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -105,10 +107,11 @@ pub(crate) struct IpMapFile {
 
 impl IpMapFile {
     /// Reads the file. One that is absent is an error only when it was named.
-    pub(crate) fn load(path: &Path, required: bool, maps: &IpMaps) -> anyhow::Result<Self> {
+    pub(crate) fn load(file: &MapIpFile, maps: &IpMaps) -> anyhow::Result<Self> {
+        let MapIpFile { path, is_required } = file;
         let text = match std::fs::read_to_string(path) {
             Ok(text) => Some(text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !required => None,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !is_required => None,
             Err(error) => {
                 return Err(error).with_context(|| {
                     format!("cannot read the IP map {} (`map_ip_file`)", path.display())

@@ -106,7 +106,7 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
         VniPool::new(config.tunnel.management_vni),
     );
     let maps = Arc::new(IpMaps::new(plane.clone()));
-    let map_file = IpMapFile::load(&config.map_ip_file, config.map_ip_file_required, &maps)?;
+    let map_file = IpMapFile::load(&config.map_ip_file, &maps)?;
     let mut tasks = JoinSet::new();
     tasks.spawn(map_file.follow(Arc::clone(&maps)));
     let public_address = PublicAddress::default();
@@ -311,7 +311,7 @@ fn reload(
         tracing::error!(%error, "the log level stays as it is");
     }
     plane.resolver().reload(resolver_config(&new));
-    ip_map::reload(&current.map_ip_file, maps);
+    ip_map::reload(&current.map_ip_file.path, maps);
     current.log.level.clone_from(&new.log.level);
     current.resolver = new.resolver;
     tracing::info!(keys = ?changes.reloadable, "reloaded");

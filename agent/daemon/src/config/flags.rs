@@ -1,16 +1,20 @@
-//! The flags that are keys: one for each entry of the table.
+//! The flags that are keys: one for each.
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
-use super::keys::{KEYS, Key};
+use super::{
+    Config,
+    keys::KEYS,
+    table::{Key, Shape},
+};
 
-/// What was said by flags, one text a key.
+/// The values that flags give, one text a key.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ConfigFlags(Vec<(&'static str, String)>);
 
 impl ConfigFlags {
-    /// Each key that was said, with its text.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&'static Key, &str)> {
+    /// Each key that a flag sets, with its text.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&'static Key<Config>, &str)> {
         self.0.iter().filter_map(|(path, text)| {
             let key = KEYS.iter().find(|key| key.path == *path)?;
             Some((key, text.as_str()))
@@ -21,16 +25,15 @@ impl ConfigFlags {
 impl Args for ConfigFlags {
     fn augment_args(command: Command) -> Command {
         command.args(KEYS.iter().map(|key| {
-            let is_list = key.placeholder.ends_with('…');
-            let arg = Arg::new(key.path)
+            let arg = Arg::new(key.path.as_str())
                 .long(key.flag_name())
-                .value_name(key.placeholder)
+                .value_name(key.placeholder.as_str())
                 .help(format!("{} [env: {}]", key.help, key.variable()))
                 .help_heading("Configuration keys")
                 .allow_hyphen_values(false);
-            match (is_list, key.placeholder) {
-                (true, _) => arg.action(ArgAction::Append),
-                (false, "BOOL") => arg.num_args(0..=1).default_missing_value("true"),
+            match key.shape {
+                Shape::List | Shape::Map => arg.action(ArgAction::Append),
+                Shape::Bool => arg.num_args(0..=1).default_missing_value("true"),
                 _ => arg,
             }
         }))
@@ -49,10 +52,10 @@ impl FromArgMatches for ConfigFlags {
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        for key in KEYS {
-            if let Some(texts) = matches.get_many::<String>(key.path) {
+        for key in KEYS.iter() {
+            if let Some(texts) = matches.get_many::<String>(&key.path) {
                 let texts: Vec<_> = texts.map(String::as_str).collect();
-                self.0.push((key.path, texts.join(",")));
+                self.0.push((&key.path, texts.join(",")));
             }
         }
         Ok(())

@@ -1,13 +1,11 @@
-//! What the agent is told: typed, checked, and each value with its source.
+//! The configuration: typed, checked, and each value with its source.
 //!
-//! Four layers, each over the one before: defaults, the YAML file, the environment, the flags. Every
-//! layer ends in the same table ([`keys`]): a key has one name, one parser, one text, one variable
-//! and one flag, so that `tunnel.port`, `NSM_TUNNEL_PORT` and `--tunnel-port` cannot drift apart.
-//! With nothing given at all the result is an agent that is a whole domain by itself.
+//! Four layers, each over the one before: defaults, the YAML file, the environment, the flags. [`keys`] declares every key once; parser,
+//! flag, variable, `--print-config`, the README's table and the JSON schema follow from the declaration. The defaults alone give an
+//! agent that is a whole domain.
 //!
-//! Nothing is half right: every mistake of every layer is collected and told at once, each with the
-//! file and line, the key, the value, and what is allowed. What is loaded needs no further check
-//! but those that only the running machine can answer (is the port free, does the path exist).
+//! All mistakes of all layers are collected and reported together, each with file and line, key, value, and what is allowed. What is
+//! loaded needs no further check but those that depend on the running machine (is the port free, does the path exist).
 
 use std::{
     collections::BTreeMap,
@@ -18,29 +16,27 @@ use std::{
 
 mod flags;
 mod keys;
-mod model;
+mod kinds;
 mod names;
 mod node;
-mod parse;
 mod print;
+mod table;
 mod value;
 
 pub(crate) use self::{
     flags::ConfigFlags,
-    model::{
-        Config, Hook, KubernetesApi, Log, LogFormat, MetadataServices, PublicAddress,
-        TokenAlgorithm, Tunnel,
-    },
+    keys::{Config, Log, PublicAddress, Tunnel},
+    kinds::{Hook, KubernetesApi, LogFormat, MapIpFile, MetadataServices, TokenAlgorithm},
     value::{ListenUrl, parse_duration},
 };
 use self::{
-    keys::{KEYS, Key},
+    keys::KEYS,
     names::LISTEN_ON,
     node::{Bad, Entry, Node, Value},
+    table::Key,
 };
 
-/// Where the configuration file lies unless `--config` or `NSM_CONFIG_FILE` says otherwise. Only
-/// here may it be absent.
+/// The configuration file where neither `--config` nor `NSM_CONFIG_FILE` names one. Only this one may be absent.
 pub(crate) const DEFAULT_FILE: &str = "/etc/proxy-nsmgr/config.yaml";
 
 /// The variable that names the configuration file.
@@ -53,9 +49,10 @@ const OTHER_VARIABLES: [&str; 3] = [FILE_VARIABLE, "NSM_CONNECT_TO", "NSM_ADMIN_
 const PREFIX: &str = "NSM_";
 
 /// Where a value came from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// Nobody said anything else.
+    /// No layer sets the value.
+    #[default]
     Default,
     /// A line of the configuration file.
     File { path: PathBuf, line: u64 },
@@ -65,7 +62,7 @@ pub(crate) enum Source {
     Flag(String),
 }
 
-/// What was given to the program: what [`Config::load`] reads.
+/// The program's input: what [`Config::load`] reads.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Inputs {
     /// The file that `--config` names.
@@ -81,9 +78,9 @@ pub(crate) struct Inputs {
 pub(crate) struct Loaded {
     /// The configuration itself.
     pub(crate) config: Config,
-    /// What is odd but no error, one sentence each; logged when the log is up.
+    /// What is unusual but no error, one sentence each; for the log, which starts later.
     pub(crate) warnings: Vec<String>,
-    /// Keys that somebody set, and who did last.
+    /// Keys that a layer set, with the last source.
     sources: BTreeMap<&'static str, Source>,
 }
 
@@ -138,28 +135,27 @@ impl Config {
     ///
     /// A file that cannot be read or is no YAML; else every wrong key and value of all layers.
     pub(crate) fn load(inputs: &Inputs) -> Result<Loaded, ConfigError> {
-        let mut layers = Layers::new(Self::default_for(&host_name()));
+        let mut layers = Layers::default();
         if let Some((path, root)) = read_file(inputs)? {
             layers.file(&path, root);
         }
         layers.environment(&inputs.environment);
         for (key, text) in inputs.flags.iter() {
-            let source = Source::Flag(key.flag());
-            layers.apply(key, &Node::text(text), source);
+            layers.apply(key, &Node::text(text), Source::Flag(key.flag()));
         }
         layers.finish()
     }
 
-    /// What of `new` a running agent with `old` can take over, and what it cannot.
+    /// The keys that differ: those that a running agent takes over, and those that need a restart.
     ///
-    /// The content of the IP map file is watched by itself; here it is about the configuration.
+    /// The content of the IP map file is no part of this: the agent follows it.
     pub(crate) fn reloadable_changes(old: &Self, new: &Self) -> Changes {
         let mut changes = Changes::default();
         for key in KEYS.iter().filter(|key| (key.show)(old) != (key.show)(new)) {
             if key.reloads {
-                changes.reloadable.push(key.path);
+                changes.reloadable.push(&key.path);
             } else {
-                changes.restart.push(key.path);
+                changes.restart.push(&key.path);
             }
         }
         changes
@@ -175,7 +171,13 @@ impl Loaded {
     }
 }
 
+/// The JSON schema of the configuration file, for editors and checks before a deployment.
+pub(crate) fn schema() -> String {
+    format!("{:#}", print::to_schema())
+}
+
 /// The layers as they are laid over each other.
+#[derive(Default)]
 struct Layers {
     config: Config,
     sources: BTreeMap<&'static str, Source>,
@@ -184,15 +186,6 @@ struct Layers {
 }
 
 impl Layers {
-    fn new(config: Config) -> Self {
-        Self {
-            config,
-            sources: BTreeMap::new(),
-            warnings: Vec::new(),
-            problems: Vec::new(),
-        }
-    }
-
     fn file(&mut self, path: &Path, root: Node) {
         let source = |line| Source::File {
             path: path.to_owned(),
@@ -260,8 +253,8 @@ impl Layers {
                 Err(what) => self.problem(source, what),
             }
         }
-        for key in KEYS {
-            // An empty variable is what a manifest with nothing filled in gives: as good as none.
+        for key in KEYS.iter() {
+            // A manifest with nothing filled in sets an empty variable: it counts as absent.
             if let Some(text) = found.remove(key.variable().as_str())
                 && !text.is_empty()
             {
@@ -279,10 +272,10 @@ impl Layers {
         }
     }
 
-    fn apply(&mut self, key: &'static Key, node: &Node, source: Source) {
+    fn apply(&mut self, key: &'static Key<Config>, node: &Node, source: Source) {
         match (key.apply)(&mut self.config, node) {
             Ok(()) => {
-                self.sources.insert(key.path, source);
+                self.sources.insert(&key.path, source);
             }
             Err(Bad {
                 line,
@@ -313,7 +306,6 @@ impl Layers {
         if !self.problems.is_empty() {
             return Err(ConfigError::Invalid(self.problems));
         }
-        self.config.map_ip_file_required = self.sources.contains_key("map_ip_file");
         Ok(Loaded {
             config: self.config,
             warnings: self.warnings,
@@ -357,17 +349,6 @@ fn parse_yaml(text: &str) -> Result<Node, (u64, String)> {
             let line = error.location().map_or(0, |location| location.line());
             (line, error.to_string())
         })
-}
-
-/// The host's name in this UTS namespace.
-fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let name = name.trim();
-    if name.is_empty() || name == "(none)" {
-        "proxy-nsmgr".to_owned()
-    } else {
-        name.to_owned()
-    }
 }
 
 fn join(problems: &[Problem]) -> String {

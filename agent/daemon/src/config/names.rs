@@ -1,50 +1,28 @@
-//! Names of keys as people write them: with mistakes, and several in one variable.
+//! Names of keys with mistakes, and the variable that stands for several keys.
 
-use super::{
-    keys::{KEYS, Key},
-    value::ListenUrl,
-};
+use super::{Config, keys::KEYS, table::Key, value::ListenUrl};
 
-/// The variable with which NSM's own components are told all their listen URLs at once.
+/// The variable that has all listen URLs of an NSM component.
 pub(super) const LISTEN_ON: &str = "NSM_LISTEN_ON";
 
 /// A sentence about a key that does not exist, with the one that was probably meant.
 pub(super) fn unknown(path: &str) -> String {
     let leaf = |path: &str| path.rsplit('.').next().unwrap_or_default().to_owned();
-    let near = KEYS
-        .iter()
-        .map(|key| (distance(path, key.path), key.path))
+    let paths = || KEYS.iter().map(|key| key.path.as_str());
+    let near = paths()
+        .map(|known| (strsim::levenshtein(path, known), known))
         .min()
-        .filter(|(distance, known)| *distance <= 2.max(known.len() / 4));
-    let same_leaf = || {
-        let mut found = KEYS.iter().filter(|key| leaf(key.path) == leaf(path));
-        found.next().map(|key| (0, key.path))
-    };
-    match near.or_else(same_leaf) {
-        Some((_, known)) => format!("{path}: no such key; did you mean {known}?"),
+        .filter(|(distance, known)| *distance <= 2.max(known.len() / 4))
+        .map(|(_, known)| known);
+    match near.or_else(|| paths().find(|known| leaf(known) == leaf(path))) {
+        Some(known) => format!("{path}: no such key; did you mean {known}?"),
         None => format!("{path}: no such key; `proxy-nsmgr agent --print-config` lists all"),
     }
 }
 
-/// The number of characters to change, add or drop to make one text of the other (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let change = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 /// The listeners that the URLs of `NSM_LISTEN_ON` are for: a socket is the NSMgr's, a port the proxy's.
-pub(super) fn listen_on(text: &str) -> Result<Vec<(&'static Key, String)>, String> {
-    let mut found: Vec<(&'static Key, String)> = Vec::new();
+pub(super) fn listen_on(text: &str) -> Result<Vec<(&'static Key<Config>, String)>, String> {
+    let mut found: Vec<(&'static Key<Config>, String)> = Vec::new();
     for part in text
         .split(',')
         .map(str::trim)

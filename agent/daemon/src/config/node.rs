@@ -1,8 +1,7 @@
 //! A configuration value before it is typed: its shape, its text, and the line it stands on.
 //!
-//! A YAML file is read into nodes first and into types by the table of keys then. Reading it
-//! straight into types would be shorter and would lose what a person needs to mend it: which line,
-//! and which key is meant.
+//! A YAML file is read into nodes, and the table of keys reads nodes into types: a mistake is then reported with its line and key,
+//! and all mistakes of a file at once.
 
 use std::fmt;
 
@@ -22,7 +21,7 @@ pub(crate) struct Node {
 
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Value {
-    /// Nothing behind the colon: the key is as good as absent.
+    /// Nothing behind the colon: the key counts as absent.
     Null,
     Scalar(String),
     List(Vec<Node>),
@@ -45,6 +44,16 @@ pub(crate) struct Bad {
     pub(crate) allowed: String,
 }
 
+impl Bad {
+    /// The same, without the value of a secret.
+    pub(super) fn without_value(self) -> Self {
+        Self {
+            value: "the value".to_owned(),
+            ..self
+        }
+    }
+}
+
 impl Node {
     /// The text of a variable or a flag.
     pub(crate) fn text(text: &str) -> Self {
@@ -52,6 +61,11 @@ impl Node {
             line: 0,
             value: Value::Scalar(text.to_owned()),
         }
+    }
+
+    /// The same on another line.
+    pub(crate) fn at(self, line: u64) -> Self {
+        Self { line, ..self }
     }
 
     /// The value as `parse` reads its text.
@@ -75,13 +89,7 @@ impl Node {
             Value::Null => Ok(Vec::new()),
             Value::List(nodes) => nodes.iter().map(|node| node.parse(&parse)).collect(),
             Value::Scalar(text) => split_commas(text)
-                .map(|part| {
-                    parse(part).map_err(|error| Bad {
-                        line: self.line,
-                        value: part.to_owned(),
-                        allowed: error.to_string(),
-                    })
-                })
+                .map(|part| Self::text(part).at(self.line).parse(&parse))
                 .collect(),
             Value::Map(_) => Err(self.bad("a list")),
         }
@@ -94,26 +102,21 @@ impl Node {
         match &self.value {
             Value::Null => {}
             Value::Map(entries) => {
-                for entry in entries {
-                    match &entry.node.value {
-                        Value::List(nodes) => {
-                            pairs.extend(nodes.iter().map(|node| (entry.key.clone(), node.clone())))
-                        }
-                        _ => pairs.push((entry.key.clone(), entry.node.clone())),
-                    }
+                for Entry { key, node, .. } in entries {
+                    let nodes = match &node.value {
+                        Value::List(nodes) => nodes,
+                        _ => std::slice::from_ref(node),
+                    };
+                    pairs.extend(nodes.iter().map(|node| (key.clone(), node.clone())));
                 }
             }
             Value::Scalar(text) => {
                 for part in split_commas(text) {
-                    let (key, value) = part.split_once('=').ok_or_else(|| Bad {
-                        line: self.line,
-                        value: part.to_owned(),
-                        allowed: "key=value pairs with commas between".to_owned(),
+                    let (key, value) = part.split_once('=').ok_or_else(|| {
+                        let part = Self::text(part).at(self.line);
+                        part.bad("key=value pairs with commas between")
                     })?;
-                    let node = Self {
-                        line: self.line,
-                        value: Value::Scalar(value.trim().to_owned()),
-                    };
+                    let node = Self::text(value.trim()).at(self.line);
                     pairs.push((key.trim().to_owned(), node));
                 }
             }
@@ -166,6 +169,14 @@ impl<'de> Deserialize<'de> for Value {
 
 struct ValueVisitor;
 
+macro_rules! scalars {
+    ($($visit:ident: $type:ty),*) => {
+        $(fn $visit<E>(self, value: $type) -> Result<Value, E> {
+            Ok(Value::Scalar(value.to_string()))
+        })*
+    };
+}
+
 impl<'de> Visitor<'de> for ValueVisitor {
     type Value = Value;
 
@@ -185,25 +196,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
         deserializer.deserialize_any(self)
     }
 
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(Value::Scalar(value.to_string()))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(Value::Scalar(value.to_string()))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(Value::Scalar(value.to_string()))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(Value::Scalar(value.to_string()))
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(Value::Scalar(value.to_owned()))
-    }
+    scalars! { visit_bool: bool, visit_i64: i64, visit_u64: u64, visit_f64: f64, visit_str: &str }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let mut nodes = Vec::new();
@@ -270,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_value_and_a_wrong_shape_are_told() {
+    fn an_absent_value_and_a_wrong_shape_are_errors() {
         let parse = |text: &str| text.parse::<u16>();
         let root = node("a:\nb: [1]\n");
         let Value::Map(entries) = root.value else {

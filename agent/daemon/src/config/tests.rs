@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use nsm_controlplane::liveness::Reachability;
 
-use super::{model::Token, *};
+use super::{keys::Token, *};
 
 fn env(pairs: &[(&str, &str)]) -> BTreeMap<OsString, OsString> {
     pairs
@@ -66,7 +66,7 @@ fn nothing_said_is_a_whole_domain() {
     assert_eq!(config.listen.proxy.to_string(), "tcp://0.0.0.0:5006");
     assert_eq!(config.max_token_lifetime, Duration::from_secs(600));
     assert_eq!(config.limits.max_message_bytes, 1 << 20);
-    assert!(!config.map_ip_file_required);
+    assert!(!config.map_ip_file.is_required);
     assert!(!config.name.is_empty());
     assert_eq!(config, load("# only a comment\n"));
     assert_eq!(config, load("tunnel:\nlog:\n  level:\n"));
@@ -148,7 +148,7 @@ log: {level: 'debug,h2=warn', format: json}
     assert_eq!(config.resolver.timeout, Duration::from_millis(500));
     assert_eq!(config.tunnel.port, 14789);
     assert_eq!(config.tunnel.mtu, 9000);
-    assert!(config.map_ip_file_required);
+    assert!(config.map_ip_file.is_required);
     assert_eq!(config.bpf.interfaces.len(), 2);
     assert_eq!(config.bpf.hook, Hook::Clsact);
     assert_eq!(config.max_token_lifetime, Duration::from_secs(5400));
@@ -223,8 +223,8 @@ fn what_nsm_calls_its_variables_works() {
         config.registry_url.unwrap().to_string(),
         "tcp://registry:5002"
     );
-    assert_eq!(config.map_ip_file, Path::new("/m.yaml"));
-    assert!(config.map_ip_file_required);
+    assert_eq!(config.map_ip_file.path, Path::new("/m.yaml"));
+    assert!(config.map_ip_file.is_required);
     assert_eq!(config.log.level, "warn");
 
     // One listener by its own variable wins over the list.
@@ -433,7 +433,10 @@ fn what_is_printed_gives_the_same_configuration() {
         let second = load(&printed);
         let expected = Config {
             // Printed, it is named.
-            map_ip_file_required: true,
+            map_ip_file: MapIpFile {
+                is_required: true,
+                ..first.config.map_ip_file.clone()
+            },
             ..first.config.clone()
         };
         assert_eq!(second, expected, "{printed}");
@@ -497,7 +500,7 @@ fn a_reload_tells_what_it_takes_over() {
 #[test]
 fn every_key_has_its_own_flag_and_variable() {
     let mut names = std::collections::BTreeSet::new();
-    for key in KEYS {
+    for key in KEYS.iter() {
         assert!(names.insert(key.flag()), "{}", key.path);
         assert!(names.insert(key.variable()), "{}", key.path);
         assert!(
@@ -602,4 +605,43 @@ fn tokens_are_for_nobody_in_particular_unless_said_otherwise() {
         config.token.audience,
         ["spiffe://a.example/proxy", "spiffe://b.example/proxy"]
     );
+}
+
+/// With `UPDATE_README` set the table is written instead.
+#[test]
+fn the_readme_has_every_key() {
+    const MARKS: [&str; 2] = ["<!-- keys: begin -->\n", "<!-- keys: end -->"];
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
+    let readme = std::fs::read_to_string(&path).unwrap();
+    let [start, end] = MARKS.map(|mark| readme.find(mark).unwrap());
+    let (start, table) = (start + MARKS[0].len(), print::to_markdown());
+    if std::env::var_os("UPDATE_README").is_some() {
+        let readme = format!("{}{table}{}", &readme[..start], &readme[end..]);
+        std::fs::write(&path, readme).unwrap();
+        return;
+    }
+    assert!(
+        readme[start..end] == table,
+        "the README's table is not that of the keys: run \
+         `UPDATE_README=1 cargo test -p proxy-nsmgr the_readme_has_every_key`"
+    );
+}
+
+#[test]
+fn the_schema_has_every_key_with_its_default() {
+    let schema: serde_json::Value = serde_json::from_str(&schema()).unwrap();
+    let property = |path: &str| {
+        let mut at = &schema;
+        for part in path.split('.') {
+            assert_eq!(at["additionalProperties"], false, "{path}");
+            at = &at["properties"][part];
+        }
+        at
+    };
+    for key in KEYS.iter() {
+        assert_eq!(property(&key.path)["description"], key.help, "{}", key.path);
+    }
+    assert_eq!(property("tunnel.port")["default"], 4789);
+    assert_eq!(property("bpf.hook")["enum"][1], "tcx");
+    assert!(property("name")["default"].is_null());
 }

@@ -1,7 +1,6 @@
 //! The texts of single values: durations, sizes, listen URLs, log levels.
 //!
-//! Each parser gives either the value or a sentence that says what is allowed; where the value
-//! came from is added by the caller, who knows it.
+//! Each parser returns the value or the values that are allowed; the caller adds where the text came from.
 
 use std::{
     fmt::{self, Write as _},
@@ -21,13 +20,13 @@ const UNITS: [(&str, u64); 6] = [
     ("ns", 1),
 ];
 
-/// What a duration looks like, for messages.
-pub(crate) const DURATION_ALLOWED: &str = "a duration such as 10m, 1h30m, 15s or 500ms";
+/// The form of a duration, for messages.
+const DURATION_ALLOWED: &str = "a duration such as 10m, 1h30m, 15s or 500ms";
 
-/// What a size looks like, for messages.
+/// The form of a size, for messages.
 const SIZE_ALLOWED: &str = "a number of bytes such as 65536, 512KiB or 1MiB";
 
-/// What a listen URL looks like, for messages.
+/// The form of a listen URL, for messages.
 const LISTEN_ALLOWED: &str =
     "unix:///path or tcp://address:port (an IPv6 address in brackets, no address for all of IPv4)";
 
@@ -36,7 +35,7 @@ const LISTEN_ALLOWED: &str =
 pub(crate) enum ListenUrl {
     /// A socket at an absolute path.
     Unix(PathBuf),
-    /// A TCP address; the port is never 0, for peers are told it.
+    /// A TCP address; the port is never 0, because peers dial it.
     Tcp(SocketAddr),
 }
 
@@ -61,7 +60,7 @@ impl FromStr for ListenUrl {
             None => authority.parse().map_err(|_| LISTEN_ALLOWED)?,
         };
         if address.port() == 0 {
-            return Err("a port between 1 and 65535: peers are told the port");
+            return Err("a port between 1 and 65535: peers dial it");
         }
         Ok(Self::Tcp(address))
     }
@@ -172,7 +171,7 @@ pub(crate) fn show_size(bytes: usize) -> String {
     bytes.to_string()
 }
 
-/// Reads `true` or `false`, and the words that people write for them.
+/// Reads `true` or `false` in all spellings of YAML.
 pub(crate) fn parse_bool(text: &str) -> Result<bool, &'static str> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Ok(true),
@@ -181,8 +180,11 @@ pub(crate) fn parse_bool(text: &str) -> Result<bool, &'static str> {
     }
 }
 
-/// Whether a value says "none of that". YAML reads a bare `off` as false.
-pub(crate) fn is_off(text: &str) -> bool {
+/// The word that switches something off.
+pub(super) const OFF: &str = "off";
+
+/// Whether a value switches something off. YAML reads a bare `off` as false.
+pub(super) fn is_off(text: &str) -> bool {
     parse_bool(text) == Ok(false)
 }
 
@@ -205,7 +207,7 @@ pub(crate) fn parse_log_level(text: &str) -> Result<String, &'static str> {
     Ok(filter)
 }
 
-/// A level in the words of `tracing`; NSM's own components also say `warning` and `fatal`.
+/// A level as `tracing` spells it; NSM's own components have `warning` and `fatal`, too.
 fn level(text: &str) -> Option<&'static str> {
     Some(match text.to_ascii_lowercase().as_str() {
         "trace" => "trace",
