@@ -1,0 +1,220 @@
+package wire
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"proxy-nsmgr/tests/interop/harness"
+)
+
+// Recording is what passed the taps of one scene.
+type Recording struct {
+	t testing.TB
+
+	mutex sync.Mutex
+	steps []string
+	calls []*call
+	names *names
+}
+
+// NewRecording starts an empty recording.
+func NewRecording(t testing.TB) *Recording {
+	return &Recording{t: t, names: newNames()}
+}
+
+// Name makes the recording show name in the place of text, which differs from run to run: an address,
+// a folder.
+func (r *Recording) Name(text, name string) {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	r.names.fix(text, name)
+}
+
+// Step begins a part of the scene: what is recorded from here on stands below its title. All that the
+// former step caused has to be waited for before, see [Recording.Await].
+func (r *Recording) Step(title string, arguments ...any) {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	r.steps = append(r.steps, fmt.Sprintf(title, arguments...))
+}
+
+// Await waits until count messages of method have been answered at edge in this step.
+func (r *Recording) Await(edge, method string, count int) {
+	r.t.Helper()
+	r.eventually(func() bool { return r.answers(edge, method) >= count }, func() string {
+		return fmt.Sprintf("%d of %d answers of %s at %q", r.answers(edge, method), count, method, edge)
+	})
+}
+
+// AwaitCalls waits until count calls of method have come to edge in this step, and the party has
+// accepted them.
+func (r *Recording) AwaitCalls(edge, method string, count int) {
+	r.t.Helper()
+	r.eventually(func() bool { return r.accepted(edge, method) >= count }, func() string {
+		return fmt.Sprintf("%d of %d calls of %s at %q", r.accepted(edge, method), count, method, edge)
+	})
+}
+
+// AwaitEnd waits until no call is open: a monitor stream between agents outlives its last connection
+// by a moment.
+func (r *Recording) AwaitEnd() {
+	r.t.Helper()
+	r.eventually(func() bool { return len(r.open()) == 0 }, func() string {
+		return fmt.Sprintf("open calls: %v", r.open())
+	})
+}
+
+func (r *Recording) eventually(condition func() bool, explain func() string) {
+	r.t.Helper()
+	harness.Eventually(r.t, harness.EventDeadline, condition, func() string {
+		return explain() + "\n" + r.Text()
+	})
+}
+
+func (r *Recording) answers(edge, method string) int {
+	return r.count(edge, method, answerEntry)
+}
+
+func (r *Recording) accepted(edge, method string) int {
+	return r.count(edge, method, headerEntry)
+}
+
+// count is how many entries of a kind the calls of method have at edge in this step.
+func (r *Recording) count(edge, method string, kind entryKind) int {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	count := 0
+	for _, call := range r.calls {
+		if call.edge != edge || !call.is(method) {
+			continue
+		}
+		for _, entry := range call.entries {
+			if entry.kind == kind && entry.step == r.step() && entry.passed {
+				count++
+			}
+		}
+	}
+	return count
+}
+
+func (r *Recording) open() []string {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	var open []string
+	for _, call := range r.calls {
+		if !call.ended {
+			open = append(open, call.edge+" "+call.method)
+		}
+	}
+	return open
+}
+
+// entryKind is what an entry of a call is.
+type entryKind int
+
+const (
+	requestEntry entryKind = iota
+	headerEntry
+	answerEntry
+	trailerEntry
+	statusEntry
+	cancelEntry
+)
+
+// entry is something that passed in one call.
+type entry struct {
+	kind     entryKind
+	step     int
+	at       time.Time
+	message  frame
+	metadata metadata.MD
+	status   *status.Status
+	// Passed is whether it was handed on to the other side.
+	passed bool
+}
+
+// call is one call through a tap.
+type call struct {
+	recording *Recording
+	edge      string
+	method    string
+	step      int
+	at        time.Time
+	metadata  metadata.MD
+	timeout   time.Duration
+	entries   []entry
+	ended     bool
+}
+
+func (r *Recording) begin(
+	edge, method string, sent metadata.MD, timeout time.Duration,
+) *call {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	c := &call{
+		recording: r, edge: edge, method: method, step: r.step(), at: time.Now(),
+		metadata: sent, timeout: timeout,
+	}
+	r.calls = append(r.calls, c)
+	return c
+}
+
+// is tells whether method, with or without its service, is the call's.
+func (c *call) is(method string) bool {
+	rest, found := strings.CutSuffix(c.method, method)
+	return found && (strings.HasSuffix(rest, "/") || strings.HasSuffix(rest, "."))
+}
+
+// step is the number of the current step; before the first one it is -1.
+func (r *Recording) step() int {
+	return len(r.steps) - 1
+}
+
+// add is called before the entry is handed on: what that causes belongs to the same step or a later one.
+// The result is called after.
+func (c *call) add(e entry) (passed func()) {
+	r := c.recording
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	e.step, e.at = r.step(), time.Now()
+	number := len(c.entries)
+	c.entries = append(c.entries, e)
+	if e.kind == statusEntry || e.kind == cancelEntry {
+		c.ended = true
+	}
+	return func() {
+		r.mutex.Lock()
+		defer r.mutex.Unlock()
+		c.entries[number].passed = true
+	}
+}
+
+func (c *call) asked(message frame) { c.add(entry{kind: requestEntry, message: message}) }
+
+func (c *call) answered(message frame) (passed func()) {
+	return c.add(entry{kind: answerEntry, message: message})
+}
+
+func (c *call) header(header metadata.MD) (passed func()) {
+	return c.add(entry{kind: headerEntry, metadata: header})
+}
+
+func (c *call) trailer(trailer metadata.MD) {
+	c.add(entry{kind: trailerEntry, metadata: trailer})
+}
+
+func (c *call) end(with *status.Status) {
+	if with == nil {
+		with = status.New(codes.OK, "")
+	}
+	c.add(entry{kind: statusEntry, status: with})
+}
+
+func (c *call) endByCaller() { c.add(entry{kind: cancelEntry}) }
