@@ -29,7 +29,7 @@ type Peer struct {
 	URL *url.URL
 
 	config   PeerConfig
-	listener *trackingListener
+	listener *Listener
 	server   *grpc.Server
 
 	mutex    sync.Mutex
@@ -57,7 +57,7 @@ func StartPeer(t testing.TB, config PeerConfig) *Peer {
 		Name:     config.Name,
 		URL:      &url.URL{Scheme: "tcp", Host: listener.Addr().String()},
 		config:   config,
-		listener: &trackingListener{Listener: listener},
+		listener: NewListener(listener),
 	}
 	p.server = grpc.NewServer()
 	networkservice.RegisterNetworkServiceServer(p.server, p)
@@ -157,29 +157,7 @@ func (p *Peer) Stop() {
 
 // CutConnections closes the sockets of all clients, as a crash would.
 func (p *Peer) CutConnections() {
-	p.listener.mutex.Lock()
-	defer p.listener.mutex.Unlock()
-	for _, connection := range p.listener.accepted {
-		_ = connection.Close()
-	}
-	p.listener.accepted = nil
-}
-
-// trackingListener keeps what it accepted.
-type trackingListener struct {
-	net.Listener
-	mutex    sync.Mutex
-	accepted []net.Conn
-}
-
-func (l *trackingListener) Accept() (net.Conn, error) {
-	connection, err := l.Listener.Accept()
-	if err == nil {
-		l.mutex.Lock()
-		l.accepted = append(l.accepted, connection)
-		l.mutex.Unlock()
-	}
-	return connection, err
+	p.listener.CutConnections()
 }
 
 // EndpointRegistry is the sdk's client of the endpoint registry at url.

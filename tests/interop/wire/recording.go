@@ -62,6 +62,14 @@ func (r *Recording) AwaitCalls(edge, method string, count int) {
 	})
 }
 
+// AwaitEnds waits until count calls of method at edge have been ended by their callers in this step.
+func (r *Recording) AwaitEnds(edge, method string, count int) {
+	r.t.Helper()
+	r.eventually(func() bool { return r.count(edge, method, cancelEntry) >= count }, func() string {
+		return fmt.Sprintf("the end of %d calls of %s at %q", count, method, edge)
+	})
+}
+
 // AwaitEnd waits until no call is open: a monitor stream between agents outlives its last connection
 // by a moment.
 func (r *Recording) AwaitEnd() {
@@ -187,7 +195,7 @@ func (c *call) add(e entry) (passed func()) {
 	number := len(c.entries)
 	c.entries = append(c.entries, e)
 	if e.kind == statusEntry || e.kind == cancelEntry {
-		c.ended = true
+		c.ended, c.entries[number].passed = true, true
 	}
 	return func() {
 		r.mutex.Lock()

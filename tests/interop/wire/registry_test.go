@@ -222,7 +222,7 @@ func upstreamScene(w *world) {
 	nsmgr := w.endpoint(harness.PeerConfig{Name: "nsmgr"})
 	proxy := w.start("proxy", harness.AgentConfig{
 		Name: "agent-proxy", Domain: "three.example", DNS: w.dns,
-		RegistryURL: w.two.registry.listen.String(), UpstreamNSMgrURL: nsmgr.URL.String(),
+		RegistryURL: w.two.registry.URL().String(), UpstreamNSMgrURL: nsmgr.URL.String(),
 	})
 	w.Step("the NSMgr registers an endpoint in the domain's registry")
 	w.register(w.two.client, nsmgr, "nse", service)
@@ -253,7 +253,7 @@ func registryProxyScene(w *world) {
 	nse := w.endpoint(harness.PeerConfig{Name: "nse"})
 	agent := w.start("nsmgr", harness.AgentConfig{
 		Name: "agent-nsmgr", Domain: "one.example",
-		Extra: map[string]any{"registry_proxy_url": w.one.registry.listen.String()},
+		Extra: map[string]any{"registry_proxy_url": w.one.registry.URL().String()},
 	})
 	w.Step("register and find in domain two, by the registry proxy of domain one")
 	w.register(agent.client, nse, "nse@two.example", service+"@two.example")

@@ -2,11 +2,9 @@ package wire
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"net"
 	"net/url"
-	"sync"
 	"testing"
 	"time"
 
@@ -16,6 +14,8 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"proxy-nsmgr/tests/interop/harness"
 )
 
 // maxMessage is above every limit of the parties, so that they enforce their own.
@@ -26,12 +26,15 @@ type Tap struct {
 	recording *Recording
 	edge      string
 	listen    *url.URL
+	listener  *harness.Listener
 	backend   *grpc.ClientConn
-
-	mutex  sync.Mutex
-	server *grpc.Server
-	served chan struct{}
 }
+
+// URL is where it serves.
+func (p *Tap) URL() *url.URL { return p.listen }
+
+// Cut closes the connections of all callers, as a crash of the party would.
+func (p *Tap) Cut() { p.listener.CutConnections() }
 
 // Tap serves at listen, which is tcp or unix, and passes calls on to target. Edge is the name of this
 // place in the recording: who calls whom.
@@ -45,12 +48,35 @@ func (r *Recording) Tap(t testing.TB, edge string, listen, target *url.URL) *Tap
 	if err != nil {
 		t.Fatal(err)
 	}
-	tap := &Tap{recording: r, edge: edge, listen: listen, backend: backend}
-	if err := tap.serve(); err != nil {
-		t.Fatal(err)
+	address := listen.Host
+	if listen.Scheme == "unix" {
+		address = listen.Path
 	}
+	listener, err := net.Listen(listen.Scheme, address)
+	if err != nil {
+		t.Fatalf("the tap %q: %v", edge, err)
+	}
+	tap := &Tap{
+		recording: r, edge: edge, listen: listen,
+		listener: harness.NewListener(listener), backend: backend,
+	}
+	server := grpc.NewServer(
+		grpc.ForceServerCodecV2(rawCodec{}),
+		grpc.UnknownServiceHandler(tap.handle),
+		grpc.WaitForHandlers(true),
+		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+		// Callers probe idle connections more often than gRPC for Go allows by default.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
+			MinTime: time.Second, PermitWithoutStream: true,
+		}))
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = server.Serve(tap.listener)
+	}()
 	t.Cleanup(func() {
-		tap.stop()
+		server.Stop()
+		<-served
 		_ = backend.Close()
 	})
 	return tap
@@ -61,52 +87,6 @@ func dialName(of *url.URL) string {
 		return of.String()
 	}
 	return "passthrough:///" + of.Host
-}
-
-// Cut closes the connections of all callers, as a crash of the party would, and serves again.
-func (p *Tap) Cut(t testing.TB) {
-	t.Helper()
-	p.stop()
-	if err := p.serve(); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func (p *Tap) serve() error {
-	address := p.listen.Host
-	if p.listen.Scheme == "unix" {
-		address = p.listen.Path
-	}
-	listener, err := net.Listen(p.listen.Scheme, address)
-	if err != nil {
-		return fmt.Errorf("the tap %q: %w", p.edge, err)
-	}
-	server := grpc.NewServer(
-		grpc.ForceServerCodecV2(rawCodec{}),
-		grpc.UnknownServiceHandler(p.handle),
-		grpc.WaitForHandlers(true),
-		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
-		// Callers probe idle connections more often than gRPC for Go allows by default.
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
-			MinTime: time.Second, PermitWithoutStream: true,
-		}))
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
-		_ = server.Serve(listener)
-	}()
-	p.mutex.Lock()
-	defer p.mutex.Unlock()
-	p.server, p.served = server, served
-	return nil
-}
-
-func (p *Tap) stop() {
-	p.mutex.Lock()
-	server, served := p.server, p.served
-	p.mutex.Unlock()
-	server.Stop()
-	<-served
 }
 
 // anyCall is the most general kind of call: unary ones are streams of one message.
