@@ -18,10 +18,11 @@ import (
 type Recording struct {
 	t testing.TB
 
-	mutex sync.Mutex
-	steps []string
-	calls []*call
-	names *names
+	mutex   sync.Mutex
+	steps   []string
+	calls   []*call
+	names   *names
+	omitted []string
 }
 
 // NewRecording starts an empty recording.
@@ -35,6 +36,14 @@ func (r *Recording) Name(text, name string) {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
 	r.names.fix(text, name)
+}
+
+// Omit leaves methods, and fields of messages, out of the recording: what they have at a moment depends
+// on how fast something else is.
+func (r *Recording) Omit(methodsAndFields ...string) {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	r.omitted = append(r.omitted, methodsAndFields...)
 }
 
 // Step begins a part of the scene: what is recorded from here on stands below its title. All that the

@@ -32,7 +32,8 @@ func (r *Recording) Text() string {
 		}
 		return ordered[i].method < ordered[j].method
 	})
-	p := &printer{names: r.names}
+	ordered = slices.DeleteFunc(ordered, func(c *call) bool { return slices.ContainsFunc(r.omitted, c.is) })
+	p := &printer{names: r.names, omitted: r.omitted}
 	for step := -1; step < len(r.steps); step++ {
 		if step >= 0 {
 			p.line(0, "=== %s", r.steps[step])
@@ -51,8 +52,15 @@ func (r *Recording) Text() string {
 }
 
 type printer struct {
-	names *names
-	text  bytes.Buffer
+	names   *names
+	omitted []string
+	text    bytes.Buffer
+}
+
+// keys are those of a map, in order.
+func (p *printer) keys(of map[string]any) []string {
+	keys := slices.Sorted(maps.Keys(of))
+	return slices.DeleteFunc(keys, func(key string) bool { return slices.Contains(p.omitted, key) })
 }
 
 func (p *printer) line(depth int, format string, arguments ...any) {
@@ -215,7 +223,7 @@ const width = 200
 
 // value prints a map with its keys in order, nested by indentation.
 func (p *printer) value(depth int, value map[string]any, at time.Time) {
-	for _, key := range slices.Sorted(maps.Keys(value)) {
+	for _, key := range p.keys(value) {
 		p.field(depth, p.names.replaced(key, at)+":", value[key], at)
 	}
 }
@@ -245,7 +253,7 @@ func (p *printer) short(value any, at time.Time) string {
 	switch value := value.(type) {
 	case map[string]any:
 		var fields []string
-		for _, key := range slices.Sorted(maps.Keys(value)) {
+		for _, key := range p.keys(value) {
 			fields = append(fields, p.names.replaced(key, at)+": "+p.short(value[key], at))
 		}
 		return "{" + strings.Join(fields, ", ") + "}"
