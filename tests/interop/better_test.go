@@ -24,34 +24,29 @@ import (
 // The host of an SRV record is its target; NSM's proxies take the port of the record and the
 // address of the record's own name, where here is nobody.
 func TestSRVTargetIsHonoured(t *testing.T) {
-	ctx := testContext(t)
-	server := harness.NewDNS(t)
-	one := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "one.example", DNS: server})
-	two := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "two.example", DNS: server})
+	m := newMesh(t)
 	nobody := harness.LoopbackIP(t)
 	for service, at := range map[string]string{
-		harness.RegistryService: two.Registry.URL.Host, harness.ProxyService: two.ProxyURL.Host,
+		harness.RegistryService: m.two.Registry.URL.Host, harness.ProxyService: m.two.ProxyURL.Host,
 	} {
-		url := *two.ProxyURL
+		url := *m.two.ProxyURL
 		url.Host = at
-		server.PublishTarget(two.Name, service, &url, "gateway-of-"+service+".two.example")
-		server.PublishAddress(service+"."+two.Name, nobody)
+		m.dns.PublishTarget(m.two.Name, service, &url, "gateway-of-"+service+".two.example")
+		m.dns.PublishAddress(service+"."+m.two.Name, nobody)
 	}
-	two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
-	two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken)
-	client := plainClient(ctx, one.Nodes[0])
-	connection, err := client.Request(ctx, harness.RequestFor("id", two.Service(service)))
+	m.serve(endpoint)
+	client := plainClient(m.ctx, m.one.Nodes[0])
+	connection, err := client.Request(m.ctx, m.request())
 	require.NoError(t, err)
 	require.Len(t, harness.Names(connection), interdomainSegments)
-	_, err = client.Close(ctx, connection)
-	require.NoError(t, err)
+	m.close(client, connection)
 }
 
 // NSM's proxies answer a Find in a domain that cannot be resolved with an empty stream, and the
 // client asks for ever.
 func TestUnresolvableDomain(t *testing.T) {
 	// The bound that the project sets itself. The resolver's own patience, two seconds by default,
-	// is half of that here, so that a name server without a word is within it too.
+	// is half of that here, so that a silent name server is within it too.
 	const bound = 2 * time.Second
 	// A machine that is busy may take longer than that once; an agent that waits does so each time.
 	const attempts = 5
@@ -135,70 +130,51 @@ func TestOwnDomainIsServed(t *testing.T) {
 
 // NSM's proxies make an address that is not in the map empty.
 func TestAddressMissingFromTheMap(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, func(one, two *harness.AgentConfig) {
+	b := newBare(t, func(one, two *harness.AgentConfig) {
 		one.MapIP = map[string]string{"10.9.9.9": "203.0.113.99"}
 		two.MapIP = map[string]string{"10.8.8.8": "203.0.113.88"}
-	})
-	peer := harness.StartPeer(t, harness.PeerConfig{
-		Name: endpoint,
-		OnRequest: func(
-			_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-		) (*networkservice.Connection, error) {
-			connection := p.Grant(request)
-			connection.GetMechanism().GetParameters()["dst_ip"] = internalTwo
-			return connection, nil
-		},
-	})
-	pair.Serve(ctx, t, peer, service)
-	request := harness.RequestFor("id", service+"@"+harness.DomainTwo)
-	request.Connection.NetworkServiceEndpointName = pair.Discover(ctx, t, service+"@"+harness.DomainTwo)
+	}, granting(func(_ *networkservice.NetworkServiceRequest, connection *networkservice.Connection) {
+		connection.GetMechanism().GetParameters()["dst_ip"] = internalTwo
+	}))
+	request := b.request("id", harness.DomainTwo)
 	request.MechanismPreferences = []*networkservice.Mechanism{
 		{Cls: cls.REMOTE, Type: "VXLAN", Parameters: map[string]string{"src_ip": internalOne}},
 	}
-	client := pair.Client(ctx)
-	connection, err := client.Request(ctx, request)
+	client := b.Client(b.ctx)
+	connection, err := client.Request(b.ctx, request)
 	require.NoError(t, err)
-	arrived := peer.Requests()[0].GetMechanismPreferences()[0].GetParameters()
+	arrived := b.peer.Requests()[0].GetMechanismPreferences()[0].GetParameters()
 	require.Equal(t, internalOne, arrived["src_ip"])
 	granted := connection.GetMechanism().GetParameters()
 	require.Equal(t, internalOne, granted["src_ip"])
 	require.Equal(t, internalTwo, granted["dst_ip"])
-	_, err = client.Close(ctx, connection)
-	require.NoError(t, err)
+	b.close(client, connection)
 }
 
 // NSM's proxies ask DNS twice for every call.
 func TestDNSIsAskedOncePerTTL(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, nil)
-	peer := harness.StartPeer(t, harness.PeerConfig{Name: endpoint})
-	pair.Serve(ctx, t, peer, service)
+	b := newBare(t, nil, harness.PeerConfig{})
 	asked := func() int {
-		return pair.DNS.Asked(harness.RegistryService+"."+harness.DomainTwo, dns.TypeSRV) +
-			pair.DNS.Asked(harness.ProxyService+"."+harness.DomainTwo, dns.TypeSRV)
+		return b.DNS.Asked(harness.RegistryService+"."+harness.DomainTwo, dns.TypeSRV) +
+			b.DNS.Asked(harness.ProxyService+"."+harness.DomainTwo, dns.TypeSRV)
 	}
-	client := pair.Client(ctx)
+	client := b.Client(b.ctx)
 	for range 10 {
-		name := pair.Discover(ctx, t, service+"@"+harness.DomainTwo)
-		request := harness.RequestFor("id", service+"@"+harness.DomainTwo)
-		request.Connection.NetworkServiceEndpointName = name
-		connection, err := client.Request(ctx, request)
+		connection, err := client.Request(b.ctx, b.request("id", harness.DomainTwo))
 		require.NoError(t, err)
-		_, err = client.Close(ctx, connection)
-		require.NoError(t, err)
+		b.close(client, connection)
 	}
 	require.Equal(t, 2, asked(), "questions in all, one for each service")
 
 	// A domain of short life is asked for again when its answer has ended, and not before each call.
-	pair.DNS.SetTTL(1)
+	b.DNS.SetTTL(1)
 	short := "short.example"
-	pair.DNS.Publish(short, harness.RegistryService, pair.Two.RegistryURL())
-	pair.DNS.Publish(short, harness.ProxyService, pair.Two.ProxyURL())
+	b.DNS.Publish(short, harness.RegistryService, b.Two.RegistryURL())
+	b.DNS.Publish(short, harness.ProxyService, b.Two.ProxyURL())
 	calls := 0
-	again := func() int { return pair.DNS.Asked(harness.RegistryService+"."+short, dns.TypeSRV) }
+	again := func() int { return b.DNS.Asked(harness.RegistryService+"."+short, dns.TypeSRV) }
 	harness.Eventually(t, harness.EventDeadline, func() bool {
-		pair.Discover(ctx, t, service+"@"+short)
+		b.Discover(b.ctx, t, service+"@"+short)
 		calls++
 		return again() >= 2
 	}, func() string { return "a DNS answer outlives its TTL" })

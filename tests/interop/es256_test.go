@@ -74,28 +74,28 @@ func writeKey(t *testing.T, key *ecdsa.PrivateKey) string {
 // A chain in which everybody signs with a key of the own, as in the field: the real components with
 // that of their SVID, our agents with that of a file. Each token can be checked by its public key.
 func TestES256(t *testing.T) {
-	ctx := testContext(t)
-	dns := harness.NewDNS(t)
 	const realID = "spiffe://real.example/component"
 	svid := newSVID(t, realID)
 	tokens := spiffejwt.TokenGeneratorFunc(svidSource{svid}, 10*time.Minute)
-	domain := func(name, id string, key *ecdsa.PrivateKey) *harness.Domain {
-		return harness.NewDomain(ctx, t, harness.DomainConfig{
-			Name: name, DNS: dns, Tokens: tokens, Configure: func(config *harness.AgentConfig) {
-				config.Extra = map[string]any{"token": map[string]any{
-					"algorithm": "es256", "key_file": writeKey(t, key), "spiffe_id": id,
-				}}
-			},
-		})
+	sign := func(domain *harness.DomainConfig, id string, key *ecdsa.PrivateKey) {
+		domain.Tokens = tokens
+		domain.Configure = func(config *harness.AgentConfig) {
+			config.Extra = map[string]any{"token": map[string]any{
+				"algorithm": "es256", "key_file": writeKey(t, key), "spiffe_id": id,
+			}}
+		}
 	}
 	keys := []*ecdsa.PrivateKey{newKey(t), newKey(t)}
 	ids := []string{"spiffe://one.example/proxy", "spiffe://two.example/proxy"}
-	one, two := domain("one.example", ids[0], keys[0]), domain("two.example", ids[1], keys[1])
-	two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
-	two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), tokens)
-	client := plainClient(ctx, one.Nodes[0], client.WithDialOptions(
+	m := newMesh(t, func(one, two *harness.DomainConfig) {
+		sign(one, ids[0], keys[0])
+		sign(two, ids[1], keys[1])
+	})
+	m.two.RegisterService(m.ctx, t, &registry.NetworkService{Name: service})
+	m.two.Nodes[0].NewEndpoint(m.ctx, nse(endpoint, service), tokens)
+	client := plainClient(m.ctx, m.one.Nodes[0], client.WithDialOptions(
 		sandbox.DialOptions(sandbox.WithTokenGenerator(tokens))...))
-	connection := requestTwice(ctx, t, client, harness.RequestFor("id", two.Service(service)))
+	connection := requestTwice(m.ctx, t, client, m.request())
 
 	segments := connection.GetPath().GetPathSegments()
 	require.Len(t, segments, interdomainSegments)
@@ -113,7 +113,5 @@ func TestES256(t *testing.T) {
 		require.WithinDuration(t, said.ExpiresAt.Time, expires, time.Second, segment.GetName())
 		require.LessOrEqual(t, time.Until(expires), 10*time.Minute, segment.GetName())
 	}
-	_, err := client.Close(ctx, connection)
-	require.NoError(t, err)
-	waitUntilEmpty(t, one, two)
+	m.end(client, connection)
 }

@@ -17,46 +17,34 @@ const floatingName = "floating.example"
 // A floating domain is a registry that belongs to no cluster: what is registered there is found
 // from anywhere and served by the cluster that registered it.
 func TestFloating(t *testing.T) {
-	for _, test := range pairs {
-		t.Run(test.name, func(t *testing.T) {
-			ctx := testContext(t)
-			dns := harness.NewDNS(t)
-			one := harness.NewDomain(ctx, t,
-				harness.DomainConfig{Name: "one.example", DNS: dns, Proxy: test.client})
-			two := harness.NewDomain(ctx, t,
-				harness.DomainConfig{Name: "two.example", DNS: dns, Proxy: test.endpoint})
-			floating := harness.NewDomain(ctx, t,
-				harness.DomainConfig{Name: floatingName, DNS: dns, Proxy: harness.Floating})
-			two.RegisterService(ctx, t,
-				&registry.NetworkService{Name: floating.Service(service)})
-			counter := new(count.Server)
-			entry := two.Nodes[0].NewEndpoint(ctx,
-				nse(floating.Service(endpoint), floating.Service(service)),
-				sandbox.GenerateTestToken, counter)
+	onEach(t, pairs, func(t *testing.T, joint joint) {
+		m := newMesh(t, joint.of)
+		floating := m.floating()
+		m.two.RegisterService(m.ctx, t, &registry.NetworkService{Name: floating.Service(service)})
+		counter := new(count.Server)
+		registration := nse(floating.Service(endpoint), floating.Service(service))
+		entry := m.two.Nodes[0].NewEndpoint(m.ctx, registration.Clone(), sandbox.GenerateTestToken, counter)
 
-			// The floating registry has the bare names, and the URL of the proxy that serves them.
-			found := findEndpoints(ctx, t, endpointRegistry(ctx, floating), nse("", service))
-			require.Len(t, found, 1)
-			require.Equal(t, endpoint, found[0].GetName())
-			require.Equal(t, two.ProxyURL.String(), found[0].GetUrl())
+		// The floating registry has the bare names, and the URL of the proxy that serves them.
+		found := findEndpoints(m.ctx, t, endpointRegistry(m.ctx, floating), nse("", service))
+		require.Len(t, found, 1)
+		require.Equal(t, endpoint, found[0].GetName())
+		require.Equal(t, m.two.ProxyURL.String(), found[0].GetUrl())
 
-			client := one.Nodes[0].NewClient(ctx, sandbox.GenerateTestToken)
-			request := harness.RequestFor("id", floating.Service(service))
-			connection := requestTwice(ctx, t, client, request)
-			require.Len(t, harness.Names(connection), interdomainSegments)
-			require.Equal(t, floating.Service(endpoint), endpointOf(connection))
-			require.Equal(t, floating.Service(service), connection.GetNetworkService())
-			_, err := client.Close(ctx, connection)
-			require.NoError(t, err)
-			require.Equal(t, 1, counter.Closes())
-			waitUntilEmpty(t, one, two)
+		client := m.healingClient()
+		request := harness.RequestFor("id", floating.Service(service))
+		connection := requestTwice(m.ctx, t, client, request)
+		require.Len(t, harness.Names(connection), interdomainSegments)
+		require.Equal(t, floating.Service(endpoint), endpointOf(connection))
+		require.Equal(t, floating.Service(service), connection.GetNetworkService())
+		m.close(client, connection)
+		require.Equal(t, 1, counter.Closes())
+		waitUntilEmpty(t, m.one, m.two)
 
-			_, err = entry.NetworkServiceEndpointRegistryClient.Unregister(ctx,
-				nse(floating.Service(endpoint), floating.Service(service)))
-			require.NoError(t, err)
-			require.Empty(t, findEndpoints(ctx, t, endpointRegistry(ctx, floating), nse("", service)))
-		})
-	}
+		_, err := entry.NetworkServiceEndpointRegistryClient.Unregister(m.ctx, registration)
+		require.NoError(t, err)
+		require.Empty(t, findEndpoints(m.ctx, t, endpointRegistry(m.ctx, floating), nse("", service)))
+	})
 }
 
 // One client, endpoints of two clusters, one floating registry.
@@ -107,31 +95,25 @@ func TestFloatingFourDomains(t *testing.T) {
 // An endpoint leaves its domain's registry for a floating one: it is found there, and not where it
 // was, though every proxy had learnt the old way.
 func TestEndpointMovesToFloating(t *testing.T) {
-	ctx := testContext(t)
-	dns := harness.NewDNS(t)
-	one := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "one.example", DNS: dns})
-	two := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "two.example", DNS: dns})
-	floating := harness.NewDomain(ctx, t,
-		harness.DomainConfig{Name: floatingName, DNS: dns, Proxy: harness.Floating})
-	two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
-	two.RegisterService(ctx, t, &registry.NetworkService{Name: floating.Service(service)})
-	client := plainClient(ctx, one.Nodes[0])
+	m := newMesh(t)
+	floating := m.floating()
+	m.two.RegisterService(m.ctx, t, &registry.NetworkService{Name: floating.Service(service)})
+	client := plainClient(m.ctx, m.one.Nodes[0])
 
-	entry := two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken)
-	connection := requestTwice(ctx, t, client, harness.RequestFor("id", two.Service(service)))
+	entry := m.serve(endpoint)
+	connection := requestTwice(m.ctx, t, client, m.request())
 	require.Equal(t, endpoint, endpointOf(connection))
-	_, err := client.Close(ctx, connection)
-	require.NoError(t, err)
-	_, err = entry.NetworkServiceEndpointRegistryClient.Unregister(ctx, nse(endpoint, service))
+	m.close(client, connection)
+	_, err := entry.NetworkServiceEndpointRegistryClient.Unregister(m.ctx, nse(endpoint, service))
 	require.NoError(t, err)
 	entry.Cancel()
 
-	two.Nodes[0].NewEndpoint(ctx, nse(floating.Service(endpoint), floating.Service(service)),
+	m.two.Nodes[0].NewEndpoint(m.ctx, nse(floating.Service(endpoint), floating.Service(service)),
 		sandbox.GenerateTestToken)
-	connection = requestTwice(ctx, t, client, harness.RequestFor("id", floating.Service(service)))
+	connection = requestTwice(m.ctx, t, client, harness.RequestFor("id", floating.Service(service)))
 	require.Equal(t, floating.Service(endpoint), endpointOf(connection))
-	_, err = client.Close(ctx, connection)
-	require.NoError(t, err)
-	require.Empty(t, findEndpoints(ctx, t, endpointRegistry(ctx, one), nse("", two.Service(service))))
-	waitUntilEmpty(t, one, two)
+	m.close(client, connection)
+	require.Empty(t,
+		findEndpoints(m.ctx, t, endpointRegistry(m.ctx, m.one), nse("", m.two.Service(service))))
+	waitUntilEmpty(t, m.one, m.two)
 }

@@ -29,16 +29,6 @@ const interdomainSegments = 8
 // A path inside a domain: nsc, nsmgr, forwarder, nse.
 const domainSegments = 4
 
-// pairs are the ways to join two domains in which we have a part.
-var pairs = []struct {
-	name             string
-	client, endpoint harness.ProxyKind
-}{
-	{"ours and ours", harness.Ours, harness.Ours},
-	{"ours at the client and real at the endpoint", harness.Ours, harness.Real},
-	{"real at the client and ours at the endpoint", harness.Real, harness.Ours},
-}
-
 func testContext(t *testing.T) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)

@@ -1,11 +1,11 @@
 package interop
 
 import (
-	"context"
 	"fmt"
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,19 +28,32 @@ var places = []struct{ name, domain string }{
 	{"as the far proxy", badDomain},
 }
 
-// serveBadly makes the peer an endpoint of domain two, and the proxy of the bad domain, whose
-// registry is that of two.
-func serveBadly(ctx context.Context, t *testing.T, pair *harness.AgentPair, peer *harness.Peer) {
+// newBad starts two agents and a peer that misbehaves: it is an endpoint of domain two, and the proxy
+// of the bad domain, whose registry is that of two.
+func newBad(t *testing.T, start func(*testing.T) *harness.Peer) *bare {
 	t.Helper()
-	pair.Serve(ctx, t, peer, service)
-	pair.DNS.Publish(badDomain, harness.RegistryService, pair.Two.RegistryURL())
-	pair.DNS.Publish(badDomain, harness.ProxyService, peer.URL)
+	b := newBarePair(t, nil)
+	b.serveBy(start(t))
+	b.DNS.Publish(badDomain, harness.RegistryService, b.Two.RegistryURL())
+	b.DNS.Publish(badDomain, harness.ProxyService, b.peer.URL)
+	return b
 }
 
-func remoteRequest(ctx context.Context, t *testing.T, pair *harness.AgentPair, domain string) *networkservice.NetworkServiceRequest {
-	t.Helper()
-	request := harness.RequestFor("id", service+"@"+domain)
-	request.Connection.NetworkServiceEndpointName = pair.Discover(ctx, t, service+"@"+domain)
+// as starts a peer of this configuration.
+func as(config harness.PeerConfig) func(*testing.T) *harness.Peer {
+	config.Name = endpoint
+	return func(t *testing.T) *harness.Peer { return harness.StartPeer(t, config) }
+}
+
+// at is a peer that is not a gRPC server, if anything.
+func at(start func(*testing.T) *url.URL) func(*testing.T) *harness.Peer {
+	return func(t *testing.T) *harness.Peer { return &harness.Peer{Name: endpoint, URL: start(t)} }
+}
+
+// remoteRequest asks for the bad endpoint as the forwarder of another node does.
+func (b *bare) remoteRequest(domain string) *networkservice.NetworkServiceRequest {
+	b.t.Helper()
+	request := b.request("id", domain)
 	request.MechanismPreferences = []*networkservice.Mechanism{
 		{Cls: cls.REMOTE, Type: "VXLAN", Parameters: map[string]string{"src_ip": internalOne}},
 		{Cls: cls.REMOTE, Type: "WIREGUARD", Parameters: map[string]string{"src_ip": internalOne}},
@@ -112,29 +125,21 @@ func TestBadAnswers(t *testing.T) {
 	}} {
 		for _, place := range places {
 			t.Run(test.name+", "+place.name, func(t *testing.T) {
-				ctx := testContext(t)
-				pair := harness.NewAgentPair(t, nil)
-				peer := harness.StartPeer(t, harness.PeerConfig{
-					Name: endpoint,
-					OnRequest: func(
-						_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-					) (*networkservice.Connection, error) {
-						connection := p.Grant(request)
+				b := newBad(t, as(granting(
+					func(_ *networkservice.NetworkServiceRequest, connection *networkservice.Connection) {
 						test.change(connection)
-						return connection, nil
-					},
-				})
-				serveBadly(ctx, t, pair, peer)
-				_, err := pair.Client(ctx).Request(ctx, remoteRequest(ctx, t, pair, place.domain))
+					})))
+				_, err := b.Client(b.ctx).Request(b.ctx, b.remoteRequest(place.domain))
 				require.Error(t, err)
-				require.ErrorContains(t, err, peer.URL.String())
+				require.ErrorContains(t, err, b.peer.URL.String())
 				require.ErrorContains(t, err, test.fault)
 				t.Log(err)
-				asked := len(peer.Requests())
+				asked := len(b.peer.Requests())
 				require.Positive(t, asked)
-				harness.Eventually(t, harness.EventDeadline, func() bool { return len(peer.Closes()) == asked },
-					func() string { return fmt.Sprintf("%d Closes for %d Requests", len(peer.Closes()), asked) })
-				harness.WaitUntilEmpty(t, pair.One, pair.Two)
+				closes := func() int { return len(b.peer.Closes()) }
+				harness.Eventually(t, harness.EventDeadline, func() bool { return closes() == asked },
+					func() string { return fmt.Sprintf("%d Closes for %d Requests", closes(), asked) })
+				b.waitUntilEmpty()
 			})
 		}
 	}
@@ -142,113 +147,72 @@ func TestBadAnswers(t *testing.T) {
 
 // A connection that stands survives a refresh whose answer is bad: the old answer still holds.
 func TestBadAnswerToARefresh(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, nil)
-	var (
-		mutex sync.Mutex
-		bad   bool
-	)
-	peer := harness.StartPeer(t, harness.PeerConfig{
-		Name: endpoint,
-		OnRequest: func(
-			_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-		) (*networkservice.Connection, error) {
-			mutex.Lock()
-			defer mutex.Unlock()
-			connection := p.Grant(request)
-			if bad {
+	var bad atomic.Bool
+	b := newBad(t, as(granting(
+		func(_ *networkservice.NetworkServiceRequest, connection *networkservice.Connection) {
+			if bad.Load() {
 				connection.Id = "another"
 			}
-			return connection, nil
-		},
-	})
-	serveBadly(ctx, t, pair, peer)
-	client := pair.Client(ctx)
-	request := remoteRequest(ctx, t, pair, harness.DomainTwo)
-	connection, err := client.Request(ctx, request)
+		})))
+	client := b.Client(b.ctx)
+	request := b.remoteRequest(harness.DomainTwo)
+	connection, err := client.Request(b.ctx, request)
 	require.NoError(t, err)
-	mutex.Lock()
-	bad = true
-	mutex.Unlock()
-	_, err = client.Request(ctx, harness.Refresh(request, connection))
-	require.ErrorContains(t, err, peer.URL.String())
-	require.Equal(t, 1, pair.Two.OpenConnections(t))
-	require.Empty(t, peer.Closes())
-	_, err = client.Close(ctx, connection)
-	require.NoError(t, err)
-	harness.WaitUntilEmpty(t, pair.One, pair.Two)
-	require.Len(t, peer.Closes(), 1)
+	bad.Store(true)
+	_, err = client.Request(b.ctx, harness.Refresh(request, connection))
+	require.ErrorContains(t, err, b.peer.URL.String())
+	require.Equal(t, 1, b.Two.OpenConnections(t))
+	require.Empty(t, b.peer.Closes())
+	b.close(client, connection)
+	b.waitUntilEmpty()
+	require.Len(t, b.peer.Closes(), 1)
 }
 
 // What breaks below the messages: the error names the peer and the fault, nothing is left.
 func TestBrokenTransport(t *testing.T) {
 	for _, test := range []struct {
 		name  string
-		start func(*testing.T) *url.URL
+		start func(*testing.T) *harness.Peer
 		fault string
 	}{{
 		"nobody listens",
-		func(t *testing.T) *url.URL { return &url.URL{Scheme: "tcp", Host: harness.LoopbackIP(t) + ":1"} },
+		at(func(t *testing.T) *url.URL { return &url.URL{Scheme: "tcp", Host: harness.LoopbackIP(t) + ":1"} }),
 		"refused",
 	}, {
 		"the stream is reset",
-		func(t *testing.T) *url.URL { return harness.StartResettingPeer(t) },
+		at(func(t *testing.T) *url.URL { return harness.StartResettingPeer(t) }),
 		"stream",
 	}, {
 		"the connection is cut in the middle",
-		func(t *testing.T) *url.URL {
-			return harness.StartPeer(t, harness.PeerConfig{
-				Name: endpoint,
-				OnRequest: func(
-					_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-				) (*networkservice.Connection, error) {
-					p.CutConnections()
-					return p.Grant(request), nil
-				},
-			}).URL
-		},
+		as(cuttingOff()),
 		"transport error",
 	}} {
 		for _, place := range places {
 			t.Run(test.name+", "+place.name, func(t *testing.T) {
-				ctx := testContext(t)
-				pair := harness.NewAgentPair(t, nil)
-				peer := &harness.Peer{Name: endpoint, URL: test.start(t)}
-				serveBadly(ctx, t, pair, peer)
-				_, err := pair.Client(ctx).Request(ctx, remoteRequest(ctx, t, pair, place.domain))
+				b := newBad(t, test.start)
+				_, err := b.Client(b.ctx).Request(b.ctx, b.remoteRequest(place.domain))
 				require.Error(t, err)
-				require.ErrorContains(t, err, peer.URL.String())
+				require.ErrorContains(t, err, b.peer.URL.String())
 				require.ErrorContains(t, err, test.fault)
 				require.NotEqual(t, codes.OK, status.Code(err))
 				t.Log(err)
-				harness.WaitUntilEmpty(t, pair.One, pair.Two)
+				b.waitUntilEmpty()
 			})
 		}
 	}
 }
 
-// A cut in the middle leaves open what the peer did: it is told to close, once it can be reached.
+// After a cut in the middle it is unknown what the peer did: a Close is sent once it can be reached.
 func TestCutInTheMiddleIsClosed(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, nil)
-	peer := harness.StartPeer(t, harness.PeerConfig{
-		Name: endpoint,
-		OnRequest: func(
-			_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-		) (*networkservice.Connection, error) {
-			p.CutConnections()
-			return p.Grant(request), nil
-		},
-	})
-	serveBadly(ctx, t, pair, peer)
-	_, err := pair.Client(ctx).Request(ctx, remoteRequest(ctx, t, pair, harness.DomainTwo))
-	require.ErrorContains(t, err, peer.URL.String())
-	harness.Eventually(t, harness.EventDeadline, func() bool { return len(peer.Closes()) > 0 },
-		func() string { return "the peer was not told to close" })
-	harness.WaitUntilEmpty(t, pair.One, pair.Two)
+	b := newBad(t, as(cuttingOff()))
+	_, err := b.Client(b.ctx).Request(b.ctx, b.remoteRequest(harness.DomainTwo))
+	require.ErrorContains(t, err, b.peer.URL.String())
+	harness.Eventually(t, harness.EventDeadline, func() bool { return len(b.peer.Closes()) > 0 },
+		func() string { return "the peer got no Close" })
+	b.waitUntilEmpty()
 }
 
-// An endpoint's URL that nobody could dial does not get into our registry.
+// Our registry refuses an endpoint whose URL cannot be dialled.
 func TestBadURLsAreNotRegistered(t *testing.T) {
 	ctx := testContext(t)
 	agent := harness.StartAgent(t, harness.AgentConfig{Domain: "one.example"})
@@ -263,70 +227,60 @@ func TestBadURLsAreNotRegistered(t *testing.T) {
 	require.Empty(t, findEndpoints(ctx, t, client, nse("")))
 }
 
-// A peer that tells more than anybody wants to know costs neither memory nor service.
+// A flood of monitor events costs neither memory nor service.
 func TestFloodOfMonitorEvents(t *testing.T) {
 	const flood, bound = 50_000, 32 << 20
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, nil)
 	flooded := make(chan struct{})
 	var (
 		once  sync.Once
 		mutex sync.Mutex
 		ours  *networkservice.Connection
 	)
-	peer := harness.StartPeer(t, harness.PeerConfig{
-		Name: endpoint,
-		OnRequest: func(
-			_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-		) (*networkservice.Connection, error) {
-			connection := p.Grant(request)
-			mutex.Lock()
-			ours = connection.Clone()
-			mutex.Unlock()
-			return connection, nil
-		},
-		OnMonitor: func(
-			_ *networkservice.MonitorScopeSelector,
-			stream networkservice.MonitorConnection_MonitorConnectionsServer,
-		) error {
-			for number := range flood {
-				mutex.Lock()
-				told := ours.Clone()
-				mutex.Unlock()
-				if told == nil || number%2 == 0 {
-					told = &networkservice.Connection{Id: fmt.Sprint("unknown-", number)}
-				}
-				told.State = networkservice.State(number / 2 % 2)
-				event := &networkservice.ConnectionEvent{
-					Type:        networkservice.ConnectionEventType_UPDATE,
-					Connections: map[string]*networkservice.Connection{told.GetId(): told},
-				}
-				if err := stream.Send(event); err != nil {
-					return err
-				}
-			}
-			once.Do(func() { close(flooded) })
-			<-stream.Context().Done()
-			return nil
-		},
+	config := granting(func(_ *networkservice.NetworkServiceRequest, connection *networkservice.Connection) {
+		mutex.Lock()
+		defer mutex.Unlock()
+		ours = connection.Clone()
 	})
-	serveBadly(ctx, t, pair, peer)
-	// Somebody who asks for all events and reads none of them.
-	lazy, err := networkservice.NewMonitorConnectionClient(harness.Dial(t, pair.Two.ProxyURL())).
-		MonitorConnections(ctx, &networkservice.MonitorScopeSelector{})
+	config.OnMonitor = func(
+		_ *networkservice.MonitorScopeSelector,
+		stream networkservice.MonitorConnection_MonitorConnectionsServer,
+	) error {
+		for number := range flood {
+			mutex.Lock()
+			shown := ours.Clone()
+			mutex.Unlock()
+			if shown == nil || number%2 == 0 {
+				shown = &networkservice.Connection{Id: fmt.Sprint("unknown-", number)}
+			}
+			shown.State = networkservice.State(number / 2 % 2)
+			event := &networkservice.ConnectionEvent{
+				Type:        networkservice.ConnectionEventType_UPDATE,
+				Connections: map[string]*networkservice.Connection{shown.GetId(): shown},
+			}
+			if err := stream.Send(event); err != nil {
+				return err
+			}
+		}
+		once.Do(func() { close(flooded) })
+		<-stream.Context().Done()
+		return nil
+	}
+	b := newBad(t, as(config))
+	// A monitor that asks for all events and reads none of them.
+	lazy, err := networkservice.NewMonitorConnectionClient(harness.Dial(t, b.Two.ProxyURL())).
+		MonitorConnections(b.ctx, &networkservice.MonitorScopeSelector{})
 	require.NoError(t, err)
-	before := pair.Two.ResidentBytes(t)
-	client := pair.Client(ctx)
-	connection, err := client.Request(ctx, remoteRequest(ctx, t, pair, harness.DomainTwo))
+	before := b.Two.ResidentBytes(t)
+	client := b.Client(b.ctx)
+	connection, err := client.Request(b.ctx, b.remoteRequest(harness.DomainTwo))
 	require.NoError(t, err)
 	select {
 	case <-flooded:
 	case <-time.After(time.Minute):
 		t.Fatal("the agent does not take the flood")
 	}
-	require.Less(t, pair.Two.ResidentBytes(t), before+bound)
-	_, err = client.Close(ctx, connection)
-	require.NoError(t, err)
-	harness.WaitUntilEmpty(t, pair.One, pair.Two)
+	require.Less(t, b.Two.ResidentBytes(t), before+bound)
+	b.close(client, connection)
+	b.waitUntilEmpty()
 	require.NoError(t, lazy.CloseSend())
 }

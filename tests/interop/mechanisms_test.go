@@ -144,85 +144,58 @@ func vxlanNode(ip string, offers bool, kept *recorder) sandbox.SetupNodeFunc {
 // Real forwarders on both sides: what each of them sees is what it would see through NSM's own
 // proxies, which the last row runs for comparison.
 func TestVXLANParameters(t *testing.T) {
-	for _, test := range append(pairs[:len(pairs):len(pairs)], struct {
-		name             string
-		client, endpoint harness.ProxyKind
-	}{"for comparison, real and real", harness.Real, harness.Real}) {
-		t.Run(test.name, func(t *testing.T) {
-			ctx := testContext(t)
-			dns := harness.NewDNS(t)
-			near, far := new(recorder), new(recorder)
-			one := harness.NewDomain(ctx, t, harness.DomainConfig{
-				Name: "one.example", DNS: dns, Proxy: test.client,
-				MapIP:     map[string]string{internalOne: publicOne},
-				NodeSetup: vxlanNode(internalOne, true, near),
-			})
-			two := harness.NewDomain(ctx, t, harness.DomainConfig{
-				Name: "two.example", DNS: dns, Proxy: test.endpoint,
-				MapIP:     map[string]string{internalTwo: publicTwo},
-				NodeSetup: vxlanNode(internalTwo, false, far),
-			})
-			two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
-			two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken)
-			client := plainClient(ctx, one.Nodes[0])
-			request := harness.RequestFor("id", two.Service(service))
-
-			connection, err := client.Request(ctx, request)
-			require.NoError(t, err)
-			offered, granted := near.last()
-			require.Equal(t, map[string]string{"src_ip": internalOne, "src_port": "4789"}, offered)
-			vni := granted["vni"]
-			number, err := strconv.ParseUint(vni, 10, 24)
-			require.NoError(t, err)
-			require.NotZero(t, number)
-			require.Equal(t, map[string]string{
-				"src_ip": internalOne, "src_port": "4789", "orig_src_ip": "",
-				"dst_ip": publicTwo, "dst_port": "4789", "orig_dst_ip": internalTwo, "vni": vni,
-			}, granted)
-			wasOffered, hasGranted := far.last()
-			require.Equal(t, map[string]string{
-				"src_ip": publicOne, "orig_src_ip": internalOne, "src_port": "4789",
-				"dst_ip": "", "orig_dst_ip": "",
-			}, wasOffered)
-			require.Equal(t, vni, hasGranted["vni"])
-			require.Equal(t, internalTwo, hasGranted["dst_ip"])
-
-			// A refresh swaps what the first Request swapped, and the VNI stays.
-			connection, err = client.Request(ctx, harness.Refresh(request, connection))
-			require.NoError(t, err)
-			_, again := near.last()
-			require.Equal(t, granted, again)
-			_, hasGrantedAgain := far.last()
-			require.Equal(t, vni, hasGrantedAgain["vni"])
-			_, err = client.Close(ctx, connection)
-			require.NoError(t, err)
-			waitUntilEmpty(t, one, two)
+	all := append(pairs[:len(pairs):len(pairs)], joint{"for comparison, real and real", harness.Real, harness.Real})
+	onEach(t, all, func(t *testing.T, joint joint) {
+		near, far := new(recorder), new(recorder)
+		m := newMesh(t, joint.of, func(one, two *harness.DomainConfig) {
+			one.MapIP = map[string]string{internalOne: publicOne}
+			one.NodeSetup = vxlanNode(internalOne, true, near)
+			two.MapIP = map[string]string{internalTwo: publicTwo}
+			two.NodeSetup = vxlanNode(internalTwo, false, far)
 		})
-	}
+		m.serve(endpoint)
+		client := plainClient(m.ctx, m.one.Nodes[0])
+
+		connection, err := client.Request(m.ctx, m.request())
+		require.NoError(t, err)
+		offered, granted := near.last()
+		require.Equal(t, map[string]string{"src_ip": internalOne, "src_port": "4789"}, offered)
+		vni := granted["vni"]
+		number, err := strconv.ParseUint(vni, 10, 24)
+		require.NoError(t, err)
+		require.NotZero(t, number)
+		require.Equal(t, map[string]string{
+			"src_ip": internalOne, "src_port": "4789", "orig_src_ip": "",
+			"dst_ip": publicTwo, "dst_port": "4789", "orig_dst_ip": internalTwo, "vni": vni,
+		}, granted)
+		wasOffered, hasGranted := far.last()
+		require.Equal(t, map[string]string{
+			"src_ip": publicOne, "orig_src_ip": internalOne, "src_port": "4789",
+			"dst_ip": "", "orig_dst_ip": "",
+		}, wasOffered)
+		require.Equal(t, vni, hasGranted["vni"])
+		require.Equal(t, internalTwo, hasGranted["dst_ip"])
+
+		// A refresh swaps what the first Request swapped, and the VNI stays.
+		connection, err = client.Request(m.ctx, harness.Refresh(m.request(), connection))
+		require.NoError(t, err)
+		_, again := near.last()
+		require.Equal(t, granted, again)
+		_, hasGrantedAgain := far.last()
+		require.Equal(t, vni, hasGrantedAgain["vni"])
+		m.end(client, connection)
+	})
 }
 
-// What a proxy does not know it passes on, and swaps the addresses in it like in any other.
+// A proxy passes on mechanisms that it does not know, and swaps the addresses in them as in any other.
 func TestMechanismsPassThrough(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, func(one, two *harness.AgentConfig) {
-		one.MapIP = map[string]string{internalOne: publicOne}
-		two.MapIP = map[string]string{internalTwo: publicTwo}
-	})
 	// The endpoint's answer to what it is asked, by the name of the test.
 	answers := map[string]map[string]string{}
-	peer := harness.StartPeer(t, harness.PeerConfig{
-		Name: endpoint,
-		OnRequest: func(
-			_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-		) (*networkservice.Connection, error) {
-			connection := p.Grant(request)
+	b := newBare(t, mappedAddresses, granting(
+		func(request *networkservice.NetworkServiceRequest, connection *networkservice.Connection) {
 			answer := answers[request.GetConnection().GetLabels()["test"]]
 			maps.Copy(connection.GetMechanism().GetParameters(), answer)
-			return connection, nil
-		},
-	})
-	pair.Serve(ctx, t, peer, service)
-	name := pair.Discover(ctx, t, service+"@"+harness.DomainTwo)
+		}))
 
 	for _, test := range []struct {
 		name, class, kind string
@@ -288,18 +261,17 @@ func TestMechanismsPassThrough(t *testing.T) {
 	}} {
 		t.Run(test.name, func(t *testing.T) {
 			answers[test.name] = test.answer
-			client := pair.Client(ctx)
-			request := harness.RequestFor(test.name, service+"@"+harness.DomainTwo)
-			request.Connection.NetworkServiceEndpointName = name
+			client := b.Client(b.ctx)
+			request := b.request(test.name, harness.DomainTwo)
 			request.Connection.Labels = map[string]string{"test": test.name}
 			request.MechanismPreferences = []*networkservice.Mechanism{
 				{Cls: test.class, Type: test.kind, Parameters: test.offered},
 				{Cls: cls.REMOTE, Type: "SECOND_CHOICE"},
 			}
-			before := len(peer.Requests())
-			connection, err := client.Request(ctx, request)
+			before := len(b.peer.Requests())
+			connection, err := client.Request(b.ctx, request)
 			require.NoError(t, err)
-			arrived := peer.Requests()[before]
+			arrived := b.peer.Requests()[before]
 			require.Len(t, arrived.GetMechanismPreferences(), 2)
 			require.Equal(t, test.kind, arrived.GetMechanismPreferences()[0].GetType())
 			require.Equal(t, test.class, arrived.GetMechanismPreferences()[0].GetCls())
@@ -307,37 +279,26 @@ func TestMechanismsPassThrough(t *testing.T) {
 			require.Equal(t, test.kind, connection.GetMechanism().GetType())
 			require.Equal(t, test.returns, connection.GetMechanism().GetParameters())
 
-			refreshed, err := client.Request(ctx, harness.Refresh(request, connection))
+			refreshed, err := client.Request(b.ctx, harness.Refresh(request, connection))
 			require.NoError(t, err)
 			require.Equal(t, test.returns, refreshed.GetMechanism().GetParameters())
-			arrived = peer.Requests()[before+1]
+			arrived = b.peer.Requests()[before+1]
 			require.Equal(t, test.arrives["src_ip"],
 				arrived.GetConnection().GetMechanism().GetParameters()["src_ip"])
-			_, err = client.Close(ctx, refreshed)
-			require.NoError(t, err)
+			b.close(client, refreshed)
 		})
 	}
-	harness.WaitUntilEmpty(t, pair.One, pair.Two)
+	b.waitUntilEmpty()
 }
 
 // The connection's MTU is the least that any hop says; a proxy neither raises nor loses it.
 func TestMTU(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, nil)
-	peer := harness.StartPeer(t, harness.PeerConfig{
-		Name: endpoint,
-		OnRequest: func(
-			_ context.Context, p *harness.Peer, request *networkservice.NetworkServiceRequest,
-		) (*networkservice.Connection, error) {
-			connection := p.Grant(request)
+	b := newBare(t, nil, granting(
+		func(_ *networkservice.NetworkServiceRequest, connection *networkservice.Connection) {
 			if own := uint32(1400); connection.GetContext().GetMTU() > own || connection.GetContext().GetMTU() == 0 {
 				connection.GetContext().MTU = own
 			}
-			return connection, nil
-		},
-	})
-	pair.Serve(ctx, t, peer, service)
-	name := pair.Discover(ctx, t, service+"@"+harness.DomainTwo)
+		}))
 	for _, test := range []struct {
 		name       string
 		asked, got uint32
@@ -347,17 +308,15 @@ func TestMTU(t *testing.T) {
 		{"the client's is smaller", 1280, 1280},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			client := pair.Client(ctx)
-			request := harness.RequestFor(test.name, service+"@"+harness.DomainTwo)
-			request.Connection.NetworkServiceEndpointName = name
+			client := b.Client(b.ctx)
+			request := b.request(test.name, harness.DomainTwo)
 			request.Connection.Context.MTU = test.asked
-			before := len(peer.Requests())
-			connection, err := client.Request(ctx, request)
+			before := len(b.peer.Requests())
+			connection, err := client.Request(b.ctx, request)
 			require.NoError(t, err)
-			require.Equal(t, test.asked, peer.Requests()[before].GetConnection().GetContext().GetMTU())
+			require.Equal(t, test.asked, b.peer.Requests()[before].GetConnection().GetContext().GetMTU())
 			require.Equal(t, test.got, connection.GetContext().GetMTU())
-			_, err = client.Close(ctx, connection)
-			require.NoError(t, err)
+			b.close(client, connection)
 		})
 	}
 }

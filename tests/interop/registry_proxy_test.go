@@ -3,10 +3,8 @@ package interop
 import (
 	"testing"
 
-	"github.com/networkservicemesh/api/pkg/api/registry"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/client"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/utils/count"
-	registryclient "github.com/networkservicemesh/sdk/pkg/registry/chains/client"
 	"github.com/networkservicemesh/sdk/pkg/tools/sandbox"
 	"github.com/stretchr/testify/require"
 
@@ -14,50 +12,35 @@ import (
 )
 
 // Our NSMgr and registry beside somebody else's proxy: names of other domains go there as they are,
-// and nobody asks DNS here.
+// and our agent asks no DNS.
 func TestRegistryProxyOfOthers(t *testing.T) {
-	ctx := testContext(t)
-	dns := harness.NewDNS(t)
-	one := harness.NewDomain(ctx, t,
-		harness.DomainConfig{Name: "one.example", DNS: dns, Proxy: harness.Real})
-	two := harness.NewDomain(ctx, t,
-		harness.DomainConfig{Name: "two.example", DNS: dns, Proxy: harness.Real})
-	two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
+	m := newMesh(t, joint{client: harness.Real, endpoint: harness.Real}.of)
 	counter := new(count.Server)
-	two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken, counter)
+	m.serve(endpoint, counter)
 	agent := harness.StartAgent(t, harness.AgentConfig{
 		Domain: "one.example",
-		Extra:  map[string]any{"registry_proxy_url": one.ProxyURL.String()},
+		Extra:  map[string]any{"registry_proxy_url": m.one.ProxyURL.String()},
 	})
 
-	// Whoever asks our registry is sent to that proxy, not to us.
-	endpoints := registryclient.NewNetworkServiceEndpointRegistryClient(ctx,
-		registryclient.WithClientURL(agent.RegistryURL()),
-		registryclient.WithDialOptions(sandbox.DialOptions()...))
-	stream, err := endpoints.Find(ctx, &registry.NetworkServiceEndpointQuery{
-		NetworkServiceEndpoint: &registry.NetworkServiceEndpoint{
-			NetworkServiceNames: []string{two.Service(service)},
-		},
-	})
-	require.NoError(t, err)
-	found := registry.ReadNetworkServiceEndpointList(stream)
+	// Our registry's answer leads to that proxy, not to us.
+	endpoints := harness.EndpointRegistry(m.ctx, agent.RegistryURL())
+	found := findEndpoints(m.ctx, t, endpoints, nse("", m.two.Service(service)))
 	require.Len(t, found, 1)
-	require.Equal(t, two.Service(endpoint), found[0].GetName())
-	require.Equal(t, one.ProxyURL.String(), found[0].GetUrl())
+	require.Equal(t, m.two.Service(endpoint), found[0].GetName())
+	require.Equal(t, m.one.ProxyURL.String(), found[0].GetUrl())
 
 	// nsc, our agent, proxy1, proxy2, nsmgr2, forwarder2, nse.
-	asking := client.NewClient(ctx,
+	asking := client.NewClient(m.ctx,
 		client.WithClientURL(agent.NSMgrURL()),
 		client.WithDialOptions(sandbox.DialOptions()...),
 		client.WithDialTimeout(sandbox.DialTimeout),
 		client.WithoutRefresh())
-	connection := requestTwice(ctx, t, asking, harness.RequestFor("id", two.Service(service)))
+	connection := requestTwice(m.ctx, t, asking, m.request())
 	names := harness.Names(connection)
 	require.Len(t, names, interdomainSegments-1)
 	require.Equal(t, agent.Name, names[1])
-	require.Equal(t, two.Service(endpoint), connection.GetNetworkServiceEndpointName())
-	_, err = asking.Close(ctx, connection)
-	require.NoError(t, err)
+	require.Equal(t, m.two.Service(endpoint), connection.GetNetworkServiceEndpointName())
+	m.close(asking, connection)
 	require.Equal(t, 1, counter.Closes())
 	harness.WaitUntilEmpty(t, agent)
 }

@@ -4,9 +4,7 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/networkservicemesh/api/pkg/api/registry"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/utils/count"
-	"github.com/networkservicemesh/sdk/pkg/tools/sandbox"
 	"github.com/stretchr/testify/require"
 
 	"proxy-nsmgr/tests/interop/harness"
@@ -17,38 +15,31 @@ import (
 func TestRealClientHealsOverOurRestart(t *testing.T) {
 	for _, test := range []struct {
 		name  string
-		which func(one, two *harness.Domain) *harness.Agent
+		which func(*mesh) *harness.Agent
 	}{
-		{"the client's proxy", func(one, _ *harness.Domain) *harness.Agent { return one.Agent }},
-		{"the endpoint's proxy", func(_, two *harness.Domain) *harness.Agent { return two.Agent }},
+		{"the client's proxy", func(m *mesh) *harness.Agent { return m.one.Agent }},
+		{"the endpoint's proxy", func(m *mesh) *harness.Agent { return m.two.Agent }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			ctx := testContext(t)
-			dns := harness.NewDNS(t)
-			one := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "one.example", DNS: dns})
-			two := harness.NewDomain(ctx, t, harness.DomainConfig{Name: "two.example", DNS: dns})
-			two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
+			m := newMesh(t)
 			counter := new(count.Server)
-			two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken, counter)
-			client := one.Nodes[0].NewClient(ctx, sandbox.GenerateTestToken)
-			request := harness.RequestFor("id", two.Service(service))
-			connection, err := client.Request(ctx, request)
+			m.serve(endpoint, counter)
+			client := m.healingClient()
+			connection, err := client.Request(m.ctx, m.request())
 			require.NoError(t, err)
 			before := counter.Requests()
 
-			test.which(one, two).Restart(t)
+			test.which(m).Restart(t)
 			harness.Eventually(t, harness.EventDeadline, func() bool {
-				return counter.Requests() > before && one.Agent.OpenConnections(t) == 1 &&
-					two.Agent.OpenConnections(t) == 1
+				return counter.Requests() > before && m.one.Agent.OpenConnections(t) == 1 &&
+					m.two.Agent.OpenConnections(t) == 1
 			}, func() string {
 				return fmt.Sprintf("%d requests after %d", counter.Requests(), before)
 			})
-			connection, err = client.Request(ctx, harness.Refresh(request, connection))
+			connection, err = client.Request(m.ctx, harness.Refresh(m.request(), connection))
 			require.NoError(t, err)
 			require.Equal(t, endpoint, endpointOf(connection))
-			_, err = client.Close(ctx, connection)
-			require.NoError(t, err)
-			waitUntilEmpty(t, one, two)
+			m.end(client, connection)
 		})
 	}
 }
@@ -56,31 +47,21 @@ func TestRealClientHealsOverOurRestart(t *testing.T) {
 // The endpoint dies and another takes its place: the real client is told through both proxies, and
 // gets there.
 func TestRealClientHealsToAnotherEndpoint(t *testing.T) {
-	for _, test := range pairs {
-		t.Run(test.name, func(t *testing.T) {
-			ctx := testContext(t)
-			dns := harness.NewDNS(t)
-			one := harness.NewDomain(ctx, t,
-				harness.DomainConfig{Name: "one.example", DNS: dns, Proxy: test.client})
-			two := harness.NewDomain(ctx, t,
-				harness.DomainConfig{Name: "two.example", DNS: dns, Proxy: test.endpoint})
-			two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
-			first, second := new(count.Server), new(count.Server)
-			entry := two.Nodes[0].NewEndpoint(ctx, nse("first", service), sandbox.GenerateTestToken, first)
-			client := one.Nodes[0].NewClient(ctx, sandbox.GenerateTestToken)
-			connection, err := client.Request(ctx, harness.RequestFor("id", two.Service(service)))
-			require.NoError(t, err)
-			require.Equal(t, "first", endpointOf(connection))
+	onEach(t, pairs, func(t *testing.T, joint joint) {
+		m := newMesh(t, joint.of)
+		first, second := new(count.Server), new(count.Server)
+		entry := m.serve("first", first)
+		client := m.healingClient()
+		connection, err := client.Request(m.ctx, m.request())
+		require.NoError(t, err)
+		require.Equal(t, "first", endpointOf(connection))
 
-			_, err = entry.NetworkServiceEndpointRegistryClient.Unregister(ctx, nse("first", service))
-			require.NoError(t, err)
-			two.Nodes[0].NewEndpoint(ctx, nse("second", service), sandbox.GenerateTestToken, second)
-			entry.Cancel()
-			harness.Eventually(t, harness.EventDeadline, func() bool { return second.Requests() > 0 },
-				func() string { return "the second endpoint was not asked" })
-			_, err = client.Close(ctx, connection)
-			require.NoError(t, err)
-			waitUntilEmpty(t, one, two)
-		})
-	}
+		_, err = entry.NetworkServiceEndpointRegistryClient.Unregister(m.ctx, nse("first", service))
+		require.NoError(t, err)
+		m.serve("second", second)
+		entry.Cancel()
+		harness.Eventually(t, harness.EventDeadline, func() bool { return second.Requests() > 0 },
+			func() string { return "the second endpoint was not asked" })
+		m.end(client, connection)
+	})
 }

@@ -9,7 +9,6 @@ import (
 	"github.com/golang-jwt/jwt/v4"
 	"github.com/golang/protobuf/ptypes/empty"
 	"github.com/networkservicemesh/api/pkg/api/networkservice"
-	"github.com/networkservicemesh/api/pkg/api/registry"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/client"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/core/next"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/utils/count"
@@ -31,6 +30,12 @@ const shortLife = 10 * time.Second
 
 func withTokenSecret(config *harness.AgentConfig) {
 	config.Extra = map[string]any{"token": map[string]any{"secret": tokenSecret}}
+}
+
+// shortLived makes a client's tokens end after shortLife.
+func shortLived() client.Option {
+	return client.WithDialOptions(sandbox.DialOptions(
+		sandbox.WithTokenGenerator(sandbox.GenerateExpiringToken(shortLife)))...)
 }
 
 // callTokens is an endpoint's view of the tokens that calls carry.
@@ -64,17 +69,13 @@ func claims(t *testing.T, segment *networkservice.PathSegment) (*jwt.Token, *jwt
 // Every segment has a token and the time at which it ends; ours are signed as configured, are for
 // ten minutes at most and say who we are.
 func TestTokensOnThePath(t *testing.T) {
-	ctx := testContext(t)
-	dns := harness.NewDNS(t)
-	one := harness.NewDomain(ctx, t,
-		harness.DomainConfig{Name: "one.example", DNS: dns, Configure: withTokenSecret})
-	two := harness.NewDomain(ctx, t,
-		harness.DomainConfig{Name: "two.example", DNS: dns, Configure: withTokenSecret})
-	two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
+	m := newMesh(t, func(one, two *harness.DomainConfig) {
+		one.Configure, two.Configure = withTokenSecret, withTokenSecret
+	})
 	seen := &callTokens{tokens: make(chan string, 8)}
-	two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken, seen)
-	client := plainClient(ctx, one.Nodes[0])
-	connection := requestTwice(ctx, t, client, harness.RequestFor("id", two.Service(service)))
+	m.serve(endpoint, seen)
+	client := plainClient(m.ctx, m.one.Nodes[0])
+	connection := requestTwice(m.ctx, t, client, m.request())
 
 	segments := connection.GetPath().GetPathSegments()
 	require.Len(t, segments, interdomainSegments)
@@ -84,7 +85,7 @@ func TestTokensOnThePath(t *testing.T) {
 		require.WithinDuration(t, claims.ExpiresAt.Time, expires, time.Second, segment.GetName())
 		require.True(t, expires.After(time.Now()), segment.GetName())
 	}
-	for at, domain := range map[int]*harness.Domain{3: one, 4: two} {
+	for at, domain := range map[int]*harness.Domain{3: m.one, 4: m.two} {
 		parsed, claims := claims(t, segments[at])
 		require.Equal(t, domain.Agent.Name, segments[at].GetName())
 		require.Equal(t, "HS256", parsed.Method.Alg())
@@ -97,76 +98,54 @@ func TestTokensOnThePath(t *testing.T) {
 	// The call's metadata is what ends up in the caller's segment.
 	<-seen.tokens
 	require.Equal(t, segments[interdomainSegments-2].GetToken(), <-seen.tokens)
-	_, err := client.Close(ctx, connection)
-	require.NoError(t, err)
-	waitUntilEmpty(t, one, two)
+	m.end(client, connection)
 }
 
-// A client that vanishes leaves nothing: when its token ends, so does the connection, everywhere.
+// The connection of a client that vanishes ends everywhere when the client's token does.
 func TestTokenExpiryCloses(t *testing.T) {
-	for _, test := range pairs {
-		t.Run(test.name, func(t *testing.T) {
-			ctx := testContext(t)
-			dns := harness.NewDNS(t)
-			one := harness.NewDomain(ctx, t,
-				harness.DomainConfig{Name: "one.example", DNS: dns, Proxy: test.client})
-			two := harness.NewDomain(ctx, t,
-				harness.DomainConfig{Name: "two.example", DNS: dns, Proxy: test.endpoint})
-			two.RegisterService(ctx, t, &registry.NetworkService{Name: service})
-			counter := new(count.Server)
-			two.Nodes[0].NewEndpoint(ctx, nse(endpoint, service), sandbox.GenerateTestToken, counter)
-			short := sandbox.DialOptions(sandbox.WithTokenGenerator(
-				sandbox.GenerateExpiringToken(shortLife)))
-			client := plainClient(ctx, one.Nodes[0], client.WithDialOptions(short...))
-			// Without a deadline: the sdk's chains take what is left of it off a connection's life.
-			connection, err := client.Request(context.WithoutCancel(ctx),
-				harness.RequestFor("id", two.Service(service)))
-			require.NoError(t, err)
-			require.Zero(t, counter.Closes())
-			ends := connection.GetPath().GetPathSegments()[0].GetExpires().AsTime()
-			harness.Eventually(t, harness.EventDeadline, func() bool { return counter.Closes() == 1 },
-				func() string { return "the endpoint was not told" })
-			// Not before its time; how soon after is the machine's affair.
-			require.Greater(t, time.Now(), ends.Add(-shortLife/2))
-			waitUntilEmpty(t, one, two)
-		})
-	}
+	onEach(t, pairs, func(t *testing.T, joint joint) {
+		m := newMesh(t, joint.of)
+		counter := new(count.Server)
+		m.serve(endpoint, counter)
+		client := plainClient(m.ctx, m.one.Nodes[0], shortLived())
+		// Without a deadline: the sdk's chains take what is left of it off a connection's life.
+		connection, err := client.Request(context.WithoutCancel(m.ctx), m.request())
+		require.NoError(t, err)
+		require.Zero(t, counter.Closes())
+		ends := connection.GetPath().GetPathSegments()[0].GetExpires().AsTime()
+		harness.Eventually(t, harness.EventDeadline, func() bool { return counter.Closes() == 1 },
+			func() string { return "the endpoint got no Close" })
+		// Not before its time; how soon after is the machine's affair.
+		require.Greater(t, time.Now(), ends.Add(-shortLife/2))
+		waitUntilEmpty(t, m.one, m.two)
+	})
 }
 
-// Our proxy ends by itself what its previous hop stopped refreshing, without being told to.
+// Our proxy closes by itself what its previous hop stopped refreshing.
 func TestTokenExpiryAtTheProxy(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, nil)
-	peer := harness.StartPeer(t, harness.PeerConfig{Name: endpoint})
-	pair.Serve(ctx, t, peer, service)
-	name := pair.Discover(ctx, t, service+"@"+harness.DomainTwo)
-	monitor := harness.OpenMonitor(t, pair.One.ProxyURL())
+	b := newBare(t, nil, harness.PeerConfig{})
+	monitor := harness.OpenMonitor(t, b.One.ProxyURL())
 	monitor.WaitForInitial()
-	client := pair.Client(ctx, client.WithDialOptions(sandbox.DialOptions(
-		sandbox.WithTokenGenerator(sandbox.GenerateExpiringToken(shortLife)))...))
-	request := harness.RequestFor("id", service+"@"+harness.DomainTwo)
-	request.Connection.NetworkServiceEndpointName = name
-	_, err := client.Request(ctx, request)
+	_, err := b.Client(b.ctx, shortLived()).Request(b.ctx, b.request("id", harness.DomainTwo))
 	require.NoError(t, err)
 	monitor.WaitFor("a DELETE", func(event *networkservice.ConnectionEvent) bool {
 		return event.GetType() == networkservice.ConnectionEventType_DELETE && only(event) != nil
 	})
-	harness.Eventually(t, harness.EventDeadline, func() bool { return len(peer.Closes()) == 1 },
-		func() string { return "the endpoint was not told" })
-	harness.WaitUntilEmpty(t, pair.One, pair.Two)
+	harness.Eventually(t, harness.EventDeadline, func() bool { return len(b.peer.Closes()) == 1 },
+		func() string { return "the endpoint got no Close" })
+	b.waitUntilEmpty()
 }
 
-// Whoever does not say until when it stands is refused, in the sdk's words.
+// A Request without an expiry of the previous segment is refused with the sdk's error.
 func TestTokensMissing(t *testing.T) {
-	ctx := testContext(t)
-	pair := harness.NewAgentPair(t, nil)
-	bare := networkservice.NewNetworkServiceClient(harness.Dial(t, pair.One.ProxyURL()))
+	agent := harness.StartAgent(t, harness.AgentConfig{Domain: harness.DomainOne})
+	bare := networkservice.NewNetworkServiceClient(harness.Dial(t, agent.ProxyURL()))
 	request := harness.RequestFor("id", service+"@"+harness.DomainTwo)
 	request.Connection.Path = &networkservice.Path{
 		PathSegments: []*networkservice.PathSegment{{Name: "client", Id: "id"}},
 	}
-	_, err := bare.Request(ctx, request)
+	_, err := bare.Request(testContext(t), request)
 	require.Equal(t, codes.InvalidArgument, status.Code(err), err)
 	require.ErrorContains(t, err, "expiration for the previous path segment cannot be nil")
-	require.Zero(t, pair.One.OpenConnections(t))
+	require.Zero(t, agent.OpenConnections(t))
 }

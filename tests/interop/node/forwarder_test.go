@@ -107,12 +107,7 @@ func (n *node) endpoint(t *testing.T) *pod {
 // endpointOf starts an endpoint of a name of its own, that gives addresses of prefix.
 func (n *node) endpointOf(t *testing.T, name, prefix string) *pod {
 	t.Helper()
-	serving := startPod(t, podConfig{
-		Role: endpointRole, Name: name, NSMgr: n.nsmgr.NSMgr, Service: service,
-		Dir: openDir(t), Prefix: prefix,
-	}, placement{})
-	require.Empty(t, serving.next().Error)
-	return serving
+	return startEndpoint(t, endpointOf(n.nsmgr.NSMgr, name, prefix), placement{})
 }
 
 // client starts a client on the node, which is not root.
@@ -124,9 +119,7 @@ func (n *node) client(t *testing.T) *pod {
 // clientOf starts a client that asks for service.
 func (n *node) clientOf(t *testing.T, service string) *pod {
 	t.Helper()
-	return startPod(t, podConfig{
-		Role: clientRole, Name: "nsc", NSMgr: n.nsmgr.NSMgr, Service: service,
-	}, placement{uid: nobody})
+	return startPod(t, clientOf(n.nsmgr.NSMgr, service), placement{uid: nobody})
 }
 
 // Our agent registers as a forwarder of a real NSMgr, is chosen, and makes the links: a pair of veth
@@ -188,7 +181,7 @@ func TestForwarderOfARestartedNSMgr(t *testing.T) {
 	require.Empty(t, asking.tell("close").Error)
 }
 
-// Without a forwarder an NSMgr connects nobody: one that stops says so, and is asked no more.
+// A forwarder that stops unregisters: its NSMgr, which has no other, refuses the next Request.
 func TestForwarderThatStops(t *testing.T) {
 	harness.NeedsRoot(t)
 	n := newRealNodes(t)[0]

@@ -8,8 +8,8 @@ import (
 	"proxy-nsmgr/tests/interop/harness"
 )
 
-// A real client heals by itself when its endpoint is killed: it is told DOWN, asks for another
-// endpoint, and its packets arrive there.
+// A real client heals by itself when its endpoint is killed: its monitor stream says DOWN, it asks for
+// another endpoint, and its packets arrive there.
 func TestHealing(t *testing.T) {
 	harness.NeedsRoot(t)
 	for _, test := range []struct {

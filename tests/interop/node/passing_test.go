@@ -32,6 +32,44 @@ func nodeAgent(t *testing.T) *harness.Agent {
 	return agent
 }
 
+// holdsAgain waits until the agent holds as many namespaces as before.
+func holdsAgain(t *testing.T, agent *harness.Agent, before int) {
+	t.Helper()
+	harness.Eventually(t, 10*time.Second, func() bool { return agent.OpenNamespaces(t) <= before },
+		func() string {
+			return fmt.Sprintf("it holds %d namespaces, and held %d", agent.OpenNamespaces(t), before)
+		})
+}
+
+// clientAt is a client of the agent's node.
+func clientAt(agent *harness.Agent) podConfig {
+	return clientOf(agent.NSMgrURL().String(), service)
+}
+
+// clientOf is a client of an NSMgr that asks for a service.
+func clientOf(nsmgr, service string) podConfig {
+	return podConfig{Role: clientRole, Name: "nsc", NSMgr: nsmgr, Service: service}
+}
+
+// endpointAt is an endpoint of the agent's node.
+func endpointAt(agent *harness.Agent) podConfig {
+	return endpointOf(agent.NSMgrURL().String(), "nse", prefix)
+}
+
+// endpointOf is an endpoint of an NSMgr that gives addresses of prefix.
+func endpointOf(nsmgr, name, prefix string) podConfig {
+	return podConfig{Role: endpointRole, Name: name, NSMgr: nsmgr, Service: service, Prefix: prefix}
+}
+
+// startEndpoint starts an endpoint and waits until it is registered.
+func startEndpoint(t *testing.T, config podConfig, where placement) *pod {
+	t.Helper()
+	config.Dir = openDir(t)
+	serving := startPod(t, config, where)
+	require.Empty(t, serving.next().Error)
+	return serving
+}
+
 // openDir is a directory that every user may write to.
 func openDir(t *testing.T) string {
 	t.Helper()
@@ -43,7 +81,7 @@ func openDir(t *testing.T) string {
 }
 
 // Clients and endpoints name their namespaces by inode, and pass the descriptors of them, and of the
-// endpoint's socket, beside the stream (grpcfd). Whoever is not root may do so too.
+// endpoint's socket, beside the stream (grpcfd). Users other than root may do so too.
 func TestDescriptors(t *testing.T) {
 	harness.NeedsRoot(t)
 	for _, test := range []struct {
@@ -58,14 +96,8 @@ func TestDescriptors(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			agent := nodeAgent(t)
 			held := agent.OpenNamespaces(t)
-			serving := startPod(t, podConfig{
-				Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
-				Service: service, Dir: openDir(t), Prefix: prefix,
-			}, test.endpoint)
-			require.Empty(t, serving.next().Error)
-			asking := startPod(t, podConfig{
-				Role: clientRole, Name: "nsc", NSMgr: agent.NSMgrURL().String(), Service: service,
-			}, test.client)
+			serving := startEndpoint(t, endpointAt(agent), test.endpoint)
+			asking := startPod(t, clientAt(agent), test.client)
 
 			connection := asking.connected()
 			require.Equal(t, []string{"nsc", agent.Name, "nse"}, harness.Names(connection))
@@ -86,10 +118,7 @@ func TestDescriptors(t *testing.T) {
 			asking.end()
 			require.Empty(t, serving.tell("unregister").Error)
 			serving.end()
-			harness.Eventually(t, 10*time.Second, func() bool { return agent.OpenNamespaces(t) <= held },
-				func() string {
-					return fmt.Sprintf("it holds %d namespaces, and held %d", agent.OpenNamespaces(t), held)
-				})
+			holdsAgain(t, agent, held)
 		})
 	}
 }
@@ -100,14 +129,10 @@ func TestHiddenNamespace(t *testing.T) {
 	harness.NeedsRoot(t)
 	agent := nodeAgent(t)
 	held := agent.OpenNamespaces(t)
-	serving := startPod(t, podConfig{
-		Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
-		Service: service, Dir: openDir(t), Prefix: prefix,
-	}, placement{})
-	require.Empty(t, serving.next().Error)
-	asking := startPod(t, podConfig{
-		Role: clientRole, Name: "nsc", NSMgr: agent.NSMgrURL().String(), Service: service, Hidden: true,
-	}, placement{})
+	serving := startEndpoint(t, endpointAt(agent), placement{})
+	config := clientAt(agent)
+	config.Hidden = true
+	asking := startPod(t, config, placement{})
 	asking.hidden = asking.next().Netns
 	connection := asking.connected()
 	asking.pings(connection.GetContext().GetIpContext().GetDstIpAddrs()[0])
@@ -116,10 +141,7 @@ func TestHiddenNamespace(t *testing.T) {
 	require.Empty(t, asking.links())
 	asking.end()
 	serving.end()
-	harness.Eventually(t, 10*time.Second, func() bool { return agent.OpenNamespaces(t) <= held },
-		func() string {
-			return fmt.Sprintf("it holds %d namespaces, and held %d", agent.OpenNamespaces(t), held)
-		})
+	holdsAgain(t, agent, held)
 }
 
 // Without a descriptor a namespace is only a claim, and the node's own takes more than a descriptor,
@@ -127,11 +149,7 @@ func TestHiddenNamespace(t *testing.T) {
 func TestClaims(t *testing.T) {
 	harness.NeedsRoot(t)
 	agent := nodeAgent(t)
-	serving := startPod(t, podConfig{
-		Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
-		Service: service, Dir: openDir(t), Prefix: prefix,
-	}, placement{})
-	require.Empty(t, serving.next().Error)
+	startEndpoint(t, endpointAt(agent), placement{})
 	for _, test := range []struct {
 		name   string
 		claims bool
@@ -142,10 +160,9 @@ func TestClaims(t *testing.T) {
 		{"of the node's namespace", false, placement{uid: nobody, host: true}, "the node's own network namespace"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			asking := startPod(t, podConfig{
-				Role: clientRole, Name: "nsc", NSMgr: agent.NSMgrURL().String(),
-				Service: service, Claims: test.claims,
-			}, test.where)
+			config := clientAt(agent)
+			config.Claims = test.claims
+			asking := startPod(t, config, test.where)
 			said := asking.tell("request")
 			require.Equal(t, codes.PermissionDenied, said.Code, said.Error)
 			require.Contains(t, said.Error, test.text)
@@ -158,11 +175,7 @@ func TestClaims(t *testing.T) {
 func TestConnectOfAnotherUser(t *testing.T) {
 	harness.NeedsRoot(t)
 	agent := nodeAgent(t)
-	serving := startPod(t, podConfig{
-		Role: endpointRole, Name: "nse", NSMgr: agent.NSMgrURL().String(),
-		Service: service, Dir: openDir(t), Prefix: prefix,
-	}, placement{})
-	require.Empty(t, serving.next().Error)
+	serving := startEndpoint(t, endpointAt(agent), placement{})
 	// The user may not reach the program by its path.
 	program, err := os.Open(harness.Program(t))
 	require.NoError(t, err)

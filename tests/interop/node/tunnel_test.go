@@ -30,17 +30,6 @@ func remoteRequest(
 	return request
 }
 
-// remoteEndpoint starts an endpoint in domain two, whose agent makes the links.
-func remoteEndpoint(t *testing.T, pair *harness.AgentPair) *pod {
-	t.Helper()
-	serving := startPod(t, podConfig{
-		Role: endpointRole, Name: "nse", NSMgr: pair.Two.NSMgrURL().String(),
-		Service: service, Dir: openDir(t), Prefix: prefix,
-	}, placement{})
-	require.Empty(t, serving.next().Error)
-	return serving
-}
-
 // NSM splits the VNIs between two nodes that may both be servers: even where the client's address is
 // not above the server's, else odd. Across domains its proxies lose the rule, for each side sees
 // other addresses; ours hold it by the addresses that both see, the public ones.
@@ -72,7 +61,7 @@ func TestVNIParityAcrossDomains(t *testing.T) {
 				}
 				two.Extra = map[string]any{"forwarder": true}
 			})
-			serving := remoteEndpoint(t, pair)
+			serving := startEndpoint(t, endpointAt(pair.Two), placement{})
 			request := remoteRequest(t, pair, map[string]string{"src_ip": internal, "src_port": "4789"})
 			client := pair.Client(ctx)
 			connection, err := client.Request(ctx, request)
@@ -98,7 +87,7 @@ func TestTunnelMTU(t *testing.T) {
 	pair := harness.NewAgentPair(t, func(_, two *harness.AgentConfig) {
 		two.Extra = map[string]any{"forwarder": true}
 	})
-	serving := remoteEndpoint(t, pair)
+	serving := startEndpoint(t, endpointAt(pair.Two), placement{})
 	for _, test := range []struct {
 		name          string
 		client        string
