@@ -3,6 +3,8 @@
 //! One variant a cause. The text goes to the client and, through it, to a person: it says what
 //! failed, on what, and what can be done about it.
 
+mod registry;
+
 use std::time::Duration;
 
 use nsm_core::{
@@ -13,6 +15,7 @@ use nsm_core::{
 use nsm_discovery::dns::ResolveError;
 use tonic::{Code, Status};
 
+pub use self::registry::RegistryError;
 use crate::{ports::ForwarderError, transport::dial::DialError};
 
 /// The longest text of a refusal, in bytes. It travels in an HTTP/2 header, where each byte may
@@ -58,6 +61,9 @@ pub enum RequestError {
     /// The token metadata of the call cannot be read.
     #[error(transparent)]
     Token(#[from] crate::identity::token::TokenError),
+    /// The registry in this process refused.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// The domain of the name cannot be resolved.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
@@ -214,6 +220,7 @@ impl RequestError {
             | Self::Token(_)
             | Self::Mechanism(_) => Code::InvalidArgument,
             Self::Expired { .. } => Code::Unauthenticated,
+            Self::Registry(error) => error.code(),
             Self::Resolve(error) => resolve_code(error),
             Self::Dial(_) | Self::Draining | Self::Unproven { .. } => Code::Unavailable,
             Self::NoService { .. }

@@ -23,10 +23,10 @@ use crate::{
     metrics::CallMetrics,
     peer::peers::Peers,
     ports::{Forwarder, PathId, Plan},
+    registry::{Counts, backend::Backend},
     route::{
         addresses::Addresses,
         bypass::Bypass,
-        directory::Directory,
         local::LocalEndpoints,
         router::{Lookup, Router, RouterConfig},
         upstream::{ForwarderEntry, Upstream},
@@ -108,7 +108,7 @@ impl ControlPlane {
         settings: Settings,
         tokens: Arc<TokenSource>,
         resolver: Resolver,
-        directory: Directory,
+        registry: Backend,
         forwarder: Option<Arc<dyn Forwarder>>,
         vnis: VniPool,
     ) -> Self {
@@ -118,7 +118,7 @@ impl ControlPlane {
             settings.max_message_bytes,
         ));
         let lookup = Arc::new(Lookup {
-            directory,
+            registry: registry.open(&peers),
             resolver,
             peers: Arc::clone(&peers),
             addresses: Addresses::new(settings.advertise_url.clone()),
@@ -279,11 +279,8 @@ impl ControlPlane {
     }
 
     /// What the registry of this agent holds; none where another one is the domain's.
-    pub fn registry_counts(&self) -> Option<crate::registry::Counts> {
-        match &self.parts.lookup.directory {
-            Directory::Here(registry) => Some(registry.counts()),
-            Directory::At(_) => None,
-        }
+    pub fn registry_counts(&self) -> Option<Counts> {
+        self.parts.lookup.registry.counts()
     }
 
     /// Adds what the control plane counts to a metrics registry.
@@ -313,9 +310,7 @@ impl ControlPlane {
     pub async fn drain(&self, grace: Duration) {
         self.parts.services.calls.drain(grace).await;
         self.parts.held.monitors.end_all();
-        if let Directory::Here(registry) = &self.parts.lookup.directory {
-            registry.close();
-        }
+        self.parts.lookup.registry.close();
         self.parts.drained.send_replace(true);
     }
 }

@@ -51,10 +51,7 @@ use crate::{
     identity::token::{self, TokenError, TokenSource},
     metrics::CallMetrics,
     peer::stream::SKIP_ANSWERED,
-    registry::{
-        grpc::{EndpointStream, ServiceStream},
-        path_header::PathHeader,
-    },
+    registry::{path_header::PathHeader, wire::Answers},
     route::router::Arrival,
     transport::{
         coalesce::Coalesced,
@@ -366,7 +363,7 @@ impl MonitorConnection for Front {
 
 #[tonic::async_trait]
 impl NetworkServiceRegistry for Front {
-    type FindStream = ServiceStream;
+    type FindStream = Answers<Service>;
 
     async fn register(&self, request: Request<Service>) -> Result<Response<Service>, Status> {
         let (call, path) = self.registry_call(request)?;
@@ -381,7 +378,7 @@ impl NetworkServiceRegistry for Front {
     async fn find(
         &self,
         request: Request<NetworkServiceQuery>,
-    ) -> Result<Response<ServiceStream>, Status> {
+    ) -> Result<Response<Self::FindStream>, Status> {
         let call = self.call(request)?;
         Ok(Response::new(
             self.services.registrar.find_services(call).await?,
@@ -400,7 +397,7 @@ impl NetworkServiceRegistry for Front {
 
 #[tonic::async_trait]
 impl NetworkServiceEndpointRegistry for Front {
-    type FindStream = EndpointStream;
+    type FindStream = Answers<Endpoint>;
 
     async fn register(&self, request: Request<Endpoint>) -> Result<Response<Endpoint>, Status> {
         let (call, path) = self.registry_call(request)?;
@@ -415,7 +412,7 @@ impl NetworkServiceEndpointRegistry for Front {
     async fn find(
         &self,
         request: Request<NetworkServiceEndpointQuery>,
-    ) -> Result<Response<EndpointStream>, Status> {
+    ) -> Result<Response<Self::FindStream>, Status> {
         let call = self.call(request)?;
         Ok(Response::new(
             self.services.registrar.find_endpoints(call).await?,

@@ -12,7 +12,7 @@ const KEY: &str = "path";
 /// The path of a registry call, with our own segment in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
-pub(crate) struct PathHeader {
+pub struct PathHeader {
     index: usize,
     #[serde(deserialize_with = "null_is_empty")]
     path_segments: Vec<Segment>,

@@ -2,7 +2,7 @@
 
 pub(crate) mod addresses;
 pub(crate) mod bypass;
-pub mod directory;
+pub(crate) mod directory;
 pub(crate) mod local;
 pub mod router;
 pub mod upstream;

@@ -28,10 +28,11 @@ use crate::{
     convert,
     error::RequestError,
     peer::peers::{Peer, Peers, is_local, is_passed},
+    registry::{DomainRegistry, remote::Remote},
     route::{
         addresses::{Addresses, Crossing},
         bypass::{Bypass, Way},
-        directory::{Directory, Found, Wanted, find_at, find_in},
+        directory::{Found, Wanted},
         local::LocalEndpoints,
     },
     transport::unix::{FileId, Kind, PATIENCE},
@@ -128,12 +129,21 @@ pub(crate) struct RouterConfig {
 
 /// What names are looked up in: shared by the router and the registry services.
 pub(crate) struct Lookup {
-    pub(crate) directory: Directory,
+    /// The registry of our own domain.
+    pub(crate) registry: Arc<dyn DomainRegistry>,
     pub(crate) resolver: Resolver,
     pub(crate) peers: Arc<Peers>,
     pub(crate) addresses: Addresses,
     pub(crate) bypass: Bypass,
     pub(crate) local_endpoints: LocalEndpoints,
+}
+
+impl Lookup {
+    /// The registry of another domain.
+    pub(crate) fn registry_of(&self, resolved: &Resolved) -> Remote {
+        let urls = resolved.registry.iter().map(|at| format!("tcp://{at}"));
+        Remote::at(&self.peers, urls)
+    }
 }
 
 /// Decides where Requests go.
@@ -231,7 +241,8 @@ impl Router {
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
-        let found = find_in(&self.lookup.peers, resolved, wanted, deadline).await?;
+        let registry = self.lookup.registry_of(resolved);
+        let found = wanted.find_in(&registry, deadline).await?;
         let chosen = self.choose(&found, wanted, domain, connection)?;
         let payload = payload(&found);
         let resolution = resolution(domain, resolved);
@@ -290,11 +301,7 @@ impl Router {
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
-        let found = self
-            .lookup
-            .directory
-            .find(&self.lookup.peers, wanted, deadline)
-            .await?;
+        let found = wanted.find_in(&*self.lookup.registry, deadline).await?;
         let own = &self.config.domain;
         let chosen = self.choose(&found, wanted, own, connection)?;
         let payload = payload(&found);
@@ -349,7 +356,8 @@ impl Router {
             service: &connection.network_service,
             endpoint: &connection.network_service_endpoint_name,
         };
-        let found = find_at(&self.lookup.peers, registry, wanted, deadline).await?;
+        let remote = Remote::at(&self.lookup.peers, [registry.to_owned()]);
+        let found = wanted.find_in(&remote, deadline).await?;
         let own = &self.config.domain;
         let payload = payload(&found);
         let mut routes = Vec::new();
@@ -437,7 +445,7 @@ impl Router {
             });
         }
         if !wanted.endpoint.is_empty() {
-            return Ok(found.endpoints.iter().collect());
+            return Ok(found.endpoints.iter().map(Arc::as_ref).collect());
         }
         let no_labels = std::collections::BTreeMap::new();
         let candidates: Vec<Candidate<'_>> = found
@@ -453,7 +461,7 @@ impl Router {
             .collect();
         let matches = found
             .service
-            .as_ref()
+            .as_deref()
             .map(convert::matches)
             .unwrap_or_default();
         let chosen = select(
@@ -474,7 +482,7 @@ impl Router {
                     .collect(),
             });
         }
-        Ok(chosen.into_iter().map(|at| &found.endpoints[at]).collect())
+        Ok(chosen.into_iter().map(|at| &*found.endpoints[at]).collect())
     }
 }
 

@@ -16,20 +16,18 @@ use std::{
 };
 
 use nsm_core::{backoff::Backoff, nsm::expiry::refresh_after};
-use nsm_proto::registry::{
-    NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceLabels,
-    network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient as Endpoints,
-};
+use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use rustix::fs::OFlags;
 use tokio::time::Instant;
-use tonic::{Code, Request};
+use tokio_stream::StreamExt as _;
+use tonic::Code;
 
 use crate::{
     convert,
     error::RequestError,
     identity::token::TokenSource,
-    peer::peers::{Peers, call, refused},
-    registry::path_header::PathHeader,
+    peer::peers::Peers,
+    registry::{DomainRegistry as _, Terms, path_header::PathHeader, remote::Remote},
     transport::{
         dial::DialUrl,
         unix::{FileId, Passed},
@@ -137,24 +135,20 @@ impl Upstream {
         &self,
         entry: &mut ForwarderEntry,
     ) -> Result<SystemTime, RequestError> {
-        let (url, deadline) = self.upstream_call()?;
-        let peer = self.peers.get(url);
+        let nsmgr = self.nsmgr()?;
         let endpoint = NetworkServiceEndpoint {
             url: match &entry.url {
-                DialUrl::Unix(path) if url.starts_with("unix:") => {
+                DialUrl::Unix(path) if nsmgr.url.starts_with("unix:") => {
                     let (id, socket) = open_socket(path)?;
-                    peer.descriptors.send(socket);
+                    self.peers.get(nsmgr.url).descriptors.send(socket);
                     id.to_string()
                 }
                 own => own.to_string(),
             },
             ..entry.endpoint()
         };
-        let channel = self.peers.channel(url, deadline).await?;
-        let request = self.upstream_request(endpoint, deadline);
-        let mut client = Endpoints::new(channel);
-        let granted = call(url, "Register", deadline, client.register(request)).await?;
-        let granted = granted.into_inner();
+        let entries = nsmgr.registry.endpoints();
+        let granted = entries.register(endpoint, nsmgr.terms).await?;
         // The registry may have given it another name, to tell it from an older one.
         entry.name = granted.name;
         Ok(granted
@@ -166,63 +160,60 @@ impl Upstream {
 
     /// Waits until the NSMgr does not have the entry any more, or is gone itself.
     async fn forwarder_lost(&self, entry: &ForwarderEntry) -> String {
-        let Ok((url, deadline)) = self.upstream_call() else {
+        let Ok(nsmgr) = self.nsmgr() else {
             return std::future::pending().await;
         };
-        let query = NetworkServiceEndpointQuery {
-            network_service_endpoint: Some(NetworkServiceEndpoint {
-                name: entry.name.clone(),
-                ..NetworkServiceEndpoint::default()
-            }),
-            watch: true,
+        let query = NetworkServiceEndpoint {
+            name: entry.name.clone(),
+            ..NetworkServiceEndpoint::default()
         };
-        let channel = match self.peers.channel(url, deadline).await {
-            Ok(channel) => channel,
+        let entries = nsmgr.registry.endpoints();
+        let mut events = match entries.watch(query, nsmgr.terms.deadline).await {
+            Ok(events) => events,
             Err(error) => return error.to_string(),
         };
-        let request = self.peers.outgoing(query, None);
-        match Endpoints::new(channel).find(request).await {
-            Err(status) if status.code() == Code::Unimplemented => std::future::pending().await,
-            Err(status) => refused(url, "Find", &status).to_string(),
-            Ok(response) => {
-                let mut entries = response.into_inner();
-                loop {
-                    match entries.message().await {
-                        Ok(Some(found)) if found.deleted => {
-                            return format!("{url} forgot it");
-                        }
-                        Ok(Some(_)) => {}
-                        Ok(None) => return format!("{url} ended its watch"),
-                        Err(status) => return refused(url, "Find", &status).to_string(),
-                    }
+        loop {
+            match events.next().await {
+                Some(Ok(found)) if found.deleted => return format!("{} forgot it", nsmgr.url),
+                Some(Ok(_)) => {}
+                None => return format!("{} ended its watch", nsmgr.url),
+                Some(Err(error)) if error.code() == Code::Unimplemented => {
+                    return std::future::pending().await;
                 }
+                Some(Err(error)) => return error.to_string(),
             }
         }
     }
 
     /// Takes the forwarder's entry out, by the name that the registry granted.
     async fn unregister_forwarder(&self, entry: &ForwarderEntry) -> Result<(), RequestError> {
-        let (url, deadline) = self.upstream_call()?;
-        let channel = self.peers.channel(url, deadline).await?;
-        let request = self.upstream_request(entry.endpoint(), deadline);
-        let mut client = Endpoints::new(channel);
-        call(url, "Unregister", deadline, client.unregister(request)).await?;
-        Ok(())
+        let nsmgr = self.nsmgr()?;
+        let entries = nsmgr.registry.endpoints();
+        entries.unregister(entry.endpoint(), nsmgr.terms).await
     }
 
-    fn upstream_call(&self) -> Result<(&str, Instant), RequestError> {
+    fn nsmgr(&self) -> Result<Nsmgr<'_>, RequestError> {
         let url = self.url.as_deref().ok_or(RequestError::Missing(
             "NSMgr: the agent has no upstream_nsmgr_url",
         ))?;
-        Ok((url, Instant::now() + self.request_timeout))
-    }
-
-    fn upstream_request<T>(&self, message: T, deadline: Instant) -> Request<T> {
-        let mut request = self.peers.outgoing(message, Some(deadline));
         let (token, _) = self.tokens.token(SystemTime::now());
-        PathHeader::begin(token).apply(request.metadata_mut());
-        request
+        Ok(Nsmgr {
+            url,
+            registry: Remote::at(&self.peers, [url.to_owned()]),
+            terms: Terms {
+                deadline: Instant::now() + self.request_timeout,
+                owner: Some(PathHeader::begin(token)),
+                expires: None,
+            },
+        })
     }
+}
+
+/// The NSMgr's registry, and what our own calls to it carry.
+struct Nsmgr<'a> {
+    url: &'a str,
+    registry: Remote,
+    terms: Terms,
 }
 
 impl ForwarderEntry {

@@ -161,7 +161,7 @@ async fn a_killed_agent_is_away_although_the_registry_has_forgotten_its_endpoint
     let link = a.kernel().only();
     eventually(1, || c.plane.holdings().monitors).await;
     c.kill();
-    assert!(b.registry.unregister_endpoint("nse-3"), "it lapses");
+    assert!(b.registry.endpoints.unregister("nse-3"), "it lapses");
     let refused = client.refresh(&granted).await.expect_err("it is away");
     assert_refusal(&refused, Code::Unavailable, &[&c.url]);
     assert_eq!(a.kernel().only(), link);

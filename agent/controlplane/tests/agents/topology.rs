@@ -49,7 +49,7 @@ async fn register_floating(world: &World, agent: &Agent, floating: &Endpoint) ->
     assert_eq!(registered.url, endpoint.url);
     // There it is known by its bare name, behind the agent that registered it.
     let registry = floating.registry.as_ref().expect("a domain");
-    let found = registry.find_endpoints(&Default::default());
+    let found = registry.endpoints.find(&Default::default());
     assert_eq!(found.len(), 1);
     assert_eq!((found[0].name.as_str(), &found[0].url), ("x", &agent.url));
     assert_eq!(found[0].network_service_names, ["svc"]);
@@ -148,7 +148,8 @@ async fn a_domain_of_two_gates_survives_the_loss_of_one() {
         let mut entry = registration(gate, "svc", &[]);
         entry.name = "nse".to_owned();
         registry
-            .register_endpoint(entry, std::time::SystemTime::now(), &[])
+            .endpoints
+            .register(entry, std::time::SystemTime::now(), &[])
             .expect("registered");
     }
     let world = World::with_dns([client_side()], zone).await;
@@ -177,7 +178,8 @@ async fn a_socket_in_a_foreign_registry_is_not_dialled() {
     trap.name = "trap".to_owned();
     let registry = floating.registry.as_ref().expect("a domain");
     registry
-        .register_endpoint(trap, std::time::SystemTime::now(), &[])
+        .endpoints
+        .register(trap, std::time::SystemTime::now(), &[])
         .expect("registered");
     let before = world.held();
     let client = Client::on_node(a).await;

@@ -15,8 +15,11 @@ use nsm_controlplane::{
     api::server::{Front, ListenerLimits, Socket, serve},
     identity::token::{Es256Key, TokenSource},
     plane::{ControlPlane, Settings},
-    registry::{Limits, Registry},
-    route::{directory::Directory, upstream::ForwarderEntry},
+    registry::{
+        backend::Backend,
+        memory::{Limits, Memory},
+    },
+    route::upstream::ForwarderEntry,
     transport::dial::DialUrl,
 };
 use nsm_core::mechanism::vni_pool::VniPool;
@@ -79,9 +82,9 @@ pub(crate) async fn run(config: Config, inputs: Inputs, log: LogHandle) -> anyho
     let registry = match &config.registry_url {
         Some(url) => {
             readiness.wait_for(format!("the registry {url}"));
-            Directory::At(url.to_string())
+            Backend::Remote(url.to_string())
         }
-        None => Directory::Here(Registry::new(Limits::default())),
+        None => Backend::Memory(Memory::new(Limits::default())),
     };
     let tokens = Arc::new(token_source(&config)?);
     let plane = ControlPlane::start(

@@ -1,21 +1,23 @@
-use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use nsm_discovery::dns::{Resolver, ResolverConfig};
+use nsm_proto::registry::NetworkServiceEndpoint;
+use tokio::time::Instant;
 use tonic::Code;
 
 use super::*;
 use crate::{
     identity::token::TokenSource,
     peer::peers::Peers,
-    registry::Limits,
-    route::{addresses::Addresses, bypass::Bypass, local::LocalEndpoints},
+    registry::memory::{Limits, Memory},
+    route::{addresses::Addresses, bypass::Bypass, local::LocalEndpoints, router::Arrival},
 };
 
 fn registrar() -> Registrar {
     let second = Duration::from_secs(1);
     let tokens = TokenSource::hs256("spiffe://cluster-1.example/agent-1", b"test", 60 * second);
     let lookup = Lookup {
-        directory: Directory::Here(Registry::new(Limits::default())),
+        registry: Arc::new(Memory::new(Limits::default())),
         resolver: Resolver::new(ResolverConfig::default()),
         peers: Arc::new(Peers::connecting_with(Arc::new(tokens), second, 1 << 16)),
         addresses: Addresses::new("tcp://192.0.2.1:5006".to_owned()),
@@ -63,8 +65,9 @@ async fn an_endpoint_is_its_users_alone() {
     ] {
         let refused = refused.expect_err("another's");
         assert_eq!(refused.code(), Code::PermissionDenied);
+        let refused = refused.to_string();
         for word in ["nse-1", "user 1000", "user 1001", "another name"] {
-            assert!(refused.message().contains(word), "{refused}");
+            assert!(refused.contains(word), "{refused}");
         }
     }
     let url = |uid: u32| Some(format!("unix:///run/user/{uid}/nse.sock"));

@@ -14,8 +14,10 @@ use nsm_controlplane::{
     liveness::Reachability,
     plane::{ControlPlane, Settings},
     ports::Forwarder,
-    registry::{Limits, Registry},
-    route::directory::Directory,
+    registry::{
+        backend::Backend,
+        memory::{Limits, Memory},
+    },
 };
 use nsm_core::{mechanism::vni_pool::VniPool, nsm::name::Domain};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
@@ -113,7 +115,7 @@ impl Setup {
 pub(crate) struct Agent {
     setup: Setup,
     pub(crate) plane: ControlPlane,
-    pub(crate) registry: Registry,
+    pub(crate) registry: Memory,
     pub(crate) domain: Domain,
     pub(crate) address: SocketAddr,
     /// What other agents dial.
@@ -190,7 +192,7 @@ async fn run(
     socket: PathBuf,
     kernel: Option<Arc<FakeKernel>>,
     address: SocketAddr,
-) -> (ControlPlane, Registry, SocketAddr) {
+) -> (ControlPlane, Memory, SocketAddr) {
     let network = loop {
         match Socket::tcp(address).await {
             // An earlier life of it is not quite gone.
@@ -203,7 +205,7 @@ async fn run(
     };
     let address = listener.local_addr().expect("bound");
     let node = Socket::unix(&socket).expect("a socket");
-    let registry = Registry::new(Limits::default());
+    let registry = Memory::new(Limits::default());
     let plane = ControlPlane::start(
         Settings {
             name: setup.name.clone(),
@@ -227,8 +229,8 @@ async fn run(
             ..ResolverConfig::default()
         }),
         match &setup.registry {
-            Some(url) => Directory::At(url.clone()),
-            None => Directory::Here(registry.clone()),
+            Some(url) => Backend::Remote(url.clone()),
+            None => Backend::Memory(registry.clone()),
         },
         kernel.map(|kernel| kernel as Arc<dyn Forwarder>),
         VniPool::default(),

@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use nsm_controlplane::registry::Registry;
+use nsm_controlplane::registry::memory::{Limits, Memory};
 use nsm_core::mechanism;
 use nsm_proto::{
     connection::{
@@ -37,7 +37,7 @@ use tokio_stream::{
 };
 use tonic::{Request, Response, Status, transport::Server};
 
-use super::process::Process;
+use super::{process::Process, registry::Served};
 
 /// What becomes of a right answer before it is sent.
 pub(crate) type Twist = fn(Connection) -> Result<Connection, Status>;
@@ -49,7 +49,7 @@ pub(crate) struct Endpoint {
     pub(crate) name: String,
     pub(crate) url: String,
     /// Its registry, when it is a whole domain.
-    pub(crate) registry: Option<Registry>,
+    pub(crate) registry: Option<Memory>,
     state: Arc<State>,
     process: Mutex<Process>,
 }
@@ -108,12 +108,14 @@ impl Endpoint {
         let (process, (url, registry)) = Process::start(async move {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
             let url = format!("tcp://{}", listener.local_addr().expect("bound"));
-            let registry = Registry::new(nsm_controlplane::registry::Limits::default());
+            let registry = Memory::new(Limits::default());
             let server = Server::builder()
                 .add_service(NetworkServiceServer::from_arc(Arc::clone(&serving)))
                 .add_service(MonitorConnectionServer::from_arc(serving))
-                .add_service(NetworkServiceRegistryServer::new(registry.clone()))
-                .add_service(NetworkServiceEndpointRegistryServer::new(registry.clone()));
+                .add_service(NetworkServiceRegistryServer::new(Served(registry.clone())))
+                .add_service(NetworkServiceEndpointRegistryServer::new(Served(
+                    registry.clone(),
+                )));
             tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
             (url, registry)
         })
@@ -124,7 +126,7 @@ impl Endpoint {
     fn of(
         name: &str,
         url: String,
-        registry: Option<Registry>,
+        registry: Option<Memory>,
         state: Arc<State>,
         process: Process,
     ) -> Self {

@@ -8,6 +8,7 @@ mod endpoint;
 mod kernel;
 mod prober;
 mod process;
+mod registry;
 mod wire;
 
 use std::{
@@ -215,12 +216,10 @@ impl World {
     pub(crate) async fn foreign_domain(&self, domain: &str, service: &str) -> Arc<Endpoint> {
         let peer = self.keep(Endpoint::domain("stranger").await);
         let registry = peer.registry.as_ref().expect("a domain");
+        let entry = registration(&peer, service, &[]);
         registry
-            .register_endpoint(
-                registration(&peer, service, &[]),
-                std::time::SystemTime::now(),
-                &[],
-            )
+            .endpoints
+            .register(entry, std::time::SystemTime::now(), &[])
             .expect("registered");
         self.publish(domain, &peer.url);
         peer

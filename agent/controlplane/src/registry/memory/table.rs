@@ -2,8 +2,8 @@
 //!
 //! Services and endpoints differ in what a query compares and in nothing else, so both live in a
 //! [`Table`]. The invariant that the rest leans on: whatever a query can match is found through
-//! its [`Scope`], for entries (`find`) and, the other way round, for watchers (`tell`). A query
-//! with a name looks at one entry, one with a service at the entries of that service; only a query
+//! its [`Scope`], for entries (`find`) and, the other way round, for watchers (`notify`). A query
+//! with a name reads one entry, one with a service the entries of that service; only a query
 //! with neither is a scan.
 //!
 //! A table is plain data behind the registry's lock: no clock, no task.
@@ -12,32 +12,16 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
 use tokio::sync::mpsc;
 
-/// Something registered under a name.
-pub(super) trait Entry: Clone {
-    /// The key.
-    fn name(&self) -> &str;
-
-    /// The services whose queries can find this entry; none where the name is the only index.
-    fn services(&self) -> &[String];
-
-    /// Whether this entry, taken as a query, matches `candidate`.
-    fn matches(&self, candidate: &Self) -> bool;
-}
-
-/// What a watcher is told about one entry.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Event<T> {
-    /// The entry as it is now, or as it was when it went.
-    pub entry: Arc<T>,
-    /// The entry is gone or has stopped matching.
-    pub deleted: bool,
-}
+use crate::{
+    error::RegistryError,
+    registry::entry::{Entry, Event},
+};
 
 /// Names a watcher of one table.
 pub(super) type WatcherId = u64;
@@ -56,6 +40,28 @@ struct Watcher<T> {
     query: T,
     events: mpsc::Sender<Event<T>>,
     lagged: Arc<AtomicBool>,
+    _counted: Counted,
+}
+
+/// A watcher in the count of the registry, until it is dropped.
+pub(super) struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    /// Counts one more in, unless `limit` are.
+    pub(super) fn one_of(count: &Arc<AtomicUsize>, limit: usize) -> Result<Self, RegistryError> {
+        count
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
+                (count < limit).then_some(count + 1)
+            })
+            .map_err(|_| RegistryError::TooManyWatchers { limit })?;
+        Ok(Self(Arc::clone(count)))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Where to look for what a query can match.
@@ -101,15 +107,11 @@ impl<T: Entry> Table<T> {
         self.entries.len()
     }
 
-    pub(super) fn watchers(&self) -> usize {
-        self.watchers.len()
-    }
-
     pub(super) fn get(&self, name: &str) -> Option<&Arc<T>> {
         self.entries.get(name)
     }
 
-    /// Adds or replaces an entry and tells the watchers.
+    /// Adds or replaces an entry and notifies its watchers.
     pub(super) fn put(&mut self, entry: Arc<T>) {
         let name: Arc<str> = Arc::from(entry.name());
         let before = self.entries.insert(Arc::clone(&name), Arc::clone(&entry));
@@ -122,14 +124,14 @@ impl<T: Entry> Table<T> {
                 .or_default()
                 .insert(Arc::clone(&name));
         }
-        self.tell(before.as_ref(), Some(&entry));
+        self.notify(before.as_ref(), Some(&entry));
     }
 
-    /// Takes an entry out and tells the watchers.
+    /// Takes an entry out and notifies its watchers.
     pub(super) fn remove(&mut self, name: &str) -> Option<Arc<T>> {
         let before = self.entries.remove(name)?;
         self.unindex(&before);
-        self.tell(Some(&before), None);
+        self.notify(Some(&before), None);
         Some(before)
     }
 
@@ -158,7 +160,7 @@ impl<T: Entry> Table<T> {
 
     /// Admits a watcher whose queue holds `depth` events; what matches now is in the answer, and
     /// every later change will be in its queue.
-    pub(super) fn watch(&mut self, query: T, depth: usize) -> Admission<T> {
+    pub(super) fn watch(&mut self, query: T, depth: usize, counted: Counted) -> Admission<T> {
         let current = self.find(&query);
         let (sender, events) = mpsc::channel(depth);
         let lagged = Arc::new(AtomicBool::new(false));
@@ -174,6 +176,7 @@ impl<T: Entry> Table<T> {
                 query,
                 events: sender,
                 lagged: Arc::clone(&lagged),
+                _counted: counted,
             },
         );
         Admission {
@@ -225,9 +228,9 @@ impl<T: Entry> Table<T> {
         }
     }
 
-    /// Tells each watcher what the change from `before` to `now` means for its query: a match is
-    /// news, a match that is no more is a deletion, the rest is silence.
-    fn tell(&mut self, before: Option<&Arc<T>>, now: Option<&Arc<T>>) {
+    /// Queues for each watcher what the change from `before` to `now` means for its query: a match is
+    /// a change, a match that is no more is a deletion, anything else is no event.
+    fn notify(&mut self, before: Option<&Arc<T>>, now: Option<&Arc<T>>) {
         if self.watchers.is_empty() {
             return;
         }
@@ -238,10 +241,7 @@ impl<T: Entry> Table<T> {
             };
             let matching = |entry: &&Arc<T>| watcher.query.matches(entry);
             let event = match (before.filter(matching), now.filter(matching)) {
-                (_, Some(entry)) => Event {
-                    entry: Arc::clone(entry),
-                    deleted: false,
-                },
+                (_, Some(entry)) => Event::present(Arc::clone(entry)),
                 (Some(entry), None) => Event {
                     entry: Arc::clone(entry),
                     deleted: true,

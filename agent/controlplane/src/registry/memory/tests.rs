@@ -1,8 +1,6 @@
 //! The registry called in-process, with tokio's clock stopped where time matters.
 
-mod grpc;
-
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use nsm_proto::registry::{Destination, Match, NetworkServiceLabels};
 use tokio_stream::StreamExt as _;
@@ -50,17 +48,17 @@ fn labelled(name: &str, service: &str, labels: &[(&str, &str)]) -> NetworkServic
     endpoint
 }
 
-fn registry() -> Registry {
-    Registry::new(Limits::default())
+fn registry() -> Memory {
+    Memory::new(Limits::default())
 }
 
-impl Registry {
+impl Memory {
     fn add(&self, endpoint: NetworkServiceEndpoint) -> NetworkServiceEndpoint {
-        self.register_endpoint(endpoint, now(), &[]).unwrap()
+        self.endpoints.register(endpoint, now(), &[]).unwrap()
     }
 
     fn names(&self, query: &NetworkServiceEndpoint) -> Vec<String> {
-        let found = self.find_endpoints(query);
+        let found = self.endpoints.find(query);
         found.iter().map(|entry| entry.name.clone()).collect()
     }
 }
@@ -69,7 +67,7 @@ impl Registry {
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// The next event as `+name` or `-name`.
-async fn told(watch: &mut EndpointWatch) -> String {
+async fn told(watch: &mut Watch<NetworkServiceEndpoint>) -> String {
     let event = tokio::time::timeout(PATIENCE, watch.next()).await;
     let event = event.expect("an event in time").unwrap().unwrap();
     let sign = if event.deleted { '-' } else { '+' };
@@ -88,7 +86,7 @@ async fn eventually(condition: impl Fn() -> bool) {
 }
 
 /// The events that wait.
-fn waiting(watch: &mut EndpointWatch) -> Vec<String> {
+fn waiting(watch: &mut Watch<NetworkServiceEndpoint>) -> Vec<String> {
     let mut told = Vec::new();
     let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
     while let std::task::Poll::Ready(Some(event)) =
@@ -104,17 +102,23 @@ fn waiting(watch: &mut EndpointWatch) -> Vec<String> {
 #[tokio::test]
 async fn a_service_without_payload_carries_ip() {
     let registry = registry();
-    let registered = registry.register_service(service("a")).unwrap();
+    let registered = registry
+        .services
+        .register(service("a"), now(), &[])
+        .unwrap();
     assert_eq!(registered.payload, "IP");
     let mut ethernet = service("b");
     ethernet.payload = "ETHERNET".to_owned();
-    registry.register_service(ethernet.clone()).unwrap();
+    registry
+        .services
+        .register(ethernet.clone(), now(), &[])
+        .unwrap();
 
-    let found = registry.find_services(&ethernet);
+    let found = registry.services.find(&ethernet);
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].name, "b");
-    assert_eq!(registry.find_services(&service("")).len(), 2);
-    assert!(registry.find_services(&service("c")).is_empty());
+    assert_eq!(registry.services.find(&service("")).len(), 2);
+    assert!(registry.services.find(&service("c")).is_empty());
 }
 
 #[tokio::test]
@@ -129,14 +133,20 @@ async fn services_are_found_by_their_rules_as_a_whole() {
         fallthrough: true,
         ..Match::default()
     }];
-    registry.register_service(with_rules.clone()).unwrap();
-    registry.register_service(service("b")).unwrap();
+    registry
+        .services
+        .register(with_rules.clone(), now(), &[])
+        .unwrap();
+    registry
+        .services
+        .register(service("b"), now(), &[])
+        .unwrap();
     with_rules.name.clear();
-    let found = registry.find_services(&with_rules);
+    let found = registry.services.find(&with_rules);
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].matches, with_rules.matches);
     with_rules.matches[0].fallthrough = false;
-    assert!(registry.find_services(&with_rules).is_empty());
+    assert!(registry.services.find(&with_rules).is_empty());
 }
 
 #[tokio::test]
@@ -185,7 +195,7 @@ async fn the_earliest_bound_is_the_expiry() {
     let registry = registry();
     let mut asked = endpoint("a", &["s"]);
     let expiry = |asked: &NetworkServiceEndpoint, bounds: &[SystemTime]| {
-        let registered = registry.register_endpoint(asked.clone(), now(), bounds);
+        let registered = registry.endpoints.register(asked.clone(), now(), bounds);
         SystemTime::try_from(registered.unwrap().expiration_time.unwrap()).unwrap()
     };
     assert_eq!(expiry(&asked, &[]), after(60));
@@ -206,12 +216,12 @@ async fn what_has_expired_is_refused() {
     let registry = registry();
     let mut late = endpoint("a", &["s"]);
     for bounds in [vec![now()], vec![now() - Duration::from_millis(5)]] {
-        let error = registry.register_endpoint(late.clone(), now(), &bounds);
+        let error = registry.endpoints.register(late.clone(), now(), &bounds);
         assert!(matches!(error, Err(RegistryError::Expired { .. })));
     }
     for seconds in [i64::MIN, -1, 0] {
         late.expiration_time = Some(prost_types::Timestamp { seconds, nanos: 0 });
-        let error = registry.register_endpoint(late.clone(), now(), &[]);
+        let error = registry.endpoints.register(late.clone(), now(), &[]);
         assert!(matches!(error, Err(RegistryError::Expired { .. })));
     }
     assert_eq!(registry.counts().endpoints, 0);
@@ -220,12 +230,13 @@ async fn what_has_expired_is_refused() {
 #[tokio::test(start_paused = true)]
 async fn an_endpoint_is_gone_at_its_expiry_and_watchers_are_told() {
     let registry = registry();
-    let mut watch = registry.watch_endpoints(endpoint("", &["s"])).unwrap();
+    let mut watch = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
     // The second expires first: the timer is moved forward.
     registry.add(endpoint("late", &["s"]));
     let bound = [after(10)];
     registry
-        .register_endpoint(endpoint("soon", &["s"]), now(), &bound)
+        .endpoints
+        .register(endpoint("soon", &["s"]), now(), &bound)
         .unwrap();
     let start = Instant::now();
     assert_eq!(waiting(&mut watch), ["+late", "+soon"]);
@@ -247,15 +258,22 @@ async fn what_is_due_is_not_found_even_before_the_timer_ran() {
     let due = Instant::now() + Duration::from_secs(60);
     assert_eq!(registry.counts().endpoints, 1);
     registry
+        .endpoints
         .inner
         .state
         .lock()
         .unwrap()
         .drop_expired(due - Duration::from_nanos(1));
     assert_eq!(registry.counts().endpoints, 1);
-    registry.inner.state.lock().unwrap().drop_expired(due);
+    registry
+        .endpoints
+        .inner
+        .state
+        .lock()
+        .unwrap()
+        .drop_expired(due);
     assert!(registry.names(&endpoint("a", &[])).is_empty());
-    assert!(!registry.unregister_endpoint("a"));
+    assert!(!registry.endpoints.unregister("a"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -265,7 +283,8 @@ async fn a_refresh_moves_the_expiry_and_keeps_the_first_registration_time() {
     assert_eq!(first.initial_registration_time, Some(now().into()));
     tokio::time::advance(Duration::from_secs(40)).await;
     let refreshed = registry
-        .register_endpoint(endpoint("a", &["s"]), after(40), &[])
+        .endpoints
+        .register(endpoint("a", &["s"]), after(40), &[])
         .unwrap();
     assert_eq!(refreshed.initial_registration_time, Some(now().into()));
     tokio::time::advance(Duration::from_secs(59)).await;
@@ -274,7 +293,9 @@ async fn a_refresh_moves_the_expiry_and_keeps_the_first_registration_time() {
     assert_eq!(registry.counts().endpoints, 0);
 
     // One that comes back after its expiry brings the time along, as NSM's clients do.
-    let back = registry.register_endpoint(refreshed.clone(), after(90), &[]);
+    let back = registry
+        .endpoints
+        .register(refreshed.clone(), after(90), &[]);
     assert_eq!(back.unwrap().initial_registration_time, Some(now().into()));
 }
 
@@ -282,11 +303,14 @@ async fn a_refresh_moves_the_expiry_and_keeps_the_first_registration_time() {
 async fn unregister_of_what_is_unknown_succeeds() {
     let registry = registry();
     registry.add(endpoint("a", &["s"]));
-    registry.register_service(service("s")).unwrap();
-    assert!(registry.unregister_endpoint("a"));
-    assert!(!registry.unregister_endpoint("a"));
-    assert!(registry.unregister_service("s"));
-    assert!(!registry.unregister_service("s"));
+    registry
+        .services
+        .register(service("s"), now(), &[])
+        .unwrap();
+    assert!(registry.endpoints.unregister("a"));
+    assert!(!registry.endpoints.unregister("a"));
+    assert!(registry.services.unregister("s"));
+    assert!(!registry.services.unregister("s"));
     let counts = registry.counts();
     assert_eq!((counts.services, counts.endpoints), (0, 0));
     assert!(registry.names(&endpoint("", &["s"])).is_empty());
@@ -297,16 +321,16 @@ async fn a_watch_tells_matches_then_changes() {
     let registry = registry();
     registry.add(endpoint("a", &["s"]));
     registry.add(endpoint("z", &["other"]));
-    let mut watch = registry.watch_endpoints(endpoint("", &["s"])).unwrap();
-    let mut by_name = registry.watch_endpoints(endpoint("a", &[])).unwrap();
-    let mut all = registry.watch_endpoints(endpoint("", &[])).unwrap();
+    let mut watch = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
+    let mut by_name = registry.endpoints.watch(endpoint("a", &[])).unwrap();
+    let mut all = registry.endpoints.watch(endpoint("", &[])).unwrap();
     assert_eq!(waiting(&mut all), ["+a", "+z"]);
     // A query with an URL: no index, all changes are compared.
     let mut odd = NetworkServiceEndpoint {
         url: "tcp://b".to_owned(),
         ..NetworkServiceEndpoint::default()
     };
-    let mut by_url = registry.watch_endpoints(odd.clone()).unwrap();
+    let mut by_url = registry.endpoints.watch(odd.clone()).unwrap();
     odd.network_service_names = vec!["s".to_owned()];
 
     registry.add(endpoint("b", &["s", "s"]));
@@ -314,8 +338,8 @@ async fn a_watch_tells_matches_then_changes() {
     // Stops matching, then matches again, then goes.
     registry.add(endpoint("a", &["t"]));
     registry.add(endpoint("a", &["s"]));
-    registry.unregister_endpoint("a");
-    registry.unregister_endpoint("z");
+    registry.endpoints.unregister("a");
+    registry.endpoints.unregister("z");
 
     let wanted = ["+a", "+b", "+a", "-a", "+a", "-a"];
     assert_eq!(waiting(&mut watch), wanted);
@@ -328,15 +352,21 @@ async fn a_watch_tells_matches_then_changes() {
 #[tokio::test]
 async fn services_are_watched_too() {
     let registry = registry();
-    registry.register_service(service("a")).unwrap();
-    let mut watch = registry.watch_services(service("a")).unwrap();
+    registry
+        .services
+        .register(service("a"), now(), &[])
+        .unwrap();
+    let mut watch = registry.services.watch(service("a")).unwrap();
     let mut next = async || {
         let event = tokio::time::timeout(PATIENCE, watch.next()).await;
         event.expect("an event in time").unwrap().unwrap()
     };
     assert!(!next().await.deleted);
-    registry.register_service(service("b")).unwrap();
-    registry.unregister_service("a");
+    registry
+        .services
+        .register(service("b"), now(), &[])
+        .unwrap();
+    registry.services.unregister("a");
     let gone = next().await;
     assert!(gone.deleted);
     assert_eq!(gone.entry.name, "a");
@@ -347,30 +377,34 @@ async fn services_are_watched_too() {
 async fn a_dropped_watch_leaves_nothing() {
     let registry = registry();
     let watches: Vec<_> = (0..100)
-        .map(|i| registry.watch_endpoints(endpoint(&format!("{}", i % 7), &[])))
+        .map(|i| {
+            registry
+                .endpoints
+                .watch(endpoint(&format!("{}", i % 7), &[]))
+        })
         .collect();
-    let services = registry.watch_services(service("a")).unwrap();
-    assert_eq!(registry.watchers(), 101);
+    let services = registry.services.watch(service("a")).unwrap();
+    assert_eq!(registry.counts().watchers, 101);
     drop(watches);
-    assert_eq!(registry.watchers(), 1);
+    assert_eq!(registry.counts().watchers, 1);
     drop(services);
-    assert_eq!(registry.watchers(), 0);
-    assert_eq!(registry.inner.lock().endpoints.scopes(), 0);
+    assert_eq!(registry.counts().watchers, 0);
+    assert_eq!(registry.endpoints.inner.lock().table.scopes(), 0);
 }
 
 #[tokio::test]
 async fn a_slow_watcher_is_dropped_and_told_so() {
-    let registry = Registry::new(Limits {
+    let registry = Memory::new(Limits {
         watch_depth: 4,
         ..Limits::default()
     });
-    let mut slow = registry.watch_endpoints(endpoint("", &["s"])).unwrap();
-    let mut quick = registry.watch_endpoints(endpoint("", &["s"])).unwrap();
+    let mut slow = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
+    let mut quick = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
     for i in 0..5 {
         registry.add(endpoint(&format!("e{i}"), &["s"]));
         assert_eq!(waiting(&mut quick).len(), 1);
     }
-    assert_eq!(registry.watchers(), 1);
+    assert_eq!(registry.counts().watchers, 1);
     for i in 0..4 {
         assert_eq!(told(&mut slow).await, format!("+e{i}"));
     }
@@ -378,27 +412,29 @@ async fn a_slow_watcher_is_dropped_and_told_so() {
     assert_eq!(last, Err(RegistryError::Lagged { depth: 4 }));
     assert!(slow.next().await.is_none());
     drop(slow);
-    assert_eq!(registry.watchers(), 1);
+    assert_eq!(registry.counts().watchers, 1);
 }
 
 #[tokio::test]
 async fn closing_ends_watches_and_refuses_news() {
     let registry = registry();
     registry.add(endpoint("a", &["s"]));
-    let mut watch = registry.watch_endpoints(endpoint("", &["s"])).unwrap();
+    let mut watch = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
     registry.close();
     assert_eq!(told(&mut watch).await, "+a");
     assert!(watch.next().await.is_none());
-    assert_eq!(registry.watchers(), 0);
-    let refused = registry.register_endpoint(endpoint("b", &["s"]), now(), &[]);
+    assert_eq!(registry.counts().watchers, 0);
+    let refused = registry
+        .endpoints
+        .register(endpoint("b", &["s"]), now(), &[]);
     assert_eq!(refused, Err(RegistryError::Closed));
-    assert!(registry.watch_services(service("")).is_err());
+    assert!(registry.services.watch(service("")).is_err());
     assert_eq!(registry.names(&endpoint("a", &[])), ["a"]);
 }
 
 #[tokio::test]
 async fn limits_are_told() {
-    let registry = Registry::new(Limits {
+    let registry = Memory::new(Limits {
         services: 1,
         endpoints: 1,
         watchers: 1,
@@ -409,10 +445,10 @@ async fn limits_are_told() {
     });
     let refused = |endpoint| {
         registry
-            .register_endpoint(endpoint, now(), &[])
+            .endpoints
+            .register(endpoint, now(), &[])
             .unwrap_err()
     };
-    let code = |error: RegistryError| tonic::Status::from(error).code();
 
     assert!(matches!(
         refused(endpoint("", &["s"])),
@@ -424,7 +460,7 @@ async fn limits_are_told() {
         error,
         RegistryError::NameTooLong { length: 42, .. }
     ));
-    assert_eq!(code(error), tonic::Code::InvalidArgument);
+    assert_eq!(error.code(), tonic::Code::InvalidArgument);
     let error = refused(endpoint("a", &["s", "t", "u"]));
     assert!(matches!(error, RegistryError::TooManyServices { .. }));
     let large = "v".repeat(200);
@@ -434,22 +470,31 @@ async fn limits_are_told() {
     registry.add(endpoint("a", &["s"]));
     let error = refused(endpoint("b", &["s"]));
     assert!(error.to_string().contains('b'), "{error}");
-    assert_eq!(code(error), tonic::Code::ResourceExhausted);
+    assert_eq!(error.code(), tonic::Code::ResourceExhausted);
     // A refresh finds its place.
     registry.add(endpoint("a", &["s"]));
-    registry.unregister_endpoint("a");
+    registry.endpoints.unregister("a");
     registry.add(endpoint("b", &["s"]));
 
-    registry.register_service(service("s")).unwrap();
-    registry.register_service(service("s")).unwrap();
-    let error = registry.register_service(service("t")).unwrap_err();
+    registry
+        .services
+        .register(service("s"), now(), &[])
+        .unwrap();
+    registry
+        .services
+        .register(service("s"), now(), &[])
+        .unwrap();
+    let error = registry
+        .services
+        .register(service("t"), now(), &[])
+        .unwrap_err();
     assert!(matches!(error, RegistryError::Full { .. }));
 
-    let watch = registry.watch_services(service("")).unwrap();
-    let error = registry.watch_endpoints(endpoint("", &[])).err().unwrap();
+    let watch = registry.services.watch(service("")).unwrap();
+    let error = registry.endpoints.watch(endpoint("", &[])).err().unwrap();
     assert_eq!(error, RegistryError::TooManyWatchers { limit: 1 });
     drop(watch);
-    assert!(registry.watch_endpoints(endpoint("", &[])).is_ok());
+    assert!(registry.endpoints.watch(endpoint("", &[])).is_ok());
 }
 
 #[tokio::test(start_paused = true)]
@@ -465,13 +510,13 @@ async fn thousands_of_endpoints_are_indexed_and_expire() {
     assert_eq!(found, wanted);
     assert_eq!(registry.names(&endpoint("e09999", &[])), ["e09999"]);
 
-    let mut watch = registry.watch_endpoints(endpoint("", &["s7"])).unwrap();
+    let mut watch = registry.endpoints.watch(endpoint("", &["s7"])).unwrap();
     assert_eq!(waiting(&mut watch).len(), 10);
     tokio::time::sleep(Duration::from_secs(61)).await;
     assert_eq!(registry.counts().endpoints, 0);
     assert_eq!(waiting(&mut watch).len(), 10);
     assert!(registry.names(&endpoint("", &["s7"])).is_empty());
-    assert_eq!(registry.inner.lock().endpoints.indexed_services(), 0);
+    assert_eq!(registry.endpoints.inner.lock().table.indexed_services(), 0);
 }
 
 #[tokio::test]
@@ -484,7 +529,7 @@ async fn the_expiry_task_ends_with_the_registry() {
     let before = tasks();
     let registry = registry();
     registry.add(endpoint("a", &["s"]));
-    let mut watch = registry.watch_endpoints(endpoint("", &["s"])).unwrap();
+    let mut watch = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
     tokio::task::yield_now().await;
     assert_eq!(tasks(), before + 1);
     drop(registry);
@@ -499,6 +544,6 @@ async fn path_ids_are_kept_as_given() {
     let mut with_path = endpoint("a", &["s"]);
     with_path.path_ids = vec!["spiffe://a".to_owned(), "spiffe://b".to_owned()];
     registry.add(with_path.clone());
-    let found = registry.find_endpoints(&endpoint("a", &[]));
+    let found = registry.endpoints.find(&endpoint("a", &[]));
     assert_eq!(found[0].path_ids, with_path.path_ids);
 }

@@ -17,66 +17,53 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream;
 
 use super::{
-    Inner, RegistryError,
-    table::{Admission, Event, WatcherId},
+    Inner,
+    table::{Admission, WatcherId},
+};
+use crate::{
+    error::RegistryError,
+    registry::entry::{Entry, Event},
 };
 
 /// A stream of [`Event`]s; see the module.
-pub struct Watch<T> {
+pub struct Watch<T: Entry> {
     current: vec::IntoIter<Arc<T>>,
     events: mpsc::Receiver<Event<T>>,
     lagged: Arc<AtomicBool>,
     depth: usize,
-    _ticket: Ticket,
-}
-
-/// Which table a watcher is in.
-#[derive(Clone, Copy)]
-pub(super) enum Kind {
-    Service,
-    Endpoint,
+    _ticket: Ticket<T>,
 }
 
 /// Takes the watcher out of its table when dropped.
-struct Ticket {
-    registry: Weak<Inner>,
-    kind: Kind,
+struct Ticket<T: Entry> {
+    store: Weak<Inner<T>>,
     id: WatcherId,
 }
 
-impl<T> Watch<T> {
-    pub(super) fn new(
-        registry: &Arc<Inner>,
-        kind: Kind,
-        depth: usize,
-        admission: Admission<T>,
-    ) -> Self {
+impl<T: Entry> Watch<T> {
+    pub(super) fn new(store: &Arc<Inner<T>>, depth: usize, admission: Admission<T>) -> Self {
         Self {
             current: admission.current.into_iter(),
             events: admission.events,
             lagged: admission.lagged,
             depth,
             _ticket: Ticket {
-                registry: Arc::downgrade(registry),
-                kind,
+                store: Arc::downgrade(store),
                 id: admission.id,
             },
         }
     }
 }
 
-impl<T> Stream for Watch<T> {
+impl<T: Entry> Stream for Watch<T> {
     type Item = Result<Event<T>, RegistryError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if let Some(entry) = self.current.next() {
-            return Poll::Ready(Some(Ok(Event {
-                entry,
-                deleted: false,
-            })));
+            return Poll::Ready(Some(Ok(Event::present(entry))));
         }
         let Some(event) = ready!(self.events.poll_recv(cx)) else {
-            // Told once: the end of the stream follows.
+            // Given once: the end of the stream follows.
             let lagged = self.lagged.swap(false, Ordering::AcqRel);
             let depth = self.depth;
             return Poll::Ready(lagged.then_some(Err(RegistryError::Lagged { depth })));
@@ -85,15 +72,10 @@ impl<T> Stream for Watch<T> {
     }
 }
 
-impl Drop for Ticket {
+impl<T: Entry> Drop for Ticket<T> {
     fn drop(&mut self) {
-        let Some(registry) = self.registry.upgrade() else {
-            return;
-        };
-        let mut state = registry.lock();
-        match self.kind {
-            Kind::Service => state.services.unwatch(self.id),
-            Kind::Endpoint => state.endpoints.unwatch(self.id),
+        if let Some(store) = self.store.upgrade() {
+            store.lock().table.unwatch(self.id);
         }
     }
 }

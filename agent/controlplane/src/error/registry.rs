@@ -1,8 +1,9 @@
-//! What the registry refuses.
+//! What the registry in this process refuses.
 
 use std::time::SystemTime;
 
 use thiserror::Error;
+use tonic::Code;
 
 /// Why the registry refused a call or ended a watch.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -98,28 +99,26 @@ pub enum RegistryError {
 }
 
 impl RegistryError {
-    pub(super) fn expired(name: String, expiry: SystemTime, now: SystemTime) -> Self {
+    /// The gRPC code the error travels as.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NoName { .. }
+            | Self::NameTooLong { .. }
+            | Self::TooManyServices { .. }
+            | Self::TooLarge { .. }
+            | Self::Expired { .. } => Code::InvalidArgument,
+            Self::Full { .. } | Self::TooManyWatchers { .. } | Self::Lagged { .. } => {
+                Code::ResourceExhausted
+            }
+            Self::Closed => Code::Unavailable,
+        }
+    }
+
+    pub(crate) fn expired(name: String, expiry: SystemTime, now: SystemTime) -> Self {
         let ago = now.duration_since(expiry).unwrap_or_default();
         Self::Expired {
             name,
             ago_ms: ago.as_millis(),
-        }
-    }
-}
-
-impl From<RegistryError> for tonic::Status {
-    fn from(error: RegistryError) -> Self {
-        let message = error.to_string();
-        match error {
-            RegistryError::NoName { .. }
-            | RegistryError::NameTooLong { .. }
-            | RegistryError::TooManyServices { .. }
-            | RegistryError::TooLarge { .. }
-            | RegistryError::Expired { .. } => Self::invalid_argument(message),
-            RegistryError::Full { .. }
-            | RegistryError::TooManyWatchers { .. }
-            | RegistryError::Lagged { .. } => Self::resource_exhausted(message),
-            RegistryError::Closed => Self::unavailable(message),
         }
     }
 }

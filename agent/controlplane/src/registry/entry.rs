@@ -1,15 +1,49 @@
-//! What a query compares: `nsm_core::nsm::registry` decides, on views of the messages.
+//! The two kinds of entries of a registry, and what a query compares: `nsm_core::nsm::registry` decides, on views of the messages.
 //!
 //! NSM's registry compares the expiry too, by the second, where a query carries one.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use nsm_core::nsm::registry::{EndpointView, ServiceView, endpoint_matches, service_matches};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 
-use super::table::Entry;
+/// Something registered under a name.
+pub trait Entry: Clone + Send + Sync + 'static {
+    /// How messages name the kind: `network service` or `network service endpoint`.
+    const KIND: &'static str;
+
+    /// The key.
+    fn name(&self) -> &str;
+
+    /// The services whose queries can find this entry; none where the name is the only index.
+    fn services(&self) -> &[String];
+
+    /// Whether this entry, taken as a query, matches `candidate`. What a query leaves empty matches all.
+    fn matches(&self, candidate: &Self) -> bool;
+}
+
+/// A change of one entry, as a watch gives it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event<E> {
+    /// The entry as it is now, or as it was when it went.
+    pub entry: Arc<E>,
+    /// The entry is gone or has stopped matching.
+    pub deleted: bool,
+}
+
+impl<E> Event<E> {
+    /// The entry is there.
+    pub(super) fn present(entry: Arc<E>) -> Self {
+        Self {
+            entry,
+            deleted: false,
+        }
+    }
+}
 
 impl Entry for NetworkService {
+    const KIND: &'static str = "network service";
+
     fn name(&self) -> &str {
         &self.name
     }
@@ -26,6 +60,8 @@ impl Entry for NetworkService {
 }
 
 impl Entry for NetworkServiceEndpoint {
+    const KIND: &'static str = "network service endpoint";
+
     fn name(&self) -> &str {
         &self.name
     }

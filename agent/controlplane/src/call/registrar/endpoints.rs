@@ -1,0 +1,300 @@
+//! Calls about endpoints: who may register a name, where the endpoint really listens, and what others are given instead.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceEndpointQuery};
+
+use super::{
+    Place, Registrar, answers,
+    names::{Named as _, joined},
+    terms,
+};
+use crate::{
+    call::Call,
+    convert,
+    error::RequestError,
+    peer::peers::{Peer, is_passed},
+    registry::{path_header::PathHeader, wire::Answers},
+    route::{
+        bypass::Way,
+        local::LocalEndpoint,
+        router::{Arrival, Lookup},
+    },
+    transport::{
+        dial::DialUrl,
+        unix::{FileId, Kind, PATIENCE},
+    },
+};
+
+/// How long after its end a registration is removed: timers and the system's clock differ by less.
+const LAPSE_MARGIN: Duration = Duration::from_secs(1);
+
+/// Where an endpoint that is reached through us really listens.
+struct Behind {
+    url: String,
+    trusted: bool,
+    uid: Option<u32>,
+    /// Holds the descriptor of its socket, when it has passed one in the place of a path.
+    socket: Option<Arc<Peer>>,
+}
+
+impl Registrar {
+    /// Registers an endpoint. One that comes by the local socket is reached through us.
+    pub(crate) async fn register_endpoint(
+        &self,
+        call: Call<NetworkServiceEndpoint>,
+        path: Option<PathHeader>,
+    ) -> Result<NetworkServiceEndpoint, RequestError> {
+        let terms = terms(&call, path);
+        let mut endpoint = call.message.clone();
+        let place = self.place(&endpoint).await?;
+        place.strip(&mut endpoint)?;
+        self.check_owner(&call, &place, &endpoint.name)?;
+        let through_us = matches!(call.arrival, Arrival::Local { .. }) || !place.is_ours;
+        let behind = Behind {
+            url: endpoint.url.clone(),
+            trusted: matches!(call.arrival, Arrival::Local { trusted: true }),
+            uid: call.uid,
+            socket: self.passed_socket(&endpoint, &call).await?,
+        };
+        if behind.socket.is_none() {
+            check_url(&behind.url, call.arrival)?;
+        }
+        if through_us {
+            endpoint.url = self.url_in(&place);
+        }
+        let endpoints = place.registry.endpoints();
+        let mut registered = endpoints.register(endpoint, terms).await?;
+        if through_us {
+            // The registry may have named it, and another may have come first meanwhile.
+            self.check_owner(&call, &place, &registered.name)?;
+            registered.url.clone_from(&behind.url);
+            let expires = registered.expiration_time.as_ref();
+            let expires = expires.and_then(convert::time);
+            self.keep(&place, &registered.name, behind, expires);
+        }
+        registered.join(place.domain.as_ref())?;
+        Ok(registered)
+    }
+
+    /// Refuses a call for a name that another user's endpoint of this node has: it would get the traffic of
+    /// its clients, or take its service away.
+    fn check_owner<T>(
+        &self,
+        call: &Call<T>,
+        place: &Place,
+        bare_name: &str,
+    ) -> Result<(), RequestError> {
+        // Others are not of this node, and root may do anyway what it likes.
+        let Arrival::Local { trusted: false } = call.arrival else {
+            return Ok(());
+        };
+        let now = SystemTime::now();
+        let full_name = joined(bare_name, place.domain.as_ref());
+        let here = self.lookup.local_endpoints.owner(bare_name, now);
+        let elsewhere = self.lookup.bypass.owner(&full_name, Instant::now());
+        for owner in [here, elsewhere].into_iter().flatten() {
+            if call.uid != Some(owner) {
+                let caller = call.uid.map_or("unknown".to_owned(), |uid| uid.to_string());
+                return Err(RequestError::Forbidden(format!(
+                    "endpoint `{full_name}` is registered by user {owner} of this node, and you are user {caller}: \
+                     choose another name, or wait until it is unregistered or its registration has lapsed"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps where an endpoint listens that is reached through us, as long as it is registered.
+    fn keep(&self, place: &Place, bare_name: &str, behind: Behind, expires: Option<SystemTime>) {
+        if place.is_ours && !place.by_proxy {
+            self.keep_local(
+                bare_name.to_owned(),
+                LocalEndpoint {
+                    url: behind.url,
+                    trusted: behind.trusted,
+                    uid: behind.uid,
+                    expires: expires.unwrap_or_else(SystemTime::now),
+                    _socket: behind.socket,
+                },
+            );
+        } else {
+            let way = Way {
+                url: behind.url,
+                registered_here: true,
+                trusted: behind.trusted,
+                uid: behind.uid,
+                _socket: behind.socket,
+            };
+            self.keep_way(&joined(bare_name, place.domain.as_ref()), way, expires);
+        }
+    }
+
+    fn keep_local(&self, name: String, endpoint: LocalEndpoint) {
+        let now = SystemTime::now();
+        if endpoint._socket.is_some() {
+            let lookup = Arc::clone(&self.lookup);
+            // Its descriptor must not be held until the next endpoint happens to register.
+            after(endpoint.expires, move || {
+                lookup.local_endpoints.forget_lapsed(SystemTime::now());
+            });
+        }
+        self.lookup.local_endpoints.forget_lapsed(now);
+        self.lookup.local_endpoints.insert(name, endpoint);
+    }
+
+    /// As [`Self::keep_local`], for an endpoint that is registered elsewhere than in our own registry.
+    fn keep_way(&self, name: &str, way: Way, expires: Option<SystemTime>) {
+        let now = Instant::now();
+        let life = expires.map(|expires| {
+            expires
+                .duration_since(SystemTime::now())
+                .unwrap_or_default()
+        });
+        if let (Some(expires), true) = (expires, way._socket.is_some()) {
+            let lookup = Arc::clone(&self.lookup);
+            after(expires, move || lookup.bypass.forget_lapsed(Instant::now()));
+        }
+        // A life beyond what the clock can count has no end.
+        let ends = life.and_then(|life| now.checked_add(life));
+        self.lookup.bypass.learn(name, way, ends, now);
+    }
+
+    /// The peer of an endpoint that names its socket by inode and passes the descriptor: its path
+    /// would mean nothing here, as in a container with a file system of its own.
+    async fn passed_socket(
+        &self,
+        endpoint: &NetworkServiceEndpoint,
+        call: &Call<NetworkServiceEndpoint>,
+    ) -> Result<Option<Arc<Peer>>, RequestError> {
+        let (url, peers) = (&endpoint.url, &self.lookup.peers);
+        let (true, Some(descriptors)) = (is_passed(url), &call.descriptors) else {
+            return Ok(None);
+        };
+        // One that is registered already: as long as we hold it nothing else has its inode.
+        if let Some(known) = peers.known_passed(url) {
+            return Ok(Some(known));
+        }
+        let Some(id) = FileId::parse(url) else {
+            let form = "write inode://<device>/<inode>, both decimal, as stat shows them";
+            return Err(bad_url(url, form.to_owned()));
+        };
+        let socket = descriptors.take(id, Kind::Socket, PATIENCE).await;
+        let socket = socket.map_err(|missing| bad_url(url, missing.to_string()))?;
+        Ok(Some(peers.get_passed(url, socket)))
+    }
+
+    /// Takes an endpoint out.
+    pub(crate) async fn unregister_endpoint(
+        &self,
+        call: Call<NetworkServiceEndpoint>,
+        path: Option<PathHeader>,
+    ) -> Result<(), RequestError> {
+        let terms = terms(&call, path);
+        let mut endpoint = call.message.clone();
+        let place = self.place(&endpoint).await?;
+        place.strip(&mut endpoint)?;
+        self.check_owner(&call, &place, &endpoint.name)?;
+        let full_name = joined(&endpoint.name, place.domain.as_ref());
+        self.lookup.bypass.forget(&full_name);
+        if place.is_ours {
+            self.lookup.local_endpoints.remove(&endpoint.name);
+        }
+        endpoint.url = self.url_in(&place);
+        place.registry.endpoints().unregister(endpoint, terms).await
+    }
+
+    /// Finds endpoints, or watches them. Those that are asked for with a domain are answered with our
+    /// own URL.
+    pub(crate) async fn find_endpoints(
+        &self,
+        call: Call<NetworkServiceEndpointQuery>,
+    ) -> Result<Answers<NetworkServiceEndpoint>, RequestError> {
+        let (place, found) = self.find(call).await?;
+        let proxy = match &place.domain {
+            Some(domain) if !place.is_ours => {
+                let resolved = self.lookup.resolver.resolve(domain).await?;
+                resolved.proxy.first().map(|proxy| format!("tcp://{proxy}"))
+            }
+            _ => None,
+        };
+        let lookup = Arc::clone(&self.lookup);
+        Ok(answers(
+            found,
+            move |endpoint: &mut NetworkServiceEndpoint| {
+                endpoint.join(place.domain.as_ref())?;
+                if !place.is_ours {
+                    // A floating domain has no proxy: the endpoint's URL is then that of the
+                    // proxy which registered it there.
+                    let url = proxy.as_deref().unwrap_or(&endpoint.url);
+                    learn_way(&lookup, &endpoint.name, url);
+                }
+                // A caller that was answered a name with a domain asks for it so, also for one of our own
+                // domain: our proxy takes the domain off.
+                if place.domain.is_some() {
+                    endpoint.url = lookup.addresses.internal_url().to_owned();
+                }
+                Ok(())
+            },
+        ))
+    }
+
+    /// Where we are reached, as it is registered there: another domain dials our public address.
+    fn url_in(&self, place: &Place) -> String {
+        if place.is_ours {
+            self.lookup.addresses.internal_url().to_owned()
+        } else {
+            self.lookup.addresses.public_url()
+        }
+    }
+}
+
+/// Learns where an endpoint of another domain was found.
+fn learn_way(lookup: &Lookup, name: &str, url: &str) {
+    // An endpoint that registered through us there is known better already.
+    if url.starts_with("tcp://") && !lookup.addresses.is_own_url(url) {
+        let way = Way {
+            url: url.to_owned(),
+            registered_here: false,
+            trusted: false,
+            uid: None,
+            _socket: None,
+        };
+        lookup.bypass.learn(name, way, None, Instant::now());
+    }
+}
+
+/// Runs `then` when a registration has ended.
+fn after(expires: SystemTime, then: impl FnOnce() + Send + 'static) {
+    let life = expires
+        .duration_since(SystemTime::now())
+        .unwrap_or_default();
+    tokio::spawn(async move {
+        tokio::time::sleep(life + LAPSE_MARGIN).await;
+        then();
+    });
+}
+
+/// A URL that we or others can dial: a socket is only there for those of its node.
+fn check_url(url: &str, arrival: Arrival) -> Result<(), RequestError> {
+    match url.parse::<DialUrl>() {
+        Err(error) => Err(bad_url(url, error.to_string())),
+        Ok(DialUrl::Unix(_)) if arrival == Arrival::Network => Err(bad_url(
+            url,
+            "a unix:// URL is known on its node only, register it there or write tcp://address:port"
+                .to_owned(),
+        )),
+        Ok(_) => Ok(()),
+    }
+}
+
+fn bad_url(url: &str, reason: String) -> RequestError {
+    RequestError::Field {
+        field: "url of the endpoint",
+        value: url.to_owned(),
+        reason,
+    }
+}

@@ -1,0 +1,121 @@
+//! The names of an entry, with and without their domain.
+
+use std::collections::BTreeMap;
+
+use nsm_core::nsm::name::{Domain, InterdomainName};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
+
+use crate::{
+    error::RequestError,
+    registry::{DomainRegistry, Entries, wire::Wire},
+};
+
+/// An entry whose names may carry a domain.
+pub(super) trait Named: Wire {
+    /// The part of a registry that holds entries of this kind.
+    fn part_of(registry: &dyn DomainRegistry) -> &dyn Entries<Self>;
+
+    /// Every name that it holds.
+    fn names(&self) -> impl Iterator<Item = &str>;
+
+    /// Replaces every name.
+    fn rename(
+        &mut self,
+        change: impl Fn(&str) -> Result<String, RequestError>,
+    ) -> Result<(), RequestError>;
+
+    /// The one domain that the names carry, if any.
+    fn domain(&self) -> Result<Option<Domain>, RequestError> {
+        let mut common: Option<Domain> = None;
+        for name in self.names().filter(|name| name.contains('@')) {
+            let parsed: InterdomainName = name.parse()?;
+            match (&common, parsed.domain()) {
+                (Some(first), Some(domain)) if first != domain => {
+                    return Err(RequestError::Field {
+                        field: "name",
+                        value: name.to_owned(),
+                        reason: format!(
+                            "an endpoint belongs to one domain, and another of its names is of `{first}`"
+                        ),
+                    });
+                }
+                (_, domain) => common = domain.cloned().or(common),
+            }
+        }
+        Ok(common)
+    }
+
+    /// Takes the domain off every name.
+    fn strip(&mut self) -> Result<(), RequestError> {
+        self.rename(|name| {
+            if !name.contains('@') {
+                return Ok(name.to_owned());
+            }
+            Ok(name.parse::<InterdomainName>()?.target().to_owned())
+        })
+    }
+
+    /// Puts `domain` on every name.
+    fn join(&mut self, domain: Option<&Domain>) -> Result<(), RequestError> {
+        match domain {
+            Some(_) => self.rename(|name| Ok(joined(name, domain))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Named for NetworkService {
+    fn part_of(registry: &dyn DomainRegistry) -> &dyn Entries<Self> {
+        registry.services()
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.name.as_str())
+    }
+
+    fn rename(
+        &mut self,
+        change: impl Fn(&str) -> Result<String, RequestError>,
+    ) -> Result<(), RequestError> {
+        self.name = change(&self.name)?;
+        Ok(())
+    }
+}
+
+/// Its own name and its services', labels included.
+impl Named for NetworkServiceEndpoint {
+    fn part_of(registry: &dyn DomainRegistry) -> &dyn Entries<Self> {
+        registry.endpoints()
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.name)
+            .chain(&self.network_service_names)
+            .chain(self.network_service_labels.keys())
+            .map(String::as_str)
+    }
+
+    fn rename(
+        &mut self,
+        change: impl Fn(&str) -> Result<String, RequestError>,
+    ) -> Result<(), RequestError> {
+        self.name = change(&self.name)?;
+        for service in &mut self.network_service_names {
+            *service = change(service)?;
+        }
+        let labels = std::mem::take(&mut self.network_service_labels);
+        self.network_service_labels = labels
+            .into_iter()
+            .map(|(service, labels)| Ok((change(&service)?, labels)))
+            .collect::<Result<BTreeMap<_, _>, RequestError>>()?;
+        Ok(())
+    }
+}
+
+/// The name with its domain. A name that is none stays none.
+pub(super) fn joined(name: &str, domain: Option<&Domain>) -> String {
+    match domain {
+        Some(domain) if !name.is_empty() => format!("{name}@{domain}"),
+        _ => name.to_owned(),
+    }
+}

@@ -1,0 +1,201 @@
+//! What holds for every registry, wherever its entries are.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use nsm_core::mechanism::vni_pool::VniPool;
+use nsm_discovery::dns::{Resolver, ResolverConfig};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
+use tokio::time::{Instant, timeout};
+use tokio_stream::StreamExt as _;
+use tonic::{Code, service::Routes};
+
+use super::{
+    DomainRegistry, Events, Terms,
+    backend::Backend,
+    memory::{Limits, Memory},
+    remote::Remote,
+};
+use crate::{
+    api::server::{ListenerLimits, Socket, serve},
+    identity::token::TokenSource,
+    liveness::Reachability,
+    peer::peers::Peers,
+    plane::{ControlPlane, Settings},
+};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn terms() -> Terms {
+    Terms {
+        deadline: Instant::now() + PATIENCE,
+        owner: None,
+        expires: None,
+    }
+}
+
+fn service(name: &str) -> NetworkService {
+    NetworkService {
+        name: name.to_owned(),
+        ..NetworkService::default()
+    }
+}
+
+fn endpoint(name: &str) -> NetworkServiceEndpoint {
+    NetworkServiceEndpoint {
+        name: name.to_owned(),
+        url: "tcp://192.0.2.7:5001".to_owned(),
+        network_service_names: vec!["s".to_owned()],
+        ..NetworkServiceEndpoint::default()
+    }
+}
+
+/// The next event as `+name` or `-name`.
+async fn next(events: &mut Events<NetworkServiceEndpoint>) -> String {
+    let event = timeout(PATIENCE, events.next()).await;
+    let event = event.expect("an event in time").unwrap().unwrap();
+    let sign = if event.deleted { '-' } else { '+' };
+    format!("{sign}{}", event.entry.name)
+}
+
+async fn register_find_watch_unregister(registry: &dyn DomainRegistry) {
+    let (services, endpoints) = (registry.services(), registry.endpoints());
+    let registered = services.register(service("s"), terms()).await.unwrap();
+    assert_eq!(registered.payload, "IP");
+    let mut short = terms();
+    short.expires = Some(SystemTime::now() + Duration::from_secs(60));
+    let registered = endpoints.register(endpoint("a"), short).await.unwrap();
+    let expiry = SystemTime::try_from(registered.expiration_time.unwrap()).unwrap();
+    assert!(expiry <= SystemTime::now() + Duration::from_secs(60));
+
+    // An empty query finds everything.
+    let deadline = terms().deadline;
+    let all = services.find(service(""), deadline).await.unwrap();
+    assert_eq!(all.collect(9).await.unwrap().len(), 1);
+    let none = endpoints.find(endpoint("b"), deadline).await.unwrap();
+    assert_eq!(none.collect(9).await.unwrap().len(), 0);
+    endpoints.register(endpoint("b"), terms()).await.unwrap();
+    let bounded = endpoints.find(NetworkServiceEndpoint::default(), deadline);
+    let bounded = bounded.await.unwrap().collect(1).await.unwrap();
+    assert_eq!(bounded.len(), 1);
+    assert_eq!(bounded[0].name, "a");
+
+    let mut watch = endpoints.watch(endpoint("a"), deadline).await.unwrap();
+    assert_eq!(next(&mut watch).await, "+a");
+    endpoints.unregister(endpoint("b"), terms()).await.unwrap();
+    endpoints.unregister(endpoint("a"), terms()).await.unwrap();
+    assert_eq!(next(&mut watch).await, "-a");
+    endpoints.unregister(endpoint("a"), terms()).await.unwrap();
+
+    let nameless = endpoints.register(endpoint(""), terms()).await.unwrap_err();
+    assert_eq!(nameless.code(), Code::InvalidArgument, "{nameless}");
+}
+
+async fn a_dropped_watch_leaves_no_watcher(registry: &dyn DomainRegistry, memory: &Memory) {
+    let watchers = async |wanted: usize| {
+        let reached = async {
+            while memory.counts().watchers != wanted {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, reached)
+            .await
+            .expect("the watchers in time");
+    };
+    let endpoints = registry.endpoints();
+    endpoints.register(endpoint("a"), terms()).await.unwrap();
+    let mut watches = Vec::new();
+    for _ in 0..50 {
+        let mut watch = endpoints
+            .watch(endpoint("a"), terms().deadline)
+            .await
+            .unwrap();
+        assert_eq!(next(&mut watch).await, "+a");
+        watches.push(watch);
+    }
+    watchers(50).await;
+    drop(watches);
+    watchers(0).await;
+}
+
+fn tokens() -> Arc<TokenSource> {
+    let id = "spiffe://cluster-1.example/agent-1";
+    Arc::new(TokenSource::hs256(id, b"test", PATIENCE))
+}
+
+fn peers() -> Arc<Peers> {
+    Arc::new(Peers::connecting_with(tokens(), PATIENCE, 1 << 20))
+}
+
+/// An agent whose registry is `memory`, on loopback, and its URL. Its watches end with the plane.
+async fn serving(memory: &Memory) -> (ControlPlane, String) {
+    let settings = Settings {
+        name: "agent-1".to_owned(),
+        domain: "cluster-1.example".parse().unwrap(),
+        advertise_url: "tcp://192.0.2.1:5006".to_owned(),
+        upstream_nsmgr_url: None,
+        registry_proxy_url: None,
+        request_timeout: PATIENCE,
+        dial_timeout: PATIENCE,
+        max_connections: 1,
+        max_message_bytes: 1 << 20,
+        reachability: Reachability::Off,
+    };
+    let plane = ControlPlane::start(
+        settings,
+        tokens(),
+        Resolver::new(ResolverConfig::default()),
+        Backend::Memory(memory.clone()),
+        None,
+        VniPool::default(),
+    );
+    let limits = ListenerLimits {
+        max_message_bytes: 1 << 20,
+        max_streams: 100,
+    };
+    let socket = Socket::tcp(SocketAddr::from(([127, 0, 0, 1], 0))).await;
+    let socket = socket.unwrap();
+    let Socket::Tcp(listener) = &socket else {
+        panic!("made as TCP")
+    };
+    let url = format!("tcp://{}", listener.local_addr().unwrap());
+    let routes = plane.network_front().add_to(Routes::default(), limits);
+    tokio::spawn(serve(socket, routes, limits, std::future::pending()));
+    (plane, url)
+}
+
+#[tokio::test]
+async fn in_memory() {
+    let memory = Memory::new(Limits::default());
+    register_find_watch_unregister(&memory).await;
+    a_dropped_watch_leaves_no_watcher(&memory, &memory).await;
+}
+
+#[tokio::test]
+async fn behind_another_agent() {
+    let memory = Memory::new(Limits::default());
+    let (_plane, url) = serving(&memory).await;
+    let remote = Backend::Remote(url).open(&peers());
+    assert_eq!(remote.counts(), None);
+    register_find_watch_unregister(&*remote).await;
+    a_dropped_watch_leaves_no_watcher(&*remote, &memory).await;
+}
+
+/// The first URL that can be reached is asked; one that cannot is an error with its cause.
+#[tokio::test]
+async fn of_several_urls_the_first_that_can_be_reached_is_asked() {
+    let memory = Memory::new(Limits::default());
+    let (_plane, url) = serving(&memory).await;
+    let closed = "tcp://127.0.0.1:1".to_owned();
+    let peers = &peers();
+    let remote = Remote::at(peers, [closed.clone(), url]);
+    register_find_watch_unregister(&remote).await;
+    let remote = Remote::at(peers, [closed.clone()]);
+    let refused = remote.services().find(service("s"), terms().deadline).await;
+    let refused = refused.err().expect("nothing listens there");
+    assert_eq!(refused.code(), Code::Unavailable);
+    assert!(refused.to_string().contains(&closed), "{refused}");
+}
