@@ -8,6 +8,7 @@ mod registry;
 use std::time::Duration;
 
 use nsm_core::{
+    identity::policy::Refusal,
     mechanism::MechanismError,
     mechanism::vni_pool::VniPoolError,
     nsm::{name::NameError, path::PathError},
@@ -201,9 +202,9 @@ pub enum RequestError {
     /// The agent is draining.
     #[error("this agent is shutting down: ask another, or again in a moment")]
     Draining,
-    /// The caller may not ask this here.
-    #[error("{0}")]
-    Forbidden(String),
+    /// The policy refuses the call.
+    #[error(transparent)]
+    Forbidden(#[from] Refusal),
     /// A task of the agent died; its log has the panic.
     #[error("internal fault: the request's task ended early, see the agent's log")]
     Internal,

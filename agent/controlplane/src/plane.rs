@@ -14,7 +14,7 @@ use nsm_proto::connection::Connection;
 use tokio::sync::watch;
 
 use crate::{
-    api::server::{Front, Kind, Services},
+    api::server::{Front, Services},
     call::{Call, CallConfig, Calls, registrar::Registrar},
     connection::{Held, model::Established},
     error::RequestError,
@@ -28,7 +28,7 @@ use crate::{
         addresses::Addresses,
         bypass::Bypass,
         local::LocalEndpoints,
-        router::{Lookup, Router, RouterConfig},
+        router::{Arrival, Lookup, Router, RouterConfig},
         upstream::{ForwarderEntry, Upstream},
     },
 };
@@ -174,21 +174,21 @@ impl ControlPlane {
 
     /// The services for the clients and endpoints of this node.
     pub fn node_front(&self) -> Front {
-        self.front(Kind::Node)
+        self.front(Arrival::Local)
     }
 
     /// The services for the NSMgr that our forwarder works for.
     pub fn forwarder_front(&self) -> Front {
-        self.front(Kind::Forwarder)
+        self.front(Arrival::Forwarder)
     }
 
     /// The services for everyone else.
     pub fn network_front(&self) -> Front {
-        self.front(Kind::Network)
+        self.front(Arrival::Network)
     }
 
-    fn front(&self, kind: Kind) -> Front {
-        Front::new(Arc::clone(&self.parts.services), kind)
+    fn front(&self, arrival: Arrival) -> Front {
+        Front::new(Arc::clone(&self.parts.services), arrival)
     }
 
     /// Closes a connection; one that does not exist is closed already.

@@ -12,6 +12,7 @@
 pub mod address;
 pub mod backoff;
 pub mod clock;
+pub mod identity;
 pub mod link;
 pub mod liveness;
 pub mod mechanism;

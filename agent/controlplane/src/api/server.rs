@@ -11,6 +11,10 @@ use std::{
     time::Duration,
 };
 
+use nsm_core::identity::{
+    Caller, User,
+    policy::{Action, decide},
+};
 use nsm_proto::{
     connection::{
         Connection, MonitorScopeSelector,
@@ -163,29 +167,18 @@ pub(crate) struct Services {
 #[derive(Clone)]
 pub struct Front {
     services: Arc<Services>,
-    kind: Kind,
-}
-
-/// Who calls by a listener.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Kind {
-    /// Clients and endpoints of this node.
-    Node,
-    /// The NSMgr that our forwarder works for.
-    Forwarder,
-    /// Everyone else.
-    Network,
+    arrival: Arrival,
 }
 
 impl std::fmt::Debug for Front {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Front").field(&self.kind).finish()
+        f.debug_tuple("Front").field(&self.arrival).finish()
     }
 }
 
 impl Front {
-    pub(crate) fn new(services: Arc<Services>, kind: Kind) -> Self {
-        Self { services, kind }
+    pub(crate) fn new(services: Arc<Services>, arrival: Arrival) -> Self {
+        Self { services, arrival }
     }
 
     /// The NSM v1 services of this front, beside what is in `routes`.
@@ -197,7 +190,7 @@ impl Front {
             .add_service(
                 MonitorConnectionServer::new(self.clone()).max_decoding_message_size(size),
             );
-        if matches!(self.kind, Kind::Forwarder) {
+        if self.arrival == Arrival::Forwarder {
             // A forwarder is asked for connections only.
             return routes;
         }
@@ -262,33 +255,46 @@ fn paused_by_errors<T>(
     })
 }
 
+/// The caller of a request that came in by one of this node's sockets.
+#[must_use]
+pub fn node_caller<T>(request: &Request<T>) -> Caller {
+    let peer = request.extensions().get::<NodePeer>();
+    let uid = peer.and_then(|peer| peer.uid);
+    Caller::on_node(User::of(uid, own_uid()))
+}
+
 impl Front {
-    fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
+    fn caller<T>(&self, request: &Request<T>) -> Caller {
+        match self.arrival {
+            Arrival::Local | Arrival::Forwarder => node_caller(request),
+            Arrival::Network => Caller::over_network(),
+        }
+    }
+
+    /// The call of a request that the policy admits. What depends on the message is decided where the message is read.
+    fn admit<T>(&self, request: Request<T>, action: Action<'_>) -> Result<Call<T>, RequestError> {
+        let call = self.call(request)?;
+        decide(&call.caller, action)?;
+        Ok(call)
+    }
+
+    fn call<T>(&self, request: Request<T>) -> Result<Call<T>, RequestError> {
+        let caller = self.caller(&request);
         let peer = request.extensions().get::<NodePeer>();
-        let uid = peer.and_then(|peer| peer.uid);
-        let trusted = uid.is_some_and(|uid| uid == 0 || Some(uid) == own_uid());
-        let arrival = match self.kind {
-            Kind::Network => Arrival::Network,
-            Kind::Node => Arrival::Local { trusted },
-            Kind::Forwarder => Arrival::Forwarder { trusted },
-        };
         let descriptors = peer.map(|peer| Arc::clone(&peer.descriptors));
-        let token = token::read(request.metadata())
-            .map(Some)
-            .or_else(|error| {
-                if matches!(error, TokenError::Missing(_)) {
-                    Ok(None)
-                } else {
-                    Err(error)
-                }
-            })
-            .map_err(RequestError::from)?;
+        let token = token::read(request.metadata()).map(Some).or_else(|error| {
+            if matches!(error, TokenError::Missing(_)) {
+                Ok(None)
+            } else {
+                Err(error)
+            }
+        })?;
         let limit = self.services.request_timeout;
         let timeout = caller_timeout(request.metadata()).map_or(limit, |asked| asked.min(limit));
         Ok(Call {
-            arrival,
+            arrival: self.arrival,
             descriptors,
-            uid,
+            caller,
             token,
             deadline: Instant::now() + timeout,
             message: request.into_inner(),
@@ -299,7 +305,7 @@ impl Front {
         &self,
         request: Request<NetworkServiceRequest>,
     ) -> Result<Response<Connection>, Status> {
-        let call = self.call(request)?;
+        let call = self.admit(request, Action::Request)?;
         let answer = self
             .services
             .calls
@@ -312,7 +318,7 @@ impl Front {
     }
 
     async fn serve_close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
-        let call = self.call(request)?;
+        let call = self.admit(request, Action::Close)?;
         self.services.calls.close(call).await?;
         Ok(Response::new(()))
     }
@@ -320,7 +326,7 @@ impl Front {
     fn registry_call<T>(
         &self,
         request: Request<T>,
-    ) -> Result<(Call<T>, Option<PathHeader>), Status> {
+    ) -> Result<(Call<T>, Option<PathHeader>), RequestError> {
         let metadata = request.metadata().clone();
         let call = self.call(request)?;
         let (own_token, _) = self.services.tokens.token(std::time::SystemTime::now());
@@ -354,6 +360,8 @@ impl MonitorConnection for Front {
         &self,
         request: Request<MonitorScopeSelector>,
     ) -> Result<Response<Events>, Status> {
+        let allowed = decide(&self.caller(&request), Action::Monitor);
+        allowed.map_err(RequestError::from)?;
         let skip_answered = request.metadata().contains_key(SKIP_ANSWERED);
         let selector = request.into_inner();
         let events = self.services.monitors.subscribe(selector, skip_answered);
@@ -379,7 +387,7 @@ impl NetworkServiceRegistry for Front {
         &self,
         request: Request<NetworkServiceQuery>,
     ) -> Result<Response<Self::FindStream>, Status> {
-        let call = self.call(request)?;
+        let call = self.admit(request, Action::Find)?;
         Ok(Response::new(
             self.services.registrar.find_services(call).await?,
         ))
@@ -413,7 +421,7 @@ impl NetworkServiceEndpointRegistry for Front {
         &self,
         request: Request<NetworkServiceEndpointQuery>,
     ) -> Result<Response<Self::FindStream>, Status> {
-        let call = self.call(request)?;
+        let call = self.admit(request, Action::Find)?;
         Ok(Response::new(
             self.services.registrar.find_endpoints(call).await?,
         ))

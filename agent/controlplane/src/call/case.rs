@@ -59,9 +59,9 @@ impl Case {
             return Ok(Self::Through);
         }
         match arrival {
-            Arrival::Local { trusted } => {
+            Arrival::Local => {
                 let mechanism = agreed(connection, preferences, &[(LOCAL, KERNEL)])?;
-                let client = Pod::of_client(&mechanism, trusted, passed)?;
+                let client = Pod::of_client(&mechanism, passed)?;
                 Ok(if route.is_local() {
                     Self::PodToPod(client, mechanism)
                 } else {
@@ -69,7 +69,7 @@ impl Case {
                 })
             }
             // What its NSMgr asks for tells whether the client is a pod of this node.
-            Arrival::Forwarder { trusted } => {
+            Arrival::Forwarder => {
                 let mechanism =
                     agreed(connection, preferences, &[(LOCAL, KERNEL), (REMOTE, VXLAN)])?;
                 if mechanism.r#type == VXLAN {
@@ -78,7 +78,7 @@ impl Case {
                         false => Ok(Self::Through),
                     };
                 }
-                let client = Pod::of_client(&mechanism, trusted, passed)?;
+                let client = Pod::of_client(&mechanism, passed)?;
                 Ok(if route.is_local() {
                     Self::PodToPod(client, mechanism)
                 } else {
@@ -310,13 +310,15 @@ pub(crate) fn pair_mtu(context: &ConnectionContext) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use nsm_core::identity::{Caller, User};
+
     use super::*;
     use crate::route::addresses::Crossing;
 
     fn route(url: &str) -> Route {
         Route {
             url: url.to_owned(),
-            trusted: false,
+            registrant: Caller::over_network(),
             crossing: Crossing::Inside,
             service: "svc".to_owned(),
             endpoint: "nse".to_owned(),
@@ -327,13 +329,17 @@ mod tests {
         }
     }
 
-    fn of(arrival: Arrival, offered: Mechanism, url: &str) -> Result<Case, RequestError> {
+    fn of(
+        (arrival, caller): (Arrival, Caller),
+        offered: Mechanism,
+        url: &str,
+    ) -> Result<Case, RequestError> {
         Case::of(
             arrival,
             true,
             &Connection::default(),
             &[offered],
-            &PassedNetns::default(),
+            &PassedNetns::none_of(caller),
             &route(url),
         )
     }
@@ -348,8 +354,8 @@ mod tests {
         convert::mechanism(REMOTE, VXLAN, parameters)
     }
 
-    const ROOT: Arrival = Arrival::Local { trusted: true };
-    const ANYONE: Arrival = Arrival::Local { trusted: false };
+    const ROOT: (Arrival, Caller) = (Arrival::Local, Caller::on_node(User::Privileged(0)));
+    const NETWORK: (Arrival, Caller) = (Arrival::Network, Caller::over_network());
     const ENDPOINT: &str = "unix:///run/nse.sock";
     const PEER: &str = "tcp://192.0.2.2:5006";
 
@@ -360,20 +366,17 @@ mod tests {
         assert!(matches!(of(ROOT, pod(), PEER), Ok(Case::PodToTunnel(..))));
         let tunnel = || vxlan("192.0.2.1");
         assert!(matches!(
-            of(Arrival::Network, tunnel(), ENDPOINT),
+            of(NETWORK, tunnel(), ENDPOINT),
             Ok(Case::TunnelToPod(..))
         ));
-        assert!(matches!(
-            of(Arrival::Network, tunnel(), PEER),
-            Ok(Case::Through)
-        ));
+        assert!(matches!(of(NETWORK, tunnel(), PEER), Ok(Case::Through)));
         // Without a forwarder nothing is this node's business.
         let through = Case::of(
-            ANYONE,
+            Arrival::Local,
             false,
             &Connection::default(),
             &[],
-            &PassedNetns::default(),
+            &PassedNetns::none_of(Caller::on_node(User::Other(1000))),
             &route(ENDPOINT),
         );
         assert!(matches!(through, Ok(Case::Through)));
@@ -381,7 +384,7 @@ mod tests {
 
     #[test]
     fn what_the_nsmgr_asks_its_forwarder_for_decides() {
-        let nsmgr = Arrival::Forwarder { trusted: true };
+        let nsmgr = (Arrival::Forwarder, Caller::on_node(User::Privileged(0)));
         let pod = || kernel("inode://4/4026531840");
         let tunnel = || vxlan("192.0.2.1");
         for socket in [ENDPOINT, "inode://65024/7"] {
@@ -396,7 +399,7 @@ mod tests {
         let error = of(nsmgr, vxlan(""), ENDPOINT).unwrap_err().to_string();
         assert!(error.contains("src_ip"), "{error}");
         // An NSMgr that is not root passes descriptors as everybody.
-        let nsmgr = Arrival::Forwarder { trusted: false };
+        let nsmgr = (Arrival::Forwarder, Caller::on_node(User::Other(1000)));
         let error = of(nsmgr, pod(), PEER).unwrap_err();
         assert_eq!(error.code(), tonic::Code::PermissionDenied);
     }
@@ -404,7 +407,7 @@ mod tests {
     #[test]
     fn each_side_takes_its_own_mechanisms_only() {
         for (arrival, offered, url) in [
-            (Arrival::Network, kernel("file:///run/netns/pod"), ENDPOINT),
+            (NETWORK, kernel("file:///run/netns/pod"), ENDPOINT),
             (ROOT, vxlan("192.0.2.1"), PEER),
         ] {
             let error = of(arrival, offered, url).unwrap_err().to_string();

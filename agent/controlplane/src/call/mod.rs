@@ -11,7 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::nsm::name::Domain;
+use nsm_core::{identity::Caller, nsm::name::Domain};
 use nsm_proto::connection::Connection;
 use tokio::time::Instant;
 
@@ -34,8 +34,8 @@ pub struct Call<T> {
     pub arrival: Arrival,
     /// What the caller passes beside its calls, where its connection can carry descriptors.
     pub descriptors: Option<Arc<Descriptors>>,
-    /// The user of the calling process, where the node's socket says.
-    pub uid: Option<u32>,
+    /// Who calls.
+    pub caller: Caller,
     /// The previous hop's token and its expiry, from the call's metadata.
     pub token: Option<(String, SystemTime)>,
     /// When the caller stops waiting.

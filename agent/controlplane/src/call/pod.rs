@@ -1,13 +1,16 @@
 //! The pods of this node: which network namespace a client or endpoint may name as its own.
 //!
-//! A path or an inode number is only a claim: anybody can guess the host's own. It is believed of
-//! processes that run as root, or as the agent's own user. Anybody else passes the namespace's
-//! descriptor with its call: only a process that can reach a namespace can open it. That the node's
-//! own namespace can be opened by every process of the host proves nothing: it takes more.
+//! A path or an inode number is only a claim: both can be guessed, also those of the host. A caller that is not privileged
+//! therefore passes the namespace's descriptor with its call. The rules are those of [`nsm_core::identity::policy`]; here is what
+//! they are decided from.
 
 use std::{collections::HashMap, os::unix::fs::MetadataExt as _, sync::OnceLock, time::Duration};
 
 use nsm_core::{
+    identity::{
+        Caller,
+        policy::{Action, Claim, End, Refusal, decide},
+    },
     mechanism::{KERNEL, Kernel, Parameters},
     net::NetnsUrl,
 };
@@ -30,22 +33,32 @@ pub(crate) struct Pod {
     pub(crate) netns: PodNetns,
 }
 
-/// The namespaces that a caller's mechanisms name by inode, with what came with them.
-#[derive(Debug, Default)]
-pub(crate) struct PassedNetns(HashMap<NetnsUrl, Result<Passed, MissingDescriptor>>);
+/// A caller, and the namespaces that its mechanisms name by inode, with what came with them.
+#[derive(Debug)]
+pub(crate) struct PassedNetns {
+    caller: Caller,
+    found: HashMap<NetnsUrl, Result<Passed, MissingDescriptor>>,
+}
 
 impl PassedNetns {
-    /// Looks for the descriptors that `mechanisms` name. Of a trusted caller none is needed: there
-    /// is no waiting for one that is late.
+    /// The caller has passed nothing.
+    pub(crate) fn none_of(caller: Caller) -> Self {
+        Self {
+            caller,
+            found: HashMap::new(),
+        }
+    }
+
+    /// Takes the descriptors that `mechanisms` name.
     pub(crate) async fn collect<'a>(
         descriptors: &Descriptors,
         mechanisms: impl Iterator<Item = &'a Mechanism>,
-        trusted: bool,
+        caller: Caller,
     ) -> Self {
-        let patience = if trusted { Duration::ZERO } else { PATIENCE };
+        let patience = patience(&caller);
         let mut found = HashMap::new();
         for mechanism in mechanisms.filter(|mechanism| mechanism.r#type == KERNEL) {
-            // What cannot be parsed is told where it is used.
+            // What cannot be parsed is an error where it is used.
             let Ok(Kernel {
                 netns: Some(url), ..
             }) = Kernel::parse(&mechanism.parameters)
@@ -59,7 +72,7 @@ impl PassedNetns {
                 found.insert(url, passed);
             }
         }
-        Self(found)
+        Self { caller, found }
     }
 }
 
@@ -67,7 +80,6 @@ impl Pod {
     /// The client's pod.
     pub(crate) fn of_client(
         mechanism: &Mechanism,
-        trusted: bool,
         passed: &PassedNetns,
     ) -> Result<Self, RequestError> {
         let kernel = Kernel::parse(&mechanism.parameters)?;
@@ -75,14 +87,10 @@ impl Pod {
             .netns
             .clone()
             .ok_or(RequestError::Missing("inodeURL in its KERNEL mechanism"))?;
-        let passed = passed.0.get(&url).cloned();
-        let netns = believe(url, trusted, passed).map_err(|doubt| match doubt {
-            Doubt::Claim(url) => RequestError::Forbidden(format!(
-                "only a client that runs as root may name a network namespace ({url}) without passing its descriptor"
-            )),
-            Doubt::Node(url) => RequestError::Forbidden(format!(
-                "only a client that runs as root may name the node's own network namespace ({url})"
-            )),
+        let descriptor = passed.found.get(&url).cloned();
+        let netns = prove(End::Client, &passed.caller, url, descriptor);
+        let netns = netns.map_err(|doubt| match doubt {
+            Doubt::Refused(refusal) => RequestError::Forbidden(refusal),
             Doubt::Kind(url, reason) => RequestError::Field {
                 field: "inodeURL",
                 value: url.to_string(),
@@ -110,24 +118,16 @@ impl Calls {
         };
         let passed = match file_id(&url) {
             Some(id) => {
-                let patience = if route.trusted {
-                    Duration::ZERO
-                } else {
-                    PATIENCE
-                };
                 let peer = self.lookup.peers.get(&route.url);
+                let patience = patience(&route.registrant);
                 let passed = peer.descriptors.take(id, Kind::Namespace, patience);
                 Some(passed.await)
             }
             None => None,
         };
-        let netns = believe(url, route.trusted, passed).map_err(|doubt| match doubt {
-            Doubt::Claim(url) => wrong(format!(
-                "only an endpoint that registered as root may name a network namespace ({url}) without passing its descriptor"
-            )),
-            Doubt::Node(url) => wrong(format!(
-                "only an endpoint that registered as root may name the node's own network namespace ({url})"
-            )),
+        let netns = prove(End::Endpoint, &route.registrant, url, passed);
+        let netns = netns.map_err(|doubt| match doubt {
+            Doubt::Refused(refusal) => wrong(refusal.to_string()),
             Doubt::Kind(url, reason) => wrong(format!("it names {url}, and {reason}")),
         })?;
         Ok(Pod { kernel, netns })
@@ -154,29 +154,48 @@ impl Calls {
     }
 }
 
-/// Why a namespace is not believed.
+/// Why a namespace is not taken.
 #[derive(Debug)]
 enum Doubt {
-    Claim(NetnsUrl),
-    Node(NetnsUrl),
+    /// The policy refuses it.
+    Refused(Refusal),
+    /// What was passed is something else.
     Kind(NetnsUrl, MissingDescriptor),
 }
 
-/// The rule of this module.
-fn believe(
-    url: NetnsUrl,
-    trusted: bool,
+/// The namespace of a pod, as the policy admits it.
+fn prove(
+    end: End,
+    caller: &Caller,
+    netns: NetnsUrl,
     passed: Option<Result<Passed, MissingDescriptor>>,
 ) -> Result<PodNetns, Doubt> {
-    match passed {
-        Some(Err(reason @ MissingDescriptor::Kind { .. })) => Err(Doubt::Kind(url, reason)),
-        Some(Ok(_)) if !trusted && Some(&url) == nodes_own() => Err(Doubt::Node(url)),
-        Some(Ok(descriptor)) => Ok(PodNetns {
-            url,
-            descriptor: Some(descriptor),
-        }),
-        None | Some(Err(MissingDescriptor::NotPassed)) if trusted => Ok(url.into()),
-        None | Some(Err(MissingDescriptor::NotPassed)) => Err(Doubt::Claim(url)),
+    let descriptor = match passed {
+        Some(Err(reason @ MissingDescriptor::Kind { .. })) => {
+            return Err(Doubt::Kind(netns, reason));
+        }
+        Some(Ok(descriptor)) => Some(descriptor),
+        None | Some(Err(MissingDescriptor::NotPassed)) => None,
+    };
+    let claim = Claim {
+        end,
+        netns: &netns,
+        is_passed: descriptor.is_some(),
+        is_nodes_own: Some(&netns) == nodes_own(),
+    };
+    decide(caller, Action::Namespace(claim)).map_err(Doubt::Refused)?;
+    Ok(PodNetns {
+        url: netns,
+        descriptor,
+    })
+}
+
+/// How long a descriptor may be late. Of a privileged caller none is needed.
+fn patience(caller: &Caller) -> Duration {
+    if caller.is_privileged() {
+        Duration::ZERO
+    } else {
+        PATIENCE
     }
 }
 
@@ -202,19 +221,31 @@ fn nodes_own() -> Option<&'static NetnsUrl> {
 
 #[cfg(test)]
 mod tests {
+    use nsm_core::identity::User;
+
     use super::*;
 
-    fn pod(netns: &str, trusted: bool, passed: &PassedNetns) -> Result<Pod, RequestError> {
+    const ROOT: Caller = Caller::on_node(User::Privileged(0));
+    const OTHER: Caller = Caller::on_node(User::Other(1000));
+
+    fn pod(netns: &str, passed: &PassedNetns) -> Result<Pod, RequestError> {
         let mechanism = Mechanism {
             r#type: KERNEL.to_owned(),
             parameters: [("inodeURL".to_owned(), netns.to_owned())].into(),
             ..Mechanism::default()
         };
-        Pod::of_client(&mechanism, trusted, passed)
+        Pod::of_client(&mechanism, passed)
     }
 
-    fn with(netns: &str, outcome: Result<Passed, MissingDescriptor>) -> PassedNetns {
-        PassedNetns([(netns.parse().unwrap(), outcome)].into())
+    fn with(
+        caller: Caller,
+        netns: &str,
+        outcome: Result<Passed, MissingDescriptor>,
+    ) -> PassedNetns {
+        PassedNetns {
+            caller,
+            found: [(netns.parse().unwrap(), outcome)].into(),
+        }
     }
 
     fn descriptor() -> Passed {
@@ -226,18 +257,17 @@ mod tests {
     #[test]
     fn a_claim_is_believed_of_root_only() {
         for netns in ["file:///run/netns/pod", SOME] {
-            for passed in [
-                PassedNetns::default(),
-                with(netns, Err(MissingDescriptor::NotPassed)),
-            ] {
-                assert!(
-                    pod(netns, true, &passed)
-                        .unwrap()
-                        .netns
-                        .descriptor
-                        .is_none()
-                );
-                let error = pod(netns, false, &passed).unwrap_err();
+            let given = |caller| {
+                [
+                    PassedNetns::none_of(caller),
+                    with(caller, netns, Err(MissingDescriptor::NotPassed)),
+                ]
+            };
+            for passed in given(ROOT) {
+                assert!(pod(netns, &passed).unwrap().netns.descriptor.is_none());
+            }
+            for passed in given(OTHER) {
+                let error = pod(netns, &passed).unwrap_err();
                 assert_eq!(error.code(), tonic::Code::PermissionDenied);
                 let text = error.to_string();
                 assert!(text.contains("as root") && text.contains(netns), "{text}");
@@ -247,9 +277,9 @@ mod tests {
 
     #[test]
     fn a_descriptor_is_believed_of_everybody() {
-        for trusted in [true, false] {
-            let passed = with(SOME, Ok(descriptor()));
-            let pod = pod(SOME, trusted, &passed).unwrap();
+        for caller in [ROOT, OTHER] {
+            let passed = with(caller, SOME, Ok(descriptor()));
+            let pod = pod(SOME, &passed).unwrap();
             assert_eq!(pod.netns.to_string(), SOME);
             assert!(pod.netns.descriptor.is_some());
         }
@@ -258,9 +288,9 @@ mod tests {
     #[test]
     fn the_nodes_own_namespace_takes_more_than_a_descriptor() {
         let own = nodes_own().unwrap().to_string();
-        let passed = with(&own, Ok(descriptor()));
-        assert!(pod(&own, true, &passed).is_ok());
-        let error = pod(&own, false, &passed).unwrap_err();
+        let passed = |caller| with(caller, &own, Ok(descriptor()));
+        assert!(pod(&own, &passed(ROOT)).is_ok());
+        let error = pod(&own, &passed(OTHER)).unwrap_err();
         assert_eq!(error.code(), tonic::Code::PermissionDenied);
         assert!(error.to_string().contains("the node's own"), "{error}");
     }
@@ -271,8 +301,8 @@ mod tests {
             found: Kind::Socket,
             wanted: Kind::Namespace,
         };
-        for trusted in [true, false] {
-            let error = pod(SOME, trusted, &with(SOME, Err(wrong))).unwrap_err();
+        for caller in [ROOT, OTHER] {
+            let error = pod(SOME, &with(caller, SOME, Err(wrong))).unwrap_err();
             assert_eq!(error.code(), tonic::Code::InvalidArgument);
             let text = error.to_string();
             assert!(text.contains("a socket") && text.contains(SOME), "{text}");

@@ -12,7 +12,10 @@ mod tests;
 
 use std::sync::Arc;
 
-use nsm_core::nsm::name::Domain;
+use nsm_core::{
+    identity::policy::{Action, Name, decide},
+    nsm::name::Domain,
+};
 use nsm_proto::registry::{NetworkService, NetworkServiceQuery};
 use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
@@ -107,6 +110,7 @@ impl Registrar {
         call: Call<NetworkService>,
         path: Option<PathHeader>,
     ) -> Result<NetworkService, RequestError> {
+        decide(&call.caller, Action::Register(name_of(&call.message)))?;
         let terms = terms(&call, path);
         let mut service = call.message;
         let place = self.place(&service).await?;
@@ -122,6 +126,7 @@ impl Registrar {
         call: Call<NetworkService>,
         path: Option<PathHeader>,
     ) -> Result<(), RequestError> {
+        decide(&call.caller, Action::Unregister(name_of(&call.message)))?;
         let terms = terms(&call, path);
         let mut service = call.message;
         let place = self.place(&service).await?;
@@ -164,6 +169,14 @@ impl Registrar {
         async move {
             let _ = drained.wait_for(|is_drained| *is_drained).await;
         }
+    }
+}
+
+/// A network service has no owner: its endpoints have.
+fn name_of(service: &NetworkService) -> Name<'_> {
+    Name {
+        full: &service.name,
+        owner: None,
     }
 }
 

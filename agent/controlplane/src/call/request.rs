@@ -125,9 +125,9 @@ impl Calls {
             Some(descriptors) if self.forwarder.is_some() => {
                 let mechanisms = connection.mechanism.iter();
                 let mechanisms = mechanisms.chain(&call.message.mechanism_preferences);
-                PassedNetns::collect(descriptors, mechanisms, call.arrival.is_trusted()).await
+                PassedNetns::collect(descriptors, mechanisms, call.caller).await
             }
-            _ => PassedNetns::default(),
+            _ => PassedNetns::none_of(call.caller),
         };
         let mut ask = Ask {
             arrival: call.arrival,

@@ -457,7 +457,7 @@ mod tests {
             },
             route: Route {
                 url: String::new(),
-                trusted: false,
+                registrant: nsm_core::identity::Caller::over_network(),
                 crossing: Crossing::Inside,
                 service: String::new(),
                 endpoint: String::new(),

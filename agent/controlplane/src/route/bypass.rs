@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nsm_core::identity::{Caller, User};
+
 use crate::{peer::peers::Peer, sync::lock};
 
 /// Longer than the longest life of a path token (10 minutes): a connection that is refreshed
@@ -50,10 +52,8 @@ pub(crate) struct Way {
     pub(crate) url: String,
     /// The endpoint registered through us: what is asked of it comes in, what we found leaves.
     pub(crate) registered_here: bool,
-    /// The endpoint runs as root on this node.
-    pub(crate) trusted: bool,
-    /// The user whose process registered it by the node's socket: nobody else may take its name.
-    pub(crate) uid: Option<u32>,
+    /// Who registered it through us; the network where we found it.
+    pub(crate) registrant: Caller,
     /// Keeps the descriptor of its socket, when it has passed one in the place of a path.
     pub(crate) _socket: Option<Arc<Peer>>,
 }
@@ -115,10 +115,10 @@ impl Bypass {
     }
 
     /// The user of this node that has registered the endpoint through us, when one has.
-    pub(crate) fn owner(&self, name: &str, now: Instant) -> Option<u32> {
+    pub(crate) fn owner(&self, name: &str, now: Instant) -> Option<User> {
         let ways = lock(&self.ways);
         let entry = ways.by_name.get(&key(name))?;
-        entry.way.uid.filter(|_| entry.lapses > now)
+        entry.way.registrant.user().filter(|_| entry.lapses > now)
     }
 
     /// Forgets the endpoint.
@@ -147,8 +147,7 @@ mod tests {
         Way {
             url: "tcp://192.0.2.1:5006".to_owned(),
             registered_here,
-            trusted: false,
-            uid: None,
+            registrant: Caller::over_network(),
             _socket: None,
         }
     }

@@ -6,6 +6,8 @@ use std::{
     time::SystemTime,
 };
 
+use nsm_core::identity::{Caller, User};
+
 use crate::{peer::peers::Peer, sync::lock};
 
 /// An endpoint of this node.
@@ -13,10 +15,8 @@ use crate::{peer::peers::Peer, sync::lock};
 pub(crate) struct LocalEndpoint {
     /// Its own URL; the registry holds ours in its place.
     pub(crate) url: String,
-    /// Whether it registered as root: only then may it name a network namespace.
-    pub(crate) trusted: bool,
-    /// The user whose process registered it: no other user may take its name.
-    pub(crate) uid: Option<u32>,
+    /// Who registered it.
+    pub(crate) registrant: Caller,
     /// When its registration lapses.
     pub(crate) expires: SystemTime,
     /// Keeps the descriptor of its socket, where it has passed one in the place of a path.
@@ -34,10 +34,13 @@ impl LocalEndpoints {
     }
 
     /// The user who has registered the name, where that has not lapsed.
-    pub(crate) fn owner(&self, name: &str, now: SystemTime) -> Option<u32> {
+    pub(crate) fn owner(&self, name: &str, now: SystemTime) -> Option<User> {
         let endpoints = lock(&self.0);
         let endpoint = endpoints.get(name)?;
-        endpoint.uid.filter(|_| endpoint.expires > now)
+        endpoint
+            .registrant
+            .user()
+            .filter(|_| endpoint.expires > now)
     }
 
     /// Keeps an endpoint, in the place of an earlier one of its name.

@@ -16,9 +16,12 @@ use std::{
     },
 };
 
-use nsm_core::nsm::{
-    name::{Domain, InterdomainName},
-    select::{Candidate, select},
+use nsm_core::{
+    identity::Caller,
+    nsm::{
+        name::{Domain, InterdomainName},
+        select::{Candidate, select},
+    },
 };
 use nsm_discovery::dns::{Resolved, Resolver};
 use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
@@ -38,41 +41,24 @@ use crate::{
     transport::unix::{FileId, Kind, PATIENCE},
 };
 
-/// Which listener a call came in by.
+/// Which listener a call came in by. Who calls there is the call's [`Caller`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
-    /// The NSMgr's socket: a client or endpoint on this node. `trusted` is true for a peer process
-    /// of root or of the agent's own user, which may name a network namespace.
-    Local {
-        /// Whether the peer process runs as root or as the agent's user.
-        trusted: bool,
-    },
+    /// The NSMgr's socket: a client or endpoint on this node.
+    Local,
     /// The forwarder's socket: the node's own NSMgr, for one of its clients or for another node.
-    Forwarder {
-        /// Whether the NSMgr runs as root or as the agent's user.
-        trusted: bool,
-    },
+    Forwarder,
     /// The proxy's port: another agent, NSMgr or proxy.
     Network,
-}
-
-impl Arrival {
-    /// Whether the caller's claims about this node are believed.
-    pub(crate) fn is_trusted(self) -> bool {
-        matches!(
-            self,
-            Self::Local { trusted: true } | Self::Forwarder { trusted: true }
-        )
-    }
 }
 
 /// The next hop of a connection, and the names it knows it by.
 #[derive(Debug, Clone)]
 pub(crate) struct Route {
     pub(crate) url: String,
-    /// The next hop is an endpoint of this node that runs as root: it may name a network namespace
-    /// in its answer.
-    pub(crate) trusted: bool,
+    /// Who registered the next hop with us, where it is an endpoint of this node: decides which network
+    /// namespaces its answer may name.
+    pub(crate) registrant: Caller,
     pub(crate) crossing: Crossing,
     /// The service as the next hop is asked for it.
     pub(crate) service: String,
@@ -170,7 +156,7 @@ impl Router {
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
-        if let Arrival::Forwarder { .. } = arrival {
+        if let Arrival::Forwarder = arrival {
             let nsmgr = self.config.upstream_nsmgr_url.as_deref();
             let nsmgr = nsmgr.ok_or(RequestError::Missing("NSMgr that the forwarder works for"))?;
             return self.routes_as_named(nsmgr, connection, deadline).await;
@@ -191,7 +177,7 @@ impl Router {
             {
                 Ok(vec![Route {
                     url: way.url,
-                    trusted: way.trusted,
+                    registrant: way.registrant,
                     crossing: if way.registered_here {
                         Crossing::In
                     } else {
@@ -205,13 +191,13 @@ impl Router {
                     _socket: None,
                 }])
             }
-            (Arrival::Local { .. }, Some(domain))
+            (Arrival::Local, Some(domain))
                 if domain != self.config.domain
                     && let Some(proxy) = &self.config.registry_proxy_url =>
             {
                 self.routes_as_named(proxy, connection, deadline).await
             }
-            (Arrival::Local { .. }, Some(domain)) if domain != self.config.domain => {
+            (Arrival::Local, Some(domain)) if domain != self.config.domain => {
                 let resolved = self.lookup.resolver.resolve(&domain).await?;
                 // Our own domain by another name, such as our address.
                 if resolved
@@ -253,13 +239,13 @@ impl Router {
         let mut routes = Vec::new();
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
-            let out = |url| (url, false, Crossing::Out);
+            let out = |url| (url, Caller::over_network(), Crossing::Out);
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
             let ways = match resolved.proxy.as_slice() {
                 [] if self.lookup.addresses.is_own_url(&endpoint.url) => self
                     .way(&name)
-                    .map(|way| (way.url, way.trusted, Crossing::Inside))
+                    .map(|way| (way.url, way.registrant, Crossing::Inside))
                     .into_iter()
                     .collect(),
                 // Whatever a registry says, a socket of our own node is not in another domain.
@@ -270,10 +256,10 @@ impl Router {
                     .map(|proxy| out(format!("tcp://{proxy}")))
                     .collect(),
             };
-            for (url, trusted, crossing) in ways {
+            for (url, registrant, crossing) in ways {
                 routes.push(Route {
                     url,
-                    trusted,
+                    registrant,
                     crossing,
                     service: service.clone(),
                     endpoint: name.clone(),
@@ -312,19 +298,19 @@ impl Router {
         let routes: Vec<Route> = chosen
             .into_iter()
             .filter_map(|endpoint| {
-                let (url, trusted) = if self.lookup.addresses.is_own_url(&endpoint.url) {
+                let (url, registrant) = if self.lookup.addresses.is_own_url(&endpoint.url) {
                     // Else registered through an earlier life of this agent, and not again since.
                     let local = self.lookup.local_endpoints.get(&endpoint.name)?;
-                    (local.url, local.trusted)
+                    (local.url, local.registrant)
                 } else if endpoint.url.starts_with("tcp://") {
-                    (endpoint.url.clone(), false)
+                    (endpoint.url.clone(), Caller::over_network())
                 } else {
                     // A socket of this node that nobody of this node has registered with us.
                     return None;
                 };
                 Some(Route {
                     url,
-                    trusted,
+                    registrant,
                     crossing,
                     service: wanted.service.to_owned(),
                     endpoint: endpoint.name.clone(),
@@ -374,7 +360,7 @@ impl Router {
             };
             routes.push(Route {
                 url,
-                trusted: false,
+                registrant: Caller::over_network(),
                 crossing,
                 service: connection.network_service.clone(),
                 endpoint: endpoint.name.clone(),

@@ -153,7 +153,7 @@ async fn an_event_waits_for_the_one_before_no_longer_than_it_can() {
             descriptors: None,
             message: closing.clone(),
             arrival: Arrival::Network,
-            uid: None,
+            caller: nsm_core::identity::Caller::over_network(),
             token: None,
             deadline: tokio::time::Instant::now() + patience,
         };

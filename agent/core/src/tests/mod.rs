@@ -9,6 +9,7 @@ mod mechanism;
 mod name;
 mod path;
 mod plpmtu;
+mod policy;
 mod prefix;
 mod public_address;
 mod registry;

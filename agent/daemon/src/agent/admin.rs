@@ -6,11 +6,13 @@ use std::{
 };
 
 use nsm_controlplane::{
+    api::server::node_caller,
     plane::ConnectionView,
     ports::{PathId, Plan},
 };
 use nsm_core::{
     clock::Monotonic,
+    identity::policy::{Action, decide},
     link::LinkAlias,
     liveness::health::{Direction, Health},
 };
@@ -64,7 +66,12 @@ pub(crate) fn service(config: &Config, told: Told) -> AdminServer<AdminService> 
 
 #[tonic::async_trait]
 impl Admin for AdminService {
-    async fn get_status(&self, _: Request<StatusRequest>) -> Result<Response<AgentStatus>, Status> {
+    async fn get_status(
+        &self,
+        request: Request<StatusRequest>,
+    ) -> Result<Response<AgentStatus>, Status> {
+        decide(&node_caller(&request), Action::Status)
+            .map_err(|refusal| Status::permission_denied(refusal.to_string()))?;
         let Told {
             plane,
             forwarder,

@@ -5,6 +5,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use nsm_core::identity::{
+    Caller,
+    policy::{Action, Name, decide},
+};
 use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceEndpointQuery};
 
 use super::{
@@ -35,8 +39,7 @@ const LAPSE_MARGIN: Duration = Duration::from_secs(1);
 /// Where an endpoint that is reached through us really listens.
 struct Behind {
     url: String,
-    trusted: bool,
-    uid: Option<u32>,
+    registrant: Caller,
     /// Holds the descriptor of its socket, when it has passed one in the place of a path.
     socket: Option<Arc<Peer>>,
 }
@@ -52,12 +55,12 @@ impl Registrar {
         let mut endpoint = call.message.clone();
         let place = self.place(&endpoint).await?;
         place.strip(&mut endpoint)?;
-        self.check_owner(&call, &place, &endpoint.name)?;
-        let through_us = matches!(call.arrival, Arrival::Local { .. }) || !place.is_ours;
+        let full_name = joined(&endpoint.name, place.domain.as_ref());
+        self.decide(&call.caller, &full_name, &endpoint.name, Action::Register)?;
+        let through_us = call.arrival == Arrival::Local || !place.is_ours;
         let behind = Behind {
             url: endpoint.url.clone(),
-            trusted: matches!(call.arrival, Arrival::Local { trusted: true }),
-            uid: call.uid,
+            registrant: call.caller,
             socket: self.passed_socket(&endpoint, &call).await?,
         };
         if behind.socket.is_none() {
@@ -70,7 +73,8 @@ impl Registrar {
         let mut registered = endpoints.register(endpoint, terms).await?;
         if through_us {
             // The registry may have named it, and another may have come first meanwhile.
-            self.check_owner(&call, &place, &registered.name)?;
+            let full_name = joined(&registered.name, place.domain.as_ref());
+            self.decide(&call.caller, &full_name, &registered.name, Action::Register)?;
             registered.url.clone_from(&behind.url);
             let expires = registered.expiration_time.as_ref();
             let expires = expires.and_then(convert::time);
@@ -80,30 +84,20 @@ impl Registrar {
         Ok(registered)
     }
 
-    /// Refuses a call for a name that another user's endpoint of this node has: it would get the traffic of
-    /// its clients, or take its service away.
-    fn check_owner<T>(
+    /// Decides a call about the endpoint `full`, which its registry has as `bare`. A name has an owner where it is registered with us, in our
+    /// domain or another.
+    fn decide<'n>(
         &self,
-        call: &Call<T>,
-        place: &Place,
-        bare_name: &str,
+        caller: &Caller,
+        full: &'n str,
+        bare: &str,
+        action: fn(Name<'n>) -> Action<'n>,
     ) -> Result<(), RequestError> {
-        // Others are not of this node, and root may do anyway what it likes.
-        let Arrival::Local { trusted: false } = call.arrival else {
-            return Ok(());
-        };
-        let now = SystemTime::now();
-        let full_name = joined(bare_name, place.domain.as_ref());
-        let here = self.lookup.local_endpoints.owner(bare_name, now);
-        let elsewhere = self.lookup.bypass.owner(&full_name, Instant::now());
-        for owner in [here, elsewhere].into_iter().flatten() {
-            if call.uid != Some(owner) {
-                let caller = call.uid.map_or("unknown".to_owned(), |uid| uid.to_string());
-                return Err(RequestError::Forbidden(format!(
-                    "endpoint `{full_name}` is registered by user {owner} of this node, and you are user {caller}: \
-                     choose another name, or wait until it is unregistered or its registration has lapsed"
-                )));
-            }
+        let endpoints = &self.lookup.local_endpoints;
+        let here = endpoints.owner(bare, SystemTime::now());
+        let elsewhere = self.lookup.bypass.owner(full, Instant::now());
+        for owner in [here, elsewhere] {
+            decide(caller, action(Name { full, owner }))?;
         }
         Ok(())
     }
@@ -115,8 +109,7 @@ impl Registrar {
                 bare_name.to_owned(),
                 LocalEndpoint {
                     url: behind.url,
-                    trusted: behind.trusted,
-                    uid: behind.uid,
+                    registrant: behind.registrant,
                     expires: expires.unwrap_or_else(SystemTime::now),
                     _socket: behind.socket,
                 },
@@ -125,8 +118,7 @@ impl Registrar {
             let way = Way {
                 url: behind.url,
                 registered_here: true,
-                trusted: behind.trusted,
-                uid: behind.uid,
+                registrant: behind.registrant,
                 _socket: behind.socket,
             };
             self.keep_way(&joined(bare_name, place.domain.as_ref()), way, expires);
@@ -197,8 +189,8 @@ impl Registrar {
         let mut endpoint = call.message.clone();
         let place = self.place(&endpoint).await?;
         place.strip(&mut endpoint)?;
-        self.check_owner(&call, &place, &endpoint.name)?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
+        self.decide(&call.caller, &full_name, &endpoint.name, Action::Unregister)?;
         self.lookup.bypass.forget(&full_name);
         if place.is_ours {
             self.lookup.local_endpoints.remove(&endpoint.name);
@@ -259,8 +251,7 @@ fn learn_way(lookup: &Lookup, name: &str, url: &str) {
         let way = Way {
             url: url.to_owned(),
             registered_here: false,
-            trusted: false,
-            uid: None,
+            registrant: Caller::over_network(),
             _socket: None,
         };
         lookup.bypass.learn(name, way, None, Instant::now());

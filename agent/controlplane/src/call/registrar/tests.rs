@@ -1,5 +1,6 @@
 use std::time::{Duration, SystemTime};
 
+use nsm_core::identity::{Caller, User};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use nsm_proto::registry::NetworkServiceEndpoint;
 use tokio::time::Instant;
@@ -39,9 +40,9 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
             url: format!("unix:///run/user/{uid}/nse.sock"),
             ..NetworkServiceEndpoint::default()
         },
-        arrival: Arrival::Local { trusted: uid == 0 },
+        arrival: Arrival::Local,
         descriptors: None,
-        uid: Some(uid),
+        caller: Caller::on_node(User::of(Some(uid), None)),
         token: Some(("token".to_owned(), expires)),
         deadline: Instant::now() + Duration::from_secs(10),
     }
