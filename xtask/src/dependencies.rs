@@ -84,10 +84,11 @@ const RULES: &[Rule] = &[
     // Every command waits for it to compile.
     rule(
         "xtask",
-        &["nsm-ebpf-common", "nsm-world"],
+        &["nsm-ebpf-common", "nsm-stats", "nsm-world"],
         &[],
         &["tokio", "tonic"],
     ),
+    rule("nsm-stats", &[], &[], IMPURE),
     rule("nsm-world", &[], &[], &["tokio"]),
     rule("nsm-world-dns", &[], &[], &[]),
     rule(
@@ -98,7 +99,7 @@ const RULES: &[Rule] = &[
     ),
     rule(
         "nsm-load",
-        &["nsm-controlplane", "nsm-core", "nsm-proto"],
+        &["nsm-controlplane", "nsm-core", "nsm-proto", "nsm-stats"],
         &[],
         &[],
     ),
