@@ -6,7 +6,6 @@ use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -39,18 +38,6 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
         .args(arguments)
         .stdin(Stdio::null());
     command
-}
-
-/// Runs a command as a named step, its output going where ours goes.
-pub(crate) fn step(name: &str, mut command: Command) -> Result<()> {
-    eprintln!("==> {name}");
-    let start = Instant::now();
-    let status = command
-        .status()
-        .with_context(|| format!("{name}: cannot start {command:?}"))?;
-    ensure!(status.success(), "{name} failed ({status}): {command:?}");
-    eprintln!("    {name}: {:.1} s", start.elapsed().as_secs_f64());
-    Ok(())
 }
 
 /// The programs that worlds run.

@@ -1,47 +1,48 @@
 //! `cargo xtask ci`: all that a change must pass, cheapest first, stopping at the first failure.
 
-use std::time::Instant;
-
 use anyhow::Result;
 
 use crate::{
-    cargo::{BPF_PROGRAMS, cargo, step},
-    dependencies, ebpf, interop, test,
+    cargo::{BPF_PROGRAMS, cargo},
+    dependencies, ebpf, interop,
+    steps::{Steps, timed},
+    test,
 };
 
-/// Runs everything.
+/// Runs everything, and prints what took how long.
 ///
 /// # Errors
 /// At the first step that fails.
 pub(crate) fn run() -> Result<()> {
-    let start = Instant::now();
     // Missed at the end it would have cost all that comes before.
     interop::Go::find()?;
-    step("format", cargo(&["fmt", "--all", "--check"]))?;
-    step(
+    timed(|steps| {
+        sources(steps)?;
+        steps.run("the BPF object, rebuilt and compared", || ebpf::check(true))?;
+        test::all(steps, test::WithoutGo::Fail)
+    })
+}
+
+/// What is judged without running it.
+fn sources(steps: &mut Steps) -> Result<()> {
+    steps.command("format", cargo(&["fmt", "--all", "--check"]))?;
+    steps.command(
         "format of the BPF programs",
         cargo(&["fmt", "--manifest-path", BPF_PROGRAMS, "--check"]),
     )?;
-    eprintln!("==> dependency rules");
-    dependencies::check()?;
+    steps.run("dependency rules", dependencies::check)?;
 
     let deny = ["--", "-D", "warnings"];
     let clippy = ["clippy", "--locked", "--all-targets"];
-    step(
+    steps.command(
         "clippy",
         cargo(&[&clippy[..], &["--workspace"], &deny].concat()),
     )?;
-    step(
+    steps.command(
         "clippy of the BPF programs",
         cargo(&[&clippy[..], &["--manifest-path", BPF_PROGRAMS], &deny].concat()),
     )?;
     let mut rustdoc = cargo(&["doc", "--workspace", "--locked", "--no-deps"]);
     rustdoc.env("RUSTDOCFLAGS", "-D warnings");
-    step("rustdoc", rustdoc)?;
-
-    eprintln!("==> the BPF object, rebuilt and compared");
-    ebpf::check(true)?;
-    test::run(test::WithoutGo::Fail)?;
-    eprintln!("==> all passed in {:.0} s", start.elapsed().as_secs_f64());
-    Ok(())
+    steps.command("rustdoc", rustdoc)
 }

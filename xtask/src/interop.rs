@@ -7,8 +7,9 @@ use std::{fs, path::PathBuf, process::Command};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
-    cargo::{self, Programs, step},
+    cargo::{self, Programs},
     packages,
+    steps::{Steps, timed},
 };
 
 /// The Go module, from the workspace's root.
@@ -33,14 +34,19 @@ pub(crate) fn run(pattern: Option<&str>) -> Result<()> {
         eprintln!("==> not root: {NEEDS_ROOT}");
     }
     let programs = cargo::build_programs(&["--workspace"])?;
-    test(&go, &programs, pattern)
+    timed(|steps| test(steps, &go, &programs, pattern))
 }
 
 /// Runs the tests with an agent that is built already, those that match `pattern` if it is given.
 ///
 /// # Errors
 /// When the module is not formatted, `go vet` finds fault, or a test fails.
-pub(crate) fn test(go: &Go, programs: &Programs, pattern: Option<&str>) -> Result<()> {
+pub(crate) fn test(
+    steps: &mut Steps,
+    go: &Go,
+    programs: &Programs,
+    pattern: Option<&str>,
+) -> Result<()> {
     let unformatted = Command::new(go.formatter())
         .arg("-l")
         .arg(module())
@@ -52,14 +58,14 @@ pub(crate) fn test(go: &Go, programs: &Programs, pattern: Option<&str>) -> Resul
         String::from_utf8_lossy(&unformatted.stdout).trim(),
         String::from_utf8_lossy(&unformatted.stderr).trim()
     );
-    step("go vet", go.command(&["vet", "./..."]))?;
+    steps.command("go vet", go.command(&["vet", "./..."]))?;
     // One package at a time: each starts processes by the dozen.
     let mut tests = go.command(&["test", "-p=1", "-count=1", "-timeout", TIMEOUT]);
     programs.name_to(&mut tests);
     if let Some(pattern) = pattern {
         tests.args(["-v", "-run", pattern]);
     }
-    step("tests against the real NSM", {
+    steps.command("tests against the real NSM", {
         tests.arg("./...");
         tests
     })

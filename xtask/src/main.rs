@@ -8,6 +8,7 @@ mod dependencies;
 mod ebpf;
 mod interop;
 mod packages;
+mod steps;
 mod test;
 
 use anyhow::Result;
@@ -49,7 +50,7 @@ fn main() -> Result<()> {
         Command::CheckDependencies => dependencies::check(),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Interop { pattern } => interop::run(pattern.as_deref()),
-        Command::Test => test::run(test::WithoutGo::LeaveOut),
+        Command::Test => test::run(),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Ci => ci::run(),
     }

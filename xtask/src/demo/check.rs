@@ -2,17 +2,14 @@
 //!
 //! Faults are shown by a process of their own, as people run it: what is judged is the JSON that it prints.
 
-use std::{
-    process::{Command, Stdio},
-    time::Instant,
-};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum as _;
 use serde_json::Value;
 
 use super::{Arguments, CloudShape, tell};
-use crate::cargo::Programs;
+use crate::{cargo::Programs, steps::Steps};
 
 /// How a fault must be told.
 #[derive(Debug)]
@@ -87,12 +84,18 @@ pub(crate) fn check(cloud: &str, programs: &Programs) -> Result<()> {
 /// This program, also when a build of the workspace has put another file in its place meanwhile.
 const THIS_PROGRAM: &str = "/proc/self/exe";
 
-/// Shows each fault, and judges how it was told.
-pub(crate) fn check_faults(programs: &Programs) -> Result<()> {
+/// Shows each fault, and judges how it was told; each is a step.
+pub(crate) fn check_faults(steps: &mut Steps, programs: &Programs) -> Result<()> {
     for expected in &FAULTS {
-        let kind = expected.kind;
-        eprintln!("==> the demo, --fault {kind}");
-        let start = Instant::now();
+        let name = format!("the demo, --fault {}", expected.kind);
+        steps.run(&name, || expected.check(programs))?;
+    }
+    Ok(())
+}
+
+impl Expected {
+    fn check(&self, programs: &Programs) -> Result<()> {
+        let kind = self.kind;
         let mut command = Command::new(THIS_PROGRAM);
         command.args(["demo", "--json", "--fault", kind]);
         programs.name_to(&mut command);
@@ -110,13 +113,9 @@ pub(crate) fn check_faults(programs: &Programs) -> Result<()> {
             let said = String::from_utf8_lossy(&output.stdout);
             format!("the demo of {kind} printed {said:?}, which is no JSON")
         })?;
-        expected.judge(&report)?;
-        eprintln!("    {kind}: {:.1} s", start.elapsed().as_secs_f64());
+        self.judge(&report)
     }
-    Ok(())
-}
 
-impl Expected {
     fn judge(&self, report: &Value) -> Result<()> {
         let told = &report["fault"];
         for (key, wanted) in [
