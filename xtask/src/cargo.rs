@@ -31,13 +31,66 @@ pub(crate) fn root() -> PathBuf {
 
 /// A cargo command in the workspace's root.
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
-    // Cargo names itself to what it runs; `cargo` alone might be another version.
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
-    command
-        .current_dir(root())
-        .args(arguments)
-        .stdin(Stdio::null());
-    command
+    Tree::present().cargo(arguments)
+}
+
+/// A tree of this project's sources.
+#[derive(Debug, Clone)]
+pub(crate) struct Tree {
+    pub(crate) root: PathBuf,
+    /// Where its builds go, unless where they always go.
+    pub(crate) target: Option<PathBuf>,
+}
+
+impl Tree {
+    /// The one that this program was built from.
+    pub(crate) fn present() -> Self {
+        Self {
+            root: root(),
+            target: None,
+        }
+    }
+
+    /// A cargo command in the tree's root.
+    fn cargo(&self, arguments: &[&str]) -> Command {
+        // Cargo names itself to what it runs; `cargo` alone might be another version.
+        let mut command =
+            Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
+        command
+            .current_dir(&self.root)
+            .args(arguments)
+            .stdin(Stdio::null());
+        if let Some(target) = &self.target {
+            command.env("CARGO_TARGET_DIR", target);
+        }
+        command
+    }
+
+    /// Runs a cargo command that builds, and returns names and paths of the executables that stand then.
+    ///
+    /// # Errors
+    /// When the build fails.
+    pub(crate) fn executables(&self, arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+        let mut child = self
+            .cargo(arguments)
+            .args(["--locked", "--message-format=json-render-diagnostics"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start cargo")?;
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let mut built = Vec::new();
+        for line in BufReader::new(stdout).lines() {
+            built.extend(executable(&line.context("read cargo's messages")?));
+        }
+        let status = child.wait().context("wait for cargo")?;
+        ensure!(
+            status.success(),
+            "cargo {} failed ({status}) in {}",
+            arguments.join(" "),
+            self.root.display()
+        );
+        Ok(built)
+    }
 }
 
 /// The programs that worlds run.
@@ -61,36 +114,11 @@ impl Programs {
 /// # Errors
 /// When the build fails or has not built both.
 pub(crate) fn build_programs(arguments: &[&str]) -> Result<Programs> {
-    let built = executables(&[&["build", "--bins"], arguments].concat())?;
+    let built = Tree::present().executables(&[&["build", "--bins"], arguments].concat())?;
     Ok(Programs {
         agent: named(&built, AGENT)?,
         dns: named(&built, WORLD_DNS)?,
     })
-}
-
-/// Runs a cargo command that builds, and returns names and paths of the executables that stand then.
-///
-/// # Errors
-/// When the build fails.
-pub(crate) fn executables(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
-    let mut command = cargo(arguments);
-    let mut child = command
-        .args(["--locked", "--message-format=json-render-diagnostics"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start cargo")?;
-    let stdout = child.stdout.take().expect("stdout is piped");
-    let mut built = Vec::new();
-    for line in BufReader::new(stdout).lines() {
-        built.extend(executable(&line.context("read cargo's messages")?));
-    }
-    let status = child.wait().context("wait for cargo")?;
-    ensure!(
-        status.success(),
-        "cargo {} failed ({status})",
-        arguments.join(" ")
-    );
-    Ok(built)
 }
 
 /// The path of the executable with that name.

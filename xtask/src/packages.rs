@@ -32,7 +32,10 @@ pub(crate) const TESTS: &[Tool] = &[
 ];
 
 /// What measuring throughput needs beyond [`DEMO`].
-pub(crate) const BENCH: &[Tool] = &[tool("iperf3", "iperf3")];
+pub(crate) const THROUGHPUT: &[Tool] = &[tool("iperf3", "iperf3")];
+
+/// What changing the maps of an agent's BPF programs needs.
+pub(crate) const MAPS: &[Tool] = &[tool("bpftool", "bpftool")];
 
 /// Sees to it that `tools` are installed: by apt-get where we are root and it exists.
 ///

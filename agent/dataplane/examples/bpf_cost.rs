@@ -11,8 +11,8 @@ fn main() -> Result<(), BpfError> {
     let pin_dir = env::args_os().nth(1).map_or_else(own, PathBuf::from);
     for cost in cost::measure(&pin_dir)? {
         println!(
-            r#"{{"packet":"{}","direction":"{}","run_time_ns":{:.1},"alone_ns":{:.1}}}"#,
-            cost.packet, cost.direction, cost.run_time_ns, cost.alone_ns
+            r#"{{"packet":"{}","direction":"{}","run_time_ns":{:.1},"alone_ns":{:.1},"rounds":{}}}"#,
+            cost.packet, cost.direction, cost.run_time_ns, cost.alone_ns, cost.rounds
         );
     }
     Ok(())

@@ -139,7 +139,7 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
     p50.sort_by(f64::total_cmp);
     p99.sort_by(f64::total_cmp);
     println!(
-        r#"{{"peers":{},"connections":{},"busy":{},"plane":"{:?}","realtime":{},"seconds":{:.1},"cpu_percent":{:.2},"probes_per_second":{:.0},"us_per_probe":{:.1},"reflection_p50_us":{:.1},"reflection_p99_us":{:.1},"rtt_p50_us":{:.1},"rtt_p99_us":{:.1},"rtt_p99_worst_peer_us":{:.1},"false_alarms":{alarms}}}"#,
+        r#"{{"peers":{},"connections":{},"busy":{},"plane":"{:?}","realtime":{},"seconds":{:.1},"cpu_percent":{:.2},"probes_per_second":{:.0},"us_per_probe":{:.1},"reflections":{},"reflection_p50_us":{:.1},"reflection_p99_us":{:.1},"rtt_p50_us":{:.1},"rtt_p99_us":{:.1},"rtt_p99_worst_peer_us":{:.1},"false_alarms":{alarms}}}"#,
         reports.len(),
         wanted.connections,
         wanted.busy,
@@ -149,6 +149,7 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
         100.0 * spent.as_secs_f64() / took.as_secs_f64(),
         probes as f64 / took.as_secs_f64(),
         spent.as_secs_f64() * 1e6 / probes as f64,
+        reflections.len(),
         quantile(0.50),
         quantile(0.99),
         p50[p50.len() / 2],

@@ -93,6 +93,8 @@ func (s *scene) newID(worker int) string {
 
 // rate is what a load found.
 type rate struct {
+	// Rounds is how many the other numbers are medians of.
+	Rounds    int     `json:"rounds"`
 	InFlight  int     `json:"in_flight"`
 	PerSecond float64 `json:"per_second"`
 	P50       float64 `json:"p50_ms"`

@@ -61,22 +61,39 @@ func TestSideBySide(t *testing.T) {
 	}
 	ours, theirs := new(measured), new(measured)
 	sides := []side{{"real", startReal, theirs}, {"ours", startOurs, ours}}
+	// After each, so that what was measured stays when a later one fails.
+	note := func() {
+		if measures {
+			write(t, out, ours, theirs)
+		}
+	}
 	measureCalls(t, size, sides)
+	note()
 	for _, side := range sides {
-		measureMemory(t, size, side)
-		measureDown(t, size, side)
-		measureGrowth(t, size, side)
+		for _, measure := range []func(*testing.T, sizes, side){measureMemory, measureDown, measureGrowth} {
+			measure(t, size, side)
+			note()
+		}
 	}
-	if !measures {
-		// A few calls say nothing about speed, and may divide by a CPU time of nothing.
-		return
-	}
+}
+
+// write replaces the result file; what was not measured yet is zero.
+func write(t *testing.T, out string, ours, theirs *measured) {
+	t.Helper()
 	text, err := json.MarshalIndent(result{Real: theirs, Ours: ours, Ratios: ratios{
-		RequestsPerCPUSecond: ours.RequestsPerCPUSecond / theirs.RequestsPerCPUSecond,
-		P99:                  ours.at(ratioInFlight).P99 / theirs.at(ratioInFlight).P99,
-		MemoryPerConnection:  ours.MemoryPerConnection / theirs.MemoryPerConnection,
-		DownFanout:           ours.Down.P99 / theirs.Down.P99,
+		RequestsPerCPUSecond: quotient(ours.RequestsPerCPUSecond, theirs.RequestsPerCPUSecond),
+		P99:                  quotient(ours.at(ratioInFlight).P99, theirs.at(ratioInFlight).P99),
+		MemoryPerConnection:  quotient(ours.MemoryPerConnection, theirs.MemoryPerConnection),
+		DownFanout:           quotient(ours.Down.P99, theirs.Down.P99),
 	}}, "", "  ")
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(out, text, 0o600))
+}
+
+// quotient is zero where there is nothing to divide by yet: JSON has no infinity.
+func quotient(one, other float64) float64 {
+	if other == 0 {
+		return 0
+	}
+	return one / other
 }

@@ -153,6 +153,7 @@ func medians(rates []rate) rate {
 		return values[len(values)/2]
 	}
 	found := rate{
+		Rounds:    len(rates),
 		InFlight:  rates[0].InFlight,
 		PerSecond: of(func(r rate) float64 { return r.PerSecond }),
 		P50:       of(func(r rate) float64 { return r.P50 }),

@@ -7,9 +7,10 @@
 
 mod endpoint;
 mod proxied;
-mod quantile;
 mod setup;
 mod watch;
+
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser};
@@ -87,6 +88,16 @@ async fn main() -> anyhow::Result<()> {
         Command::Setup(arguments) => print(&setup::run(&arguments).await?),
         Command::Watch(arguments) => watch::run(&arguments).await,
     }
+}
+
+/// Milliseconds.
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// The quantile, or 0 where nothing was measured: the report says beside it how many failed.
+fn quantile(samples: &[f64], share: f64) -> f64 {
+    nsm_stats::quantile(samples, share).unwrap_or_default()
 }
 
 fn print(report: &impl Serialize) -> anyhow::Result<()> {

@@ -24,10 +24,7 @@ use serde::Serialize;
 use tokio_stream::StreamExt as _;
 use tonic::{Request, transport::Channel};
 
-use crate::{
-    Target, endpoint,
-    quantile::{ms, quantile},
-};
+use crate::{Target, endpoint, ms, quantile};
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -73,7 +70,7 @@ pub(crate) async fn pairs(
     let load = Arc::new(Load::prepare(target, true).await?);
     run(&load, warm_up, in_flight).await;
     let began = Instant::now();
-    let mut samples = run(&load, pairs, in_flight).await;
+    let samples = run(&load, pairs, in_flight).await;
     let seconds = began.elapsed().as_secs_f64();
     Ok(Pairs {
         pairs,
@@ -82,12 +79,12 @@ pub(crate) async fn pairs(
         failed: samples.failed,
         seconds,
         pairs_per_second: (pairs - samples.failed) as f64 / seconds,
-        request_p50_ms: quantile(&mut samples.requests, 0.5),
-        request_p99_ms: quantile(&mut samples.requests, 0.99),
-        close_p50_ms: quantile(&mut samples.closes, 0.5),
-        close_p99_ms: quantile(&mut samples.closes, 0.99),
-        pair_p50_ms: quantile(&mut samples.pairs, 0.5),
-        pair_p99_ms: quantile(&mut samples.pairs, 0.99),
+        request_p50_ms: quantile(&samples.requests, 0.5),
+        request_p99_ms: quantile(&samples.requests, 0.99),
+        close_p50_ms: quantile(&samples.closes, 0.5),
+        close_p99_ms: quantile(&samples.closes, 0.99),
+        pair_p50_ms: quantile(&samples.pairs, 0.5),
+        pair_p99_ms: quantile(&samples.pairs, 0.99),
         endpoint_holds: load.opposite.holds(),
     })
 }
@@ -96,13 +93,13 @@ pub(crate) async fn pairs(
 pub(crate) async fn hold(target: &Target, connections: u64) -> anyhow::Result<(Hold, Arc<Load>)> {
     let load = Arc::new(Load::prepare(target, false).await?);
     let began = Instant::now();
-    let mut samples = run(&load, connections, OPENING_IN_FLIGHT).await;
+    let samples = run(&load, connections, OPENING_IN_FLIGHT).await;
     let report = Hold {
         connections,
         failed: samples.failed,
         seconds: began.elapsed().as_secs_f64(),
-        request_p50_ms: quantile(&mut samples.requests, 0.5),
-        request_p99_ms: quantile(&mut samples.requests, 0.99),
+        request_p50_ms: quantile(&samples.requests, 0.5),
+        request_p99_ms: quantile(&samples.requests, 0.99),
         endpoint_holds: load.opposite.holds(),
     };
     Ok((report, load))

@@ -24,7 +24,7 @@ use nsm_proto::{
 use serde::Serialize;
 use tonic::{Request, metadata::MetadataMap, transport::Channel};
 
-use crate::quantile::{ms, quantile};
+use crate::{ms, quantile};
 
 /// What `setup` can be told.
 #[derive(Debug, Args)]
@@ -72,10 +72,10 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     Ok(Report {
         cold_ms: ms(cold),
         connections: arguments.connections,
-        setup_p50_ms: quantile(&mut setups, 0.5),
-        setup_p99_ms: quantile(&mut setups, 0.99),
-        close_p50_ms: quantile(&mut closes, 0.5),
-        close_p99_ms: quantile(&mut closes, 0.99),
+        setup_p50_ms: quantile(&setups, 0.5),
+        setup_p99_ms: quantile(&setups, 0.99),
+        close_p50_ms: quantile(&closes, 0.5),
+        close_p99_ms: quantile(&closes, 0.99),
     })
 }
 

@@ -7,12 +7,11 @@ use nsm_world::World;
 use serde::Deserialize;
 
 use super::{
-    Found,
+    Setting,
+    programs::Program,
     report::{Bar::AtMost, Row},
+    sink::Sink,
 };
-use crate::cargo::{executables, named};
-
-const PROGRAM: &str = "bpf_cost";
 
 const NANOSECONDS: f64 = 100.0;
 
@@ -26,51 +25,43 @@ struct Cost {
     direction: String,
     run_time_ns: f64,
     alone_ns: f64,
+    /// Measurements of which these are the medians. Programs of earlier revisions do not say it.
+    #[serde(default)]
+    rounds: u64,
 }
 
-pub(super) fn measure() -> Result<Found> {
-    let built = executables(&[
-        "build",
-        "--release",
-        "--package",
-        "nsm-dataplane",
-        "--example",
-        PROGRAM,
-    ])?;
-    let program = named(&built, PROGRAM)?;
+pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
+    let name = Program::BpfCost.name();
+    sink.step("a namespace");
     // The program makes a namespace by itself; the world is here for the pins, which it removes whatever happens.
     let world = World::builder("bench-bpf")
         .domain("cluster-1.example", |domain| domain.node("node"))
         .without_dns()
         .build()?;
     let node = world.node("node")?;
-    let mut command = node.command(&program)?;
+    let mut command = node.command(setting.built.get(Program::BpfCost)?)?;
     command.arg(node.pin_dir());
-    let process = world.spawn(PROGRAM, command)?;
+    sink.step("packets through the programs");
+    let process = world.spawn(name, command)?;
     let status = process.wait(DEADLINE)?;
-    ensure!(
-        status.success(),
-        "{PROGRAM} failed ({status}):\n{}",
-        world.logs()
-    );
-    let mut rows = Vec::new();
+    let mut found = 0;
     for line in process.stdout().lines() {
         let cost: Cost =
-            serde_json::from_str(line).with_context(|| format!("{PROGRAM} printed {line:?}"))?;
+            serde_json::from_str(line).with_context(|| format!("{name} printed {line:?}"))?;
         let what = format!("{}, {}", cost.direction, cost.packet);
-        rows.push(Row::new(&what, cost.run_time_ns, "ns").bar(AtMost(NANOSECONDS)));
-        rows.push(Row::new(
-            what + ", without the account",
-            cost.alone_ns,
-            "ns",
-        ));
+        sink.row(Row::new(&what, cost.run_time_ns, "ns", cost.rounds).bar(AtMost(NANOSECONDS)));
+        let what = what + ", without the account";
+        sink.row(Row::new(what, cost.alone_ns, "ns", cost.rounds));
+        found += 1;
     }
-    ensure!(!rows.is_empty(), "{PROGRAM} measured nothing");
-    Ok(Found {
-        rows,
-        notes: vec![
-            "by BPF_PROG_TEST_RUN; the kernel's account (run_time_ns) includes the two looks at a clock that it takes"
-                .to_owned(),
-        ],
-    })
+    ensure!(
+        status.success(),
+        "{name} failed ({status}):\n{}",
+        world.logs()
+    );
+    ensure!(found > 0, "{name} measured nothing");
+    sink.note(
+        "by BPF_PROG_TEST_RUN; the kernel's account (run_time_ns) includes the two looks at a clock that it takes",
+    );
+    Ok(())
 }

@@ -12,40 +12,26 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{Found, report::Row};
-use crate::cargo::{executables, named};
+use super::{Setting, Size, programs::Program, report::Row, sink::Sink};
 
-const BENCH: &str = "decisions";
-
-pub(super) fn measure(quick: bool) -> Result<Found> {
-    let built = executables(&[
-        "bench",
-        "--package",
-        "nsm-core",
-        "--bench",
-        BENCH,
-        "--no-run",
-    ])?;
-    let program = named(&built, BENCH)?;
-    let home = home(&program)?;
-    let names = names(&program)?;
+pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
+    let program = setting.built.get(Program::Decisions)?;
+    let home = home(program)?;
+    sink.step("the list of benchmarks");
+    let names = names(program)?;
     ensure!(
         !names.is_empty(),
         "{} lists no benchmark",
         program.display()
     );
-    run(&program, &home, quick)?;
-    let rows = names.iter().map(|name| {
-        Ok(Row::new(
-            name.replace('_', " "),
-            nanoseconds(&home, name)?,
-            "ns",
-        ))
-    });
-    Ok(Found {
-        rows: rows.collect::<Result<_>>()?,
-        notes: vec!["medians of criterion".to_owned()],
-    })
+    for name in &names {
+        sink.step(format!("criterion, {name}"));
+        run(program, &home, name, setting.size == Size::Quick)?;
+        let (median, n) = (nanoseconds(&home, name)?, samples(&home, name)?);
+        sink.row(Row::new(name.replace('_', " "), median, "ns", n));
+    }
+    sink.note("medians of criterion");
+    Ok(())
 }
 
 /// Where `cargo bench` lets criterion keep its numbers: `target/criterion`, beside `target/release/deps/PROGRAM`.
@@ -68,9 +54,12 @@ fn names(program: &Path) -> Result<Vec<String>> {
         .collect())
 }
 
-fn run(program: &Path, home: &Path, quick: bool) -> Result<()> {
+/// Runs one benchmark.
+fn run(program: &Path, home: &Path, name: &str, quick: bool) -> Result<()> {
     let mut command = Command::new(program);
-    command.arg("--bench").env("CRITERION_HOME", home);
+    command
+        .args(["--bench", "--exact", name])
+        .env("CRITERION_HOME", home);
     if quick {
         command.args(["--warm-up-time", "0.1", "--measurement-time", "0.1"]);
     }
@@ -93,11 +82,22 @@ fn run(program: &Path, home: &Path, quick: bool) -> Result<()> {
 
 /// What criterion found for a benchmark, nanoseconds.
 fn nanoseconds(home: &Path, name: &str) -> Result<f64> {
-    let file = home.join(name).join("new/estimates.json");
-    let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
-    let estimates: Value =
-        serde_json::from_str(&text).with_context(|| format!("{} is no JSON", file.display()))?;
+    let estimates = read(home, name, "estimates.json")?;
     estimates["median"]["point_estimate"]
         .as_f64()
-        .with_context(|| format!("no median in {}", file.display()))
+        .with_context(|| format!("criterion has no median for {name}"))
+}
+
+/// How many samples that median is of.
+fn samples(home: &Path, name: &str) -> Result<u64> {
+    let sample = read(home, name, "sample.json")?;
+    let times = sample["times"].as_array();
+    let times = times.with_context(|| format!("criterion has no samples for {name}"))?;
+    Ok(times.len() as u64)
+}
+
+fn read(home: &Path, name: &str, file: &str) -> Result<Value> {
+    let file = home.join(name).join("new").join(file);
+    let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no JSON", file.display()))
 }

@@ -9,18 +9,20 @@ use std::{process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
+use nsm_stats::{max, median, p99_name, quantile};
 use nsm_world::{Fault, FaultGuard, Process, World, wait_until};
 use serde_json::Value;
 
 use super::{
-    Found,
+    Setting, Size,
     processes::run_json,
     programs::Programs,
     report::{Bar::AtMost, Row},
     scene::Domains,
     sessions,
+    sink::Sink,
 };
-use crate::{demo::forget_tunnel, packages};
+use crate::demo::forget_tunnel;
 
 const TOLD_P99_MS: f64 = 200.0;
 
@@ -47,58 +49,60 @@ const UP_DEADLINE: Duration = Duration::from_secs(30);
 /// Between one cut and the next, so that each meets a path that has been good for a while.
 const PAUSE: Duration = Duration::from_secs(1);
 
-pub(super) fn measure(programs: &Programs, quick: bool, minutes: f64) -> Result<Found> {
-    packages::ensure(packages::BENCH)?;
-    let (rounds, minutes) = if quick { (5, 0.1) } else { (50, minutes) };
-    let Found {
-        mut rows,
-        mut notes,
-    } = sessions::throughput(programs, quick)?;
-    let cost = sessions::prober(quick, BUSY)?;
-    rows.extend(cost.rows);
-    notes.extend(cost.notes);
+pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
+    if setting.size == Size::Pair {
+        // A cut takes seconds and its time scatters widely; what sessions cost can be paired.
+        return sessions::prober(setting, BUSY, sink);
+    }
+    let programs = setting.built.world()?;
+    let (rounds, minutes) = match setting.size {
+        Size::Quick => (5, 0.1),
+        _ => (50, setting.minutes),
+    };
+    sessions::throughput(setting, &programs, sink)?;
+    sessions::prober(setting, BUSY, sink)?;
 
-    let domains = Domains::build(programs)?;
-    let watch = Watch::start(&domains, programs)?;
+    sink.step("two domains");
+    let domains = Domains::build(&programs)?;
+    let watch = Watch::start(&domains, &programs)?;
+    all_cuts(&domains, &watch, rounds, sink)?;
+    false_alarms(&domains, &watch, minutes, sink)?;
+    watch.end()?;
+
+    let rounds_of_vni = rounds.div_ceil(5);
+    sink.step(format!("{rounds_of_vni} lost tunnels"));
+    let times = lost_tunnels(&domains, &programs, rounds_of_vni)?;
+    let worst = max(&times).context("no tunnel was lost")?;
+    let what = "told, VNI lost at the peer, worst";
+    sink.row(Row::new(what, worst, "ms", times.len() as u64).bar(AtMost(VNI_TOLD_MS)));
+    sink.note(format!(
+        "{rounds_of_vni} connections whose tunnel vanished at the endpoint's node while a ping ran"
+    ));
+    Ok(())
+}
+
+/// Cuts in each direction, on an idle and on a busy machine.
+fn all_cuts(domains: &Domains, watch: &Watch, rounds: usize, sink: &Sink) -> Result<()> {
     for busy in [0, BUSY] {
         let _busy = keep_busy(&domains.world, busy)?;
         for direction in [Direction::Out, Direction::In] {
-            let times =
-                cuts(&domains, &watch, direction, rounds).with_context(|| domains.world.logs())?;
             let what = format!("told, way {} cut, {busy} busy", direction.name());
-            rows.push(
-                Row::new(format!("{what}, p99"), quantile(&times, 0.99), "ms")
-                    .bar(AtMost(TOLD_P99_MS)),
-            );
-            rows.push(Row::new(
-                format!("{what}, p50"),
-                quantile(&times, 0.5),
-                "ms",
-            ));
+            sink.step(format!("{rounds} times {what}"));
+            let times =
+                cuts(domains, watch, direction, rounds).with_context(|| domains.world.logs())?;
+            let n = times.len() as u64;
+            let p99 = quantile(&times, 0.99).context("nothing was cut")?;
+            let p50 = median(&times).context("nothing was cut")?;
+            let row =
+                |quantile: &str, value| Row::new(format!("{what}, {quantile}"), value, "ms", n);
+            sink.row(row(p99_name(n), p99).bar(AtMost(TOLD_P99_MS)));
+            sink.row(row("p50", p50));
         }
     }
-    rows.extend(false_alarms(&domains, &watch, minutes)?);
-    watch.end()?;
-    let rounds_of_vni = rounds.div_ceil(5);
-    let times = lost_tunnels(&domains, programs, rounds_of_vni)?;
-    rows.push(
-        Row::new(
-            "told, VNI lost at the peer, worst",
-            quantile(&times, 1.0),
-            "ms",
-        )
-        .bar(AtMost(VNI_TOLD_MS)),
-    );
-    notes.extend([
-            format!("{rounds_of_vni} connections whose tunnel vanished at the endpoint's node while a ping ran"),
-            format!(
-                "{rounds} cuts a row, from before nft was started to the UPDATE with state DOWN at the client; false alarms are DOWN told while the path was not cut"
-            ),
-            format!(
-                "false alarms within {minutes} minutes each; at loss each direction loses {LOSS_PER_MILLE} of 1000 packets at random, of round trips nearly twice as many"
-            ),
-        ]);
-    Ok(Found { rows, notes })
+    sink.note(format!(
+        "{rounds} cuts a row, from before nft was started to the UPDATE with state DOWN at the client"
+    ));
+    Ok(())
 }
 
 /// Seen from the client's node.
@@ -142,14 +146,13 @@ fn cuts(domains: &Domains, watch: &Watch, direction: Direction, rounds: usize) -
         watch.wait(told, "UP", UP_DEADLINE, is_up)?;
         thread::sleep(PAUSE);
     }
-    times.sort_by(f64::total_cmp);
     Ok(times)
 }
 
-fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64) -> Result<Vec<Row>> {
+fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64, sink: &Sink) -> Result<()> {
     let duration = Duration::from_secs_f64(minutes * 60.0);
-    let mut rows = Vec::new();
-    let mut during = |what: &str, load: &dyn Fn() -> Result<()>| -> Result<()> {
+    let during = |what: &str, load: &dyn Fn() -> Result<()>| -> Result<()> {
+        sink.step(format!("{minutes} minutes of {what}"));
         let from = watch.lines().len();
         load()?;
         let alarms = watch
@@ -158,7 +161,8 @@ fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64) -> Result<Vec<Ro
             .skip(from)
             .filter(|line| is_down(line))
             .count();
-        rows.push(Row::new(format!("false alarms, {what}"), alarms as f64, "").bar(AtMost(0.0)));
+        let what_row = format!("false alarms, {what}");
+        sink.row(Row::new(what_row, alarms as f64, "", 1).bar(AtMost(0.0)));
         // Nor does one hear an alarm who hears nothing any more.
         cuts(domains, watch, Direction::Out, 1)
             .with_context(|| format!("a cut after the minutes of {what}"))?;
@@ -178,7 +182,11 @@ fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64) -> Result<Vec<Ro
         thread::sleep(duration);
         Ok(())
     })?;
-    Ok(rows)
+    sink.note(format!(
+        "false alarms are DOWN told while the path was not cut, within {minutes} minutes each; at loss each direction loses \
+         {LOSS_PER_MILLE} of 1000 packets at random, of round trips nearly twice as many"
+    ));
+    Ok(())
 }
 
 /// Lets the endpoint's node lose its end of one tunnel after another; milliseconds until the client was told of each.
@@ -206,7 +214,6 @@ fn lost_tunnels(domains: &Domains, programs: &Programs, rounds: usize) -> Result
         times.push(at.saturating_sub(lost_at) as f64 / 1e6);
         watch.end()?;
     }
-    times.sort_by(f64::total_cmp);
     Ok(times)
 }
 
@@ -324,13 +331,6 @@ fn monotonic_ns() -> Result<u64> {
     Ok(u64::try_from(nanos)?)
 }
 
-/// Of sorted values, the least that the share `q` of them does not exceed.
-fn quantile(sorted: &[f64], q: f64) -> f64 {
-    let rank = (sorted.len() as f64 * q).ceil() as usize;
-    let at = rank.clamp(1, sorted.len().max(1)) - 1;
-    sorted.get(at).copied().unwrap_or(f64::NAN)
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -353,14 +353,5 @@ mod tests {
         ] {
             assert!(!is_up(&not_up), "{not_up}");
         }
-    }
-
-    #[test]
-    fn quantiles_are_values_that_were_measured() {
-        let values: Vec<f64> = (1..=50).map(f64::from).collect();
-        assert_eq!(quantile(&values, 0.99), 50.0);
-        assert_eq!(quantile(&values, 0.5), 25.0);
-        assert_eq!(quantile(&[3.0], 0.5), 3.0);
-        assert!(quantile(&[], 0.5).is_nan());
     }
 }

@@ -6,11 +6,12 @@ use anyhow::{Result, ensure};
 use serde::Deserialize;
 
 use super::{
-    Found, LOAD_DEADLINE,
+    LOAD_DEADLINE, Setting,
     processes::rss_kib,
     programs::Programs,
     report::{Bar::AtMost, Row},
     scene::Pair,
+    sink::Sink,
 };
 
 const KIB_A_CONNECTION: f64 = 10.0;
@@ -27,21 +28,15 @@ const STATUS_MS: f64 = 2_000.0;
 
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
-pub(super) fn measure(programs: &Programs, quick: bool) -> Result<Found> {
-    let (connections, pairs) = if quick {
-        (1_000, 2_000)
-    } else {
-        (10_000, 20_000)
-    };
-    let mut rows = open_connections(programs, connections)?;
-    rows.extend(closed_connections(programs, pairs)?);
-    Ok(Found {
-        rows,
-        notes: vec![
-            "resident memory of agents without a datapath (proxy role), before and after"
-                .to_owned(),
-        ],
-    })
+pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
+    let (connections, pairs) = setting
+        .size
+        .pick((10_000, 20_000), (1_000, 2_000), (2_000, 4_000));
+    let programs = setting.built.world()?;
+    open_connections(&programs, connections, sink)?;
+    closed_connections(&programs, pairs, sink)?;
+    sink.note("resident memory of agents without a datapath (proxy role), before and after: one difference, divided by N");
+    Ok(())
 }
 
 /// What `nsm-load hold` says.
@@ -51,12 +46,14 @@ struct Held {
     endpoint_holds: u64,
 }
 
-fn open_connections(programs: &Programs, connections: u32) -> Result<Vec<Row>> {
+fn open_connections(programs: &Programs, connections: u32, sink: &Sink) -> Result<()> {
+    sink.step("two agents");
     // Agents of its own: memory that others freed would hide what these take.
     let pair = Pair::start(programs)?;
     pair.pairs(WARM_UP, 0, 8)?;
     let agents = [&pair.client_agent, &pair.endpoint_agent];
     let before = [rss_kib(agents[0])?, rss_kib(agents[1])?];
+    sink.step(format!("{connections} open connections"));
     let mut command = pair.load("hold")?;
     command.args(["--connections", &connections.to_string()]);
     let load = pair.world.spawn("hold", command)?;
@@ -70,12 +67,12 @@ fn open_connections(programs: &Programs, connections: u32) -> Result<Vec<Row>> {
         held.endpoint_holds,
         pair.world.logs()
     );
-    let mut rows = Vec::new();
     for (agent, before) in agents.into_iter().zip(before) {
         let what = format!("open connection of {connections}, {}", agent.name());
         let each = (rss_kib(agent)? - before) / f64::from(connections);
-        rows.push(Row::new(what, each, "KiB").bar(AtMost(KIB_A_CONNECTION)));
+        sink.row(Row::new(what, each, "KiB", connections.into()).bar(AtMost(KIB_A_CONNECTION)));
     }
+    sink.step("status");
     // After the look at memory, for the answer takes some.
     for agent in agents {
         let began = Instant::now();
@@ -88,13 +85,14 @@ fn open_connections(programs: &Programs, connections: u32) -> Result<Vec<Row>> {
             agent.name()
         );
         let what = format!("`status --json` with {connections} open, {}", agent.name());
-        rows.push(Row::new(what, took.as_secs_f64() * 1e3, "ms").bar(AtMost(STATUS_MS)));
+        sink.row(Row::new(what, took.as_secs_f64() * 1e3, "ms", 1).bar(AtMost(STATUS_MS)));
     }
     load.terminate(END_DEADLINE)?;
-    Ok(rows)
+    Ok(())
 }
 
-fn closed_connections(programs: &Programs, pairs: u32) -> Result<Vec<Row>> {
+fn closed_connections(programs: &Programs, pairs: u32, sink: &Sink) -> Result<()> {
+    sink.step(format!("{pairs} closed pairs"));
     let pair = Pair::start(programs)?;
     // A tenth first: queues, tables and heaps have their size then.
     pair.pairs(WARM_UP.max(u64::from(pairs) / 10), 0, 8)?;
@@ -107,11 +105,10 @@ fn closed_connections(programs: &Programs, pairs: u32) -> Result<Vec<Row>> {
         measured.failed,
         pair.world.logs()
     );
-    let mut rows = Vec::new();
     for (agent, before) in agents.into_iter().zip(before) {
         let what = format!("growth a closed pair of {pairs}, {}", agent.name());
         let each = (rss_kib(agent)? - before) * 1024.0 / f64::from(pairs);
-        rows.push(Row::new(what, each, "B").bar(AtMost(BYTES_A_PAIR)));
+        sink.row(Row::new(what, each, "B", pairs.into()).bar(AtMost(BYTES_A_PAIR)));
     }
-    Ok(rows)
+    Ok(())
 }

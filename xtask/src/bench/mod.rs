@@ -1,15 +1,20 @@
 //! `cargo xtask bench`: the numbers to hold, measured on this machine.
 //!
-//! Every part builds what it needs by the release profile, runs it in worlds of its own and ends it. A bar that is missed is shown
-//! and is no failure of the command: numbers of a busy or a small machine must not stop anybody. A part that could not measure is.
+//! First everything that the parts need is installed, checked and built ([`needs`]). Then every part runs in worlds of its own and ends
+//! them. Rows are shown as they are measured and kept whatever comes after ([`sink`]). A bar that is missed is shown and is no failure
+//! of the command: numbers of a busy or a small machine must not stop anybody. A part that could not measure is.
 //!
-//! Each part says in its notes what its numbers include.
+//! Each part says in its notes what its numbers include. A fixed piece of work is timed before and after, so that numbers of two days
+//! can be told apart from numbers of two machines; for two versions there is [`compare`].
 
 mod bpf;
+mod compare;
 mod decisions;
 mod health;
 mod interop;
+mod machine;
 mod memory;
+mod needs;
 mod processes;
 mod programs;
 mod proxy;
@@ -17,16 +22,25 @@ mod report;
 mod scene;
 mod sessions;
 mod setup;
+mod sink;
 mod throughput;
 
-use std::{fs, thread, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum};
+use nix::{sys::signal::kill, unistd::Pid};
+use nsm_world::interrupt;
 
-use crate::packages;
-use programs::Programs;
-use report::{Machine, PartReport, Report, Row, SideBySide};
+use crate::interop::Go;
+use machine::calibrate;
+use programs::Built;
+use report::{Machine, Report, SideBySide};
+use sink::{Parts, Sink};
 
 /// An agent starts within a fraction of a second, on a loaded machine within some.
 const READY_DEADLINE: Duration = Duration::from_secs(20);
@@ -49,6 +63,12 @@ pub(crate) struct Arguments {
     /// For `health`: minutes in which no false alarm may come, for each of three loads.
     #[arg(long, default_value_t = 10.0, value_parser = minutes)]
     minutes: f64,
+    /// Measure the agent of this revision, too, in turn with the present one, and print the ratios.
+    #[arg(long, value_name = "REV", conflicts_with_all = ["quick", "minutes"])]
+    compare: Option<String>,
+    /// For `--compare`: how often both are measured.
+    #[arg(long, default_value_t = 15, requires = "compare", value_parser = clap::value_parser!(u32).range(compare::FEWEST_PAIRS..=500))]
+    pairs: u32,
 }
 
 fn minutes(text: &str) -> Result<f64, String> {
@@ -80,11 +100,42 @@ enum Part {
     Health,
 }
 
-/// What a part found.
-#[derive(Debug, Default)]
-struct Found {
-    rows: Vec<Row>,
-    notes: Vec<String>,
+impl Part {
+    fn name(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// How much a part measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Size {
+    /// For numbers to rely on.
+    Full,
+    /// To see that it runs.
+    Quick,
+    /// One of two sides of a pair, of which there are many: some seconds.
+    Pair,
+}
+
+impl Size {
+    /// What a part declares for each size.
+    fn pick<T>(self, full: T, quick: T, pair: T) -> T {
+        match self {
+            Self::Full => full,
+            Self::Quick => quick,
+            Self::Pair => pair,
+        }
+    }
+}
+
+/// What a part measures with.
+struct Setting<'a> {
+    built: &'a Built,
+    go: Option<&'a Go>,
+    size: Size,
+    /// For `health`.
+    minutes: f64,
 }
 
 /// Measures and prints.
@@ -92,97 +143,116 @@ struct Found {
 /// # Errors
 /// When a part could not measure; the others are measured and printed nevertheless.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let load_before = load_average()?;
-    let (mut parts, mut side_by_side) = (Vec::new(), None);
-    for &part in Part::value_variants() {
-        if arguments.parts.is_empty() || arguments.parts.contains(&part) {
-            parts.push(measure(part, arguments, &mut side_by_side));
-        }
+    let all = Part::value_variants().iter().copied();
+    let asked = |part: &Part| arguments.parts.is_empty() || arguments.parts.contains(part);
+    let parts: Vec<_> = all.filter(asked).collect();
+    if let Some(revision) = &arguments.compare {
+        let chosen = compare::choose(parts, !arguments.parts.is_empty())?;
+        return compare::run(revision, &chosen, arguments.pairs, arguments.json);
     }
-    let report = Report {
-        machine: Machine {
-            kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-            cpus: thread::available_parallelism().map_or(1, usize::from),
-            load_before,
-            load_after: load_average()?,
-        },
-        quick: arguments.quick,
-        parts,
-        side_by_side,
-    };
-    if arguments.json {
-        println!("{}", serde_json::to_string(&report)?);
+    let prepared = needs::prepare(&parts)?;
+    let size = if arguments.quick {
+        Size::Quick
     } else {
-        print!("{}", report.render());
+        Size::Full
+    };
+    let run = Run {
+        before: Machine::look()?,
+        parts: Parts::default(),
+        side_by_side: Arc::default(),
+        quick: arguments.quick,
+        json: arguments.json,
+    };
+    let (on_signal, parts) = (run.clone(), run.parts.clone());
+    on_interrupt(move |why| {
+        parts.interrupt(why);
+        on_signal.print().map(drop)
+    })?;
+    let calibration = run.parts.begin("calibration");
+    calibrate(&calibration, "before");
+    for (part, error) in prepared.refused {
+        run.parts.begin(&part.name()).measure(|_| Err(error));
     }
-    ensure!(report.is_whole(), "a part could not be measured: see above");
+    let setting = Setting {
+        built: &prepared.built,
+        go: prepared.go.as_ref(),
+        size,
+        minutes: arguments.minutes,
+    };
+    for part in prepared.ready {
+        let sink = run.parts.begin(&part.name());
+        sink.measure(|sink| measure(part, &setting, sink, &run.side_by_side));
+    }
+    calibrate(&calibration, "after");
+    let is_whole = run.print()?;
+    ensure!(is_whole, "a part could not be measured: see above");
     Ok(())
 }
 
-fn measure(part: Part, arguments: &Arguments, side_by_side: &mut Option<SideBySide>) -> PartReport {
-    let name = part
-        .to_possible_value()
-        .map(|value| value.get_name().to_owned())
-        .unwrap_or_default();
-    eprintln!("==> {name}");
-    let (found, error) = match measured(part, arguments, side_by_side) {
-        Ok(found) => (found, None),
-        Err(error) => {
-            eprintln!("    {name}: {error}");
-            (Found::default(), Some(format!("{error:#}")))
+/// A run that is under way. Clones share what was found.
+#[derive(Clone)]
+struct Run {
+    before: Machine,
+    parts: Parts,
+    side_by_side: Arc<Mutex<Option<SideBySide>>>,
+    quick: bool,
+    json: bool,
+}
+
+impl Run {
+    /// Prints what was found until now; whether all of it was.
+    fn print(&self) -> Result<bool> {
+        let side_by_side = self.side_by_side.lock();
+        let report = Report {
+            machine: self.before.clone().after()?,
+            quick: self.quick,
+            parts: self.parts.reports(),
+            side_by_side: side_by_side.unwrap_or_else(PoisonError::into_inner).clone(),
+        };
+        if self.json {
+            println!("{}", serde_json::to_string(&report)?);
+        } else {
+            print!("{}", report.render());
+        }
+        Ok(report.is_whole())
+    }
+}
+
+/// Prints on Ctrl-C and SIGTERM what there is; then the signal ends this process, after its worlds.
+fn on_interrupt(print: impl FnOnce(&str) -> Result<()> + Send + 'static) -> Result<()> {
+    let attend = || {
+        let signal = interrupt::wait();
+        if let Err(error) = print(&format!("ended by {signal}")) {
+            eprintln!("what was measured cannot be printed: {error:#}");
+        }
+        // Nobody waits for signals any more, so this one tears down and ends the process.
+        if kill(Pid::this(), signal).is_err() {
+            std::process::exit(1);
         }
     };
-    PartReport {
-        part: name,
-        rows: found.rows,
-        notes: found.notes,
-        error,
-    }
+    thread::Builder::new()
+        .name("print-on-signal".to_owned())
+        .spawn(attend)
+        .context("start a thread that attends to signals")?;
+    Ok(())
 }
 
-fn measured(
+fn measure(
     part: Part,
-    arguments: &Arguments,
-    side_by_side: &mut Option<SideBySide>,
-) -> Result<Found> {
-    let quick = arguments.quick;
+    setting: &Setting<'_>,
+    sink: &Sink,
+    side_by_side: &Mutex<Option<SideBySide>>,
+) -> Result<()> {
     match part {
-        Part::Core => return decisions::measure(quick),
-        Part::Interop => {
-            let (found, compared) = interop::measure(quick)?;
-            *side_by_side = Some(compared);
-            return Ok(found);
-        }
-        _ => {}
+        Part::Core => decisions::measure(setting, sink),
+        Part::Interop => interop::measure(setting, sink, |compared| {
+            *side_by_side.lock().unwrap_or_else(PoisonError::into_inner) = Some(compared);
+        }),
+        Part::Bpf => bpf::measure(setting, sink),
+        Part::Setup => setup::measure(setting, sink),
+        Part::Proxy => proxy::measure(setting, sink),
+        Part::Memory => memory::measure(setting, sink),
+        Part::Throughput => throughput::measure(setting, sink),
+        Part::Health => health::measure(setting, sink),
     }
-    ensure!(
-        packages::is_root(),
-        "it makes network namespaces: run it as root (sudo -E env PATH=$PATH cargo xtask bench)"
-    );
-    packages::ensure(packages::DEMO)?;
-    match part {
-        Part::Core | Part::Interop => unreachable!("returned above"),
-        Part::Bpf => bpf::measure(),
-        Part::Setup => setup::measure(&Programs::build()?, quick),
-        Part::Proxy => proxy::measure(&Programs::build()?, quick),
-        Part::Memory => memory::measure(&Programs::build()?, quick),
-        Part::Throughput => {
-            packages::ensure(packages::BENCH)?;
-            throughput::measure(&Programs::build()?, quick)
-        }
-        Part::Health => health::measure(&Programs::build()?, quick, arguments.minutes),
-    }
-}
-
-/// Of the last minute.
-fn load_average() -> Result<f64> {
-    let text = read("/proc/loadavg")?;
-    let first = text.split_whitespace().next().unwrap_or_default();
-    first
-        .parse()
-        .with_context(|| format!("/proc/loadavg begins with {first:?}"))
-}
-
-fn read(path: &str) -> Result<String> {
-    fs::read_to_string(path).with_context(|| format!("read {path}"))
 }

@@ -1,5 +1,7 @@
 //! What was measured, beside what it should be.
 
+use std::fmt;
+
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
@@ -19,7 +21,7 @@ pub(super) struct Report {
 pub(super) type SideBySide = serde_json::Map<String, serde_json::Value>;
 
 /// Where it was measured, and what else ran there.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(super) struct Machine {
     pub(super) kernel: String,
     pub(super) cpus: usize,
@@ -29,7 +31,7 @@ pub(super) struct Machine {
 }
 
 /// What one part found.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub(super) struct PartReport {
     pub(super) part: String,
     pub(super) rows: Vec<Row>,
@@ -37,15 +39,18 @@ pub(super) struct PartReport {
     pub(super) notes: Vec<String>,
     /// Why the part did not run to its end.
     pub(super) error: Option<String>,
+    /// What it was doing then.
+    pub(super) failed_step: Option<String>,
 }
 
 /// One number.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Row {
-    what: String,
-    value: f64,
-    unit: &'static str,
+    pub(super) what: String,
+    pub(super) value: f64,
+    pub(super) unit: &'static str,
     bar: Option<Bar>,
+    pub(super) n: u64,
 }
 
 /// A number to hold.
@@ -56,13 +61,14 @@ pub(super) enum Bar {
 }
 
 impl Row {
-    /// A number without a bar.
-    pub(super) fn new(what: impl Into<String>, value: f64, unit: &'static str) -> Self {
+    /// A number without a bar that stands on `n` samples; a mean on as many as its total was divided by.
+    pub(super) fn new(what: impl Into<String>, value: f64, unit: &'static str, n: u64) -> Self {
         Self {
             what: what.into(),
             value,
             unit,
             bar: None,
+            n,
         }
     }
 
@@ -80,6 +86,22 @@ impl Row {
     }
 }
 
+/// One line, for those who wait for the table.
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, number(self.value))?;
+        if !self.unit.is_empty() {
+            write!(f, " {}", self.unit)?;
+        }
+        write!(f, " (n {}", self.n)?;
+        if let (Some(bar), Some(holds)) = (self.bar, self.holds()) {
+            let missed = if holds { "" } else { ", missed" };
+            write!(f, ", bar {}{missed}", self::bar(bar))?;
+        }
+        f.write_str(")")
+    }
+}
+
 impl Serialize for Row {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let (least, most) = match self.bar {
@@ -87,13 +109,14 @@ impl Serialize for Row {
             Some(Bar::AtMost(bar)) => (None, Some(bar)),
             None => (None, None),
         };
-        let mut row = serializer.serialize_struct("Row", 6)?;
+        let mut row = serializer.serialize_struct("Row", 7)?;
         row.serialize_field("what", &self.what)?;
         row.serialize_field("value", &self.value)?;
         row.serialize_field("unit", self.unit)?;
         row.serialize_field("at_least", &least)?;
         row.serialize_field("at_most", &most)?;
         row.serialize_field("ok", &self.holds())?;
+        row.serialize_field("n", &self.n)?;
         row.end()
     }
 }
@@ -106,10 +129,27 @@ impl Report {
 
     /// As people read it.
     pub(super) fn render(&self) -> String {
+        let mut text = self.table();
+        let quick = if self.quick {
+            "; --quick: sizes too small for numbers to rely on"
+        } else {
+            ""
+        };
+        text.push_str(&format!("\n{}{quick}\n", self.machine.line()));
+        text.push_str(
+            "N: samples that a row stands on; of a mean, what its total was divided by\n",
+        );
+        for part in &self.parts {
+            text.push_str(&part.remarks());
+        }
+        text
+    }
+
+    fn table(&self) -> String {
         let mut table = Table::new();
         table
             .load_style(presets::NOTHING)
-            .set_header(["PART", "WHAT", "VALUE", "UNIT", "BAR", ""]);
+            .set_header(["PART", "WHAT", "VALUE", "UNIT", "N", "BAR", ""]);
         for part in &self.parts {
             for (index, row) in part.rows.iter().enumerate() {
                 let name = if index == 0 { part.part.as_str() } else { "" };
@@ -118,6 +158,7 @@ impl Report {
                     &row.what,
                     &number(row.value),
                     row.unit,
+                    &row.n.to_string(),
                     &row.bar.map(bar).unwrap_or_default(),
                     match row.holds() {
                         Some(true) => "ok",
@@ -127,50 +168,59 @@ impl Report {
                 ]);
             }
             if part.error.is_some() {
-                table.add_row([
-                    part.part.as_str(),
-                    "could not be measured",
-                    "",
-                    "",
-                    "",
-                    "failed",
-                ]);
+                let what = part.failed_at();
+                table.add_row([part.part.as_str(), &what, "", "", "", "", "failed"]);
             }
         }
-        for (index, column) in table.column_iter_mut().enumerate() {
-            column.set_padding((0, 2));
-            if [2, 4].contains(&index) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
+        lines(table, &[2, 4, 5])
+    }
+}
+
+impl PartReport {
+    fn failed_at(&self) -> String {
+        match &self.failed_step {
+            Some(step) => format!("stopped in: {step}"),
+            None => "could not be measured".to_owned(),
         }
+    }
+
+    /// Notes, and why it did not run to its end.
+    fn remarks(&self) -> String {
         let mut text = String::new();
-        for line in table.lines() {
-            text.push_str(line.trim_end());
-            text.push('\n');
+        for note in &self.notes {
+            text.push_str(&format!("{}: {note}\n", self.part));
         }
-        let machine = &self.machine;
-        text.push_str(&format!(
-            "\nLinux {}, {} CPUs, load {} before and {} after{}\n",
-            machine.kernel,
-            machine.cpus,
-            machine.load_before,
-            machine.load_after,
-            if self.quick {
-                "; --quick: sizes too small for numbers to rely on"
-            } else {
-                ""
-            }
-        ));
-        for part in &self.parts {
-            for note in &part.notes {
-                text.push_str(&format!("{}: {note}\n", part.part));
-            }
-            if let Some(error) = &part.error {
-                text.push_str(&format!("{}: {error}\n", part.part));
-            }
+        if let Some(error) = &self.error {
+            text.push_str(&format!("{}: {}: {error}\n", self.part, self.failed_at()));
         }
         text
     }
+}
+
+impl Machine {
+    /// One line.
+    pub(super) fn line(&self) -> String {
+        format!(
+            "Linux {}, {} CPUs, load {} before and {} after",
+            self.kernel, self.cpus, self.load_before, self.load_after
+        )
+    }
+}
+
+/// The table's lines, with these columns aligned to the right.
+pub(super) fn lines(mut table: Table, to_the_right: &[usize]) -> String {
+    for (index, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 2));
+        if to_the_right.contains(&index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let mut text = String::new();
+    for line in table.lines() {
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
 }
 
 fn bar(bar: Bar) -> String {
@@ -181,7 +231,7 @@ fn bar(bar: Bar) -> String {
 }
 
 /// Three digits or so: more would be noise.
-fn number(value: f64) -> String {
+pub(super) fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),
         size if size >= 100.0 => format!("{value:.0}"),
@@ -189,15 +239,6 @@ fn number(value: f64) -> String {
         size if size >= 1.0 => format!("{value:.2}"),
         _ => format!("{value:.3}"),
     }
-}
-
-/// The median; of an even number of values the mean of the two in the middle.
-pub(super) fn median(values: &[f64]) -> Option<f64> {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    let upper = *values.get(values.len() / 2)?;
-    let lower = values[(values.len() - 1) / 2];
-    Some((lower + upper) / 2.0)
 }
 
 #[cfg(test)]
@@ -218,6 +259,7 @@ mod tests {
                 rows,
                 notes: vec!["on loopback".into()],
                 error: error.map(str::to_owned),
+                failed_step: error.map(|_| "the last step".to_owned()),
             }],
             side_by_side: None,
         }
@@ -225,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_bar_is_held_or_missed() {
-        let row = |value| Row::new("x", value, "ms");
+        let row = |value| Row::new("x", value, "ms", 1);
         assert_eq!(row(1.0).holds(), None);
         assert_eq!(row(5.0).bar(Bar::AtMost(5.0)).holds(), Some(true));
         assert_eq!(row(5.1).bar(Bar::AtMost(5.0)).holds(), Some(false));
@@ -237,8 +279,8 @@ mod tests {
     fn a_missed_bar_is_shown_and_no_failure() {
         let mut report = report(
             vec![
-                Row::new("pairs", 2900.0, "/s").bar(Bar::AtLeast(3000.0)),
-                Row::new("p99", 4.25, "ms").bar(Bar::AtMost(5.0)),
+                Row::new("pairs", 2900.0, "/s", 500).bar(Bar::AtLeast(3000.0)),
+                Row::new("p99", 4.25, "ms", 499).bar(Bar::AtMost(5.0)),
             ],
             None,
         );
@@ -251,6 +293,8 @@ mod tests {
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["parts"][0]["rows"][0]["ok"], false);
         assert_eq!(json["parts"][0]["rows"][1]["at_most"], 5.0);
+        assert_eq!(json["parts"][0]["rows"][1]["n"], 499);
+        assert!(line("p99").contains(" 499 "), "{text}");
         assert!(json.get("ratios").is_none());
         let compared = serde_json::json!({"ratios": {"p99": 0.1}});
         report.side_by_side = compared.as_object().cloned();
@@ -259,17 +303,24 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_did_not_run_is_a_failure() {
-        let report = report(Vec::new(), Some("no iperf3\nsecond line"));
+    fn a_part_that_failed_shows_the_rows_it_has_and_where_it_stopped() {
+        let rows = vec![Row::new("pairs", 2900.0, "/s", 500)];
+        let report = report(rows, Some("no iperf3\nsecond line"));
         assert!(!report.is_whole());
         let text = report.render();
-        assert!(text.contains("failed") && text.contains("proxy: no iperf3\nsecond line"));
+        assert!(text.contains("2900") && text.contains("failed"), "{text}");
+        let error = "proxy: stopped in: the last step: no iperf3\nsecond line";
+        assert!(text.contains(error), "{text}");
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["parts"][0]["rows"][0]["value"], 2900.0);
+        assert_eq!(json["parts"][0]["failed_step"], "the last step");
     }
 
     #[test]
-    fn medians_lie_in_the_middle() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[4.0, 1.0]), Some(2.5));
-        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+    fn a_row_is_one_line() {
+        let row = Row::new("pairs", 2900.0, "/s", 500);
+        assert_eq!(row.to_string(), "pairs: 2900 /s (n 500)");
+        let missed = row.bar(Bar::AtLeast(3000.0)).to_string();
+        assert_eq!(missed, "pairs: 2900 /s (n 500, bar ≥ 3000, missed)");
     }
 }

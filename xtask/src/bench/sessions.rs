@@ -2,19 +2,20 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
+use nsm_stats::p99_name;
 use nsm_world::{World, wait_until};
 use serde::Deserialize;
 
 use super::{
-    Found,
+    Setting,
     processes::run_json,
-    programs::Programs,
+    programs::{Program, Programs},
     report::{Bar::AtMost, Row},
     scene::Domains,
+    sink::Sink,
     throughput::{Protocol, compare, connection, packets_counted},
 };
-use crate::cargo::{executables, named};
 
 /// Of the throughput without sessions: 40 packets a second beside some hundred thousand must not show.
 const RATIO: f64 = 0.99;
@@ -25,15 +26,14 @@ const CPU_PERCENT: f64 = 5.0;
 /// A new session is up with the first answer.
 const UP_DEADLINE: Duration = Duration::from_secs(10);
 
-const PROGRAM: &str = "health_cost";
-
 /// The program sets up fifty nodes one after the other, before it measures for as long as it is told.
 const SET_UP_DEADLINE: Duration = Duration::from_secs(180);
 
 /// A saturated tunnel of agents that probe, against the same of agents that do not; BPF counts in both.
-pub(super) fn throughput(programs: &Programs, quick: bool) -> Result<Found> {
+pub(super) fn throughput(setting: &Setting<'_>, programs: &Programs, sink: &Sink) -> Result<()> {
+    sink.step("traffic with and without sessions");
     // The bar is nearer to 1 than one round is to the next: it takes many.
-    let (rounds, seconds) = if quick { (2, 1) } else { (40, 1) };
+    let (rounds, seconds) = setting.size.pick((40, 1), (2, 1), (1, 1));
     let with = Domains::build(programs)?;
     let without = Domains::build_with(programs, &["--reachability", "off"])?;
     let (probed, _, _client) = connection(&with, "with sessions")?;
@@ -50,24 +50,28 @@ pub(super) fn throughput(programs: &Programs, quick: bool) -> Result<Found> {
         probes.is_none(),
         "the agents that should not probe say that the path is {probes:?}"
     );
-    let rows = compare(Protocol::Tcp, [&probed, &unprobed], RATIO, rounds, seconds)?;
+    let ends = [&probed, &unprobed];
+    sink.rows(compare(Protocol::Tcp, ends, RATIO, rounds, seconds)?);
     let counted = [packets_counted(&with)?, packets_counted(&without)?];
-    Ok(Found {
-        rows,
-        notes: vec![format!(
+    sink.note(format!(
             "sessions: iperf3 in two worlds, {rounds} rounds of {seconds} s each in turn, medians; without is `reachability: off` on both \
              agents; BPF counted {} and {} packets of the connections",
             counted[0], counted[1]
-        )],
-    })
+    ));
+    Ok(())
 }
 
 /// What the program prints.
 #[derive(Debug, Deserialize)]
 struct Cost {
     plane: String,
+    seconds: f64,
     cpu_percent: f64,
+    probes_per_second: f64,
     us_per_probe: f64,
+    /// Programs of earlier revisions do not say it.
+    #[serde(default)]
+    reflections: u64,
     reflection_p50_us: f64,
     reflection_p99_us: f64,
     false_alarms: u64,
@@ -78,67 +82,72 @@ struct Load {
     peers: u32,
     connections: u32,
     busy: usize,
+    seconds: u64,
 }
 
 /// The prober of one node among many, and their reflectors.
-pub(super) fn prober(quick: bool, busy: usize) -> Result<Found> {
-    let seconds: u64 = if quick { 2 } else { 20 };
-    let built = executables(&[
-        "build",
-        "--release",
-        "--package",
-        "nsm-dataplane",
-        "--example",
-        PROGRAM,
-    ])?;
-    let program = named(&built, PROGRAM)?;
-    // The program has namespaces and pins that go with it; the world is here to end it whatever happens.
-    let world = World::builder("bench-sessions")
-        .domain("cluster-1.example", |domain| domain.node("node"))
-        .without_dns()
-        .build()?;
-    let measure = |load: &Load| -> Result<Cost> {
-        let mut command = world.node("node")?.command(&program)?;
+pub(super) fn prober(setting: &Setting<'_>, busy: usize, sink: &Sink) -> Result<()> {
+    let seconds = setting.size.pick(20, 2, 3);
+    let (peers, connections) = setting.size.pick((50, 10_000), (50, 10_000), (20, 1_000));
+    let few = Load {
+        peers: 10,
+        connections: 10,
+        busy,
+        seconds,
+    };
+    let many = Load {
+        peers,
+        connections,
+        busy: 0,
+        seconds,
+    };
+    sink.step("reflection beside busy processes");
+    let answers = few.measure(setting)?;
+    let (what, n) = (format!("reflection, {busy} busy"), answers.reflections);
+    let p99 = format!("{what}, {}", p99_name(n));
+    sink.row(Row::new(p99, answers.reflection_p99_us, "µs", n).bar(AtMost(REFLECTION_P99_US)));
+    let p50 = format!("{what}, p50");
+    sink.row(Row::new(p50, answers.reflection_p50_us, "µs", n));
+
+    sink.step("many peers");
+    let cost = many.measure(setting)?;
+    let of = format!("{peers} peers, {connections} connections");
+    sink.row(
+        Row::new(format!("{of}, of a core"), cost.cpu_percent, "%", 1).bar(AtMost(CPU_PERCENT)),
+    );
+    let probes = (cost.probes_per_second * cost.seconds).round() as u64;
+    let a_probe = format!("{of}, a probe");
+    sink.row(Row::new(a_probe, cost.us_per_probe, "µs", probes));
+    sink.note(format!(
+        "reflection: from ingress to egress of the management link, {} nodes; of a core: a node's two threads within {seconds} s, \
+         with what the kernel does for the round trip in the peer's namespace",
+        few.peers
+    ));
+    Ok(())
+}
+
+impl Load {
+    fn measure(&self, setting: &Setting<'_>) -> Result<Cost> {
+        let name = Program::HealthCost.name();
+        // The program has namespaces and pins that go with it; the world is here to end it whatever happens.
+        let world = World::builder("bench-sessions")
+            .domain("cluster-1.example", |domain| domain.node("node"))
+            .without_dns()
+            .build()?;
+        let program = setting.built.get(Program::HealthCost)?;
+        let mut command = world.node("node")?.command(program)?;
         command
-            .arg(format!("peers={}", load.peers))
-            .arg(format!("connections={}", load.connections))
-            .arg(format!("busy={}", load.busy))
-            .arg(format!("seconds={seconds}"));
-        let deadline = SET_UP_DEADLINE + Duration::from_secs(seconds);
-        let cost: Cost = run_json(&world, PROGRAM, command, deadline)?;
+            .arg(format!("peers={}", self.peers))
+            .arg(format!("connections={}", self.connections))
+            .arg(format!("busy={}", self.busy))
+            .arg(format!("seconds={}", self.seconds));
+        let deadline = SET_UP_DEADLINE + Duration::from_secs(self.seconds);
+        let cost: Cost = run_json(&world, name, command, deadline)?;
         ensure!(cost.plane == "Bpf", "the programs do not answer: {cost:?}");
         ensure!(
             cost.false_alarms == 0,
             "paths that nobody cut were down: {cost:?}"
         );
         Ok(cost)
-    };
-    let loaded = Load {
-        peers: 10,
-        connections: 10,
-        busy,
-    };
-    let many = Load {
-        peers: 50,
-        connections: 10_000,
-        busy: 0,
-    };
-    let answers = measure(&loaded).context("reflection beside busy processes")?;
-    let cost = measure(&many).context("many peers")?;
-    let what = format!("reflection, {busy} busy");
-    let of = format!("{} peers, {} connections", many.peers, many.connections);
-    Ok(Found {
-        rows: vec![
-            Row::new(format!("{what}, p99"), answers.reflection_p99_us, "µs")
-                .bar(AtMost(REFLECTION_P99_US)),
-            Row::new(format!("{what}, p50"), answers.reflection_p50_us, "µs"),
-            Row::new(format!("{of}, of a core"), cost.cpu_percent, "%").bar(AtMost(CPU_PERCENT)),
-            Row::new(format!("{of}, a probe"), cost.us_per_probe, "µs"),
-        ],
-        notes: vec![format!(
-            "reflection: from ingress to egress of the management link, {} nodes; of a core: a node's two threads within {seconds} s, \
-             with what the kernel does for the round trip in the peer's namespace",
-            loaded.peers
-        )],
-    })
+    }
 }

@@ -3,19 +3,20 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nsm_stats::p99_name;
 use serde::Deserialize;
 
 use super::{
-    Found,
+    Setting,
     processes::run_json,
-    programs::Programs,
     report::{Bar::AtMost, Row},
     scene::Domains,
+    sink::Sink,
 };
 
 const P50_MS: f64 = 5.0;
 
-/// Fifty take a second or so, even where each takes ten times what it should.
+/// Two hundred take some ten seconds or so, even where each takes ten times what it should.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// What `nsm-load setup` says.
@@ -29,17 +30,12 @@ struct Measured {
     close_p99_ms: f64,
 }
 
-pub(super) fn measure(programs: &Programs, quick: bool) -> Result<Found> {
-    let connections: u32 = if quick { 5 } else { 50 };
-    let domains = Domains::build(programs)?;
-    let mut command = domains.client_agent.node().command(&programs.load)?;
-    command
-        .args(["setup", "--connect-to", &domains.client_agent.nsmgr_url()])
-        .args(["--service", &Domains::service(), "--netns"])
-        .arg(domains.client_pod.netns())
-        .args(["--connections", &connections.to_string()]);
-    let measured: Measured = run_json(&domains.world, "setup", command, DEADLINE)
-        .with_context(|| domains.world.logs())?;
+pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
+    // A 99th percentile takes a hundred.
+    let connections: u32 = setting.size.pick(200, 5, 40);
+    let programs = setting.built.world()?;
+    sink.step("two domains");
+    let domains = Domains::build(&programs)?;
     for agent in [&domains.client_agent, &domains.endpoint_agent] {
         let hook = agent.status()?["bpf"]["hook"].clone();
         ensure!(
@@ -49,23 +45,32 @@ pub(super) fn measure(programs: &Programs, quick: bool) -> Result<Found> {
             agent.node().name()
         );
     }
+    let mut command = domains.client_agent.node().command(&programs.load)?;
+    command
+        .args(["setup", "--connect-to", &domains.client_agent.nsmgr_url()])
+        .args(["--service", &Domains::service(), "--netns"])
+        .arg(domains.client_pod.netns())
+        .args(["--connections", &connections.to_string()]);
+    sink.step("connections");
+    let measured: Measured = run_json(&domains.world, "setup", command, DEADLINE)
+        .with_context(|| domains.world.logs())?;
+    let n = measured.connections;
+    let row =
+        |what: &str, quantile: &str, value| Row::new(format!("{what} {quantile}"), value, "ms", n);
+    let p99 = p99_name(n);
+    sink.rows([
+        row("set-up", "p50", measured.setup_p50_ms).bar(AtMost(P50_MS)),
+        row("set-up", p99, measured.setup_p99_ms),
+        Row::new("set-up, the first (cold)", measured.cold_ms, "ms", 1),
+        row("close", "p50", measured.close_p50_ms),
+        row("close", p99, measured.close_p99_ms),
+    ]);
+    sink.note(format!(
+        "{n} connections one after the other, from the Request on the agent's socket to its answer, when the links of both sides stand; each is closed before the next",
+    ));
     let questions = domains.world.dns().queries()?.len();
-    Ok(Found {
-        rows: vec![
-            Row::new("set-up p50", measured.setup_p50_ms, "ms").bar(AtMost(P50_MS)),
-            Row::new("set-up p99", measured.setup_p99_ms, "ms"),
-            Row::new("set-up, the first (cold)", measured.cold_ms, "ms"),
-            Row::new("close p50", measured.close_p50_ms, "ms"),
-            Row::new("close p99", measured.close_p99_ms, "ms"),
-        ],
-        notes: vec![
-            format!(
-                "{} connections one after the other, from the Request on the agent's socket to its answer, when the links of both sides stand; each is closed before the next",
-                measured.connections
-            ),
-            format!(
-                "the first asks DNS and connects the agents; the others find both done ({questions} DNS questions in all)"
-            ),
-        ],
-    })
+    sink.note(format!(
+        "the first asks DNS and connects the agents; the others find both done ({questions} DNS questions in all)"
+    ));
+    Ok(())
 }

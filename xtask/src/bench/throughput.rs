@@ -13,15 +13,16 @@ use nix::{
     sched::{CpuSet, sched_getaffinity},
     unistd::Pid,
 };
+use nsm_stats::median;
 use nsm_world::{Client, Node, Pod, Process, World};
 use serde_json::Value;
 
 use super::{
-    Found,
+    Setting,
     processes::run_json,
-    programs::Programs,
-    report::{Bar::AtLeast, Row, median},
+    report::{Bar::AtLeast, Row},
     scene::{Domains, two_nodes},
+    sink::Sink,
 };
 
 const TCP_RATIO: f64 = 0.97;
@@ -39,30 +40,28 @@ const IPERF_SLACK: Duration = Duration::from_secs(20);
 const BARE_VNI: &str = "4242";
 const BARE_INTERFACE: &str = "bare-1";
 
-pub(super) fn measure(programs: &Programs, quick: bool) -> Result<Found> {
-    let (rounds, seconds) = if quick { (2, 1) } else { (15, 1) };
-    let domains = Domains::build(programs)?;
+pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
+    let (rounds, seconds) = setting.size.pick((15, 1), (2, 1), (1, 1));
+    sink.step("two domains");
+    let domains = Domains::build(&setting.built.world()?)?;
     let (ours, mtu, client) = connection(&domains, "ours")?;
+    sink.step("a bare link");
     let world = two_nodes("bench-bare").without_dns().build()?;
     let bare = bare_link(&world, mtu)?;
 
-    let mut rows = Vec::new();
     for (protocol, bar) in [(Protocol::Tcp, TCP_RATIO), (Protocol::Udp, UDP_RATIO)] {
-        rows.extend(compare(protocol, [&ours, &bare], bar, rounds, seconds)?);
+        sink.step(format!("{protocol:?}"));
+        sink.rows(compare(protocol, [&ours, &bare], bar, rounds, seconds)?);
     }
-    // Counted is what BPF saw: had the programs been off the path, the ratio would say nothing.
+    sink.step("what BPF counted");
+    // Had the programs been off the path, the ratio would say nothing.
     let counted = packets_counted(&domains)?;
     drop(client);
-    Ok(Found {
-        rows,
-        notes: vec![
-            format!(
-                "iperf3, {rounds} rounds of {seconds} s each in turn, medians; MTU {mtu}; BPF counted {counted} packets of our connection"
-            ),
-            "the bare link is in a world of its own, without agents and BPF on its underlay"
-                .to_owned(),
-        ],
-    })
+    sink.note(format!(
+        "iperf3, {rounds} rounds of {seconds} s each in turn, medians; MTU {mtu}; BPF counted {counted} packets of our connection"
+    ));
+    sink.note("the bare link is in a world of its own, without agents and BPF on its underlay");
+    Ok(())
 }
 
 /// Both ends of a link.
@@ -230,7 +229,7 @@ impl Measured {
         let [one, other] = names;
         let row = |text: String, values: &[f64], unit| {
             median(values)
-                .map(|value| Row::new(text, value, unit))
+                .map(|value| Row::new(text, value, unit, values.len() as u64))
                 .context("no round was measured")
         };
         Ok(vec![
@@ -341,7 +340,7 @@ mod tests {
         }
         let names = ["ours", "bare"];
         let rows = measured.rows("TCP received", names, "Gbit/s").unwrap();
-        assert_eq!(rows[0], Row::new("TCP received, ours to bare", 0.9, ""));
+        assert_eq!(rows[0], Row::new("TCP received, ours to bare", 0.9, "", 3));
         assert!(
             Measured::default()
                 .rows("TCP received", names, "Gbit/s")

@@ -25,6 +25,8 @@ pub struct Cost {
     pub run_time_ns: f64,
     /// Nanoseconds a packet without that account.
     pub alone_ns: f64,
+    /// How many measurements both are the medians of.
+    pub rounds: usize,
 }
 
 /// Measures the programs by BPF_PROG_TEST_RUN, in a network namespace that lives as long: no real interface is touched.
@@ -114,6 +116,7 @@ fn measure_one(
         direction,
         run_time_ns: median(accounted),
         alone_ns: median(alone),
+        rounds: ROUNDS,
     })
 }
 
