@@ -20,6 +20,7 @@ use super::{
     report::{Machine, Row},
     sink::{Parts, Sink},
 };
+use crate::cargo::root;
 use report::{Compared, Report};
 use revision::Revision;
 
@@ -65,7 +66,7 @@ fn cannot(part: Part) -> Option<&'static str> {
 /// # Errors
 /// When the revision does not exist or does not build, or of a part too few pairs could be measured; what was measured is printed.
 pub(super) fn run(revision: &str, parts: &[Part], pairs: u32, json: bool) -> Result<()> {
-    let revision = Revision::find(revision)?;
+    let revision = Revision::find(&root(), revision)?;
     let prepared = needs::prepare(parts)?;
     let measured = needs::programs(&prepared.ready);
     let measured = measured.into_iter().filter(|program| program.is_measured());
@@ -142,7 +143,6 @@ impl Run {
     }
 
     fn pairs(&self, part: Part, sides: &Sides) -> Result<()> {
-        // Health without sizes for pairs would need agents; what is compared of it is a program of its own.
         for program in programs(part) {
             sides.rev.get(program).with_context(|| {
                 let source = program.source();
@@ -203,9 +203,10 @@ fn is_enough(measured: usize, wanted: u32) -> bool {
     measured as i64 >= FEWEST_PAIRS && measured * 5 >= wanted as usize * 4
 }
 
-/// The programs of a part's pair that are of the revision.
+/// The programs that a part's pair takes from the revision.
 fn programs(part: Part) -> Vec<Program> {
     if part == Part::Health {
+        // Of health only the cost of sessions is measured in pairs, by a program without agents.
         return vec![Program::HealthCost];
     }
     let all = needs::programs(&[part]);

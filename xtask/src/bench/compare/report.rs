@@ -241,8 +241,8 @@ mod tests {
     fn revision() -> Revision {
         Revision {
             asked: "HEAD~1".into(),
-            commit: "0".repeat(40),
             shown: "0000000 (Begin)".into(),
+            ..Revision::default()
         }
     }
 

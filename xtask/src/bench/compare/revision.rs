@@ -20,14 +20,17 @@ use super::super::{
     needs::names,
     programs::{Built, Program},
 };
-use crate::cargo::{Tree, root};
+use crate::cargo::Tree;
 
 /// Commits whose programs are kept: some ten megabytes each.
 const KEPT: usize = 8;
 
 /// A commit of this repository.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Revision {
+    /// The repository that has it.
+    #[serde(skip)]
+    pub(super) repository: PathBuf,
     /// As it was asked for.
     pub(super) asked: String,
     /// The commit's full hash.
@@ -37,21 +40,22 @@ pub(super) struct Revision {
 }
 
 impl Revision {
-    /// Looks it up.
+    /// Looks it up in the repository at this path.
     ///
     /// # Errors
-    /// When this is no git repository, or has no such commit.
-    pub(super) fn find(asked: &str) -> Result<Self> {
+    /// When that is no git repository, or has no such commit.
+    pub(super) fn find(repository: &Path, asked: &str) -> Result<Self> {
         let wanted = format!("{asked}^{{commit}}");
-        let commit = git(&["rev-parse", "--verify", "--quiet", "--end-of-options", &wanted])
+        let commit = git(repository, &["rev-parse", "--verify", "--quiet", "--end-of-options", &wanted])
             .with_context(|| {
                 format!(
                     "{asked:?} is no commit of {} (of a shallow clone, `git fetch --unshallow` brings the earlier ones)",
-                    root().display()
+                    repository.display()
                 )
             })?;
-        let shown = git(&["log", "-1", "--format=%h (%s)", &commit])?;
+        let shown = git(repository, &["log", "-1", "--format=%h (%s)", &commit])?;
         Ok(Self {
+            repository: repository.to_owned(),
             asked: asked.to_owned(),
             commit,
             shown,
@@ -95,7 +99,7 @@ impl Revision {
     }
 
     fn build(&self, missing: &BTreeSet<Program>, cache: &Path, kept: &Path) -> Result<()> {
-        let worktree = Worktree::add(cache.join("tree"), &self.commit)?;
+        let worktree = Worktree::add(&self.repository, cache.join("tree"), &self.commit)?;
         let tree = Tree {
             root: worktree.path.clone(),
             target: Some(cache.join("target")),
@@ -115,7 +119,8 @@ impl Revision {
 
     /// Whether its tree has this file.
     fn has(&self, path: &str) -> bool {
-        git(&["cat-file", "-e", &format!("{}:{path}", self.commit)]).is_ok()
+        let object = format!("{}:{path}", self.commit);
+        git(&self.repository, &["cat-file", "-e", &object]).is_ok()
     }
 
     /// Programs differ by commit, compiler and flags.
@@ -138,31 +143,36 @@ impl Revision {
 
 /// A checkout of a commit that is removed when this is dropped.
 struct Worktree {
+    repository: PathBuf,
     path: PathBuf,
 }
 
 impl Worktree {
-    fn add(path: PathBuf, commit: &str) -> Result<Self> {
-        let worktree = Self { path };
+    fn add(repository: &Path, path: PathBuf, commit: &str) -> Result<Self> {
+        let worktree = Self {
+            repository: repository.to_owned(),
+            path,
+        };
         // A run that was killed had no time for it.
         worktree.remove();
         let shown = worktree.path.display().to_string();
-        git(&[
-            "worktree", "add", "--quiet", "--detach", "--force", &shown, commit,
-        ])
-        .context("make a worktree")?;
+        let add = ["worktree", "add", "--quiet", "--detach", "--force"];
+        git(repository, &[&add[..], &[&shown, commit]].concat()).context("make a worktree")?;
         Ok(worktree)
     }
 
     fn remove(&self) {
         let shown = self.path.display().to_string();
         // Git does not know the worktree of another clone: the folder is removed here in any case.
-        let _ = git(&["worktree", "remove", "--force", "--force", &shown]);
+        let _ = git(
+            &self.repository,
+            &["worktree", "remove", "--force", "--force", &shown],
+        );
         if self.path.exists() {
             if let Err(error) = fs::remove_dir_all(&self.path) {
                 eprintln!("{shown} cannot be removed: {error}");
             }
-            let _ = git(&["worktree", "prune"]);
+            let _ = git(&self.repository, &["worktree", "prune"]);
         }
     }
 }
@@ -203,13 +213,13 @@ fn forget_old(folder: &Path, keep: usize) {
     }
 }
 
-/// Runs git in this repository and returns what it printed.
-fn git(arguments: &[&str]) -> Result<String> {
+/// Runs git in a repository and returns what it printed.
+fn git(repository: &Path, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new("git");
     command
         .args(["-c", "core.hooksPath=/dev/null"])
         .args(arguments)
-        .current_dir(root());
+        .current_dir(repository);
     // Those of a hook that runs this would name another tree.
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"] {
         command.env_remove(variable);
@@ -228,32 +238,49 @@ fn git(arguments: &[&str]) -> Result<String> {
 mod tests {
     use super::*;
 
+    /// A repository of one commit.
+    fn repository() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let git = |arguments: &[&str]| git(directory.path(), arguments).unwrap();
+        git(&["init", "--quiet"]);
+        fs::write(directory.path().join("file"), "text").unwrap();
+        git(&["add", "file"]);
+        let author = ["-c", "user.name=test", "-c", "user.email=test@example.org"];
+        let commit = ["commit", "--quiet", "--message=Begin"];
+        git(&[&author[..], &commit].concat());
+        directory
+    }
+
     #[test]
-    fn a_revision_that_is_none_is_named() {
-        let error = Revision::find("no-such-revision").unwrap_err();
-        let said = format!("{error:#}");
+    fn a_revision_is_a_commit() {
+        let repository = repository();
+        let find = |asked| Revision::find(repository.path(), asked);
+        let head = find("HEAD").unwrap();
+        assert!(head.shown.ends_with(" (Begin)") && head.commit.len() == 40);
+        assert!(head.has("file") && !head.has("another"));
+        let said = format!("{:#}", find("no-such-revision").unwrap_err());
         assert!(
             said.contains("\"no-such-revision\" is no commit of "),
             "{said}"
         );
         // Not an option of git, whatever it looks like.
-        assert!(Revision::find("--all").is_err());
+        assert!(find("--all").is_err());
     }
 
     #[test]
     fn a_worktree_is_gone_with_its_owner_and_replaces_what_was_left() {
-        let directory = tempfile::tempdir().unwrap();
+        let (repository, directory) = (repository(), tempfile::tempdir().unwrap());
         let path = directory.path().join("tree");
         fs::create_dir(&path).unwrap();
         fs::write(path.join("left"), "by a run that was killed").unwrap();
-        let head = Revision::find("HEAD").unwrap();
-        let worktree = Worktree::add(path.clone(), &head.commit).unwrap();
-        assert!(path.join("Cargo.toml").exists() && !path.join("left").exists());
-        let known = || git(&["worktree", "list"]).unwrap();
-        let shown = path.display().to_string();
-        assert!(known().contains(&shown));
+        let head = Revision::find(repository.path(), "HEAD").unwrap();
+        let worktree = Worktree::add(repository.path(), path.clone(), &head.commit).unwrap();
+        assert!(path.join("file").exists() && !path.join("left").exists());
+        let known = || git(repository.path(), &["worktree", "list"]).unwrap();
+        assert_eq!(known().lines().count(), 2);
         drop(worktree);
-        assert!(!path.exists() && !known().contains(&shown));
+        assert!(!path.exists());
+        assert_eq!(known().lines().count(), 1);
     }
 
     #[test]
