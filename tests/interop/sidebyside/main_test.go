@@ -69,8 +69,9 @@ func TestSideBySide(t *testing.T) {
 	}
 	measureCalls(t, size, sides)
 	note()
+	alone := []func(*testing.T, sizes, side){measureMemory, measureDown, measureGrowth}
 	for _, side := range sides {
-		for _, measure := range []func(*testing.T, sizes, side){measureMemory, measureDown, measureGrowth} {
+		for _, measure := range alone {
 			measure(t, size, side)
 			note()
 		}
