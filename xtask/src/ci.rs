@@ -3,10 +3,10 @@
 use anyhow::Result;
 
 use crate::{
-    cargo::{BPF_PROGRAMS, cargo},
-    dependencies, ebpf, interop,
+    cargo::{self, BPF_PROGRAMS, cargo},
+    dependencies, ebpf, interop, packages,
     steps::{Steps, timed},
-    test,
+    test, vm,
 };
 
 /// Runs everything, and prints what took how long.
@@ -19,7 +19,8 @@ pub(crate) fn run() -> Result<()> {
     timed(|steps| {
         sources(steps)?;
         steps.run("the BPF object, rebuilt and compared", || ebpf::check(true))?;
-        test::all(steps, test::WithoutGo::Fail)
+        test::all(steps, test::WithoutGo::Fail)?;
+        kernels(steps)
     })
 }
 
@@ -45,4 +46,14 @@ fn sources(steps: &mut Steps) -> Result<()> {
     let mut rustdoc = cargo(&["doc", "--workspace", "--locked", "--no-deps"]);
     rustdoc.env("RUSTDOCFLAGS", "-D warnings");
     steps.command("rustdoc", rustdoc)
+}
+
+/// The demo on other kernels than this machine's.
+fn kernels(steps: &mut Steps) -> Result<()> {
+    if !packages::is_root() {
+        eprintln!("==> not root: the demo on each kernel is left out");
+        return Ok(());
+    }
+    let programs = cargo::build_programs(&["--workspace"])?;
+    vm::check(steps, &programs)
 }

@@ -10,6 +10,9 @@ mod interop;
 mod packages;
 mod steps;
 mod test;
+mod vm;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
@@ -39,12 +42,17 @@ enum Command {
     Test,
     /// Measure the numbers to hold: set-up time, calls a second, throughput, BPF, memory, and the decisions.
     Bench(bench::Arguments),
-    /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests.
+    /// Run a command on another Linux kernel: in a virtual machine with this machine's files, which it cannot change.
+    Vm(vm::Arguments),
+    /// The first process of that machine.
+    #[command(hide = true)]
+    VmGuest,
+    /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests, the demo on each kernel.
     Ci,
 }
 
-fn main() -> Result<()> {
-    match Command::parse() {
+fn main() -> Result<ExitCode> {
+    let done = match Command::parse() {
         Command::BuildEbpf => ebpf::build(),
         Command::CheckEbpf { rebuild } => ebpf::check(rebuild),
         Command::CheckDependencies => dependencies::check(),
@@ -52,6 +60,9 @@ fn main() -> Result<()> {
         Command::Interop { pattern } => interop::run(pattern.as_deref()),
         Command::Test => test::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Vm(arguments) => return vm::run(&arguments),
+        Command::VmGuest => vm::guest_main(),
         Command::Ci => ci::run(),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }

@@ -1,6 +1,10 @@
 //! The system programs that commands need: installed where that can be done, else named.
 
-use std::{env, path::Path, process::Command};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -36,6 +40,14 @@ pub(crate) const THROUGHPUT: &[Tool] = &[tool("iperf3", "iperf3")];
 
 /// What changing the maps of an agent's BPF programs needs.
 pub(crate) const MAPS: &[Tool] = &[tool("bpftool", "bpftool")];
+
+/// What virtual machines need.
+pub(crate) const VM: &[Tool] = &[
+    tool("qemu-system-x86_64", "qemu-system-x86"),
+    tool("busybox", "busybox-static"),
+    tool("depmod", "kmod"),
+    tool("xz", "xz-utils"),
+];
 
 /// Sees to it that `tools` are installed: by apt-get where we are root and it exists.
 ///
@@ -75,27 +87,38 @@ pub(crate) fn ensure(tools: &[Tool]) -> Result<()> {
 /// When apt-get fails.
 pub(crate) fn install(packages: &[&str]) -> Result<()> {
     eprintln!("==> installing {}", packages.join(" "));
-    let apt = |arguments: &[&str]| -> Result<()> {
-        let mut command = Command::new("apt-get");
-        command
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .args(arguments);
-        let output = command.output().context("cannot start apt-get")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(
-            output.status.success(),
-            "apt-get {} failed: {}",
-            arguments.join(" "),
-            said.trim()
-        );
-        Ok(())
-    };
-    apt(&["-qq", "update"])?;
-    apt(&[
-        &["-qq", "-y", "--no-install-recommends", "install"],
-        packages,
-    ]
-    .concat())
+    update_index()?;
+    apt_get(
+        &[
+            &["-qq", "-y", "--no-install-recommends", "install"],
+            packages,
+        ]
+        .concat(),
+    )
+}
+
+/// Fetches the list of packages that can be installed.
+///
+/// # Errors
+/// When apt-get fails.
+pub(crate) fn update_index() -> Result<()> {
+    apt_get(&["-qq", "update"])
+}
+
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .args(arguments);
+    let output = command.output().context("cannot start apt-get")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "apt-get {} failed: {}",
+        arguments.join(" "),
+        said.trim()
+    );
+    Ok(())
 }
 
 /// Whether this process may do what only root may.
@@ -112,8 +135,15 @@ fn missing(tools: &[Tool]) -> Vec<Tool> {
 }
 
 fn in_path(program: &str) -> bool {
+    path_of(program).is_some()
+}
+
+/// Where a program is, by `PATH`.
+pub(crate) fn path_of(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|dir| is_file(&dir.join(program)))
+    env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|path| is_file(path))
 }
 
 fn is_file(path: &Path) -> bool {

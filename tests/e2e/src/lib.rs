@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, binary, wait_until};
+use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, binary, patient, wait_until};
 use serde_json::Value;
 
 /// The service that every scenario asks for, and where it is.
@@ -246,7 +246,7 @@ pub fn events(client: &Client, name: &str) -> Vec<Value> {
 /// # Errors
 /// When it does not come in [`PATIENCE`], with all that the client told.
 pub fn nth_event(client: &Client, name: &str, n: usize) -> Result<Value> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patient(PATIENCE);
     loop {
         if let Some(event) = events(client, name).into_iter().nth(n - 1) {
             return Ok(event);

@@ -48,7 +48,7 @@ pub use netns::{command_in, inside};
 pub use nix::sys::signal::Signal;
 pub use plan::Cloud;
 pub use process::Process;
-pub use wait::{WaitError, wait_until};
+pub use wait::{PATIENCE_VARIABLE, WaitError, patient, wait_until};
 pub use world::{Node, Pod, World};
 
 /// Where worlds keep their sockets, configurations and logs: `/run/proxy-nsmgr-world/<world id>/`.

@@ -1,6 +1,8 @@
 //! Bounded waits for a condition, so that no test sleeps a fixed time and none hangs.
 
 use std::{
+    env,
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
@@ -21,6 +23,23 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// Looking 50 times a second costs next to nothing, and delays a test by less than a person would notice.
 const LAST_PAUSE: Duration = Duration::from_millis(20);
 
+/// The variable with the whole number that deadlines are multiplied by: for machines that are slow by nature, as one with an
+/// emulated processor is. No deadline is ever shortened.
+pub const PATIENCE_VARIABLE: &str = "NSM_WORLD_PATIENCE";
+
+/// A deadline, longer where the environment says so ([`PATIENCE_VARIABLE`]). Waits of this crate are so by themselves.
+pub fn patient(deadline: Duration) -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    deadline * *FACTOR.get_or_init(|| factor(env::var(PATIENCE_VARIABLE).ok().as_deref()))
+}
+
+/// The factor that a variable's value says; 1 if it says none.
+fn factor(value: Option<&str>) -> u32 {
+    value
+        .and_then(|value| value.parse().ok())
+        .map_or(1, |factor: u32| factor.clamp(1, 100))
+}
+
 /// Waits until `condition` is true, for `deadline` at most.
 ///
 /// # Errors
@@ -39,6 +58,7 @@ pub(crate) fn wait_for<T>(
     deadline: Duration,
     mut probe: impl FnMut() -> Option<T>,
 ) -> Result<T, WaitError> {
+    let deadline = patient(deadline);
     let start = Instant::now();
     let mut pause = FIRST_PAUSE;
     loop {
@@ -70,6 +90,14 @@ mod tests {
         })
         .unwrap();
         assert_eq!(looks, 3);
+    }
+
+    #[test]
+    fn patience_never_shortens_a_deadline() {
+        assert_eq!(factor(Some("4")), 4);
+        for none in [None, Some(""), Some("0"), Some("-2"), Some("slow")] {
+            assert_eq!(factor(none), 1, "{none:?}");
+        }
     }
 
     #[test]
