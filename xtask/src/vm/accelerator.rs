@@ -57,9 +57,15 @@ impl Accelerator {
     pub(super) fn kernel_arguments(self) -> &'static str {
         match self {
             Self::Kvm => "",
-            // Mitigations cost time and protect nothing from emulated code; watchdogs fire when the host is busy.
-            Self::Tcg => " mitigations=off nowatchdog tsc=reliable",
+            // Mitigations cost time and protect nothing from emulated code. When the host is busy, watchdogs fire and the
+            // check of the timer fails.
+            Self::Tcg => " mitigations=off nowatchdog no_timer_check tsc=reliable",
         }
+    }
+
+    /// Whether the guest's processors are made by software.
+    pub(super) fn is_emulation(self) -> bool {
+        self == Self::Tcg
     }
 
     /// For people.

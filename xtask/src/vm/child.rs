@@ -18,7 +18,7 @@ use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
     sys::{
         prctl,
-        signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+        signal::{SigSet, SigmaskHow, Signal, killpg, sigprocmask},
     },
     unistd::{Pid, getppid},
 };
@@ -127,8 +127,14 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // Both fail only for a process that has been waited for already.
-        let _ = self.process.kill();
+        // Its group, so that what it has started ends, too; until it is waited for the number is its own. Both calls fail
+        // only for a process that has been waited for already.
+        if let Ok(None) = self.process.try_wait() {
+            let _ = killpg(
+                Pid::from_raw(self.process.id().cast_signed()),
+                Signal::SIGKILL,
+            );
+        }
         let _ = self.process.wait();
     }
 }
@@ -166,8 +172,11 @@ mod tests {
         })
         .unwrap();
         assert!(child.wait(Duration::from_millis(1)).unwrap().is_none());
-        let pid = Pid::from_raw(child.process.id().try_into().unwrap());
+        let group = Pid::from_raw(child.process.id().cast_signed());
         drop(child);
-        assert!(nix::sys::signal::kill(pid, None).is_err());
+        nsm_world::wait_until("its own child to be gone", Duration::from_secs(10), || {
+            killpg(group, None).is_err()
+        })
+        .unwrap();
     }
 }

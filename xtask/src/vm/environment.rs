@@ -35,7 +35,7 @@ fn select(
     };
     default("PATH", DEFAULT_PATH);
     default("HOME", "/root");
-    if accelerator == Accelerator::Tcg {
+    if accelerator.is_emulation() {
         default(nsm_world::PATIENCE_VARIABLE, EMULATED_PATIENCE);
     }
     selected

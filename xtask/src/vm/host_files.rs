@@ -4,7 +4,10 @@ use std::{
     io,
     os::{
         fd::OwnedFd,
-        unix::net::{UnixListener, UnixStream},
+        unix::{
+            net::{UnixListener, UnixStream},
+            process::CommandExt as _,
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -12,6 +15,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
+use nix::{
+    libc,
+    sched::{CloneFlags, unshare},
+};
 
 use super::child::{Child, fd_argument};
 use crate::packages;
@@ -95,6 +102,7 @@ impl HostFiles {
             .arg("--thread-pool-size=4")
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
+        make_read_only(&mut command);
         let child = Child::spawn("virtiofsd", command, vec![listener])?;
         Ok(Some(Server {
             child,
@@ -143,6 +151,34 @@ fn connected_listener() -> io::Result<(UnixListener, UnixStream)> {
     let connection = UnixStream::connect(&path)?;
     dir.close()?;
     Ok((listener, connection))
+}
+
+/// Gives the command a view of the files in which all mounts are read-only. The guest mounts them read-only already; this
+/// holds also for a guest that would not. It is left out where the kernel cannot (before 5.12) or may not (in a container).
+fn make_read_only(command: &mut Command) {
+    let read_only = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    // SAFETY: runs between fork and exec; unshare and mount_setattr are bare system calls, and the structure that the second
+    // reads is the closure's own, of the size that is given.
+    unsafe {
+        command.pre_exec(move || {
+            if unshare(CloneFlags::CLONE_NEWNS).is_ok() {
+                libc::syscall(
+                    libc::SYS_mount_setattr,
+                    libc::AT_FDCWD,
+                    c"/".as_ptr(),
+                    libc::AT_RECURSIVE,
+                    &raw const read_only,
+                    size_of::<libc::mount_attr>(),
+                );
+            }
+            Ok(())
+        });
+    }
 }
 
 #[cfg(test)]

@@ -37,11 +37,19 @@ pub(super) struct Machine<'a> {
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) qemu: Child,
-    pub(super) files: Option<Child>,
+    files: Option<Child>,
     /// Where the guest's frames come from.
     pub(super) channel: Option<UnixStream>,
     /// The kernel's console.
     pub(super) console: Option<ChildStdout>,
+}
+
+impl Running {
+    /// What QEMU wrote to standard error, else what virtiofsd did: that one complains about each end of QEMU.
+    pub(super) fn complaint(&self) -> Option<String> {
+        let files = || self.files.as_ref()?.complaint();
+        self.qemu.complaint().or_else(files)
+    }
 }
 
 impl Machine<'_> {
@@ -49,11 +57,12 @@ impl Machine<'_> {
     ///
     /// # Errors
     /// When QEMU or virtiofsd cannot be started.
-    pub(super) fn start(self) -> Result<Running> {
+    pub(super) fn start(&self) -> Result<Running> {
         let server = self.files.serve()?;
         let (ours, theirs) = UnixStream::pair().context("make a socket pair")?;
         let channel = OwnedFd::from(theirs);
-        let initramfs = OwnedFd::from(self.initramfs);
+        let initramfs = self.initramfs.try_clone().context("copy a descriptor")?;
+        let initramfs = OwnedFd::from(initramfs);
         let mut command = Command::new(QEMU);
         command
             .args(self.accelerator.arguments())

@@ -47,7 +47,7 @@ use self::{
     kernel::Kernel,
     machine::Machine,
     pin::Pin,
-    session::Session,
+    session::Terms,
 };
 pub(crate) use self::{check::check, guest::main as guest_main};
 use crate::packages;
@@ -109,7 +109,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         files,
         memory_mib: arguments.memory,
     };
-    let limit = Duration::from_secs(arguments.timeout);
-    let session = Session::start(machine, limit, arguments.console, signals)?;
-    session.wait()
+    let terms = Terms {
+        limit: Duration::from_secs(arguments.timeout),
+        console: arguments.console,
+    };
+    session::run(&machine, terms, signals)
 }

@@ -69,7 +69,8 @@ impl<'a> Index<'a> {
             let Some((file, needed)) = self.modules.get(name) else {
                 ensure!(
                     self.built_in.iter().any(|built_in| built_in == name),
-                    "this kernel has no {name}, neither as a module nor built in"
+                    "this kernel has no {name}, neither as a module nor built in{}",
+                    reason(name)
                 );
                 continue;
             };
@@ -81,6 +82,15 @@ impl<'a> Index<'a> {
             }
         }
         Ok(order)
+    }
+}
+
+/// Why a module is wanted that Debian's cloud kernels lack.
+fn reason(name: &str) -> &'static str {
+    if name.starts_with("9p") {
+        "; files come by 9p where virtiofs cannot be had: run as root with virtiofsd installed, to have it"
+    } else {
+        ""
     }
 }
 

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     fmt::Write as _,
     io::{self, BufRead as _, BufReader},
+    ops::ControlFlow,
     os::unix::net::UnixStream,
     process::{ChildStdout, ExitCode},
     sync::{
@@ -14,167 +15,234 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::{
-    accelerator::Accelerator,
     channel::Frame,
     interruption,
     machine::{Machine, Running},
 };
 
-/// How many of the console's last lines an error shows: a panic's trace with what led to it.
-const CONSOLE_LINES: usize = 40;
+/// How many of the console's last lines are kept: a panic's trace with what led to it.
+const CONSOLE_LINES: usize = 80;
 
-/// QEMU ends soon after its guest; its words are waited for no longer.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// QEMU ends soon after its guest; its last output is waited for no longer.
+const QEMU_END: Duration = Duration::from_secs(2);
+
+/// A start takes 10 seconds in emulation on a busy machine; what takes much longer hangs.
+const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// How often an emulated machine is started until it comes up. Emulation of two processors is not exact: one of some dozens
+/// of starts fails in QEMU 7.2, by code that the kernel patches while the other processor runs it (Red Hat's bug 2216496,
+/// mended in 8.1), and by timers that a busy host serves late. The command has not run then, so nothing is done twice.
+const STARTS: u32 = 3;
+
+/// How a run is limited and shown.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    /// For the whole run, the start included.
+    pub(super) limit: Duration,
+    /// Whether the kernel's console is shown.
+    pub(super) console: bool,
+}
+
+/// Runs the machine until its command has ended, and returns the command's exit status. `signals` are blocked in all threads
+/// and end the run.
+///
+/// # Errors
+/// When the command does not get to its end.
+pub(super) fn run(machine: &Machine<'_>, terms: Terms, signals: SigSet) -> Result<ExitCode> {
+    let (sender, events) = mpsc::channel();
+    let on_signal = sender.clone();
+    interruption::on_signal(signals, move |signal| {
+        let _ = on_signal.send(Event::Signal(signal));
+    });
+    let deadline = Instant::now() + terms.limit;
+    let mut starts = 1;
+    loop {
+        let mut session = Session::start(machine, terms, sender.clone())?;
+        match session.wait(&events, deadline) {
+            Ok(status) => return Ok(ExitCode::from(status)),
+            Err(error) if session.may_start_again && starts < STARTS => {
+                eprintln!(
+                    "==> {error:#}\n==> the emulated machine did not come up: starting it again"
+                );
+                starts += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
 
 /// What may happen during a run.
 #[derive(Debug)]
 enum Event {
+    /// The guest is up, with this kernel.
     Started(String),
-    Ended(Frame),
+    /// The command has ended with this status.
+    Exit(u8),
+    /// The command cannot be started: the status for that and the reason.
+    NotStarted(u8, String),
+    /// The guest cannot do its work, for this reason.
+    Failed(String),
     /// The guest's frames have ended without an exit status, by this error or QEMU's end.
     Lost(Option<io::Error>),
-    /// Nobody reads our output.
+    /// The command's output cannot be passed on.
     OutputClosed(io::Error),
     Signal(Signal),
 }
 
-/// A machine and what it says.
+/// A machine and its output.
 #[derive(Debug)]
-pub(super) struct Session {
+struct Session {
     machine: Running,
-    events: Receiver<Event>,
     console: Arc<Mutex<VecDeque<String>>>,
-    accelerator: Accelerator,
+    accelerator: &'static str,
     begin: Instant,
     limit: Duration,
+    /// As long as the command has not been started, and the machine is one that may fail by chance.
+    may_start_again: bool,
 }
 
 impl Session {
-    /// Starts the machine; `signals` are blocked in all threads and end the session.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub(super) fn start(
-        machine: Machine<'_>,
-        limit: Duration,
-        show_console: bool,
-        signals: SigSet,
-    ) -> Result<Self> {
+    fn start(machine: &Machine<'_>, terms: Terms, events: Sender<Event>) -> Result<Self> {
         let begin = Instant::now();
-        let accelerator = machine.accelerator;
-        let mut machine = machine.start()?;
-        let (sender, events) = mpsc::channel();
-        let on_signal = sender.clone();
-        interruption::on_signal(signals, move |signal| {
-            let _ = on_signal.send(Event::Signal(signal));
-        });
-        if let Some(channel) = machine.channel.take() {
-            thread::spawn(move || read_frames(channel, &sender));
+        let mut running = machine.start()?;
+        if let Some(channel) = running.channel.take() {
+            thread::spawn(move || read_frames(channel, &events));
         }
         let console = Arc::default();
-        if let Some(stream) = machine.console.take() {
+        if let Some(stream) = running.console.take() {
             let console = Arc::clone(&console);
-            thread::spawn(move || read_console(stream, &console, show_console));
+            thread::spawn(move || read_console(stream, &console, terms.console));
         }
         Ok(Self {
-            machine,
-            events,
+            machine: running,
             console,
-            accelerator,
+            accelerator: machine.accelerator.name(),
             begin,
-            limit,
+            limit: terms.limit,
+            may_start_again: machine.accelerator.is_emulation(),
         })
     }
 
-    /// Waits for the command's end, and returns its exit status.
-    ///
-    /// # Errors
-    /// When the guest does not get that far.
-    pub(super) fn wait(mut self) -> Result<ExitCode> {
+    /// Waits for the command's end, and returns the status to end with.
+    fn wait(&mut self, events: &Receiver<Event>, deadline: Instant) -> Result<u8> {
+        let start_deadline = deadline.min(self.begin + START_LIMIT);
+        let mut started = false;
         loop {
-            let left = self.limit.saturating_sub(self.begin.elapsed());
-            match self.events.recv_timeout(left) {
-                Ok(Event::Started(release)) => eprintln!(
-                    "==> kernel {release} ({}) is up after {:.1} s",
-                    self.accelerator.name(),
-                    self.begin.elapsed().as_secs_f64()
-                ),
-                Ok(Event::Ended(Frame::Exit(status))) => return Ok(ExitCode::from(status)),
-                Ok(Event::Ended(Frame::NotStarted(status, reason))) => {
-                    eprintln!("{reason}");
-                    return Ok(ExitCode::from(status));
-                }
-                Ok(Event::Ended(frame)) => {
-                    return Err(self.failure(&format!("the guest failed: {frame:?}")));
-                }
-                Ok(Event::Lost(error)) => {
-                    let error = error.map_or_else(String::new, |error| format!(" ({error})"));
-                    let what = format!("the virtual machine ended before the command did{error}");
-                    return Err(self.failure(&what));
-                }
-                Ok(Event::OutputClosed(error)) => {
-                    return Err(error).context("cannot pass on the command's output");
-                }
-                Ok(Event::Signal(signal)) => {
-                    eprintln!("==> {signal}: the virtual machine is ended");
-                    return Ok(ExitCode::from(interruption::status_of(signal)));
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    let limit = self.limit.as_secs();
-                    let what = format!(
-                        "still running after {limit} s, so it was ended (--timeout sets the limit)"
+            let until = if started { deadline } else { start_deadline };
+            match events.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Event::Started(release)) => {
+                    started = true;
+                    self.may_start_again = false;
+                    eprintln!(
+                        "==> kernel {release} ({}) is up after {:.1} s",
+                        self.accelerator,
+                        self.begin.elapsed().as_secs_f64()
                     );
-                    return Err(self.failure(&what));
                 }
-                Err(RecvTimeoutError::Disconnected) => {
-                    bail!("all threads of the session have ended")
+                Ok(event) => {
+                    if let ControlFlow::Break(end) = self.end(event) {
+                        return end;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) if started => {
+                    self.may_start_again = false;
+                    return Err(self.failure(&format!(
+                        "the command still ran after {} s and was ended; --timeout sets the limit",
+                        self.limit.as_secs()
+                    )));
+                }
+                Err(_) => {
+                    let waited = self.begin.elapsed().as_secs();
+                    self.may_start_again &= Instant::now() < deadline;
+                    return Err(self.failure(&format!(
+                        "the guest did not come up within {waited} s; --console shows how far it gets"
+                    )));
                 }
             }
         }
     }
 
-    /// What failed, with the words of all who may know why.
+    /// What an event that ends the session means.
+    fn end(&mut self, event: Event) -> ControlFlow<Result<u8>> {
+        ControlFlow::Break(match event {
+            Event::Started(_) => return ControlFlow::Continue(()),
+            Event::Exit(status) => {
+                if status != 0 {
+                    self.say_if_out_of_memory();
+                }
+                Ok(status)
+            }
+            Event::NotStarted(status, reason) => {
+                eprintln!("{reason}");
+                Ok(status)
+            }
+            Event::Failed(reason) => {
+                self.may_start_again = false;
+                Err(self.failure(&format!("the guest cannot run the command: {reason}")))
+            }
+            Event::Lost(error) => {
+                let error = error.map_or_else(String::new, |error| format!(" ({error})"));
+                Err(self.failure(&format!(
+                    "the virtual machine ended before the command did{error}"
+                )))
+            }
+            Event::OutputClosed(error) => {
+                self.may_start_again = false;
+                Err(error).context("cannot pass on the command's output")
+            }
+            Event::Signal(signal) => {
+                eprintln!("==> {signal}: the virtual machine is ended");
+                Ok(interruption::status_of(signal))
+            }
+        })
+    }
+
+    /// The command only sees that it is killed, or that a call fails.
+    fn say_if_out_of_memory(&self) {
+        let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        if console.iter().any(|line| line.contains(OUT_OF_MEMORY.0)) {
+            eprintln!("==> {}", OUT_OF_MEMORY.1);
+        }
+    }
+
+    /// What failed, with what QEMU, virtiofsd and the console have about it.
     fn failure(&mut self, what: &str) -> anyhow::Error {
-        // Its words come last, and a machine that hangs has none.
-        let _ = self.machine.qemu.wait(LAST_WORDS);
+        // QEMU's errors come last; a machine that hangs has none.
+        let _ = self.machine.qemu.wait(QEMU_END);
         let mut text = what.to_owned();
         let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
         for hint in hints(console.iter().map(String::as_str)) {
             let _ = write!(text, "\n{hint}");
         }
-        let children = [Some(&self.machine.qemu), self.machine.files.as_ref()];
-        for complaint in children
-            .into_iter()
-            .flatten()
-            .filter_map(|child| child.complaint())
-        {
+        if let Some(complaint) = self.machine.complaint() {
             let _ = write!(text, "\n{complaint}");
         }
-        let lines: Vec<_> = console.iter().map(String::as_str).collect();
-        if lines.is_empty() {
-            text.push_str("\nthe console stayed empty");
+        if console.is_empty() {
+            text.push_str("\nthe console is empty");
         } else {
-            let _ = write!(text, "\nthe console's last lines:\n{}", lines.join("\n"));
+            text.push_str("\nthe console's last lines:");
+            for line in console.iter() {
+                let _ = write!(text, "\n    {line}");
+            }
         }
         anyhow!(text)
     }
 }
 
+/// Of an out-of-memory kill: what the console shows, and what to do.
+const OUT_OF_MEMORY: (&str, &str) = (
+    "Out of memory",
+    "the guest ran out of memory: give it more by --memory",
+);
+
 /// What to do about what the console shows.
 fn hints<'a>(console: impl Iterator<Item = &'a str>) -> Vec<&'static str> {
     const KNOWN: &[(&str, &str)] = &[
-        (
-            "Out of memory",
-            "the guest ran out of memory: give it more by --memory",
-        ),
-        (
-            "No space left on device",
-            "the guest's overlay is full, which takes half of its memory: give it more by --memory",
-        ),
+        OUT_OF_MEMORY,
         (
             "System is deadlocked on memory",
             "the guest's memory does not suffice to start: give it more by --memory",
@@ -183,15 +251,11 @@ fn hints<'a>(console: impl Iterator<Item = &'a str>) -> Vec<&'static str> {
             "Initramfs unpacking failed",
             "the initramfs does not fit into the guest's memory: give it more by --memory",
         ),
-        ("Kernel panic", "the guest's kernel panicked"),
-        (
-            "unknown filesystem type",
-            "the kernel lacks a filesystem: --modules names an image's modules",
-        ),
         (
             "No such device",
             "the kernel lacks a filesystem or driver: --modules names an image's modules",
         ),
+        ("Kernel panic", "the guest's kernel panicked"),
     ];
     let lines: Vec<_> = console.collect();
     let seen = |sign: &str| lines.iter().any(|line| line.contains(sign));
@@ -206,26 +270,29 @@ fn hints<'a>(console: impl Iterator<Item = &'a str>) -> Vec<&'static str> {
 fn read_frames(channel: UnixStream, events: &Sender<Event>) {
     let mut channel = BufReader::new(channel);
     loop {
-        let event = match Frame::read_from(&mut channel) {
+        let (event, last) = match Frame::read_from(&mut channel) {
             Ok(Some(Frame::Stdout(bytes))) => match write(&mut io::stdout().lock(), &bytes) {
                 Ok(()) => continue,
-                Err(error) => Event::OutputClosed(error),
+                Err(error) => (Event::OutputClosed(error), true),
             },
             Ok(Some(Frame::Stderr(bytes))) => match write(&mut io::stderr().lock(), &bytes) {
                 Ok(()) => continue,
-                Err(error) => Event::OutputClosed(error),
+                Err(error) => (Event::OutputClosed(error), true),
             },
-            Ok(Some(Frame::Started(release))) => {
-                let _ = events.send(Event::Started(release));
-                continue;
+            Ok(Some(Frame::Started(release))) => (Event::Started(release), false),
+            Ok(Some(Frame::Exit(status))) => (Event::Exit(status), true),
+            Ok(Some(Frame::NotStarted(status, reason))) => {
+                (Event::NotStarted(status, reason), true)
             }
-            Ok(Some(frame)) => Event::Ended(frame),
-            Ok(None) => Event::Lost(None),
-            Err(error) => Event::Lost(Some(error)),
+            Ok(Some(Frame::Failed(reason))) => (Event::Failed(reason), true),
+            Ok(None) => (Event::Lost(None), true),
+            Err(error) => (Event::Lost(Some(error)), true),
         };
-        // Nobody listens any more when the session has ended otherwise.
-        let _ = events.send(event);
-        return;
+        // The receiver is gone when the session has ended otherwise.
+        let received = events.send(event);
+        if last || received.is_err() {
+            return;
+        }
     }
 }
 

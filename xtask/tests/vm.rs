@@ -1,0 +1,119 @@
+//! `cargo xtask vm` as a user has it: a kernel is booted, and nothing is left of it.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nsm_world::wait_until;
+use tempfile::TempDir;
+
+/// The variable by which the processes of one run are found: all that it starts inherit it.
+const MARK: &str = "XTASK_VM_TEST";
+
+/// The kernel ends killed processes and their children at once; a busy machine shows it later.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A run of `xtask vm` in a directory of its own.
+struct Run {
+    mark: String,
+    dir: TempDir,
+    temporary: TempDir,
+}
+
+impl Run {
+    fn new(name: &str) -> Result<Self> {
+        Ok(Self {
+            mark: format!("{name}-{}", std::process::id()),
+            dir: tempfile::tempdir()?,
+            temporary: tempfile::tempdir()?,
+        })
+    }
+
+    fn command(&self, command: &[&str]) -> Command {
+        let mut xtask = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        xtask
+            .args(["vm", "--kernel", "6.12", "--"])
+            .args(command)
+            .current_dir(&self.dir)
+            .env(MARK, &self.mark)
+            .env("TMPDIR", self.temporary.path())
+            .stdin(Stdio::null());
+        xtask
+    }
+
+    /// The names of the programs that run with this run's mark.
+    fn processes(&self) -> Vec<String> {
+        let mark = format!("{MARK}={}", self.mark).into_bytes();
+        let marked = |dir: &Path| {
+            // A process may end while it is looked at.
+            let environment = fs::read(dir.join("environ")).unwrap_or_default();
+            environment.split(|&byte| byte == 0).any(|it| it == mark)
+        };
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.path())
+            .filter(|dir| marked(dir))
+            .map(|dir| fs::read_to_string(dir.join("comm")).unwrap_or_default())
+            .collect()
+    }
+
+    fn assert_nothing_left(&self) -> Result<()> {
+        let ended = wait_until("all processes to end", PATIENCE, || {
+            self.processes().is_empty()
+        });
+        ended.with_context(|| format!("left: {:?}", self.processes()))?;
+        for dir in [&self.dir, &self.temporary] {
+            let left: Vec<_> = fs::read_dir(dir)?.collect();
+            ensure!(left.is_empty(), "left: {left:?}");
+        }
+        Ok(())
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+#[ignore = "needs root: a virtual machine with all files of this one"]
+fn output_and_status_are_the_commands_and_nothing_is_left() -> Result<()> {
+    let run = Run::new("output")?;
+    let script = "echo out; pwd; uname -r >written; cat written; echo err >&2; exit 7";
+    let output = run.command(&["sh", "-c", script]).output()?;
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    ensure!(
+        output.status.code() == Some(7),
+        "{}: {stderr}",
+        output.status
+    );
+    let lines: Vec<_> = stdout.lines().collect();
+    ensure!(lines.len() == 3, "{stdout:?}");
+    ensure!(lines[0] == "out", "{stdout:?}");
+    ensure!(Path::new(lines[1]) == run.dir.path(), "{stdout:?}");
+    ensure!(lines[2].starts_with("6.12."), "{stdout:?}");
+    ensure!(stderr.lines().any(|line| line == "err"), "{stderr:?}");
+    run.assert_nothing_left()
+}
+
+#[test]
+#[ignore = "needs root: a virtual machine with all files of this one"]
+fn a_machine_ends_with_what_started_it() -> Result<()> {
+    let run = Run::new("killed")?;
+    let mut xtask = run
+        .command(&["sleep", "1000"])
+        .stderr(Stdio::null())
+        .spawn()?;
+    let started = wait_until("the machine to run", PATIENCE, || {
+        let running = run.processes();
+        running.iter().any(|name| name.starts_with("qemu"))
+    });
+    // SIGKILL leaves it no time for anything.
+    xtask.kill()?;
+    xtask.wait()?;
+    started?;
+    run.assert_nothing_left()
+}
