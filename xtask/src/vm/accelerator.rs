@@ -29,7 +29,7 @@ pub(super) enum Accelerator {
 }
 
 impl Accelerator {
-    /// Takes KVM where it works unless told otherwise.
+    /// Takes KVM where it works, unless the user has chosen.
     ///
     /// # Errors
     /// When KVM is demanded and does not work.
@@ -83,7 +83,7 @@ const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// Whether KVM runs guests.
 ///
 /// A /dev/kvm may be there and not do: nested in a paravirtual machine it interprets instructions one by one, and stops at
-/// those of newer processors, which kernels are full of. The processor's flags tell that; all else a guest that runs.
+/// those of newer processors, which kernels are full of. The processor's flags show that; a guest that runs shows all else.
 fn kvm_works() -> Result<bool> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     if !has_virtualization(&cpu) || File::open("/dev/kvm").is_err() {

@@ -22,7 +22,7 @@ pub(crate) fn check(steps: &mut Steps, programs: &Programs) -> Result<()> {
         let mut command = Command::new(THIS_PROGRAM);
         command
             .current_dir(cargo::root())
-            .args(["vm", "--kernel", series, "--timeout", "300", "--"])
+            .args(["vm", "--kernel", series, "--timeout", "600", "--"])
             .args([&guest::program(), "demo", "--json"])
             .stdin(Stdio::null())
             // The story is on stderr.

@@ -1,5 +1,5 @@
-//! `xtask vm-guest`: process 1 of the guest. It starts the command, sends its output and exit status to the host, and collects
-//! processes that nobody else does.
+//! `xtask vm-guest`: process 1 of the guest. It starts the command, sends its output and exit status to the host, and reaps
+//! orphans.
 
 use std::{
     collections::BTreeMap,
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_survives_its_way() {
+    fn a_task_is_read_as_it_was_written() {
         let task = Task {
             command: ["sh", "-c", "echo 'a b' \"$X\"\n"]
                 .map(str::to_owned)

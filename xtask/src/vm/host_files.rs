@@ -40,11 +40,11 @@ pub(super) enum HostFiles {
     Plan9,
 }
 
-/// Where distributions put virtiofsd, which is in nobody's PATH: Debian 12; Debian 13, Fedora and others.
+/// Where distributions put virtiofsd, which is not in PATH: Debian 12; Debian 13, Fedora and others.
 const VIRTIOFSD: &[&str] = &["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"];
 
 impl HostFiles {
-    /// Takes virtiofs where it works unless told otherwise.
+    /// Takes virtiofs where it works, unless the user has chosen.
     ///
     /// # Errors
     /// When virtiofs is demanded and cannot be had.
@@ -75,7 +75,7 @@ impl HostFiles {
         }
     }
 
-    /// What init.sh is told by `vm.files=`.
+    /// The value of `vm.files=`, by which init.sh chooses how to mount.
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Virtiofs(_) => "virtiofs",
@@ -97,7 +97,7 @@ impl HostFiles {
         command
             .arg(format!("--fd={}", fd_argument(&listener)))
             .args(["-o", "source=/", "-o", "sandbox=chroot"])
-            // Nothing but the guest matters to the guest: what it has read once it need not ask for again.
+            // The guest asks once for what it has read: changes by the host meanwhile may go unnoticed.
             .args(["-o", "cache=always", "-o", "log_level=err"])
             .arg("--thread-pool-size=4")
             .stdout(Stdio::null())

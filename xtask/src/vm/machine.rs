@@ -67,7 +67,7 @@ impl Machine<'_> {
         command
             .args(self.accelerator.arguments())
             .args(["-smp", PROCESSORS, "-m", &format!("{}M", self.memory_mib)])
-            // No network, no devices that nobody asked for; what would reboot ends.
+            // No network and no default devices; a reboot ends the machine.
             .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
             .args(["-serial", "stdio", "-device", "virtio-serial-pci"])
             .arg("-chardev")
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_is_told_how_files_come_and_what_emulation_needs() {
+    fn the_command_line_has_how_files_come_and_what_emulation_needs() {
         let emulated = kernel_arguments(Accelerator::Tcg, &HostFiles::Plan9);
         assert!(emulated.contains(" vm.files=9p "), "{emulated}");
         assert!(emulated.contains(" nowatchdog"), "{emulated}");

@@ -52,7 +52,7 @@ use self::{
 pub(crate) use self::{check::check, guest::main as guest_main};
 use crate::packages;
 
-/// What `cargo xtask vm` can be told.
+/// The arguments of `cargo xtask vm`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Arguments {
     /// Debian's cloud kernel of this series, fetched on first use: 6.1 or 6.12.

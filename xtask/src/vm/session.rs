@@ -4,12 +4,11 @@ use std::{
     collections::VecDeque,
     fmt::Write as _,
     io::{self, BufRead as _, BufReader},
-    ops::ControlFlow,
     os::unix::net::UnixStream,
     process::{ChildStdout, ExitCode},
     sync::{
         Arc, Mutex, PoisonError,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Receiver, Sender},
     },
     thread,
     time::{Duration, Instant},
@@ -56,7 +55,7 @@ pub(super) fn run(machine: &Machine<'_>, terms: Terms, signals: SigSet) -> Resul
     let (sender, events) = mpsc::channel();
     let on_signal = sender.clone();
     interruption::on_signal(signals, move |signal| {
-        let _ = on_signal.send(Event::Signal(signal));
+        let _ = on_signal.send(Event::End(End::Signal(signal)));
     });
     let deadline = Instant::now() + terms.limit;
     let mut starts = 1;
@@ -80,6 +79,12 @@ pub(super) fn run(machine: &Machine<'_>, terms: Terms, signals: SigSet) -> Resul
 enum Event {
     /// The guest is up, with this kernel.
     Started(String),
+    End(End),
+}
+
+/// How a machine's run ends.
+#[derive(Debug)]
+enum End {
     /// The command has ended with this status.
     Exit(u8),
     /// The command cannot be started: the status for that and the reason.
@@ -143,13 +148,8 @@ impl Session {
                         self.begin.elapsed().as_secs_f64()
                     );
                 }
-                Ok(event) => {
-                    if let ControlFlow::Break(end) = self.end(event) {
-                        return end;
-                    }
-                }
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) if started => {
-                    self.may_start_again = false;
+                Ok(Event::End(end)) => return self.end(end),
+                Err(_) if started => {
                     return Err(self.failure(&format!(
                         "the command still ran after {} s and was ended; --timeout sets the limit",
                         self.limit.as_secs()
@@ -166,39 +166,35 @@ impl Session {
         }
     }
 
-    /// What an event that ends the session means.
-    fn end(&mut self, event: Event) -> ControlFlow<Result<u8>> {
-        ControlFlow::Break(match event {
-            Event::Started(_) => return ControlFlow::Continue(()),
-            Event::Exit(status) => {
+    /// The status to end with.
+    fn end(&mut self, end: End) -> Result<u8> {
+        match end {
+            End::Exit(status) => {
                 if status != 0 {
                     self.say_if_out_of_memory();
                 }
                 Ok(status)
             }
-            Event::NotStarted(status, reason) => {
+            End::NotStarted(status, reason) => {
                 eprintln!("{reason}");
                 Ok(status)
             }
-            Event::Failed(reason) => {
+            End::Failed(reason) => {
                 self.may_start_again = false;
                 Err(self.failure(&format!("the guest cannot run the command: {reason}")))
             }
-            Event::Lost(error) => {
+            End::Lost(error) => {
                 let error = error.map_or_else(String::new, |error| format!(" ({error})"));
                 Err(self.failure(&format!(
                     "the virtual machine ended before the command did{error}"
                 )))
             }
-            Event::OutputClosed(error) => {
-                self.may_start_again = false;
-                Err(error).context("cannot pass on the command's output")
-            }
-            Event::Signal(signal) => {
+            End::OutputClosed(error) => Err(error).context("cannot pass on the command's output"),
+            End::Signal(signal) => {
                 eprintln!("==> {signal}: the virtual machine is ended");
                 Ok(interruption::status_of(signal))
             }
-        })
+        }
     }
 
     /// The command only sees that it is killed, or that a call fails.
@@ -270,29 +266,28 @@ fn hints<'a>(console: impl Iterator<Item = &'a str>) -> Vec<&'static str> {
 fn read_frames(channel: UnixStream, events: &Sender<Event>) {
     let mut channel = BufReader::new(channel);
     loop {
-        let (event, last) = match Frame::read_from(&mut channel) {
+        let end = match Frame::read_from(&mut channel) {
             Ok(Some(Frame::Stdout(bytes))) => match write(&mut io::stdout().lock(), &bytes) {
                 Ok(()) => continue,
-                Err(error) => (Event::OutputClosed(error), true),
+                Err(error) => End::OutputClosed(error),
             },
             Ok(Some(Frame::Stderr(bytes))) => match write(&mut io::stderr().lock(), &bytes) {
                 Ok(()) => continue,
-                Err(error) => (Event::OutputClosed(error), true),
+                Err(error) => End::OutputClosed(error),
             },
-            Ok(Some(Frame::Started(release))) => (Event::Started(release), false),
-            Ok(Some(Frame::Exit(status))) => (Event::Exit(status), true),
-            Ok(Some(Frame::NotStarted(status, reason))) => {
-                (Event::NotStarted(status, reason), true)
+            Ok(Some(Frame::Started(release))) => {
+                // The receiver is gone when the session has ended otherwise; so it is below.
+                let _ = events.send(Event::Started(release));
+                continue;
             }
-            Ok(Some(Frame::Failed(reason))) => (Event::Failed(reason), true),
-            Ok(None) => (Event::Lost(None), true),
-            Err(error) => (Event::Lost(Some(error)), true),
+            Ok(Some(Frame::Exit(status))) => End::Exit(status),
+            Ok(Some(Frame::NotStarted(status, reason))) => End::NotStarted(status, reason),
+            Ok(Some(Frame::Failed(reason))) => End::Failed(reason),
+            Ok(None) => End::Lost(None),
+            Err(error) => End::Lost(Some(error)),
         };
-        // The receiver is gone when the session has ended otherwise.
-        let received = events.send(event);
-        if last || received.is_err() {
-            return;
-        }
+        let _ = events.send(Event::End(end));
+        return;
     }
 }
 
