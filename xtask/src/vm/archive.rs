@@ -21,47 +21,51 @@ pub(super) struct Package {
     sha256: String,
 }
 
-/// The pinned package if the archive has it, else the newest of its series; says so on stderr then.
+/// The pinned package if the archive has it, else the newest of its series; says so on stderr then. The index is fetched anew
+/// where it lacks the pinned package, unless the one to be taken instead `is_cached`.
 ///
 /// # Errors
 /// When the archive has none of the series.
-pub(super) fn find(pin: &Pin) -> Result<Package> {
-    if let Some(package) = look_up(pin)? {
-        return Ok(package);
-    }
+pub(super) fn find(pin: &Pin, is_cached: impl Fn(&Package) -> bool) -> Result<Package> {
+    let mut found = look_up(pin)?;
+    let suffices = |package: &Package| is_pinned(pin, package) || is_cached(package);
     // Images of containers come without an index, and an old index names versions that are gone.
-    if packages::is_root() {
-        packages::update_index()?;
+    if !found.as_ref().is_some_and(suffices) && packages::is_root() {
+        if let Err(error) = packages::update_index() {
+            eprintln!("==> {error:#}");
+        }
+        found = look_up(pin)?;
     }
-    look_up(pin)?.with_context(|| {
+    let package = found.with_context(|| {
         format!(
             "Debian's archive, as apt-cache has it, has no kernel {}…: run apt-get update, see whether bookworm's \
              security archive is among apt's sources, or take another kernel by --image",
             pin.prefix()
         )
-    })
+    })?;
+    if !is_pinned(pin, &package) {
+        eprintln!(
+            "==> NOT THE PINNED KERNEL: Debian's archive no longer has {} {}; taking {} {} (the pins are in xtask/src/vm/pin.rs)",
+            pin.package(),
+            pin.version,
+            package.name,
+            package.version
+        );
+    }
+    Ok(package)
 }
 
+/// The pinned package, else the newest of its series, by the index that is there.
 fn look_up(pin: &Pin) -> Result<Option<Package>> {
     let known = index_of(&pin.package())?;
-    if let Some(package) = known.iter().find(|package| is_pinned(pin, package)) {
-        return Ok(Some(package.clone()));
+    if let Some(package) = known.into_iter().find(|package| is_pinned(pin, package)) {
+        return Ok(Some(package));
     }
     let names = apt_cache(&["pkgnames", pin.prefix()])?;
     let Some(newest) = newest(pin, &names) else {
         return Ok(None);
     };
-    let Some(package) = index_of(newest)?.into_iter().next() else {
-        return Ok(None);
-    };
-    eprintln!(
-        "==> NOT THE PINNED KERNEL: Debian's archive no longer has {} {}; taking {} {} (the pins are in xtask/src/vm/pin.rs)",
-        pin.package(),
-        pin.version,
-        package.name,
-        package.version
-    );
-    Ok(Some(package))
+    Ok(index_of(newest)?.into_iter().next())
 }
 
 fn is_pinned(pin: &Pin, package: &Package) -> bool {
@@ -124,7 +128,7 @@ impl Package {
             .context("cannot start apt-get")?;
         ensure!(
             output.status.success(),
-            "apt-get download {}={} failed: {}",
+            "apt-get download {}={} failed (apt-get update, if the index is old): {}",
             self.name,
             self.version,
             String::from_utf8_lossy(&output.stderr).trim()

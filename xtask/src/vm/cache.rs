@@ -34,8 +34,10 @@ pub(super) fn kernel(pin: &Pin) -> Result<Kernel> {
         return Kernel::of_package(&pinned);
     }
     remove_unfinished(&dir)?;
-    let package = archive::find(pin)?;
-    let entry = dir.join(entry_name(&package.name, &package.version));
+    let entry_of =
+        |package: &archive::Package| dir.join(entry_name(&package.name, &package.version));
+    let package = archive::find(pin, |package| entry_of(package).is_dir())?;
+    let entry = entry_of(&package);
     if !entry.is_dir() {
         fetch(&package, &dir, &entry)?;
     }
