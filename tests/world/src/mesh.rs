@@ -10,7 +10,20 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Node, Pod, Process, World, WorldError, wait::wait_for};
+use crate::{
+    Node, Pod, Process, World, WorldError,
+    wait::{patient, wait_for},
+};
+
+/// The agent's deadlines by their variables, as they are by default.
+const DEADLINES: [(&str, Duration); 3] = [
+    ("NSM_RESOLVER_TIMEOUT", Duration::from_secs(2)),
+    ("NSM_REQUEST_TIMEOUT", CALL_DEADLINE),
+    ("NSM_DIAL_TIMEOUT", Duration::from_secs(5)),
+];
+
+/// A call's deadline, by default, of agents and clients.
+const CALL_DEADLINE: Duration = Duration::from_secs(15);
 
 /// An agent starts within a fraction of a second; loading BPF on a loaded machine takes longer.
 const READY_DEADLINE: Duration = Duration::from_secs(20);
@@ -79,6 +92,12 @@ impl Agent {
         written.map_err(WorldError::io(format!("write {}", config.display())))?;
         let mut command = program_on(node, program)?;
         command.arg("agent").arg("--config").arg(&config);
+        // The agent's own deadlines, where the machine is slow by nature; a test's flags override them.
+        for (variable, deadline) in DEADLINES {
+            if patient(deadline) > deadline {
+                command.env(variable, format!("{}s", patient(deadline).as_secs()));
+            }
+        }
         Ok(command)
     }
 
@@ -198,6 +217,11 @@ impl Agent {
         let mut command = self.connect_command(pod, service)?;
         command.arg("--json");
         adjust(&mut command);
+        let chosen = command.get_args().any(|argument| argument == "--timeout");
+        if !chosen && patient(CALL_DEADLINE) > CALL_DEADLINE {
+            let deadline = patient(CALL_DEADLINE).as_secs();
+            command.args(["--timeout", &format!("{deadline}s")]);
+        }
         let process = world.spawn(&format!("client-{}", pod.name()), command)?;
         Ok(Client { process })
     }
