@@ -1,8 +1,8 @@
-//! What an agent asks the world around its node: where another domain's registry and proxy are, and what the node's own public
-//! address is.
+//! Questions of an agent to the world around its node: where another domain's registry and proxy are, and which public address the node
+//! has.
 //!
-//! [`dns`] resolves domains. [`public_address`] asks metadata services, Kubernetes and STUN servers. Both ask only; what the
-//! answers mean is decided in `nsm_core`.
+//! [`dns`] resolves domains. [`public_address`] asks metadata services, Kubernetes and STUN servers. Their questions and answers
+//! end here: which address holds is decided in `nsm_core::address`.
 
 #![forbid(unsafe_code)]
 

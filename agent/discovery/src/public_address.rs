@@ -1,4 +1,4 @@
-//! Asking those who may know the node's public address: metadata services, Kubernetes, STUN servers.
+//! Questions to the sources of the node's public address: metadata services, Kubernetes, STUN servers.
 //!
 //! What each is asked and what its answers mean is decided in [`nsm_core::address::public`]; here are the sockets. Nothing of this is
 //! ever fatal: a service that is not there, silent or wrong is an [`Outcome::Failed`] with a sentence, within a second for HTTP and

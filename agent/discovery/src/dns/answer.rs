@@ -1,4 +1,4 @@
-//! A question and what an answer says to it. Pure.
+//! A question, and the meaning of an answer to it. Pure.
 
 use std::{fmt, time::Duration};
 
@@ -28,7 +28,7 @@ pub(super) struct Answer {
     pub(super) ttl: Duration,
     /// False for NXDOMAIN: the canonical name has no records of any type.
     pub(super) exists: bool,
-    /// How long the zone says that absence holds, where it says so (RFC 2308 section 5).
+    /// How long absence holds, where the zone has a time for it (RFC 2308 section 5).
     pub(super) negative_ttl: Option<Duration>,
 }
 

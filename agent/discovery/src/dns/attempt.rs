@@ -7,7 +7,7 @@
 //! the SRV records of the target and reports that there are none, which would lead to default ports
 //! that the domain did not name. Aliases are followed in `answer`.
 //!
-//! A connection serves one question. Kept for reuse, a TCP connection that died without a word
+//! A connection serves one question. Kept for reuse, a TCP connection that died silently
 //! would fail every question until the kernel gives it up.
 
 use std::{fmt, io, net::SocketAddr, time::Duration};

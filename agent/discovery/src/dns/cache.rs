@@ -35,7 +35,7 @@ struct Kept {
 pub(super) enum Known {
     /// An answer that still holds.
     Answer(Outcome),
-    /// Somebody is asking; the receiver hears the answer.
+    /// A question is in flight; the receiver gets its answer.
     InFlight(watch::Receiver<Option<Outcome>>),
     /// Nobody is asking: the caller shall, and send the answer here.
     Unknown(

@@ -33,7 +33,7 @@ pub enum ResolveError {
         /// The server that answered.
         server: String,
     },
-    /// The service record says that there is no such service (RFC 2782: target `.`).
+    /// By the service record there is no such service (RFC 2782: target `.`).
     #[error(
         "domain {domain} offers no registry: {server} answered {question} with the target \".\", \
          which means that the service is not available there"

@@ -9,7 +9,7 @@ use std::{
 use nsm_core::nsm::name::{Domain, DomainTarget, NameError};
 use thiserror::Error;
 
-/// Where a domain is, whatever DNS says.
+/// Where a domain is; DNS is not asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostEntry {
     /// Where its registry is.

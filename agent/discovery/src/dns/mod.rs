@@ -10,7 +10,7 @@
 //!
 //! Invariants:
 //! - One flight a domain: callers that come while a question is in flight share its answer. A
-//!   flight is a task of its own, so that a caller that gives up fails nobody else.
+//!   flight is a task of its own, so that a caller that gives up does not fail the others.
 //! - An answer holds for the smallest TTL of the records it was made of, at least 1 s and at most
 //!   1 h; "no such domain" for at most 5 s, a server's failure for 1 s.
 //! - Every answer comes within [`ResolverConfig::timeout`], whatever the servers do.
@@ -76,7 +76,7 @@ impl Default for ResolverConfig {
         Self {
             servers: Vec::new(),
             hosts: BTreeMap::new(),
-            // Below the 5 s that NSM gives a dial: the caller still hears why.
+            // Below the 5 s that NSM gives a dial: the caller still gets the cause.
             timeout: Duration::from_secs(2),
             registry_port: 5005,
             proxy_port: 5006,
@@ -98,7 +98,7 @@ pub struct Resolved {
     pub question: String,
     /// The answer, for people.
     pub answer: String,
-    /// Who answered: a DNS server, or a phrase that says why none was asked.
+    /// The answering server: a DNS server, or a phrase for what stands in for one.
     pub server: String,
     /// The answer was remembered.
     pub cached: bool,
@@ -148,7 +148,7 @@ impl Resolver {
     ///
     /// # Errors
     ///
-    /// The domain does not exist or has no address, or no server could say.
+    /// The domain does not exist or has no address, or no server answered.
     pub async fn resolve(&self, domain: &Domain) -> Result<Arc<Resolved>, ResolveError> {
         let setup = Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner));
         let now = Instant::now();
@@ -201,7 +201,7 @@ impl Setup {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for a domain, remembers what came of it and tells everybody who waits.
+    /// Asks for a domain, keeps the outcome and passes it to all callers that wait.
     async fn fly(
         self: Arc<Self>,
         domain: Domain,

@@ -32,7 +32,7 @@ const TTL_FLOOR: Duration = Duration::from_secs(1);
 /// Answers are kept at most this long: a peer that moves is found again within the hour.
 const TTL_CEILING: Duration = Duration::from_secs(3600);
 
-/// "There is no such record" is kept at most this long: who publishes it waits for us.
+/// "There is no such record" is kept at most this long: a record that is published meanwhile is found after that time.
 const NEGATIVE_CEILING: Duration = Duration::from_secs(5);
 
 /// Failures of servers are kept this long, so that a burst of Requests is one question.
@@ -41,10 +41,10 @@ const FAILURE_TTL: Duration = Duration::from_secs(1);
 /// How long a known IPv4 address waits for the IPv6 one (RFC 8305 section 3: 50 ms).
 const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
 
-/// Who answers for what the configuration says.
+/// The answering server of a place that the configuration has.
 const HOSTS: &str = "the resolver's hosts";
 
-/// Who answers for a domain that is an address.
+/// The answering server of a domain that is an address.
 const LITERAL: &str = "the name itself";
 
 /// What a domain resolved to.
@@ -148,10 +148,10 @@ struct Asker<'a> {
     deadline: Instant,
 }
 
-/// What a service record says.
+/// The meaning of a service record.
 enum Service {
     At(Located),
-    /// There is a record, and it says that the service is not offered.
+    /// There is a record, by which the service is not offered.
     NotOffered {
         question: String,
         server: String,
@@ -288,7 +288,7 @@ impl Asker<'_> {
                 Err(error) => refusal = Some(error),
             }
         }
-        // One target that can be found is enough; that none can is the last one's fault.
+        // One target with an address is enough; without any, the last refusal is the answer.
         match refusal {
             Some(refusal) if located.addresses.is_empty() => Err(refusal),
             _ => Ok(Service::At(located)),
@@ -297,13 +297,13 @@ impl Asker<'_> {
 
     /// The addresses of a service record's target: those that came with it, else asked for.
     async fn target(&self, srv: &SRV, records: &Records) -> Result<Addresses, Refusal> {
-        let told: Vec<_> = records
+        let own: Vec<_> = records
             .additionals
             .iter()
             .filter(|record| record.name == srv.target)
             .cloned()
             .collect();
-        let ips = ips(&told);
+        let ips = ips(&own);
         if ips.is_empty() {
             return self.addresses(&srv.target).await;
         }
@@ -311,7 +311,7 @@ impl Asker<'_> {
             ips,
             question: String::new(),
             server: records.server.to_string(),
-            ttl: min_ttl(&told),
+            ttl: min_ttl(&own),
         })
     }
 
@@ -328,7 +328,7 @@ impl Asker<'_> {
             Either::Left((of_v4 @ Ok(Reply::Records(_)), ask_v6)) => {
                 (of_v4, timeout(RESOLUTION_DELAY, ask_v6).await.ok())
             }
-            // NXDOMAIN is said of the name, whatever the type.
+            // NXDOMAIN holds for the name, whatever the type.
             Either::Left((of_v4 @ Ok(Reply::Nothing(Nothing { exists: false, .. })), _)) => {
                 (of_v4, None)
             }
@@ -341,32 +341,24 @@ impl Asker<'_> {
         let mut refusal = None;
         for (question, answer) in [(&v4, Some(of_v4)), (&v6, of_v6)] {
             match answer {
-                Some(Ok(Reply::Records(records))) => {
-                    let ips = ips(&records.answers);
-                    let ttl = records.ttl;
-                    if let Some(found) = &mut found {
-                        found.ips.extend(ips);
-                        found.ttl = found.ttl.min(ttl);
-                    } else if !ips.is_empty() {
-                        found = Some(Addresses {
-                            ips,
-                            question: question.to_string(),
-                            server: records.server.to_string(),
-                            ttl,
-                        });
-                    }
-                }
+                Some(Ok(Reply::Records(records))) => match &mut found {
+                    Some(found) => found.merge(&records),
+                    none => *none = Addresses::of(question, &records),
+                },
                 Some(Ok(Reply::Nothing(answer))) => nothing = Some(answer),
                 Some(Err(error)) => refusal = refusal.or(Some(error)),
                 None => {}
             }
         }
-        if let Some(found) = found {
-            return Ok(found);
+        match (found, refusal) {
+            (Some(found), _) => Ok(found),
+            (None, Some(refusal)) => Err(refusal),
+            (None, None) => Err(self.no_address(&v4, &v6, nothing)),
         }
-        if let Some(refusal) = refusal {
-            return Err(refusal);
-        }
+    }
+
+    /// Neither question has an address for an answer; `nothing` is the last of the answers.
+    fn no_address(&self, v4: &Question, v6: &Question, nothing: Option<Nothing>) -> Refusal {
         let domain = self.domain.to_owned();
         let server = nothing.map_or_else(String::new, |nothing| nothing.server.to_string());
         let error = if nothing.is_some_and(|nothing| !nothing.exists) {
@@ -383,12 +375,12 @@ impl Asker<'_> {
             }
         };
         let ttl = nothing.and_then(|nothing| nothing.ttl);
-        Err(Refusal {
+        Refusal {
             error,
             ttl: ttl
                 .unwrap_or(NEGATIVE_CEILING)
                 .clamp(TTL_FLOOR, NEGATIVE_CEILING),
-        })
+        }
     }
 
     async fn ask(&self, question: &Question) -> Result<Reply, Refusal> {
@@ -419,7 +411,7 @@ impl Asker<'_> {
 }
 
 impl Refusal {
-    /// Whether the answer is that there is nothing, rather than that nobody could say.
+    /// Whether the answer is that there is nothing, rather than no answer at all.
     fn is_absence(&self) -> bool {
         matches!(
             self.error,
@@ -429,6 +421,23 @@ impl Refusal {
 }
 
 impl Addresses {
+    /// The addresses in an answer, if it has any.
+    fn of(question: &Question, records: &Records) -> Option<Self> {
+        let ips = ips(&records.answers);
+        (!ips.is_empty()).then(|| Self {
+            ips,
+            question: question.to_string(),
+            server: records.server.to_string(),
+            ttl: records.ttl,
+        })
+    }
+
+    /// Takes those of another answer in.
+    fn merge(&mut self, records: &Records) {
+        self.ips.extend(ips(&records.answers));
+        self.ttl = self.ttl.min(records.ttl);
+    }
+
     fn with_port(&self, port: u16) -> impl Iterator<Item = SocketAddr> {
         self.ips.iter().map(move |ip| SocketAddr::new(*ip, port))
     }

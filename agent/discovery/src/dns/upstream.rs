@@ -56,7 +56,7 @@ pub(super) struct Records {
 pub(super) struct Nothing {
     /// False for NXDOMAIN: the name has no records of any type.
     pub(super) exists: bool,
-    /// How long the zone says that this holds, where it says so (RFC 2308 section 5).
+    /// How long this holds, where the zone has a time for it (RFC 2308 section 5).
     pub(super) ttl: Option<Duration>,
     pub(super) server: SocketAddr,
 }

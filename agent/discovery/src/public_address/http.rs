@@ -1,4 +1,4 @@
-//! One HTTP/1.1 exchange, with TLS where the URL says so. Each has a connection of its own: there is one a minute.
+//! One HTTP/1.1 exchange, with TLS for an https URL. Each has a connection of its own: there is one a minute.
 
 use std::{
     fmt,

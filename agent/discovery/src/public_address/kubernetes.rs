@@ -109,7 +109,7 @@ impl KubernetesNode {
     }
 }
 
-/// The files of a service account lie in memory: to read one blocks nobody.
+/// The files of a service account are in memory: reading one does not block.
 fn read(path: &Path) -> Result<String, LookupError> {
     std::fs::read_to_string(path).map_err(|cause| LookupError::File {
         path: path.to_owned(),

@@ -1,8 +1,8 @@
-//! What an operator is told when a domain cannot be resolved.
+//! The errors of a domain that cannot be resolved.
 
 use super::*;
 
-/// A server that is given garbage to say.
+/// A server that answers garbage.
 async fn garbage_server() -> SocketAddr {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = socket.local_addr().unwrap();
@@ -17,7 +17,7 @@ async fn garbage_server() -> SocketAddr {
     tokio::spawn(async move {
         let mut question = [0; 512];
         while let Ok((_, from)) = socket.recv_from(&mut question).await {
-            // The id is right, the rest says 65535 questions and has none.
+            // The id is right, the rest counts 65535 questions and has none.
             let mut answer = vec![question[0], question[1]];
             answer.extend([0xff; 30]);
             let _ = socket.send_to(&answer, from).await;
@@ -83,10 +83,10 @@ async fn an_error_of_the_server_is_reported_without_delay() {
             matches!(error, ResolveError::ServerFailed { .. }),
             "{error}"
         );
-        let told = error.to_string();
-        assert!(told.contains(text), "{told}");
-        assert!(told.contains(&server.address.to_string()), "{told}");
-        assert!(told.contains("cluster-2.example"), "{told}");
+        let shown = error.to_string();
+        assert!(shown.contains(text), "{shown}");
+        assert!(shown.contains(&server.address.to_string()), "{shown}");
+        assert!(shown.contains("cluster-2.example"), "{shown}");
         assert_eq!(server.asked_by(Protocol::Tcp), 0);
     }
 }
@@ -103,8 +103,8 @@ async fn a_failed_service_question_does_not_fall_back_to_default_ports() {
         .serve()
         .await;
     let error = resolver(&server).resolve(&domain(X)).await.unwrap_err();
-    let told = error.to_string();
-    assert!(told.contains(&format!("SRV {REGISTRY}")), "{told}");
+    let shown = error.to_string();
+    assert!(shown.contains(&format!("SRV {REGISTRY}")), "{shown}");
 }
 
 #[tokio::test]
@@ -117,10 +117,10 @@ async fn a_silent_server_is_named_when_the_time_is_over() {
     let took = start.elapsed();
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert!(matches!(error, ResolveError::Timeout { .. }), "{error}");
-    let told = error.to_string();
-    assert!(told.contains(&server.address.to_string()), "{told}");
-    assert!(told.contains("600 ms"), "{told}");
-    assert!(told.contains(X), "{told}");
+    let shown = error.to_string();
+    assert!(shown.contains(&server.address.to_string()), "{shown}");
+    assert!(shown.contains("600 ms"), "{shown}");
+    assert!(shown.contains(X), "{shown}");
 }
 
 #[tokio::test]
@@ -133,18 +133,18 @@ async fn a_server_that_is_not_there_is_named_with_what_refused() {
     let start = Clock::now();
     let error = Resolver::new(config).resolve(&domain(X)).await.unwrap_err();
     assert!(start.elapsed() < Duration::from_secs(1));
-    // By UDP a refusal looks like silence; TCP tells them apart.
+    // By UDP a refusal cannot be shown from silence, by TCP it can.
     assert!(matches!(error, ResolveError::Timeout { .. }), "{error}");
-    let told = error.to_string();
+    let shown = error.to_string();
     assert!(
-        told.contains(&format!("{address} by UDP: no answer")),
-        "{told}"
+        shown.contains(&format!("{address} by UDP: no answer")),
+        "{shown}"
     );
     assert!(
-        told.contains(&format!("{address} by TCP: cannot be reached")),
-        "{told}"
+        shown.contains(&format!("{address} by TCP: cannot be reached")),
+        "{shown}"
     );
-    assert!(told.contains("refused"), "{told}");
+    assert!(shown.contains("refused"), "{shown}");
 }
 
 #[tokio::test]

@@ -77,7 +77,7 @@ async fn gcp_wants_its_header_and_sends_it() {
         ask_one(&lookup(Provider::Gcp, gcp.url())).await,
         Outcome::Address(ip("203.0.113.1"))
     );
-    // The server does refuse whoever sends none: another provider's question.
+    // The server does refuse a question without one: that of another provider.
     let trouble_of = trouble(ask_one(&lookup(Provider::Equinix, gcp.url())).await);
     assert!(trouble_of.contains("403"), "{trouble_of}");
     let gcp = server::gcp(None).await;
@@ -91,7 +91,7 @@ async fn gcp_wants_its_header_and_sends_it() {
     assert!(trouble.contains("metadata-flavor"), "{trouble}");
 }
 
-/// What a machine without a load balancer is told.
+/// The answer to a machine without a load balancer.
 const NO_LOAD_BALANCER: (StatusCode, &str) =
     (StatusCode::NOT_FOUND, "No load balancer metadata is found");
 

@@ -24,7 +24,7 @@ fn trouble(outcome: Outcome) -> String {
     }
 }
 
-/// What a node at the loopback address is told.
+/// The answer to a node at the loopback address.
 async fn ask(lookup: &Lookup) -> Vec<(Source, Outcome)> {
     let mut all: Vec<_> = lookup.ask(Some(ip("127.0.0.1"))).collect().await;
     all.sort_by(|a, b| a.0.cmp(&b.0));
