@@ -1,7 +1,7 @@
 //! `proxy-nsmgr`: the interdomain node agent of Network Service Mesh, and its tools for people.
 //!
 //! `agent` is the product; `connect` and `endpoint` are an NSM v1 client and endpoint that a person
-//! can run by hand, with nothing but the wire API between them and the agent; `status` looks into
+//! can run by hand, with nothing but the wire API between them and the agent; `status` shows
 //! a running agent.
 
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ mod endpoint;
 mod logging;
 mod netns;
 mod observe;
+mod run;
 mod tool;
 mod view;
 
@@ -27,16 +28,15 @@ use crate::{
     config::{Config, Inputs},
 };
 
-/// An agent holds small things for long (paths, tokens, names) and makes many more that live for
-/// one call. The mix tears glibc's heap apart: 10,000 open connections took 11 KiB each, or half of
-/// it, as the lengths of two names would have it. Here they take under 5, and a Request costs a
-/// tenth less processor time.
+/// An agent holds small values for long (paths, tokens, names) and allocates many more for one call. The mix fragments glibc's heap:
+/// 10,000 open connections took 5 to 11 KiB each, depending on the lengths of two names. With mimalloc they take less than 5, and a
+/// Request costs a tenth less processor time.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match run(cli.command) {
+    match execute(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("proxy-nsmgr: {error:#}");
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
+fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Agent(args) => agent(*args),
         Command::Connect(args) => one_thread()?.block_on(connect::run(&args)),
@@ -76,7 +76,7 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
         .worker_threads(worker_threads())
         .enable_all()
         .build()?
-        .block_on(agent::run(loaded.config, inputs, log))
+        .block_on(run::run(loaded.config, inputs, log))
 }
 
 /// Every client holds a descriptor, and every namespace that one passes. The usual soft limit of 1024 is for programs that use
@@ -91,9 +91,9 @@ fn raise_open_files() {
     }
 }
 
-/// Half of the processors, at most four: the agent is a guest on its node, and waits more than it
-/// computes. On two processors a Request costs a sixth less processor time on one thread than on
-/// two that wake each other; what blocks (netlink, BPF loading) has threads of its own.
+/// Half of the processors, at most four: the node is there for others, and the agent waits more than it computes. On two processors a
+/// Request costs a sixth less processor time on one thread than on two that wake each other; blocking work (netlink, loading BPF) has
+/// threads of its own.
 fn worker_threads() -> usize {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     (processors / 2).clamp(1, 4)

@@ -1,107 +1,104 @@
-//! The control plane's forwarder port on this node's kernel: links by rtnetlink, tunnels known to
-//! the BPF programs before their first packet.
+//! The control plane's forwarder port on this node's kernel: links by rtnetlink, tunnels that the BPF programs know before their first
+//! packet.
 
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
     os::fd::AsFd as _,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::Arc,
 };
 
 use futures_util::{StreamExt as _, stream};
 use nsm_controlplane::{
-    plane::ControlPlane,
     ports::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
     transport::unix::Passed,
 };
 use nsm_core::{
     link::{LinkAlias, VxlanSpec},
-    net::{NetnsUrl, Vni},
-    nsm::name::Domain,
+    net::NetnsUrl,
 };
 use nsm_dataplane::{
-    bpf::{Bpf, BpfConfig, BpfError, Hook, Slot},
     links::{LinkError, LinkStatistics, Links},
     liveness::{Preflights, Report},
     netns::{Netns, NetnsError},
 };
-use nsm_proto::admin;
 
-use super::{admin::no_bpf, namespaces::Namespaces, prober::NodeProber, probing::Probing};
+use super::{
+    namespaces::Namespaces,
+    prober::NodeProber,
+    probing::Probing,
+    programs::{Counters, Facts, Programs},
+    readiness::Readiness,
+};
 use crate::config::{self, Config};
 
-/// The underlay's MTU towards a peer whose address nobody knows yet, bytes. What the peer answers
+/// The underlay's MTU towards a peer whose address is not known yet, bytes. The peer's answer
 /// and the route to it lower the connection's MTU before a link is made.
 const USUAL_MTU: u32 = 1500;
 
-/// Namespaces that are asked at one time for what their links have counted: each takes a thread of those that Requests need.
+/// Namespaces whose links' counters are read at one time: each takes a thread of those that Requests need.
 const AT_ONCE: usize = 4;
+
+/// What the links of tunnels have counted.
+pub(crate) type LinkCounters = HashMap<LinkAlias, Counters>;
 
 /// The dataplane of this node.
 pub(crate) struct NodeForwarder {
     links: Links,
     namespaces: Namespaces,
-    /// Gone once the agent has let the programs go.
-    bpf: Mutex<Option<Arc<Bpf>>>,
+    programs: Arc<Programs>,
     /// What proves paths, where that is possible and wanted.
-    pub(super) probing: Probing,
+    probing: Arc<Probing>,
     tunnel: config::Tunnel,
-    pin_path: String,
-    degraded: Vec<String>,
-    /// Where the programs count each of our VNIs.
-    slots: Mutex<HashMap<Vni, Slot>>,
 }
 
 impl NodeForwarder {
-    /// Opens netlink and loads the BPF programs; without the rights for BPF it goes on without.
+    /// Opens netlink, loads the BPF programs and starts probing; none where this agent makes no links. What cannot be had of BPF and
+    /// probes is a degradation.
     ///
     /// # Errors
     /// Netlink cannot be opened.
-    pub(crate) async fn start(config: &Config) -> anyhow::Result<Self> {
+    pub(crate) async fn build(
+        config: &Config,
+        readiness: &Readiness,
+    ) -> anyhow::Result<Option<Arc<Self>>> {
+        if !config.forwarder {
+            return Ok(None);
+        }
         let links = Links::new()?;
-        let mut degraded = Vec::new();
-        let bpf = if config.bpf.enabled {
-            match load_bpf(config).await {
-                Ok(bpf) => {
-                    if bpf.hook() == Hook::Clsact && config.bpf.hook == config::Hook::Auto {
-                        degraded.push(
-                            "this kernel has no tcx (Linux 6.6): the BPF programs are hooked by clsact"
-                                .to_owned(),
-                        );
-                    }
-                    Some(Arc::new(bpf))
-                }
-                Err(error) => {
-                    degraded.push(format!(
-                        "no BPF: {error}; tunnels work, sources are not checked, and counters are those of the links"
-                    ));
-                    None
-                }
-            }
-        } else {
-            degraded.push(
-                "BPF is switched off (`bpf.enabled`): counters are those of the links".to_owned(),
-            );
-            None
-        };
-        let probing = Probing::start(config, bpf.clone()).await;
-        degraded.extend(probing.degraded());
-        Ok(Self {
+        let programs = Arc::new(Programs::load(config).await);
+        let probing = Arc::new(Probing::start(config, Arc::clone(&programs)).await);
+        for reason in programs
+            .degraded()
+            .cloned()
+            .into_iter()
+            .chain(probing.degraded())
+        {
+            tracing::warn!(reason, "degraded");
+            readiness.degraded(reason);
+        }
+        Ok(Some(Arc::new(Self {
             links,
             namespaces: Namespaces::default(),
-            bpf: Mutex::new(bpf),
+            programs,
             probing,
             tunnel: config.tunnel.clone(),
-            pin_path: config.bpf.pin_dir.display().to_string(),
-            degraded,
-            slots: Mutex::default(),
-        })
+        })))
     }
 
-    /// What works less well than it could.
-    pub(crate) fn degraded(&self) -> &[String] {
-        &self.degraded
+    /// The links of this node.
+    pub(super) fn links(&self) -> &Links {
+        &self.links
+    }
+
+    /// The BPF programs.
+    pub(super) fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// What proves paths.
+    pub(crate) fn probing(&self) -> &Arc<Probing> {
+        &self.probing
     }
 
     /// The address our tunnels leave from.
@@ -112,45 +109,24 @@ impl NodeForwarder {
         }
     }
 
-    /// Facts for `status`.
-    pub(crate) fn bpf_facts(&self) -> admin::Bpf {
-        self.with_bpf(|bpf| admin::Bpf {
-            hook: bpf.hook().to_string(),
-            object_sha256: Bpf::object_sha256().to_owned(),
-            pin_path: self.pin_path.clone(),
-            interfaces: bpf.interfaces(),
-        })
-        .unwrap_or_else(no_bpf)
+    /// What is attached, and where.
+    pub(crate) fn program_facts(&self) -> Facts {
+        self.programs.facts()
     }
 
-    /// Packets by reason, for `status`.
-    pub(crate) fn drops(&self) -> BTreeMap<String, u64> {
-        self.with_bpf(|bpf| bpf.drops().ok())
-            .flatten()
-            .unwrap_or_default()
-            .into_iter()
-            .map(|(reason, count)| (reason.to_owned(), count))
-            .collect()
+    /// Packets of the underlay that were dropped or passed uncounted, by reason.
+    pub(crate) fn drops(&self) -> BTreeMap<&'static str, u64> {
+        self.programs.drops()
     }
 
-    /// What BPF has counted of a tunnel on the cards; none where it does not.
-    pub(crate) fn underlay_counters(&self, spec: &VxlanSpec) -> Option<admin::Counters> {
-        let slot = self.slots().get(&spec.vni).copied()?;
-        let counted = self.with_bpf(|bpf| bpf.counters(slot).ok())??;
-        Some(admin::Counters {
-            tx_packets: counted.tx_packets,
-            tx_bytes: counted.tx_bytes,
-            rx_packets: counted.rx_packets,
-            rx_bytes: counted.rx_bytes,
-        })
+    /// What BPF has counted of a tunnel at the cards; none where it does not.
+    pub(crate) fn card_counters(&self, spec: &VxlanSpec) -> Option<Counters> {
+        self.programs.counters(spec.vni)
     }
 
     /// What the links of tunnels have counted. Each namespace is entered once, however many links it has: that takes a fraction of a
     /// millisecond, and an agent may have thousands of pods.
-    pub(crate) async fn link_counters(
-        &self,
-        plans: impl Iterator<Item = &Plan>,
-    ) -> HashMap<LinkAlias, admin::Counters> {
+    pub(crate) async fn link_counters(&self, plans: impl Iterator<Item = &Plan>) -> LinkCounters {
         let mut places = HashMap::new();
         for plan in plans {
             if let Plan::Vxlan { netns, spec } = plan {
@@ -168,16 +144,13 @@ impl NodeForwarder {
             .buffer_unordered(AT_ONCE)
             .collect()
             .await;
-        let told = |(alias, counted): (LinkAlias, LinkStatistics)| {
-            let counters = admin::Counters {
-                tx_packets: counted.tx_packets,
-                tx_bytes: counted.tx_bytes,
-                rx_packets: counted.rx_packets,
-                rx_bytes: counted.rx_bytes,
-            };
-            (alias, counters)
-        };
-        counted.into_iter().flatten().flatten().map(told).collect()
+        let counters = |(alias, counted): (_, LinkStatistics)| (alias, counted.into());
+        counted
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(counters)
+            .collect()
     }
 
     /// What every session has measured.
@@ -199,70 +172,17 @@ impl NodeForwarder {
         prober.flat_map(NodeProber::uncounted).collect()
     }
 
-    /// Lets peers know that this node goes.
+    /// Signals to peers that this node goes.
     pub(crate) async fn leave_paths(&self) {
         if let Some(prober) = self.probing.prober() {
             prober.leave_all().await;
         }
     }
 
-    /// Ends the sessions and lets the programs go, with everything that is pinned.
+    /// Ends the sessions and releases the programs, with everything that is pinned.
     pub(crate) async fn close(&self) {
         self.probing.close().await;
-        let bpf = self
-            .bpf
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(bpf) = bpf
-            && let Err(error) = bpf.detach_and_unpin()
-        {
-            tracing::warn!(%error, "the BPF programs stay behind");
-        }
-    }
-
-    /// The programs must know a tunnel before its first packet. Without a free slot the tunnel
-    /// works all the same, uncounted.
-    fn count(&self, spec: &VxlanSpec) {
-        let added = self.with_bpf(|bpf| {
-            // The peer chooses its port; ours is known from the start.
-            if spec.port != self.tunnel.port {
-                bpf.add_port(spec.port)?;
-            }
-            bpf.add_tunnel(spec.vni, spec.remote)
-        });
-        match added {
-            None => {}
-            Some(Ok(slot)) => {
-                self.slots().insert(spec.vni, slot);
-            }
-            Some(Err(error)) => {
-                tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel is not counted");
-            }
-        }
-    }
-
-    fn uncount(&self, spec: &VxlanSpec) {
-        self.slots().remove(&spec.vni);
-        let removed = self.with_bpf(|bpf| bpf.remove_tunnel(spec.vni, spec.remote));
-        if let Some(Err(error)) = removed {
-            tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel's slot is not freed");
-        }
-    }
-
-    /// The programs, while the agent has them.
-    pub(super) fn bpf(&self) -> Option<Arc<Bpf>> {
-        let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
-        bpf.clone()
-    }
-
-    fn with_bpf<T>(&self, use_it: impl FnOnce(&Bpf) -> T) -> Option<T> {
-        let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
-        bpf.as_deref().map(use_it)
-    }
-
-    fn slots(&self) -> MutexGuard<'_, HashMap<Vni, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.programs.release();
     }
 
     async fn open(&self, pod: &PodNetns, alias: &LinkAlias) -> Result<Netns, ForwarderError> {
@@ -309,12 +229,12 @@ impl Forwarder for NodeForwarder {
             Plan::Vxlan { netns: pod, spec } => {
                 let alias = &spec.link.alias;
                 let netns = self.open(pod, alias).await?;
-                let was_known = self.slots().contains_key(&spec.vni);
-                self.count(spec);
+                let was_known = self.programs.counts(spec.vni);
+                self.programs.count(spec);
                 let up = self.links.up_vxlan(&netns, spec);
                 let (outcome, in_sight) = tokio::join!(up, self.namespaces.is_in_sight(pod));
                 if outcome.is_err() && !was_known {
-                    self.uncount(spec);
+                    self.programs.uncount(spec);
                 }
                 outcome.map_err(refusal)?;
                 if !in_sight {
@@ -351,7 +271,7 @@ impl Forwarder for NodeForwarder {
         match plan {
             Plan::Vxlan { netns, spec } => {
                 let outcome = self.down_in(netns, &spec.link.alias).await;
-                self.uncount(spec);
+                self.programs.uncount(spec);
                 outcome
             }
             Plan::Veth { client, endpoint } => {
@@ -373,75 +293,6 @@ impl Forwarder for NodeForwarder {
     }
 }
 
-/// Deletes what an earlier life of this agent left: links and tunnels that no connection has taken
-/// over within `grace`, the longest time that a client may take until it refreshes.
-pub(crate) async fn collect_orphans(
-    forwarder: Arc<NodeForwarder>,
-    plane: ControlPlane,
-    domain: Domain,
-    grace: Duration,
-) {
-    let found = match forwarder.links.find_ours(domain.as_str()).await {
-        Ok(found) => found,
-        Err(error) => {
-            tracing::warn!(%error, "cannot look for links of an earlier agent");
-            Vec::new()
-        }
-    };
-    let left_tunnels = forwarder.with_bpf(Bpf::tunnels).unwrap_or_default();
-    if found.is_empty() && left_tunnels.is_empty() {
-        return;
-    }
-    tracing::info!(
-        links = found.len(), tunnels = left_tunnels.len(), grace = ?grace,
-        "an earlier agent left links: those that nobody refreshes are deleted"
-    );
-    tokio::time::sleep(grace).await;
-    for (netns, link) in found {
-        // Looked at anew for each: a deletion takes up to 20 ms, and clients come back meanwhile.
-        let orphan = link
-            .alias
-            .filter(|alias| !plane.holds(alias.connection_id()));
-        let Some(alias) = orphan else { continue };
-        match forwarder.links.down(&netns, &alias).await {
-            Ok(_) => tracing::info!(link = %link.name, %alias, "deleted an orphan"),
-            Err(error) => tracing::warn!(link = %link.name, %error, "an orphan stays"),
-        }
-    }
-    for tunnel in left_tunnels {
-        let Ok(vni) = Vni::try_from(tunnel.vni) else {
-            continue;
-        };
-        if !forwarder.slots().contains_key(&vni) {
-            let _ = forwarder.with_bpf(|bpf| bpf.remove_tunnel(vni, tunnel.peer));
-        }
-    }
-}
-
-/// Loads and attaches: 8 to 16 ms an interface and direction, so on a thread of its own.
-async fn load_bpf(config: &Config) -> Result<Bpf, BpfError> {
-    let bpf_config = BpfConfig {
-        pin_dir: config.bpf.pin_dir.clone(),
-        interfaces: config
-            .bpf
-            .interfaces
-            .iter()
-            .map(ToString::to_string)
-            .collect(),
-        tunnel_addresses: config.tunnel.ip.into_iter().collect(),
-        ports: vec![config.tunnel.port],
-        hook: match config.bpf.hook {
-            config::Hook::Auto => None,
-            config::Hook::Tcx => Some(Hook::Tcx),
-            config::Hook::Clsact => Some(Hook::Clsact),
-        },
-        ..BpfConfig::default()
-    };
-    tokio::task::spawn_blocking(move || Bpf::load(&bpf_config))
-        .await
-        .expect("loading BPF programs does not panic")
-}
-
 fn namespace(error: &NetnsError) -> ForwarderError {
     match error {
         NetnsError::OpenDenied { .. } | NetnsError::EnterDenied { .. } => {
@@ -452,10 +303,6 @@ fn namespace(error: &NetnsError) -> ForwarderError {
     }
 }
 
-#[allow(
-    clippy::needless_pass_by_value,
-    reason = "the shape that `map_err` wants"
-)]
 fn refusal(error: LinkError) -> ForwarderError {
     match &error {
         LinkError::VniTaken { vni, .. } => ForwarderError::VniTaken(*vni),

@@ -69,10 +69,10 @@ impl IpMaps {
         let mut parts = self.parts();
         parts.own = own;
         let effective = parts.effective();
-        let told = effective.as_ref().map(drop).map_err(Clone::clone);
+        let outcome = effective.as_ref().map(drop).map_err(Clone::clone);
         self.plane
             .set_ip_map(effective.unwrap_or_else(|_| parts.file.clone()));
-        told
+        outcome
     }
 
     /// The public address that the file has for an internal one.
@@ -193,7 +193,7 @@ mod tests {
         let internal: IpAddr = "10.0.0.2".parse().unwrap();
         assert_eq!(map.external(internal).to_string(), "203.0.113.2");
         assert!(parse(path, "").is_ok());
-        for (text, told) in [
+        for (text, expected) in [
             ("10.0.0.1: nowhere", "`nowhere` is no IP address"),
             ("- a\n- b", "internal: external"),
             (
@@ -203,7 +203,7 @@ mod tests {
         ] {
             let error = format!("{:#}", parse(path, text).unwrap_err());
             assert!(
-                error.contains("map-ip.yaml") && error.contains(told),
+                error.contains("map-ip.yaml") && error.contains(expected),
                 "{error}"
             );
         }

@@ -346,7 +346,7 @@ fn plane_config(config: &Config) -> HealthConfig {
 }
 
 /// A path as the health plane knows it: an IPv4 address in IPv6's form is that IPv4 address.
-pub(super) fn known_as(path: &PathId) -> PathId {
+pub(crate) fn known_as(path: &PathId) -> PathId {
     PathId {
         address: path.address.to_canonical(),
         ..*path
@@ -354,7 +354,7 @@ pub(super) fn known_as(path: &PathId) -> PathId {
 }
 
 /// The path of a session.
-pub(super) fn path_of(peer: &plane::PeerSpec) -> PathId {
+pub(crate) fn path_of(peer: &plane::PeerSpec) -> PathId {
     PathId {
         address: peer.address,
         port: peer.port,
@@ -376,7 +376,7 @@ fn is_same(one: &Health, other: &Health) -> bool {
 }
 
 /// The clock of the kernel's stamps.
-pub(super) fn now() -> Monotonic {
+pub(crate) fn now() -> Monotonic {
     let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .expect("every Linux has a monotonic clock");
     let nanos = Duration::from(time).as_nanos();

@@ -1,5 +1,4 @@
-//! The health plane, from the start or as soon as it can be had: what is in its way, another program on the tunnels' port before all,
-//! may go.
+//! The sessions' plane, from the start or as soon as it can be had: its obstacle, such as another program on the tunnels' port, may go.
 
 use std::{
     sync::{Arc, OnceLock},
@@ -8,20 +7,22 @@ use std::{
 
 use nsm_controlplane::{liveness::Reachability, plane::ControlPlane};
 use nsm_core::backoff::Backoff;
-use nsm_dataplane::{bpf::Bpf, liveness::HealthError};
+use nsm_dataplane::liveness::HealthError;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-use super::{forwarder::NodeForwarder, prober::NodeProber, readiness::Readiness};
+use super::{prober::NodeProber, programs::Programs, readiness::Readiness};
 use crate::config::Config;
 
-/// The shortest wait before another try: who has just freed the port wants to see it used.
+/// The shortest wait before another try: whoever frees the port can watch it being used.
 const SHORTEST_WAIT: Duration = Duration::from_secs(1);
 
-/// The longest: a try costs the node a link that comes and goes.
+/// The longest: a try makes and removes a link on the node.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// What proves paths, where that is possible and wanted.
 pub(crate) struct Probing {
+    config: Config,
+    programs: Arc<Programs>,
     prober: OnceLock<NodeProber>,
     /// Why there was none at the start.
     failure: Option<HealthError>,
@@ -31,8 +32,11 @@ pub(crate) struct Probing {
 
 impl Probing {
     /// Starts the health plane, if one is wanted and can be had.
-    pub(crate) async fn start(config: &Config, bpf: Option<Arc<Bpf>>) -> Self {
+    pub(crate) async fn start(config: &Config, programs: Arc<Programs>) -> Self {
+        let bpf = programs.bpf();
         let mut probing = Self {
+            config: config.clone(),
+            programs,
             prober: OnceLock::new(),
             failure: None,
             is_closed: Arc::default(),
@@ -77,6 +81,58 @@ impl Probing {
         }
     }
 
+    /// Where the health plane could not be started, tries again until it can; then the control plane follows it.
+    pub(crate) async fn until_it_probes(
+        self: Arc<Self>,
+        plane: ControlPlane,
+        readiness: Readiness,
+    ) {
+        let Some(failure) = &self.failure else {
+            return;
+        };
+        let mut reported = self.degraded();
+        let mut is_for_good = failure.is_for_good();
+        let mut backoff = Backoff::new(SHORTEST_WAIT, LONGEST_WAIT);
+        while !is_for_good {
+            tokio::time::sleep(backoff.next(rand::random())).await;
+            let Some(guard) = self.may_start().await else {
+                return;
+            };
+            let now = match self.start_late(guard).await {
+                Ok(()) => self.degraded(),
+                Err(error) => {
+                    is_for_good = error.is_for_good();
+                    vec![no_probes(&error)]
+                }
+            };
+            if now != reported {
+                for reason in &now {
+                    tracing::warn!(reason, "degraded");
+                }
+                readiness.replace_degradations(&reported, now.clone());
+                reported = now;
+            }
+            if self.prober().is_some() {
+                tracing::info!("paths are watched from now on");
+                return plane.watch_paths().await;
+            }
+        }
+    }
+
+    /// Starts the health plane on a thread of its own: the calling task may be ended meanwhile, and [`Self::close`] then finds what was
+    /// started.
+    async fn start_late(self: &Arc<Self>, guard: OwnedMutexGuard<bool>) -> Result<(), HealthError> {
+        let starting = Arc::clone(self);
+        let started = tokio::task::spawn_blocking(move || {
+            let _guard = guard;
+            NodeProber::start(&starting.config, starting.programs.bpf()).map(|prober| {
+                // There is none yet: the guard keeps others from starting one.
+                let _ = starting.prober.set(prober);
+            })
+        });
+        started.await.expect(NO_PANIC)
+    }
+
     /// The right to start a health plane; `None` when the agent ends.
     async fn may_start(&self) -> Option<OwnedMutexGuard<bool>> {
         let guard = Arc::clone(&self.is_closed).lock_owned().await;
@@ -88,52 +144,4 @@ const NO_PANIC: &str = "starting the health plane, or removing one, does not pan
 
 fn no_probes(error: &HealthError) -> String {
     format!("no probes: {error}; tunnels work, and the loss of a path is not noticed")
-}
-
-/// Where the health plane could not be started, tries again until it can, and then lets the control plane follow it.
-pub(crate) async fn until_it_probes(
-    config: Config,
-    forwarder: Arc<NodeForwarder>,
-    plane: ControlPlane,
-    readiness: Readiness,
-) {
-    let Some(failure) = &forwarder.probing.failure else {
-        return;
-    };
-    let mut told = forwarder.probing.degraded();
-    let mut is_for_good = failure.is_for_good();
-    let mut backoff = Backoff::new(SHORTEST_WAIT, LONGEST_WAIT);
-    while !is_for_good {
-        tokio::time::sleep(backoff.next(rand::random())).await;
-        let Some(guard) = forwarder.probing.may_start().await else {
-            return;
-        };
-        // This task may be ended meanwhile; what was started is then found, and closed, all the same.
-        let (starting, config) = (Arc::clone(&forwarder), config.clone());
-        let started = tokio::task::spawn_blocking(move || {
-            let _guard = guard;
-            NodeProber::start(&config, starting.bpf()).map(|prober| {
-                // There is none: nobody else starts one.
-                let _ = starting.probing.prober.set(prober);
-            })
-        });
-        let now = match started.await.expect(NO_PANIC) {
-            Ok(()) => forwarder.probing.degraded(),
-            Err(error) => {
-                is_for_good = error.is_for_good();
-                vec![no_probes(&error)]
-            }
-        };
-        if now != told {
-            for reason in &now {
-                tracing::warn!(reason, "degraded");
-            }
-            readiness.replace_degradations(&told, now.clone());
-            told = now;
-        }
-        if forwarder.probing.prober().is_some() {
-            tracing::info!("paths are watched from now on");
-            return plane.watch_paths().await;
-        }
-    }
 }

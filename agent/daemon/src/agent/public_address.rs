@@ -1,5 +1,5 @@
-//! What this node's public address is: asked for when the agent starts, each minute, and when an address of the node or the IP map
-//! changes; shown in `status`, and made known to the control plane.
+//! This node's public address: found when the agent starts, each minute, and when an address of the node or the IP map changes; shown in
+//! `status`, and set in the control plane.
 
 use std::{
     future,
@@ -12,44 +12,46 @@ use std::{
 use futures_util::StreamExt as _;
 use nsm_controlplane::plane::ControlPlane;
 use nsm_core::address::public::{
-    Decision, Finding, Firmware, Known, Outcome, Provider, Source, Tracker, is_globally_routable,
+    Decision, Firmware, Known, Outcome, Provider, Source, Tracker, is_globally_routable,
 };
 use nsm_dataplane::addresses::AddressEvents;
 use nsm_discovery::public_address::{
     BaseUrl, HTTP_TIMEOUT, IN_CLUSTER_ACCOUNT, KubernetesNode, Lookup, LookupConfig,
 };
-use nsm_proto::admin;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{forwarder::NodeForwarder, ip_map::IpMaps, readiness::Readiness};
 use crate::config::{self, Config, KubernetesApi, ListenUrl, MetadataServices};
 
-/// What readiness waits for: whoever asks before gets an address that peers may not reach.
+/// What readiness waits for: before, peers might get an address that they cannot reach.
 pub(crate) const GUARD: &str = "the public address";
 
 /// The shortest time between two rounds. A CNI adds an address a pod, and hosts renew IPv6 addresses all the time: a burst of changes is
 /// one round, and no change waits longer than a person would.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// Where Linux shows what the machine's firmware says.
+/// Where Linux shows the firmware's fields.
 const FIRMWARE: &str = "/sys/class/dmi/id";
 
 /// What is known, for `status`. Cheap to clone.
 #[derive(Clone, Default)]
 pub(crate) struct PublicAddress {
-    known: Arc<Mutex<State>>,
+    known: Arc<Mutex<Findings>>,
 }
 
-#[derive(Default)]
-struct State {
-    local: Option<IpAddr>,
-    decision: Decision,
-    sources: Vec<(Source, Known)>,
+/// The answers of all sources, and the decision.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Findings {
+    /// The address that tunnels leave from.
+    pub(crate) local: Option<IpAddr>,
+    pub(crate) decision: Decision,
+    /// Every source that is asked, the most trusted first.
+    pub(crate) sources: Vec<(Source, Known)>,
 }
 
 /// All that the rounds need.
 struct Watch {
-    told: PublicAddress,
+    known: PublicAddress,
     configured: Option<IpAddr>,
     interval: Duration,
     tunnel_ip: Option<IpAddr>,
@@ -58,7 +60,7 @@ struct Watch {
     plane: ControlPlane,
     readiness: Readiness,
     lookup: Arc<Lookup>,
-    /// The proxy's listener, where other domains are told to dial the public address at its port.
+    /// The proxy's listener, where other domains dial the public address at its port.
     proxy: Option<SocketAddr>,
     tracker: Tracker,
 }
@@ -74,7 +76,7 @@ impl PublicAddress {
         readiness: Readiness,
     ) -> impl Future<Output = ()> + Send + use<> {
         let watch = Watch {
-            told: self,
+            known: self,
             configured: config.public_address.ip,
             interval: config.public_address.interval,
             tunnel_ip: config.tunnel.ip,
@@ -92,43 +94,13 @@ impl PublicAddress {
         watch.run()
     }
 
-    /// How many sources disagree with the one that holds.
-    pub(crate) fn conflicts(&self) -> usize {
-        self.state().decision.conflicts.len()
+    /// What is known now.
+    pub(crate) fn findings(&self) -> Findings {
+        self.state().clone()
     }
 
-    /// What is known now, as `status` shows it.
-    pub(crate) fn facts(&self) -> admin::PublicAddress {
-        let state = self.state();
-        let text = |address: Option<IpAddr>| address.map_or_else(String::new, |ip| ip.to_string());
-        let chosen = state.decision.chosen.as_ref();
-        admin::PublicAddress {
-            address: text(chosen.map(|finding| finding.address)),
-            source: chosen.map_or_else(String::new, |finding| finding.source.to_string()),
-            local: text(state.local),
-            conflicts: state.decision.conflicts.iter().map(fact).collect(),
-            sources: state
-                .sources
-                .iter()
-                .map(|(source, known)| admin::AddressFinding {
-                    source: source.to_string(),
-                    address: text(known.address),
-                    trouble: known.trouble.clone().unwrap_or_default(),
-                })
-                .collect(),
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Findings> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn fact(finding: &Finding) -> admin::AddressFinding {
-    admin::AddressFinding {
-        source: finding.source.to_string(),
-        address: finding.address.to_string(),
-        trouble: String::new(),
     }
 }
 
@@ -151,9 +123,9 @@ impl Watch {
         }
     }
 
-    /// Asks everybody, and takes over what follows: what is there after [`HTTP_TIMEOUT`], and each later answer when it comes, for nobody
-    /// waits for a service that is slow. Conflicts are told once all have answered, so that an address that moves is none between those
-    /// that were asked before and after.
+    /// Asks every source and applies what follows: after [`HTTP_TIMEOUT`] the answers so far, then each later answer when it comes, because
+    /// a slow service must not hold the agent up. Conflicts are reported once all sources have answered: an address that moves is no
+    /// conflict between sources that were asked before and after.
     async fn round(&mut self, started: Instant) {
         let local = match (self.tunnel_ip, &self.forwarder) {
             (Some(ip), _) => Some(ip),
@@ -180,7 +152,7 @@ impl Watch {
         }
         loop {
             let decision = self.tracker.decide(local);
-            let decision = decision.before_the_rest(&self.told.state().decision);
+            let decision = decision.before_the_rest(&self.known.state().decision);
             self.conclude(local, decision);
             self.plane.set_public_address_known(true);
             self.readiness.arrived(GUARD);
@@ -194,7 +166,7 @@ impl Watch {
 
     fn observe(&mut self, source: Source, outcome: Outcome) {
         if let Outcome::Failed(trouble) = &outcome {
-            // Another cloud's metadata service never answers: no reason to worry anybody.
+            // Another cloud's metadata service never answers: that is no fault.
             tracing::debug!(%source, trouble, "no public address from this source");
         }
         self.tracker.observe(source, outcome, SystemTime::now());
@@ -203,7 +175,7 @@ impl Watch {
     fn conclude(&self, local: Option<IpAddr>, decision: Decision) {
         self.apply(local, decision);
         let sources = self.tracker.sources();
-        self.told.state().sources = sources
+        self.known.state().sources = sources
             .map(|(source, known)| (source.clone(), known.clone()))
             .collect();
     }
@@ -211,7 +183,7 @@ impl Watch {
     /// Makes a decision known: to the log when it is another than before, to the IP map, and to other domains.
     fn apply(&self, local: Option<IpAddr>, decision: Decision) {
         let before = {
-            let mut state = self.told.state();
+            let mut state = self.known.state();
             let is_same = state.local == local && state.decision == decision;
             state.local = local;
             let before = std::mem::replace(&mut state.decision, decision.clone());
@@ -226,7 +198,7 @@ impl Watch {
             }
             (Some(old), None) => tracing::warn!(
                 before = %old,
-                "no source knows the public address any more: peers are told the tunnels' own"
+                "no source has the public address any more: peers get the tunnels' own"
             ),
             _ => {}
         }
@@ -239,7 +211,7 @@ impl Watch {
                 tracing::warn!(
                     address = %chosen.address, source = %chosen.source,
                     other.address = %finding.address, other.source = %finding.source,
-                    "two sources say different public addresses: the first holds; mend the other, or set `public_address.ip`"
+                    "two sources have different public addresses: the first holds; mend the other, or set `public_address.ip`"
                 );
             }
         }
@@ -289,7 +261,7 @@ fn metadata(services: &MetadataServices, folder: &Path) -> Vec<(Provider, BaseUr
     provider.and_then(with_place).into_iter().collect()
 }
 
-/// What the kernel shows of the firmware; nothing where it has none to show, as on many ARM boards.
+/// The firmware's fields as the kernel shows them; empty where it shows none, as on many ARM boards.
 fn firmware(folder: &Path) -> Firmware {
     let field = |name| {
         let text = std::fs::read(folder.join(name)).unwrap_or_default();
@@ -303,7 +275,7 @@ fn firmware(folder: &Path) -> Firmware {
     }
 }
 
-/// The node as its cluster knows it; none outside of one.
+/// The node's entry in its cluster; none outside of one.
 fn kubernetes(config: &config::PublicAddress, agent: &str) -> Option<KubernetesNode> {
     let api: BaseUrl = match &config.kubernetes {
         KubernetesApi::Off => return None,
@@ -336,7 +308,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_is_asked_unbidden_but_the_cloud_that_the_firmware_names() {
+    fn only_the_cloud_that_the_firmware_names_is_asked_by_default() {
         let folder = tempfile::tempdir().unwrap();
         let asked = |services: &MetadataServices| metadata(services, folder.path());
         assert_eq!(asked(&MetadataServices::Auto), []);
@@ -347,7 +319,7 @@ mod tests {
             asked(&MetadataServices::Auto),
             [(Provider::Aws, url.clone())]
         );
-        // What the operator says holds as it is.
+        // The operator's list is taken as it is.
         let said = vec![(Provider::Gcp, url)];
         assert_eq!(asked(&MetadataServices::These(said.clone())), said);
         assert_eq!(asked(&MetadataServices::These(Vec::new())), []);

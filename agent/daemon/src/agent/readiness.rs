@@ -1,4 +1,4 @@
-//! Whether the agent is ready, and what it still waits for: told by gRPC health and by `status`.
+//! Whether the agent is ready, and what it still waits for: shown by gRPC health and by `status`.
 
 use std::{
     collections::BTreeSet,
@@ -90,8 +90,7 @@ impl Readiness {
         HealthServer::new(HealthService::from_health_reporter(self.reporter.clone()))
     }
 
-    /// Tells health what is true when the task runs, so that the last of several tasks to run
-    /// tells the newest state whatever their order.
+    /// Sets gRPC health to the state at the time when the task runs: whatever the order of several tasks, the last sets the newest.
     fn report(&self) {
         let readiness = self.clone();
         tokio::spawn(async move {
@@ -106,20 +105,24 @@ impl Readiness {
         });
     }
 
+    /// Not ready until an upstream registry can be reached, from this call on.
+    pub(crate) fn until_registry_answers(
+        self,
+        url: DialUrl,
+        dial_timeout: Duration,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let guard = format!("the registry {url}");
+        self.wait_for(guard.clone());
+        async move {
+            while let Err(error) = url.connect(dial_timeout).await {
+                tracing::warn!(registry.url = %url, %error, "the registry does not answer yet");
+                tokio::time::sleep(REGISTRY_PAUSE).await;
+            }
+            self.arrived(&guard);
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Lifts the guard of an upstream registry when it can be reached.
-pub(crate) async fn until_registry_answers(
-    url: DialUrl,
-    dial_timeout: Duration,
-    readiness: Readiness,
-) {
-    while let Err(error) = url.connect(dial_timeout).await {
-        tracing::warn!(registry.url = %url, %error, "the registry does not answer yet");
-        tokio::time::sleep(REGISTRY_PAUSE).await;
-    }
-    readiness.arrived(&format!("the registry {url}"));
 }

@@ -1,4 +1,4 @@
-//! What a running agent is told by signals.
+//! The signals to a running agent.
 
 use anyhow::Context as _;
 use tokio::signal::unix::{Signal as Stream, SignalKind, signal};

@@ -21,8 +21,8 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the agent may take to answer: it enters the namespace of each pod that has a tunnel, of which there may be thousands.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The largest answer that is read, bytes: a connection takes 1 KiB or so, and an agent is meant for tens of thousands. Whoever
-/// answers is not believed to be sound for being on this node.
+/// The largest answer that is read, bytes: a connection takes 1 KiB or so, and an agent is meant for tens of thousands. A
+/// program that answers on this node is not trusted for that alone.
 const LONGEST_ANSWER: usize = 256 << 20;
 
 /// Ids are shown short, as container tools do: enough to tell connections of one node apart.
@@ -153,20 +153,20 @@ fn render(status: &Status) -> String {
     text
 }
 
-/// The public address, and whoever says otherwise.
+/// The public address, and the sources with another.
 fn public_address(status: &Status) -> Vec<String> {
-    let Some(told) = &status.public_address else {
+    let Some(found) = &status.public_address else {
         return Vec::new();
     };
-    let first = match (told.address.as_str(), told.local.as_str()) {
+    let first = match (found.address.as_str(), found.local.as_str()) {
         ("", "") => "  public address: unknown".to_owned(),
-        ("", local) => format!("  public address: unknown, {local} is told to peers"),
-        (address, _) => format!("  public address: {address} ({})", told.source),
+        ("", local) => format!("  public address: unknown, peers get {local}"),
+        (address, _) => format!("  public address: {address} ({})", found.source),
     };
-    let conflicts = told.conflicts.iter().map(|finding| {
+    let conflicts = found.conflicts.iter().map(|finding| {
         format!(
             "  conflict: {} by {}, but {} by {}",
-            told.address, told.source, finding.address, finding.source
+            found.address, found.source, finding.address, finding.source
         )
     });
     std::iter::once(first).chain(conflicts).collect()
@@ -218,7 +218,7 @@ fn state(connection: &ConnectionStatus) -> String {
     }
 }
 
-/// Why connections are DOWN, where an agent says so.
+/// Why connections are DOWN, where an agent has the reason.
 fn down(connections: &[ConnectionStatus]) -> Table {
     let mut table = table(&["ID", "REASON"], &[]);
     for connection in connections.iter().filter(|it| !it.down_reason.is_empty()) {
@@ -273,7 +273,7 @@ fn tunnels(connections: &[ConnectionStatus]) -> Table {
     table
 }
 
-/// Adds a row to a table: many of its words are those of other domains.
+/// Adds a row to a table; much of its text comes from other domains.
 fn add<const CELLS: usize>(table: &mut Table, cells: [String; CELLS]) {
     table.add_row(cells.map(|cell| shown(&cell)));
 }

@@ -1,13 +1,12 @@
 //! Metrics for Prometheus: `GET /metrics` on `listen.metrics`, as OpenMetrics text.
 //!
-//! What happens is counted beside the code that does it ([`ControlPlane::register_metrics`]); what is there now, and what the kernel
-//! counts, is gathered when it is asked for, so that it costs nothing in between and cannot go stale.
+//! Events are counted beside the code that handles them ([`ControlPlane::register_metrics`]); the present state, and the kernel's counters,
+//! come from the evidence, which each scrape gathers.
 //!
 //! [`ControlPlane::register_metrics`]: nsm_controlplane::plane::ControlPlane::register_metrics
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use anyhow::Context as _;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{
@@ -22,9 +21,9 @@ use tokio::{
     sync::{Mutex, Semaphore},
 };
 
-use super::Told;
+use super::Observer;
 
-mod gathered;
+mod now;
 mod paths;
 
 /// What stands before every name.
@@ -44,29 +43,20 @@ const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset
 
 /// The metrics of one agent.
 pub(crate) struct Metrics {
-    told: Told,
+    observer: Observer,
     /// What is counted as it happens.
     counted: Registry,
-    /// One gathers at a time: whoever comes meanwhile waits, and a reader that hammers costs no more than one.
+    /// One scrape gathers at a time and others wait, so that many readers cost no more than one.
     turn: Mutex<()>,
 }
 
-/// Binds the listener.
-pub(crate) async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!(
-            "cannot listen on tcp://{address}: choose another `listen.metrics`, or `off`, or stop whoever listens there"
-        )
-    })
-}
-
 impl Metrics {
-    /// The metrics of the agent that `told` tells about.
-    pub(crate) fn new(told: Told) -> Arc<Self> {
+    /// The metrics of the agent that `observer` observes.
+    pub(crate) fn new(observer: Observer) -> Arc<Self> {
         let mut counted = Registry::with_prefix(PREFIX);
-        told.plane.register_metrics(&mut counted);
+        observer.plane.register_metrics(&mut counted);
         Arc::new(Self {
-            told,
+            observer,
             counted,
             turn: Mutex::default(),
         })
@@ -77,7 +67,7 @@ impl Metrics {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let place = Arc::clone(&places).acquire_owned().await;
-            let place = place.expect("nobody closes the semaphore");
+            let place = place.expect("the semaphore is never closed");
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
@@ -89,7 +79,7 @@ impl Metrics {
             let metrics = Arc::clone(&self);
             tokio::spawn(async move {
                 let service = service_fn(|request| metrics.answer(request));
-                // Whoever goes away in the middle of an answer is no concern of ours.
+                // A client may go away in the middle of an answer.
                 let _ = http1::Builder::new()
                     .timer(TokioTimer::new())
                     .header_read_timeout(HEAD_TIMEOUT)
@@ -126,8 +116,9 @@ impl Metrics {
     async fn text(&self) -> String {
         let _turn = self.turn.lock().await;
         let mut now = Registry::with_prefix(PREFIX);
-        gathered::register(&self.told, &mut now).await;
-        paths::register(&self.told, &mut now).await;
+        let evidence = self.observer.evidence().await;
+        now::register(&evidence, &mut now);
+        paths::register(&evidence, &mut now);
         let mut page = String::new();
         let encoded = text::encode_registry(&mut page, &self.counted)
             .and_then(|()| text::encode_registry(&mut page, &now))

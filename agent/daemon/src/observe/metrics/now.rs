@@ -1,7 +1,6 @@
-//! Metrics of what is there now, and of what the kernel counts.
+//! Metrics of the present state and of the kernel's counters.
 
-use nsm_controlplane::{plane::ConnectionView, ports::Plan};
-use nsm_core::{liveness::health::Verdict, nsm::name::InterdomainName};
+use nsm_core::liveness::health::Verdict;
 use nsm_dataplane::bpf::Bpf;
 use nsm_proto::connection::State as ConnectionState;
 use prometheus_client::{
@@ -10,11 +9,11 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::agent::Told;
+use crate::observe::evidence::{ConnectionEvidence, Count, Evidence, PeerEvidence};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct State {
-    state: String,
+    state: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -32,7 +31,7 @@ impl From<Verdict> for OfPath {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
-    reason: String,
+    reason: &'static str,
 }
 
 /// One connection. `peer` is the other end of its tunnel, `domain` that of the service asked for; both stay what they are for the
@@ -44,26 +43,39 @@ pub(super) struct OfConnection {
     pub(super) domain: String,
 }
 
-/// Gathers everything and puts it into `registry`.
-pub(super) async fn register(told: &Told, registry: &mut Registry) {
-    agent(told, registry);
-    connections(told, registry);
-    tunnels(told, registry).await;
-    if let Some(forwarder) = &told.forwarder {
-        let drops = Family::<Reason, Counter>::default();
-        for (reason, packets) in forwarder.drops() {
-            drops.get_or_create(&Reason { reason }).inc_by(packets);
-        }
-        registry.register(
-            "underlay_drops_packets",
-            "Packets of the underlay that were dropped, or passed uncounted, by reason",
-            drops,
-        );
+impl OfConnection {
+    /// The labels of a connection whose tunnel ends on this node.
+    pub(super) fn of(connection: &ConnectionEvidence) -> Option<Self> {
+        Some(Self {
+            connection: connection.id.clone(),
+            peer: connection.tunnel.as_ref()?.remote.to_string(),
+            domain: connection.domain.to_string(),
+        })
     }
 }
 
-fn agent(told: &Told, registry: &mut Registry) {
-    let object = told.forwarder.as_ref().map(|_| Bpf::object_sha256());
+/// Adds everything but paths to `registry`.
+pub(super) fn register(evidence: &Evidence, registry: &mut Registry) {
+    agent(evidence, registry);
+    connections(&evidence.connections, registry);
+    peers(&evidence.peers, registry);
+    if evidence.programs.is_none() {
+        return;
+    }
+    tunnels(&evidence.connections, registry);
+    let drops = Family::<Reason, Counter>::default();
+    for (&reason, &packets) in &evidence.drops {
+        drops.get_or_create(&Reason { reason }).inc_by(packets);
+    }
+    registry.register(
+        "underlay_drops_packets",
+        "Packets of the underlay that were dropped, or passed uncounted, by reason",
+        drops,
+    );
+}
+
+fn agent(evidence: &Evidence, registry: &mut Registry) {
+    let object = evidence.programs.as_ref().map(|_| Bpf::object_sha256());
     registry.register(
         "build",
         "What is running: the agent's version and its BPF object",
@@ -76,21 +88,21 @@ fn agent(told: &Told, registry: &mut Registry) {
         registry,
         "ready",
         "Whether the agent is ready: 1 or 0",
-        told.readiness.waiting().is_empty().into(),
+        evidence.waiting_for.is_empty().into(),
     );
     gauge(
         registry,
         "degradations",
-        "Reasons for which the agent works less well than it could; `proxy-nsmgr status` says which",
-        told.readiness.degradations().len(),
+        "Reasons for which the agent works less well than it could; `proxy-nsmgr status` lists them",
+        evidence.degraded.len(),
     );
     gauge(
         registry,
         "public_address_conflicts",
-        "Sources that say another public address than the one that holds",
-        told.public_address.conflicts(),
+        "Sources with another public address than the one that holds",
+        evidence.public_address.decision.conflicts.len(),
     );
-    if let Some(counts) = told.plane.registry_counts() {
+    if let Some(counts) = &evidence.registry {
         gauge(
             registry,
             "registry_network_services",
@@ -112,25 +124,24 @@ fn agent(told: &Told, registry: &mut Registry) {
     }
 }
 
-fn connections(told: &Told, registry: &mut Registry) {
+fn connections(connections: &[ConnectionEvidence], registry: &mut Registry) {
     let by_state = Family::<State, Gauge>::default();
-    // Those that nobody has now too: a series that comes and goes cannot be added up.
+    // Those without a connection, too: a series that comes and goes cannot be added up.
     for state in ["UP", "DOWN"] {
-        let state = state.to_owned();
         drop(by_state.get_or_create(&State { state }));
     }
     let unproved = Family::<OfPath, Gauge>::default();
     for path in [Verdict::Down, Verdict::Unknown, Verdict::Unverified] {
         drop(unproved.get_or_create(&OfPath::from(path)));
     }
-    for view in told.plane.connections() {
-        let state = view.connection().state();
-        let path = told.plane.health_now(&view).map(|health| health.verdict());
-        if let Some(path) = path.filter(|path| *path != Verdict::Up && state == ConnectionState::Up)
+    for connection in connections {
+        let path = connection.path.as_ref().map(|path| path.verdict);
+        if let Some(path) = path.filter(|path| *path != Verdict::Up)
+            && connection.state == ConnectionState::Up
         {
             unproved.get_or_create(&OfPath::from(path)).inc();
         }
-        let state = state.as_str_name().to_owned();
+        let state = connection.state.as_str_name();
         by_state.get_or_create(&State { state }).inc();
     }
     registry.register("connections", "Connections, by state", by_state);
@@ -139,21 +150,13 @@ fn connections(told: &Told, registry: &mut Registry) {
         "Connections that are UP although their path is not proved, by what is known of it",
         unproved,
     );
+}
 
+fn peers(all: &[PeerEvidence], registry: &mut Registry) {
     let peers = Family::<State, Gauge>::default();
-    let lost = told.plane.unmonitored_peers();
-    for state in ["watched", "lost"] {
-        let count = told
-            .plane
-            .peers()
-            .iter()
-            .filter(|(url, _)| lost.contains(url) == (state == "lost"))
-            .count();
-        peers
-            .get_or_create(&State {
-                state: state.to_owned(),
-            })
-            .set(number(count));
+    for (state, is_lost) in [("watched", false), ("lost", true)] {
+        let count = all.iter().filter(|peer| peer.is_lost == is_lost).count();
+        peers.get_or_create(&State { state }).set(number(count));
     }
     registry.register(
         "peers",
@@ -170,9 +173,11 @@ struct Stage {
 }
 
 impl Stage {
-    fn add(&self, labels: &OfConnection, packets: u64, bytes: u64) {
-        self.packets.get_or_create(labels).inc_by(packets);
-        self.bytes.get_or_create(labels).inc_by(bytes);
+    fn add(&self, labels: &OfConnection, count: Option<Count>) {
+        if let Some(Count { packets, bytes }) = count {
+            self.packets.get_or_create(labels).inc_by(packets);
+            self.bytes.get_or_create(labels).inc_by(bytes);
+        }
     }
 
     fn register(self, registry: &mut Registry, name: &str, what: &str) {
@@ -190,51 +195,24 @@ impl Stage {
     }
 }
 
-async fn tunnels(told: &Told, registry: &mut Registry) {
-    let Some(forwarder) = &told.forwarder else {
-        return;
-    };
-    let views = told.plane.connections();
-    let links = forwarder
-        .link_counters(views.iter().filter_map(ConnectionView::plan))
-        .await;
+fn tunnels(connections: &[ConnectionEvidence], registry: &mut Registry) {
     let [link_tx, link_rx, underlay_tx, underlay_rx] = [(); 4].map(|()| Stage::default());
-    for view in &views {
-        let (Some(Plan::Vxlan { spec, .. }), Some(labels)) = (view.plan(), labels(told, view))
-        else {
+    for connection in connections {
+        let Some(labels) = OfConnection::of(connection) else {
             continue;
         };
-        let link = links.get(&spec.link.alias).copied();
-        let underlay = forwarder.underlay_counters(spec);
-        for (counters, tx, rx) in [
-            (link, &link_tx, &link_rx),
-            (underlay, &underlay_tx, &underlay_rx),
-        ] {
-            if let Some(counters) = counters {
-                tx.add(&labels, counters.tx_packets, counters.tx_bytes);
-                rx.add(&labels, counters.rx_packets, counters.rx_bytes);
-            }
-        }
+        let ConnectionEvidence {
+            inward, outward, ..
+        } = connection;
+        link_tx.add(&labels, outward.link);
+        underlay_tx.add(&labels, outward.card);
+        underlay_rx.add(&labels, inward.card);
+        link_rx.add(&labels, inward.link);
     }
     link_tx.register(registry, "link_transmit", "left the link in the pod");
     underlay_tx.register(registry, "underlay_transmit", "left the node's card");
     underlay_rx.register(registry, "underlay_receive", "came to the node's card");
     link_rx.register(registry, "link_receive", "came to the link in the pod");
-}
-
-/// The labels of a connection whose tunnel ends on this node.
-pub(super) fn labels(told: &Told, view: &ConnectionView) -> Option<OfConnection> {
-    let Plan::Vxlan { spec, .. } = view.plan()? else {
-        return None;
-    };
-    let service: Option<InterdomainName> = view.connection().network_service.parse().ok();
-    let named = service.as_ref().and_then(InterdomainName::domain);
-    let domain = named.unwrap_or(told.plane.domain()).to_string();
-    Some(OfConnection {
-        connection: view.id().to_owned(),
-        peer: spec.remote.to_string(),
-        domain,
-    })
 }
 
 fn gauge(registry: &mut Registry, name: &str, help: &str, value: usize) {

@@ -1,7 +1,8 @@
-//! Metrics of the ways to the peers of tunnels: what `status` shows of them, as numbers.
+//! Metrics of the ways to the peers of tunnels.
 
 use std::sync::atomic::AtomicU64;
 
+use nsm_core::liveness::health::Verdict;
 use nsm_dataplane::liveness::Preflights;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -9,8 +10,8 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::gathered::{OfConnection, labels};
-use crate::agent::{Told, admin::path_health};
+use super::now::OfConnection;
+use crate::observe::evidence::{ConnectionEvidence, Evidence};
 
 type Number = Gauge<f64, AtomicU64>;
 
@@ -41,25 +42,24 @@ struct OfPeer {
     peer: String,
 }
 
-/// Gathers the paths of all connections and the sessions with all peers.
-pub(super) async fn register(told: &Told, registry: &mut Registry) {
-    let Some(forwarder) = &told.forwarder else {
+/// Adds the paths of all connections and the sessions with all peers; nothing where this agent makes no links.
+pub(super) fn register(evidence: &Evidence, registry: &mut Registry) {
+    if evidence.programs.is_none() {
         return;
-    };
-    let reports = forwarder.path_reports().await;
+    }
     let paths = Paths::default();
-    for view in told.plane.connections() {
-        if let (Some(labels), Some(health)) = (labels(told, &view), told.plane.health_now(&view)) {
-            paths.add(&labels, &path_health(&health, view.watched(), &reports));
+    for connection in &evidence.connections {
+        if let Some(labels) = OfConnection::of(connection) {
+            paths.add(&labels, connection);
         }
     }
     paths.register(registry);
-    if let Some(count) = forwarder.preflights() {
+    if let Some(count) = evidence.preflights {
         preflights(count, registry);
     }
 
     let [probes, answers, reflected] = [(); 3].map(|()| Family::<OfPeer, Counter>::default());
-    for report in &reports {
+    for report in &evidence.sessions {
         let of = OfPeer {
             peer: report.peer.address.to_string(),
         };
@@ -100,7 +100,7 @@ fn preflights(count: Preflights, registry: &mut Registry) {
     }
     registry.register(
         "preflights",
-        "Proofs of a path before a connection was granted: its session was standing, its probes were answered, or were not, or nobody waited for the end",
+        "Proofs of a path before a connection was granted: its session was standing, its probes were answered, or were not, or the caller did not wait for the end",
         by_outcome,
     );
     let answers = Counter::<u64>::default();
@@ -115,55 +115,49 @@ fn preflights(count: Preflights, registry: &mut Registry) {
 #[derive(Default)]
 struct Paths {
     up: Family<OfWay, Gauge>,
-    heard: Family<OfWay, Number>,
+    silence: Family<OfWay, Number>,
     round_trip: Family<OfQuantile, Number>,
     loss: Family<OfConnection, Number>,
     mtu: Family<OfConnection, Gauge>,
 }
 
 impl Paths {
-    fn add(&self, of: &OfConnection, path: &nsm_proto::admin::PathHealth) {
-        let OfConnection {
-            connection,
-            peer,
-            domain,
-        } = of;
-        for (way, health) in [("in", &path.r#in), ("out", &path.out)] {
+    fn add(&self, of: &OfConnection, evidence: &ConnectionEvidence) {
+        let Some(path) = &evidence.path else { return };
+        for (way, direction) in [("in", &evidence.inward), ("out", &evidence.outward)] {
+            let Some(known) = &direction.way else {
+                continue;
+            };
             let of = OfWay {
-                connection: connection.clone(),
-                peer: peer.clone(),
-                domain: domain.clone(),
+                connection: of.connection.clone(),
+                peer: of.peer.clone(),
+                domain: of.domain.clone(),
                 way,
             };
-            let Some(health) = health else { continue };
-            match health.state.as_str() {
-                "up" => drop(self.up.get_or_create(&of).set(1)),
-                "down" => drop(self.up.get_or_create(&of).set(0)),
-                // Not known is neither.
-                _ => {}
+            match known.verdict {
+                Verdict::Up => drop(self.up.get_or_create(&of).set(1)),
+                Verdict::Down => drop(self.up.get_or_create(&of).set(0)),
+                Verdict::Unknown | Verdict::Unverified => {}
             }
-            if let Some(ms) = health.last_heard_ms {
-                self.heard.get_or_create(&of).set(ms as f64 / 1e3);
+            if let Some(ago) = known.proved_ago {
+                self.silence.get_or_create(&of).set(ago.as_secs_f64());
             }
         }
-        for (quantile, nanos) in [
-            ("0.5", path.round_trip_p50_ns),
-            ("0.99", path.round_trip_p99_ns),
-        ] {
+        for (quantile, time) in [("0.5", path.round_trip_p50), ("0.99", path.round_trip_p99)] {
             let of = OfQuantile {
-                connection: connection.clone(),
-                peer: peer.clone(),
-                domain: domain.clone(),
+                connection: of.connection.clone(),
+                peer: of.peer.clone(),
+                domain: of.domain.clone(),
                 quantile,
             };
-            if let Some(nanos) = nanos {
-                self.round_trip.get_or_create(&of).set(nanos as f64 / 1e9);
+            if let Some(time) = time {
+                self.round_trip.get_or_create(&of).set(time.as_secs_f64());
             }
         }
         if let Some(loss) = path.loss {
             self.loss.get_or_create(of).set(loss);
         }
-        if let Some(mtu) = path.path_mtu {
+        if let Some(mtu) = path.mtu {
             self.mtu.get_or_create(of).set(mtu.into());
         }
     }
@@ -178,7 +172,7 @@ impl Paths {
             "path_silence",
             "Since a way was last proved: in, something of the peer came; out, a probe was answered",
             Unit::Seconds,
-            self.heard,
+            self.silence,
         );
         registry.register_with_unit(
             "path_round_trip",

@@ -175,7 +175,7 @@ PEERS
     assert!(line.unwrap().contains("0                 -  let"), "{text}");
 }
 
-/// Under `prefer` a connection is granted without proof; who looks must see that.
+/// Under `prefer` a connection is granted without proof: `status` must show that.
 #[test]
 fn a_connection_whose_path_is_not_proved_is_marked() {
     let mut status = full();

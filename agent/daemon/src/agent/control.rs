@@ -1,0 +1,101 @@
+//! The control plane's configuration.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use nsm_controlplane::{
+    identity::token::{Es256Key, TokenSource},
+    plane::{ControlPlane, Settings},
+    ports::Forwarder,
+    registry::{
+        backend::Backend,
+        memory::{Limits, Memory},
+    },
+    transport::dial::DialUrl,
+};
+use nsm_core::mechanism::vni_pool::VniPool;
+use nsm_discovery::dns::{Resolver, ResolverConfig};
+
+use super::forwarder::NodeForwarder;
+use crate::config::{Config, ListenUrl, TokenAlgorithm};
+
+/// The control plane of an agent.
+///
+/// # Errors
+/// The key of tokens cannot be used.
+pub(crate) async fn build(
+    config: &Config,
+    forwarder: Option<&Arc<NodeForwarder>>,
+) -> anyhow::Result<ControlPlane> {
+    let registry = match &config.registry_url {
+        Some(url) => Backend::Remote(url.to_string()),
+        None => Backend::Memory(Memory::new(Limits::default())),
+    };
+    let settings = Settings {
+        name: config.name.clone(),
+        domain: config.domain.clone(),
+        advertise_url: advertise_url(config, forwarder.map(Arc::as_ref)).await,
+        upstream_nsmgr_url: config.upstream_nsmgr_url.as_ref().map(DialUrl::to_string),
+        registry_proxy_url: config.registry_proxy_url.as_ref().map(DialUrl::to_string),
+        request_timeout: config.request_timeout,
+        dial_timeout: config.dial_timeout,
+        max_connections: config.limits.max_connections,
+        max_message_bytes: config.limits.max_message_bytes,
+        reachability: config.reachability,
+    };
+    Ok(ControlPlane::start(
+        settings,
+        Arc::new(token_source(config)?),
+        Resolver::new(resolver_config(config)),
+        registry,
+        forwarder.map(|forwarder| Arc::clone(forwarder) as Arc<dyn Forwarder>),
+        VniPool::new(config.tunnel.management_vni),
+    ))
+}
+
+/// The resolver's configuration, which a reload replaces.
+pub(crate) fn resolver_config(config: &Config) -> ResolverConfig {
+    ResolverConfig {
+        servers: config.resolver.servers.clone(),
+        hosts: config.resolver.hosts.clone(),
+        timeout: config.resolver.timeout,
+        registry_port: config.resolver.registry_port,
+        proxy_port: config.resolver.proxy_port,
+        ..ResolverConfig::default()
+    }
+}
+
+fn token_source(config: &Config) -> anyhow::Result<TokenSource> {
+    let (id, lifetime) = (config.spiffe_id(), config.max_token_lifetime);
+    let source = match config.token.algorithm {
+        TokenAlgorithm::Hs256 => TokenSource::hs256(&id, config.token.secret.as_bytes(), lifetime),
+        TokenAlgorithm::Es256 => {
+            let file = config.token.key_file.clone();
+            let key = file.map_or(Es256Key::Generated, Es256Key::File);
+            TokenSource::es256(&id, key, lifetime).context("`token.key_file`")?
+        }
+    };
+    Ok(source.with_audience(config.token.audience.clone()))
+}
+
+/// What peers dial: the configured URL, else the tunnel's address and the proxy's port.
+async fn advertise_url(config: &Config, forwarder: Option<&NodeForwarder>) -> String {
+    if let Some(url) = &config.advertise_url {
+        return url.to_string();
+    }
+    let ListenUrl::Tcp(listen) = &config.listen.proxy else {
+        return config.listen.proxy.to_string();
+    };
+    let mut address = *listen;
+    if address.ip().is_unspecified() {
+        let ip = match (config.tunnel.ip, forwarder) {
+            (Some(ip), _) => Some(ip),
+            (None, Some(forwarder)) => forwarder.tunnel_ip().await.ok(),
+            (None, None) => None,
+        };
+        if let Some(ip) = ip {
+            address.set_ip(ip);
+        }
+    }
+    format!("tcp://{address}")
+}

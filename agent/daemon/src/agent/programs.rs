@@ -1,0 +1,226 @@
+//! The BPF programs on the underlay for as long as the agent has them, and where they count each tunnel.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use nsm_core::{link::VxlanSpec, net::Vni};
+use nsm_dataplane::{
+    bpf::{Bpf, BpfConfig, BpfError, Hook, KnownTunnel, Slot},
+    links::LinkStatistics,
+};
+
+use crate::config::{self, Config};
+
+/// The programs of one agent, or their absence.
+pub(crate) struct Programs {
+    /// None without rights or by configuration, and once the agent has released the programs.
+    bpf: Mutex<Option<Arc<Bpf>>>,
+    slots: Mutex<HashMap<Vni, Slot>>,
+    /// The tunnels' own port, which the programs know from the start.
+    port: u16,
+    pin_dir: String,
+    degraded: Option<String>,
+}
+
+/// Facts about the programs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Facts {
+    /// How they are attached; none where nothing is.
+    pub(crate) hook: Option<Hook>,
+    pub(crate) object_sha256: &'static str,
+    pub(crate) pin_dir: String,
+    pub(crate) interfaces: Vec<String>,
+}
+
+/// Packets and bytes that passed a stage, seen from the pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Counters {
+    pub(crate) tx_packets: u64,
+    pub(crate) tx_bytes: u64,
+    pub(crate) rx_packets: u64,
+    pub(crate) rx_bytes: u64,
+}
+
+impl From<LinkStatistics> for Counters {
+    fn from(counted: LinkStatistics) -> Self {
+        Self {
+            tx_packets: counted.tx_packets,
+            tx_bytes: counted.tx_bytes,
+            rx_packets: counted.rx_packets,
+            rx_bytes: counted.rx_bytes,
+        }
+    }
+}
+
+impl Programs {
+    /// Loads and attaches the programs; without the rights for BPF the agent goes on without.
+    pub(crate) async fn load(config: &Config) -> Self {
+        let (bpf, degraded) = if !config.bpf.enabled {
+            let reason = "BPF is switched off (`bpf.enabled`): counters are those of the links";
+            (None, Some(reason.to_owned()))
+        } else {
+            match load(bpf_config(config)).await {
+                Ok(bpf) => {
+                    let is_second_choice =
+                        bpf.hook() == Hook::Clsact && config.bpf.hook == config::Hook::Auto;
+                    let reason =
+                        "this kernel has no tcx (Linux 6.6): the BPF programs are hooked by clsact";
+                    (Some(bpf), is_second_choice.then(|| reason.to_owned()))
+                }
+                Err(error) => {
+                    let reason = format!(
+                        "no BPF: {error}; tunnels work, sources are not checked, and counters are those of the links"
+                    );
+                    (None, Some(reason))
+                }
+            }
+        };
+        Self {
+            bpf: Mutex::new(bpf.map(Arc::new)),
+            slots: Mutex::default(),
+            port: config.tunnel.port,
+            pin_dir: config.bpf.pin_dir.display().to_string(),
+            degraded,
+        }
+    }
+
+    /// What works less well than it could.
+    pub(crate) fn degraded(&self) -> Option<&String> {
+        self.degraded.as_ref()
+    }
+
+    /// The programs, while the agent has them.
+    pub(crate) fn bpf(&self) -> Option<Arc<Bpf>> {
+        let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
+        bpf.clone()
+    }
+
+    /// What is attached, and where.
+    pub(crate) fn facts(&self) -> Facts {
+        let attached = self.with(|bpf| Facts {
+            hook: Some(bpf.hook()),
+            object_sha256: Bpf::object_sha256(),
+            pin_dir: self.pin_dir.clone(),
+            interfaces: bpf.interfaces(),
+        });
+        attached.unwrap_or_else(|| Facts {
+            hook: None,
+            object_sha256: "",
+            pin_dir: String::new(),
+            interfaces: Vec::new(),
+        })
+    }
+
+    /// Packets of the underlay that were dropped or passed uncounted, by reason.
+    pub(crate) fn drops(&self) -> BTreeMap<&'static str, u64> {
+        let drops = self.with(|bpf| bpf.drops().ok()).flatten();
+        drops.unwrap_or_default()
+    }
+
+    /// What was counted of a tunnel at the cards; none where nothing counts it.
+    pub(crate) fn counters(&self, vni: Vni) -> Option<Counters> {
+        let slot = self.slots().get(&vni).copied()?;
+        let counted = self.with(|bpf| bpf.counters(slot).ok())??;
+        Some(Counters {
+            tx_packets: counted.tx_packets,
+            tx_bytes: counted.tx_bytes,
+            rx_packets: counted.rx_packets,
+            rx_bytes: counted.rx_bytes,
+        })
+    }
+
+    /// Whether a tunnel of this VNI has been counted in.
+    pub(crate) fn counts(&self, vni: Vni) -> bool {
+        self.slots().contains_key(&vni)
+    }
+
+    /// Counts a tunnel from now on: the programs must know it before its first packet. Without a free slot the tunnel works all the
+    /// same, uncounted.
+    pub(crate) fn count(&self, spec: &VxlanSpec) {
+        let added = self.with(|bpf| {
+            // The peer chooses its port.
+            if spec.port != self.port {
+                bpf.add_port(spec.port)?;
+            }
+            bpf.add_tunnel(spec.vni, spec.remote)
+        });
+        match added {
+            None => {}
+            Some(Ok(slot)) => {
+                self.slots().insert(spec.vni, slot);
+            }
+            Some(Err(error)) => {
+                tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel is not counted");
+            }
+        }
+    }
+
+    /// Counts a tunnel no longer.
+    pub(crate) fn uncount(&self, spec: &VxlanSpec) {
+        self.slots().remove(&spec.vni);
+        let removed = self.with(|bpf| bpf.remove_tunnel(spec.vni, spec.remote));
+        if let Some(Err(error)) = removed {
+            tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel's slot is not freed");
+        }
+    }
+
+    /// Tunnels that the pinned maps hold.
+    pub(crate) fn tunnels(&self) -> Vec<KnownTunnel> {
+        self.with(Bpf::tunnels).unwrap_or_default()
+    }
+
+    /// Removes those of `left` that have not been counted in since.
+    pub(crate) fn remove_orphans(&self, left: Vec<KnownTunnel>) {
+        for tunnel in left {
+            if let Ok(vni) = Vni::try_from(tunnel.vni)
+                && !self.counts(vni)
+            {
+                let _ = self.with(|bpf| bpf.remove_tunnel(vni, tunnel.peer));
+            }
+        }
+    }
+
+    /// Detaches the programs and removes everything that is pinned.
+    pub(crate) fn release(&self) {
+        let mut bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bpf) = bpf.take()
+            && let Err(error) = bpf.detach_and_unpin()
+        {
+            tracing::warn!(%error, "the BPF programs stay behind");
+        }
+    }
+
+    fn with<T>(&self, use_it: impl FnOnce(&Bpf) -> T) -> Option<T> {
+        let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
+        bpf.as_deref().map(use_it)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<Vni, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Loading takes 8 to 16 ms an interface and direction, so it has a thread of its own.
+async fn load(config: BpfConfig) -> Result<Bpf, BpfError> {
+    tokio::task::spawn_blocking(move || Bpf::load(&config))
+        .await
+        .expect("loading BPF programs does not panic")
+}
+
+fn bpf_config(config: &Config) -> BpfConfig {
+    let interfaces = config.bpf.interfaces.iter();
+    BpfConfig {
+        pin_dir: config.bpf.pin_dir.clone(),
+        interfaces: interfaces.map(ToString::to_string).collect(),
+        tunnel_addresses: config.tunnel.ip.into_iter().collect(),
+        ports: vec![config.tunnel.port],
+        hook: match config.bpf.hook {
+            config::Hook::Auto => None,
+            config::Hook::Tcx => Some(Hook::Tcx),
+            config::Hook::Clsact => Some(Hook::Clsact),
+        },
+        ..BpfConfig::default()
+    }
+}

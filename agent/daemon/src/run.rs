@@ -1,0 +1,189 @@
+//! `proxy-nsmgr agent`: all parts wired together.
+//!
+//! Start: sockets first (a taken port fails at once), then the dataplane, the control plane, the tasks, the listeners. The agent is ready
+//! when all guards of [`Readiness`] are gone. Stop: no new connections, every connection closed on both sides, the listeners' streams
+//! ended, the programs detached.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use nsm_controlplane::plane::ControlPlane;
+use tokio::task::JoinSet;
+
+use crate::{
+    agent::{
+        control,
+        forwarder::NodeForwarder,
+        ip_map::{self, IpMapFile, IpMaps},
+        listeners::{self, Listeners, Sockets},
+        orphans,
+        public_address::{self, PublicAddress},
+        readiness::Readiness,
+        signals::{Signal, Signals},
+        upstream::Registration,
+    },
+    config::{Config, Inputs},
+    logging::LogHandle,
+    observe::{Observer, admin, metrics::Metrics},
+};
+
+/// How long closing all connections may take. Kubernetes waits 30 s before it kills.
+const DRAIN_GRACE: Duration = Duration::from_secs(10);
+
+/// How long open calls and streams may take to end after that.
+const LISTENER_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs an agent until a signal stops it.
+///
+/// # Errors
+/// What keeps it from starting: a taken port or socket, a bad IP map file, no rights.
+pub(crate) async fn run(mut config: Config, inputs: Inputs, log: LogHandle) -> anyhow::Result<()> {
+    let mut signals = Signals::listen()?;
+    let agent = Agent::start(&config).await?;
+    tracing::info!(
+        name = %config.name, domain = %config.domain, nsmgr = %config.listen.nsmgr,
+        proxy = %config.listen.proxy, registry = %config.listen.registry, "the agent serves"
+    );
+    while signals.next().await == Signal::Reload {
+        agent.reload(&mut config, &inputs, &log);
+    }
+    tracing::info!("draining");
+    agent.stop().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// The parts of a running agent.
+struct Agent {
+    readiness: Readiness,
+    forwarder: Option<Arc<NodeForwarder>>,
+    plane: ControlPlane,
+    maps: Arc<IpMaps>,
+    tasks: JoinSet<()>,
+    listeners: Listeners,
+    registration: Option<Registration>,
+    socket_files: Vec<PathBuf>,
+}
+
+impl Agent {
+    async fn start(config: &Config) -> anyhow::Result<Self> {
+        let sockets = Sockets::bind(config).await?;
+        let socket_files = sockets.files();
+        let readiness = Readiness::waiting_for([listeners::GUARD, public_address::GUARD]);
+        let forwarder = NodeForwarder::build(config, &readiness).await?;
+        let plane = control::build(config, forwarder.as_ref()).await?;
+        let maps = Arc::new(IpMaps::new(plane.clone()));
+        let map_file = IpMapFile::load(&config.map_ip_file, &maps)?;
+        let observer = Observer {
+            plane: plane.clone(),
+            forwarder: forwarder.clone(),
+            public_address: PublicAddress::default(),
+            readiness: readiness.clone(),
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(map_file.follow(Arc::clone(&maps)));
+        plane.set_public_address_known(false);
+        tasks.spawn(observer.public_address.clone().watch(
+            config,
+            forwarder.clone(),
+            Arc::clone(&maps),
+            plane.clone(),
+            readiness.clone(),
+        ));
+        if let Some(url) = &config.registry_url {
+            let (url, timeout) = (url.clone(), config.dial_timeout);
+            tasks.spawn(readiness.clone().until_registry_answers(url, timeout));
+        }
+        if let Some(forwarder) = &forwarder {
+            let probing = Arc::clone(forwarder.probing());
+            tasks.spawn(probing.until_it_probes(plane.clone(), readiness.clone()));
+            tasks.spawn(orphans::collect(
+                Arc::clone(forwarder),
+                plane.clone(),
+                config.domain.clone(),
+                config.max_token_lifetime,
+            ));
+        }
+        let listeners = serve(config, sockets, observer)?;
+        let registration = Registration::keep(config, &plane, &readiness);
+        readiness.arrived(listeners::GUARD);
+        Ok(Self {
+            readiness,
+            forwarder,
+            plane,
+            maps,
+            tasks,
+            listeners,
+            registration,
+            socket_files,
+        })
+    }
+
+    /// SIGHUP: takes over the keys that can change, names the others. A bad file changes nothing.
+    fn reload(&self, current: &mut Config, inputs: &Inputs, log: &LogHandle) {
+        let new = match Config::load(inputs) {
+            Ok(loaded) => loaded.config,
+            Err(error) => {
+                tracing::error!(%error, "the configuration is not reloaded: mend the file and send SIGHUP again");
+                return;
+            }
+        };
+        let changes = Config::reloadable_changes(current, &new);
+        if !changes.restart.is_empty() {
+            tracing::warn!(keys = ?changes.restart, "these keys need a restart of the agent");
+        }
+        if let Err(error) = log.set_level(&new.log.level) {
+            tracing::error!(%error, "the log level stays as it is");
+        }
+        self.plane.resolver().reload(control::resolver_config(&new));
+        ip_map::reload(&current.map_ip_file.path, &self.maps);
+        current.log.level.clone_from(&new.log.level);
+        current.resolver = new.resolver;
+        tracing::info!(keys = ?changes.reloadable, "reloaded");
+    }
+
+    async fn stop(mut self) {
+        self.readiness
+            .wait_for("its end: the agent is shutting down");
+        if let Some(registration) = self.registration {
+            registration.end().await;
+        }
+        if let Some(forwarder) = &self.forwarder {
+            forwarder.leave_paths().await;
+        }
+        self.plane.drain(DRAIN_GRACE).await;
+        let ended = tokio::time::timeout(LISTENER_GRACE, self.listeners.end());
+        if ended.await.is_err() {
+            tracing::warn!("some clients kept their streams open: cut off");
+        }
+        self.tasks.shutdown().await;
+        for path in self.socket_files {
+            let _ = std::fs::remove_file(path);
+        }
+        drop(self.plane);
+        if let Some(forwarder) = self.forwarder {
+            forwarder.close().await;
+        }
+    }
+}
+
+/// Which service is on which socket.
+fn serve(config: &Config, sockets: Sockets, observer: Observer) -> anyhow::Result<Listeners> {
+    let plane = observer.plane.clone();
+    let mut listeners = Listeners::new(config, observer.readiness.clone());
+    if let Some(listener) = sockets.metrics {
+        listeners.run(Metrics::new(observer.clone()).serve(listener));
+    }
+    if let Some(socket) = sockets.nsmgr {
+        listeners.serve_nsm("nsmgr", socket, plane.node_front())?;
+    }
+    if let Some(socket) = sockets.forwarder {
+        listeners.serve_nsm("forwarder", socket, plane.forwarder_front())?;
+    }
+    listeners.serve_nsm("proxy", sockets.proxy, plane.network_front())?;
+    listeners.serve_nsm("registry", sockets.registry, plane.network_front())?;
+    let routes = listeners
+        .common_services()?
+        .add_service(admin::service(config, observer));
+    listeners.serve("admin", sockets.admin, routes);
+    Ok(listeners)
+}
