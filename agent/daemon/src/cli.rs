@@ -1,6 +1,6 @@
 //! The command line.
 //!
-//! What can be wrong with a word alone (a name, a label, a prefix, a duration) is refused here with
+//! An argument that is wrong by itself (a name, a label, a prefix, a duration) is refused here with
 //! the usage (exit code 2); what depends on the machine (a namespace that is not there, an agent
 //! that does not run) is a failure of the command (exit code 1).
 
@@ -13,10 +13,10 @@ use nsm_core::{net::IfName, nsm::name::InterdomainName};
 
 use crate::config::{ConfigFlags, parse_duration};
 
-/// Where a local agent serves clients unless told otherwise.
+/// Where a local agent serves clients by default.
 const DEFAULT_CONNECT_TO: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
 
-/// Where a local agent answers `status` unless told otherwise.
+/// Where a local agent answers `status` by default.
 const DEFAULT_ADMIN: &str = "unix:///run/proxy-nsmgr/admin.sock";
 
 const EXIT_CODES: &str = "Exit codes: 0 all went well, 1 it failed (the reason is on standard error), 2 the command line is wrong.";
@@ -74,7 +74,7 @@ Examples:
   proxy-nsmgr endpoint --service web --cidr 172.16.2.0/24 --cidr fd00:2::/64 --netns 4711 --label app=web
 
 Each connection gets one address of each family for the client and one for this end. Ctrl-C unregisters the endpoint
-and tells its clients. With --json each line of standard output is an object with an \"event\": registered, connected,
+and closes its connections. With --json each line of standard output is an object with an \"event\": registered, connected,
 closed, unregistered or error.
 
 Exit codes: 0 ended on request, 1 it failed (the reason is on standard error), 2 the command line is wrong.";
@@ -104,7 +104,7 @@ pub(crate) struct AgentArgs {
     pub(crate) keys: ConfigFlags,
 }
 
-/// How a tool reaches the agent and says who it is.
+/// How a tool reaches the agent, and its identity.
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
     /// The agent (or any NSM v1 NSMgr) to ask
@@ -194,7 +194,7 @@ pub(crate) struct EndpointArgs {
     pub(crate) client: ClientArgs,
 }
 
-/// What a service carries, in NSM's words.
+/// What a service carries, by NSM's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Payload {
     /// IP packets
@@ -206,7 +206,7 @@ pub(crate) enum Payload {
 }
 
 impl Payload {
-    /// The word on the wire.
+    /// The name on the wire.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Ip => "IP",

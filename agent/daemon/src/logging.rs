@@ -12,7 +12,7 @@ use crate::config::{Log, LogFormat};
 pub(crate) struct LogHandle(reload::Handle<EnvFilter, Registry>);
 
 impl LogHandle {
-    /// From here on logs what `level` says (`info`, `info,h2=warn`).
+    /// Sets the level of the log from now on (`info`, `info,h2=warn`).
     ///
     /// # Errors
     ///

@@ -20,7 +20,7 @@ pub(crate) struct Netns {
     path: PathBuf,
     /// The device of the file system of namespaces.
     device: u64,
-    /// Its number, by which the kernel tells namespaces apart.
+    /// Its number, the kernel's key of a namespace.
     inode: u64,
 }
 
@@ -77,7 +77,7 @@ impl Netns {
             return Err(NetnsError::NotNetns(path));
         }
         // The kernel names an open namespace `net:[4026531840]`; one that is mounted somewhere is
-        // called by its path, and nothing but the agent's own attempt tells its kind.
+        // called by its path, and only the agent's own attempt shows its kind.
         if let Ok(link) = std::fs::read_link(&path)
             && let Some((kind, _)) = link.to_string_lossy().split_once(":[")
             && kind != "net"
@@ -99,7 +99,7 @@ impl Netns {
         &self.path
     }
 
-    /// A descriptor of it, to pass to whoever does not believe our word.
+    /// A descriptor of it, for an agent that does not take our path for it.
     pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
         File::open(&self.path).map(OwnedFd::from)
     }
@@ -124,7 +124,7 @@ impl Netns {
     }
 }
 
-/// `/proc/self/…` as it looks from other processes.
+/// `/proc/self/…` as seen from other processes.
 fn of_this_process(path: &Path) -> Option<PathBuf> {
     let rest = path.strip_prefix("/proc/self").ok()?;
     Some(

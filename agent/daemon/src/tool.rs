@@ -24,7 +24,7 @@ use tonic::{Code, Request, Response, Status, transport::Channel};
 
 use crate::cli::ClientArgs;
 
-/// How long the goodbye may take: whoever pressed Ctrl-C waits for it.
+/// How long closing may take: the person who pressed Ctrl-C waits for it.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(5);
 
 /// How long a connection to the agent may take; it is on this node.
@@ -39,7 +39,7 @@ pub(crate) struct Agent {
     pub(crate) channel: Channel,
     /// What travels beside the calls to it.
     descriptors: Arc<Descriptors>,
-    /// What the tool says who it is.
+    /// The tool's identity.
     pub(crate) tokens: TokenSource,
     /// The longest time for one call.
     timeout: Duration,
@@ -48,7 +48,7 @@ pub(crate) struct Agent {
 /// Why a call brought nothing.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CallError {
-    /// The agent, or somebody behind it, said no.
+    /// The agent, or a hop behind it, refused.
     #[error("{url} refused ({code:?}): {message}")]
     Refused {
         /// Who was asked.
@@ -111,7 +111,7 @@ impl Agent {
         })
     }
 
-    /// Whether the agent wants our namespace's descriptor: it takes the word of root only.
+    /// Whether the agent needs our namespace's descriptor: only root may name a namespace by path.
     pub(crate) fn wants_descriptor(&self) -> bool {
         let is_root = std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
         !is_root && matches!(self.url, DialUrl::Unix(_))
@@ -204,10 +204,10 @@ pub(crate) fn random_name(prefix: &str) -> String {
     format!("{prefix}-{}", &id[..8])
 }
 
-/// The most characters of somebody else's words that are shown in one place.
+/// The most characters of foreign text that are shown in one place.
 const LONGEST_WORDS: usize = 2000;
 
-/// Somebody else's words, as they may go to a terminal: names, addresses and reasons come from other domains, too.
+/// Foreign text, safe for a terminal: names, addresses and reasons come from other domains, too.
 pub(crate) fn shown(words: &str) -> String {
     printable(words, LONGEST_WORDS)
 }

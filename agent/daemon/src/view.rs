@@ -1,4 +1,4 @@
-//! A connection as the tools show it, in words and in JSON.
+//! A connection as the tools show it, as text and as JSON.
 
 use std::fmt::Write as _;
 
@@ -11,13 +11,13 @@ use nsm_proto::connection::{Connection, PathSegment};
 use serde::Serialize;
 use tonic::metadata::MetadataMap;
 
-/// What the agent tells about the way behind it, beside its answer. Each is absent where another
-/// NSMgr than ours answers, or where there is nothing to tell.
+/// What an agent reports beside its answer about the hops behind it. Each is absent where another NSMgr than ours answers, or where there
+/// is none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
     /// The domain that the name belongs to.
     pub(crate) domain: Option<String>,
-    /// What DNS was asked, and what it said.
+    /// The question to DNS, and its answer.
     pub(crate) dns: Option<Dns>,
     /// The mechanism behind the agent.
     mechanism: Option<String>,
@@ -118,20 +118,20 @@ impl View {
     }
 }
 
-/// Health as the hops of a connection tell it.
+/// The health that the hops of a connection publish.
 pub(crate) fn health(connection: &Connection) -> impl Iterator<Item = Published> {
     let hops = connection.path.iter().flat_map(|path| &path.path_segments);
     hops.map(|hop| Published::read(&hop.metrics))
 }
 
-/// Why the path of a connection is down, where a hop tells so: the first that does.
+/// Why the path of a connection is down, by the first hop that publishes so.
 pub(crate) fn path_down(connection: &Connection) -> Option<String> {
     let down = health(connection).find(Published::is_down)?;
     Some(down.reason.unwrap_or_else(|| "the path is down".to_owned()))
 }
 
-/// Who on the way is not heard any more, where a hop tells so, the first that does; and whether packets are known to pass. What hops
-/// behind a lost one told once says nothing of now.
+/// The first hop whose next one is lost, and whether packets are known to pass. What hops behind a lost one published is old: it does not
+/// count.
 pub(crate) fn lost_hop(connection: &Connection) -> Option<(String, bool)> {
     let hops = || connection.path.iter().flat_map(|path| &path.path_segments);
     let is_lost = |hop: &PathSegment| LostHop::read(&hop.metrics);
@@ -144,7 +144,7 @@ pub(crate) fn lost_hop(connection: &Connection) -> Option<(String, bool)> {
     Some((lost.reason.to_string(), heard.any(|hop| is_up(&hop))))
 }
 
-/// The addresses, or a word for none.
+/// The addresses, or `none`.
 pub(crate) fn addresses(addresses: &[String]) -> String {
     if addresses.is_empty() {
         "none".to_owned()
@@ -212,7 +212,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_connection_is_shown_with_what_the_agent_tells() {
+    fn a_connection_is_shown_with_the_facts_of_the_agent() {
         let view = View::of(&connection(), &facts());
         assert_eq!(view.vni, Some(4242));
         assert_eq!(view.mechanism_words(), "VXLAN, VNI 4242, MTU 1450");
@@ -221,7 +221,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_another_nsmgr_does_not_tell_is_left_out() {
+    fn facts_that_another_nsmgr_lacks_are_left_out() {
         let facts = Facts::read(&MetadataMap::new());
         assert_eq!(facts, Facts::default());
         let view = View::of(&connection(), &facts);

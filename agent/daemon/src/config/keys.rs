@@ -123,7 +123,7 @@ PublicAddress {
     /// Clouds whose metadata service is asked: aws, gcp, azure, equinix, each perhaps at another URL; auto: the cloud that the
     /// machine's firmware names
     metadata: MetadataServices = MetadataServices::Auto => METADATA;
-    /// The API server that knows the node's ExternalIP; auto: that of the cluster the agent runs in, which must allow `get` on `nodes`
+    /// The API server with the node's ExternalIP; auto: that of the cluster the agent runs in, which must allow `get` on `nodes`
     kubernetes: KubernetesApi = KubernetesApi::Auto => KUBERNETES;
     /// The node's name in Kubernetes; the agent's name by default
     node_name: Option<String> = None => NODE_NAME, variable_is("NSM_NODE_NAME");

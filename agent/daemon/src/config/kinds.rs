@@ -289,7 +289,7 @@ const fn one<T: ToString>(
     }
 }
 
-/// A kind of number, or of what YAML knows like numbers.
+/// A kind of number or Boolean.
 const fn number<T: Copy + Into<Value>>(
     placeholder: &'static str,
     shape: Shape,
@@ -495,8 +495,8 @@ fn metadata(node: &Node) -> Result<MetadataServices, Bad> {
         _ => {}
     }
     let services: Vec<(Provider, BaseUrl)> = node.list(|text| {
-        let (word, url) = text.split_once('=').unwrap_or((text, ""));
-        let provider: Provider = word.parse()?;
+        let (name, url) = text.split_once('=').unwrap_or((text, ""));
+        let provider: Provider = name.parse()?;
         let base = match url {
             "" => provider.base_url(),
             url => url,

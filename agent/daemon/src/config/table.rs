@@ -1,6 +1,6 @@
 //! What a key is: its names, its kind of value, and its place in [`Config`].
 //!
-//! [`settings!`] makes a struct and its keys out of one declaration. A [`Kind`] says how a value of a type is read, shown and
+//! [`settings!`] makes a struct and its keys out of one declaration. A [`Kind`] defines how a value of a type is read, shown and
 //! described; the type of the field decides whether a kind stands for one value, an optional one or a list.
 //!
 //! [`Config`]: super::Config
@@ -28,7 +28,7 @@ pub(crate) struct Key<C> {
     pub(super) reloads: bool,
     /// Whether the value is not for the eyes of others.
     pub(super) is_secret: bool,
-    /// What a value looks like.
+    /// The form of a value.
     pub(super) shape: Shape,
     /// Takes a value of any layer.
     pub(super) apply: Apply<C>,
@@ -39,7 +39,7 @@ pub(crate) struct Key<C> {
 type Apply<C> = Box<dyn Fn(&mut C, &Node) -> Result<(), Bad> + Send + Sync>;
 type Show<C> = Box<dyn Fn(&C) -> Value + Send + Sync>;
 
-/// What a value in the file looks like, for flags and the schema.
+/// The form of a value in the file, for flags and the schema.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Shape {
     Text,

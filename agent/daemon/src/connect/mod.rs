@@ -2,7 +2,7 @@
 //!
 //! It asks once, and what is refused then ends it: a person waits. From the first answer on it
 //! keeps the connection: refreshed before the first token on the path expires, asked for again when
-//! it is lost, as [`nsm_core::nsm::heal`] says. An endpoint that is gone is closed first; a path that is
+//! it is lost, as [`nsm_core::nsm::heal`] decides. An endpoint that is gone is closed first; a path that is
 //! lost is not, for its tunnel stands until the new one does; and where an agent on the way is gone
 //! the same is asked for, while its packets go on. A connection that was granted although its path
 //! is down is asked for again and again until there is another, or the path is back. Whatever ends
@@ -181,7 +181,7 @@ impl Client {
                 if !matches!(failure, Failure::Unavailable | Failure::Unknown) {
                     return Ok(Some(failure.loss()));
                 }
-                // Whether the endpoint or an agent on the way is gone the monitor knows, perhaps a moment later.
+                // The monitor has the cause, perhaps a moment later: the endpoint is gone, or an agent on the way.
                 let told = tokio::time::timeout(SHORTEST_WAIT, watch.next_loss());
                 match unless_stopped(&mut self.stop, told).await? {
                     Ok((loss, reason)) => {

@@ -1,4 +1,4 @@
-//! What the client tells, to people as lines of words, to programs as lines of JSON.
+//! The client's output: lines of text for people, lines of JSON for programs.
 
 use std::{path::Path, time::SystemTime};
 
@@ -66,7 +66,7 @@ impl Reporter {
 
     /// There is a connection.
     pub(crate) fn connected(self, answer: &Answer) -> anyhow::Result<()> {
-        self.tell(
+        self.print(
             || connected_words(answer),
             &Event::Connected {
                 connection: &answer.view,
@@ -79,7 +79,7 @@ impl Reporter {
     /// The connection lives on.
     pub(crate) fn refreshed(self, answer: &Answer) -> anyhow::Result<()> {
         let seconds = seconds_left(answer.expires);
-        self.tell(
+        self.print(
             || format!("refreshed  for {seconds} s"),
             &Event::Refreshed {
                 connection: &answer.view,
@@ -90,12 +90,12 @@ impl Reporter {
 
     /// The connection is lost.
     pub(crate) fn down(self, reason: &str) -> anyhow::Result<()> {
-        self.tell(|| format!("down       {reason}"), &Event::Down { reason })
+        self.print(|| format!("down       {reason}"), &Event::Down { reason })
     }
 
     /// A try that failed; another follows.
     pub(crate) fn error(self, message: &str) -> anyhow::Result<()> {
-        self.tell(
+        self.print(
             || format!("failed     {message}"),
             &Event::Error { message },
         )
@@ -106,14 +106,14 @@ impl Reporter {
         if self.json {
             let message = &format!("{error:#}");
             // Standard error has it in any case.
-            let _ = self.tell(String::new, &Event::Error { message });
+            let _ = self.print(String::new, &Event::Error { message });
         }
     }
 
     /// The connection is closed, or left to expire where that failed.
     pub(crate) fn closed(self, error: Option<String>) -> anyhow::Result<()> {
         let error = error.as_deref();
-        self.tell(
+        self.print(
             || match error {
                 None => "closed".to_owned(),
                 Some(error) => format!("closed     not by the agent: {error}"),
@@ -122,7 +122,7 @@ impl Reporter {
         )
     }
 
-    fn tell(self, words: impl FnOnce() -> String, event: &Event<'_>) -> anyhow::Result<()> {
+    fn print(self, words: impl FnOnce() -> String, event: &Event<'_>) -> anyhow::Result<()> {
         if self.json {
             print_line(&serde_json::to_string(event)?)
         } else {
@@ -170,7 +170,7 @@ fn connected_words(answer: &Answer) -> String {
     lines.join("\n")
 }
 
-/// To the microsecond: below that the clock tells nothing.
+/// To the microsecond: the clock is not finer.
 fn milliseconds(answer: &Answer) -> f64 {
     (answer.took.as_secs_f64() * 1e6).round() / 1e3
 }

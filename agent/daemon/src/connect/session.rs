@@ -43,7 +43,7 @@ pub(crate) struct Wanted {
 pub(crate) struct Answer {
     /// The connection, for people and programs.
     pub(crate) view: View,
-    /// What the agent tells beside it.
+    /// What the agent reports beside it.
     pub(crate) facts: Facts,
     /// When the first hop's token expires.
     pub(crate) expires: SystemTime,
@@ -65,7 +65,7 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A connection that nobody was asked for yet.
+    /// A connection before its first Request.
     pub(crate) fn begin(agent: Agent, name: String, wanted: Wanted) -> Self {
         let id = Uuid::new_v4().to_string();
         let connection = question(&name, &id, &wanted, State::Up);
@@ -131,7 +131,7 @@ impl Session {
         let began = Instant::now();
         let answered = self.agent.answer(client.request(request)).await;
         if let Err(CallError::Refused { .. }) = answered {
-            // What is refused was undone by whoever refused it.
+            // A hop that refuses undoes its part.
             self.is_open = was_open;
         }
         let response = answered?;
@@ -254,7 +254,7 @@ fn check(connection: &Connection, id: &str) -> Result<SystemTime, String> {
     let times = expiries.filter_map(|expires| SystemTime::try_from(expires).ok());
     times
         .min()
-        .ok_or_else(|| "a path on which nothing says when it expires".to_owned())
+        .ok_or_else(|| "a path without an expiry".to_owned())
 }
 
 #[cfg(test)]

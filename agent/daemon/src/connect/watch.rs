@@ -17,7 +17,7 @@ use crate::{
     view::{health, lost_hop, path_down},
 };
 
-/// What the monitor told.
+/// What a monitor reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum News {
     /// This is lost, and why.
@@ -85,7 +85,7 @@ impl Watch {
         }
     }
 
-    /// The next loss; other news mean nothing to whoever waits for one.
+    /// The next loss; other events do not matter to a caller that waits for one.
     pub(crate) async fn next_loss(&mut self) -> (Loss, String) {
         loop {
             if let News::Lost(loss, reason) = self.next().await {
@@ -107,7 +107,7 @@ async fn pending(sender: mpsc::Sender<News>) {
 
 /// What an event means for the connection whose first segment has this id.
 ///
-/// NSM keys the connections of an event by the id of the hop that tells; the path is the same for
+/// NSM keys the connections of an event by the id of the hop that sends it; the path is the same for
 /// all hops, so that is what is looked at.
 fn interpret(event: &ConnectionEvent, id: &str) -> Option<News> {
     let ours = event.connections.values().find(|connection| {
@@ -133,7 +133,7 @@ fn interpret(event: &ConnectionEvent, id: &str) -> Option<News> {
     }
 }
 
-/// Whether some hop tells that its path is good, and none that it is down.
+/// Whether some hop publishes that its path is good, and none that it is down.
 fn is_path_up(connection: &Connection) -> bool {
     let mut hops = health(connection);
     let is_up = |hop: &Published| hop.outward == Some(Verdict::Up);

@@ -1,8 +1,7 @@
-//! The connections of the endpoint: what is granted, refused, expired and told.
+//! The connections of the endpoint: granted, refused, expired, published to monitors.
 //!
-//! Everything here is a function of the message, the token and `now`; [`super::server`] puts it
-//! behind gRPC. A connection is known by the id of the hop that asks: a Request of the same hop is
-//! a refresh, whatever else it has forgotten.
+//! Everything here is a function of the message, the token and `now`; [`super::server`] puts it behind gRPC. The key of a connection is
+//! the id of the hop that asks: a Request of the same hop is a refresh, whatever else it lacks.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,8 +28,7 @@ use uuid::Uuid;
 use super::addresses::{AddressError, Addresses, Lease};
 use crate::netns::Netns;
 
-/// Events that a monitor may leave unread before it is cut off; it then asks again and gets the
-/// whole state.
+/// Events that a monitor may leave unread before it is cut off; it then opens a new stream and gets the whole state.
 const BACKLOG: usize = 256;
 
 /// What the endpoint is.
@@ -49,7 +47,7 @@ pub(crate) struct Identity {
 /// A token and when it expires.
 pub(crate) type Token = (String, SystemTime);
 
-/// A stream's sending end.
+/// The receiving end of a monitor's stream.
 pub(crate) type Events = mpsc::Receiver<Result<ConnectionEvent, Status>>;
 
 /// Why a Request is not granted.
@@ -146,6 +144,20 @@ pub(crate) struct Book {
     is_ending: bool,
 }
 
+impl Identity {
+    /// Marks a granted connection UP and fills in what the request left open.
+    fn complete(&self, connection: &mut Connection) {
+        connection.set_state(State::Up);
+        if connection.payload.is_empty() {
+            self.payload.clone_into(&mut connection.payload);
+        }
+        let endpoint = &mut connection.network_service_endpoint_name;
+        if endpoint.is_empty() {
+            endpoint.clone_from(&self.name);
+        }
+    }
+}
+
 impl Book {
     /// A book without connections.
     pub(crate) fn new(identity: Identity, addresses: Addresses) -> Self {
@@ -188,18 +200,12 @@ impl Book {
         let is_new = held.is_none();
         let expires = theirs.1;
         let mut path = typed(connection.path.take().unwrap_or_default());
-        if let Some(sender) = usize::try_from(path.index)
-            .ok()
-            .and_then(|index| path.segments.get_mut(index))
-        {
-            (sender.token, sender.expires) = (theirs.0, Some(theirs.1));
-        }
         let own_id =
             || held.map_or_else(|| Uuid::new_v4().to_string(), |held| held.view.id.clone());
+        let sender = usize::try_from(path.index).ok();
+        sign(&mut path, sender, theirs);
         let hop = path.descend(&sender_id, &self.identity.name, own_id)?;
-        if let Some(own) = path.segments.get_mut(hop.index as usize) {
-            (own.token, own.expires) = (ours.0, Some(ours.1));
-        }
+        sign(&mut path, Some(hop.index as usize), ours);
         let (mechanism, interface) = self.mechanism(
             connection.mechanism.take(),
             &request.mechanism_preferences,
@@ -210,21 +216,13 @@ impl Book {
         let ip = context.ip_context.get_or_insert_default();
         let lease = self.addresses.assign(held.map(|held| &held.lease), ip)?;
         connection.mechanism = Some(mechanism);
-        connection.set_state(State::Up);
-        if connection.payload.is_empty() {
-            self.identity.payload.clone_into(&mut connection.payload);
-        }
-        if connection.network_service_endpoint_name.is_empty() {
-            connection
-                .network_service_endpoint_name
-                .clone_from(&self.identity.name);
-        }
+        self.identity.complete(&mut connection);
         let view = Connection {
             id: hop.id.clone(),
             path: Some(wire_path(path.clone())),
             ..connection.clone()
         };
-        self.tell(ConnectionEventType::Update, &view);
+        self.publish(ConnectionEventType::Update, &view);
         let held = Held {
             view,
             lease,
@@ -244,7 +242,7 @@ impl Book {
     pub(crate) fn close(&mut self, sender_id: &str) -> Option<Connection> {
         let held = self.held.remove(sender_id)?;
         self.addresses.release(&held.lease);
-        self.tell(ConnectionEventType::Delete, &held.view);
+        self.publish(ConnectionEventType::Delete, &held.view);
         Some(held.view)
     }
 
@@ -260,8 +258,7 @@ impl Book {
         self.held.values().map(|held| held.expires).min()
     }
 
-    /// Tells a monitor from here on what becomes of the connections it selects, beginning with
-    /// those that are.
+    /// Opens a monitor of the connections that it selects, beginning with those that exist.
     pub(crate) fn watch(&mut self, selector: MonitorScopeSelector) -> Events {
         let (sender, events) = mpsc::channel(BACKLOG);
         let views = self.held.values().map(|held| &held.view);
@@ -285,8 +282,7 @@ impl Book {
         events
     }
 
-    /// The end: every connection is closed and told to be, every monitor's stream ends, and no
-    /// Request is granted any more.
+    /// The end: every connection is closed and its end published, every monitor's stream ends, and no Request is granted any more.
     pub(crate) fn end(&mut self) {
         self.is_ending = true;
         let open: Vec<String> = self.held.keys().cloned().collect();
@@ -296,7 +292,7 @@ impl Book {
         self.watchers.clear();
     }
 
-    fn tell(&mut self, kind: ConnectionEventType, view: &Connection) {
+    fn publish(&mut self, kind: ConnectionEventType, view: &Connection) {
         self.watchers.retain(|watcher| {
             if !selects(&watcher.selector, view) {
                 return !watcher.events.is_closed();
@@ -395,6 +391,13 @@ fn selects(selector: &MonitorScopeSelector, view: &Connection) -> bool {
         .as_ref()
         .map_or(&[][..], |path| &path.path_segments);
     selector_matches(&names(&selector.path_segments), &names(path))
+}
+
+/// Puts the token of a hop's caller or of the hop itself into its segment.
+fn sign(path: &mut Path, segment: Option<usize>, (token, expires): Token) {
+    if let Some(segment) = segment.and_then(|at| path.segments.get_mut(at)) {
+        (segment.token, segment.expires) = (token, Some(expires));
+    }
 }
 
 fn typed(path: wire::Path) -> Path {

@@ -4,8 +4,8 @@
 //! agent, and gives each connection addresses, an interface's name and its namespace; the agent
 //! makes the interface. It opens no namespace and needs no rights but to reach the agent's socket.
 //!
-//! The order of the end matters: out of the registry first, so that nobody is sent here any more;
-//! then the connections are closed and told to be; then the socket goes.
+//! The order of the end matters: out of the registry first, so that no new client is sent here;
+//! then the connections are closed and their end published; then the socket goes.
 
 use anyhow::Context as _;
 use nsm_controlplane::{identity::token::TokenSource, transport::dial::DialUrl};

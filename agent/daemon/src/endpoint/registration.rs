@@ -97,7 +97,7 @@ impl Registration {
         if granted.name.is_empty() {
             return Err(self.agent.bad_answer("a registration without a name"));
         }
-        // The registry may have given it another name, to tell it from an older one.
+        // The registry may have given it another name, to distinguish it from an older one.
         self.entry.name = granted.name;
         self.entry.initial_registration_time = granted.initial_registration_time;
         let expires = granted

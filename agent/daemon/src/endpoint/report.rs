@@ -1,4 +1,4 @@
-//! What the endpoint tells, to people as lines of words, to programs as lines of JSON.
+//! The endpoint's output: lines of text for people, lines of JSON for programs.
 
 use std::time::SystemTime;
 
@@ -10,7 +10,7 @@ use crate::{
     view::{View, addresses},
 };
 
-/// Tells what happens, on standard output. An output that nobody reads stops nothing: the clients
+/// Prints what happens. A closed standard output stops nothing: the clients
 /// of the endpoint are others.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Reporter {
@@ -64,7 +64,7 @@ impl Reporter {
         Self { json }
     }
 
-    /// The registry has the endpoint. People are told where that is news.
+    /// The registry has the endpoint. For people it is printed where it is new.
     pub(crate) fn registered(
         self,
         entry: &NetworkServiceEndpoint,
@@ -76,7 +76,7 @@ impl Reporter {
         if again.is_some_and(|again| !again.was_lost) && !self.json {
             return;
         }
-        self.tell(
+        self.print(
             || {
                 format!(
                     "registered   {} for {} at {}; Ctrl-C unregisters",
@@ -97,7 +97,7 @@ impl Reporter {
 
     /// A connection was granted.
     pub(crate) fn connected(self, view: &View) {
-        self.tell(
+        self.print(
             || connected_words(view),
             &Event::Connected { connection: view },
         );
@@ -106,7 +106,7 @@ impl Reporter {
     /// A connection is closed.
     pub(crate) fn closed(self, connection: &Connection, reason: Reason) {
         let id = sender(connection);
-        self.tell(
+        self.print(
             || match reason {
                 Reason::Asked => format!("closed       {id}"),
                 Reason::Expired => format!("closed       {id}: it was not refreshed in time"),
@@ -117,7 +117,7 @@ impl Reporter {
 
     /// The registry does not have the endpoint any more, or will not when it expires.
     pub(crate) fn unregistered(self, error: Option<&str>) {
-        self.tell(
+        self.print(
             || match error {
                 None => "unregistered".to_owned(),
                 Some(error) => format!("unregistered not by the registry: {error}"),
@@ -128,7 +128,7 @@ impl Reporter {
 
     /// Something failed and is tried again.
     pub(crate) fn error(self, message: &str) {
-        self.tell(
+        self.print(
             || format!("failed       {message}"),
             &Event::Error { message },
         );
@@ -137,11 +137,11 @@ impl Reporter {
     /// What ends the program. People read it on standard error.
     pub(crate) fn failed(self, message: &str) {
         if self.json {
-            self.tell(String::new, &Event::Error { message });
+            self.print(String::new, &Event::Error { message });
         }
     }
 
-    fn tell(self, words: impl FnOnce() -> String, event: &Event<'_>) {
+    fn print(self, words: impl FnOnce() -> String, event: &Event<'_>) {
         let line = if self.json {
             serde_json::to_string(event).unwrap_or_default()
         } else {
@@ -165,7 +165,7 @@ fn connected_words(view: &View) -> String {
     )
 }
 
-/// The id by which the caller knows the connection, as in `connected`.
+/// The caller's id of the connection, as in `connected`.
 fn sender(connection: &Connection) -> &str {
     let segments = connection.path.iter().flat_map(|path| {
         let at = (path.index as usize).checked_sub(1);

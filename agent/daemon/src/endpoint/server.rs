@@ -93,7 +93,7 @@ impl Endpoint {
         }
     }
 
-    /// Closes all connections, tells their monitors, and grants nothing any more.
+    /// Closes all connections, ends their monitors, and grants nothing any more.
     pub(crate) fn end(&self) {
         self.book().end();
     }

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::net::UnixListener;
 
-/// Where sockets go unless told otherwise, beside the agent's own.
+/// The default place of sockets, beside the agent's own.
 const RUN_DIR: &str = "/run/proxy-nsmgr";
 
 /// The longest path of a socket (`sun_path` of unix(7), without the final NUL).
