@@ -4,6 +4,9 @@ use nsm_controlplane::liveness::Reachability;
 
 use super::{keys::Token, *};
 
+mod public_address;
+mod text;
+
 fn env(pairs: &[(&str, &str)]) -> BTreeMap<OsString, OsString> {
     pairs
         .iter()
@@ -53,7 +56,7 @@ fn load(yaml: &str) -> Config {
 }
 
 #[test]
-fn nothing_said_is_a_whole_domain() {
+fn without_any_layer_an_agent_is_a_whole_domain() {
     let config = load("");
     assert_eq!(config.domain.as_str(), "cluster.local");
     assert_eq!(config.upstream_nsmgr_url, None);
@@ -80,14 +83,14 @@ fn the_management_vni_is_one_of_our_own() {
 }
 
 #[test]
-fn reachability_is_a_word() {
+fn each_policy_of_reachability_is_read() {
     assert_eq!(load("").reachability, Reachability::Prefer);
-    for (word, policy) in [
+    for (name, policy) in [
         ("require", Reachability::Require),
         ("prefer", Reachability::Prefer),
         ("off", Reachability::Off),
     ] {
-        assert_eq!(load(&format!("reachability: {word}")).reachability, policy);
+        assert_eq!(load(&format!("reachability: {name}")).reachability, policy);
     }
 }
 
@@ -189,7 +192,7 @@ fn flags_win_over_the_environment_over_the_file() {
 }
 
 #[test]
-fn lists_and_maps_are_said_by_flags_and_variables() {
+fn flags_and_variables_have_lists_and_maps() {
     let mut world = World::new("");
     world.inputs.environment = env(&[(
         "NSM_RESOLVER_HOSTS",
@@ -207,7 +210,7 @@ fn lists_and_maps_are_said_by_flags_and_variables() {
 }
 
 #[test]
-fn what_nsm_calls_its_variables_works() {
+fn the_variables_of_nsm_are_read() {
     let mut world = World::new("");
     world.inputs.environment = env(&[
         ("NSM_LISTEN_ON", "unix:///run/nsm.sock,tcp://:5004"),
@@ -353,7 +356,7 @@ fn a_bad_variable_and_a_bad_flag_are_named() {
 }
 
 #[test]
-fn a_file_that_is_none_is_told() {
+fn a_file_that_is_none_is_an_error() {
     let mut world = World::new("name: [a\nx: {");
     let error = world.error();
     assert!(
@@ -403,7 +406,7 @@ fn the_names_of_nsms_own_forwarders_are_read() {
 }
 
 #[test]
-fn contradictions_are_told() {
+fn contradictions_are_errors() {
     let error = World::new("token: {key_file: /run/svid_key.pem}\n").error();
     assert!(error.contains("set token.algorithm to es256"), "{error}");
     load("token: {key_file: /run/svid_key.pem, algorithm: es256}\n");
@@ -420,43 +423,7 @@ fn contradictions_are_told() {
 }
 
 #[test]
-fn what_is_printed_gives_the_same_configuration() {
-    for yaml in [
-        "",
-        "name: '007'\nlog: {level: 'info,h2=warn'}\nadvertise_url: tcp://[2001:db8::1]:1\n",
-        "name: 'null'\nresolver: {hosts: {a.example: '192.0.2.1:7', b.example: {registry: '2001:db8::1', proxy: gw.example}}, servers: [192.0.2.53]}\n",
-        "name: '1e3'\nbpf: {interfaces: [eth0], enabled: false}\nmap_ip_file: 'a: b # c'\n",
-        "name: '#x'\ntoken: {spiffe_id: 'spiffe://a/b'}\nmap_ip_file: '0x10'\n",
-    ] {
-        let first = World::new(yaml).load().unwrap();
-        let printed = first.to_yaml();
-        let second = load(&printed);
-        let expected = Config {
-            // Printed, it is named.
-            map_ip_file: MapIpFile {
-                is_required: true,
-                ..first.config.map_ip_file.clone()
-            },
-            ..first.config.clone()
-        };
-        assert_eq!(second, expected, "{printed}");
-    }
-}
-
-#[test]
-fn a_secret_is_never_shown() {
-    let loaded = World::new("token:\n  secret: hunter2\n").load().unwrap();
-    let yaml = loaded.to_yaml();
-    assert!(
-        !yaml.contains("hunter2") && yaml.contains("hidden, from "),
-        "{yaml}"
-    );
-    let error = World::new("token:\n  secret: [hunter2]\n").error();
-    assert!(!error.contains("hunter2"), "{error}");
-}
-
-#[test]
-fn a_reload_tells_what_it_takes_over() {
+fn a_reload_lists_what_it_takes_over() {
     let old = load("log: {level: info}\n");
     assert_eq!(Config::reloadable_changes(&old, &old), Changes::default());
     assert_eq!(
@@ -497,21 +464,6 @@ fn a_reload_tells_what_it_takes_over() {
     );
 }
 
-#[test]
-fn every_key_has_its_own_flag_and_variable() {
-    let mut names = std::collections::BTreeSet::new();
-    for key in KEYS.iter() {
-        assert!(names.insert(key.flag()), "{}", key.path);
-        assert!(names.insert(key.variable()), "{}", key.path);
-        assert!(
-            !OTHER_VARIABLES.contains(&key.variable().as_str()),
-            "{}",
-            key.path
-        );
-    }
-    <ConfigFlags as clap::Args>::augment_args(clap::Command::new("agent")).debug_assert();
-}
-
 proptest::proptest! {
     #[test]
     fn no_file_panics(yaml in "(name|tunnel|log|resolver|[a-z]{1,8}|[\\[\\]{}:,&*!|>'\"#%@`~ \n-]|[0-9]{1,4}){0,40}") {
@@ -520,7 +472,7 @@ proptest::proptest! {
 }
 
 #[test]
-fn metrics_are_for_this_machine_unless_said_otherwise() {
+fn metrics_are_for_this_machine_by_default() {
     let listen = |yaml: &str| load(yaml).listen.metrics.map(|address| address.to_string());
     assert_eq!(listen("").as_deref(), Some("127.0.0.1:9006"));
     assert_eq!(
@@ -528,7 +480,7 @@ fn metrics_are_for_this_machine_unless_said_otherwise() {
         Some("0.0.0.0:9100")
     );
     assert_eq!(listen("listen: {metrics: off}"), None);
-    for (yaml, told) in [
+    for (yaml, expected) in [
         ("metrics: unix:///x", "tcp://address:port, or off"),
         (
             "metrics: tcp://0.0.0.0:5006",
@@ -536,112 +488,16 @@ fn metrics_are_for_this_machine_unless_said_otherwise() {
         ),
     ] {
         let error = World::new(&format!("listen: {{{yaml}}}")).error();
-        assert!(error.contains(told), "{error}");
+        assert!(error.contains(expected), "{error}");
     }
 }
 
 #[test]
-fn whom_to_ask_for_the_public_address_is_said_in_several_ways() {
-    let config = load("");
-    let shown = |yaml: &str| {
-        let loaded = World::new(yaml).load().unwrap();
-        let text = loaded.to_yaml();
-        let line = text
-            .lines()
-            .find(|line| line.trim_start().starts_with("metadata:"));
-        line.unwrap().split(" #").next().unwrap().trim().to_owned()
-    };
-    assert_eq!(config.public_address.kubernetes, KubernetesApi::Auto);
-    for auto in ["", "public_address: {metadata: auto}"] {
-        assert_eq!(shown(auto), "metadata: auto");
-    }
-    for none in ["off", "'off'", "[]"] {
-        assert_eq!(
-            shown(&format!("public_address: {{metadata: {none}}}")),
-            "metadata: []"
-        );
-    }
-    for off in ["off", "'off'"] {
-        let config = load(&format!("public_address: {{kubernetes: {off}}}"));
-        assert_eq!(config.public_address.kubernetes, KubernetesApi::Off);
-    }
-    assert_eq!(
-        shown("public_address: {metadata: 'equinix, aws=http://127.0.0.1:1/'}"),
-        r#"metadata: ["equinix", "aws=http://127.0.0.1:1"]"#
-    );
-    let config = load(
-        "public_address:\n  kubernetes: https://10.0.0.1:6443\n  node_name: node-1\n  stun: [192.0.2.1, 'stun.example:19302']\n",
-    );
-    assert_eq!(
-        config.public_address.kubernetes.to_string(),
-        "https://10.0.0.1:6443"
-    );
-    let stun: Vec<String> = config
-        .public_address
-        .stun
-        .iter()
-        .map(ToString::to_string)
-        .collect();
-    assert_eq!(stun, ["192.0.2.1:3478", "stun.example:19302"]);
-    for (yaml, told) in [
-        ("metadata: [aws, aws]", "aws once"),
-        ("metadata: ibm", "aws, gcp, equinix or azure"),
-        ("metadata: aws=ftp://x", "http://host"),
-        ("kubernetes: maybe", "auto, off, or http://host"),
-        ("node_name: a/b", "Kubernetes node"),
-        ("interval: 0s", "above 0"),
-        ("ip: 0.0.0.0", "one host"),
-    ] {
-        let error = World::new(&format!("public_address: {{{yaml}}}")).error();
-        assert!(error.contains(told), "{yaml}: {error}");
-    }
-}
-
-#[test]
-fn tokens_are_for_nobody_in_particular_unless_said_otherwise() {
+fn tokens_have_no_audience_by_default() {
     assert!(load("").token.audience.is_empty());
     let config = load("token: {audience: [spiffe://a.example/proxy, 'spiffe://b.example/proxy']}");
     assert_eq!(
         config.token.audience,
         ["spiffe://a.example/proxy", "spiffe://b.example/proxy"]
     );
-}
-
-/// With `UPDATE_README` set the table is written instead.
-#[test]
-fn the_readme_has_every_key() {
-    const MARKS: [&str; 2] = ["<!-- keys: begin -->\n", "<!-- keys: end -->"];
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
-    let readme = std::fs::read_to_string(&path).unwrap();
-    let [start, end] = MARKS.map(|mark| readme.find(mark).unwrap());
-    let (start, table) = (start + MARKS[0].len(), print::to_markdown());
-    if std::env::var_os("UPDATE_README").is_some() {
-        let readme = format!("{}{table}{}", &readme[..start], &readme[end..]);
-        std::fs::write(&path, readme).unwrap();
-        return;
-    }
-    assert!(
-        readme[start..end] == table,
-        "the README's table is not that of the keys: run \
-         `UPDATE_README=1 cargo test -p proxy-nsmgr the_readme_has_every_key`"
-    );
-}
-
-#[test]
-fn the_schema_has_every_key_with_its_default() {
-    let schema: serde_json::Value = serde_json::from_str(&schema()).unwrap();
-    let property = |path: &str| {
-        let mut at = &schema;
-        for part in path.split('.') {
-            assert_eq!(at["additionalProperties"], false, "{path}");
-            at = &at["properties"][part];
-        }
-        at
-    };
-    for key in KEYS.iter() {
-        assert_eq!(property(&key.path)["description"], key.help, "{}", key.path);
-    }
-    assert_eq!(property("tunnel.port")["default"], 4789);
-    assert_eq!(property("bpf.hook")["enum"][1], "tcx");
-    assert!(property("name")["default"].is_null());
 }
