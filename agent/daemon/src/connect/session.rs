@@ -254,7 +254,7 @@ fn check(connection: &Connection, id: &str) -> Result<SystemTime, String> {
     let times = expiries.filter_map(|expires| SystemTime::try_from(expires).ok());
     times
         .min()
-        .ok_or_else(|| "a path without an expiry".to_owned())
+        .ok_or_else(|| "a path without the time when it expires".to_owned())
 }
 
 #[cfg(test)]
