@@ -3,10 +3,10 @@
 //! [`packet`] finds the VXLAN header in a frame, [`decide`] says what the frame is to us. Both see the world only through
 //! two small traits: [`Bytes`] (a frame) and [`decide::Node`] (the maps). The kernel's side of them is in `main.rs`.
 //!
-//! Rules that keep the verifier content: every loop is bounded by a constant, nothing recurses, nothing can panic, every
-//! function is inlined into its program. Two are exceptions: one step of the chain of IPv6 extension headers ([`Bytes::next_header`]),
-//! for the verifier walks every way through a loop body as often as it turns; and the decision on frames that are not plain
-//! ([`packet::PlainV4`], [`packet::PlainV6`]), so that the others have all registers for themselves.
+//! Rules that keep the verifier content: a loop turns a few times and is unrolled by the compiler, nothing recurses, nothing can
+//! panic, every function is inlined into its program. Two are exceptions: one step of the chain of IPv6 extension headers ([`Bytes::next_header`]), which the verifier would
+//! otherwise walk on every way that leads to it; and the decision on frames that are not plain ([`packet::PlainV4`],
+//! [`packet::PlainV6`]), so that the others have all registers for themselves.
 
 #![no_std]
 #![forbid(unsafe_code)]

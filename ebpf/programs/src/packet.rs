@@ -35,9 +35,6 @@ const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
 const MOBILITY: u8 = 135;
 
-/// Extension headers that are followed. RFC 8504 (section 5.3) lets a host stop there, and names 8.
-const MAX_EXTENSION_HEADERS: u32 = 8;
-
 /// Flag I of the VXLAN header: the VNI is valid (RFC 7348, section 5).
 const VXLAN_FLAG_VNI: u8 = 0x08;
 
@@ -284,28 +281,21 @@ fn parse_ipv6<B: Bytes + ?Sized>(frame: &B, offset: u32) -> Result<Ip, NotVxlan>
     if fixed[0] >> 4 != 6 {
         return Err(NotVxlan::Other);
     }
-    let mut header = Header {
+    let first = Header {
         kind: fixed[6],
         offset: offset + IPV6_HEADER,
         more_fragments: false,
     };
-    let mut followed = 0;
-    while header.kind != PROTOCOL_UDP {
-        if !is_extension(header.kind) {
-            return Err(NotVxlan::Other);
-        }
-        if followed == MAX_EXTENSION_HEADERS {
+    let header = match follow_eight(frame, Step::Header(first)) {
+        Step::Header(header) if header.kind == PROTOCOL_UDP => header,
+        Step::Header(header) if is_extension(header.kind) => {
             return Err(NotVxlan::ExtensionHeaders);
         }
-        followed += 1;
-        match frame.next_header(header) {
-            Step::Header(next) => header = next,
-            Step::Fragment => return Err(NotVxlan::Fragment),
-            Step::CutOff if header.more_fragments => return Err(NotVxlan::TinyFragment),
-            // The kernel refuses an unfragmented packet that ends here by itself.
-            Step::CutOff | Step::Other => return Err(NotVxlan::Other),
-        }
-    }
+        Step::Fragment => return Err(NotVxlan::Fragment),
+        Step::TinyFragment => return Err(NotVxlan::TinyFragment),
+        // The kernel refuses an unfragmented packet that is cut off by itself.
+        Step::Header(_) | Step::CutOff | Step::Other => return Err(NotVxlan::Other),
+    };
     let source: Address = frame.load(offset + 8).ok_or(NotVxlan::Other)?;
     let destination: Address = frame.load(offset + 24).ok_or(NotVxlan::Other)?;
     Ok(Ip {
@@ -314,6 +304,29 @@ fn parse_ipv6<B: Bytes + ?Sized>(frame: &B, offset: u32) -> Result<Ip, NotVxlan>
         payload: header.offset,
         more_fragments: header.more_fragments,
     })
+}
+
+/// Follows at most 8 extension headers. RFC 8504 (section 5.3) lets a host stop there.
+///
+/// Written out and no loop: whether kernels before 6.7 take a loop depends on where the compiler puts its blocks.
+#[inline(always)]
+fn follow_eight<B: Bytes + ?Sized>(frame: &B, step: Step) -> Step {
+    let step = follow_two(frame, follow_two(frame, step));
+    follow_two(frame, follow_two(frame, step))
+}
+
+#[inline(always)]
+fn follow_two<B: Bytes + ?Sized>(frame: &B, step: Step) -> Step {
+    follow(frame, follow(frame, step))
+}
+
+/// The step after `step`, or `step` itself where the chain has ended.
+#[inline(always)]
+fn follow<B: Bytes + ?Sized>(frame: &B, step: Step) -> Step {
+    match step {
+        Step::Header(header) if is_extension(header.kind) => frame.next_header(header),
+        ended => ended,
+    }
 }
 
 /// A place in the chain of IPv6 headers.
@@ -338,13 +351,19 @@ pub enum Step {
     Other,
     /// The frame ends.
     CutOff,
+    /// Likewise, and a header before said that more fragments follow.
+    TinyFragment,
 }
 
 /// Reads the extension header at `at`.
 #[inline(always)]
 pub fn next_header<B: Bytes + ?Sized>(frame: &B, at: Header) -> Step {
     let Some(header) = frame.load::<4>(at.offset) else {
-        return Step::CutOff;
+        return if at.more_fragments {
+            Step::TinyFragment
+        } else {
+            Step::CutOff
+        };
     };
     let [kind, length, ..] = header;
     let mut more_fragments = at.more_fragments;
@@ -403,6 +422,7 @@ impl Step {
             Self::Fragment => 1 << 16,
             Self::Other => 2 << 16,
             Self::CutOff => 3 << 16,
+            Self::TinyFragment => 4 << 16,
         }
     }
 
@@ -414,7 +434,8 @@ impl Step {
             0 => Self::Header(Header::unpack(packed)),
             1 => Self::Fragment,
             2 => Self::Other,
-            _ => Self::CutOff,
+            3 => Self::CutOff,
+            _ => Self::TinyFragment,
         }
     }
 }
