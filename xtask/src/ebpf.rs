@@ -4,8 +4,15 @@
 //! and sources belong together: `manifest.json` beside it holds the hash of both. [`check`] compares them, which needs no
 //! BPF toolchain; with `rebuild` it builds the object again and compares every byte, which is what CI does.
 //!
+//! Neither command lets an object pass that the oldest promised kernel would refuse, as far as that can be seen without one ([`lint`]).
+//!
 //! The bytes depend on nothing but the sources, the recipe below and the versions it names: paths are remapped, debug
 //! sections are taken off (BTF stays), and everything that could leak in from the caller's environment is removed.
+
+mod flow;
+mod frames;
+mod lint;
+mod program;
 
 use std::{
     collections::BTreeMap,
@@ -41,7 +48,7 @@ const SOURCES: &[&str] = &[
 
 /// What turns sources into the object; part of the source hash.
 ///
-/// v3 is the instruction set of the oldest kernel we support (5.15). LLVM's wide loads at odd offsets would suit packets, but it
+/// v3 is the newest instruction set that the oldest promised kernel (6.1) has whole; v4 came with 6.6. LLVM's wide loads at odd offsets would suit packets, but it
 /// then does the same on the stack, which the verifier refuses.
 const RUSTFLAGS: &[&str] = &["-Ctarget-cpu=v3", "-Cdebuginfo=2", "-Clink-arg=--btf"];
 const CARGO_ARGS: &[&str] = &[
@@ -90,10 +97,12 @@ struct Manifest {
 ///
 /// # Errors
 ///
-/// When the toolchain is missing and cannot be installed here, with what to install; when the build fails.
+/// When the toolchain is missing and cannot be installed here, with what to install; when the build fails; when the oldest promised
+/// kernel would refuse what was built.
 pub(crate) fn build() -> Result<()> {
     let root = root();
     let object = build_object(&root)?;
+    lint::check(&object)?;
     let manifest = Manifest {
         object_sha256: sha256(&object),
         source_sha256: source_hash(&root)?,
@@ -118,7 +127,7 @@ pub(crate) fn build() -> Result<()> {
 ///
 /// # Errors
 ///
-/// When any of them differ, with both values.
+/// When any of them differ, with both values; when the oldest promised kernel would refuse the object.
 pub(crate) fn check(rebuild: bool) -> Result<()> {
     let root = root();
     let manifest = read(&root.join(MANIFEST))?;
@@ -145,6 +154,7 @@ pub(crate) fn check(rebuild: bool) -> Result<()> {
         manifest.rustc,
         manifest.bpf_linker
     );
+    lint::check(&object)?;
     if rebuild {
         let rebuilt = build_object(&root)?;
         if rebuilt != object {

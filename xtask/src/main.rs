@@ -23,7 +23,7 @@ use clap::Parser;
 enum Command {
     /// Build the BPF object and its manifest.
     BuildEbpf,
-    /// Check that the committed BPF object belongs to its sources.
+    /// Check that the committed BPF object belongs to its sources, and that the oldest promised kernel can take it.
     CheckEbpf {
         /// Also rebuild it and compare every byte.
         #[arg(long)]
