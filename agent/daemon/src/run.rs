@@ -13,6 +13,7 @@ use crate::{
     agent::{
         control,
         forwarder::NodeForwarder,
+        hooks,
         ip_map::{self, IpMapFile, IpMaps},
         listeners::{self, Listeners, Sockets},
         orphans,
@@ -96,6 +97,8 @@ impl Agent {
         if let Some(forwarder) = &forwarder {
             let probing = Arc::clone(forwarder.probing());
             tasks.spawn(probing.until_it_probes(plane.clone(), readiness.clone()));
+            let programs = Arc::clone(forwarder.programs());
+            tasks.spawn(hooks::look_after(programs, readiness.clone()));
             tasks.spawn(orphans::collect(
                 Arc::clone(forwarder),
                 plane.clone(),

@@ -121,6 +121,54 @@ fn clsact_does_what_tcx_does() -> Result<()> {
     Ok(())
 }
 
+/// clsact finds an `ingress` qdisc in its place: connections work, sources are checked, and `status` says what is missing and what to
+/// do about it. Once that is done, nothing is missing.
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn an_ingress_qdisc_in_the_place_of_clsact_is_no_secret() -> Result<()> {
+    let world = Pair::world("ingress-qdisc", Cloud::Packet, 1)?;
+    let node = world.node("node-1")?;
+    let interface = node.interface();
+    let tc = |words: &str| -> Result<()> {
+        let mut command = node.command("tc")?;
+        let status = command
+            .args(words.split(' '))
+            .arg(&interface)
+            .arg("ingress");
+        ensure!(status.status()?.success(), "tc {words} {interface} ingress");
+        Ok(())
+    };
+    tc("qdisc add dev")?;
+    let program = binary("proxy-nsmgr")?;
+    let start = |node: &str| {
+        Agent::start(&world, &world.node(node)?, &program, |command| {
+            command.args(["--bpf-hook", "clsact"]);
+        })
+    };
+    let (near, far) = (start("node-1")?, start("node-2")?);
+    near.wait_ready()?;
+    far.wait_ready()?;
+    let pair = Pair { near, far, world };
+    let status = connects(&pair)?;
+    let degraded = status["degraded"].to_string();
+    let command = format!("tc qdisc del dev {interface} ingress");
+    for word in ["not counted", &command] {
+        ensure!(degraded.contains(word), "{word:?} is not in: {degraded}");
+    }
+    let counters = &status["connections"][0]["tunnel"]["counters"];
+    ensure!(counters["rx_packets"].as_u64() >= Some(5), "{status}");
+
+    tc("qdisc del dev")?;
+    wait_until("clsact to be there", PATIENCE, || {
+        let status = pair.near.status().unwrap_or_default();
+        !status["degraded"].to_string().contains("qdisc")
+    })?;
+    let status = connects(&pair)?;
+    let counters = &status["connections"][0]["tunnel"]["counters"];
+    ensure!(counters["tx_packets"].as_u64() >= Some(5), "{status}");
+    pair.assert_quiet()
+}
+
 #[test]
 #[ignore = "needs root: namespaces, links"]
 fn without_bpf_the_agent_says_so_and_counts_by_the_link() -> Result<()> {

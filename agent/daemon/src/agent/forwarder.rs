@@ -68,12 +68,7 @@ impl NodeForwarder {
         let links = Links::new()?;
         let programs = Arc::new(Programs::load(config).await);
         let probing = Arc::new(Probing::start(config, Arc::clone(&programs)).await);
-        for reason in programs
-            .degraded()
-            .cloned()
-            .into_iter()
-            .chain(probing.degraded())
-        {
+        for reason in programs.degraded().cloned().chain(probing.degraded()) {
             tracing::warn!(reason, "degraded");
             readiness.degraded(reason);
         }
@@ -92,7 +87,7 @@ impl NodeForwarder {
     }
 
     /// The BPF programs.
-    pub(super) fn programs(&self) -> &Programs {
+    pub(crate) fn programs(&self) -> &Arc<Programs> {
         &self.programs
     }
 

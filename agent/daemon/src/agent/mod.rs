@@ -2,6 +2,7 @@
 
 pub(crate) mod control;
 pub(crate) mod forwarder;
+pub(crate) mod hooks;
 pub(crate) mod ip_map;
 pub(crate) mod listeners;
 mod namespaces;

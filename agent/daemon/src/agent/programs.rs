@@ -11,6 +11,7 @@ use nsm_dataplane::{
     links::LinkStatistics,
 };
 
+use super::hooks;
 use crate::config::{self, Config};
 
 /// The programs of one agent, or their absence.
@@ -22,6 +23,8 @@ pub(crate) struct Programs {
     port: u16,
     pin_dir: String,
     degraded: Option<String>,
+    /// What was wrong with the hooks at the start.
+    hook_faults: Vec<String>,
 }
 
 /// Facts about the programs.
@@ -57,23 +60,28 @@ impl From<LinkStatistics> for Counters {
 impl Programs {
     /// Loads and attaches the programs; without the rights for BPF the agent goes on without.
     pub(crate) async fn load(config: &Config) -> Self {
-        let (bpf, degraded) = if !config.bpf.enabled {
+        let (bpf, hook_faults, degraded) = if !config.bpf.enabled {
             let reason = "BPF is switched off (`bpf.enabled`): counters are those of the links";
-            (None, Some(reason.to_owned()))
+            (None, Vec::new(), Some(reason.to_owned()))
         } else {
             match load(bpf_config(config)).await {
-                Ok(bpf) => {
+                Ok((bpf, faults)) => {
                     let is_second_choice =
                         bpf.hook() == Hook::Clsact && config.bpf.hook == config::Hook::Auto;
                     let reason =
                         "this kernel has no tcx (Linux 6.6): the BPF programs are hooked by clsact";
-                    (Some(bpf), is_second_choice.then(|| reason.to_owned()))
+                    (
+                        Some(bpf),
+                        faults,
+                        is_second_choice.then(|| reason.to_owned()),
+                    )
                 }
                 Err(error) => {
                     let reason = format!(
-                        "no BPF: {error}; tunnels work, sources are not checked, and counters are those of the links"
+                        "no BPF: {}; tunnels work, sources are not checked, and counters are those of the links",
+                        hooks::sentence(error)
                     );
-                    (None, Some(reason))
+                    (None, Vec::new(), Some(reason))
                 }
             }
         };
@@ -83,12 +91,18 @@ impl Programs {
             port: config.tunnel.port,
             pin_dir: config.bpf.pin_dir.display().to_string(),
             degraded,
+            hook_faults,
         }
     }
 
-    /// What works less well than it could.
-    pub(crate) fn degraded(&self) -> Option<&String> {
-        self.degraded.as_ref()
+    /// What works less well than it could, as it was at the start.
+    pub(crate) fn degraded(&self) -> impl Iterator<Item = &String> {
+        self.degraded.iter().chain(&self.hook_faults)
+    }
+
+    /// What was wrong with the hooks at the start; part of [`Self::degraded`].
+    pub(super) fn hook_faults(&self) -> &[String] {
+        &self.hook_faults
     }
 
     /// The programs, while the agent has them.
@@ -202,9 +216,14 @@ impl Programs {
     }
 }
 
-/// Loading takes 8 to 16 ms an interface and direction, so it has a thread of its own.
-async fn load(config: BpfConfig) -> Result<Bpf, BpfError> {
-    tokio::task::spawn_blocking(move || Bpf::load(&config))
+/// Loads and attaches; with what is wrong with the hooks. It takes 8 to 16 ms an interface and direction, so it has a thread of its own.
+async fn load(config: BpfConfig) -> Result<(Bpf, Vec<String>), BpfError> {
+    let load = move || {
+        let bpf = Bpf::load(&config)?;
+        let faults = hooks::faults(&bpf);
+        Ok((bpf, faults))
+    };
+    tokio::task::spawn_blocking(load)
         .await
         .expect("loading BPF programs does not panic")
 }

@@ -6,29 +6,25 @@
 //!
 //! clsact: a filter of our own priority and handle on the clsact qdisc. The kernel keeps it whoever dies; the next agent
 //! replaces it at that place. The qdisc is left when the filter goes: others may have put theirs there.
+//!
+//! A program hangs only if the kernel names it, by its id, on this interface and in this direction ([`Attachments::hangs`]). That is
+//! asked after each attachment and whenever the hooks are looked after.
 
-mod filter;
+mod clsact;
+mod tcx;
 
-use std::{collections::BTreeSet, fmt, mem, path::Path};
+use std::{collections::BTreeSet, fmt, mem};
 
 use aya::{
     Ebpf,
-    programs::{
-        LinkOrder, SchedClassifier, TcAttachType,
-        links::{FdLink, PinnedLink},
-        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
-    },
+    programs::{ProgramError, SchedClassifier, TcAttachType},
 };
 use nix::{
     ifaddrs::getifaddrs,
     net::if_::{if_nameindex, if_nametoindex},
 };
 
-use super::{
-    BpfError, Direction,
-    error::{attaching, attaching_tc, is_missing, os_error, pinning_link},
-    pins::PinDir,
-};
+use super::{BpfError, Direction, error::attaching, pins::PinDir};
 
 /// Where in the kernel the programs hang.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,16 +44,12 @@ impl fmt::Display for Hook {
     }
 }
 
-/// Priority of our filter: before those that the kernel numbers (49152 and down), after those of others that insist on
-/// being first. A priority can hold filters of one kind only, so a common one would collide.
-const PRIORITY: u16 = 47;
-
-/// Handle of our filter at that priority: "nsm".
-const HANDLE: TcHandle = TcHandle::new(0x006e, 0x736d);
-
 // linux/if_arp.h: interfaces whose packets start with an Ethernet header.
 const ARPHRD_ETHER: u16 = 1;
 const ARPHRD_LOOPBACK: u16 = 772;
+
+/// The index of the loopback, the first interface of every network namespace.
+const LOOPBACK: u32 = 1;
 
 /// What an interface carries: it decides which programs belong on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,7 +67,7 @@ pub(super) fn program(ebpf: &mut Ebpf, role: Role, direction: Direction) -> &mut
         .expect("the object holds a classifier for each role and direction")
 }
 
-const fn program_name(role: Role, direction: Direction) -> &'static str {
+pub(super) const fn program_name(role: Role, direction: Direction) -> &'static str {
     match (role, direction) {
         (Role::Underlay, Direction::In) => "underlay_ingress",
         (Role::Underlay, Direction::Out) => "underlay_egress",
@@ -97,11 +89,14 @@ pub(super) fn choose_hook(wanted: Option<Hook>) -> Result<Hook, BpfError> {
         return Ok(Hook::Clsact);
     }
     // Asking costs nothing and needs no kernel version, which says little where features are ported back.
-    match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+    match tcx::programs(LOOPBACK, Direction::In) {
         Ok(_) => Ok(Hook::Tcx),
-        Err(error) if wanted == Some(Hook::Tcx) => Err(BpfError::NoTcx(Box::new(error))),
-        Err(error) if os_error(&error) == Some(nix::libc::EINVAL) => Ok(Hook::Clsact),
-        Err(error) => Err(attaching("lo", Direction::In, Hook::Tcx, error)),
+        Err(error) if wanted == Some(Hook::Tcx) => Err(BpfError::NoTcx(error)),
+        Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => Ok(Hook::Clsact),
+        Err(error) => {
+            let error = ProgramError::IOError(error);
+            Err(attaching("lo", Direction::In, Hook::Tcx, error))
+        }
     }
 }
 
@@ -128,6 +123,12 @@ impl Attachments {
         of_role.map(|(_, interface)| interface.clone()).collect()
     }
 
+    /// Hooks the programs of a role to an interface; what hangs there already stays.
+    ///
+    /// # Errors
+    ///
+    /// Nothing that this call hooked stays behind, but for [`BpfError::NoEgress`]: then the program of what comes in hangs, and the
+    /// interface is one of [`Self::interfaces`].
     pub(super) fn attach(
         &mut self,
         ebpf: &mut Ebpf,
@@ -138,19 +139,15 @@ impl Attachments {
         check_interface(interface)?;
         let before = self.made.len();
         for direction in [Direction::In, Direction::Out] {
-            let program = program(ebpf, role, direction);
-            let attached = match self.hook {
-                Hook::Tcx => {
-                    let pin = pins.link(role, interface, direction);
-                    attach_tcx(program, pins, &pin, interface, direction)
-                }
-                Hook::Clsact => attach_clsact(program, interface, direction),
-            };
-            match attached {
+            match self.attach_one(ebpf, pins, role, interface, direction) {
                 Ok(Made::New) => self.made.push((role, interface.to_owned(), direction)),
-                Ok(Made::Replaced) => {}
+                Ok(Made::Before) => {}
                 Err(error) => {
-                    // Both directions or none.
+                    // The source check needs the way in only. The management link needs both.
+                    if role == Role::Underlay && matches!(error, BpfError::NoEgress { .. }) {
+                        self.attached.insert((role, interface.to_owned()));
+                        return Err(error);
+                    }
                     for (role, interface, direction) in self.made.split_off(before) {
                         self.take_off(pins, role, &interface, direction);
                     }
@@ -162,7 +159,38 @@ impl Attachments {
         Ok(())
     }
 
-    /// Whether the programs of a role hang on an interface: others can take them off, and an interface of the same name may be another.
+    fn attach_one(
+        &self,
+        ebpf: &mut Ebpf,
+        pins: &PinDir,
+        role: Role,
+        interface: &str,
+        direction: Direction,
+    ) -> Result<Made, BpfError> {
+        if self.hangs_one(ebpf, role, interface, direction)? {
+            return Ok(Made::Before);
+        }
+        let program = program(ebpf, role, direction);
+        let made = match self.hook {
+            Hook::Tcx => {
+                let pin = pins.link(role, interface, direction);
+                tcx::attach(program, pins, &pin, interface, direction)?
+            }
+            Hook::Clsact => clsact::attach(program, interface, direction)?,
+        };
+        if self.hangs_one(ebpf, role, interface, direction)? {
+            return Ok(made);
+        }
+        self.take_off(pins, role, interface, direction);
+        Err(BpfError::Misplaced {
+            interface: interface.to_owned(),
+            direction,
+            hook: self.hook,
+        })
+    }
+
+    /// Whether the programs of a role hang on an interface, each in its direction: others can take them off or put theirs in their
+    /// place, and an interface of the same name may be another.
     pub(super) fn hangs(
         &self,
         ebpf: &mut Ebpf,
@@ -170,18 +198,28 @@ impl Attachments {
         interface: &str,
     ) -> Result<bool, BpfError> {
         for direction in [Direction::In, Direction::Out] {
-            let hangs = match self.hook {
-                Hook::Tcx => program(ebpf, role, direction)
-                    .info()
-                    .and_then(|info| hangs_on(interface, direction, info.id()))
-                    .map_err(|source| attaching(interface, direction, self.hook, source))?,
-                Hook::Clsact => filter::is_there(interface, direction)?,
-            };
-            if !hangs {
+            if !self.hangs_one(ebpf, role, interface, direction)? {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    fn hangs_one(
+        &self,
+        ebpf: &mut Ebpf,
+        role: Role,
+        interface: &str,
+        direction: Direction,
+    ) -> Result<bool, BpfError> {
+        let program = program(ebpf, role, direction).info();
+        let id = program
+            .map_err(|source| attaching(interface, direction, self.hook, source))?
+            .id();
+        match self.hook {
+            Hook::Tcx => tcx::hangs(interface, direction, id),
+            Hook::Clsact => clsact::hangs(interface, direction, id),
+        }
     }
 
     pub(super) fn detach(
@@ -209,7 +247,7 @@ impl Attachments {
     fn detach_one(&self, pins: &PinDir, role: Role, interface: &str) -> Result<(), BpfError> {
         let both = [Direction::In, Direction::Out].map(|direction| match self.hook {
             Hook::Tcx => pins.remove_link(&pins.link(role, interface, direction)),
-            Hook::Clsact => detach_clsact(role, interface, direction),
+            Hook::Clsact => clsact::detach(program_name(role, direction), interface, direction),
         });
         both.into_iter().fold(Ok(()), Result::and)
     }
@@ -224,7 +262,7 @@ impl Attachments {
     fn take_off(&self, pins: &PinDir, role: Role, interface: &str, direction: Direction) {
         let taken_off = match self.hook {
             Hook::Tcx => pins.remove_link(&pins.link(role, interface, direction)),
-            Hook::Clsact => detach_clsact(role, interface, direction),
+            Hook::Clsact => clsact::detach(program_name(role, direction), interface, direction),
         };
         if let Err(error) = taken_off {
             tracing::warn!(interface, %direction, %error, "a program stays behind");
@@ -264,7 +302,7 @@ impl Attachments {
                 continue;
             }
             for direction in [Direction::In, Direction::Out] {
-                if let Err(error) = detach_clsact(role, name, direction) {
+                if let Err(error) = clsact::detach(program_name(role, direction), name, direction) {
                     tracing::debug!(interface = name, %direction, %error, "cannot look for an old filter");
                 }
             }
@@ -275,107 +313,8 @@ impl Attachments {
 /// Whether something of ours was there before.
 enum Made {
     New,
-    Replaced,
-}
-
-fn attach_tcx(
-    program: &mut SchedClassifier,
-    pins: &PinDir,
-    path: &Path,
-    interface: &str,
-    direction: Direction,
-) -> Result<Made, BpfError> {
-    let failed = |source| attaching(interface, direction, Hook::Tcx, source);
-    let id = program.info().map_err(failed)?.id();
-    if hangs_on(interface, direction, id).map_err(failed)? {
-        return Ok(Made::Replaced);
-    }
-    match PinnedLink::from_pin(path) {
-        Ok(old) => {
-            let replaced = SchedClassifierLink::try_from(FdLink::from(old))
-                .ok()
-                .and_then(|link| program.attach_to_link(link).ok())
-                .and_then(|link| program.take_link(link).ok());
-            // A link stays with its interface: of one that is gone, or of another namespace's, only the pin is left.
-            if replaced.is_some() && hangs_on(interface, direction, id).map_err(failed)? {
-                return Ok(Made::Replaced);
-            }
-            pins.remove_link(path)?;
-        }
-        Err(error) if is_missing(&error) => {}
-        Err(_) => pins.remove(path)?,
-    }
-
-    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let link = program
-        .attach_with_options(interface, attach_type(direction), options)
-        .and_then(|id| program.take_link(id))
-        .map_err(failed)?;
-    let link =
-        FdLink::try_from(link).map_err(|source| pinning_link(interface, direction, source))?;
-    link.pin(path)
-        .map_err(|source| pinning_link(interface, direction, source))?;
-    Ok(Made::New)
-}
-
-/// Whether the program hangs on the interface.
-fn hangs_on(
-    interface: &str,
-    direction: Direction,
-    program: u32,
-) -> Result<bool, aya::programs::ProgramError> {
-    let (_, programs) = SchedClassifier::query_tcx(interface, attach_type(direction))?;
-    Ok(programs.iter().any(|info| info.id() == program))
-}
-
-fn attach_clsact(
-    program: &mut SchedClassifier,
-    interface: &str,
-    direction: Direction,
-) -> Result<Made, BpfError> {
-    match tc::qdisc_add_clsact(interface) {
-        Err(error) if os_error(&error) != Some(nix::libc::EEXIST) => {
-            return Err(attaching_tc(interface, direction, error));
-        }
-        _ => {}
-    }
-    let attach_type = attach_type(direction);
-    let failed = |source| attaching(interface, direction, Hook::Clsact, source);
-    let old = SchedClassifierLink::attached(interface, attach_type, PRIORITY, HANDLE, None)
-        .map_err(|error| attaching_tc(interface, direction, error.into()))?;
-    if let Ok(link) = program.attach_to_link(old) {
-        // Dropped, it would take the filter off.
-        mem::forget(program.take_link(link).map_err(failed)?);
-        return Ok(Made::Replaced);
-    }
-    let options = NlOptions {
-        priority: PRIORITY,
-        handle: HANDLE,
-        classid: None,
-    };
-    let link = program
-        .attach_with_options(interface, attach_type, TcAttachOptions::Netlink(options))
-        .and_then(|link| program.take_link(link))
-        .map_err(failed)?;
-    mem::forget(link);
-    Ok(Made::New)
-}
-
-/// Takes our filter off; one that is not there is fine.
-fn detach_clsact(role: Role, interface: &str, direction: Direction) -> Result<(), BpfError> {
-    let name = program_name(role, direction);
-    match tc::qdisc_detach_program(interface, attach_type(direction), name) {
-        Err(error)
-            if !matches!(&error, tc::TcError::IoError(io) if io.kind() == std::io::ErrorKind::NotFound)
-                && !matches!(
-                    os_error(&error),
-                    Some(nix::libc::ENODEV | nix::libc::EINVAL)
-                ) =>
-        {
-            Err(attaching_tc(interface, direction, error))
-        }
-        _ => Ok(()),
-    }
+    /// The program itself, or an earlier one whose place it took.
+    Before,
 }
 
 /// The interface exists here and has Ethernet headers.

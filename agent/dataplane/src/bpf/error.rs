@@ -8,7 +8,7 @@ use aya::{
     programs::{ProgramError, links::LinkError, tc::TcError},
 };
 
-use super::{Direction, Hook, Slot};
+use super::{Direction, Hook, Slot, VerifierLog};
 
 /// A right that the kernel asks for (capabilities(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,16 +97,29 @@ pub enum BpfError {
         /// What the kernel said.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The kernel did not take the programs.
-    #[error(
-        "cannot load the BPF programs: this kernel may be older than 5.15 or built without BPF"
-    )]
+    /// The kernel did not take the object.
+    #[error("cannot load the BPF object: this kernel may be older than 6.1 or built without BPF")]
     Load(#[source] Box<EbpfError>),
+    /// The kernel's verifier refused a program.
+    #[error(
+        "Linux {kernel} refuses the BPF program {program}: use a kernel that the README names, or report this; the verifier's \
+         last lines: {log}"
+    )]
+    Refused {
+        /// The program.
+        program: &'static str,
+        /// Release of the kernel.
+        kernel: String,
+        /// What the verifier said last.
+        log: VerifierLog,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// The kernel has no tcx, which was asked for.
     #[error(
         "this kernel has no tcx (it came with 6.6): choose clsact, or leave the choice to the agent"
     )]
-    NoTcx(#[source] Box<ProgramError>),
+    NoTcx(#[source] io::Error),
     /// There is no such interface in this network namespace.
     #[error("there is no interface {interface} in this network namespace")]
     NoInterface {
@@ -133,6 +146,44 @@ pub enum BpfError {
         hook: Hook,
         /// What the kernel said.
         source: Box<ProgramError>,
+    },
+    /// An `ingress` qdisc stands where clsact would, and has no place for programs on the way out.
+    #[error(
+        "{interface} has an `ingress` qdisc, which has no egress: what comes in is counted and its source checked, what leaves is \
+         not counted; run `tc qdisc del dev {interface} ingress`, which takes that qdisc's filters along, and the agent \
+         puts clsact there, which serves both"
+    )]
+    NoEgress {
+        /// The interface.
+        interface: String,
+    },
+    /// The place of our filter is held by another kind of filter.
+    #[error(
+        "priority {priority} of {interface} {direction} holds filters of kind {kind}, and only one kind can be there: run \
+         `tc filter del dev {interface} {direction} pref {priority}`, or move them to another priority"
+    )]
+    PriorityTaken {
+        /// The interface.
+        interface: String,
+        /// The direction.
+        direction: Direction,
+        /// The priority.
+        priority: u16,
+        /// The kind of filter that is there.
+        kind: String,
+    },
+    /// A program was hooked, and the kernel does not show it there.
+    #[error(
+        "the program for {direction} of {interface} was hooked by {hook} and does not hang there: another program may take it off; \
+         `bpftool net` and `tc filter show dev {interface} {direction}` show what is there"
+    )]
+    Misplaced {
+        /// The interface.
+        interface: String,
+        /// The direction.
+        direction: Direction,
+        /// The hook.
+        hook: Hook,
     },
     /// A link could not be pinned.
     #[error("cannot pin the link of {interface} {direction}")]
@@ -233,6 +284,31 @@ const TO_LOAD: &[Capability] = &[Capability::Bpf, Capability::Perfmon, Capabilit
 pub(super) fn loading(source: EbpfError) -> BpfError {
     not_permitted("load BPF programs", TO_LOAD, source)
         .unwrap_or_else(|source| BpfError::Load(Box::new(source)))
+}
+
+/// The kernel did not take a program.
+pub(super) fn loading_program(program: &'static str, source: ProgramError) -> BpfError {
+    match source {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => not_permitted("load BPF programs", TO_LOAD, io_error).unwrap_or_else(|source| {
+            BpfError::Refused {
+                program,
+                kernel: kernel_release(),
+                log: VerifierLog::tail_of(&verifier_log.to_string()),
+                source,
+            }
+        }),
+        other => loading(other.into()),
+    }
+}
+
+fn kernel_release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(
+        |_| "(release unknown)".to_owned(),
+        |release| release.trim_end().to_owned(),
+    )
 }
 
 /// The kernel did not attach a program.

@@ -28,6 +28,8 @@ mod slots;
 mod sys;
 mod tables;
 mod underlay;
+mod verifier;
+mod watch;
 
 use std::{
     collections::BTreeMap,
@@ -53,6 +55,7 @@ pub use self::{
     events::{Event, Events},
     run::{Gso, RunReport},
     underlay::underlay_interfaces,
+    verifier::VerifierLog,
 };
 use self::{
     attach::{Attachments, Role},
@@ -266,12 +269,7 @@ impl Bpf {
             loader.map_pin_path(map, pins.map(map));
         }
         let mut ebpf = loader.load(OBJECT).map_err(error::loading)?;
-        for role in [Role::Underlay, Role::Management] {
-            for direction in [Direction::In, Direction::Out] {
-                load(attach::program(&mut ebpf, role, direction))
-                    .map_err(|source| error::loading(source.into()))?;
-            }
-        }
+        load_programs(&mut ebpf)?;
         let mut tables = Tables::adopt(&mut ebpf)?;
         for port in &config.ports {
             tables.add_port(*port)?;
@@ -287,9 +285,13 @@ impl Bpf {
         let hook = attach::choose_hook(config.hook)?;
         let mut attachments = Attachments::new(hook);
         for interface in &interfaces {
-            if let Err(error) = attachments.attach(&mut ebpf, pins, Role::Underlay, interface) {
-                attachments.undo(pins);
-                return Err(error);
+            match attachments.attach(&mut ebpf, pins, Role::Underlay, interface) {
+                // The source check is worth having without the counts; [`Self::look_after_hooks`] says what is missing.
+                Ok(()) | Err(BpfError::NoEgress { .. }) => {}
+                Err(error) => {
+                    attachments.undo(pins);
+                    return Err(error);
+                }
             }
         }
         attachments.remove_strays(pins, Role::Underlay);
@@ -307,7 +309,7 @@ impl Bpf {
     ///
     /// # Errors
     ///
-    /// No such interface, one without Ethernet headers, missing rights.
+    /// No such interface, one without Ethernet headers, one whose `ingress` qdisc leaves no place for the way out, missing rights.
     pub fn attach(&self, interface: &str) -> Result<(), BpfError> {
         let state = &mut *self.state();
         state
@@ -502,6 +504,18 @@ impl Bpf {
     }
 }
 
+/// Gives all programs of the object to the verifier.
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    for role in [Role::Underlay, Role::Management] {
+        for direction in [Direction::In, Direction::Out] {
+            load(attach::program(ebpf, role, direction)).map_err(|source| {
+                error::loading_program(attach::program_name(role, direction), source)
+            })?;
+        }
+    }
+    Ok(())
+}
+
 /// How often a program is given to a verifier that is interrupted.
 const LOAD_ATTEMPTS: usize = 5;
 
@@ -529,7 +543,37 @@ impl fmt::Debug for Bpf {
 
 #[cfg(test)]
 mod tests {
-    use super::Bpf;
+    use aya::EbpfLoader;
+
+    use super::{Bpf, BpfError, OBJECT, load_programs};
+
+    /// `r6 = r1`, by which a program keeps its context, and `r6 = 0` instead.
+    const KEEP_CONTEXT: [u8; 8] = [0xbf, 0x16, 0, 0, 0, 0, 0, 0];
+    const FORGET_CONTEXT: [u8; 8] = [0xb7, 0x06, 0, 0, 0, 0, 0, 0];
+
+    #[test]
+    #[ignore = "needs root: BPF"]
+    fn a_refused_program_is_named_with_the_verifiers_last_lines() {
+        let mut broken = OBJECT.to_vec();
+        let (instructions, _) = broken.as_chunks_mut::<8>();
+        for instruction in instructions.iter_mut().filter(|it| **it == KEEP_CONTEXT) {
+            *instruction = FORGET_CONTEXT;
+        }
+        let mut ebpf = EbpfLoader::new().load(&broken).unwrap();
+        let error = load_programs(&mut ebpf).unwrap_err();
+        let text = error.to_string();
+        let BpfError::Refused { program, log, .. } = error else {
+            panic!("{text}");
+        };
+        assert_eq!(program, "underlay_ingress");
+        assert!((2..=10).contains(&log.lines().len()), "{log}");
+        assert!(text.contains("r6"), "the instruction: {text}");
+        assert!(text.len() < 2500, "{} bytes", text.len());
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        for word in ["underlay_ingress", release.trim(), "processed"] {
+            assert!(text.contains(word), "no {word}: {text}");
+        }
+    }
 
     #[test]
     fn the_manifest_describes_the_object() {

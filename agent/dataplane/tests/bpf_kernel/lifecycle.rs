@@ -1,15 +1,13 @@
 //! Attaching, pinning, adopting, removing: on interfaces of a namespace that lives as long as the test.
 
-use std::{fs, thread, time::Instant};
+use std::{fs, thread};
 
 use super::support::{
-    DROP, Frame, NEXT, PIN_DIR, addr, config, drop_capabilities_but, ip, load_detached, names, run,
+    DROP, Frame, NEXT, PIN_DIR, addr, assert_nothing_left, config, config_by,
+    drop_capabilities_but, for_each_hook, hanging, has_tcx, ip, link, load_detached, names, run,
     sandbox, verdict, vni,
 };
-use aya::{
-    maps::{Array, Map, MapData},
-    programs::{SchedClassifier, TcAttachType},
-};
+use aya::maps::{Array, Map, MapData};
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook, underlay_interfaces};
 
 const MAPS: [&str; 12] = [
@@ -29,15 +27,10 @@ const MAPS: [&str; 12] = [
 
 const PEER: &str = "198.51.100.7";
 
-/// An Ethernet interface that is up.
-fn link(name: &str) {
-    ip(&format!("link add {name} type veth peer name p-{name}"));
-    ip(&format!("link set {name} up"));
-    ip(&format!("link set p-{name} up"));
-}
-
 /// Everything in the pin directory.
-fn pins(links: &[&str]) -> Vec<String> {
+fn pins(hook: Hook, links: &[&str]) -> Vec<String> {
+    // What clsact has is pinned nowhere: its filters keep the programs.
+    let links = if hook == Hook::Tcx { links } else { &[] };
     let links = links
         .iter()
         .flat_map(|name| ["egress", "ingress"].map(|way| format!("link_{name}_{way}")));
@@ -47,60 +40,47 @@ fn pins(links: &[&str]) -> Vec<String> {
         .collect()
 }
 
-/// Identifiers of the programs on both tcx hooks of an interface.
-fn on_tcx(interface: &str) -> [Vec<u32>; 2] {
-    [TcAttachType::Ingress, TcAttachType::Egress].map(|way| {
-        let (_, programs) = SchedClassifier::query_tcx(interface, way).expect("query");
-        programs
-            .iter()
-            .map(aya::programs::ProgramInfo::id)
-            .collect()
-    })
-}
-
-/// How many filters of ours are on both clsact hooks of an interface.
-fn on_clsact(interface: &str) -> [usize; 2] {
-    ["ingress", "egress"].map(|way| {
-        run("tc", &format!("filter show dev {interface} {way}"))
-            .matches(" direct-action")
-            .count()
-    })
-}
-
-fn assert_nothing_left() {
-    let left: Vec<String> = names("/sys/fs/bpf")
-        .into_iter()
-        .filter(|name| !name.ends_with(".debug"))
-        .collect();
-    assert_eq!(left, [""; 0]);
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn tcx_is_chosen_where_the_kernel_has_it() {
+    sandbox(|| {
+        let best = if has_tcx() { Hook::Tcx } else { Hook::Clsact };
+        assert_eq!(load_detached().unwrap().hook(), best);
+        let tcx = Bpf::load(&config_by(Hook::Tcx, &[]));
+        match tcx {
+            Ok(bpf) => assert_eq!(bpf.hook(), best),
+            Err(error) => assert!(matches!(error, BpfError::NoTcx(_)) && !has_tcx(), "{error}"),
+        }
+    });
 }
 
 #[test]
 #[ignore = "needs root: BPF, interfaces"]
 fn programs_hang_on_both_ways_until_they_are_removed() {
-    sandbox(|| {
+    for_each_hook(|hook| {
+        let on = |interface: &str| hanging(hook, interface).map(|programs| programs.len());
         link("u0");
         link("u0.100");
-        let bpf = Bpf::load(&config(&["u0", "u0.100"])).unwrap();
-        assert_eq!(bpf.hook(), Hook::Tcx);
+        let bpf = Bpf::load(&config_by(hook, &["u0", "u0.100"])).unwrap();
+        assert_eq!(bpf.hook(), hook);
         assert_eq!(bpf.interfaces(), ["u0", "u0.100"]);
-        assert_eq!(names(PIN_DIR), pins(&["u0%2e100", "u0"]));
+        assert_eq!(names(PIN_DIR), pins(hook, &["u0%2e100", "u0"]));
         for interface in ["u0", "u0.100"] {
-            assert_eq!(on_tcx(interface).map(|programs| programs.len()), [1, 1]);
+            assert_eq!(on(interface), [1, 1]);
         }
 
         bpf.detach("u0").unwrap();
         bpf.detach("u0").unwrap();
-        assert_eq!(on_tcx("u0"), [[], []]);
+        assert_eq!(on("u0"), [0, 0]);
         link("u1");
         bpf.attach("u1").unwrap();
         bpf.attach("u1").unwrap();
-        assert_eq!(on_tcx("u1").map(|programs| programs.len()), [1, 1]);
+        assert_eq!(on("u1"), [1, 1], "once is enough");
         assert_eq!(bpf.interfaces(), ["u0.100", "u1"]);
 
         bpf.detach_and_unpin().unwrap();
         for interface in ["u0", "u0.100", "u1"] {
-            assert_eq!(on_tcx(interface), [[], []]);
+            assert_eq!(on(interface), [0, 0]);
         }
         assert_nothing_left();
     });
@@ -109,29 +89,29 @@ fn programs_hang_on_both_ways_until_they_are_removed() {
 #[test]
 #[ignore = "needs root: BPF, interfaces"]
 fn the_next_agent_adopts_maps_and_replaces_programs() {
-    sandbox(|| {
+    for_each_hook(|hook| {
         link("u0");
         link("u1");
-        let bpf = Bpf::load(&config(&["u0", "u1"])).unwrap();
+        let bpf = Bpf::load(&config_by(hook, &["u0", "u1"])).unwrap();
         bpf.add_port(8472).unwrap();
         let first = bpf.add_tunnel(vni(7), addr(PEER)).unwrap();
         let slot = bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
         bpf.remove_tunnel(vni(7), addr(PEER)).unwrap();
         let frame = Frame::new(PEER, "192.0.2.1", 42).bytes();
         assert_eq!(verdict(&bpf, Direction::In, &frame), NEXT);
-        let old = on_tcx("u1");
+        let old = hanging(hook, "u1");
         // As after kill -9: nothing is closed in order.
         drop(bpf);
-        assert_eq!(on_tcx("u1"), old, "programs outlive the process");
+        assert_eq!(hanging(hook, "u1"), old, "programs outlive the process");
 
-        let bpf = Bpf::load(&config(&["u1"])).unwrap();
+        let bpf = Bpf::load(&config_by(hook, &["u1"])).unwrap();
         assert_eq!(
             names(PIN_DIR),
-            pins(&["u1"]),
+            pins(hook, &["u1"]),
             "the interface that is no longer wanted is let go"
         );
-        assert_eq!(on_tcx("u0"), [[], []]);
-        let new = on_tcx("u1");
+        assert_eq!(hanging(hook, "u0"), [[], []]);
+        let new = hanging(hook, "u1");
         for (old, new) in old.iter().zip(&new) {
             assert_eq!(new.len(), 1);
             assert_ne!(old, new);
@@ -165,7 +145,7 @@ fn the_next_agent_adopts_maps_and_replaces_programs() {
 fn close_keeps_or_removes_as_configured() {
     sandbox(|| {
         Bpf::load(&config(&[])).unwrap().close().unwrap();
-        assert_eq!(names(PIN_DIR), pins(&[]));
+        assert_eq!(names(PIN_DIR), pins(Hook::Tcx, &[]));
         let config = BpfConfig {
             keep_pins: false,
             ..config(&[])
@@ -235,20 +215,21 @@ fn maps_of_another_layout_are_replaced() {
 #[test]
 #[ignore = "needs root: BPF, interfaces"]
 fn an_interface_that_was_made_anew_is_attached_anew() {
-    sandbox(|| {
+    for_each_hook(|hook| {
+        let on = |interface: &str| hanging(hook, interface).map(|programs| programs.len());
         link("u0");
-        let bpf = Bpf::load(&config(&["u0"])).unwrap();
+        let bpf = Bpf::load(&config_by(hook, &["u0"])).unwrap();
         ip("link del u0");
         link("u0");
-        assert_eq!(on_tcx("u0"), [[], []]);
+        assert_eq!(on("u0"), [0, 0]);
         bpf.attach("u0").unwrap();
-        assert_eq!(on_tcx("u0").map(|programs| programs.len()), [1, 1]);
+        assert_eq!(on("u0"), [1, 1]);
         drop(bpf);
 
         ip("link del u0");
         link("u0");
-        let bpf = Bpf::load(&config(&["u0"])).unwrap();
-        assert_eq!(on_tcx("u0").map(|programs| programs.len()), [1, 1]);
+        let bpf = Bpf::load(&config_by(hook, &["u0"])).unwrap();
+        assert_eq!(on("u0"), [1, 1]);
 
         ip("link del u0");
         assert!(matches!(
@@ -262,70 +243,46 @@ fn an_interface_that_was_made_anew_is_attached_anew() {
 
 #[test]
 #[ignore = "needs root: BPF, interfaces"]
-fn clsact_does_the_same_where_tcx_is_not() {
+fn one_hook_is_used_at_a_time() {
+    if !has_tcx() {
+        return;
+    }
     sandbox(|| {
-        link("u0");
         link("u1");
-        let clsact = |names: &[&str]| BpfConfig {
-            hook: Some(Hook::Clsact),
-            ..config(names)
-        };
-        let bpf = Bpf::load(&clsact(&["u0", "u1"])).unwrap();
-        assert_eq!(bpf.hook(), Hook::Clsact);
-        assert_eq!([on_clsact("u0"), on_clsact("u1")], [[1, 1]; 2]);
-        bpf.attach("u1").unwrap();
-        assert_eq!(on_clsact("u1"), [1, 1], "once is enough");
-        drop(bpf);
-        assert_eq!(on_clsact("u1"), [1, 1], "filters outlive the process");
-
-        let bpf = Bpf::load(&clsact(&["u1"])).unwrap();
-        assert_eq!([on_clsact("u0"), on_clsact("u1")], [[0, 0], [1, 1]]);
-        drop(bpf);
-
-        let bpf = Bpf::load(&config(&["u1"])).unwrap();
-        assert_eq!(
-            (bpf.hook(), on_clsact("u1")),
-            (Hook::Tcx, [0, 0]),
-            "one hook at a time"
-        );
-        drop(bpf);
-        let bpf = Bpf::load(&clsact(&["u1"])).unwrap();
-        assert_eq!((on_tcx("u1"), on_clsact("u1")), ([vec![], vec![]], [1, 1]));
-        bpf.detach_and_unpin().unwrap();
-        assert_eq!(on_clsact("u1"), [0, 0]);
-        assert_nothing_left();
+        let on = |hook| hanging(hook, "u1").map(|programs| programs.len());
+        for (hook, other) in [
+            (Hook::Clsact, Hook::Tcx),
+            (Hook::Tcx, Hook::Clsact),
+            (Hook::Clsact, Hook::Tcx),
+        ] {
+            let bpf = Bpf::load(&config_by(hook, &["u1"])).unwrap();
+            assert_eq!((on(hook), on(other)), ([1, 1], [0, 0]), "{hook}");
+            // As after kill -9: the next agent finds the programs.
+            drop(bpf);
+        }
     });
 }
 
 #[test]
 #[ignore = "needs root: BPF, interfaces"]
 fn a_failed_load_leaves_nothing_of_its_own() {
-    sandbox(|| {
+    for_each_hook(|hook| {
+        let on = || hanging(hook, "u0").map(|programs| programs.len());
         link("u0");
-        for hook in [Hook::Tcx, Hook::Clsact] {
-            let broken = BpfConfig {
-                hook: Some(hook),
-                ..config(&["u0", "missing0"])
-            };
-            let error = Bpf::load(&broken).unwrap_err();
-            assert!(
-                error.to_string().contains("no interface missing0"),
-                "{error}"
-            );
-            assert_eq!(
-                (on_tcx("u0"), on_clsact("u0")),
-                ([vec![], vec![]], [0, 0]),
-                "{hook}"
-            );
-            assert_nothing_left();
-        }
+        let error = Bpf::load(&config_by(hook, &["u0", "missing0"])).unwrap_err();
+        assert!(
+            error.to_string().contains("no interface missing0"),
+            "{error}"
+        );
+        assert_eq!(on(), [0, 0]);
+        assert_nothing_left();
 
         // What an earlier agent left still works after the failure.
-        let bpf = Bpf::load(&config(&["u0"])).unwrap();
+        let bpf = Bpf::load(&config_by(hook, &["u0"])).unwrap();
         bpf.add_tunnel(vni(42), addr(PEER)).unwrap();
         drop(bpf);
-        Bpf::load(&config(&["u0", "missing0"])).unwrap_err();
-        assert_eq!(on_tcx("u0").map(|programs| programs.len()), [1, 1]);
+        Bpf::load(&config_by(hook, &["u0", "missing0"])).unwrap_err();
+        assert_eq!(on(), [1, 1]);
         assert_eq!(load_detached().unwrap().slots_in_use(), 1);
     });
 }
@@ -472,10 +429,9 @@ fn bpftool_prints_field_names() {
 
 #[test]
 #[ignore = "needs root: BPF"]
-fn tunnels_are_added_quickly_and_from_many_threads() {
+fn tunnels_are_added_from_many_threads() {
     sandbox(|| {
         let bpf = load_detached().unwrap();
-        let started = Instant::now();
         thread::scope(|scope| {
             for worker in 0..8_u32 {
                 let bpf = &bpf;
@@ -491,9 +447,6 @@ fn tunnels_are_added_quickly_and_from_many_threads() {
                 });
             }
         });
-        let each = started.elapsed() / 4000;
         assert_eq!(bpf.slots_in_use(), 2000);
-        // A Request has 5 ms for everything.
-        assert!(each.as_micros() < 500, "{each:?} each");
     });
 }

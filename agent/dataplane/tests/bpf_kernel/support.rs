@@ -8,12 +8,13 @@ use std::{
     thread,
 };
 
+use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
 use nsm_core::net::Vni;
-use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Gso};
+use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Gso, Hook};
 
 /// TC_ACT_UNSPEC: other programs and the kernel go on.
 pub(crate) const NEXT: i32 = -1;
@@ -44,6 +45,49 @@ pub(crate) fn sandbox(test: impl FnOnce() + Send + 'static) {
         .join();
     if let Err(panic) = ran {
         std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs a test once for each hook that this kernel has, each in a sandbox of its own.
+pub(crate) fn for_each_hook(test: impl Fn(Hook) + Send + Copy + 'static) {
+    for hook in hooks() {
+        sandbox(move || test(hook));
+    }
+}
+
+/// The hooks that this kernel has: tcx came with 6.6.
+pub(crate) fn hooks() -> Vec<Hook> {
+    let mut hooks = vec![Hook::Clsact];
+    hooks.extend(has_tcx().then_some(Hook::Tcx));
+    hooks
+}
+
+pub(crate) fn has_tcx() -> bool {
+    SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
+}
+
+/// An Ethernet interface that is up.
+pub(crate) fn link(name: &str) {
+    ip(&format!("link add {name} type veth peer name p-{name}"));
+    ip(&format!("link set {name} up"));
+    ip(&format!("link set p-{name} up"));
+}
+
+/// Identifiers of the programs on the way in and on the way out of an interface.
+pub(crate) fn hanging(hook: Hook, interface: &str) -> [Vec<u32>; 2] {
+    match hook {
+        Hook::Tcx => [TcAttachType::Ingress, TcAttachType::Egress].map(|way| {
+            let (_, programs) = SchedClassifier::query_tcx(interface, way).expect("query");
+            programs.iter().map(ProgramInfo::id).collect()
+        }),
+        Hook::Clsact => ["ingress", "egress"].map(|way| {
+            let filters = run("tc", &format!("filter show dev {interface} {way}"));
+            let lines = filters
+                .lines()
+                .filter(|line| line.contains(" direct-action"));
+            let id = |line: &str| line.split(" id ").nth(1)?.split(' ').next()?.parse().ok();
+            lines.map(|line| id(line).expect("an id")).collect()
+        }),
     }
 }
 
@@ -78,6 +122,14 @@ pub(crate) fn config(interfaces: &[&str]) -> BpfConfig {
     }
 }
 
+/// Likewise, with the programs on this hook.
+pub(crate) fn config_by(hook: Hook, interfaces: &[&str]) -> BpfConfig {
+    BpfConfig {
+        hook: Some(hook),
+        ..config(interfaces)
+    }
+}
+
 /// Names in a directory, sorted.
 pub(crate) fn names(dir: impl AsRef<Path>) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
@@ -92,6 +144,15 @@ pub(crate) fn names(dir: impl AsRef<Path>) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// No map, link or program is pinned.
+pub(crate) fn assert_nothing_left() {
+    let left: Vec<String> = names("/sys/fs/bpf")
+        .into_iter()
+        .filter(|name| !name.ends_with(".debug"))
+        .collect();
+    assert_eq!(left, [""; 0]);
 }
 
 pub(crate) fn vni(number: u32) -> Vni {

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::support::{Frame, addr, config, drops, ip, run, sandbox, vni};
+use super::support::{Frame, addr, config, drops, for_each_hook, ip, run, sandbox, vni};
 use nix::sched::{CloneFlags, setns, unshare};
 use nsm_dataplane::bpf::{Bpf, BpfConfig, Hook, Slot, TunnelCounters, now};
 
@@ -58,6 +58,11 @@ impl Node {
 
 /// Two nodes, 10.0.0.1 and 10.0.0.2 on the cable `up0`, 172.16.0.1 and 172.16.0.2 in the tunnel with VNI 42.
 fn nodes(hook: Hook) -> [Node; 2] {
+    prepared_nodes(hook, || {})
+}
+
+/// Likewise, after something was done to both cables' ends.
+fn prepared_nodes(hook: Hook, prepare: impl Fn()) -> [Node; 2] {
     let namespaces = [Netns::new(), Netns::new()];
     namespaces[0].within(|| {
         ip(&format!(
@@ -72,6 +77,7 @@ fn nodes(hook: Hook) -> [Node; 2] {
         netns.within(|| {
             ip(&format!("addr add 10.0.0.{own}/24 dev up0"));
             ip("link set up0 up");
+            prepare();
             ip(&format!(
                 "link add vx0 type vxlan id 42 local 10.0.0.{own} remote 10.0.0.{other} dstport 4789 nolearning"
             ));
@@ -111,42 +117,36 @@ fn assert_balanced(nodes: &[Node; 2]) {
     }
 }
 
-fn ping_is_counted(hook: Hook) {
-    let nodes = nodes(hook);
-    nodes[0]
-        .netns
-        .within(|| run("ping", "-q -c 5 -i 0.01 -w 5 172.16.0.2"));
-    assert_balanced(&nodes);
-    let counters = nodes[0].counters();
-    // Five echoes and an ARP request or two.
-    assert!((6..=8).contains(&counters.tx_packets), "{counters:?}");
-    assert_eq!(counters.tx_packets, counters.rx_packets);
-    let last = counters.last_rx.expect("heard of");
-    assert!(
-        last <= now() && now() - last < Duration::from_secs(5),
-        "{last:?}"
-    );
-    assert_eq!(drops(&nodes[0].bpf), []);
-
-    // Another host on the cable claims our VNI.
+/// The tunnel carries pings of its peer, and none of another host on the cable: what that one sends is dropped, counted and told.
+fn wrong_source_is_dropped(nodes: [Node; 2]) {
+    let ping = || {
+        nodes[0].netns.within(|| {
+            process::Command::new("ping")
+                .args(["-q", "-c", "3", "-i", "0.01", "-W", "1", "172.16.0.2"])
+                .output()
+                .expect("ping")
+        })
+    };
+    assert!(ping().status.success(), "the peer's own");
+    assert_eq!(drops(&nodes[1].bpf), []);
     let mut events = nodes[1].bpf.take_events().expect("the reader");
     nodes[0].netns.within(|| {
         ip("addr add 10.0.0.9/24 dev up0");
         ip("link set vx0 type vxlan id 42 local 10.0.0.9");
     });
     let before = nodes[1].counters();
-    let lost = nodes[0].netns.within(|| {
-        process::Command::new("ping")
-            .args(["-q", "-c", "3", "-i", "0.01", "-W", "1", "172.16.0.2"])
-            .output()
-            .expect("ping")
-    });
-    assert!(!lost.status.success(), "the tunnel must not carry it");
-    assert!(nodes[1].bpf.drops().expect("drops")["wrong_source"] >= 3);
+    assert!(!ping().status.success(), "the tunnel must not carry it");
+    let dropped = nodes[1].bpf.drops().expect("drops")["wrong_source"];
+    assert!(dropped >= 3, "{dropped}");
     assert_eq!(nodes[1].counters().rx_packets, before.rx_packets);
     let event = events.next().expect("an event");
     assert_eq!((event.vni, event.source), (42, addr("10.0.0.9")));
     assert_eq!(event.expected, addr("10.0.0.1"));
+    println!("{dropped} packets of 3 pings dropped as wrong_source, event: {event:?}");
+    remove(nodes);
+}
+
+fn remove(nodes: [Node; 2]) {
     for node in nodes {
         node.netns
             .within(|| node.bpf.detach_and_unpin())
@@ -156,14 +156,42 @@ fn ping_is_counted(hook: Hook) {
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
-fn ping_through_a_tunnel_is_counted_by_tcx() {
-    sandbox(|| ping_is_counted(Hook::Tcx));
+fn what_a_ping_through_a_tunnel_sends_is_counted() {
+    for_each_hook(|hook| {
+        let nodes = nodes(hook);
+        nodes[0]
+            .netns
+            .within(|| run("ping", "-q -c 5 -i 0.01 -w 5 172.16.0.2"));
+        assert_balanced(&nodes);
+        let counters = nodes[0].counters();
+        // Five echoes and an ARP request or two.
+        assert!((6..=8).contains(&counters.tx_packets), "{counters:?}");
+        assert_eq!(counters.tx_packets, counters.rx_packets);
+        let last = counters.last_rx.expect("heard of");
+        assert!(
+            last <= now() && now() - last < Duration::from_secs(5),
+            "{last:?}"
+        );
+        assert_eq!(drops(&nodes[0].bpf), []);
+        remove(nodes);
+    });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
-fn ping_through_a_tunnel_is_counted_by_clsact() {
-    sandbox(|| ping_is_counted(Hook::Clsact));
+fn a_host_that_claims_our_vni_does_not_get_through() {
+    for_each_hook(|hook| wrong_source_is_dropped(nodes(hook)));
+}
+
+#[test]
+#[ignore = "needs root: BPF, namespaces, VXLAN"]
+fn the_source_is_checked_behind_an_ingress_qdisc_too() {
+    sandbox(|| {
+        let nodes = prepared_nodes(Hook::Clsact, || {
+            run("tc", "qdisc add dev up0 ingress");
+        });
+        wrong_source_is_dropped(nodes);
+    });
 }
 
 /// Sends so many bytes over TCP from the first node to the second.
@@ -191,8 +219,8 @@ fn transfer(nodes: &[Node; 2], bytes: usize) {
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn large_packets_count_as_what_the_wire_sees() {
     const BYTES: usize = 4_000_000;
-    sandbox(|| {
-        let nodes = nodes(Hook::Tcx);
+    for_each_hook(|hook| {
+        let nodes = nodes(hook);
         // As it comes: super-packets pass both hooks unsegmented.
         transfer(&nodes, BYTES);
         assert_balanced(&nodes);
@@ -215,11 +243,7 @@ fn large_packets_count_as_what_the_wire_sees() {
         }
         transfer(&nodes, BYTES);
         assert_balanced(&nodes);
-        for node in nodes {
-            node.netns
-                .within(|| node.bpf.detach_and_unpin())
-                .expect("removed");
-        }
+        remove(nodes);
     });
 }
 

@@ -1,0 +1,46 @@
+//! The hooks of the BPF programs. Other programs have filters on the same interfaces and may remove or displace ours. The agent attaches
+//! its programs again; where it cannot, it is degraded until the fault is mended.
+
+use std::{sync::Arc, time::Duration};
+
+use nsm_dataplane::bpf::{Bpf, BpfError};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::{programs::Programs, readiness::Readiness};
+
+/// How long a hook may be without its program before that is noticed: as long as for the probe links.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// What is wrong with the hooks and cannot be mended, a sentence each. Takes system calls.
+pub(crate) fn faults(bpf: &Bpf) -> Vec<String> {
+    bpf.look_after_hooks().into_iter().map(sentence).collect()
+}
+
+/// An error with its causes.
+pub(crate) fn sentence(error: BpfError) -> String {
+    format!("{:#}", anyhow::Error::new(error))
+}
+
+/// Checks the hooks for as long as the agent has its programs, and keeps the degradations of `readiness` true about them.
+pub(crate) async fn look_after(programs: Arc<Programs>, readiness: Readiness) {
+    let mut known = programs.hook_faults().to_vec();
+    let mut turns = interval(LOOK_AGAIN);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        turns.tick().await;
+        let Some(bpf) = programs.bpf() else { return };
+        let found = tokio::task::spawn_blocking(move || faults(&bpf)).await;
+        let found = found.expect("checking the hooks does not panic");
+        if found == known {
+            continue;
+        }
+        for fault in found.iter().filter(|fault| !known.contains(fault)) {
+            tracing::warn!(reason = fault, "degraded");
+        }
+        for fault in known.iter().filter(|fault| !found.contains(fault)) {
+            tracing::info!(fault, "mended");
+        }
+        readiness.replace_degradations(&known, found.clone());
+        known = found;
+    }
+}

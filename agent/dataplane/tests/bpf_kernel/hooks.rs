@@ -1,0 +1,220 @@
+//! What others do to the hooks: qdiscs and filters that were there before, programs that are taken off or displaced.
+
+use super::support::{
+    assert_nothing_left, config_by, for_each_hook, hanging, ip, link, run, sandbox,
+};
+use nsm_dataplane::bpf::{Bpf, BpfError, Hook};
+
+fn tc(words: &str) {
+    run("tc", words);
+}
+
+/// As `tc` shows them.
+fn filters(interface: &str, way: &str) -> String {
+    run("tc", &format!("filter show dev {interface} {way}"))
+}
+
+fn load(hook: Hook, interfaces: &[&str]) -> Bpf {
+    Bpf::load(&config_by(hook, interfaces)).expect("load")
+}
+
+/// What is wrong with the hooks, in words.
+fn faults(bpf: &Bpf) -> Vec<String> {
+    let faults = bpf.look_after_hooks();
+    faults.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn an_ingress_qdisc_never_gets_the_egress_program() {
+    sandbox(|| {
+        link("u0");
+        tc("qdisc add dev u0 ingress");
+        let bpf = load(Hook::Clsact, &["u0"]);
+        for _ in 0..2 {
+            let there = filters("u0", "ingress");
+            assert!(there.contains("underlay_ingres"), "{there}");
+            assert!(!there.contains("underlay_egress"), "{there}");
+            let faults = faults(&bpf);
+            assert_eq!(faults.len(), 1, "{faults:?}");
+            assert!(
+                faults[0].contains("tc qdisc del dev u0 ingress"),
+                "{faults:?}"
+            );
+        }
+        assert_eq!(bpf.interfaces(), ["u0"]);
+
+        // As the message says: what is mended stays mended, without a restart.
+        tc("qdisc del dev u0 ingress");
+        assert_eq!(faults(&bpf), [""; 0]);
+        assert_eq!(hanging(Hook::Clsact, "u0").map(|it| it.len()), [1, 1]);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn an_egress_program_that_an_earlier_agent_put_on_ingress_is_replaced() {
+    sandbox(|| {
+        link("u0");
+        let bpf = load(Hook::Clsact, &["u0"]);
+        let [_, egress] = hanging(Hook::Clsact, "u0");
+        run(
+            "bpftool",
+            &format!("prog pin id {} /sys/fs/bpf/old", egress[0]),
+        );
+        bpf.detach_and_unpin().unwrap();
+        drop(bpf);
+        tc("qdisc del dev u0 clsact");
+        tc("qdisc add dev u0 ingress");
+        let place = "pref 47 handle 0x6e736d bpf direct-action";
+        tc(&format!(
+            "filter add dev u0 ingress {place} object-pinned /sys/fs/bpf/old"
+        ));
+
+        let bpf = load(Hook::Clsact, &["u0"]);
+        let there = filters("u0", "ingress");
+        assert!(there.contains("underlay_ingres"), "{there}");
+        assert!(!there.contains("underlay_egress"), "{there}");
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn a_program_of_another_at_our_place_is_replaced() {
+    sandbox(|| {
+        link("u0");
+        let bpf = load(Hook::Clsact, &["u0"]);
+        let ours = hanging(Hook::Clsact, "u0");
+        run(
+            "bpftool",
+            &format!("prog pin id {} /sys/fs/bpf/other", ours[1][0]),
+        );
+        tc(
+            "filter replace dev u0 ingress pref 47 handle 0x6e736d bpf direct-action object-pinned /sys/fs/bpf/other",
+        );
+        assert_ne!(hanging(Hook::Clsact, "u0"), ours, "displaced");
+        assert_eq!(faults(&bpf), [""; 0]);
+        assert_eq!(hanging(Hook::Clsact, "u0"), ours);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn a_filter_of_another_kind_at_our_priority_is_named() {
+    sandbox(|| {
+        link("u0");
+        tc("qdisc add dev u0 clsact");
+        tc("filter add dev u0 ingress pref 47 protocol all u32 match u32 0 0");
+        let error = Bpf::load(&config_by(Hook::Clsact, &["u0"])).unwrap_err();
+        let is_taken = matches!(&error, BpfError::PriorityTaken { kind, .. } if kind == "u32");
+        assert!(is_taken, "{error}");
+        let command = "tc filter del dev u0 ingress pref 47";
+        assert!(error.to_string().contains(command), "{error}");
+        let (program, words) = command.split_once(' ').unwrap();
+        run(program, words);
+        load(Hook::Clsact, &["u0"]).detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn programs_that_were_taken_off_are_put_back() {
+    for_each_hook(|hook| {
+        link("u0");
+        let bpf = load(hook, &["u0"]);
+        let ours = hanging(hook, "u0");
+        assert_eq!(faults(&bpf), [""; 0]);
+        assert_eq!(hanging(hook, "u0"), ours, "nothing to mend");
+
+        match hook {
+            Hook::Clsact => tc("filter del dev u0 egress pref 47"),
+            Hook::Tcx => detach_by_bpftool(ours[1][0]),
+        }
+        assert_eq!(hanging(hook, "u0")[1], [0; 0]);
+        assert_eq!(faults(&bpf), [""; 0]);
+        assert_eq!(hanging(hook, "u0"), ours);
+
+        if hook == Hook::Clsact {
+            tc("qdisc del dev u0 clsact");
+            assert_eq!(faults(&bpf), [""; 0]);
+            assert_eq!(hanging(hook, "u0"), ours);
+        }
+        bpf.detach_and_unpin().unwrap();
+        assert_eq!(bpf.look_after_hooks().len(), 0);
+        assert_eq!(hanging(hook, "u0"), [[0; 0]; 2], "nothing comes back");
+    });
+}
+
+/// Detaches the link that holds a program on its hook.
+fn detach_by_bpftool(program: u32) {
+    let links = run("bpftool", "link show");
+    let held = format!("prog {program} ");
+    let line = links
+        .lines()
+        .find(|line| (line.to_string() + " ").contains(&held));
+    let id = line.and_then(|line| line.split(':').next()).expect(&links);
+    run("bpftool", &format!("link detach id {id}"));
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn an_interface_that_comes_back_is_hooked_again() {
+    for_each_hook(|hook| {
+        link("u0");
+        let bpf = load(hook, &["u0"]);
+        let ours = hanging(hook, "u0");
+        ip("link del u0");
+        let faults_without = bpf.look_after_hooks();
+        assert!(
+            matches!(&faults_without[..], [BpfError::NoInterface { .. }]),
+            "{faults_without:?}"
+        );
+        link("u0");
+        assert_eq!(faults(&bpf), [""; 0]);
+        assert_eq!(hanging(hook, "u0"), ours);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn an_interface_that_was_found_and_goes_is_no_fault() {
+    sandbox(|| {
+        link("u0");
+        ip("addr add 192.0.2.1/24 dev u0");
+        ip("route add default via 192.0.2.254");
+        let bpf = load(Hook::Clsact, &[]);
+        assert_eq!(bpf.interfaces(), ["u0"]);
+        ip("link del u0");
+        assert_eq!(faults(&bpf), [""; 0]);
+        bpf.detach_and_unpin().unwrap();
+        assert_nothing_left();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn the_fault_of_an_interface_names_its_way_out_only() {
+    sandbox(|| {
+        for name in ["u0", "u1"] {
+            link(name);
+        }
+        tc("qdisc add dev u1 ingress");
+        let bpf = load(Hook::Clsact, &["u0", "u1"]);
+        let faults = bpf.look_after_hooks();
+        assert!(
+            matches!(&faults[..], [BpfError::NoEgress { interface }] if interface == "u1"),
+            "{faults:?}"
+        );
+        assert_eq!(hanging(Hook::Clsact, "u0").map(|it| it.len()), [1, 1]);
+        // Adding it again changes neither the one nor the other.
+        let again = bpf.attach("u1").unwrap_err();
+        assert!(matches!(again, BpfError::NoEgress { .. }), "{again}");
+        assert!(filters("u1", "ingress").contains("underlay_ingres"));
+        bpf.detach_and_unpin().unwrap();
+        assert!(!filters("u1", "ingress").contains("underlay"));
+    });
+}
