@@ -131,10 +131,7 @@ fn an_ingress_qdisc_in_the_place_of_clsact_is_no_secret() -> Result<()> {
     let interface = node.interface();
     let tc = |words: &str| -> Result<()> {
         let mut command = node.command("tc")?;
-        let status = command
-            .args(words.split(' '))
-            .arg(&interface)
-            .arg("ingress");
+        let status = command.args(words.split(' ')).arg(interface).arg("ingress");
         ensure!(status.status()?.success(), "tc {words} {interface} ingress");
         Ok(())
     };
