@@ -10,8 +10,8 @@ const MAX_LEN: usize = 255;
 
 /// The alias of a link of ours, `proxy-nsmgr/<domain>/<connection id>`.
 ///
-/// It is kept by the kernel, so it outlives the agent: after a restart, links whose connection is gone are found and removed by it,
-/// and no link without it is ever touched.
+/// The kernel keeps the alias, so it outlives the agent: after a restart the agent finds and removes links whose connection is gone
+/// by their alias. A link without such an alias is never touched.
 ///
 /// ```
 /// # use nsm_core::link::LinkAlias;
@@ -35,12 +35,12 @@ pub enum LinkAliasError {
     NotOurs(String),
     /// No domain, or one that could not be told from the connection id.
     #[error(
-        "domain `{0}` cannot stand in a link alias: it is empty, or has `/` or a control character"
+        "domain `{0}` is not possible in a link alias: it is empty, or has `/` or a control character"
     )]
     Domain(String),
     /// No connection id, or one that would end the alias early.
     #[error(
-        "connection id `{0}` cannot stand in a link alias: it is empty or has a control character"
+        "connection id `{0}` is not possible in a link alias: it is empty or has a control character"
     )]
     ConnectionId(String),
     /// Longer than the kernel keeps.

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use proptest::{collection::vec, option, prelude::*, sample::subsequence};
 
 use super::*;
+use crate::net::{IfName, MacAddr};
 
 /// One namespace with at most one link, which obeys the rules that `plan` lists.
 #[derive(Debug, Clone)]
@@ -245,6 +246,23 @@ fn mac() -> impl Strategy<Value = MacAddr> {
     (0u8..3).prop_map(|last| MacAddr::new([2, 0, 0, 0, 0, last]))
 }
 
+/// A route through the next hop with this index, or on the link where `addresses` bring that route along.
+fn route(prefix: IpNet, hop: Option<usize>, addresses: &[IpNet]) -> RouteSpec {
+    let hops = match prefix {
+        IpNet::V4(_) => ["10.0.0.9", "10.0.0.8"],
+        IpNet::V6(_) => ["fd00::9", "fd00::8"],
+    };
+    let connected = addresses
+        .iter()
+        .any(|address| address.trunc() == prefix.trunc());
+    RouteSpec {
+        prefix,
+        via: hop
+            .filter(|_| !connected)
+            .map(|index| hops[index].parse().unwrap()),
+    }
+}
+
 /// Few values, so that networks overlap and specs share parts.
 fn link_spec() -> impl Strategy<Value = LinkSpec> {
     let addresses: Vec<IpNet> = [
@@ -292,24 +310,7 @@ fn link_spec() -> impl Strategy<Value = LinkSpec> {
                 routes: prefixes
                     .into_iter()
                     .zip(vias)
-                    .map(|(prefix, via)| {
-                        let hops: [IpAddr; 2] = if prefix.addr().is_ipv4() {
-                            [
-                                Ipv4Addr::new(10, 0, 0, 9).into(),
-                                Ipv4Addr::new(10, 0, 0, 8).into(),
-                            ]
-                        } else {
-                            ["fd00::9".parse().unwrap(), "fd00::8".parse().unwrap()]
-                        };
-                        // Through a next hop would conflict with the route that an address brings.
-                        let connected = addresses
-                            .iter()
-                            .any(|address| address.trunc() == prefix.trunc());
-                        RouteSpec {
-                            prefix,
-                            via: via.filter(|_| !connected).map(|index| hops[index]),
-                        }
-                    })
+                    .map(|(prefix, via)| route(prefix, via, &addresses))
                     .collect(),
                 // The second prefix length of one address would be left out for IPv6.
                 addresses,

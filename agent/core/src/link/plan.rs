@@ -2,11 +2,11 @@
 //!
 //! The kernel's rules that shape a plan, each a reason for an order or a repetition:
 //!
-//! - VNI, port, kind, name and the family of the underlay cannot change on a live VXLAN link: it is made anew.
+//! - VNI, port, kind, name and the family of the underlay cannot change on a live VXLAN link: it is deleted and made again.
 //! - Routes and neighbours need the link up, and taking it down drops them: up comes first.
 //! - A changed Ethernet address drops the permanent neighbours of the link: they are all set again.
 //! - A removed IPv4 address takes the other addresses of its network along (unless `promote_secondaries` is set), and the last one
-//!   takes the routes: after a removal, what stays is said again.
+//!   takes the routes: after a removal, the remaining ones are set again.
 //! - One IPv6 address cannot have two prefix lengths, and one prefix cannot have two next hops: removals come before additions.
 //!
 //! All operations can be repeated: adding what is there or removing what is not is no failure.
@@ -109,7 +109,7 @@ pub fn diff(wanted: Wanted<'_>, observed: Option<&Link>) -> Vec<Operation> {
     plan
 }
 
-/// What belongs to the link itself.
+/// Properties of the link itself.
 fn change_link(plan: &mut Vec<Operation>, wanted: Wanted<'_>, link: &Link) {
     if let (Wanted::Vxlan(spec), &LinkKind::Vxlan { local, remote, .. }) = (wanted, &link.kind)
         && (local, remote) != (Some(spec.local), Some(spec.remote))
@@ -129,7 +129,7 @@ fn change_link(plan: &mut Vec<Operation>, wanted: Wanted<'_>, link: &Link) {
     }
 }
 
-/// What lies on the link.
+/// Addresses, neighbours and routes of the link.
 fn change_contents(plan: &mut Vec<Operation>, spec: &LinkSpec, link: &Link) {
     let (addresses, neighbours, routes) = (addresses(spec), neighbours(spec), routes(spec));
 

@@ -1,0 +1,90 @@
+//! Links as connections want them.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::LinkAlias;
+use crate::net::{IfName, MacAddr, Vni};
+
+/// The UDP port of VXLAN (RFC 7348 section 5), used where the mechanism has none.
+pub const VXLAN_PORT: u16 = 4789;
+
+/// What the outer headers of VXLAN take from the underlay's MTU: IP, UDP, VXLAN and the inner Ethernet header, bytes (RFC 7348
+/// section 5).
+///
+/// ```
+/// # use nsm_core::link::vxlan_overhead;
+/// assert_eq!(vxlan_overhead("192.0.2.1".parse().unwrap()), 50);
+/// ```
+#[must_use]
+pub const fn vxlan_overhead(remote: IpAddr) -> u32 {
+    const UDP_VXLAN_ETHERNET: u32 = 8 + 8 + 14;
+    match remote {
+        IpAddr::V4(_) => 20 + UDP_VXLAN_ETHERNET,
+        IpAddr::V6(_) => 40 + UDP_VXLAN_ETHERNET,
+    }
+}
+
+/// A link as a connection wants it, whatever its kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkSpec {
+    /// Marks the link as ours and names its connection.
+    pub alias: LinkAlias,
+    /// The interface's name in the pod.
+    pub name: IfName,
+    /// The Ethernet address; without one the kernel chooses, and a refresh keeps that.
+    pub mac: Option<MacAddr>,
+    /// The MTU of the link, bytes.
+    pub mtu: u32,
+    /// Addresses with the length of their network, in order of preference.
+    pub addresses: Vec<IpNet>,
+    /// Routes over the link. The route that the kernel adds with an address may be left out.
+    pub routes: Vec<RouteSpec>,
+    /// Permanent neighbours, known from the Request and its answer: no ARP crosses the tunnel.
+    pub neighbours: Vec<(IpAddr, MacAddr)>,
+}
+
+/// A route over a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RouteSpec {
+    /// The destination; bits beyond the prefix length are ignored.
+    pub prefix: IpNet,
+    /// The next hop, taken to be on the link even without a route to it. None: the destination itself is on the link.
+    pub via: Option<IpAddr>,
+}
+
+/// A VXLAN link (RFC 7348) whose UDP socket is on the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VxlanSpec {
+    /// What every link has.
+    pub link: LinkSpec,
+    /// The network identifier; with the port it exists once per node.
+    pub vni: Vni,
+    /// Our address on the underlay.
+    pub local: IpAddr,
+    /// The peer's address on the underlay, of the same family.
+    pub remote: IpAddr,
+    /// The UDP port of both sides.
+    pub port: u16,
+}
+
+/// What [`diff`](super::diff) plans for.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    /// A VXLAN link.
+    Vxlan(&'a VxlanSpec),
+    /// One end of a veth pair.
+    Veth(&'a LinkSpec),
+}
+
+impl<'a> Wanted<'a> {
+    /// What every link has.
+    #[must_use]
+    pub const fn link(self) -> &'a LinkSpec {
+        match self {
+            Self::Vxlan(vxlan) => &vxlan.link,
+            Self::Veth(link) => link,
+        }
+    }
+}
