@@ -6,7 +6,9 @@ use std::{
 };
 
 use nsm_core::{
-    address::ipmap::IpMap, liveness::health::Health, mechanism::vni_pool::VniPool,
+    address::ipmap::IpMap,
+    liveness::{Health, PathId},
+    mechanism::vni_pool::VniPool,
     nsm::name::Domain,
 };
 use nsm_discovery::dns::Resolver;
@@ -22,7 +24,7 @@ use crate::{
     liveness::{Liveness, LivenessConfig, Reachability},
     metrics::CallMetrics,
     peer::peers::Peers,
-    ports::{Forwarder, PathId, Plan},
+    ports::{Forwarder, Plan},
     registry::{Counts, backend::Backend},
     route::{
         addresses::Addresses,

@@ -8,10 +8,7 @@ use std::{fmt, net::IpAddr};
 
 use nsm_core::{
     link::{LinkSpec, VxlanSpec},
-    liveness::{
-        health::{Health, Word},
-        sbfd::Discriminator,
-    },
+    liveness::{Health, PathId, PeerReport, Reflector},
     net::{NetnsUrl, Vni},
 };
 use tonic::Code;
@@ -143,27 +140,6 @@ pub trait Forwarder: Send + Sync + 'static {
     }
 }
 
-/// An S-BFD reflector, as the two ends of a tunnel tell each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Reflector {
-    /// What probes to it carry.
-    pub discriminator: Discriminator,
-    /// The VNI that they travel in (RFC 8971).
-    pub vni: Vni,
-}
-
-/// A path, by all that tells the peer at its end from others. Each connection has the path that its own other end told it: what
-/// another says of the same address makes another path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PathId {
-    /// Where tunnels to the peer go.
-    pub address: IpAddr,
-    /// The UDP port of its tunnels.
-    pub port: u16,
-    /// Its reflector.
-    pub reflector: Reflector,
-}
-
 /// A peer whose path is to be watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerSpec {
@@ -219,7 +195,7 @@ pub trait Prober: Send + Sync + 'static {
 
     /// What the peer's agent says of the path to us, as connection `user` brought it just now; `None`: it is not heard any more
     /// there. Nothing is made of it for a connection that is not counted in.
-    fn told(&self, user: &str, path: &PathId, word: Option<Word>);
+    fn told(&self, user: &str, path: &PathId, word: Option<PeerReport>);
 
     /// The next event. One caller at a time.
     async fn next_event(&self) -> PathEvent;

@@ -1,4 +1,4 @@
-//! A point in time, as the kernel's stamps tell it.
+//! Points in time, as in the kernel's stamps.
 
 use std::{
     fmt,
@@ -6,11 +6,13 @@ use std::{
     time::Duration,
 };
 
+use serde::{Serialize, Serializer};
+
 /// A point on the node's monotonic clock, in nanoseconds: `CLOCK_MONOTONIC`, which BPF programs read by `bpf_ktime_get_ns`.
 ///
-/// `std::time::Instant` is the same clock and cannot be made from a stamp; this one can. Sums and differences saturate: a stamp that
-/// lies in the future, or a time before the machine started, is no fault.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// `std::time::Instant` is the same clock and cannot be made from a stamp. Sums and differences saturate: a stamp in the future, or a
+/// time before the machine started, is no fault.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Monotonic(u64);
 
 impl Monotonic {
@@ -57,4 +59,12 @@ impl fmt::Debug for Monotonic {
 
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Serialises a duration as its nanoseconds.
+pub(crate) fn serialize_nanos<S: Serializer>(
+    duration: &Duration,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(nanos(*duration))
 }

@@ -1,11 +1,10 @@
 //! The decisions of the agent.
 //!
-//! Everything here is a function of its arguments: no clock, socket, kernel or random source is read, so that each rule can be tested
-//! with plain values. Time comes in as `now`, randomness as a closure, and what is to be done goes out as a value. `dataplane` and
-//! `controlplane` carry it out.
+//! Everything here is a function of its arguments. No clock, socket, kernel or random source is read, so each rule can be tested with
+//! plain values: time is a parameter `now`, randomness a closure, and the result is a value. `dataplane` and `controlplane` act on it.
 //!
-//! Text from the wire is parsed here, once, into types that cannot hold an illegal value; what does not parse is an error that
-//! names the key and the value.
+//! Text from the wire is parsed here, once, into types that cannot hold an illegal value. An error of parsing names the key and the
+//! value.
 
 #![forbid(unsafe_code)]
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use nsm_controlplane::api::server::facts;
 use nsm_core::{
-    liveness::health::{LostHop, Published, Verdict},
+    liveness::{LostHop, Published, Verdict},
     mechanism::{MTU, NAME, VNI, VXLAN},
 };
 use nsm_proto::connection::{Connection, PathSegment};

@@ -10,15 +10,12 @@
 use std::{net::IpAddr, time::SystemTime};
 
 use nsm_core::{
-    liveness::health::{ForeignVnis, Health, LostHop, Published, Verdict},
+    liveness::{ForeignVnis, Health, LostHop, PathId, Published, Verdict},
     net::Vni,
 };
 use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
 
-use crate::{
-    ports::{PathId, Plan},
-    route::router::Route,
-};
+use crate::{ports::Plan, route::router::Route};
 
 /// A connection that a Request made and a Close or its expiry will take away.
 #[derive(Debug, Clone)]

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use nsm_core::{
-    liveness::health::{LostHop, Published},
+    liveness::{LostHop, Published},
     nsm::path::MAX_SEGMENTS,
 };
 use nsm_proto::connection::{Connection, ConnectionEvent, ConnectionEventType, PathSegment, State};

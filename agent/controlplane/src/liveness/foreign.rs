@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::{liveness::health::ForeignVnis, net::Vni};
+use nsm_core::{liveness::ForeignVnis, net::Vni};
 use tokio::time::Instant;
 
 use super::Liveness;

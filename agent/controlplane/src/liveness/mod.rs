@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::liveness::health::{ForeignVnis, Health, Published, Reason};
+use nsm_core::liveness::{ForeignVnis, Health, PathId, Published, Reason, Reflector};
 use nsm_proto::connection::{Connection, ConnectionEventType};
 
 use self::foreign::Foreign;
@@ -28,7 +28,7 @@ use crate::{
         model::{Established, below},
         store::News,
     },
-    ports::{Forwarder, PathEvent, PathId, Prober, Reflector},
+    ports::{Forwarder, PathEvent, Prober},
     sync::lock,
 };
 

@@ -2,13 +2,13 @@
 
 use std::net::IpAddr;
 
-use nsm_core::liveness::health::{Health, Reason, Verdict};
+use nsm_core::liveness::{Health, PathId, Reason, Reflector, Verdict};
 
 use super::{Liveness, Reachability};
 use crate::{
     connection::model::{Established, PathState},
     error::RequestError,
-    ports::{PathId, PeerSpec, Reflector},
+    ports::PeerSpec,
     sync::lock,
 };
 

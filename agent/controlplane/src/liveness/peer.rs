@@ -5,7 +5,7 @@
 //! whose stream is lost withdraws its own.
 
 use nsm_core::{
-    liveness::health::{LostHop, Published},
+    liveness::{LostHop, Published},
     mechanism::VXLAN,
 };
 use nsm_proto::connection::PathSegment;
@@ -27,7 +27,7 @@ impl Liveness {
         };
         if let Some(prober) = self.prober() {
             let verdicts = below.iter().find_map(|hop| {
-                let verdicts = Published::read(&hop.metrics).word();
+                let verdicts = Published::read(&hop.metrics).report();
                 // What is behind a lost hop was published before it was lost.
                 let is_last = verdicts.is_some() || LostHop::read(&hop.metrics).is_some();
                 is_last.then_some(verdicts)

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use nsm_core::liveness::PathId;
 use nsm_proto::{
     connection::{Connection, monitor_connection_client::MonitorConnectionClient},
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
@@ -21,7 +22,6 @@ use tonic::{Code, Request, Response, Status, transport::Channel};
 use crate::{
     error::RequestError,
     identity::token::TokenSource,
-    ports::PathId,
     sync::lock,
     transport::{
         dial::{self, DialError},

@@ -1,10 +1,7 @@
 //! Who is at the end of a path is what each connection's own other end said: what another says of the same address is beside that.
 
 use nsm_controlplane::ports::{ForwarderError, Prober as _};
-use nsm_core::liveness::{
-    health::{Published, Verdict},
-    sbfd::Discriminator,
-};
+use nsm_core::liveness::{Published, Verdict, sbfd::Discriminator};
 use nsm_proto::connection::{Connection, State};
 
 use crate::support::{Client, Endpoint, Granted, Path, World, client_side, eventually, mechanism};

@@ -1,7 +1,7 @@
 //! Paths: proved before a connection is granted, watched while it stands, and what its ends are told.
 
 use nsm_controlplane::{liveness::Reachability, ports::Plan};
-use nsm_core::liveness::health::{Published, Verdict};
+use nsm_core::liveness::{Published, Verdict};
 use nsm_proto::{
     connection::{Connection, ConnectionEventType::*, State},
     networkservice::NetworkServiceRequest,

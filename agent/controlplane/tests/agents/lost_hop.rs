@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nsm_core::liveness::health::{LostHop, Published};
+use nsm_core::liveness::{LostHop, Published};
 use nsm_proto::{
     connection::{Connection, ConnectionEvent, ConnectionEventType::*, PathSegment, State},
     networkservice::NetworkServiceRequest,

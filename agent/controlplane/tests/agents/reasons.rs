@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nsm_core::liveness::health::{Direction, Published};
+use nsm_core::liveness::{Direction, Published};
 use nsm_proto::connection::{Connection, ConnectionEventType::*, State};
 
 use crate::support::{Client, Path, World, eventually};

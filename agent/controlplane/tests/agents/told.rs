@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use nsm_core::liveness::health::Verdict::{self, Down, Up};
+use nsm_core::liveness::Verdict::{self, Down, Up};
 use nsm_proto::connection::{
     Connection, ConnectionEvent,
     ConnectionEventType::{self, Delete, Update},

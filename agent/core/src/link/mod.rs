@@ -14,9 +14,12 @@ mod observed;
 mod plan;
 mod wanted;
 
+/// The UDP port of VXLAN (RFC 7348 section 8) where the mechanism has none.
+pub use nsm_ebpf_common::VXLAN_PORT;
+
 pub use self::{
     alias::{LinkAlias, LinkAliasError},
     observed::{Link, LinkKind, Route},
     plan::{Operation, diff, must_create},
-    wanted::{LinkSpec, RouteSpec, VXLAN_PORT, VxlanSpec, Wanted, vxlan_overhead},
+    wanted::{LinkSpec, RouteSpec, VxlanSpec, Wanted, vxlan_overhead},
 };

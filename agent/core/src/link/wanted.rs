@@ -7,9 +7,6 @@ use ipnet::IpNet;
 use super::LinkAlias;
 use crate::net::{IfName, MacAddr, Vni};
 
-/// The UDP port of VXLAN (RFC 7348 section 5), used where the mechanism has none.
-pub const VXLAN_PORT: u16 = 4789;
-
 /// What the outer headers of VXLAN take from the underlay's MTU: IP, UDP, VXLAN and the inner Ethernet header, bytes (RFC 7348
 /// section 5).
 ///

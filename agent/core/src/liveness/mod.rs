@@ -1,5 +1,27 @@
-//! Whether packets reach a peer and come back: the S-BFD session, the path MTU search, and the verdict from all evidence.
+//! Whether packets reach a peer and come back.
+//!
+//! [`sbfd`] runs the session with a peer, [`plpmtu`] the search for the path MTU, [`Card`] checks the counts of the network card. Their
+//! results are [`Evidence`]; [`judge`] makes [`Health`] of it: a [`Verdict`] and a [`Reason`] for each [`Direction`]. [`Published`] is
+//! what agents exchange of it in the metrics of path segments.
 
-pub mod health;
+mod card;
+mod evidence;
+mod judge;
+mod metrics;
+mod path;
+mod peer_report;
 pub mod plpmtu;
+mod reason;
 pub mod sbfd;
+mod verdict;
+
+pub use self::{
+    card::{Card, Look},
+    evidence::{Evidence, Stages},
+    judge::{PEER_INSISTS, judge},
+    metrics::{ForeignVnis, LostHop, Published},
+    path::{PathId, Reflector},
+    peer_report::{PEER_NOTICES, PeerReport, ReceivedReport},
+    reason::Reason,
+    verdict::{Direction, Finding, Health, Verdict},
+};

@@ -1,17 +1,17 @@
 //! The initiator's side of an S-BFD session (RFC 7880), as a machine without clock, socket or thread.
 //!
-//! One [`Session`] watches over the way to one peer and back. Whoever drives it (the prober) tells it what happened, in this order:
+//! One [`Session`] watches one path. The prober drives it with these steps, in this order:
 //!
 //! 1. read the clock: `now`;
 //! 2. read the stamps of the kernel: [`Session::handle_left`] for every probe that left, [`Session::handle_answer`] for every answer,
-//!    [`Session::handle_peer_probe`] when the peer's own probes were heard;
+//!    [`Session::handle_peer_probe`] for the peer's own probes;
 //! 3. [`Session::handle_deadline`] with `now`;
-//! 4. send what [`Session::poll_transmit`] gives until it gives nothing, and tell at once what left;
-//! 5. take the news from [`Session::poll_change`];
+//! 4. send what [`Session::poll_transmit`] gives until it gives nothing, and pass each egress stamp to [`Session::handle_left`] at once;
+//! 5. take the changes from [`Session::poll_change`];
 //! 6. sleep until [`Session::poll_deadline`], or until something is received.
 //!
-//! The clock is read *before* the stamps: were it read after, a prober that is put to sleep between the two would take answers for missing
-//! that have come meanwhile.
+//! The clock is read *before* the stamps. Otherwise a prober that loses the processor between the two would count answers as missing
+//! that arrived meanwhile.
 //!
 //! # When a path is down
 //!
@@ -22,15 +22,15 @@
 //!
 //! # The peer's pace
 //!
-//! A reflector says in each answer how fast it takes probes (*Required Min RX Interval*), and none is sent faster (RFC 5880 section
-//! 6.8.7): not in a burst, not in suspicion, not to find the MTU. As a verdict counts probes, it comes later by as much. Zero is
-//! no limit. More than [`Timing::slow_interval`] is not heeded: that pace RFC 7880 has for a reflector that is switched off, every node
-//! takes it, and a slip or a lie of the peer's is not to blind us for longer than a few of those.
+//! Each answer states how fast the reflector accepts probes (*Required Min RX Interval*), and none is sent faster (RFC 5880 section
+//! 6.8.7): not in a burst, not in suspicion, not in a search for the MTU. A verdict counts probes, so it is delayed by as much. Zero
+//! is no limit. A value above [`Timing::slow_interval`] is treated as that interval: RFC 7880 has it for a reflector that is switched
+//! off, so every node accepts it, and a wrong value of the peer delays detection by a few of those intervals at most.
 //!
 //! # Sequence
 //!
-//! S-BFD has no sequence number. [`Seq`] stands in the low bits of *Desired Min TX Interval*, which a reflector copies back unchanged (RFC
-//! 7880 section 7.2.2): each answer is matched to its probe, and one that was replayed or never asked for changes nothing.
+//! S-BFD has no sequence number. [`Seq`] is in the low bits of *Desired Min TX Interval*, which a reflector copies back unchanged (RFC
+//! 7880 section 7.2.2): each answer is matched to its probe, and an answer that was replayed or never asked for changes nothing.
 
 mod loss;
 mod rtt;
@@ -41,14 +41,19 @@ use std::{fmt, num::NonZeroU32, str::FromStr, time::Duration};
 
 pub use session::{Session, Timing};
 
-use crate::clock::Monotonic;
+use nsm_ebpf_common::sbfd::{
+    DIAGNOSTIC_TIME_EXPIRED, SEQUENCE_MASK, State as WireState, interval_with_sequence,
+};
+use serde::{Serialize, Serializer};
 
-/// How likely a run of unanswered probes may be by chance alone, at the loss measured so far, to be told as a loss of the path. A session
+use crate::clock::{self, Monotonic};
+
+/// The probability below which a run of unanswered probes is a loss of the path and not chance, at the loss measured so far. A session
 /// sends some 100,000 probes an hour: one false alarm in ten thousand hours.
 pub const FALSE_ALARM: f64 = 1e-9;
 
 /// A discriminator (RFC 5880 section 6.3): names a reflector or a session on its node. Never 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Discriminator(NonZeroU32);
 
 impl Discriminator {
@@ -58,7 +63,7 @@ impl Discriminator {
         NonZeroU32::new(value).map(Self)
     }
 
-    /// As it stands in packets.
+    /// The number in packets.
     #[must_use]
     pub const fn get(self) -> u32 {
         self.0.get()
@@ -94,17 +99,13 @@ impl FromStr for Discriminator {
 pub struct Seq(u16);
 
 impl Seq {
-    /// How many bits of *Desired Min TX Interval* it takes.
-    pub const BITS: u32 = 10;
-    const MASK: u32 = (1 << Self::BITS) - 1;
-
     /// The number in the low bits of a *Desired Min TX Interval*, or of any other number.
     #[must_use]
     pub const fn from_low_bits(value: u32) -> Self {
-        Self((value & Self::MASK) as u16)
+        Self((value & SEQUENCE_MASK) as u16)
     }
 
-    /// As it stands in stamps.
+    /// The number in stamps.
     #[must_use]
     pub const fn get(self) -> u16 {
         self.0
@@ -119,49 +120,13 @@ impl Seq {
     /// How many probes before `later` this one is.
     #[must_use]
     pub const fn before(self, later: Self) -> u16 {
-        later.0.wrapping_sub(self.0) & Self::MASK as u16
+        later.0.wrapping_sub(self.0) & SEQUENCE_MASK as u16
     }
 }
 
-/// The state in a packet (RFC 5880 section 4.1).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WireState {
-    /// Switched off by an operator.
-    AdminDown = 0,
-    /// Not up.
-    Down = 1,
-    /// Only of classic BFD.
-    Init = 2,
-    /// Up.
-    Up = 3,
-}
-
-impl WireState {
-    /// From the two bits of a packet; higher bits are ignored.
-    #[must_use]
-    pub const fn from_bits(bits: u8) -> Self {
-        match bits & 3 {
-            0 => Self::AdminDown,
-            1 => Self::Down,
-            2 => Self::Init,
-            _ => Self::Up,
-        }
-    }
-}
-
-/// The diagnostic in a packet (RFC 5880 section 4.1): why the session went down last.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Diag(pub u8);
-
-impl Diag {
-    /// Nothing to say.
-    pub const NONE: Self = Self(0);
-    /// The sender's own probes stayed unanswered.
-    pub const DETECTION_TIME_EXPIRED: Self = Self(1);
-}
-
-/// What the session says of the way to the peer and back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// The state of the session: whether probes come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum State {
     /// No verdict yet, or none possible: no probe leaves this node.
     Unknown,
@@ -174,7 +139,7 @@ pub enum State {
 }
 
 impl State {
-    /// As the session's own probes say it: the initiator's machine knows Down and Up only (RFC 7880 section 7.3.1).
+    /// The state in the session's own probes: an initiator sends Down and Up only (RFC 7880 section 7.3.1).
     #[must_use]
     pub const fn on_wire(self) -> WireState {
         match self {
@@ -183,12 +148,12 @@ impl State {
         }
     }
 
-    /// The diagnostic that goes with it.
+    /// The diagnostic in the session's own probes (RFC 5880 section 4.1).
     #[must_use]
-    pub const fn diag(self) -> Diag {
+    pub const fn diagnostic(self) -> u8 {
         match self {
-            Self::Down => Diag::DETECTION_TIME_EXPIRED,
-            Self::Unknown | Self::Up | Self::AdminDown => Diag::NONE,
+            Self::Down => DIAGNOSTIC_TIME_EXPIRED,
+            Self::Unknown | Self::Up | Self::AdminDown => 0,
         }
     }
 }
@@ -198,10 +163,10 @@ impl State {
 pub struct Probe {
     /// Its number.
     pub seq: Seq,
-    /// The state to say.
+    /// The state to send.
     pub state: WireState,
-    /// The diagnostic to say.
-    pub diag: Diag,
+    /// The diagnostic to send (RFC 5880 section 4.1).
+    pub diagnostic: u8,
     /// The pace at which probes are sent now.
     pub interval: Duration,
     /// The size of the inner IP packet in bytes, its header included, by zero padding behind the BFD packet (RFC 9764); `None` for a
@@ -214,7 +179,7 @@ impl Probe {
     #[must_use]
     pub fn desired_min_tx(&self) -> u32 {
         let interval = u32::try_from(self.interval.as_micros()).unwrap_or(u32::MAX);
-        (interval & !Seq::MASK) | u32::from(self.seq.get())
+        interval_with_sequence(interval, self.seq.get().into())
     }
 }
 
@@ -227,21 +192,22 @@ pub struct Answer {
     pub round_trip: Duration,
     /// The ingress stamp.
     pub at: Monotonic,
-    /// The state in it: a reflector says Up or AdminDown.
+    /// The state in it: Up or AdminDown.
     pub state: WireState,
     /// How far apart the reflector wants probes to be (*Required Min RX Interval*); zero is no limit.
     pub required_min_rx: Duration,
 }
 
-/// A probe of the peer's own session, as our reflector saw it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A probe of the peer's own session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct PeerProbe {
-    /// When the last one came in.
+    /// When it arrived.
     pub at: Monotonic,
     /// The state in it.
+    #[serde(serialize_with = "serialize_wire_state")]
     pub state: WireState,
-    /// The diagnostic in it.
-    pub diag: Diag,
+    /// The diagnostic in it (RFC 5880 section 4.1).
+    pub diagnostic: u8,
 }
 
 /// What became of an answer.
@@ -249,11 +215,11 @@ pub struct PeerProbe {
 pub enum Accepted {
     /// It answers a probe of ours for the first time.
     Yes,
-    /// No probe of this number waits for an answer: replayed, never sent, or long ago. It changes nothing.
+    /// No probe of this number is waiting for an answer: replayed, never sent, or long ago. It changes nothing.
     Stale,
 }
 
-/// Why the session wants to be woken.
+/// The reason of a [`Deadline`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wake {
     /// A probe is due.
@@ -278,7 +244,8 @@ pub struct Deadline {
 }
 
 /// Why the state changed.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Cause {
     /// So many answers in a row.
     Answered {
@@ -290,18 +257,19 @@ pub enum Cause {
         /// How many left since the last one that was answered.
         probes: u32,
         /// How long ago the first of them left.
+        #[serde(rename = "silence_ns", serialize_with = "clock::serialize_nanos")]
         silence: Duration,
     },
-    /// The peer's reflector says that it is switched off.
+    /// The peer's reflector answers that it is switched off.
     AdminDown,
-    /// Probes were handed to the kernel, and none left the management link.
+    /// Probes were handed to the kernel, and none left the probe link.
     NothingLeft {
         /// How many in a row.
         probes: u32,
     },
 }
 
-/// News of a session.
+/// A change of a session.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Change {
     /// The state changed.
@@ -326,14 +294,14 @@ pub enum Change {
     },
 }
 
-/// Where a proof that was asked for stands ([`Session::prove`]).
+/// The progress of a proof ([`Session::prove`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Proof {
     /// Probes are under way.
     Pending,
     /// The path is up.
     Reached,
-    /// The peer's reflector says that it is switched off.
+    /// The peer's reflector answers that it is switched off.
     SwitchedOff,
     /// The burst is over and the path is not up.
     Silent {
@@ -368,8 +336,8 @@ impl Statistics {
     }
 }
 
-/// A session as it stands.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// The state of a session at one time.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Snapshot {
     /// The state.
     pub state: State,
@@ -382,11 +350,25 @@ pub struct Snapshot {
     /// When the last answer came in.
     pub last_answer: Option<Monotonic>,
     /// How long an answer may take before it is missed.
+    #[serde(rename = "rto_ns", serialize_with = "clock::serialize_nanos")]
     pub rto: Duration,
     /// The last of the peer's own probes.
     pub peer: Option<PeerProbe>,
     /// How far apart the peer's own probes are.
+    #[serde(rename = "peer_gap_ns", serialize_with = "clock::serialize_nanos")]
     pub peer_gap: Duration,
     /// The largest inner IP packet that the path is known to carry, bytes.
     pub path_mtu: Option<u16>,
+}
+
+fn serialize_wire_state<S: Serializer>(
+    state: &WireState,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(match state {
+        WireState::AdminDown => "admin-down",
+        WireState::Down => "down",
+        WireState::Init => "init",
+        WireState::Up => "up",
+    })
 }

@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use serde::Serialize;
+
 use crate::text::decimal;
 
 /// Why a number or a text is no VNI.
@@ -16,7 +18,7 @@ pub enum VniError {
 }
 
 /// A VXLAN network identifier, 1 to 16,777,215.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Vni(u32);
 
 impl Vni {

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use crate::{
     clock::Monotonic,
-    liveness::health::{Card, Look, Stages},
+    liveness::{Card, Look, Stages},
 };
 
 fn stages(link_out: u64, card_out: u64, card_in: u64, link_in: u64) -> Stages {
@@ -39,7 +39,7 @@ fn what_counts_along_is_believed() {
     let later = stages(104, 103, 104, 103);
     let since = later.since(&now);
     assert!(!card.poll_look(&since, at(0)), "nothing to look at");
-    assert_eq!(card.believed(&later, &since), later);
+    assert_eq!(card.trusted(&later, &since), later);
 }
 
 #[test]
@@ -49,29 +49,29 @@ fn a_filter_is_told_only_after_a_look() {
     card.note_up(&up, true);
     let now = stages(120, 100, 110, 100);
     let since = now.since(&up);
-    let silent = card.believed(&now, &since);
+    let silent = card.trusted(&now, &since);
     assert_eq!((silent.card_out, silent.card_in), (None, None));
     assert!(card.poll_look(&since, at(0)));
     assert!(!card.poll_look(&since, at(0)), "asked already");
     let mut when_up = up;
     card.handle_look(GOOD, &now, &mut when_up);
-    assert_eq!(card.believed(&now, &since), now);
+    assert_eq!(card.trusted(&now, &since), now);
     assert_eq!(when_up, up);
     assert!(card.poll_look(&since, at(1)), "things change");
     // Each look is about its own way.
     card.handle_look(NO_LINK, &now, &mut when_up);
-    let half = card.believed(&now, &since);
+    let half = card.trusted(&now, &since);
     assert_eq!((half.card_out, half.card_in), (Some(100), None));
     assert_eq!(when_up, stages(100, 100, 110, 100));
     when_up = up;
     card.handle_look(NO_CARD, &now, &mut when_up);
-    let half = card.believed(&now, &since);
+    let half = card.trusted(&now, &since);
     assert_eq!((half.card_out, half.card_in), (None, Some(110)));
     assert_eq!(when_up, stages(120, 100, 100, 100));
     // What was found of one loss says nothing of the next.
     card.handle_look(GOOD, &now, &mut when_up);
     card.note_up(&stages(130, 110, 120, 110), true);
-    assert_eq!(card.believed(&now, &since).card_out, None);
+    assert_eq!(card.trusted(&now, &since).card_out, None);
 }
 
 #[test]
@@ -89,11 +89,11 @@ fn a_card_that_did_not_count_along_is_not_believed_whatever_hangs_there() {
     assert!(card.poll_look(&none, at(0)));
     let now = stages(120, 100, 100, 104);
     card.handle_look(GOOD, &now, &mut Stages::default());
-    assert_eq!(card.believed(&now, &none).card_out, None);
+    assert_eq!(card.trusted(&now, &none).card_out, None);
     // It counts again.
     card.note_up(&stages(110, 106, 104, 108), true);
     assert!(!card.poll_look(&none, at(9)));
-    assert_eq!(card.believed(&now, &none).card_out, Some(100));
+    assert_eq!(card.trusted(&now, &none).card_out, Some(100));
 }
 
 #[test]
@@ -107,7 +107,7 @@ fn a_way_that_is_never_counted_hides_no_filter_on_the_other() {
         let since = now.since(&when_up);
         assert!(card.poll_look(&since, at(second)));
         card.handle_look(NO_CARD, &now, &mut when_up);
-        let believed = card.believed(&now, &now.since(&when_up)).since(&when_up);
+        let believed = card.trusted(&now, &now.since(&when_up)).since(&when_up);
         let lost = believed.card_in.map(|came| came - believed.link_in);
         assert_eq!(lost, Some(20 * second));
     }
@@ -124,5 +124,5 @@ fn where_nothing_counts_there_is_nothing_to_look_at() {
     };
     card.note_up(&nothing, true);
     assert!(!card.poll_look(&nothing, at(0)));
-    assert_eq!(card.believed(&nothing, &nothing), nothing);
+    assert_eq!(card.trusted(&nothing, &nothing), nothing);
 }

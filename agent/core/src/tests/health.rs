@@ -1,21 +1,19 @@
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
+use nsm_ebpf_common::sbfd::State as WireState;
 use proptest::prelude::*;
 
+use super::judge_at;
 use crate::{
     clock::Monotonic,
     liveness::{
-        health::*,
-        sbfd::{Cause, Diag, PeerProbe, Snapshot, State, WireState},
+        sbfd::{Cause, PeerProbe, Snapshot, State},
+        *,
     },
     net::Vni,
 };
 
 const MS: Duration = Duration::from_millis(1);
-
-fn peer() -> IpAddr {
-    [203, 0, 113, 2].into()
-}
 
 fn start() -> Monotonic {
     Monotonic::from_nanos(10_000_000_000)
@@ -25,8 +23,8 @@ fn start() -> Monotonic {
 fn lost() -> Evidence {
     let since = start() + 130 * MS;
     Evidence {
-        peer: peer(),
-        port: 4789,
+        path: super::path_id(),
+        at: start(),
         session: Snapshot {
             state: State::Down,
             since,
@@ -42,8 +40,8 @@ fn lost() -> Evidence {
             path_mtu: None,
         },
         stages: Stages::default(),
-        heard_elsewhere: false,
-        told: None,
+        peer_probes_elsewhere: false,
+        peer_report: None,
     }
 }
 
@@ -51,7 +49,7 @@ fn probe(at: Monotonic, state: WireState) -> Option<PeerProbe> {
     Some(PeerProbe {
         at,
         state,
-        diag: Diag::NONE,
+        diagnostic: 0,
     })
 }
 
@@ -63,14 +61,14 @@ fn verdicts(health: &Health) -> (Verdict, Verdict) {
 #[test]
 fn a_way_on_which_the_peer_cannot_be_heard_tells_nothing_of_the_way_in() {
     let evidence = Evidence {
-        heard_elsewhere: true,
+        peer_probes_elsewhere: true,
         ..lost()
     };
     let later = start() + 5 * PEER_INSISTS;
-    let health = judge(&evidence, later);
+    let health = judge_at(&evidence, later);
     assert_eq!(verdicts(&health), (Verdict::Unknown, Verdict::Down));
     assert!(health.is_down());
-    assert_eq!(health.inward.reason, Reason::CannotBeTold);
+    assert_eq!(health.inward.reason, Reason::NoEvidence);
     assert!(matches!(health.outward.reason, Reason::Unanswered { .. }));
 
     // What leaves the link is this way's own.
@@ -79,7 +77,7 @@ fn a_way_on_which_the_peer_cannot_be_heard_tells_nothing_of_the_way_in() {
         card_out: Some(0),
         ..Stages::default()
     };
-    let health = judge(&Evidence { stages, ..evidence }, later);
+    let health = judge_at(&Evidence { stages, ..evidence }, later);
     assert_eq!(
         health.outward.reason,
         Reason::OwnOutputDrops { packets: 12 }
@@ -90,11 +88,11 @@ fn a_way_on_which_the_peer_cannot_be_heard_tells_nothing_of_the_way_in() {
 fn a_session_that_is_up_proves_both_ways() {
     let mut evidence = lost();
     evidence.session.state = State::Up;
-    let health = judge(&evidence, start());
+    let health = judge_at(&evidence, start());
     assert_eq!(verdicts(&health), (Verdict::Up, Verdict::Up));
     assert_eq!(
         health.to_string(),
-        "the way to 203.0.113.2 (UDP 4789) is up: probes are answered"
+        "the path to 203.0.113.2 (UDP 4789) is up: probes are answered"
     );
 }
 
@@ -102,7 +100,7 @@ fn a_session_that_is_up_proves_both_ways() {
 fn a_reflector_that_is_off_proves_nothing() {
     let mut evidence = lost();
     evidence.session.state = State::AdminDown;
-    let health = judge(&evidence, start());
+    let health = judge_at(&evidence, start());
     assert_eq!(health.verdict(), Verdict::Unverified);
     assert!(!health.is_down());
     assert!(health.to_string().contains("AdminDown"), "{health}");
@@ -115,20 +113,23 @@ fn the_peers_own_probes_tell_which_way_is_bad() {
     // Heard before the silence, or so soon after its beginning that both were under way: says nothing.
     for at in [start() - 20 * MS, start() + 9 * MS] {
         evidence.session.peer = probe(at, WireState::Up);
-        let health = judge(&evidence, now);
+        let health = judge_at(&evidence, now);
         assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Unknown));
-        assert!(matches!(health.inward.reason, Reason::NothingHeard { .. }));
+        assert!(matches!(
+            health.inward.reason,
+            Reason::NothingArrives { .. }
+        ));
     }
     evidence.session.peer = probe(now - 30 * MS, WireState::Up);
-    let health = judge(&evidence, now);
+    let health = judge_at(&evidence, now);
     assert_eq!(verdicts(&health), (Verdict::Up, Verdict::Down));
     assert_eq!(
         health.to_string(),
-        "the way to 203.0.113.2 (UDP 4789) is down: 12 probes left and none was answered for 130 ms: see whether UDP 4789 is \
-         let through on the way and into the peer"
+        "the path to 203.0.113.2 (UDP 4789) is down: 12 probes left and none was answered for 130 ms: see whether UDP 4789 is \
+         let through on the path and into the peer"
     );
     // What was heard last, long ago, is silence too.
-    let health = judge(&evidence, now + 1000 * MS);
+    let health = judge_at(&evidence, now + 1000 * MS);
     assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Unknown));
 }
 
@@ -137,10 +138,10 @@ fn a_peer_that_insists_knows_better() {
     let mut evidence = lost();
     let now = evidence.session.since + 1500 * MS;
     evidence.session.peer = probe(now - 10 * MS, WireState::Up);
-    assert_eq!(judge(&evidence, now).verdict(), Verdict::Up);
+    assert_eq!(judge_at(&evidence, now).verdict(), Verdict::Up);
     evidence.session.peer = probe(now - 10 * MS, WireState::Down);
     assert_eq!(
-        verdicts(&judge(&evidence, now)),
+        verdicts(&judge_at(&evidence, now)),
         (Verdict::Up, Verdict::Down)
     );
 }
@@ -156,12 +157,12 @@ fn this_nodes_own_firewall_is_named() {
         card_in: Some(11),
         link_in: 2,
     };
-    let health = judge(&evidence, now);
+    let health = judge_at(&evidence, now);
     assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Unknown));
     assert_eq!(
         health.to_string(),
-        "the way from 203.0.113.2 (UDP 4789) is down: 9 packets of the peer came to this node's network card and not to its \
-         tunnel: let UDP 4789 in through this node's firewall (INPUT)"
+        "the path from 203.0.113.2 (UDP 4789) is down: 9 packets of the peer reached this node's network card and not its \
+         probe link: let UDP 4789 in through this node's firewall (INPUT)"
     );
     evidence.stages = Stages {
         link_out: 12,
@@ -169,7 +170,7 @@ fn this_nodes_own_firewall_is_named() {
         card_in: Some(0),
         link_in: 0,
     };
-    let health = judge(&evidence, now);
+    let health = judge_at(&evidence, now);
     assert_eq!(
         health.outward.reason,
         Reason::OwnOutputDrops { packets: 12 }
@@ -177,8 +178,8 @@ fn this_nodes_own_firewall_is_named() {
     assert_eq!(verdicts(&health), (Verdict::Down, Verdict::Down));
     // Where nothing counts at the card nothing is said of it.
     evidence.stages.card_out = None;
-    let health = judge(&evidence, now);
-    assert_eq!(health.outward.reason, Reason::CannotBeTold);
+    let health = judge_at(&evidence, now);
+    assert_eq!(health.outward.reason, Reason::NoEvidence);
 }
 
 #[test]
@@ -188,16 +189,16 @@ fn before_any_answer_nothing_is_claimed() {
     evidence.session.cause = None;
     let now = start() + 20 * MS;
     assert_eq!(
-        verdicts(&judge(&evidence, now)),
+        verdicts(&judge_at(&evidence, now)),
         (Verdict::Unknown, Verdict::Unknown)
     );
     evidence.session.peer = probe(now, WireState::Down);
     assert_eq!(
-        verdicts(&judge(&evidence, now)),
+        verdicts(&judge_at(&evidence, now)),
         (Verdict::Up, Verdict::Unknown)
     );
     evidence.session.cause = Some(Cause::NothingLeft { probes: 20 });
-    let told = judge(&evidence, now).sentence(Direction::Out);
+    let told = judge_at(&evidence, now).sentence(Direction::Out);
     assert!(told.contains("did not leave"), "{told}");
 }
 
@@ -206,7 +207,7 @@ fn a_vni_that_the_peer_lacks_is_the_connections_own_loss() {
     let mut evidence = lost();
     evidence.session.state = State::Up;
     let vni = Vni::try_from(4242).expect("a VNI");
-    let health = judge(&evidence, start()).without_tunnel(vni);
+    let health = judge_at(&evidence, start()).without_tunnel(vni);
     assert!(health.is_down());
     assert!(health.to_string().contains("VNI 4242"), "{health}");
 }
@@ -214,7 +215,7 @@ fn a_vni_that_the_peer_lacks_is_the_connections_own_loss() {
 #[test]
 fn health_travels_in_metrics() {
     let evidence = lost();
-    let health = judge(&evidence, evidence.session.since);
+    let health = judge_at(&evidence, evidence.session.since);
     let mut foreign = ForeignVnis::default();
     let vni = Vni::try_from(77).expect("a VNI");
     assert!(foreign.insert(vni) && !foreign.insert(vni));
@@ -226,11 +227,11 @@ fn health_travels_in_metrics() {
     assert!(read.is_down() && read.foreign.contains(vni));
     assert!(
         read.reason
-            .is_some_and(|reason| reason.contains("nothing of the peer came in"))
+            .is_some_and(|reason| reason.contains("nothing from the peer arrived"))
     );
     // The same with other milliseconds is no news; another verdict is.
     let mut later = metrics.clone();
-    let moved = judge(&evidence, evidence.session.since + MS);
+    let moved = judge_at(&evidence, evidence.session.since + MS);
     Published::write(Some(&moved), &foreign, &mut later);
     assert!(Published::is_same(&metrics, &later));
     // Neither is one more packet that came to the card only; that they come there is.
@@ -238,7 +239,7 @@ fn health_travels_in_metrics() {
         let mut evidence = lost();
         evidence.stages.card_in = Some(packets);
         let mut metrics = metrics.clone();
-        let health = judge(&evidence, evidence.session.since);
+        let health = judge_at(&evidence, evidence.session.since);
         Published::write(Some(&health), &foreign, &mut metrics);
         metrics
     });
@@ -248,7 +249,7 @@ fn health_travels_in_metrics() {
     // Of what is up there is no reason to tell.
     let mut up = lost();
     up.session.state = State::Up;
-    Published::write(Some(&judge(&up, start())), &foreign, &mut blamed[0]);
+    Published::write(Some(&judge_at(&up, start())), &foreign, &mut blamed[0]);
     assert!(!blamed[0].keys().any(|key| key.contains("reason")));
     Published::write(None, &ForeignVnis::default(), &mut later);
     assert!(!Published::is_same(&metrics, &later));
@@ -258,7 +259,7 @@ fn health_travels_in_metrics() {
 #[test]
 fn a_lost_next_hop_travels_beside_health() {
     let evidence = lost();
-    let health = judge(&evidence, evidence.session.since);
+    let health = judge_at(&evidence, evidence.session.since);
     let mut metrics = BTreeMap::from([("rx".to_owned(), "5".to_owned())]);
     Published::write(Some(&health), &ForeignVnis::default(), &mut metrics);
     let heard = metrics.clone();
@@ -276,7 +277,7 @@ fn a_lost_next_hop_travels_beside_health() {
     // Somebody else's word for the same is taken, and any other value for what it is.
     metrics.remove("next_hop_reason");
     let read = LostHop::read(&metrics).expect("lost");
-    assert!(read.reason.contains("not heard"), "{read:?}");
+    assert!(read.reason.contains("broken"), "{read:?}");
     LostHop::write(None, &mut metrics);
     assert_eq!(metrics, BTreeMap::from([("rx".to_owned(), "5".to_owned())]));
     metrics.insert("next_hop".to_owned(), "10.0.0.1".to_owned());
@@ -325,13 +326,13 @@ proptest! {
         let mut evidence = lost();
         evidence.session.state = state;
         evidence.session.peer = heard.and_then(|at| probe(Monotonic::from_nanos(at), WireState::Up));
-        evidence.told = told.map(|(inward, outward, at)| Told {
-            word: Word { inward, outward },
+        evidence.peer_report = told.map(|(inward, outward, at)| ReceivedReport {
+            report: PeerReport { inward, outward },
             at: Monotonic::from_nanos(at),
         });
         let [link_out, card_out, card_in, link_in] = stages;
         evidence.stages = Stages { link_out, card_out: Some(card_out), card_in: Some(card_in), link_in };
-        let health = judge(&evidence, Monotonic::from_nanos(now));
+        let health = judge_at(&evidence, Monotonic::from_nanos(now));
         prop_assert!(state == State::Down || !health.is_down());
         prop_assert_eq!(state == State::Up, health.verdict() == Verdict::Up && state != State::Down);
         for direction in [Direction::In, Direction::Out] {
@@ -343,4 +344,39 @@ proptest! {
     fn any_metrics_can_be_read(metrics in prop::collection::btree_map("sbfd_state_in|sbfd_state_out|vxlan_foreign_vnis", ".{0,40}|[0-9,]{0,400}", 0..4)) {
         let _ = Published::read(&metrics);
     }
+}
+
+/// A reader of the JSON finds the same codes as a reader of the metrics.
+#[test]
+fn a_reason_is_serialised_with_its_code() {
+    let silence = MS;
+    for reason in [
+        Reason::NotProbedYet,
+        Reason::NothingLeaves { probes: 1 },
+        Reason::NoEvidence,
+        Reason::Answered,
+        Reason::PeerProbesArrive,
+        Reason::PeerIsAnswered,
+        Reason::PeerReportsUp,
+        Reason::PeerReportsDown { probes: 1 },
+        Reason::Unanswered { probes: 1, silence },
+        Reason::NothingArrives { silence },
+        Reason::OwnInputDrops { packets: 1 },
+        Reason::OwnOutputDrops { packets: 1 },
+        Reason::ForeignVni {
+            vni: Vni::MANAGEMENT,
+        },
+        Reason::NoReflector,
+        Reason::SwitchedOff,
+        Reason::NotProbing,
+    ] {
+        let json = serde_json::to_value(reason).expect("JSON");
+        assert_eq!(json["code"], reason.code());
+    }
+    let json = serde_json::to_value(lost()).expect("JSON");
+    assert_eq!(
+        json["session"]["cause"]["unanswered"]["silence_ns"],
+        130_000_000
+    );
+    assert_eq!(json["path"]["reflector"]["vni"], 1);
 }

@@ -8,6 +8,7 @@ mod ipmap;
 mod mechanism;
 mod name;
 mod path;
+mod peer_report;
 mod plpmtu;
 mod policy;
 mod prefix;
@@ -15,13 +16,37 @@ mod public_address;
 mod registry;
 mod sbfd;
 mod select;
-mod told;
 mod vni_pool;
 
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use crate::{
+    clock::Monotonic,
+    liveness::{Evidence, Health, PathId, Reflector, judge, sbfd::Discriminator},
+    net::Vni,
+};
+
+fn path_id() -> PathId {
+    PathId {
+        address: [203, 0, 113, 2].into(),
+        port: 4789,
+        reflector: Reflector {
+            discriminator: Discriminator::new(7).expect("not 0"),
+            vni: Vni::MANAGEMENT,
+        },
+    }
+}
+
+/// The health that evidence shows when it is collected at `now`.
+fn judge_at(evidence: &Evidence, now: Monotonic) -> Health {
+    judge(&Evidence {
+        at: now,
+        ..*evidence
+    })
+}
 
 /// A moment to count from: no test reads the clock.
 fn at(seconds: u64) -> SystemTime {

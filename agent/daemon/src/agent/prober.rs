@@ -9,11 +9,11 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::ports::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
+use nsm_controlplane::ports::{PathEvent, PeerSpec, Prober, WatchError};
 use nsm_core::{
     clock::Monotonic,
     liveness::{
-        health::{Evidence, Health, Told, Verdict, Way, Word, judge},
+        Evidence, Finding, Health, PathId, PeerReport, ReceivedReport, Reflector, Verdict, judge,
         sbfd::Timing,
     },
     net::Vni,
@@ -45,8 +45,8 @@ const SMALLEST_V6: u16 = 1280;
 struct Watched {
     mtu: u32,
     guard: Arc<plane::Peer>,
-    /// With what the peer's agent says through each.
-    users: HashMap<String, Option<Told>>,
+    /// With the report of the peer's agent that each brought.
+    users: HashMap<String, Option<ReceivedReport>>,
     /// As it was judged last.
     known: Option<Health>,
 }
@@ -67,13 +67,13 @@ impl Watched {
         }
     }
 
-    /// What the peer's agent said last, through any connection that still hears it.
-    fn told(&self) -> Option<Told> {
+    /// The last report of the peer's agent that arrived on an open stream.
+    fn peer_report(&self) -> Option<ReceivedReport> {
         self.users
             .values()
             .copied()
             .flatten()
-            .max_by_key(|told| told.at)
+            .max_by_key(|report| report.at)
     }
 }
 
@@ -182,23 +182,23 @@ impl NodeProber {
 
     fn guard(&self, path: &PathId) -> Option<Arc<plane::Peer>> {
         self.watched()
-            .get(&known_as(path))
+            .get(&path.canonical())
             .map(|watched| Arc::clone(&watched.guard))
     }
 
     /// Judges a report; the health if that is something new.
     fn note(&self, report: &Report) -> Option<Health> {
         let mut watched = self.watched();
-        let one = watched.get_mut(&path_of(&report.peer))?;
+        let one = watched.get_mut(&report.path)?;
         let evidence = Evidence {
-            peer: report.peer.address,
-            port: report.peer.port,
+            path: report.path,
+            at: now(),
             session: report.snapshot,
             stages: report.stages_since_up(),
-            heard_elsewhere: report.heard_elsewhere,
-            told: one.told(),
+            peer_probes_elsewhere: report.peer_probes_elsewhere,
+            peer_report: one.peer_report(),
         };
-        let health = judge(&evidence, now());
+        let health = judge(&evidence);
         let is_news = one.known.is_none_or(|known| !is_same(&known, &health));
         one.known = Some(health);
         is_news.then_some(health)
@@ -227,7 +227,7 @@ impl Prober for NodeProber {
     }
 
     async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError> {
-        let path = known_as(&peer.path);
+        let path = peer.path.canonical();
         if let Some(watched) = self.watched().get_mut(&path) {
             watched.count_in(user, peer.mtu);
             return Ok(());
@@ -236,13 +236,7 @@ impl Prober for NodeProber {
             peer: path.address,
             cause: error.to_string(),
         };
-        let joined = self.plane.join(plane::PeerSpec {
-            address: path.address,
-            port: path.port,
-            vni: path.reflector.vni,
-            discriminator: path.reflector.discriminator,
-        });
-        let guard = Arc::new(joined.await.map_err(refused)?);
+        let guard = Arc::new(self.plane.join(path).await.map_err(refused)?);
         // Somebody else may have come first.
         let mut watched = self.watched();
         let one = watched.entry(path).or_insert_with(|| Watched {
@@ -256,7 +250,7 @@ impl Prober for NodeProber {
     }
 
     fn leave(&self, user: &str, path: &PathId) {
-        let path = known_as(path);
+        let path = path.canonical();
         let mut watched = self.watched();
         if let Some(one) = watched.get_mut(&path) {
             one.users.remove(user);
@@ -283,17 +277,17 @@ impl Prober for NodeProber {
     }
 
     fn health(&self, path: &PathId) -> Option<Health> {
-        self.watched().get(&known_as(path))?.known
+        self.watched().get(&path.canonical())?.known
     }
 
-    fn told(&self, user: &str, path: &PathId, word: Option<Word>) {
+    fn told(&self, user: &str, path: &PathId, report: Option<PeerReport>) {
         let mut watched = self.watched();
         let user = watched
-            .get_mut(&known_as(path))
+            .get_mut(&path.canonical())
             .and_then(|one| one.users.get_mut(user));
-        if let Some(told) = user {
+        if let Some(known) = user {
             // It is judged when the path is looked at next, which is soon where there are doubts.
-            *told = word.map(|word| Told { word, at: now() });
+            *known = report.map(|report| ReceivedReport { report, at: now() });
         }
     }
 
@@ -345,29 +339,9 @@ fn plane_config(config: &Config) -> HealthConfig {
     }
 }
 
-/// A path as the health plane knows it: an IPv4 address in IPv6's form is that IPv4 address.
-pub(crate) fn known_as(path: &PathId) -> PathId {
-    PathId {
-        address: path.address.to_canonical(),
-        ..*path
-    }
-}
-
-/// The path of a session.
-pub(crate) fn path_of(peer: &plane::PeerSpec) -> PathId {
-    PathId {
-        address: peer.address,
-        port: peer.port,
-        reflector: Reflector {
-            discriminator: peer.discriminator,
-            vni: peer.vni,
-        },
-    }
-}
-
 /// Whether two say the same; what they measured meanwhile may differ.
 fn is_same(one: &Health, other: &Health) -> bool {
-    let same = |one: &Way, other: &Way| {
+    let same = |one: &Finding, other: &Finding| {
         one.verdict == other.verdict && discriminant(&one.reason) == discriminant(&other.reason)
     };
     same(&one.inward, &other.inward)

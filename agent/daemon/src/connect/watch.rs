@@ -1,7 +1,7 @@
 //! Listening to what becomes of the connection.
 
 use nsm_core::{
-    liveness::health::{Published, Verdict},
+    liveness::{Published, Verdict},
     nsm::heal::Loss,
 };
 use nsm_proto::connection::{

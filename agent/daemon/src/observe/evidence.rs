@@ -9,14 +9,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_controlplane::{
-    plane::ConnectionView,
-    ports::{PathId, Plan},
-    registry::Counts,
-};
+use nsm_controlplane::{plane::ConnectionView, ports::Plan, registry::Counts};
 use nsm_core::{
     clock::Monotonic,
-    liveness::health::{Direction, Health, Verdict},
+    liveness::{Direction, Health, PathId, Verdict},
     net::{IfName, Vni},
     nsm::name::{Domain, InterdomainName},
 };
@@ -228,9 +224,9 @@ impl TunnelEvidence {
 impl Sources<'_> {
     /// The session of the connection's very path: one address may have several reflectors.
     fn session(&self) -> Option<&Report> {
-        let path: PathId = prober::known_as(&self.view.watched()?);
+        let path: PathId = self.view.watched()?.canonical();
         let mut sessions = self.sessions.iter();
-        sessions.find(|report| prober::path_of(&report.peer) == path)
+        sessions.find(|report| report.path == path)
     }
 
     fn path(&self) -> Option<PathEvidence> {
@@ -259,7 +255,7 @@ impl Sources<'_> {
         let way = |direction, proved: Option<Monotonic>| {
             let health = self.health.as_ref()?;
             Some(WayEvidence {
-                verdict: health.way(direction).verdict,
+                verdict: health.finding(direction).verdict,
                 reason: health.sentence(direction),
                 proved_ago: proved.map(|at| self.now.since(at)),
             })

@@ -13,10 +13,13 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
 };
-use nsm_core::{liveness::sbfd::Timing, net::Vni};
+use nsm_core::{
+    liveness::{PathId, Reflector, sbfd::Timing},
+    net::Vni,
+};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
-    liveness::{Events, Health, HealthConfig, PeerSpec},
+    liveness::{Events, Health, HealthConfig},
     netns::Netns,
 };
 
@@ -91,12 +94,14 @@ pub(crate) fn start(
 }
 
 /// How others are to watch a node at an address.
-pub(crate) fn spec(node: &Node, address: IpAddr) -> PeerSpec {
-    PeerSpec {
+pub(crate) fn spec(node: &Node, address: IpAddr) -> PathId {
+    PathId {
         address,
         port: 4789,
-        vni: Vni::MANAGEMENT,
-        discriminator: node.health.discriminator(),
+        reflector: Reflector {
+            discriminator: node.health.discriminator(),
+            vni: Vni::MANAGEMENT,
+        },
     }
 }
 

@@ -1,6 +1,6 @@
 //! The health plane of a node: is the way to each peer's public address, and back, good right now?
 //!
-//! [`Health`] keeps one S-BFD session (RFC 7880) a peer ([`PeerSpec`]), however many connections there are to it, and reflects the peers' own
+//! [`Health`] keeps one S-BFD session (RFC 7880) a peer ([`PathId`]), however many connections there are to it, and reflects the peers' own
 //! probes. Probes travel through the management link, a VXLAN device of the management VNI (RFC 8971): the same sockets,
 //! port, firewalls, NAT and underlay as data, in both directions.
 //!
@@ -41,7 +41,7 @@ use std::{
 
 use nsm_core::{
     liveness::{
-        health::Stages,
+        PathId, Stages,
         sbfd::{Change, Discriminator, Proof, Snapshot, Statistics, Timing},
     },
     net::Vni,
@@ -80,19 +80,6 @@ pub struct HealthConfig {
     pub orphan_grace: Duration,
 }
 
-/// A peer to be watched, as its side told it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PeerSpec {
-    /// Its public address: where tunnels to it go.
-    pub address: IpAddr,
-    /// The UDP port of its tunnels.
-    pub port: u16,
-    /// Its management VNI (`sbfd_vni`).
-    pub vni: Vni,
-    /// The discriminator of its reflector.
-    pub discriminator: Discriminator,
-}
-
 /// Where probes are stamped and reflected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plane {
@@ -105,8 +92,8 @@ pub enum Plane {
 /// What is known of one peer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
-    /// The peer.
-    pub peer: PeerSpec,
+    /// The path.
+    pub path: PathId,
     /// Connections that use the session.
     pub users: usize,
     /// The session.
@@ -130,7 +117,7 @@ pub struct Report {
     /// The same at most 0.1 s and a probe before the session was not up any more; all zero before it was.
     pub stages_when_up: Stages,
     /// There are other ways to the peer's node, and its own probes are booked to another: that none come in here says nothing.
-    pub heard_elsewhere: bool,
+    pub peer_probes_elsewhere: bool,
 }
 
 impl Report {
@@ -319,7 +306,7 @@ impl Health {
     ///
     /// The address is no host's, the discriminator is this node's own or has as many ways as can be told apart, all sessions are taken,
     /// the kernel refuses, the plane was closed.
-    pub async fn join(&self, peer: PeerSpec) -> Result<Peer, HealthError> {
+    pub async fn join(&self, peer: PathId) -> Result<Peer, HealthError> {
         let health = self.clone();
         self.ask(|reply| Request::Join {
             peer,
@@ -389,7 +376,7 @@ impl Health {
 /// A watched peer, as one of those who use its session. Dropped, it leaves.
 #[derive(Debug)]
 pub struct Peer {
-    spec: PeerSpec,
+    spec: PathId,
     health: Health,
     cell: Arc<PeerCell>,
     /// The session began with this, and nobody has asked for a proof yet: its first probes are those of that proof.
@@ -397,7 +384,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    const fn new(spec: PeerSpec, health: Health, cell: Arc<PeerCell>, begins: bool) -> Self {
+    const fn new(spec: PathId, health: Health, cell: Arc<PeerCell>, begins: bool) -> Self {
         Self {
             spec,
             health,
@@ -408,7 +395,7 @@ impl Peer {
 
     /// Who it is.
     #[must_use]
-    pub const fn spec(&self) -> &PeerSpec {
+    pub const fn spec(&self) -> &PathId {
         &self.spec
     }
 

@@ -5,7 +5,7 @@
 //!
 //! # Whose session is it?
 //!
-//! A session belongs to what a peer told of itself, all of it: address, port, management VNI, discriminator ([`PeerSpec`]). Who
+//! A session belongs to what a peer told of itself, all of it: address, port, management VNI, discriminator ([`PathId`]). Who
 //! names any of these otherwise gets a session of its own beside those that stand, and takes nobody's away: what one domain says
 //! of another's address is not believed, but probed. Nothing is ever replaced, so there is nothing to restore when a Request fails.
 //! A peer that has started anew is proved at once under its new discriminator; the session of the old one is down after its
@@ -30,13 +30,15 @@ use std::{
     time::Instant,
 };
 
-use nsm_core::{liveness::sbfd::Discriminator, net::MacAddr};
+use nsm_core::{
+    liveness::{PathId, sbfd::Discriminator},
+    net::MacAddr,
+};
 use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
-    Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, PeerSpec, Report,
-    Uncounted,
+    Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, Report, Uncounted,
     preflight::PeerCell,
     prober::{Command, Commands},
     surroundings::{Drops, Memory},
@@ -56,21 +58,21 @@ pub(super) use self::set_up::start;
 pub(super) enum Request {
     /// Use a peer.
     Join {
-        peer: PeerSpec,
+        peer: PathId,
         health: Health,
         reply: oneshot::Sender<Result<Peer, HealthError>>,
     },
     /// Use it no more.
-    Leave(PeerSpec),
+    Leave(PathId),
     /// Report on one peer or all.
     Reports {
-        peer: Option<PeerSpec>,
+        peer: Option<PathId>,
         reply: oneshot::Sender<Vec<Report>>,
     },
     /// A peer's probes begin to be answered or not: look which way to its node is the best now.
-    Choose(PeerSpec),
+    Choose(PathId),
     /// The counts of a peer's stages seem to say something: look whether they can be believed.
-    Look(PeerSpec),
+    Look(PathId),
     /// The last handle is gone, without a word: end, and leave everything for the next agent.
     Abandon,
     /// Remove everything and end.
@@ -110,7 +112,7 @@ struct Orphan {
     address: IpAddr,
     discriminator: u32,
     /// All that it was reached by, where the link still has its forwarding entry; else only the address is known.
-    at: Option<PeerSpec>,
+    at: Option<PathId>,
     slot: u32,
     mac: [u8; 6],
     speaks: bool,
@@ -126,9 +128,9 @@ struct NodeOnLink {
 }
 
 impl NodeOnLink {
-    const fn of(spec: &PeerSpec) -> Self {
+    const fn of(spec: &PathId) -> Self {
         Self {
-            discriminator: spec.discriminator.get(),
+            discriminator: spec.reflector.discriminator.get(),
             family: Family::of(spec.address),
         }
     }
@@ -148,10 +150,13 @@ impl Orphan {
     }
 
     /// Whether it is what a peer tells of itself. Who names an address with another port or VNI is somebody else.
-    fn is(&self, spec: &PeerSpec) -> bool {
+    fn is(&self, spec: &PathId) -> bool {
         match self.at {
             Some(at) => at == *spec,
-            None => self.address == spec.address && self.discriminator == spec.discriminator.get(),
+            None => {
+                self.address == spec.address
+                    && self.discriminator == spec.reflector.discriminator.get()
+            }
         }
     }
 
@@ -166,7 +171,7 @@ struct Peers {
     bpf: Option<Arc<Bpf>>,
     netlink: Netlink,
     links: BTreeMap<Family, ManagementLink>,
-    known: HashMap<PeerSpec, Known>,
+    known: HashMap<PathId, Known>,
     orphans: Vec<Orphan>,
     /// How often a peer was entered.
     entered: u64,
@@ -218,11 +223,7 @@ impl Peers {
                 reply,
             } => {
                 // The address as maps and frames have it.
-                let spec = PeerSpec {
-                    address: peer.address.to_canonical(),
-                    ..peer
-                };
-                self.join(spec, health, reply);
+                self.join(peer.canonical(), health, reply);
             }
             Request::Leave(peer) => {
                 if let Some(known) = self.known.get_mut(&peer) {
@@ -272,7 +273,7 @@ impl Peers {
     }
 
     fn close(&mut self) -> Result<(), HealthError> {
-        let specs: Vec<PeerSpec> = self.known.keys().copied().collect();
+        let specs: Vec<PathId> = self.known.keys().copied().collect();
         for spec in specs {
             self.forget(spec);
         }
@@ -293,11 +294,11 @@ fn give_back(bpf: Option<&Bpf>, memory: Option<Memory>) {
     }
 }
 
-const fn forwarding(mac: [u8; 6], spec: PeerSpec) -> Forwarding {
+const fn forwarding(mac: [u8; 6], spec: PathId) -> Forwarding {
     Forwarding {
         mac: MacAddr::new(mac),
         remote: spec.address,
         port: spec.port,
-        vni: spec.vni,
+        vni: spec.reflector.vni,
     }
 }

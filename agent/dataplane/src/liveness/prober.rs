@@ -23,7 +23,7 @@ use nix::{
 use nsm_core::{
     clock::Monotonic,
     liveness::{
-        health::Look,
+        Look, PathId,
         sbfd::{Proof, Seq, Timing},
     },
 };
@@ -37,7 +37,7 @@ use nsm_ebpf_common::{
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
-    Event, HealthError, PeerSpec, Plane, Report,
+    Event, HealthError, Plane, Report,
     peers::Request,
     random::{self, Jitter},
     session::{Entry, Names, PeerSession},
@@ -86,19 +86,19 @@ pub(super) enum Command {
     /// Stop probing the peer of a slot and answering it.
     Forget(u32),
     /// Prove a path.
-    Prove(PeerSpec, oneshot::Sender<Proof>),
+    Prove(PathId, oneshot::Sender<Proof>),
     /// Search a path's MTU.
     WantMtu {
-        peer: PeerSpec,
+        peer: PathId,
         smallest: u16,
         wanted: u16,
     },
     /// What was found at the routes and hooks of a peer.
-    Looked(PeerSpec, Look),
+    Looked(PathId, Look),
     /// Report on one peer or all, with how many use each.
     Reports {
-        peer: Option<PeerSpec>,
-        users: HashMap<PeerSpec, usize>,
+        peer: Option<PathId>,
+        users: HashMap<PathId, usize>,
         reply: oneshot::Sender<Vec<Report>>,
     },
     /// What the reflector says of itself.
@@ -149,7 +149,7 @@ pub(super) struct Prober {
     counters: Option<CounterReader>,
     requests: mpsc::Sender<Request>,
     sockets: Sockets,
-    peers: HashMap<PeerSpec, PeerSession>,
+    peers: HashMap<PathId, PeerSession>,
     timing: Timing,
     jitter: Jitter,
     events: tokio_mpsc::UnboundedSender<Event>,
@@ -236,7 +236,7 @@ impl Prober {
     }
 
     /// The sessions, and what each needs around it.
-    fn parts(&mut self) -> (Surroundings<'_>, &mut HashMap<PeerSpec, PeerSession>) {
+    fn parts(&mut self) -> (Surroundings<'_>, &mut HashMap<PathId, PeerSession>) {
         let around = Surroundings {
             sessions: self.memory.sessions(),
             jitter: &mut self.jitter,
@@ -394,7 +394,7 @@ impl Prober {
     fn lead(&mut self, key: u64, slot: u32) -> Result<(), HealthError> {
         self.memory.sessions_mut().index(key, slot)?;
         for peer in self.peers.values_mut() {
-            let speaker = mac(SPEAKER, peer.entry.spec.discriminator.get());
+            let speaker = mac(SPEAKER, peer.entry.spec.reflector.discriminator.get());
             if session_key(peer.is_v4(), speaker) == key {
                 peer.speak(peer.slot == slot);
             }
@@ -413,7 +413,7 @@ impl Prober {
     }
 
     fn forget(&mut self, slot: u32) {
-        let gone: Vec<PeerSpec> = self
+        let gone: Vec<PathId> = self
             .peers
             .extract_if(|_, peer| peer.slot == slot)
             .map(|(spec, peer)| {
@@ -445,10 +445,11 @@ impl Prober {
 
     /// What the card counts is of an address: where several peers have one, it is no evidence on either. And several may be ways to
     /// one node.
-    fn note_neighbours(&mut self, of: PeerSpec) {
-        let here = |spec: &PeerSpec| spec.address == of.address;
-        let node = |spec: &PeerSpec| {
-            spec.discriminator == of.discriminator && spec.address.is_ipv4() == of.address.is_ipv4()
+    fn note_neighbours(&mut self, of: PathId) {
+        let here = |spec: &PathId| spec.address == of.address;
+        let node = |spec: &PathId| {
+            spec.reflector.discriminator == of.reflector.discriminator
+                && spec.address.is_ipv4() == of.address.is_ipv4()
         };
         let at_address = self.peers.keys().filter(|spec| here(spec)).count();
         let of_node = self.peers.keys().filter(|spec| node(spec)).count();
@@ -464,8 +465,8 @@ impl Prober {
 
     fn reports(
         &mut self,
-        peer: Option<PeerSpec>,
-        users: &HashMap<PeerSpec, usize>,
+        peer: Option<PathId>,
+        users: &HashMap<PathId, usize>,
         now: Monotonic,
     ) -> Vec<Report> {
         let (around, peers) = self.parts();
@@ -477,7 +478,7 @@ impl Prober {
                 ..peer.report(now, &around)
             })
             .collect();
-        reports.sort_by_key(|report| report.peer);
+        reports.sort_by_key(|report| report.path);
         reports
     }
 }

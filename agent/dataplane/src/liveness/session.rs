@@ -5,24 +5,20 @@ use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 use nsm_core::{
     clock::Monotonic,
     liveness::{
-        health::{Card, Look, Stages},
-        sbfd::{
-            self, Answer, Change, Diag, PeerProbe, Proof, Seq, Snapshot, State, Timing, WireState,
-        },
+        Card, Look, PathId, Stages,
+        sbfd::{self, Answer, Change, PeerProbe, Proof, Seq, Snapshot, State, Timing},
     },
 };
 use nsm_ebpf_common::{
     management::{STAMPS, Said, Session, words},
     sbfd::{
-        Control, DETECT_MULTIPLIER, Flags,
+        Control, DETECT_MULTIPLIER, Flags, State as WireState,
         frame::{Probe, SPEAKER, mac, session_key},
     },
 };
 use tokio::sync::oneshot;
 
-use super::{
-    Event, PeerSpec, Report, peers::Request, preflight::PeerCell, surroundings::Surroundings,
-};
+use super::{Event, Report, peers::Request, preflight::PeerCell, surroundings::Surroundings};
 use crate::bpf::{Slot, address, ip_addr};
 
 /// How often the stages of a session that is up are noted, for comparison when it no longer is. Often enough that a fault lets more
@@ -32,7 +28,7 @@ const NOTE_STAGES: Duration = Duration::from_millis(100);
 /// A peer to be probed.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub(super) spec: PeerSpec,
+    pub(super) spec: PathId,
     /// Where an earlier agent's session with it is.
     pub(super) slot: Option<u32>,
     /// The peer's Ethernet address here.
@@ -110,12 +106,13 @@ impl Names {
         session.peer_address[1].store(low);
         session
             .peer_discriminator
-            .store(entry.spec.discriminator.get().into());
+            .store(entry.spec.reflector.discriminator.get().into());
     }
 
     /// Those that are there already, if they are of the same peer.
     pub(super) fn read(node: u32, entry: &Entry, session: &Session) -> Option<Self> {
-        let same = session.peer_discriminator.load() == u64::from(entry.spec.discriminator.get())
+        let same = session.peer_discriminator.load()
+            == u64::from(entry.spec.reflector.discriminator.get())
             && peer_address(session) == entry.spec.address;
         let local = u32::try_from(session.local_discriminator.load()).ok()?;
         let source_port = u16::try_from(session.source_port.load()).ok()?;
@@ -147,11 +144,11 @@ impl PeerSession {
     ) -> Self {
         let control = Control {
             diagnostic: 0,
-            state: nsm_ebpf_common::sbfd::State::Down,
+            state: WireState::Down,
             flags: Flags::DEMAND,
             detect_multiplier: DETECT_MULTIPLIER,
             my_discriminator: names.local,
-            your_discriminator: entry.spec.discriminator.get(),
+            your_discriminator: entry.spec.reflector.discriminator.get(),
             desired_min_tx_us: 0,
             required_min_rx_us: 0,
             required_min_echo_rx_us: 0,
@@ -307,8 +304,8 @@ impl PeerSession {
             self.heard_ns = heard_ns;
             self.machine.handle_peer_probe(PeerProbe {
                 at: Monotonic::from_nanos(heard_ns),
-                state: WireState::from_bits(said.state.bits()),
-                diag: Diag(said.diagnostic),
+                state: said.state,
+                diagnostic: said.diagnostic,
             });
         }
     }
@@ -318,8 +315,8 @@ impl PeerSession {
             .machine
             .poll_transmit(now, &mut || around.jitter.unit())
         {
-            self.probe.control.state = nsm_ebpf_common::sbfd::State::from_bits(probe.state as u8);
-            self.probe.control.diagnostic = probe.diag.0;
+            self.probe.control.state = probe.state;
+            self.probe.control.diagnostic = probe.diagnostic;
             self.probe.control.desired_min_tx_us = probe.desired_min_tx();
             let length = probe.padded_to.map_or(0, |size| 14 + usize::from(size));
             session.expect(probe.seq.get().into());
@@ -347,7 +344,7 @@ impl PeerSession {
         let session = around.sessions.slot(self.slot);
         let answer = Said::unpack(session.answer.load());
         Report {
-            peer: self.entry.spec,
+            path: self.entry.spec,
             users: 0,
             snapshot: self.machine.snapshot(now),
             statistics: self.machine.statistics(),
@@ -360,7 +357,7 @@ impl PeerSession {
             peer_is_independent: answer.map(|said| said.control_plane_independent),
             stages: self.stages(around),
             stages_when_up: self.stages_when_up,
-            heard_elsewhere: !self.entry.speaks,
+            peer_probes_elsewhere: !self.entry.speaks,
         }
     }
 
@@ -368,7 +365,7 @@ impl PeerSession {
     fn stages(&self, around: &Surroundings<'_>) -> Stages {
         let counts = self.counts(around);
         self.card
-            .believed(&counts, &counts.since(&self.stages_when_up))
+            .trusted(&counts, &counts.since(&self.stages_when_up))
     }
 
     fn counts(&self, around: &Surroundings<'_>) -> Stages {
@@ -418,7 +415,7 @@ fn read_stamp(probe: &mut Outstanding, session: &Session, machine: &mut sbfd::Se
         seq: probe.seq,
         round_trip: Duration::from_nanos(answered_ns.saturating_sub(sent_ns)),
         at: Monotonic::from_nanos(answered_ns),
-        state: WireState::from_bits(said.state.bits()),
+        state: said.state,
         required_min_rx: Duration::from_micros(said.required_min_rx_us.into()),
     });
     true

@@ -3,7 +3,7 @@
 use nsm_core::{
     clock::Monotonic,
     liveness::{
-        health::{PEER_INSISTS, Verdict},
+        PEER_INSISTS, Verdict,
         sbfd::{Proof, State},
     },
 };
@@ -279,7 +279,7 @@ async fn another_name(by: By) {
         .await
         .expect("joined");
     let mut wrong = nodes[1].spec(4);
-    wrong.discriminator = discriminator(wrong.discriminator.get() ^ 1);
+    wrong.reflector.discriminator = discriminator(wrong.reflector.discriminator.get() ^ 1);
     let peer = nodes[0].health.join(wrong).await.expect("joined");
     let proof = peer.prove().await.expect("proof");
     assert!(matches!(proof, Proof::Silent { .. }), "{proof:?}");

@@ -5,13 +5,13 @@ use std::time::Duration;
 use nsm_core::{
     clock::Monotonic,
     liveness::{
-        health::{Direction, Evidence, Health, judge},
+        Direction, Evidence, Health, judge,
         sbfd::{Change, Proof, State},
     },
 };
 use nsm_dataplane::{
     bpf,
-    liveness::{Event, Peer, PeerSpec, Report},
+    liveness::{Event, Peer, Report},
 };
 
 use super::support::{
@@ -34,7 +34,7 @@ async fn one_way(family: u8, from: &str) {
         let report = report(&peers[0]).await;
         match report.snapshot.peer {
             Some(probe) if probe.state as u8 == 1 && heard(&report) > heard(&before[0]) => {
-                Ok(probe.diag.0)
+                Ok(probe.diagnostic)
             }
             other => Err(format!("{other:?}")),
         }
@@ -57,22 +57,22 @@ async fn one_way(family: u8, from: &str) {
 /// What the evidence of a path says now, and since when its session is as it is.
 pub(crate) async fn judged(peer: &Peer) -> (Health, Duration) {
     let report = report(peer).await;
+    let now = Monotonic::from_nanos(bpf::now().as_nanos() as u64);
     let evidence = Evidence {
-        peer: report.peer.address,
-        port: report.peer.port,
+        path: report.path,
+        at: now,
         session: report.snapshot,
         stages: report.stages_since_up(),
-        heard_elsewhere: report.heard_elsewhere,
-        told: None,
+        peer_probes_elsewhere: report.peer_probes_elsewhere,
+        peer_report: None,
     };
-    let now = Monotonic::from_nanos(bpf::now().as_nanos() as u64);
-    (judge(&evidence, now), now.since(report.snapshot.since))
+    (judge(&evidence), now.since(report.snapshot.since))
 }
 
 /// Why one way of the path is as it is, by the name of the reason.
 pub(crate) async fn reason(peer: &Peer, direction: Direction) -> String {
     let (health, _) = judged(peer).await;
-    let name = format!("{:?}", health.way(direction).reason);
+    let name = format!("{:?}", health.finding(direction).reason);
     name.split([' ', '{']).next().unwrap_or_default().to_owned()
 }
 
@@ -290,10 +290,8 @@ fn a_loss_to_a_peer_of_another_management_vni_is_not_our_own_output() {
             Node::start(&world, 1, TCX),
             Node::start_with(&world, 2, TCX, |config| config.vni = vni),
         ];
-        let spec = PeerSpec {
-            vni,
-            ..nodes[1].spec(4)
-        };
+        let mut spec = nodes[1].spec(4);
+        spec.reflector.vni = vni;
         let peers = [
             nodes[0].health.join(spec).await.expect("joined"),
             nodes[1]

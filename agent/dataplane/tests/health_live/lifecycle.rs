@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use nsm_core::liveness::sbfd::{Proof, State};
+use nsm_core::liveness::{
+    PathId, Reflector,
+    sbfd::{Proof, State},
+};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
-    liveness::{Health, HealthError, PeerSpec},
+    liveness::{Health, HealthError},
 };
 
 use super::support::{
@@ -292,9 +295,12 @@ fn a_proof_that_nobody_waits_for_is_counted_as_such() {
     sandbox(|| async {
         let world = World::new();
         let node = Node::start(&world, 1, TCX);
-        let nobody = PeerSpec {
+        let nobody = PathId {
             address: addr("10.2.0.1"),
-            discriminator: discriminator(7),
+            reflector: Reflector {
+                discriminator: discriminator(7),
+                vni: nsm_core::net::Vni::MANAGEMENT,
+            },
             ..node.spec(4)
         };
         let peer = node.health.join(nobody).await.expect("joined");
@@ -319,7 +325,7 @@ fn what_cannot_be_watched_is_refused() {
         let spec = nodes[1].spec(4);
         let one = &nodes[0].health;
         for address in ["0.0.0.0", "224.0.0.1", "::"] {
-            let nobody = PeerSpec {
+            let nobody = PathId {
                 address: addr(address),
                 ..spec
             };
@@ -329,8 +335,11 @@ fn what_cannot_be_watched_is_refused() {
                 "{refused:?}"
             );
         }
-        let ourselves = PeerSpec {
-            discriminator: one.discriminator(),
+        let ourselves = PathId {
+            reflector: Reflector {
+                discriminator: one.discriminator(),
+                ..spec.reflector
+            },
             ..spec
         };
         let refused = one.join(ourselves).await;
@@ -423,11 +432,13 @@ fn a_peer_that_cannot_be_entered_is_as_before() {
     sandbox(|| async {
         let world = World::new();
         let node = Node::start(&world, 1, TCX);
-        let spec = |number: u32| PeerSpec {
+        let spec = |number: u32| PathId {
             address: std::net::Ipv4Addr::from(0x0a02_0000 + number).into(),
             port: 4789,
-            vni: nsm_core::net::Vni::MANAGEMENT,
-            discriminator: discriminator(0x5000_0000 + number),
+            reflector: Reflector {
+                discriminator: discriminator(0x5000_0000 + number),
+                vni: nsm_core::net::Vni::MANAGEMENT,
+            },
         };
         let fdb = || {
             within(&world.nodes[0], || {

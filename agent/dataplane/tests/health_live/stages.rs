@@ -1,6 +1,6 @@
 //! Whether the card's count can be believed: packets may leave by an interface where nothing counts.
 
-use nsm_core::liveness::{health::Direction, sbfd::State};
+use nsm_core::liveness::{Direction, sbfd::State};
 
 use super::{
     fault::{becomes_reason, reason},

@@ -16,12 +16,15 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 use nsm_core::{
-    liveness::sbfd::{Change, Discriminator, Proof, State, Timing},
+    liveness::{
+        PathId, Reflector,
+        sbfd::{Change, Discriminator, Proof, State, Timing},
+    },
     net::Vni,
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig, Hook},
-    liveness::{Event, Events, Health, HealthConfig, Peer, PeerSpec, Report},
+    liveness::{Event, Events, Health, HealthConfig, Peer, Report},
     netns::Netns,
 };
 use nsm_ebpf_common::sbfd::frame;
@@ -261,16 +264,18 @@ impl Node {
     }
 
     /// How others are to watch this node.
-    pub(crate) fn spec(&self, family: u8) -> PeerSpec {
+    pub(crate) fn spec(&self, family: u8) -> PathId {
         let address = match family {
             4 => format!("10.{}.0.1", self.number),
             _ => format!("fd00:{}::1", self.number),
         };
-        PeerSpec {
+        PathId {
             address: addr(&address),
             port: 4789,
-            vni: Vni::MANAGEMENT,
-            discriminator: self.health.discriminator(),
+            reflector: Reflector {
+                discriminator: self.health.discriminator(),
+                vni: Vni::MANAGEMENT,
+            },
         }
     }
 

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use nsm_core::liveness::{
-    health::{Direction, Verdict},
+    Direction, PathId, Reflector, Verdict,
     sbfd::{Change, Proof, State},
 };
-use nsm_dataplane::liveness::{Event, Peer, PeerSpec};
+use nsm_dataplane::liveness::{Event, Peer};
 
 use super::{
     fault::{judged, reason},
@@ -54,8 +54,8 @@ fn move_node(world: &World, number: usize) {
     });
 }
 
-fn elsewhere(spec: PeerSpec, address: &str) -> PeerSpec {
-    PeerSpec {
+fn elsewhere(spec: PathId, address: &str) -> PathId {
+    PathId {
         address: addr(address),
         ..spec
     }
@@ -177,18 +177,27 @@ fn what_another_says_of_a_peer_takes_nothing_from_it() {
             both_up(&mut nodes, &peers).await;
             let spec = nodes[1].spec(4);
             let claims = [
-                PeerSpec {
-                    discriminator: discriminator(0x1234_5678),
+                PathId {
+                    reflector: Reflector {
+                        discriminator: discriminator(0x1234_5678),
+                        ..spec.reflector
+                    },
                     ..spec
                 },
-                PeerSpec { port: 4999, ..spec },
-                PeerSpec {
+                PathId { port: 4999, ..spec },
+                PathId {
                     port: 4999,
-                    discriminator: discriminator(0x1234_5679),
+                    reflector: Reflector {
+                        discriminator: discriminator(0x1234_5679),
+                        ..spec.reflector
+                    },
                     ..spec
                 },
-                PeerSpec {
-                    vni: nsm_core::net::Vni::try_from(77).expect("a VNI"),
+                PathId {
+                    reflector: Reflector {
+                        vni: nsm_core::net::Vni::try_from(77).expect("a VNI"),
+                        ..spec.reflector
+                    },
                     ..spec
                 },
                 // The peer's own name, at an address of somebody else.
@@ -221,7 +230,7 @@ fn what_another_says_of_a_peer_takes_nothing_from_it() {
                         ..
                     }
                 );
-                assert!(!lost || report.peer != spec, "{event:?}");
+                assert!(!lost || report.path != spec, "{event:?}");
             }
             end(nodes).await;
         }
@@ -276,7 +285,7 @@ async fn kill(node: Node) {
 }
 
 /// The peers that were told lost.
-fn lost(node: &mut Node) -> Vec<PeerSpec> {
+fn lost(node: &mut Node) -> Vec<PathId> {
     std::iter::from_fn(|| node.events.try_recv().ok())
         .filter_map(|event| match event {
             Event::Session {
@@ -284,7 +293,7 @@ fn lost(node: &mut Node) -> Vec<PeerSpec> {
                     to: State::Down, ..
                 },
                 report,
-            } => Some(report.peer),
+            } => Some(report.path),
             _ => None,
         })
         .collect()
@@ -316,10 +325,7 @@ fn who_comes_back_first_takes_nothing_from_the_way_that_worked_before_a_restart(
             kill(one).await;
 
             let mut one = Node::start(&world, 1, by);
-            let claims = [
-                elsewhere(spec, "10.2.0.99"),
-                PeerSpec { port: 4999, ..spec },
-            ];
+            let claims = [elsewhere(spec, "10.2.0.99"), PathId { port: 4999, ..spec }];
             let mut claimed = Vec::new();
             for claim in claims {
                 let peer = one.health.join(claim).await.expect("joined");
@@ -405,7 +411,7 @@ fn one_of_two_ways_breaks_and_the_other_and_the_peer_notice_nothing() {
             let verdicts = [health.inward.verdict, health.outward.verdict];
             assert_eq!(verdicts, [Verdict::Unknown, Verdict::Down], "{health:?}");
             assert_eq!(reason(&peers[0], Direction::Out).await, "Unanswered");
-            assert_eq!(reason(&peers[0], Direction::In).await, "CannotBeTold");
+            assert_eq!(reason(&peers[0], Direction::In).await, "NoEvidence");
             for peer in [&second, &peers[1]] {
                 goes_on(peer).await;
             }

@@ -1,7 +1,7 @@
 //! The pure steps of a Request: on messages and plans, without I/O.
 
 use nsm_core::{
-    liveness::sbfd::Discriminator,
+    liveness::{Reflector, sbfd::Discriminator},
     mechanism::{INODE_URL, KERNEL, Kernel, LOCAL, REMOTE, VXLAN},
     net::{IfName, MacAddr, Vni},
     nsm::path::{Path, check_reply_of},
@@ -15,11 +15,7 @@ use uuid::Uuid;
 
 use super::Ask;
 use crate::{
-    call::case::Case,
-    connection::model::Established,
-    convert,
-    error::RequestError,
-    ports::{Plan, Reflector},
+    call::case::Case, connection::model::Established, convert, error::RequestError, ports::Plan,
     route::router::Route,
 };
 

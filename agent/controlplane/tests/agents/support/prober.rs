@@ -10,11 +10,10 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::ports::{PathEvent, PathId, PeerSpec, Prober, Reflector, WatchError};
+use nsm_controlplane::ports::{PathEvent, PeerSpec, Prober, WatchError};
 use nsm_core::{
     liveness::{
-        health::{Health, Reason, Verdict, Way, Word},
-        sbfd::Discriminator,
+        Finding, Health, PathId, PeerReport, Reason, Reflector, Verdict, sbfd::Discriminator,
     },
     net::Vni,
 };
@@ -42,7 +41,7 @@ struct Table {
     silences: HashMap<IpAddr, Duration>,
     proofs: Vec<IpAddr>,
     /// What peers say, by the connection that brought it.
-    words: BTreeMap<(IpAddr, String), Word>,
+    words: BTreeMap<(IpAddr, String), PeerReport>,
     refuses: bool,
     /// Reflectors that nobody has.
     nobodys: BTreeSet<Discriminator>,
@@ -235,11 +234,11 @@ impl Prober for FakeProber {
             Some(Path::Blocked) => (Verdict::Down, Reason::OwnInputDrops { packets: 9 }),
             _ => (Verdict::Up, Reason::Answered),
         };
-        let way = Way { verdict, reason };
+        let way = Finding { verdict, reason };
         let inward = match lost {
-            Some(Path::DownOutwards) => Way {
+            Some(Path::DownOutwards) => Finding {
                 verdict: Verdict::Up,
-                reason: Reason::PeerHeard,
+                reason: Reason::PeerProbesArrive,
             },
             _ => way,
         };
@@ -252,7 +251,7 @@ impl Prober for FakeProber {
         })
     }
 
-    fn told(&self, user: &str, path: &PathId, word: Option<Word>) {
+    fn told(&self, user: &str, path: &PathId, word: Option<PeerReport>) {
         let mut table = self.table();
         let key = (path.address, user.to_owned());
         let is_counted = table

@@ -412,7 +412,7 @@ impl Session {
         Probe {
             seq,
             state: self.state.on_wire(),
-            diag: self.state.diag(),
+            diagnostic: self.state.diagnostic(),
             interval,
             padded_to,
         }

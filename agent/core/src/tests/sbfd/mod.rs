@@ -8,6 +8,7 @@ mod transitions;
 use std::{collections::VecDeque, time::Duration};
 
 use crate::{clock::Monotonic, liveness::sbfd::*};
+use nsm_ebpf_common::sbfd::State as WireState;
 
 const MS: Duration = Duration::from_millis(1);
 

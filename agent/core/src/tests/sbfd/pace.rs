@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nsm_ebpf_common::sbfd::State as WireState;
 use proptest::prelude::*;
 
 use super::{MS, Path, Simulation};

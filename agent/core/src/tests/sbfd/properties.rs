@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nsm_ebpf_common::sbfd::State as WireState;
 use proptest::prelude::*;
 
 use super::{MS, Path, Random, Simulation};
@@ -212,7 +213,7 @@ proptest! {
                     state: WireState::from_bits(small as u8),
                     required_min_rx: Duration::from_nanos(nanos.rotate_left(32)),
                 })),
-                2 => session.handle_peer_probe(PeerProbe { at, state: WireState::Up, diag: Diag(small as u8) }),
+                2 => session.handle_peer_probe(PeerProbe { at, state: WireState::Up, diagnostic: small as u8 }),
                 3 => session.handle_deadline(at),
                 4 => drop(session.poll_transmit(at, &mut || random.next())),
                 5 => session.prove(at),

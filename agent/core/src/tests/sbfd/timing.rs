@@ -2,6 +2,7 @@
 
 use super::{MS, Path, Simulation};
 use crate::liveness::sbfd::*;
+use nsm_ebpf_common::sbfd::State as WireState;
 
 fn cut() -> Path {
     Path {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::{MS, Path, Simulation};
 use crate::liveness::sbfd::*;
+use nsm_ebpf_common::sbfd::{DIAGNOSTIC_TIME_EXPIRED, State as WireState};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
@@ -126,7 +127,7 @@ fn happen(simulation: &mut Simulation, event: Event) {
         Event::PeerProbe => session.handle_peer_probe(PeerProbe {
             at: now,
             state: WireState::Down,
-            diag: Diag::DETECTION_TIME_EXPIRED,
+            diagnostic: DIAGNOSTIC_TIME_EXPIRED,
         }),
         Event::Moment => simulation.run(5 * MS),
         Event::Silence => simulation.run(8000 * MS),
@@ -181,13 +182,13 @@ fn every_state_and_every_event() {
 
 #[test]
 fn packets_say_down_with_the_reason_unless_up() {
-    let said = |state: State| (state.on_wire(), state.diag());
-    assert_eq!(said(State::Unknown), (WireState::Down, Diag::NONE));
-    assert_eq!(said(State::Up), (WireState::Up, Diag::NONE));
-    assert_eq!(said(State::AdminDown), (WireState::Down, Diag::NONE));
+    let said = |state: State| (state.on_wire(), state.diagnostic());
+    assert_eq!(said(State::Unknown), (WireState::Down, 0));
+    assert_eq!(said(State::Up), (WireState::Up, 0));
+    assert_eq!(said(State::AdminDown), (WireState::Down, 0));
     assert_eq!(
         said(State::Down),
-        (WireState::Down, Diag::DETECTION_TIME_EXPIRED)
+        (WireState::Down, DIAGNOSTIC_TIME_EXPIRED)
     );
 }
 
@@ -196,7 +197,8 @@ fn numbers_stand_in_the_low_bits() {
     let probe = Probe {
         seq: Seq::from_low_bits(1023),
         state: WireState::Up,
-        diag: Diag::NONE,
+        diagnostic: 0,
+
         interval: 50 * MS,
         padded_to: None,
     };

@@ -1,6 +1,6 @@
 //! Metrics of the present state and of the kernel's counters.
 
-use nsm_core::liveness::health::Verdict;
+use nsm_core::liveness::Verdict;
 use nsm_dataplane::bpf::Bpf;
 use nsm_proto::connection::State as ConnectionState;
 use prometheus_client::{

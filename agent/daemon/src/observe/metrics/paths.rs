@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 
-use nsm_core::liveness::health::Verdict;
+use nsm_core::liveness::Verdict;
 use nsm_dataplane::liveness::Preflights;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -61,7 +61,7 @@ pub(super) fn register(evidence: &Evidence, registry: &mut Registry) {
     let [probes, answers, reflected] = [(); 3].map(|()| Family::<OfPeer, Counter>::default());
     for report in &evidence.sessions {
         let of = OfPeer {
-            peer: report.peer.address.to_string(),
+            peer: report.path.address.to_string(),
         };
         for (family, count) in [
             (&probes, report.probes),

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use nsm_core::{liveness::sbfd::Discriminator, net::MacAddr};
+use nsm_core::{
+    liveness::{PathId, Reflector, sbfd::Discriminator},
+    net::MacAddr,
+};
 
 use super::{
-    super::{HealthError, PeerSpec, prober::Command, socket::PacketSocket},
+    super::{HealthError, prober::Command, socket::PacketSocket},
     NodeOnLink, Peers, forwarding,
 };
 use crate::links::{
@@ -63,11 +66,13 @@ impl Peers {
                     && let Some(entry) = entries.iter().find(of_orphan)
                     && let Some(discriminator) = Discriminator::new(orphan.discriminator)
                 {
-                    orphan.at = Some(PeerSpec {
+                    orphan.at = Some(PathId {
                         address: entry.remote,
                         port: entry.port,
-                        vni: entry.vni,
-                        discriminator,
+                        reflector: Reflector {
+                            discriminator,
+                            vni: entry.vni,
+                        },
                     });
                 }
             }

@@ -6,18 +6,18 @@ use std::{
     sync::{MutexGuard, PoisonError},
 };
 
-use nsm_core::liveness::health::Look;
+use nsm_core::liveness::{Look, PathId};
 
 use super::{Command, Peers};
 use crate::{
     bpf::Hooked,
     links::{Family, outgoing_interface},
-    liveness::{PeerSpec, Uncounted},
+    liveness::Uncounted,
 };
 
 impl Peers {
     /// Looks at the links, routes and hooks that a peer's packets meet, mends what can be mended, and tells the prober what it found.
-    pub(super) fn look(&mut self, spec: PeerSpec) {
+    pub(super) fn look(&mut self, spec: PathId) {
         let found = Look {
             link: !self.mend_links().contains(&Family::of(spec.address)),
             card: self.hook_way_to(spec.address),

@@ -23,6 +23,7 @@
 
 use std::collections::HashSet;
 
+use nsm_core::liveness::PathId;
 use nsm_ebpf_common::sbfd::frame::session_key;
 
 use super::{Known, NodeOnLink, Orphan, Peers, forwarding};
@@ -31,7 +32,7 @@ use crate::{
         Family,
         management::{self, ManagementLink},
     },
-    liveness::{HealthError, PeerSpec, preflight::Standing, prober::Command},
+    liveness::{HealthError, preflight::Standing, prober::Command},
 };
 
 /// What speaks for a way; the largest wins.
@@ -80,13 +81,13 @@ impl Peers {
         Ok(true)
     }
 
-    fn ways_to(&self, node: NodeOnLink) -> impl Iterator<Item = (&PeerSpec, &Known)> + Clone {
+    fn ways_to(&self, node: NodeOnLink) -> impl Iterator<Item = (&PathId, &Known)> + Clone {
         let ways = self.known.iter();
         ways.filter(move |(spec, _)| NodeOnLink::of(spec) == node)
     }
 
     /// Each step leaves what works.
-    fn let_speak(&mut self, node: NodeOnLink, spec: PeerSpec) -> Result<(), HealthError> {
+    fn let_speak(&mut self, node: NodeOnLink, spec: PathId) -> Result<(), HealthError> {
         let link = self.link(node.family)?;
         let speaker = node.speaker();
         let before = self
@@ -151,7 +152,7 @@ impl Peers {
     }
 
     /// The way's own probes no longer have the node's own address.
-    fn give_own_mac(&mut self, link: &ManagementLink, spec: PeerSpec) -> Result<(), HealthError> {
+    fn give_own_mac(&mut self, link: &ManagementLink, spec: PathId) -> Result<(), HealthError> {
         let known = self.known.get(&spec).ok_or(HealthError::Closed)?;
         if known.mac != NodeOnLink::of(&spec).speaker() {
             return Ok(());
@@ -172,7 +173,7 @@ impl Peers {
     }
 
     /// Sends answers to a node's probes where this way goes.
-    pub(super) fn answer_at(&mut self, link: &ManagementLink, node: NodeOnLink, spec: PeerSpec) {
+    pub(super) fn answer_at(&mut self, link: &ManagementLink, node: NodeOnLink, spec: PathId) {
         let there = forwarding(node.speaker(), spec);
         if let Err(error) = management::set_peer(&mut self.netlink, link, there) {
             tracing::warn!(%error, peer.ip = %spec.address, "a peer's probes are not answered there");

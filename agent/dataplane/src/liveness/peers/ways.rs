@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use nsm_core::net::MacAddr;
+use nsm_core::{liveness::PathId, net::MacAddr};
 use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
 use tokio::sync::oneshot;
 
@@ -19,15 +19,13 @@ use crate::{
         management::{self, ManagementLink},
         source_address,
     },
-    liveness::{
-        Health, HealthError, Peer, PeerSpec, preflight::PeerCell, prober::Command, session::Entry,
-    },
+    liveness::{Health, HealthError, Peer, preflight::PeerCell, prober::Command, session::Entry},
 };
 
 impl Peers {
     pub(super) fn join(
         &mut self,
-        spec: PeerSpec,
+        spec: PathId,
         health: Health,
         reply: oneshot::Sender<Result<Peer, HealthError>>,
     ) {
@@ -47,7 +45,7 @@ impl Peers {
     }
 
     /// Enters a peer, where all places are taken in that of one that only lingers.
-    fn enter_somewhere(&mut self, spec: PeerSpec) -> Result<(), HealthError> {
+    fn enter_somewhere(&mut self, spec: PathId) -> Result<(), HealthError> {
         match self.enter(spec) {
             Err(full @ HealthError::TooManyPeers { .. }) => {
                 let lingering = self.known.iter();
@@ -61,7 +59,7 @@ impl Peers {
     }
 
     /// Makes a peer known to the kernel and to the prober; nobody uses it yet. After an error everything is as before.
-    fn enter(&mut self, spec: PeerSpec) -> Result<(), HealthError> {
+    fn enter(&mut self, spec: PathId) -> Result<(), HealthError> {
         let address = spec.address;
         if address.is_unspecified() || address.is_multicast() {
             return Err(HealthError::NotAPeer(address));
@@ -92,7 +90,7 @@ impl Peers {
             speaks,
             source,
             counters: None,
-            counts_out: spec.vni == self.config.vni,
+            counts_out: spec.reflector.vni == self.config.vni,
             cell: cell.clone(),
         };
         let slot = match self.enter_behind(entry) {
@@ -176,7 +174,7 @@ impl Peers {
     }
 
     pub(super) fn forget_expired(&mut self, now: Instant) {
-        let doomed: Vec<PeerSpec> = self
+        let doomed: Vec<PathId> = self
             .known
             .iter()
             .filter(|(_, known)| known.expires.is_some_and(|expires| expires <= now))
@@ -198,7 +196,7 @@ impl Peers {
         }
     }
 
-    pub(super) fn forget(&mut self, spec: PeerSpec) {
+    pub(super) fn forget(&mut self, spec: PathId) {
         let Some(known) = self.known.remove(&spec) else {
             return;
         };

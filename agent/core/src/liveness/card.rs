@@ -1,56 +1,56 @@
-//! Whether what the card counts can be believed.
+//! Whether the counts of the network card can be trusted.
 //!
-//! Packets may leave by another interface than those with our programs: a route moved, a card was made anew, somebody took the
-//! programs off. The card's count then stands still while the tunnel's grows, which looks like an output filter and is none. So what the
-//! counts seem to say is told only after somebody looked at routes and hooks ([`Card::poll_look`]), and of a card that did not count
-//! along while the path was up nothing is told at all.
+//! Packets may leave by an interface without our programs: a route moved, a card was replaced, the programs were removed. The card's
+//! count then stands still while the count of the probe link grows, as with an output filter. So a loss between the two is a
+//! conclusion only after routes and hooks were checked ([`Card::poll_look`]). A card whose count did not grow while the path was up
+//! is not trusted at all.
 
 use std::time::Duration;
 
-use super::{Stages, TELLING};
+use super::{Stages, evidence::SIGNIFICANT};
 use crate::clock::Monotonic;
 
-/// Between two looks at the same path, while there is something to be looked at: a look asks the kernel a few times.
+/// Between two checks of one path: a check makes a few system calls.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// What a look at routes and hooks has found.
+/// The result of a check of routes and hooks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Look {
-    /// What leaves for the peer is counted at the card, and was before the look.
+    /// Packets to the peer are counted at the card, and were before the check.
     pub card: bool,
-    /// What comes to the management link is counted there, and was before the look.
+    /// Packets that reach the probe link are counted there, and were before the check.
     pub link: bool,
 }
 
-/// The counts of one path, seen over time.
+/// The counts of one path over time.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Card {
-    /// As the stages were when they were compared last, while the path was up.
+    /// The stages at the last comparison while the path was up.
     compared: Stages,
-    /// Packets came back that had not left by this card.
+    /// Answers arrived to packets that this card did not count.
     is_blind: bool,
     found: Look,
     looked: Option<Monotonic>,
 }
 
 impl Card {
-    /// Nothing that was counted until now is to be compared any more.
+    /// Begins a new comparison with these stages.
     pub fn compare_from(&mut self, stages: Stages) {
         self.compared = stages;
     }
 
-    /// The path is up, and this came to the stages. Where every probe so far was answered, all of them left this node: if not by the
-    /// card that counts, then by another.
+    /// Notes the stages of a path that is up. Where every probe so far was answered, all of them left this node: those that this card
+    /// did not count left by another one.
     pub fn note_up(&mut self, stages: &Stages, all_answered: bool) {
         self.found = Look::default();
         let grown = stages.since(&self.compared);
-        if all_answered && grown.link_out >= TELLING {
+        if all_answered && grown.link_out >= SIGNIFICANT {
             self.is_blind = grown.own_output_drops().is_some();
             self.compared = *stages;
         }
     }
 
-    /// Whether somebody is to look at routes and hooks now; `since_up`: the stages since the path was up.
+    /// Whether routes and hooks are to be checked now; `since_up`: the stages since the path was up.
     pub fn poll_look(&mut self, since_up: &Stages, now: Monotonic) -> bool {
         let has_doubts = self.is_blind
             || since_up.own_output_drops().is_some()
@@ -64,8 +64,8 @@ impl Card {
         has_doubts && is_due
     }
 
-    /// Somebody looked. What was counted until now on a way that is not believed says nothing: here and in `when_up`, the stages as
-    /// they were when the path was up, that way is compared with what is counted from `now` on. The other way's stays.
+    /// Takes the result of a check. Counts of a direction that is not trusted are dropped: here and in `when_up`, the stages when the
+    /// path was up, that direction is compared with what is counted from `now` on. The other direction keeps its counts.
     pub fn handle_look(&mut self, found: Look, now: &Stages, when_up: &mut Stages) {
         self.found = found;
         for then in [&mut self.compared, when_up] {
@@ -80,9 +80,9 @@ impl Card {
         }
     }
 
-    /// Of the stages what can be believed.
+    /// The stages that can be trusted.
     #[must_use]
-    pub fn believed(&self, stages: &Stages, since_up: &Stages) -> Stages {
+    pub fn trusted(&self, stages: &Stages, since_up: &Stages) -> Stages {
         let card_out_counts =
             !self.is_blind && (self.found.card || since_up.own_output_drops().is_none());
         let card_in_counts = self.found.link || since_up.own_input_drops().is_none();

@@ -1,14 +1,17 @@
 //! What the peer's agent says: when it counts, and what two agents that lose the path between them come to know by it.
 
-use std::{collections::VecDeque, net::IpAddr, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
+use nsm_ebpf_common::sbfd::State as WireState;
 use proptest::prelude::*;
 
+use super::judge_at;
 use crate::{
     clock::Monotonic,
     liveness::{
-        health::{Verdict::*, *},
-        sbfd::{Answer, Cause, PeerProbe, Seq, Session, Snapshot, State, Timing, WireState},
+        Verdict::*,
+        sbfd::{Answer, Cause, PeerProbe, Seq, Session, Snapshot, State, Timing},
+        *,
     },
 };
 
@@ -16,19 +19,15 @@ const MS: Duration = Duration::from_millis(1);
 
 const VERDICTS: [Verdict; 4] = [Unknown, Up, Down, Unverified];
 
-fn peer() -> IpAddr {
-    [203, 0, 113, 2].into()
-}
-
 fn start() -> Monotonic {
     Monotonic::from_nanos(10_000_000_000)
 }
 
 /// A session whose probes are unanswered since `start`, on which nothing of the peer comes in.
-fn evidence(state: State, told: Option<Told>) -> Evidence {
+fn evidence(state: State, received: Option<ReceivedReport>) -> Evidence {
     Evidence {
-        peer: peer(),
-        port: 4789,
+        path: super::path_id(),
+        at: start(),
         session: Snapshot {
             state,
             since: start() + 130 * MS,
@@ -44,14 +43,14 @@ fn evidence(state: State, told: Option<Told>) -> Evidence {
             path_mtu: None,
         },
         stages: Stages::default(),
-        heard_elsewhere: false,
-        told,
+        peer_probes_elsewhere: false,
+        peer_report: received,
     }
 }
 
-/// Every word, at every time before and after the silence began, looked at before and after the peer must have noticed.
+/// Every report, at every time before and after the silence began, looked at before and after the peer must have noticed.
 #[test]
-fn a_word_counts_when_the_peer_must_know() {
+fn a_report_counts_when_the_peer_must_know() {
     let moments = [-60_000i64, -500, -1, 0, 1, 129, 130];
     let looks = [130 * MS, 999 * MS, 1000 * MS, 60_000 * MS];
     for (inward, outward) in VERDICTS
@@ -66,8 +65,8 @@ fn a_word_counts_when_the_peer_must_know() {
                 Ok(after) => start() + Duration::from_millis(after),
                 Err(_) => start() - Duration::from_millis(moment.unsigned_abs()),
             };
-            let told = Told {
-                word: Word { inward, outward },
+            let received = ReceivedReport {
+                report: PeerReport { inward, outward },
                 at,
             };
             let counts = moment > 0 || look >= PEER_NOTICES;
@@ -76,21 +75,21 @@ fn a_word_counts_when_the_peer_must_know() {
                 (Up, Unknown | Down | Unverified) if counts => Up,
                 _ => Unknown,
             };
-            let health = judge(&evidence(State::Down, Some(told)), start() + look);
+            let health = judge_at(&evidence(State::Down, Some(received)), start() + look);
             assert_eq!(
                 (health.inward.verdict, health.outward.verdict),
                 (Down, expected),
-                "{told:?}, looked at after {look:?}"
+                "{received:?}, looked at after {look:?}"
             );
         }
     }
 }
 
 #[test]
-fn a_word_is_told_as_one() {
-    let word = |inward| {
-        Some(Told {
-            word: Word {
+fn a_report_is_told_as_one() {
+    let report = |inward| {
+        Some(ReceivedReport {
+            report: PeerReport {
                 inward,
                 outward: Down,
             },
@@ -98,62 +97,62 @@ fn a_word_is_told_as_one() {
         })
     };
     let now = start() + 130 * MS;
-    let health = judge(&evidence(State::Down, word(Up)), now);
+    let health = judge_at(&evidence(State::Down, report(Up)), now);
     assert_eq!(
         health.sentence(Direction::Out),
-        "the way to 203.0.113.2 (UDP 4789) is up: the peer's agent says that our probes come in"
+        "the path to 203.0.113.2 (UDP 4789) is up: the peer's agent reports that our probes arrive"
     );
     assert_eq!(health.worst().0, Direction::In);
-    let health = judge(&evidence(State::Down, word(Down)), now);
+    let health = judge_at(&evidence(State::Down, report(Down)), now);
     assert_eq!(
         health.to_string(),
-        "the way to 203.0.113.2 (UDP 4789) is down: 12 probes left, and the peer's agent says that nothing of ours comes in: see \
-         whether UDP 4789 is let through on the way and into the peer, as new flows and not only as replies"
+        "the path to 203.0.113.2 (UDP 4789) is down: 12 probes left, and the peer's agent reports that nothing from this node arrives: \
+         see whether UDP 4789 is let through on the path and into the peer, as new flows and not only as replies"
     );
 }
 
 /// What this node knows itself goes before what the peer says.
 #[test]
 fn own_evidence_goes_first() {
-    for word in VERDICTS.map(|inward| Word {
+    for report in VERDICTS.map(|inward| PeerReport {
         inward,
         outward: Down,
     }) {
-        let told = Some(Told {
-            word,
+        let received = Some(ReceivedReport {
+            report,
             at: start() + MS,
         });
         let now = start() + 130 * MS;
         for state in [State::Up, State::AdminDown, State::Unknown] {
-            let with = judge(&evidence(state, told), now);
-            assert_eq!(with, judge(&evidence(state, None), now));
+            let with = judge_at(&evidence(state, received), now);
+            assert_eq!(with, judge_at(&evidence(state, None), now));
         }
-        let mut heard = evidence(State::Down, told);
+        let mut heard = evidence(State::Down, received);
         heard.session.peer = Some(PeerProbe {
             at: now - MS,
             state: WireState::Down,
-            diag: crate::liveness::sbfd::Diag::NONE,
+            diagnostic: 0,
         });
-        assert_eq!(judge(&heard, now).outward.verdict, Down);
-        let mut kept = evidence(State::Down, told);
+        assert_eq!(judge_at(&heard, now).outward.verdict, Down);
+        let mut kept = evidence(State::Down, received);
         kept.stages = Stages {
             link_out: 12,
             card_out: Some(0),
             ..Stages::default()
         };
         assert!(matches!(
-            judge(&kept, now).outward.reason,
+            judge_at(&kept, now).outward.reason,
             Reason::OwnOutputDrops { packets: 12 }
         ));
     }
 }
 
 #[test]
-fn a_hop_that_publishes_both_ways_has_a_word() {
-    let metrics = |pairs: &[(&str, &str)]| Published::read(&super::map(pairs)).word();
+fn a_hop_that_publishes_both_ways_publishes_a_report() {
+    let metrics = |pairs: &[(&str, &str)]| Published::read(&super::map(pairs)).report();
     assert_eq!(
         metrics(&[("sbfd_state_in", "up"), ("sbfd_state_out", "unknown")]),
-        Some(Word {
+        Some(PeerReport {
             inward: Up,
             outward: Unknown,
         })
@@ -177,11 +176,11 @@ struct Node {
     /// What comes in, and when.
     probes: VecDeque<PeerProbe>,
     answers: VecDeque<Answer>,
-    known: Option<Word>,
+    known: Option<PeerReport>,
     looked: Monotonic,
     /// What it has published, and when that is heard.
-    words: VecDeque<(Monotonic, Word)>,
-    told: Option<Told>,
+    reports: VecDeque<(Monotonic, PeerReport)>,
+    received: Option<ReceivedReport>,
 }
 
 impl Node {
@@ -192,32 +191,32 @@ impl Node {
             answers: VecDeque::new(),
             known: None,
             looked: now,
-            words: VecDeque::new(),
-            told: None,
+            reports: VecDeque::new(),
+            received: None,
         }
     }
 
     fn judge(&self, now: Monotonic) -> Health {
         let evidence = Evidence {
-            peer: peer(),
-            port: 4789,
+            path: super::path_id(),
+            at: now,
             session: self.session.snapshot(now),
             stages: Stages::default(),
-            heard_elsewhere: false,
-            told: self.told,
+            peer_probes_elsewhere: false,
+            peer_report: self.received,
         };
-        judge(&evidence, now)
+        judge_at(&evidence, now)
     }
 }
 
-/// Two agents, the client's and the server's; the word of the second comes to the first.
+/// Two agents, the client's and the server's; the report of the second comes to the first.
 struct Two {
     now: Monotonic,
     nodes: [Node; 2],
     /// Whether packets pass from each to the other.
     passes: [bool; 2],
     half_trip: Duration,
-    /// From the publication of a word to its arrival.
+    /// From the publication of a report to its arrival.
     travel: Duration,
     random: u64,
 }
@@ -274,7 +273,7 @@ impl Two {
             other.probes.push_back(PeerProbe {
                 at: now + self.half_trip,
                 state: probe.state,
-                diag: probe.diag,
+                diagnostic: probe.diagnostic,
             });
             if self.passes[1 - at] {
                 own.answers.push_back(Answer {
@@ -293,18 +292,18 @@ impl Two {
         if at == 1 && (has_changed || now.since(own.looked) >= LOOK_AGAIN) {
             own.looked = now;
             let health = own.judge(now);
-            let word = Word {
+            let report = PeerReport {
                 inward: health.inward.verdict,
                 outward: health.outward.verdict,
             };
-            if own.known.replace(word) != Some(word) {
-                own.words.push_back((now + travel, word));
+            if own.known.replace(report) != Some(report) {
+                own.reports.push_back((now + travel, report));
             }
         }
         if at == 0 {
-            while other.words.front().is_some_and(|(at, _)| *at <= now) {
-                let (at, word) = other.words.pop_front().expect("there is one");
-                own.told = Some(Told { word, at });
+            while other.reports.front().is_some_and(|(at, _)| *at <= now) {
+                let (at, report) = other.reports.pop_front().expect("there is one");
+                own.received = Some(ReceivedReport { report, at });
             }
         }
     }
@@ -362,12 +361,12 @@ proptest! {
         prop_assert!(seen == [Unknown, truth] || seen == [truth], "{seen:?}");
     }
 
-    /// A word that was said before the loss, and no other since: nothing follows from it, however long it lasts.
+    /// A report that was said before the loss, and no other since: nothing follows from it, however long it lasts.
     #[test]
     fn a_peer_that_fell_silent_before_it_noticed_proves_nothing(outward: bool, seed: u64) {
         let mut two = Two::new(MS, MS, seed);
         two.run(3_000 * MS, |_| ());
-        prop_assert_eq!(two.nodes[0].told.map(|told| told.word), Some(Word { inward: Up, outward: Up }));
+        prop_assert_eq!(two.nodes[0].received.map(|received| received.report), Some(PeerReport { inward: Up, outward: Up }));
         two.passes = [outward, false];
         two.travel = Duration::from_secs(3600);
         two.run(20_000 * MS, |_| ());

@@ -1,11 +1,27 @@
-//! Health in the `metrics` of a path segment: how agents tell each other, and everybody who looks, over NSM's own API.
+//! Health in the `metrics` of a path segment. This file is the specification of these keys.
+//!
+//! An agent publishes the health of a connection's path in the `metrics` map of its own path segment. Every hop in front of it, and
+//! every client, receives it by NSM's own API: in the answer of a Request and in the events of monitor streams.
+//!
+//! | key | value | present |
+//! |---|---|---|
+//! | `sbfd_state_in`, `sbfd_state_out` | a [`Verdict`]: `up`, `down`, `unknown` or `unverified`; the direction as seen from the publishing node | while the node watches the path of a tunnel |
+//! | `sbfd_reason_in`, `sbfd_reason_out` | a [`Reason::code`](super::Reason::code), for programs | while that direction is not `up` |
+//! | `sbfd_reason` | one or two sentences for people; a reader takes at most 1,000 characters | while a direction is not `up` |
+//! | `sbfd_path_mtu` | the largest inner IP packet that the path is known to carry, bytes, decimal | once a search has found it |
+//! | `vxlan_foreign_vnis` | decimal VNIs, separated by commas, at most 16: packets of these arrived from the peer, and the node has no tunnel for them | while there are any |
+//! | `next_hop` | `lost`: the monitor stream from the publishing node's next hop is broken | while it is |
+//! | `next_hop_reason` | a sentence for people, which names the next hop and the cause | with `next_hop` |
+//!
+//! A reader treats a value that does not parse as absent: other components may use the same keys. A publisher leaves all other keys
+//! of the map alone. A change of a sentence alone is not published ([`Published::is_same`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
 
-use super::{Direction, Health, Verdict, Way, Word};
+use super::{Direction, Finding, Health, PeerReport, Verdict};
 use crate::{net::Vni, text::printable};
 
 const STATE_IN: &str = "sbfd_state_in";
@@ -18,47 +34,47 @@ const FOREIGN: &str = "vxlan_foreign_vnis";
 const NEXT_HOP: &str = "next_hop";
 const NEXT_HOP_REASON: &str = "next_hop_reason";
 
-/// The value of [`NEXT_HOP`]; there is no other, for a hop that is heard needs no word.
+/// The only value of [`NEXT_HOP`].
 const LOST: &str = "lost";
 
-/// The most foreign VNIs that are told of one peer: a peer that sends with many has something else wrong with it.
+/// The most foreign VNIs that are published of one peer: a peer that sends with more has another fault.
 const MOST_FOREIGN: usize = 16;
 
-/// The most characters of another hop's sentence that are kept: two of ours on two ways are 600 at most.
+/// The most characters of another hop's sentence that are kept: two of ours have 600 at most.
 const LONGEST_REASON: usize = 1000;
 
-/// VNIs that came from a peer and are no tunnels here.
+/// VNIs in packets from a peer for which this node has no tunnel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ForeignVnis(BTreeSet<Vni>);
 
 impl ForeignVnis {
-    /// Adds one; whether that is news. Beyond the bound none is.
+    /// Adds one; false when it was there or the set is full.
     pub fn insert(&mut self, vni: Vni) -> bool {
         self.0.len() < MOST_FOREIGN && self.0.insert(vni)
     }
 
-    /// Whether it is among them.
+    /// Whether the VNI is in the set.
     #[must_use]
     pub fn contains(&self, vni: Vni) -> bool {
         self.0.contains(&vni)
     }
 
-    /// Forgets one: it is a tunnel now.
+    /// Removes one that is a tunnel now; whether it was there.
     pub fn remove(&mut self, vni: Vni) -> bool {
         self.0.remove(&vni)
     }
 
-    /// Whether there are none.
+    /// Whether the set is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
 
-/// The next hop of whoever tells this is not heard any more: its part of the control plane is away, which says nothing of the path.
+/// The monitor stream from the publishing hop's next hop is broken. That is a loss of the control plane; the path may be good.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LostHop {
-    /// Who is not heard and how that was noticed, as a sentence that may be shown.
+    /// Which hop was lost and how that was noticed: a sentence that is safe to print.
     pub reason: Arc<str>,
 }
 
@@ -68,13 +84,13 @@ impl LostHop {
     pub fn read(metrics: &BTreeMap<String, String>) -> Option<Self> {
         (metrics.get(NEXT_HOP)? == LOST).then(|| Self {
             reason: metrics.get(NEXT_HOP_REASON).map_or_else(
-                || "the next hop is not heard any more".into(),
+                || "the monitor stream of the next hop is broken".into(),
                 |text| printable(text, LONGEST_REASON).into(),
             ),
         })
     }
 
-    /// Writes into our own segment's metrics that the next hop is lost, or takes that back. Whatever else is there stays.
+    /// Writes the loss into the metrics of our own segment, or removes it. Other keys are left alone.
     pub fn write(lost: Option<&Self>, metrics: &mut BTreeMap<String, String>) {
         match lost {
             Some(lost) => {
@@ -92,18 +108,18 @@ impl LostHop {
 /// Health as another hop published it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Published {
-    /// Its way in.
+    /// From its peer to it.
     pub inward: Option<Verdict>,
-    /// Its way out.
+    /// From it to its peer.
     pub outward: Option<Verdict>,
-    /// Its sentence on what is not up, as it may be shown: whoever is behind us writes what it likes.
+    /// Its sentence on what is not up, made safe to print: hops behind us may write any text.
     pub reason: Option<String>,
-    /// VNIs that came to it and that it has no tunnel for.
+    /// VNIs that arrived there and for which it has no tunnel.
     pub foreign: ForeignVnis,
 }
 
 impl Published {
-    /// Reads a segment's metrics. What does not parse is no health: other hops may use the same words for something else.
+    /// Reads a segment's metrics.
     #[must_use]
     pub fn read(metrics: &BTreeMap<String, String>) -> Self {
         let verdict = |key| metrics.get(key).and_then(|text| Verdict::parse(text));
@@ -128,22 +144,22 @@ impl Published {
         }
     }
 
-    /// Whether one of the ways is told to be down.
+    /// Whether one of the directions is published as down.
     #[must_use]
     pub fn is_down(&self) -> bool {
         [self.inward, self.outward].contains(&Some(Verdict::Down))
     }
 
-    /// Its word on the path between it and us, if it is a hop that watches one.
+    /// Its report on the path between it and us; `None` of a hop that watches no path.
     #[must_use]
-    pub fn word(&self) -> Option<Word> {
-        Some(Word {
+    pub fn report(&self) -> Option<PeerReport> {
+        Some(PeerReport {
             inward: self.inward?,
             outward: self.outward?,
         })
     }
 
-    /// Writes health into our own segment's metrics, in place of what was there of it. Whatever else is there stays.
+    /// Writes health into the metrics of our own segment and replaces what was there of it. Other keys are left alone.
     pub fn write(
         health: Option<&Health>,
         foreign: &ForeignVnis,
@@ -155,7 +171,9 @@ impl Published {
         };
         set(STATE_IN, health.map(|it| it.inward.verdict.to_string()));
         set(STATE_OUT, health.map(|it| it.outward.verdict.to_string()));
-        let code = |way: &Way| (way.verdict != Verdict::Up).then(|| way.reason.code().to_owned());
+        let code = |finding: &Finding| {
+            (finding.verdict != Verdict::Up).then(|| finding.reason.code().to_owned())
+        };
         set(REASON_IN, health.and_then(|it| code(&it.inward)));
         set(REASON_OUT, health.and_then(|it| code(&it.outward)));
         set(REASON, health.and_then(sentences));
@@ -167,9 +185,8 @@ impl Published {
         set(FOREIGN, (!vnis.is_empty()).then(|| vnis.join(",")));
     }
 
-    /// Whether two segments' metrics tell the same of health and of the next hop. The sentences may differ, for they count
-    /// milliseconds; the kinds of reasons may not, or the word that this node's firewall is to blame would not be told to who has
-    /// heard that nothing comes in.
+    /// Whether two segments' metrics are the same in health and next hop. The sentences may differ: they contain milliseconds. The
+    /// codes of the reasons may not: a change from `nothing-heard` to `own-input-drops` names the firewall to change.
     #[must_use]
     pub fn is_same(one: &BTreeMap<String, String>, other: &BTreeMap<String, String>) -> bool {
         let keys = [
@@ -179,12 +196,12 @@ impl Published {
     }
 }
 
-/// What is to be said of ways that are not up.
+/// The sentences on the directions with the worse verdict; `None` when both are up.
 fn sentences(health: &Health) -> Option<String> {
     if health.inward == health.outward {
         return (health.verdict() != Verdict::Up).then(|| health.to_string());
     }
-    let told: Vec<_> = [
+    let sentences: Vec<_> = [
         (Direction::Out, health.outward.verdict),
         (Direction::In, health.inward.verdict),
     ]
@@ -192,5 +209,5 @@ fn sentences(health: &Health) -> Option<String> {
     .filter(|(_, verdict)| *verdict == health.verdict())
     .map(|(direction, _)| health.sentence(direction))
     .collect();
-    (health.verdict() != Verdict::Up).then(|| told.join("; "))
+    (health.verdict() != Verdict::Up).then(|| sentences.join("; "))
 }
