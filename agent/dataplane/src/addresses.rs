@@ -1,4 +1,4 @@
-//! The kernel tells when the node's own addresses change: RTNLGRP_IPV4_IFADDR and RTNLGRP_IPV6_IFADDR of rtnetlink.
+//! Changes of the node's own addresses: RTNLGRP_IPV4_IFADDR and RTNLGRP_IPV6_IFADDR of rtnetlink.
 
 use std::io;
 
@@ -42,7 +42,7 @@ impl AddressEvents {
     }
 
     /// Waits until an address of global scope was added, removed, or given another lifetime. May be given up and called again; what
-    /// happens meanwhile is told then. Events that were lost, because too many came, count as a change.
+    /// happens meanwhile is reported then. Events that were lost, because too many came, count as a change.
     ///
     /// # Errors
     /// The socket failed.
@@ -70,7 +70,7 @@ impl AddressEvents {
     }
 }
 
-/// Whether one of the datagram's messages is about an address of global scope. What cannot be read counts: to look once too often costs
+/// Whether one of the datagram's messages is about an address of global scope. What cannot be read counts: one check too many costs
 /// little.
 fn tells_of_a_change(mut datagram: &[u8]) -> bool {
     while !datagram.is_empty() {

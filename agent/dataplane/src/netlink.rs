@@ -5,12 +5,11 @@
 //! and a socket belongs to the one where it was opened. Several requests can go in one call; the kernel works on each and
 //! acknowledges each, whatever became of the others.
 //!
-//! The socket asks for extended acknowledgements and keeps the kernel's own words ([`Refusal`]): they often are the only place where
-//! the reason stands. netlink-packet-core leaves their attributes undecoded, hence the few lines that read them.
+//! The socket asks for extended acknowledgements and keeps the kernel's own message ([`Refusal`]): often only that has the reason. netlink-packet-core leaves their attributes undecoded, hence the few lines that read them.
 //!
 //! The crate `rtnetlink` builds most messages (`links::message`), but its `Handle` does not send them: it is asynchronous, with a task
 //! that drives the socket; it never asks for extended acknowledgements, and of a refusal it hands on the number and undecoded bytes
-//! without the flags that tell where the kernel's words (NLMSGERR_ATTR_MSG) stand in them.
+//! without the flags that show where the kernel's message (NLMSGERR_ATTR_MSG) is in them.
 
 use std::{fmt, io};
 
@@ -28,7 +27,7 @@ const HEADER: usize = 16;
 /// The length of the number that an error message starts with.
 const CODE: usize = 4;
 
-/// NLMSGERR_ATTR_MSG of linux/netlink.h: the kernel's words.
+/// NLMSGERR_ATTR_MSG of linux/netlink.h: the kernel's message.
 const ATTR_MSG: u16 = 1;
 
 /// Room for one answer. The kernel fills dumps up to what the last call offered, 32 KiB at most; single answers are smaller.
@@ -40,18 +39,18 @@ const BATCH: usize = 64;
 /// How often a dump is repeated that was inconsistent because things changed meanwhile.
 const DUMP_ATTEMPTS: usize = 8;
 
-/// A refusal in the kernel's own words.
+/// An error of the kernel, with its message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// The error number.
     pub errno: Errno,
-    /// What the kernel said beside it, when it did (NETLINK_EXT_ACK).
+    /// The kernel's message, if there is one (NETLINK_EXT_ACK).
     pub text: Option<String>,
 }
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The kernel's sentence first: the number often says little ("Math result not representable" for a bad length).
+        // The kernel's message first: the number alone is often unclear ("Math result not representable" for a bad length).
         let text = self.text.as_deref().unwrap_or(self.errno.desc());
         write!(f, "{text} ({:?})", self.errno)
     }
@@ -97,7 +96,7 @@ impl Netlink {
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_ext_ack(true)?;
         socket.set_cap_ack(true)?;
-        // The kernel then checks dump requests and filters by what stands in them (Linux 4.20).
+        // The kernel then checks dump requests and filters by their fields (Linux 4.20).
         socket.set_netlink_get_strict_chk(true)?;
         Ok(Self {
             socket,
@@ -255,7 +254,7 @@ impl Netlink {
     }
 }
 
-/// One message as it stands in a datagram.
+/// One message of a datagram.
 struct Raw<'a> {
     kind: u16,
     flags: u16,
@@ -287,7 +286,7 @@ impl<'a> Raw<'a> {
         ))
     }
 
-    /// The message, or nothing when the decoder does not know it all: it is then about something that is not ours, such as a device of
+    /// The message, or nothing when the decoder cannot read all of it: it is then about something that is not ours, such as a device of
     /// a kind newer than the decoder, and must not stop the rest.
     fn decode(&self) -> Option<RouteNetlinkMessage> {
         match NetlinkMessage::<RouteNetlinkMessage>::deserialize(self.bytes) {
@@ -318,7 +317,7 @@ impl<'a> Raw<'a> {
         }))
     }
 
-    /// The kernel's words: attributes behind the number and, in an NLMSG_ERROR, behind the request that it repeats, all of it or
+    /// The kernel's message: attributes behind the number and, in an NLMSG_ERROR, behind the request that it repeats, all of it or
     /// (NLM_F_CAPPED) its header alone.
     fn kernel_text(&self) -> Option<String> {
         if self.flags & NLM_F_ACK_TLVS == 0 {

@@ -1,6 +1,6 @@
 //! Network namespaces: finding them, being sure of them, and entering them.
 //!
-//! A [`Netns`] is an open handle that was checked once: what it refers to is a network namespace, not a file that stands where one
+//! A [`Netns`] is an open handle that was checked once: it refers to a network namespace, not to a file in the place where one
 //! was expected. The handle keeps the namespace alive. A pod's links would outlive the pod if a handle did, so nothing holds one
 //! longer than a call: keep the path or the [`NetnsId`] and open it again.
 //!
@@ -43,7 +43,7 @@ pub struct Netns {
     id: NetnsId,
 }
 
-/// What tells one namespace from another, as `stat` shows it. It says nothing of whether the namespace still exists, and the inode of
+/// The identity of a namespace, as `stat` shows it. It does not show whether the namespace still exists, and the inode of
 /// one that is gone can come back for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetnsId {
@@ -154,7 +154,7 @@ impl Netns {
         Self::checked(handle, path)
     }
 
-    /// The namespace behind a descriptor that somebody handed over. It may have been opened with O_PATH, which shows that its sender
+    /// The namespace behind a descriptor that was passed to this process. It may have been opened with O_PATH, which shows that its sender
     /// could reach it and works for nothing else: it is opened again.
     ///
     /// # Errors
@@ -215,7 +215,7 @@ impl Netns {
             .collect()
     }
 
-    /// What tells this namespace from another.
+    /// The identity of this namespace.
     #[must_use]
     pub const fn id(&self) -> NetnsId {
         self.id
@@ -315,7 +315,7 @@ fn failed(action: &'static str, path: &Path, errno: Errno) -> NetnsError {
 }
 
 fn kind_name(kind: CloneFlags) -> &'static str {
-    /// CLONE_NEWTIME of linux/sched.h, which nix does not know.
+    /// CLONE_NEWTIME of linux/sched.h, which nix lacks.
     const TIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
     match kind {
         CloneFlags::CLONE_NEWNS => "mnt",

@@ -33,7 +33,7 @@ pub enum LinkAliasError {
         "link alias `{0}` is not of the form `{PREFIX}<domain>/<connection id>`: the link is not ours"
     )]
     NotOurs(String),
-    /// No domain, or one that could not be told from the connection id.
+    /// No domain, or one that could not be separated from the connection id.
     #[error(
         "domain `{0}` is not possible in a link alias: it is empty, or has `/` or a control character"
     )]

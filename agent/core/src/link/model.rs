@@ -341,62 +341,62 @@ fn vxlan_spec() -> impl Strategy<Value = VxlanSpec> {
     )
 }
 
-/// What somebody else did to the link in the meantime.
+/// A change of the link by another program in the meantime.
 #[derive(Debug, Clone)]
-enum Meddling {
+enum Interference {
     Down,
     Address(IpNet),
     Route(RouteSpec),
     Nothing,
 }
 
-fn meddling() -> impl Strategy<Value = Meddling> {
+fn interference() -> impl Strategy<Value = Interference> {
     prop_oneof![
-        Just(Meddling::Down),
-        Just(Meddling::Address("10.0.0.77/24".parse().unwrap())),
-        Just(Meddling::Address("172.16.0.1/16".parse().unwrap())),
-        Just(Meddling::Route(RouteSpec {
+        Just(Interference::Down),
+        Just(Interference::Address("10.0.0.77/24".parse().unwrap())),
+        Just(Interference::Address("172.16.0.1/16".parse().unwrap())),
+        Just(Interference::Route(RouteSpec {
             prefix: "192.168.0.0/16".parse().unwrap(),
             via: None
         })),
-        Just(Meddling::Nothing),
+        Just(Interference::Nothing),
     ]
 }
 
 impl Kernel {
-    fn suffer(&mut self, meddling: &Meddling) {
+    fn interfere(&mut self, interference: &Interference) {
         let Some(link) = self.link.as_mut() else {
             return;
         };
-        match *meddling {
-            Meddling::Down => {
+        match *interference {
+            Interference::Down => {
                 link.up = false;
                 link.routes.clear();
                 link.neighbours.clear();
                 link.addresses.retain(|address| address.addr().is_ipv4());
             }
-            Meddling::Address(address) => drop(add_address(link, address)),
-            Meddling::Route(spec) => link.routes.push(Route { spec, ours: false }),
-            Meddling::Nothing => {}
+            Interference::Address(address) => drop(add_address(link, address)),
+            Interference::Route(spec) => link.routes.push(Route { spec, ours: false }),
+            Interference::Nothing => {}
         }
     }
 }
 
 proptest! {
     #[test]
-    fn one_plan_converges(specs in vec(vxlan_spec(), 1..4), meddling in vec(meddling(), 4), promote_secondaries: bool) {
+    fn one_plan_converges(specs in vec(vxlan_spec(), 1..4), interference in vec(interference(), 4), promote_secondaries: bool) {
         let mut kernel = Kernel { link: None, promote_secondaries };
-        for (spec, meddling) in specs.iter().zip(&meddling) {
-            kernel.suffer(meddling);
+        for (spec, interference) in specs.iter().zip(&interference) {
+            kernel.interfere(interference);
             converge(&mut kernel, Wanted::Vxlan(spec))?;
         }
     }
 
     #[test]
-    fn one_plan_converges_for_veth(specs in vec(link_spec(), 1..4), meddling in vec(meddling(), 4), promote_secondaries: bool) {
+    fn one_plan_converges_for_veth(specs in vec(link_spec(), 1..4), interference in vec(interference(), 4), promote_secondaries: bool) {
         let mut kernel = Kernel { link: None, promote_secondaries };
-        for (spec, meddling) in specs.iter().zip(&meddling) {
-            kernel.suffer(meddling);
+        for (spec, interference) in specs.iter().zip(&interference) {
+            kernel.interfere(interference);
             converge(&mut kernel, Wanted::Veth(spec))?;
         }
     }
@@ -406,7 +406,7 @@ proptest! {
         let mut kernel = Kernel { link: None, promote_secondaries: true };
         converge(&mut kernel, Wanted::Vxlan(&spec))?;
         let foreign = RouteSpec { prefix: "192.168.0.0/16".parse().unwrap(), via: None };
-        kernel.suffer(&Meddling::Route(foreign));
+        kernel.interfere(&Interference::Route(foreign));
         let plan = diff(Wanted::Vxlan(&next), kernel.link.as_ref());
         prop_assert!(!plan.contains(&Operation::RemoveRoute(foreign)), "{:?}", plan);
     }

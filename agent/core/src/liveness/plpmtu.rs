@@ -1,14 +1,14 @@
 //! How large packets a path carries, found out by sending some: packetization layer path MTU discovery (RFC 8899).
 //!
-//! Probes are of the tunnel's own kind and say "do not fragment", so no ICMP is needed, and none is believed. Sizes are those of the
+//! Probes are packets of the tunnel with "do not fragment" set, so no ICMP is needed, and none is trusted. Sizes are those of the
 //! *inner* IP packet: what is found is the MTU that the tunnel's links can have.
 //!
 //! The search: one quick probe of the wanted size, for most paths carry it. Where it stays unanswered the base is confirmed, then the sizes
-//! between are halved. The size found is confirmed again and again; when it gets lost (a black hole: the path has shrunk and nobody says so)
+//! between are halved. The size found is confirmed again and again; when it gets lost (a black hole: the path MTU has shrunk without an ICMP message)
 //! the MTU falls to the base at once, so that traffic goes on, and is searched anew. Every ten minutes a path that carries less than wanted
 //! is asked whether it has grown.
 //!
-//! Loss of a large probe counts only while small ones come back: a path that is down says nothing of sizes. That also is why the
+//! Loss of a large probe counts only while small ones come back: a path that is down is no evidence about sizes. That also is why the
 //! search may go faster than RFC 8899's PROBE_TIMER, which has no such witness; the confirmations keep to it.
 
 use std::time::Duration;
@@ -63,7 +63,7 @@ pub struct Search {
     base: u16,
     wanted: u16,
     phase: Phase,
-    /// The largest size that works, as far as we know.
+    /// The largest size that is known to work.
     works: Option<u16>,
     /// The smallest size that fails.
     fails: u16,
@@ -94,7 +94,7 @@ impl Search {
         }
     }
 
-    /// Changes the size that is hoped for. The search goes on from what it knows.
+    /// Changes the wanted size. The search goes on from its present result.
     pub fn want(&mut self, wanted: u16, now: Monotonic) {
         let wanted = wanted.max(self.smallest);
         if wanted == self.wanted {
@@ -195,7 +195,7 @@ impl Search {
                 self.next = now;
                 self.handle_loss(flight.size, needed, now);
             } else {
-                // Nothing came back at all: it says nothing of sizes. Wait for a witness.
+                // Nothing came back at all, which is no evidence about sizes. Wait for a small probe that does.
                 self.in_flight = Some(InFlight {
                     until: now + wait.max(SHORTEST_WAIT),
                     ..flight

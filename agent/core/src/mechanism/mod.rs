@@ -2,7 +2,7 @@
 //!
 //! On the wire a mechanism is a class, a type and string parameters; the keys are NSM's (`api/pkg/api/networkservice/mechanisms`).
 //! Each side fills its own: the client `src_*`, the server `dst_*` and `vni`. An empty string is the same as no value, because proxies
-//! clear values so. Parameters that are not ours pass through untouched: a later NSM, or another forwarder, may know them.
+//! clear values so. Parameters that are not ours pass through untouched: a later NSM, or another forwarder, may use them.
 
 mod kernel;
 pub mod vni_pool;
@@ -18,7 +18,7 @@ use crate::{
     text::decimal,
 };
 
-/// A mechanism's parameters as they stand on the wire.
+/// A mechanism's parameters as on the wire.
 pub type Parameters = BTreeMap<String, String>;
 
 /// Class of mechanisms within a node.
@@ -57,7 +57,7 @@ pub const VNI: &str = "vni";
 pub const SBFD_DISCRIMINATOR_SRC: &str = "sbfd_discriminator_src";
 /// Key: the discriminator of the server side's S-BFD reflector.
 pub const SBFD_DISCRIMINATOR_DST: &str = "sbfd_discriminator_dst";
-/// Key: the management VNI (RFC 8971) of the side that speaks: the client's in a Request, the server's in the answer.
+/// Key: the probe VNI (RFC 8971's management VNI) of the sender: the client's in a Request, the server's in the answer.
 pub const SBFD_VNI: &str = "sbfd_vni";
 /// Key: the largest packet that the tunnel carries, in bytes.
 pub const MTU: &str = "MTU";
@@ -197,9 +197,9 @@ pub struct Vxlan {
     pub src_ip: Option<IpAddr>,
     /// The server side's address.
     pub dst_ip: Option<IpAddr>,
-    /// The UDP port on which the client side receives; [`VXLAN_PORT`] when not said.
+    /// The UDP port on which the client side receives; [`VXLAN_PORT`] when absent.
     pub src_port: u16,
-    /// The UDP port on which the server side receives; [`VXLAN_PORT`] when not said.
+    /// The UDP port on which the server side receives; [`VXLAN_PORT`] when absent.
     pub dst_port: u16,
     /// The identifier, once the server has chosen it.
     pub vni: Option<Vni>,
@@ -209,7 +209,7 @@ pub struct Vxlan {
     pub src_discriminator: Option<Discriminator>,
     /// The server side's S-BFD reflector, if it has one.
     pub dst_discriminator: Option<Discriminator>,
-    /// The management VNI of the side that speaks; see [`SBFD_VNI`].
+    /// The probe VNI of the sender; see [`SBFD_VNI`].
     pub sbfd_vni: Option<Vni>,
 }
 
@@ -248,8 +248,8 @@ impl Vxlan {
         })
     }
 
-    /// Writes the parameters and leaves those it does not know alone. What is absent is removed. A port stands beside its address: a side
-    /// that is not filled in yet says nothing of its port, unless the port is not the default.
+    /// Writes the parameters and leaves those it does not know alone. What is absent is removed. A port is written with its
+    /// address: a side without address has a port only where that is not the default.
     pub fn write(&self, params: &mut Parameters) {
         let port =
             |ip: Option<IpAddr>, port: u16| (ip.is_some() || port != VXLAN_PORT).then_some(port);
@@ -350,7 +350,7 @@ fn parse_mtu(params: &Parameters) -> Result<Option<u32>, MechanismError> {
 /// without class is matched by its type alone, as NSM does.
 ///
 /// # Errors
-/// [`MechanismError::NoneOffered`] for an empty offer: NSM refuses it too, and a mechanism that nobody asked for would help nobody.
+/// [`MechanismError::NoneOffered`] for an empty offer, as in NSM: a mechanism that was not offered would be of no use.
 /// [`MechanismError::NoCommon`] with both lists otherwise.
 pub fn choose<'a>(
     offered: impl Iterator<Item = (&'a str, &'a str)>,

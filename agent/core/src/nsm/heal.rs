@@ -2,13 +2,13 @@
 //!
 //! | what is lost | what is done |
 //! |---|---|
-//! | our own agent | it is asked for the same until it answers: there is nobody else to ask; then what it cannot reach is waited for |
+//! | our own agent | the same Request is repeated until it answers: there is no other agent; then what it cannot reach is waited for |
 //! | the control plane behind it, the path is good | the same endpoint is asked for again, within [`PATIENCE`]; traffic goes on meanwhile |
 //! | the control plane behind it, nothing is known of the path | the same, within [`BLIND_PATIENCE`] |
-//! | the path | another endpoint is asked for; the old tunnel stands until the new one does |
+//! | the path | another endpoint is asked for; the old tunnel is kept until the new one exists |
 //! | the endpoint | what there was is closed, and another endpoint is asked for |
 //!
-//! Whatever is asked for again, a tunnel whose packets may pass is not closed before another stands: only the endpoint's own end, or a
+//! Whatever is asked for again, a tunnel whose packets may pass is not closed before another exists: only the endpoint's own end, or a
 //! refusal that cannot be waited out, makes it useless.
 //!
 //! The first loss is tried to be mended at once, and so is that of a connection that lived long enough to be called one; other tries are
@@ -21,34 +21,34 @@ use crate::{backoff::Backoff, clock::Monotonic};
 /// The shortest wait before another try: an agent that restarts is back within it.
 pub const SHORTEST_WAIT: Duration = Duration::from_millis(200);
 
-/// The longest: a person who mends something wants to see it work.
+/// The longest: after a repair an operator expects a result.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// A connection that lived so long is one: its loss is tried to be mended at once. One that comes and goes faster is asked for with
 /// growing waits, so that two that disagree do not spin.
 pub const STABLE: Duration = Duration::from_secs(10);
 
-/// How long the same endpoint is asked for while an agent on the way to it is not heard and the path is known to be good. An agent
+/// How long the same endpoint is asked for while an agent on the path of the connection is lost and the tunnel's path is good. An agent
 /// that died is started again at once by systemd, and by Kubernetes after 10, 20 and 40 s when it dies again. Traffic goes on meanwhile,
-/// so that waiting costs little; not for ever, since nobody tells what becomes of the endpoint as long as its agent is away.
+/// so that waiting costs little; not for ever, since the endpoint's state is unknown while its agent is away.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long where nobody knows whether packets pass: the node may have gone with its agent, and another endpoint is there. An agent that
+/// How long where it is unknown whether packets pass: the node may have gone with its agent, and another endpoint is there. An agent that
 /// is started again at once is back within it; NSM's own healing waits 15 s.
 pub const BLIND_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long an endpoint may be unknown to an agent that is heard again: registries that live in agents know nobody after a restart, and
+/// How long an endpoint may be unknown to an agent that is back: registries inside agents are empty after a restart, and
 /// endpoints that lost theirs register every 5 s at least.
 pub const REGISTERS_AGAIN: Duration = Duration::from_secs(10);
 
 /// What was noticed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
-    /// Our own agent is not heard any more; nothing is known of what lies behind it.
+    /// The stream to our own agent is broken; the state of the hops behind it is unknown.
     Agent,
-    /// A hop behind our agent is not heard any more, and no path is told to be down.
+    /// A hop behind our agent is lost, and no hop reports its path down.
     ControlPlane {
-        /// Whether those who are heard tell that packets pass.
+        /// Whether the remaining hops report that packets pass.
         is_path_good: bool,
     },
     /// Packets do not pass.
@@ -64,9 +64,9 @@ pub enum Failure {
     Agent,
     /// No answer in time, from our agent or from a hop behind it.
     Silence,
-    /// Our agent says that somebody cannot be reached.
+    /// Our agent reports that a hop is unreachable.
     Unavailable,
-    /// Whoever is asked knows no such endpoint.
+    /// The registry or endpoint that was asked has no such endpoint.
     Unknown,
     /// Any other refusal, and answers that are none.
     Refused,
@@ -116,7 +116,7 @@ enum Phase {
     ControlPlane {
         since: Monotonic,
         until: Monotonic,
-        /// Since when the endpoint is unknown to those who answer.
+        /// Since when answers report the endpoint as unknown.
         unknown: Option<Monotonic>,
     },
     /// An endpoint. Nothing makes the old one wanted again.

@@ -5,7 +5,7 @@
 //! that is met again, because the Request is a refresh, keeps its id: the id is what makes the Request a refresh.
 //!
 //! Segments below ours are kept as they came, even when ours is new. NSM does so, and it matters when a client heals over another
-//! forwarder: the endpoint then sees the id it knows, refreshes, and keeps its addresses. Names and ids below are claims of the sender
+//! forwarder: the endpoint then finds its connection, refreshes it, and keeps its addresses. Names and ids below are claims of the sender
 //! and nothing else; each hop below checks its own.
 
 use std::{collections::BTreeMap, time::SystemTime};
@@ -28,10 +28,10 @@ pub struct Segment {
     pub metrics: BTreeMap<String, String>,
 }
 
-/// The hops of a connection, and the one that speaks.
+/// The hops of a connection, and the sender among them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Path {
-    /// Which segment speaks.
+    /// The index of the sender's segment.
     pub index: u32,
     /// The hops, the client first.
     pub segments: Vec<Segment>,
@@ -86,7 +86,7 @@ pub enum PathError {
         /// The sender's name.
         name: String,
     },
-    /// The sender's segment does not say when it expires.
+    /// The sender's segment has no expiry.
     #[error(
         "expiration for the previous path segment cannot be nil: segment {index} ({name}) has no expires; send it, or the metadata nsm-client-token-expires"
     )]
@@ -256,7 +256,7 @@ impl Path {
         self.index = hop.previous.unwrap_or(hop.index);
     }
 
-    /// When the first of the hops expires; none when no hop says.
+    /// When the first of the hops expires; none when no hop has an expiry.
     #[must_use]
     pub fn earliest_expiry(&self) -> Option<SystemTime> {
         self.segments
@@ -281,7 +281,7 @@ impl Path {
 }
 
 /// Checks what a downstream hop answered to `sent`: the index, names and ids down to our own segment are what we sent, for they are ours
-/// and our senders' to give. What stands below is the downstream's; it may be more, or less where an endpoint trimmed the path.
+/// and our senders' to give. The segments behind are the downstream's: more than before, or fewer where an endpoint trimmed the path.
 ///
 /// # Errors
 /// One variant for each fault; the caller closes the connection downstream.

@@ -1,6 +1,6 @@
 //! The choice of an endpoint, by the rules that a network service has and the labels of client and endpoints.
 //!
-//! The first rule whose source selector fits the client's labels decides; its routes say which endpoints may serve. A rule with
+//! The first rule whose source selector fits the client's labels decides; its routes select the endpoints that may serve. A rule with
 //! `fallthrough` that finds no endpoint gives way to the next. A service without rules is served by every endpoint (NSM's
 //! `matchutils` and `roundrobin`).
 //!
@@ -26,7 +26,7 @@ pub struct Match {
 }
 
 impl Match {
-    /// A rule as it stands on the wire. One that has metadata and neither routes nor `fallthrough` lets every endpoint serve (NSM's
+    /// A rule as on the wire. One that has metadata and neither routes nor `fallthrough` lets every endpoint serve (NSM's
     /// `matchutils`); without metadata it lets none.
     #[must_use]
     pub fn from_wire(
@@ -49,7 +49,7 @@ impl Match {
 /// A route of a rule: the endpoints with these labels, and their share.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Destination {
-    /// The labels that an endpoint must have. `{{.key}}` in a value stands for the client's label of that key.
+    /// The labels that an endpoint must have. `{{.key}}` in a value is replaced by the client's label of that key.
     pub selector: Labels,
     /// The share of first choices among the rule's routes.
     pub weight: u32,

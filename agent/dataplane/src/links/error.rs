@@ -11,7 +11,7 @@ use crate::{
     netns::{NetnsError, NetnsId},
 };
 
-/// Why a link could not be made, changed, removed or read. Where the kernel refused, its own words are kept.
+/// Why a link could not be made, changed, removed or read. The kernel's own message is kept.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     /// The namespace cannot be worked in.
@@ -29,7 +29,7 @@ pub enum LinkError {
         /// What has it.
         holder: LinkHolder,
     },
-    /// The VNI is in use on this node, by whomever. Ask for another one: the server that chose it could not know.
+    /// The VNI is in use on this node, by any program. A Request for another one is possible: the server could not check.
     #[error("VNI {vni} on UDP port {port} is taken on this node [{kernel}]: another VNI is needed")]
     VniTaken {
         /// The VNI that was wanted.
@@ -107,7 +107,7 @@ pub enum LinkError {
         /// The kernel's answer.
         kernel: Refusal,
     },
-    /// The domain cannot stand in the alias that marks a link as ours.
+    /// The domain is not possible in the alias that marks a link as ours.
     #[error(transparent)]
     Alias(#[from] LinkAliasError),
     /// Both ends of a pair would be the same link to us.
@@ -141,7 +141,7 @@ pub enum LinkError {
         kernel: Refusal,
     },
     /// The node has no route to anywhere else.
-    #[error("this node has no default route: tell the agent which address to use")]
+    #[error("this node has no default route: set the address of tunnels in the configuration")]
     NoDefaultRoute,
     /// Netlink itself failed.
     #[error(transparent)]

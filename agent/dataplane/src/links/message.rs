@@ -1,7 +1,7 @@
 //! The requests that links are made with.
 //!
-//! Each is written by a builder of rtnetlink where one says the same, else by hand: its address builder adds a broadcast address and
-//! knows no flags, for neighbours and namespace numbers it has none, and its route builder presets what a look-up must leave open.
+//! Each is made by a builder of rtnetlink where that gives the same message, else by hand: its address builder adds a broadcast address
+//! and has no flags, it has none for neighbours and namespace numbers, and its route builder sets what a look-up must leave open.
 
 use std::{
     net::IpAddr,
@@ -33,7 +33,7 @@ pub(super) const LINK_GROUP: u32 = u32::from_be_bytes(*b"nsmp");
 /// Groups for links that are about to be deleted together.
 pub(super) const DOOMED_GROUPS: std::ops::Range<u32> = LINK_GROUP + 1..LINK_GROUP + 1024;
 
-/// The origin of routes that the agent makes (`proto` in `ip route`), so that nobody else's is ever removed. Free for use as all above
+/// The origin of routes that the agent makes (`proto` in `ip route`), so that no other route is ever removed. Free for use as all above
 /// RTPROT_STATIC that rtnetlink.h does not list.
 pub(super) const ROUTE_PROTOCOL: RouteProtocol = RouteProtocol::Other(78);
 
@@ -162,7 +162,7 @@ fn delete(link: LinkMessageBuilder<LinkUnspec>) -> Request {
     (RouteNetlinkMessage::DelLink(link.build()), 0)
 }
 
-/// By which number the socket's namespace knows another one.
+/// The number of another namespace in the socket's own.
 pub(super) fn get_netns_id(netns: &Netns) -> Request {
     let mut message = NsidMessage::default();
     // Descriptors are never negative.
@@ -268,7 +268,7 @@ pub(super) fn look_up_route(remote: IpAddr) -> Request {
 
 pub(super) fn add_route(index: u32, route: RouteSpec) -> Request {
     let scope = match route.via {
-        // IPv6 knows no scopes of routes.
+        // IPv6 has no scopes of routes.
         None if route.prefix.addr().is_ipv4() => RouteScope::Link,
         _ => RouteScope::Universe,
     };
@@ -293,7 +293,7 @@ fn route(index: u32, route: RouteSpec) -> RouteMessageBuilder<IpAddr> {
         .expect("a prefix is no longer than its address")
         .output_interface(index);
     if let Some(via) = route.via {
-        // The next hop is the other end of the link, whatever the prefix length of our address says.
+        // The next hop is the other end of the link, whatever the prefix length of our address.
         message = message.onlink();
         // Not the builder's `gateway`: the families that it refuses are for the kernel to refuse, whose answer is reported as any other.
         message

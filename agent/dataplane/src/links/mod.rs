@@ -1,22 +1,25 @@
 //! The links of connections: made, changed, removed and read, in the pods' network namespaces.
 //!
-//! [`Links`] has the node's namespace, the one where tunnels' UDP sockets live, and is told the pod's at each call. A VXLAN link is
-//! created from the node's side directly inside the pod's namespace: its socket stays on the node, so that no bridge, veth or copy
-//! lies between, and nothing is moved, which would take the kernel a hundred times longer than creating.
+//! [`Links`] holds the node's namespace, where the UDP sockets of tunnels are; the pod's is an argument of each call. A VXLAN link is
+//! created from the node's side directly inside the pod's namespace. Its socket stays on the node, so there is no bridge, veth or copy
+//! in between, and nothing is moved, which would take the kernel a hundred times longer than the creation.
 //!
-//! How it fails: a call that created a link and then failed removes that link, also when the caller went away meanwhile, so that an
-//! error or a dropped future leaves no link behind; one that had to be made anew under the same name is gone then, too. A call that changed a link in place leaves what it had reached; the next
-//! call goes on from there. Calls for one alias come one after the other.
+//! Failures: a call that created a link and then failed removes that link. A link that had to be made again under the same name is gone
+//! then, too. A call that changed a link in place leaves what it had reached; the next call continues from there.
 //!
-//! The kernel's side blocks, so each call works in one of a few threads that enter the namespaces and come home (`pool`).
+//! Cancellation: a dropped future does not stop a call that has begun, but what the call creates is then removed. Calls for one alias
+//! run one after the other. There is no timeout: a call waits for the calls before it and for the kernel.
+//!
+//! System calls block, so each call runs in one of a few threads that enter the namespaces (`pool`).
 
+mod basics;
 mod error;
-pub(crate) mod management;
 mod message;
 mod observe;
 mod place;
 mod pool;
 mod port;
+pub(crate) mod probe_link;
 mod session;
 mod turns;
 mod underlay;
@@ -33,7 +36,7 @@ pub use self::error::{LinkError, LinkHolder, PortHolder};
 use self::pool::Pool;
 use self::turns::{Parcel, Turn, Turns, Undo};
 pub(crate) use self::{
-    management::Family,
+    probe_link::Family,
     underlay::{interface as outgoing_interface, source as source_address},
 };
 use crate::{
@@ -44,8 +47,8 @@ use crate::{
 /// Threads that make or read links. The kernel does one at a time anyhow (its RTNL lock); more would only wait there.
 const WORKERS: usize = 4;
 
-/// Threads that remove links. Each waits some 20 ms in the kernel, without the lock and so best together with others, and must not
-/// keep those from working who make links.
+/// Threads that remove links. Each waits some 20 ms in the kernel, without the lock, so many can wait at the same time. They are not
+/// the threads that make links, which must not wait for them.
 const REMOVERS: usize = 32;
 
 /// Makes, changes, removes and reads links. A clone is the same.
@@ -62,22 +65,22 @@ struct Inner {
     removers: Pool,
 }
 
-/// A link that is as it was wanted.
+/// A link in its wanted state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpLink {
     /// Its index in the pod's namespace.
     pub index: u32,
     /// Its name.
     pub name: IfName,
-    /// Its Ethernet address, drawn by the kernel when none was wanted.
+    /// Its Ethernet address; the kernel's choice when none was wanted.
     pub mac: MacAddr,
     /// Whether this call created it.
     pub created: bool,
-    /// How many operations this call needed; 0 when it was as wanted already.
+    /// How many operations this call needed; 0 when nothing differed.
     pub operations: usize,
 }
 
-/// What went over a link since it was created, seen from the pod.
+/// The traffic of a link since it was created, as seen from the pod.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LinkStatistics {
     /// Packets that the pod received.
@@ -163,7 +166,7 @@ impl Links {
 
     /// Removes the pod's link with exactly this alias, and the other end with a veth. False: there was none.
     ///
-    /// A pod whose namespace is gone took its links along: [`NetnsError::is_gone`] at opening it says so.
+    /// The links of a pod are gone with its namespace: opening the namespace then fails with [`NetnsError::is_gone`].
     ///
     /// # Errors
     ///
@@ -200,34 +203,8 @@ impl Links {
         self.read(move || session::observe(&pod, &alias)).await
     }
 
-    /// Changes the MTU of the pod's link with this alias, as the path's is found to be, and nothing else on it. The MTU that it has
-    /// then; None when there is no such link.
-    ///
-    /// The kernel takes all IPv6 addresses off a link of less than 1,280 bytes (RFC 8200 section 5): one that has some stays at that
-    /// size, so that its small packets pass. The next `up_vxlan` sets what its plan says.
-    ///
-    /// # Errors
-    ///
-    /// The namespace cannot be entered, or the kernel refused.
-    pub async fn set_mtu(
-        &self,
-        pod: &Netns,
-        alias: &LinkAlias,
-        mtu: u32,
-    ) -> Result<Option<u32>, LinkError> {
-        let turn = self.inner.turns.take([alias]).await;
-        let (pod, alias) = (pod.clone(), alias.clone());
-        self.work(
-            &self.inner.workers,
-            turn,
-            move || session::set_mtu(&pod, &alias, mtu),
-            nothing_to_undo(),
-        )
-        .await
-    }
-
-    /// What went over each of our links in the pod's namespace. The kernel is asked for all at once: a pod may have thousands, and
-    /// finding one takes as long as reading all.
+    /// The traffic of each of our links in the pod's namespace. All are read at once: a pod may have thousands, and finding one takes as
+    /// long as reading all.
     ///
     /// # Errors
     ///
@@ -240,8 +217,8 @@ impl Links {
         self.read(move || session::statistics(&pod)).await
     }
 
-    /// Every connection's link of this domain's agents in all namespaces that can be found, each with where it is: after a restart, those whose
-    /// connection nobody knows are to be taken down.
+    /// Every connection's link of this domain's agents in all namespaces that can be found, each with where it is: after a restart, links
+    /// without connection are to be removed.
     ///
     /// Namespaces that cannot be entered are left out, with a log line. The handles keep their namespaces alive: drop them soon.
     ///
@@ -253,8 +230,8 @@ impl Links {
         self.read(move || Ok(session::find_ours(&domain))).await
     }
 
-    /// The largest packet that goes to the peer without being fragmented, as far as this node knows: the route's MTU, one learnt from
-    /// the path, or that of the interface it leaves by, bytes.
+    /// The largest packet that goes to the peer without being fragmented, as far as is known on this node, bytes: the route's MTU, one
+    /// learnt from the path, or that of the interface.
     ///
     /// # Errors
     ///
@@ -288,7 +265,7 @@ impl Links {
         job: impl FnOnce(&mut Netlink) -> Result<T, LinkError> + Send + 'static,
     ) -> Result<T, LinkError> {
         let node = self.inner.node.clone();
-        self.read(move || job(&mut session::open_in(&node)?)).await
+        self.read(move || job(&mut basics::open_in(&node)?)).await
     }
 
     async fn read<T: Send + 'static>(
@@ -300,7 +277,7 @@ impl Links {
             .await
     }
 
-    /// Runs a job in a thread of the pool. When nobody waits for its result any more, the result is undone.
+    /// Runs a job in a thread of the pool. When the caller is gone, the result is undone.
     async fn work<T: Send + 'static>(
         &self,
         pool: &Pool,
@@ -311,14 +288,14 @@ impl Links {
         let (sender, receiver) = oneshot::channel();
         let run = move || {
             let result = job().map(|result| Parcel::new(result, undo, turn));
-            // Whoever gave up drops the parcel, wherever it is on its way.
+            // A caller that gave up drops the parcel, wherever it is.
             let _ = sender.send(result);
         };
         pool.run(Box::new(run)).map_err(LinkError::Thread)?;
         match receiver.await {
             Ok(result) => result.map(Parcel::open),
             Err(_) => Err(LinkError::Thread(io::Error::other(
-                "the work was lost, the log says why",
+                "the worker thread ended during the call: see the log for the cause",
             ))),
         }
     }

@@ -54,7 +54,7 @@ pub(super) fn routes(netlink: &mut Netlink, index: u32) -> Result<Vec<Route>, Ne
         .collect())
 }
 
-/// Whether the message tells of a link that is up and has a carrier.
+/// Whether the message is about a link that is up and has a carrier.
 pub(super) fn is_running(message: &RouteNetlinkMessage) -> bool {
     matches!(message, RouteNetlinkMessage::NewLink(link) if link.header.flags.contains(LinkFlags::Running))
 }

@@ -1,11 +1,15 @@
-//! Where links are created, and where they are to be: the two sides of one call that makes a link.
+//! The two namespaces of a call that makes a link: the node's, where it is created, and the pod's, where it will be.
 
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nsm_core::link::{Link, LinkKind, LinkSpec, Operation, VxlanSpec, Wanted, diff};
 
-use super::{LinkError, LinkHolder, PortHolder, UpLink, message, observe, port, session::open_in};
+use super::{
+    LinkError, LinkHolder, PortHolder, UpLink,
+    basics::{delete, open_in},
+    message, observe, port,
+};
 use crate::{
     netlink::{Netlink, NetlinkError, Refusal, Request},
     netns::Netns,
@@ -18,7 +22,7 @@ const ROUNDS: usize = 3;
 /// event came within the last second, and then within that second.
 const CARRIER_TIMEOUT: Duration = Duration::from_millis(1_200);
 
-/// How often that is looked at: a look costs some 10 µs.
+/// How often that is checked: a check costs some 10 µs.
 const CARRIER_INTERVAL: Duration = Duration::from_micros(200);
 
 /// Where links are created: the node's namespace.
@@ -42,7 +46,7 @@ impl<'a> Maker<'a> {
     ) -> Result<Link, LinkError> {
         let (request, flags) = message::create_vxlan(place.netns, spec);
         if let Err(kernel) = self.netlink.ask(request, flags)? {
-            // The kernel says the same of a name and of a VNI.
+            // The kernel's error is the same for a name and a VNI in use.
             return Err(match kernel.errno {
                 Errno::EEXIST if place.name_is_free()? => LinkError::VniTaken {
                     vni: spec.vni.get(),
@@ -151,7 +155,7 @@ impl<'a> Place<'a> {
         else {
             return Ok(false);
         };
-        // Indexes alone say little: in pods' namespaces they are all alike.
+        // Indexes alone prove little: in pods' namespaces they are all alike.
         if (*peer, *back) != (other.index, own.index) {
             return Ok(false);
         }
@@ -274,7 +278,7 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Sends all operations, then looks at the answers in order: the first refusal is the cause, what follows its consequence.
+    /// Sends all operations, then reads the answers in order: the first refusal is the cause of the later ones.
     fn apply(
         &mut self,
         maker: &Maker<'_>,
@@ -447,20 +451,4 @@ fn request(index: u32, operation: &Operation) -> Option<Request> {
         Operation::SetNeighbour(ip, mac) => message::set_neighbour(index, ip, mac),
         Operation::AddRoute(route) => message::add_route(index, route),
     })
-}
-
-/// Deletes a link; gone already is as good.
-pub(super) fn delete(
-    netlink: &mut Netlink,
-    (request, flags): Request,
-    name: &str,
-) -> Result<(), LinkError> {
-    match netlink.ask(request, flags)? {
-        Ok(_)
-        | Err(Refusal {
-            errno: Errno::ENODEV,
-            ..
-        }) => Ok(()),
-        Err(kernel) => Err(LinkError::refused(format!("delete link `{name}`"), kernel)),
-    }
 }

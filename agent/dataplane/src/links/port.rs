@@ -1,4 +1,4 @@
-//! Who holds a UDP port, read from /proc: for an error that names the culprit.
+//! The holder of a UDP port, read from /proc, for the error message.
 
 use std::{
     fs,

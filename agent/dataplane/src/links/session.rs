@@ -1,28 +1,22 @@
-//! The work of one call: observe, plan, apply. It leaves its thread in whatever namespace it was in last.
+//! The work of one call: observe, plan, apply. The thread stays in the namespace that it entered last.
 
 use std::collections::{HashMap, HashSet};
 
-use ipnet::IpNet;
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkAttribute};
 use nix::errno::Errno;
 use nsm_core::link::{Link, LinkAlias, LinkSpec, VxlanSpec, Wanted, must_create};
 
 use super::{
     LinkError, LinkStatistics, UpLink,
-    management::is_management,
+    basics::{delete, open_in},
     message, observe,
-    place::{Maker, Place, delete},
+    place::{Maker, Place},
+    probe_link::is_probe_link,
 };
 use crate::{
     netlink::{Netlink, Refusal},
     netns::Netns,
 };
-
-/// A socket in the namespace; the calling thread stays there.
-pub(super) fn open_in(netns: &Netns) -> Result<Netlink, LinkError> {
-    netns.enter()?;
-    Ok(Netlink::open()?)
-}
 
 pub(super) fn up_vxlan(node: &Netns, pod: &Netns, spec: &VxlanSpec) -> Result<UpLink, LinkError> {
     let mut maker = Maker::open(node)?;
@@ -172,42 +166,6 @@ pub(super) fn observe(pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, Li
     Ok(link)
 }
 
-/// The smallest MTU that IPv6 lives with (RFC 8200 section 5).
-const IPV6_MIN_MTU: u32 = 1280;
-
-pub(super) fn set_mtu(pod: &Netns, alias: &LinkAlias, mtu: u32) -> Result<Option<u32>, LinkError> {
-    let mut netlink = open_in(pod)?;
-    let links = observe::links(&mut netlink)?;
-    let found = links
-        .into_iter()
-        .find(|link| link.alias.as_ref() == Some(alias));
-    let Some(mut link) = found else {
-        return Ok(None);
-    };
-    let mut mtu = mtu;
-    if mtu < IPV6_MIN_MTU {
-        observe::contents(&mut netlink, &mut link)?;
-        // What the kernel gave it by itself may go.
-        let is_given = |address: &IpNet| match address {
-            IpNet::V6(v6) => !v6.addr().is_unicast_link_local(),
-            IpNet::V4(_) => false,
-        };
-        if link.addresses.iter().any(is_given) {
-            mtu = IPV6_MIN_MTU;
-        }
-    }
-    if link.mtu != mtu {
-        let (request, flags) = message::set_mtu(link.index, mtu);
-        netlink.ask(request, flags)?.map_err(|kernel| {
-            LinkError::refused(
-                format!("set the MTU of link `{}` to {mtu}", link.name),
-                kernel,
-            )
-        })?;
-    }
-    Ok(Some(mtu))
-}
-
 pub(super) fn statistics(pod: &Netns) -> Result<HashMap<LinkAlias, LinkStatistics>, LinkError> {
     let links = open_in(pod)?.dump(&message::get_links(true))?;
     let counted = links.into_iter().filter_map(|message| {
@@ -248,7 +206,7 @@ pub(super) fn find_ours(domain: &str) -> Vec<(Netns, Link)> {
         let is_ours = |link: &Link| {
             link.alias
                 .as_ref()
-                .is_some_and(|alias| alias.domain() == domain && !is_management(alias))
+                .is_some_and(|alias| alias.domain() == domain && !is_probe_link(alias))
         };
         let ours = || -> Result<Vec<Link>, LinkError> {
             let mut netlink = open_in(&netns)?;

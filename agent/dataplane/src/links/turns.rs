@@ -1,4 +1,4 @@
-//! One call at a time for each alias, and results that undo themselves when nobody takes them.
+//! One call at a time for each alias, and results that are undone when the caller is gone.
 //!
 //! A Request can be given up while the kernel works for it, and come again at once. What the first one made must then go, but not
 //! under the feet of the second: so a call holds its aliases until its result is taken or undone.
@@ -25,7 +25,7 @@ pub(super) struct Turn {
 }
 
 impl Turns {
-    /// Waits until nobody works on any of the aliases.
+    /// Waits until no other call holds one of the aliases.
     pub(super) async fn take<'a>(&self, aliases: impl IntoIterator<Item = &'a LinkAlias>) -> Turn {
         let mut aliases: Vec<&LinkAlias> = aliases.into_iter().collect();
         // In one order, so that two calls never wait for each other.
@@ -79,7 +79,7 @@ impl fmt::Debug for Turns {
     }
 }
 
-/// A result on its way. Dropped unopened, what it stands for is undone, in a thread of its own.
+/// A result on its way to the caller. Dropped unopened, the work behind it is undone, in a thread of its own.
 pub(super) struct Parcel<T: Send + 'static> {
     contents: Option<(T, Undo<T>, Turn)>,
 }
@@ -116,7 +116,7 @@ impl<T: Send + 'static> Drop for Parcel<T> {
             .name("nsm-undo".to_owned())
             .spawn(run)
         {
-            tracing::error!(%error, "a link that nobody waits for stays until the next start: no thread to remove it");
+            tracing::error!(%error, "a link without caller stays until the next start: no thread to remove it");
         }
     }
 }

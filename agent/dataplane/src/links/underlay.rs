@@ -1,4 +1,4 @@
-//! What the node's routes say about the way to a peer.
+//! The node's routes to a peer.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

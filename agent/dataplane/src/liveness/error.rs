@@ -9,19 +9,19 @@ use crate::{bpf::BpfError, links::LinkError, netns::NetnsError};
 /// What can go wrong with the health plane.
 #[derive(Debug, thiserror::Error)]
 pub enum HealthError {
-    /// The node's namespace cannot be worked in.
+    /// The node's namespace cannot be entered.
     #[error(transparent)]
     Namespace(#[from] NetnsError),
-    /// A management link cannot be made, or a peer not entered into it.
-    #[error("management link: {0}")]
+    /// A probe link cannot be made, or a peer not entered into it.
+    #[error("probe link: {0}")]
     Link(#[from] LinkError),
-    /// The BPF programs of the management link.
-    #[error("management link: {0}")]
+    /// The BPF programs of the probe link.
+    #[error("probe link: {0}")]
     Bpf(#[from] BpfError),
     /// Another health plane uses these BPF programs.
     #[error("the BPF programs are in use by another health plane of this process")]
     InUse,
-    /// A socket could not be had.
+    /// The prober's packet socket cannot be opened.
     #[error(
         "cannot {action} the prober's packet socket on `{interface}` ({source}): run the agent as root, or with CAP_NET_RAW"
     )]
@@ -30,21 +30,21 @@ pub enum HealthError {
         action: &'static str,
         /// On which link.
         interface: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A thread could not be started, or random numbers could not be had.
+    /// A thread cannot be started, or the kernel gives no random numbers.
     #[error("cannot {action}: {source}")]
     System {
         /// What was tried.
         action: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The address is not that of a host.
     #[error("{0} cannot be watched: a peer has the address of one host")]
     NotAPeer(IpAddr),
-    /// The discriminator is this node's own, or as many ways lead to its node as can be told apart.
+    /// The discriminator is this node's own, or its node has as many paths as there are tags.
     #[error(
         "discriminator {discriminator} of peer {peer} is that of {holder} already: one of the two must restart its agent \
          with fresh BPF maps"
@@ -54,7 +54,7 @@ pub enum HealthError {
         discriminator: u32,
         /// The peer that was to be watched.
         peer: IpAddr,
-        /// Who has it: this node itself, or so many other ways.
+        /// The holder: this node itself, or so many other paths.
         holder: String,
     },
     /// All sessions are in use.
@@ -63,7 +63,7 @@ pub enum HealthError {
         /// The peer.
         peer: IpAddr,
     },
-    /// The session has ended while somebody asked it.
+    /// The session has ended during a request.
     #[error("peer {peer} is not watched any more")]
     NotWatched {
         /// The peer.
@@ -75,7 +75,7 @@ pub enum HealthError {
 }
 
 impl HealthError {
-    /// Whether the next try fails likewise, whatever changes on the node: a process gets no rights that it was not started with.
+    /// Whether the next try fails likewise, whatever changes on the node: a running process gains no rights.
     #[must_use]
     pub fn is_for_good(&self) -> bool {
         match self {

@@ -1,28 +1,33 @@
-//! The health plane of a node: is the way to each peer's public address, and back, good right now?
+//! The health plane of a node: whether each path to a peer works now.
 //!
-//! [`Health`] keeps one S-BFD session (RFC 7880) a peer ([`PathId`]), however many connections there are to it, and reflects the peers' own
-//! probes. Probes travel through the management link, a VXLAN device of the management VNI (RFC 8971): the same sockets,
-//! port, firewalls, NAT and underlay as data, in both directions.
+//! [`Health`] keeps one S-BFD session (RFC 7880) for each path ([`PathId`]), whatever the number of its connections, and answers the
+//! peers' own probes. Probes use the probe link, a VXLAN device of the probe VNI (RFC 8971): the same sockets, port, firewalls, NAT and
+//! underlay as data, in both directions.
 //!
-//! Two threads of its own, so that neither the agent's runtime nor a slow answer of the kernel is ever in the way of a probe:
+//! The plane has two threads, so that neither the agent's runtime nor a slow system call delays a probe:
 //!
-//! - `nsm-prober` sends, reads the stamps, and runs the sessions' machines ([`nsm_core::liveness::sbfd`]); at real-time priority where
-//!   that is allowed. Nothing in it waits but for the next deadline.
-//! - `nsm-peers` does what the kernel may take its time for: links, forwarding entries, BPF maps; it counts who uses a peer.
+//! - `nsm-prober` sends, reads the stamps, and runs the sessions' machines ([`nsm_core::liveness::sbfd`]), at real-time priority where
+//!   that is allowed. It blocks only until its next deadline.
+//! - `nsm-peers` makes the system calls that may block: links, forwarding entries, BPF maps. It counts the users of each path.
 //!
-//! With BPF, reflector and stamps are programs on the management link; they go on when the agent does not, also after
-//! `kill -9`, and the next agent finds discriminator, sessions and stamps where they were. Without BPF rights the prober's
-//! thread does the same in user space ([`Plane::UserSpace`]), slower and only while it runs.
+//! With BPF, reflector and stamps are programs on the probe link. They work on after the end of the agent, also after `kill -9`, and
+//! the next agent adopts discriminator, sessions and stamps. Without BPF rights the prober's thread does the same in user space
+//! ([`Plane::UserSpace`]), slower and only while it runs.
 //!
-//! How it fails: a peer that cannot be watched is an error of [`Health::join`]; what a session finds is told as [`Event`]s
-//! and in [`Report`]s, never as an error.
+//! Failures: a path that cannot be watched is an error of [`Health::join`]. The state of a session is reported by [`Event`]s and
+//! [`Report`]s, never as an error.
+//!
+//! Cancellation and time: a dropped future of [`Health`] or [`Peer`] leaves nothing behind. A request that was sent is carried out, and
+//! a [`Peer`] that nobody receives leaves its path at once. The calls have no timeout of their own. Those to `nsm-peers` wait for its
+//! system calls, some 30 ms each at most; [`Peer::prove`] waits for probes, 0.6 s on a silent path.
 
 mod error;
-mod left;
+mod leftover;
 mod peers;
 mod preflight;
 mod prober;
 mod random;
+mod request;
 mod session;
 mod socket;
 mod surroundings;
@@ -51,9 +56,9 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 pub use self::{error::HealthError, preflight::Preflights};
 use self::{
-    peers::Request,
     preflight::PeerCell,
     prober::{Command, Commands},
+    request::Request,
     surroundings::Drops,
 };
 use crate::{
@@ -61,12 +66,12 @@ use crate::{
     netns::Netns,
 };
 
-/// How a health plane is set up.
+/// The configuration of a health plane.
 #[derive(Debug, Clone)]
 pub struct HealthConfig {
-    /// The agent's domain: it marks the management links as ours.
+    /// The agent's domain: it marks the probe links as ours.
     pub domain: String,
-    /// The management VNI of this node.
+    /// The probe VNI of this node.
     pub vni: Vni,
     /// The UDP port of this node's tunnels.
     pub port: u16,
@@ -76,20 +81,20 @@ pub struct HealthConfig {
     pub timing: Timing,
     /// The node's network namespace; `None`: that of the calling thread.
     pub namespace: Option<Netns>,
-    /// How long a session of an earlier agent is kept for connections that come back.
+    /// How long a session of an earlier agent is kept for connections that return.
     pub orphan_grace: Duration,
 }
 
 /// Where probes are stamped and reflected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plane {
-    /// By BPF programs on the management link.
+    /// By BPF programs on the probe link.
     Bpf,
     /// By the prober's thread.
     UserSpace,
 }
 
-/// What is known of one peer.
+/// The state and counters of one session.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
     /// The path.
@@ -100,23 +105,23 @@ pub struct Report {
     pub snapshot: Snapshot,
     /// Its last minute.
     pub statistics: Statistics,
-    /// Our probes that left, and the answers to them, since the session began.
+    /// Our probes that left since the session began.
     pub probes: u64,
-    /// The answers.
+    /// The answers to them.
     pub answers: u64,
     /// The peer's probes that we answered.
     pub reflected: u64,
-    /// How long the last of those answers took on this node, from ingress to egress of the management link; `None`: there was none,
-    /// or it is the agent that answers.
+    /// How long the last of those answers took on this node, from ingress to egress of the probe link. `None`: there was none, or the
+    /// agent itself answers.
     pub reflection: Option<Duration>,
-    /// Whether the peer's reflector goes on without its agent (the C flag of its last answer); `None`: no answer yet.
+    /// Whether the peer's reflector works on without its agent (the C flag of its last answer); `None`: no answer yet.
     pub peer_is_independent: Option<bool>,
-    /// Packets of the management VNI at each stage between this node and the peer, since the session began. Management link and
-    /// card count the same packets: the card's less than the link's, or the link's less than the card's, were lost on this node.
+    /// Packets of the path at each stage of this node since the session began. Probe link and card count the same packets; the
+    /// difference was lost on this node.
     pub stages: Stages,
     /// The same at most 0.1 s and a probe before the session was not up any more; all zero before it was.
     pub stages_when_up: Stages,
-    /// There are other ways to the peer's node, and its own probes are booked to another: that none come in here says nothing.
+    /// The peer's own probes are counted on another path to its node.
     pub peer_probes_elsewhere: bool,
 }
 
@@ -128,7 +133,7 @@ impl Report {
     }
 }
 
-/// News.
+/// A change that the plane reports.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// A session changed.
@@ -138,16 +143,15 @@ pub enum Event {
         /// The peer as it is now.
         report: Box<Report>,
     },
-    /// Packets of a VNI that is not ours came from a peer: told when they first come, and again when more came, each
-    /// [`FOREIGN_INTERVAL`].
+    /// Packets of a foreign VNI arrived from a peer: reported at the first ones, and at each [`FOREIGN_INTERVAL`] in which more arrived.
     ForeignVni(ForeignVni),
 }
 
-/// How often foreign VNIs are looked at.
+/// How often foreign VNIs are read from their map.
 pub const FOREIGN_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long the session with a peer goes on after its last connection. The two sides of a connection do not close it at the same
-/// moment: the one that is later must not find the other's reflector gone. And a client that comes back finds the path proved.
+/// How long a session goes on after its last connection. The two sides of a connection do not close it at the same moment: the later
+/// one still needs the other's reflector. A client that comes back within this time needs no new proof.
 pub const LINGER: Duration = Duration::from_secs(5);
 
 /// The health plane. A clone is the same; with the last one, and the last [`Peer`], its threads end.
@@ -171,12 +175,12 @@ struct Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Threads that have ended need no word.
+        // Threads that have ended need no request.
         let _ = self.requests.send(Request::Abandon);
     }
 }
 
-/// Packets to a peer that leave where nothing counts them: what is lost on this node is not told from what is lost later.
+/// Packets to a peer leave by an interface where nothing counts them. A loss on this node cannot be distinguished from a later one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Uncounted {
     /// The peer's address.
@@ -201,12 +205,12 @@ impl fmt::Display for Uncounted {
     }
 }
 
-/// Receives what a health plane has to tell.
+/// The receiver of a health plane's events.
 pub type Events = tokio_mpsc::UnboundedReceiver<Event>;
 
 impl Health {
-    /// Makes the IPv4 management link, that for IPv6 when [`HealthConfig::local`] is such an address, hooks the programs to it,
-    /// and starts the threads.
+    /// Makes the IPv4 probe link, or the IPv6 one when [`HealthConfig::local`] is such an address, attaches the programs to it, and
+    /// starts the threads.
     ///
     /// Blocks for some 30 ms: the kernel waits for its readers.
     ///
@@ -243,13 +247,13 @@ impl Health {
         ))
     }
 
-    /// Removes what an earlier agent's health plane left, where none is to run any more: its reflector would go on answering.
+    /// Removes what an earlier agent's health plane left on a node that is to have none: its reflector would go on answering.
     ///
     /// # Errors
     ///
-    /// Something could not be removed; everything else is.
+    /// Something could not be removed; everything else was.
     pub fn remove_left(config: &HealthConfig, bpf: Option<&Bpf>) -> Result<(), HealthError> {
-        left::remove(config, bpf)
+        leftover::remove(config, bpf)
     }
 
     /// The discriminator of this node's reflector, for the peers.
@@ -258,7 +262,7 @@ impl Health {
         self.shared.discriminator
     }
 
-    /// The management VNI of this node, for the peers.
+    /// The probe VNI of this node, for the peers.
     #[must_use]
     pub fn vni(&self) -> Vni {
         self.shared.vni
@@ -277,20 +281,20 @@ impl Health {
         self.shared.realtime
     }
 
-    /// How often each [`nsm_ebpf_common::Reason`] occurred on the management link, by name, where this process looks at its packets
+    /// How often each [`nsm_ebpf_common::Reason`] occurred on the probe link, by name, where this process looks at its packets
     /// ([`Plane::UserSpace`]). What the programs drop is in [`Bpf::drops`].
     #[must_use]
     pub fn drops(&self) -> BTreeMap<&'static str, u64> {
         self.shared.drops.by_name()
     }
 
-    /// How the proofs that were asked for went.
+    /// The counts of proofs by outcome.
     #[must_use]
     pub fn preflights(&self) -> Preflights {
         self.shared.preflights.now()
     }
 
-    /// Peers to whom packets leave uncounted, as was found when their counts stood still, ordered by address.
+    /// Peers to which packets leave uncounted, ordered by address. This is found when the counts of a path differ.
     #[must_use]
     pub fn uncounted(&self) -> Vec<Uncounted> {
         let uncounted = self.shared.uncounted.lock();
@@ -298,13 +302,11 @@ impl Health {
         uncounted.values().cloned().collect()
     }
 
-    /// Watches a peer, or joins those who do. The session ends [`LINGER`] after the last [`Peer`] of it is dropped.
-    ///
-    /// Another port, VNI or discriminator at an address is another peer, with a session of its own.
+    /// Joins the session of a path, which begins with the first join. It ends [`LINGER`] after the last [`Peer`] of it is dropped.
     ///
     /// # Errors
     ///
-    /// The address is no host's, the discriminator is this node's own or has as many ways as can be told apart, all sessions are taken,
+    /// The address is no host's, the discriminator is this node's own or has as many paths as there are tags, all sessions are in use,
     /// the kernel refuses, the plane was closed.
     pub async fn join(&self, peer: PathId) -> Result<Peer, HealthError> {
         let health = self.clone();
@@ -316,7 +318,7 @@ impl Health {
         .await?
     }
 
-    /// All peers that are watched, ordered by address.
+    /// All sessions, ordered by path.
     ///
     /// # Errors
     ///
@@ -326,7 +328,7 @@ impl Health {
             .await
     }
 
-    /// Lets the reflector answer AdminDown, so that peers neither probe fast nor take our end for a loss; or Up again.
+    /// Lets the reflector answer AdminDown, so that peers neither probe fast nor count our end as a loss; or Up again.
     ///
     /// # Errors
     ///
@@ -336,12 +338,12 @@ impl Health {
         self.command(|reply| Command::State(state, reply)).await
     }
 
-    /// Ends all sessions, removes the management links, and ends the threads. Peers whose sessions are up take it for a loss:
-    /// [`Self::set_admin_down`] some time before is kinder.
+    /// Ends all sessions, removes the probe links, and ends the threads. Peers whose sessions are up count that as a loss, unless
+    /// [`Self::set_admin_down`] was called some time before.
     ///
     /// # Errors
     ///
-    /// Something could not be removed; everything else is.
+    /// Something could not be removed; everything else was.
     pub async fn close(&self) -> Result<(), HealthError> {
         match self.ask(|reply| Request::Close { reply }).await {
             Ok(closed) => closed,
@@ -373,13 +375,13 @@ impl Health {
     }
 }
 
-/// A watched peer, as one of those who use its session. Dropped, it leaves.
+/// One use of a session. Dropped, it leaves.
 #[derive(Debug)]
 pub struct Peer {
     spec: PathId,
     health: Health,
     cell: Arc<PeerCell>,
-    /// The session began with this, and nobody has asked for a proof yet: its first probes are those of that proof.
+    /// The session began with this use, and there was no proof so far: the session's first probes are those of that proof.
     unproved: AtomicBool,
 }
 
@@ -393,7 +395,7 @@ impl Peer {
         }
     }
 
-    /// Who it is.
+    /// Its path.
     #[must_use]
     pub const fn spec(&self) -> &PathId {
         &self.spec
@@ -415,7 +417,7 @@ impl Peer {
         let begins = self.unproved.swap(false, Ordering::Relaxed);
         if self.is_up() {
             if begins {
-                // The answer was there before the question.
+                // The answer arrived before the proof was requested.
                 count.add(Proof::Reached, self.cell.answers());
             } else {
                 count.add_standing();
@@ -434,9 +436,9 @@ impl Peer {
     }
 
     /// Lets the session find out whether the path carries inner IP packets of `wanted` bytes, and else how large ones, but not
-    /// below `smallest`. Told by [`Change::PathMtu`] and [`Snapshot::path_mtu`].
+    /// below `smallest`. The result is in [`Change::PathMtu`] and [`Snapshot::path_mtu`].
     pub fn want_mtu(&self, smallest: u16, wanted: u16) {
-        // A plane that was closed wants nothing.
+        // After the plane's end there is no search.
         self.health.shared.commands.send(Command::WantMtu {
             peer: self.spec,
             smallest,
@@ -444,7 +446,7 @@ impl Peer {
         });
     }
 
-    /// What is known of it.
+    /// The state of the session.
     ///
     /// # Errors
     ///
@@ -467,7 +469,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // A plane that was closed has nobody to leave.
+        // After the plane's end there is nothing to leave.
         let _ = self.health.shared.requests.send(Request::Leave(self.spec));
     }
 }

@@ -1,26 +1,24 @@
-//! The thread that keeps the peers: who uses them, and what the kernel must know of them.
+//! The thread of the peers: the users of each path, and its entries in the kernel.
 //!
-//! Whatever may wait in the kernel is done here, one request after the other: management links, their forwarding entries, the
-//! hooks, the entries of the underlay programs. The prober's thread is told when it is done.
+//! All system calls that may block are made here, one request after the other: probe links, their forwarding entries, the hooks, the
+//! entries of the underlay programs. The prober's thread gets the results as commands.
 //!
-//! # Whose session is it?
+//! # Sessions and claims
 //!
-//! A session belongs to what a peer told of itself, all of it: address, port, management VNI, discriminator ([`PathId`]). Who
-//! names any of these otherwise gets a session of its own beside those that stand, and takes nobody's away: what one domain says
-//! of another's address is not believed, but probed. Nothing is ever replaced, so there is nothing to restore when a Request fails.
-//! A peer that has started anew is proved at once under its new discriminator; the session of the old one is down after its
-//! detection time, and ends when those who used it have asked again or are gone. Two nodes behind one address, told apart
-//! by their ports, are two peers.
+//! A session belongs to a [`PathId`]: address, port, probe VNI and discriminator, all as the peer stated them. A peer that states one
+//! of them differently gets another session, and the existing ones stay: what one domain states about the address of another is
+//! probed, not believed. Nothing is ever replaced, so nothing has to be restored when a Request fails. A peer that has restarted is
+//! proved at once under its new discriminator; the session of the old one is down after its detection time, and ends when the
+//! connections that used it have asked again or are gone. Two nodes behind one address, on different ports, are two peers.
 //!
-//! The rest is in [`ways`] (how a peer is entered, and leaves) and [`speaker`] (on which of several ways a node's own probes are
-//! answered).
+//! [`members`] enters and removes paths, [`answer_path`] chooses on which of several paths a node's own probes are answered.
 
 mod adopt;
+mod answer_path;
 mod links;
 mod look;
+mod members;
 mod set_up;
-mod speaker;
-mod ways;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -35,51 +33,25 @@ use nsm_core::{
     net::MacAddr,
 };
 use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
-use tokio::sync::{mpsc as tokio_mpsc, oneshot};
+use tokio::sync::mpsc as tokio_mpsc;
 
 use super::{
-    Event, FOREIGN_INTERVAL, Health, HealthConfig, HealthError, LINGER, Peer, Report, Uncounted,
+    Event, FOREIGN_INTERVAL, HealthConfig, HealthError, LINGER, Uncounted,
     preflight::PeerCell,
     prober::{Command, Commands},
+    request::Request,
     surroundings::{Drops, Memory},
 };
 use crate::{
     bpf::Bpf,
     links::{
         Family,
-        management::{Forwarding, ManagementLink},
+        probe_link::{Forwarding, ProbeLink},
     },
     netlink::Netlink,
 };
 
 pub(super) use self::set_up::start;
-
-/// What is asked of this thread.
-pub(super) enum Request {
-    /// Use a peer.
-    Join {
-        peer: PathId,
-        health: Health,
-        reply: oneshot::Sender<Result<Peer, HealthError>>,
-    },
-    /// Use it no more.
-    Leave(PathId),
-    /// Report on one peer or all.
-    Reports {
-        peer: Option<PathId>,
-        reply: oneshot::Sender<Vec<Report>>,
-    },
-    /// A peer's probes begin to be answered or not: look which way to its node is the best now.
-    Choose(PathId),
-    /// The counts of a peer's stages seem to say something: look whether they can be believed.
-    Look(PathId),
-    /// The last handle is gone, without a word: end, and leave everything for the next agent.
-    Abandon,
-    /// Remove everything and end.
-    Close {
-        reply: oneshot::Sender<Result<(), HealthError>>,
-    },
-}
 
 /// A health plane that runs.
 pub(super) struct Started {
@@ -91,36 +63,36 @@ pub(super) struct Started {
     pub(super) uncounted: Arc<Mutex<BTreeMap<IpAddr, Uncounted>>>,
 }
 
-/// A peer that is watched.
+/// A path with a session.
 struct Known {
-    /// Where its session is.
+    /// The slot of its session.
     slot: u32,
-    /// The Ethernet address that our probes to it have.
+    /// The destination Ethernet address of our probes.
     mac: [u8; 6],
-    /// Whether the probes of its node, which come from [`SPEAKER`], are booked here and answered where it is.
-    speaks: bool,
-    /// Larger than that of all that were joined before.
+    /// Whether the probes of its node, which come from tag [`SPEAKER`], are counted and answered on this path.
+    is_answer_path: bool,
+    /// A number that grows with each path that is entered.
     joined: u64,
     users: usize,
-    /// When it is forgotten, while nobody uses it.
+    /// When it is removed, while it has no users.
     expires: Option<Instant>,
     cell: Arc<PeerCell>,
 }
 
-/// An earlier agent's, that nobody has joined yet.
+/// A session of an earlier agent that no connection has joined yet.
 struct Orphan {
     address: IpAddr,
     discriminator: u32,
-    /// All that it was reached by, where the link still has its forwarding entry; else only the address is known.
+    /// Its path, where the link still has its forwarding entry; otherwise only the address is known.
     at: Option<PathId>,
     slot: u32,
     mac: [u8; 6],
-    speaks: bool,
-    /// When it is forgotten.
+    is_answer_path: bool,
+    /// When it is removed.
     expires: Instant,
 }
 
-/// A node as one link knows it: all ways to it have Ethernet addresses that differ in the tag only.
+/// A node on one probe link: the Ethernet addresses of all paths to it differ in the tag only.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct NodeOnLink {
     discriminator: u32,
@@ -135,8 +107,8 @@ impl NodeOnLink {
         }
     }
 
-    /// The Ethernet address that its own probes come from, and their answers go to.
-    const fn speaker(self) -> [u8; 6] {
+    /// The source Ethernet address of its own probes, and the destination of their answers.
+    const fn mac(self) -> [u8; 6] {
         mac(SPEAKER, self.discriminator)
     }
 }
@@ -149,7 +121,7 @@ impl Orphan {
         }
     }
 
-    /// Whether it is what a peer tells of itself. Who names an address with another port or VNI is somebody else.
+    /// Whether this is the session of a path. The same address with another port or VNI is another path.
     fn is(&self, spec: &PathId) -> bool {
         match self.at {
             Some(at) => at == *spec,
@@ -160,9 +132,9 @@ impl Orphan {
         }
     }
 
-    /// Whether its node's probes are answered on it, as far as can be known: nobody probes it.
+    /// Whether its node's probes are answered on it. It is not probed, so this is assumed.
     const fn answers(&self) -> bool {
-        self.speaks && self.at.is_some()
+        self.is_answer_path && self.at.is_some()
     }
 }
 
@@ -170,16 +142,16 @@ struct Peers {
     config: HealthConfig,
     bpf: Option<Arc<Bpf>>,
     netlink: Netlink,
-    links: BTreeMap<Family, ManagementLink>,
+    links: BTreeMap<Family, ProbeLink>,
     known: HashMap<PathId, Known>,
     orphans: Vec<Orphan>,
-    /// How often a peer was entered.
+    /// How many paths were entered so far.
     entered: u64,
     commands: Commands,
     prober: Option<thread::JoinHandle<Option<Memory>>>,
     discriminator: u32,
     events: tokio_mpsc::UnboundedSender<Event>,
-    /// Packets of foreign VNIs that were told.
+    /// Packets of foreign VNIs that were reported.
     foreign: HashMap<(u32, IpAddr), u64>,
     /// Links that are gone and could not be made again yet.
     broken: BTreeSet<Family>,
@@ -209,8 +181,8 @@ impl Peers {
                 next = now + FOREIGN_INTERVAL;
                 self.mend_links();
                 self.forget_expired(now);
-                self.choose_speakers();
-                self.tell_foreign();
+                self.choose_answer_paths();
+                self.report_foreign();
             }
         }
     }
@@ -222,7 +194,6 @@ impl Peers {
                 health,
                 reply,
             } => {
-                // The address as maps and frames have it.
                 self.join(peer.canonical(), health, reply);
             }
             Request::Leave(peer) => {
@@ -238,13 +209,13 @@ impl Peers {
                 let users = users.map(|(peer, known)| (*peer, known.users)).collect();
                 self.commands.send(Command::Reports { peer, users, reply });
             }
-            Request::Choose(peer) => self.choose_or_tell(NodeOnLink::of(&peer)),
-            Request::Look(peer) => self.look(peer),
+            Request::Choose(peer) => self.choose_or_log(NodeOnLink::of(&peer)),
+            Request::Check(peer) => self.look(peer),
             Request::Abandon | Request::Close { .. } => {}
         }
     }
 
-    fn tell_foreign(&mut self) {
+    fn report_foreign(&mut self) {
         let Some(bpf) = &self.bpf else { return };
         let found = match bpf.foreign_vnis() {
             Ok(found) => found,
@@ -253,17 +224,17 @@ impl Peers {
                 return;
             }
         };
-        let mut told = HashMap::with_capacity(found.len());
+        let mut reported = HashMap::with_capacity(found.len());
         for foreign in found {
             let key = (foreign.vni, foreign.peer);
             let before = self.foreign.get(&key).copied().unwrap_or(0);
-            told.insert(key, foreign.packets);
+            reported.insert(key, foreign.packets);
             if foreign.packets != before {
-                // Nobody listens: they can ask.
+                // Without a receiver there is nothing to report.
                 let _ = self.events.send(Event::ForeignVni(foreign));
             }
         }
-        self.foreign = told;
+        self.foreign = reported;
     }
 
     /// Ends the prober's thread.
@@ -287,7 +258,7 @@ impl Peers {
     }
 }
 
-/// Gives the sessions back to the programs' owner, for the next health plane.
+/// Returns the sessions to their owner, for the next health plane.
 fn give_back(bpf: Option<&Bpf>, memory: Option<Memory>) {
     if let (Some(bpf), Some(Memory::Pinned(sessions))) = (bpf, memory) {
         bpf.return_sessions(*sessions);

@@ -1,4 +1,4 @@
-//! How proofs of paths went, counted: what a Request waits for is to be seen, and not to be guessed from how long it took.
+//! Counts of proofs by their outcome: they show what Requests waited for.
 
 use std::sync::{
     Mutex, PoisonError,
@@ -7,10 +7,10 @@ use std::sync::{
 
 use nsm_core::liveness::sbfd::{Cause, Proof, Snapshot, State};
 
-/// Proofs that were asked for ([`super::Peer::prove`]), by how they went.
+/// Proofs ([`super::Peer::prove`]), by outcome.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Preflights {
-    /// The session was up before, and nothing was waited for.
+    /// The session was up before; there was no wait.
     pub standing: u64,
     /// A path that was not known to be good was proved by answers to probes.
     pub answered: u64,
@@ -20,11 +20,11 @@ pub struct Preflights {
     pub silent: u64,
     /// The peer's reflector answered that it is switched off.
     pub switched_off: u64,
-    /// Nobody waited for the end: it took too long, whoever asked went away, or the plane was closed.
+    /// The wait ended early: it took too long, the caller went away, or the plane was closed.
     pub cut: u64,
 }
 
-/// Where they are counted.
+/// The counters.
 #[derive(Debug, Default)]
 pub(super) struct Count(Mutex<Preflights>);
 
@@ -33,7 +33,7 @@ impl Count {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody begins to wait for a proof: it is cut unless its end is told.
+    /// Begins the wait for a proof. Without [`Wait::end`] it is counted as cut.
     pub(super) const fn wait(&self) -> Wait<'_> {
         Wait {
             count: self,
@@ -41,12 +41,12 @@ impl Count {
         }
     }
 
-    /// The session was up when somebody asked.
+    /// Counts a proof of a session that was up.
     pub(super) fn add_standing(&self) {
         self.with(|count| count.standing += 1);
     }
 
-    /// Probes were sent; `answers`: as [`PeerCell::answers`].
+    /// Counts a proof by probes; `answers`: as [`PeerCell::answers`].
     pub(super) fn add(&self, proof: Proof, answers: u32) {
         self.with(|count| match proof {
             Proof::Reached => {
@@ -55,7 +55,7 @@ impl Count {
             }
             Proof::Silent { .. } => count.silent += 1,
             Proof::SwitchedOff => count.switched_off += 1,
-            // Nobody is told before it is over.
+            // Not an outcome.
             Proof::Pending => {}
         });
     }
@@ -88,7 +88,7 @@ impl Drop for Wait<'_> {
     }
 }
 
-/// How good a way is; the better is the larger.
+/// How good a path is; the better is the larger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Standing {
     /// Not proved.
@@ -99,7 +99,7 @@ pub(super) enum Standing {
     Good,
 }
 
-/// What is known of a peer without asking its session.
+/// The state of a session, readable without a request to the prober.
 #[derive(Debug, Default)]
 pub(crate) struct PeerCell {
     up: AtomicBool,
@@ -113,7 +113,7 @@ impl PeerCell {
         self.up.load(Ordering::Acquire)
     }
 
-    /// How good the way is.
+    /// How good the path is.
     pub(super) fn standing(&self) -> Standing {
         match (self.is_up(), self.doubted.load(Ordering::Acquire)) {
             (false, _) => Standing::Down,
@@ -122,12 +122,12 @@ impl PeerCell {
         }
     }
 
-    /// The answers that made it so.
+    /// The answers that brought the session up.
     pub(super) fn answers(&self) -> u32 {
         self.answers.load(Ordering::Relaxed)
     }
 
-    /// The session stands like this; `doubted`: answers are overdue.
+    /// Notes the state of the session; `doubted`: answers are overdue.
     pub(super) fn note(&self, snapshot: &Snapshot, doubted: bool) {
         if let Some(Cause::Answered { answers }) = snapshot.cause {
             self.answers.store(answers, Ordering::Relaxed);

@@ -1,7 +1,7 @@
-//! The prober's thread: one loop that sends, looks at stamps, and sleeps until the next deadline.
+//! The prober's thread: one loop that sends, reads stamps, and sleeps until the next deadline.
 //!
 //! Deadlines are rounded up to [`GRAIN`], so that the sessions of many peers share wake-ups: the cost of a node grows with its
-//! peers and not by a wake-up a probe. An answer wakes the thread only while somebody waits for it.
+//! peers and not by a wake-up a probe. An answer wakes the thread only while a proof waits for it.
 
 use std::{
     collections::HashMap,
@@ -38,52 +38,52 @@ use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
     Event, HealthError, Plane, Report,
-    peers::Request,
     random::{self, Jitter},
+    request::Request,
     session::{Entry, Names, PeerSession},
     socket::PacketSocket,
     surroundings::{Drops, Memory, Sockets, Surroundings, now_ns, serve},
 };
 use crate::{bpf::CounterReader, links::Family};
 
-/// Wake-ups happen on this grid. A verdict may come so much later.
+/// The grid of wake-ups. It delays a verdict by as much at most.
 const GRAIN: Duration = Duration::from_millis(2);
 
-/// The longest sleep, so that a machine that miscalculated would be looked at all the same.
+/// The longest sleep: a bound on the effect of a wrong deadline.
 const MAX_SLEEP: Duration = Duration::from_secs(1);
 
-/// The largest frame that is sent or looked at.
+/// The largest frame that is sent or received.
 const MAX_FRAME: usize = 16 * 1024;
 
-/// Frames of a link that are looked at before the sessions are: a flood must not keep probes from leaving.
+/// Frames that are read from a link in one turn: a flood must not keep probes from leaving.
 const FRAMES_A_TURN: usize = 128;
 
-/// How long the thread sleeps after as many: at its priority it would leave the processor to nobody else. What comes meanwhile and
-/// does not fit the queue is lost, which is what a flood is for.
+/// How long the thread sleeps after as many: at its priority it would take the whole processor. Packets of the flood that do not fit
+/// the queue meanwhile are lost.
 const FLOOD_PAUSE: Duration = Duration::from_millis(1);
 
-/// Real-time priority: above all that has none, below the kernel's own threads (50).
+/// Real-time priority: above all threads without one, below the kernel's own (50).
 const PRIORITY: libc::c_int = 10;
 
-/// What the thread is asked to do.
+/// A command to the prober's thread.
 pub(super) enum Command {
-    /// There is a management link of this family.
+    /// Use this socket on the probe link of a family.
     Link(Family, PacketSocket),
-    /// Probe a peer; whoever asks waits for the slot.
+    /// Probe a path; the reply is its slot.
     Enter(Box<Entry>, mpsc::SyncSender<Result<u32, HealthError>>),
-    /// Send the probes of a slot's session to another Ethernet address of the same node. What the old one leads to stays.
+    /// Send the probes of a slot's session to another Ethernet address of the same node. The index entry of the old one stays.
     Rename {
         slot: u32,
         mac: [u8; 6],
         reply: mpsc::SyncSender<Result<(), HealthError>>,
     },
-    /// Book what comes from an Ethernet address, as [`session_key`] has it, to a slot's session.
-    Lead {
+    /// Count packets from an Ethernet address, given as [`session_key`], to a slot's session.
+    IndexSession {
         key: u64,
         slot: u32,
         reply: mpsc::SyncSender<Result<(), HealthError>>,
     },
-    /// Stop probing the peer of a slot and answering it.
+    /// End the session of a slot.
     Forget(u32),
     /// Prove a path.
     Prove(PathId, oneshot::Sender<Proof>),
@@ -93,21 +93,21 @@ pub(super) enum Command {
         smallest: u16,
         wanted: u16,
     },
-    /// What was found at the routes and hooks of a peer.
-    Looked(PathId, Look),
-    /// Report on one peer or all, with how many use each.
+    /// The result of a check of a path's routes and hooks.
+    Checked(PathId, Look),
+    /// Report on one path or all, with the number of users of each.
     Reports {
         peer: Option<PathId>,
         users: HashMap<PathId, usize>,
         reply: oneshot::Sender<Vec<Report>>,
     },
-    /// What the reflector says of itself.
+    /// The state in the reflector's answers.
     State(State, oneshot::Sender<()>),
     /// End.
     Stop,
 }
 
-/// Where commands are put.
+/// The sender of commands.
 #[derive(Debug, Clone)]
 pub(super) struct Commands {
     sender: mpsc::Sender<Command>,
@@ -115,16 +115,16 @@ pub(super) struct Commands {
 }
 
 impl Commands {
-    /// False: the thread is gone.
+    /// False: the thread has ended.
     pub(super) fn send(&self, command: Command) -> bool {
         let sent = self.sender.send(command).is_ok();
-        // Full, it wakes all the same.
+        // A full counter wakes the thread, too.
         let _ = self.wake.write(1);
         sent
     }
 }
 
-/// What a prober needs of the system.
+/// System resources of a prober.
 pub(super) struct Kit {
     wake: Arc<EventFd>,
     jitter: Jitter,
@@ -145,7 +145,7 @@ pub(super) struct Prober {
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     memory: Memory,
-    /// Its own way to the counters: that of others is theirs for as long as the kernel takes to hook a program.
+    /// A reader of its own: the shared one is locked while a program is being attached.
     counters: Option<CounterReader>,
     requests: mpsc::Sender<Request>,
     sockets: Sockets,
@@ -159,7 +159,7 @@ pub(super) struct Prober {
 }
 
 impl Prober {
-    /// A prober that is not running yet, and where its commands go. Nothing here can fail: the memory is not lost by an error.
+    /// A prober that does not run yet, and the sender of its commands. This cannot fail, so the memory is never lost.
     pub(super) fn new(
         kit: Kit,
         memory: Memory,
@@ -191,17 +191,17 @@ impl Prober {
         (prober, Commands { sender, wake })
     }
 
-    /// Where it counts what it drops.
+    /// The counters of packets that it drops.
     pub(super) fn drops(&self) -> Arc<Drops> {
         self.drops.clone()
     }
 
-    /// The memory, of one that never ran.
+    /// The memory of a prober that never ran.
     pub(super) fn into_memory(self) -> Memory {
         self.memory
     }
 
-    /// Runs until it is told to stop, or nobody is left who could; gives back the memory.
+    /// Runs until [`Command::Stop`] or until all senders are gone; gives back the memory.
     pub(super) fn run(mut self) -> Memory {
         let mut ready = true;
         loop {
@@ -211,7 +211,7 @@ impl Prober {
                     Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
                         return self.memory;
                     }
-                    Ok(command) => self.obey(command),
+                    Ok(command) => self.handle(command),
                     Err(mpsc::TryRecvError::Empty) => break,
                 }
             }
@@ -224,7 +224,7 @@ impl Prober {
         }
     }
 
-    /// Sessions whose time has come have their turn; after an answer that was waited for, all who wait.
+    /// Runs the sessions that are due; after a frame, all that wait for an answer, too.
     fn turn(&mut self, now: Monotonic, woken: bool) {
         let (mut around, peers) = self.parts();
         for peer in peers.values_mut() {
@@ -235,7 +235,7 @@ impl Prober {
         }
     }
 
-    /// The sessions, and what each needs around it.
+    /// The sessions, and what their turns need.
     fn parts(&mut self) -> (Surroundings<'_>, &mut HashMap<PathId, PeerSession>) {
         let around = Surroundings {
             sessions: self.memory.sessions(),
@@ -250,7 +250,7 @@ impl Prober {
         (around, &mut self.peers)
     }
 
-    /// Sleeps until a session is due, a command is there, or a frame: then true.
+    /// Sleeps until a session is due, or a command or frame has arrived; true for a frame.
     fn sleep(&self) -> bool {
         let now_ns = now_ns();
         let grain = GRAIN.as_nanos() as u64;
@@ -266,7 +266,7 @@ impl Prober {
                 .all()
                 .map(|socket| PollFd::new(socket.as_fd(), readable)),
         );
-        // Interrupted or refused, the loop looks again.
+        // After an error the loop runs once more.
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(sleep)), None);
         if fds[0].any() == Some(true) {
             let _ = self.wake.read();
@@ -274,7 +274,7 @@ impl Prober {
         fds[1..].iter().any(|fd| fd.any() == Some(true))
     }
 
-    /// Takes what came, and how many frames that were. With BPF the programs have seen to them already.
+    /// Receives frames: how many. With BPF the programs have processed them already.
     fn receive(&mut self) -> usize {
         let mut received = 0;
         for socket in self.sockets.all() {
@@ -293,21 +293,21 @@ impl Prober {
         received
     }
 
-    fn obey(&mut self, command: Command) {
+    fn handle(&mut self, command: Command) {
         let now = Monotonic::from_nanos(now_ns());
         match command {
             Command::Stop => {}
             Command::Link(Family::V4, socket) => self.sockets.v4 = Some(socket),
             Command::Link(Family::V6, socket) => self.sockets.v6 = Some(socket),
             Command::Enter(entry, reply) => {
-                // There is room for the answer, and whoever asked waits.
+                // The channel has room, and the caller waits.
                 let _ = reply.send(self.enter(*entry, now));
             }
             Command::Rename { slot, mac, reply } => {
                 let _ = reply.send(self.rename(slot, mac));
             }
-            Command::Lead { key, slot, reply } => {
-                let _ = reply.send(self.lead(key, slot));
+            Command::IndexSession { key, slot, reply } => {
+                let _ = reply.send(self.index_session(key, slot));
             }
             Command::Forget(slot) => self.forget(slot),
             Command::Prove(peer, reply) => {
@@ -324,7 +324,7 @@ impl Prober {
                     peer.want_mtu(smallest, wanted, now);
                 }
             }
-            Command::Looked(peer, found) => {
+            Command::Checked(peer, found) => {
                 let (around, peers) = self.parts();
                 if let Some(peer) = peers.get_mut(&peer) {
                     peer.handle_look(found, &around);
@@ -349,7 +349,7 @@ impl Prober {
             source,
         };
         let drawn = random::number().map_err(system)?;
-        let local = random::discriminator().map_err(system)?;
+        let local = random::discriminator().map_err(system)?.get();
         let first = Seq::from_low_bits(random::number().map_err(system)? as u32);
         let sessions = self.memory.sessions_mut();
         let node = sessions.node().discriminator.load() as u32;
@@ -363,7 +363,7 @@ impl Prober {
         };
         let session = sessions.slot(slot);
         let kept = adopted.and_then(|_| Names::read(node, &entry, session));
-        // The numbers go on where an earlier agent ended: such that were there before are no evidence to the peer.
+        // The numbers go on where an earlier agent ended: repeated ones are no evidence to the peer.
         let last = kept.and_then(|_| session.last_sequence());
         let first = last.map_or(first, |last| Seq::from_low_bits(last + 1));
         let names = kept.unwrap_or_else(|| {
@@ -391,12 +391,12 @@ impl Prober {
         Ok(slot)
     }
 
-    fn lead(&mut self, key: u64, slot: u32) -> Result<(), HealthError> {
+    fn index_session(&mut self, key: u64, slot: u32) -> Result<(), HealthError> {
         self.memory.sessions_mut().index(key, slot)?;
         for peer in self.peers.values_mut() {
             let speaker = mac(SPEAKER, peer.entry.spec.reflector.discriminator.get());
             if session_key(peer.is_v4(), speaker) == key {
-                peer.speak(peer.slot == slot);
+                peer.set_answer_path(peer.slot == slot);
             }
         }
         Ok(())
@@ -425,7 +425,7 @@ impl Prober {
             self.note_neighbours(spec);
         }
         let sessions = self.memory.sessions_mut();
-        // Neither cleared nor free while a key may lead there: the next peer would be taken for this one, too.
+        // Neither cleared nor free while the index may have it: the next session there would be found under both.
         let indexed = match sessions.indexed() {
             Ok(indexed) => indexed,
             Err(error) => {
@@ -443,8 +443,8 @@ impl Prober {
         self.free.push(slot);
     }
 
-    /// What the card counts is of an address: where several peers have one, it is no evidence on either. And several may be ways to
-    /// one node.
+    /// Notes which paths share an address, and which share a node. The card counts by address: where several paths have one, its count
+    /// is no evidence on any of them.
     fn note_neighbours(&mut self, of: PathId) {
         let here = |spec: &PathId| spec.address == of.address;
         let node = |spec: &PathId| {

@@ -1,8 +1,9 @@
-//! Numbers that others cannot guess, and numbers that need only differ.
+//! Random numbers: unguessable ones from the kernel, and guessable ones for jitter.
 
 use std::io;
 
 use nix::libc;
+use nsm_core::liveness::sbfd::Discriminator;
 
 /// A random number of the kernel.
 pub(super) fn number() -> io::Result<u64> {
@@ -24,10 +25,9 @@ pub(super) fn number() -> io::Result<u64> {
 }
 
 /// A random discriminator: 0 is none (RFC 5880, section 6.3).
-pub(super) fn discriminator() -> io::Result<u32> {
+pub(super) fn discriminator() -> io::Result<Discriminator> {
     loop {
-        let drawn = number()? as u32;
-        if drawn != 0 {
+        if let Some(drawn) = Discriminator::new(number()? as u32) {
             return Ok(drawn);
         }
     }

@@ -1,4 +1,4 @@
-//! One peer, as the prober's thread has it: its machine, and what ties that to frames and stamps.
+//! The session of one path in the prober's thread: the machine of core, and its frames and stamps.
 
 use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 
@@ -18,40 +18,40 @@ use nsm_ebpf_common::{
 };
 use tokio::sync::oneshot;
 
-use super::{Event, Report, peers::Request, preflight::PeerCell, surroundings::Surroundings};
+use super::{Event, Report, preflight::PeerCell, request::Request, surroundings::Surroundings};
 use crate::bpf::{Slot, address, ip_addr};
 
-/// How often the stages of a session that is up are noted, for comparison when it no longer is. Often enough that a fault lets more
-/// packets get lost until it is told than passed between the note and the fault: both sides then send ten times as many.
+/// How often the stages of a session that is up are noted. They are compared with later ones when it is not up any more, and more
+/// packets must get lost until the verdict than passed between the note and the fault; both sides then send ten times as many.
 const NOTE_STAGES: Duration = Duration::from_millis(100);
 
-/// A peer to be probed.
+/// A path to be probed.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) spec: PathId,
-    /// Where an earlier agent's session with it is.
+    /// The slot of its session by an earlier agent.
     pub(super) slot: Option<u32>,
-    /// The peer's Ethernet address here.
+    /// The destination Ethernet address of our probes.
     pub(super) mac: [u8; 6],
-    /// Whether the probes of its node are booked to its session, too: with several ways to a node, they are to that of one.
-    pub(super) speaks: bool,
-    /// Our end of tunnels to it.
+    /// Whether this is the answer path of its node: the node's own probes are counted and answered here.
+    pub(super) is_answer_path: bool,
+    /// Our address of tunnels to the peer.
     pub(super) source: IpAddr,
-    /// Where the underlay counts the management VNI of this peer.
+    /// The underlay's counters of the peer's address and our probe VNI.
     pub(super) counters: Option<Slot>,
-    /// Whether what goes to the peer is counted there, too: it has the peer's management VNI, which may be another than ours.
+    /// Whether these count packets to the peer, too: they have the peer's probe VNI, which may differ from ours.
     pub(super) counts_out: bool,
     pub(super) cell: Arc<PeerCell>,
 }
 
 impl Entry {
-    /// What the peer's answers are known by.
+    /// The index of the session by the source of the peer's answers.
     pub(super) fn key(&self) -> u64 {
         session_key(self.spec.address.is_ipv4(), self.mac)
     }
 }
 
-/// A probe whose answer has not come.
+/// A probe without answer so far.
 #[derive(Debug, Clone, Copy)]
 struct Outstanding {
     seq: Seq,
@@ -59,7 +59,7 @@ struct Outstanding {
     left: bool,
 }
 
-/// A peer that is probed.
+/// A path that is probed.
 pub(super) struct PeerSession {
     pub(super) entry: Entry,
     pub(super) slot: u32,
@@ -67,24 +67,24 @@ pub(super) struct PeerSession {
     machine: sbfd::Session,
     outstanding: VecDeque<Outstanding>,
     proofs: Vec<oneshot::Sender<Proof>>,
-    /// Stamp of the peer's own probe that the machine heard of last.
-    heard_ns: u64,
+    /// The stamp of the last of the peer's own probes that the machine got.
+    peer_probe_ns: u64,
     stages_when_up: Stages,
     card: Card,
     noted: Monotonic,
-    /// Another peer has this one's address.
+    /// Another path has this address.
     shares_card: bool,
-    /// What the card counts since the stages were noted is of this peer alone.
+    /// Since the stages were noted, the card counted packets of this path only.
     owns_card: bool,
-    /// The probes of its node were booked here since the stages were noted.
+    /// Since the stages were noted, this was the answer path of its node.
     owns_probes: bool,
-    /// There are other ways to its node.
+    /// There are other paths to its node.
     has_siblings: bool,
-    /// When to look at it next.
+    /// When its next turn is.
     pub(super) due: Monotonic,
 }
 
-/// What a session is told apart by on the wire.
+/// What identifies a session on the wire.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Names {
     /// This node's reflector discriminator.
@@ -96,7 +96,7 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Writes them, and who the peer is, into the session's memory; of anybody else there before, nothing is left.
+    /// Clears the session's memory and writes these and the path into it.
     pub(super) fn write(self, entry: &Entry, session: &Session) {
         session.clear();
         session.local_discriminator.store(self.local.into());
@@ -109,7 +109,7 @@ impl Names {
             .store(entry.spec.reflector.discriminator.get().into());
     }
 
-    /// Those that are there already, if they are of the same peer.
+    /// Those in the session's memory, if it is of the same path.
     pub(super) fn read(node: u32, entry: &Entry, session: &Session) -> Option<Self> {
         let same = session.peer_discriminator.load()
             == u64::from(entry.spec.reflector.discriminator.get())
@@ -161,7 +161,7 @@ impl PeerSession {
             source_port: names.source_port,
             control,
         };
-        let owns_probes = entry.speaks;
+        let owns_probes = entry.is_answer_path;
         Self {
             entry,
             slot,
@@ -169,7 +169,7 @@ impl PeerSession {
             machine: sbfd::Session::new(timing, first, now),
             outstanding: VecDeque::with_capacity(STAMPS),
             proofs: Vec::new(),
-            heard_ns: 0,
+            peer_probe_ns: 0,
             stages_when_up: Stages::default(),
             card: Card::default(),
             noted: Monotonic::default(),
@@ -185,16 +185,16 @@ impl PeerSession {
         self.entry.spec.address.is_ipv4()
     }
 
-    /// From now on probes go to this Ethernet address.
+    /// Sets the destination Ethernet address of the probes.
     pub(super) const fn rename(&mut self, mac: [u8; 6]) {
         self.entry.mac = mac;
         self.probe.receiver = mac;
     }
 
-    /// From now on the probes of its node are booked here, or elsewhere.
-    pub(super) const fn speak(&mut self, speaks: bool) {
-        self.entry.speaks = speaks;
-        self.owns_probes &= speaks;
+    /// Makes this the answer path of its node, or not any more.
+    pub(super) const fn set_answer_path(&mut self, is_answer_path: bool) {
+        self.entry.is_answer_path = is_answer_path;
+        self.owns_probes &= is_answer_path;
     }
 
     pub(super) const fn note_siblings(&mut self, has_siblings: bool) {
@@ -206,19 +206,19 @@ impl PeerSession {
         self.owns_card &= !shares;
     }
 
-    /// What was counted before says nothing of this session: its memory begins anew, that of the card may not.
+    /// Takes the present counts as the beginning: the session's memory is new, the card's counters may not be.
     pub(super) fn begin(&mut self, around: &Surroundings<'_>) {
         self.stages_when_up = self.counts(around);
         self.card.compare_from(self.stages_when_up);
     }
 
-    /// Somebody looked whether what the stages count can be believed.
+    /// Takes the result of a check of routes and hooks.
     pub(super) fn handle_look(&mut self, found: Look, around: &Surroundings<'_>) {
         let now = self.counts(around);
         self.card.handle_look(found, &now, &mut self.stages_when_up);
     }
 
-    /// Somebody wants to know whether the path is up.
+    /// Begins a proof.
     pub(super) fn prove(&mut self, reply: oneshot::Sender<Proof>, now: Monotonic) {
         self.machine.prove(now);
         self.proofs.push(reply);
@@ -237,32 +237,34 @@ impl PeerSession {
         self.read_stamps(session);
         self.machine.handle_deadline(now);
         self.watch_stages(now, around);
-        // Before anything is sent: the answer may be there before the next line is.
-        self.ask_to_be_woken(session, now);
+        // Before anything is sent: an answer may arrive at once.
+        self.set_wake(session, now);
         self.transmit(now, session, around);
         while let Some(change) = self.machine.poll_change() {
-            self.tell(change, now, around);
+            self.send_change(change, now, around);
         }
         let snapshot = self.machine.snapshot(now);
-        // Before whoever waits is told: they look there.
+        // Before the proofs are answered: their callers read it.
         let standing = self.entry.cell.standing();
         self.entry.cell.note(&snapshot, is_overdue(&snapshot, now));
-        if standing != self.entry.cell.standing() && (self.has_siblings || !self.entry.speaks) {
-            // A thread that has ended chooses nothing.
+        if standing != self.entry.cell.standing()
+            && (self.has_siblings || !self.entry.is_answer_path)
+        {
+            // Without the other thread there is nothing to choose.
             let _ = around.requests.send(Request::Choose(self.entry.spec));
         }
         let proof = self.machine.proof();
         if proof != Proof::Pending {
             for reply in self.proofs.drain(..) {
-                // Whoever gave up asking needs no answer.
+                // The caller may have given up.
                 let _ = reply.send(proof);
             }
         }
-        self.ask_to_be_woken(session, now);
+        self.set_wake(session, now);
         self.due = self.machine.poll_deadline().at;
     }
 
-    /// Notes the stages while all is well, and has somebody look at the hooks where they seem to say that it is not.
+    /// Notes the stages while the path is good, and requests a check of the hooks where their counts differ.
     fn watch_stages(&mut self, now: Monotonic, around: &Surroundings<'_>) {
         let snapshot = self.machine.snapshot(now);
         let is_well = snapshot.state == State::Up && !is_overdue(&snapshot, now);
@@ -271,7 +273,7 @@ impl PeerSession {
         }
         if is_well {
             self.owns_card = !self.shares_card;
-            self.owns_probes = self.entry.speaks;
+            self.owns_probes = self.entry.is_answer_path;
         }
         let counts = self.counts(around);
         if is_well {
@@ -281,29 +283,29 @@ impl PeerSession {
         }
         let since_up = counts.since(&self.stages_when_up);
         if self.card.poll_look(&since_up, now) {
-            // A thread that has ended looks at nothing.
-            let _ = around.requests.send(Request::Look(self.entry.spec));
+            // Without the other thread there is no check.
+            let _ = around.requests.send(Request::Check(self.entry.spec));
         }
     }
 
-    /// Answers wake the thread while somebody waits for one. When the path is up they are seen in time at the next deadline.
-    fn ask_to_be_woken(&self, session: &Session, now: Monotonic) {
+    /// Lets answers wake the thread while a proof waits or the path is not up. Otherwise the next deadline is soon enough.
+    fn set_wake(&self, session: &Session, now: Monotonic) {
         let up = self.machine.snapshot(now).state == State::Up;
-        let eager = !up || !self.proofs.is_empty();
-        session.wake.store(eager.into());
+        let wake = !up || !self.proofs.is_empty();
+        session.wake.store(wake.into());
     }
 
     fn read_stamps(&mut self, session: &Session) {
         let machine = &mut self.machine;
         self.outstanding
             .retain_mut(|probe| !read_stamp(probe, session, machine));
-        let heard_ns = session.last_probe_ns.load();
-        if heard_ns != self.heard_ns
+        let peer_probe_ns = session.last_probe_ns.load();
+        if peer_probe_ns != self.peer_probe_ns
             && let Some(said) = Said::unpack(session.probe.load())
         {
-            self.heard_ns = heard_ns;
+            self.peer_probe_ns = peer_probe_ns;
             self.machine.handle_peer_probe(PeerProbe {
-                at: Monotonic::from_nanos(heard_ns),
+                at: Monotonic::from_nanos(peer_probe_ns),
                 state: said.state,
                 diagnostic: said.diagnostic,
             });
@@ -334,9 +336,9 @@ impl PeerSession {
         }
     }
 
-    fn tell(&mut self, change: Change, now: Monotonic, around: &Surroundings<'_>) {
+    fn send_change(&mut self, change: Change, now: Monotonic, around: &Surroundings<'_>) {
         let report = Box::new(self.report(now, around));
-        // Nobody listens: they can ask.
+        // Without a receiver there is nothing to report.
         let _ = around.events.send(Event::Session { change, report });
     }
 
@@ -357,11 +359,11 @@ impl PeerSession {
             peer_is_independent: answer.map(|said| said.control_plane_independent),
             stages: self.stages(around),
             stages_when_up: self.stages_when_up,
-            peer_probes_elsewhere: !self.entry.speaks,
+            peer_probes_elsewhere: !self.entry.is_answer_path,
         }
     }
 
-    /// What came to the stages, as far as it can be believed.
+    /// The counts of the stages that can be trusted.
     fn stages(&self, around: &Surroundings<'_>) -> Stages {
         let counts = self.counts(around);
         self.card
@@ -377,7 +379,7 @@ impl PeerSession {
             card_out: underlay
                 .filter(|_| self.entry.counts_out)
                 .map(|counters| counters.tx_packets),
-            // The card counts the node's probes where they come from, and the link where they are booked.
+            // The card counts the node's own probes by their source, the link on the answer path.
             card_in: underlay
                 .filter(|_| self.owns_probes)
                 .map(|counters| counters.rx_packets),
@@ -386,13 +388,13 @@ impl PeerSession {
     }
 }
 
-/// Whether an answer should have come by now.
+/// Whether an answer is overdue.
 fn is_overdue(snapshot: &Snapshot, now: Monotonic) -> bool {
     let silence = snapshot.silent_since.map(|since| now.since(since));
     silence.is_some_and(|silence| silence > snapshot.rto)
 }
 
-/// Tells the machine what the stamp of a probe says; whether that is all there is to say.
+/// Passes the stamp of a probe to the machine; true when the probe is complete.
 fn read_stamp(probe: &mut Outstanding, session: &Session, machine: &mut sbfd::Session) -> bool {
     let stamp = session.stamp(probe.seq.get().into());
     let sent_ns = stamp.sent_ns.load();
@@ -407,7 +409,7 @@ fn read_stamp(probe: &mut Outstanding, session: &Session, machine: &mut sbfd::Se
     if answered_ns == 0 {
         return false;
     }
-    // Nothing that a reflector says: as if it had not come.
+    // Not an answer of a reflector: as if it had not arrived.
     let Some(said) = Said::unpack(stamp.answer.load()) else {
         return false;
     };

@@ -1,7 +1,8 @@
-//! The prober's packet socket on a management link.
+//! The prober's packet socket on a probe link.
 //!
-//! Bound to the link's IP protocol and not to all: such sockets are served after the hooks, so that what the programs drop never
-//! comes here, and what comes here has its stamp. With BPF that is answers that somebody waits for; without, everything.
+//! It is bound to the link's IP protocol and not to all protocols: such sockets are served after the hooks, so packets that the
+//! programs drop never arrive here, and those that arrive have their stamp. With BPF these are the answers that the prober waits for;
+//! without BPF, all packets.
 
 use std::{
     io, mem,
@@ -16,7 +17,7 @@ use crate::links::Family;
 /// PACKET_IGNORE_OUTGOING of linux/if_packet.h (kernel 4.20).
 const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
 
-/// Bytes of the receive queue: a few hundred probes. More would only be older.
+/// Bytes of the receive queue: a few hundred probes. A longer queue would only hold older ones.
 const QUEUE: libc::c_int = 256 * 1024;
 
 #[derive(Debug)]
@@ -38,7 +39,7 @@ impl PacketSocket {
         if fd < 0 {
             return Err(failed("open"));
         }
-        // SAFETY: just opened, and nobody else's.
+        // SAFETY: just opened, and owned by nothing else.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         set(&fd, libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, 1).ok_or_else(|| failed("set up"))?;
         set(&fd, libc::SOL_SOCKET, libc::SO_RCVBUF, QUEUE).ok_or_else(|| failed("set up"))?;
@@ -96,7 +97,7 @@ impl PacketSocket {
                 flags,
             )
         };
-        // An error, such as that of a link that went down, is told once and has no frame.
+        // An error, such as that of a link that went down, occurs once and has no frame.
         usize::try_from(got).ok()
     }
 }

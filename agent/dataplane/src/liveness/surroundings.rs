@@ -1,4 +1,4 @@
-//! What the prober's sessions have around them: their memory, the sockets, the clock, and, without BPF, the reflector.
+//! What the turns of sessions use: their memory, the sockets, the clock, and, without BPF, the reflector.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use nsm_ebpf_common::{
 };
 use tokio::sync::mpsc as tokio_mpsc;
 
-use super::{Event, Plane, peers::Request, random::Jitter, socket::PacketSocket};
+use super::{Event, Plane, random::Jitter, request::Request, socket::PacketSocket};
 use crate::{
     bpf::{
         CounterReader, LocalSessions, PinnedSessions, Sessions, Slot, TunnelCounters, now as clock,
@@ -26,7 +26,7 @@ use crate::{
     links::Family,
 };
 
-/// The memory of the sessions, by where it is.
+/// The memory of the sessions: in pinned maps, or of this process.
 pub(super) enum Memory {
     Pinned(Box<PinnedSessions>),
     Local(LocalSessions),
@@ -75,14 +75,14 @@ impl Sockets {
     }
 }
 
-/// What a session's turn needs around it.
+/// What the turn of a session uses.
 pub(super) struct Surroundings<'a> {
     pub(super) sessions: &'a dyn Sessions,
     pub(super) jitter: &'a mut Jitter,
     pub(super) events: &'a tokio_mpsc::UnboundedSender<Event>,
     pub(super) sockets: &'a Sockets,
     pub(super) counters: Option<&'a CounterReader>,
-    /// Where the other thread is asked.
+    /// Requests to the thread of the peers.
     pub(super) requests: &'a mpsc::Sender<Request>,
     /// Room for the largest frame.
     pub(super) frame: &'a mut [u8],
@@ -90,7 +90,7 @@ pub(super) struct Surroundings<'a> {
 }
 
 impl Surroundings<'_> {
-    /// Sends a probe as a frame of so many bytes; whether the kernel took it.
+    /// Sends a probe as a frame of so many bytes; whether the kernel accepted it.
     pub(super) fn send(&mut self, probe: &Probe, length: usize) -> bool {
         let family = if probe.is_v4() {
             Family::V4
@@ -121,13 +121,13 @@ impl Surroundings<'_> {
         }
     }
 
-    /// What the underlay counted.
+    /// The underlay's counts.
     pub(super) fn underlay(&self, slot: Slot) -> Option<TunnelCounters> {
         self.counters?.read(slot).ok()
     }
 }
 
-/// What this process itself dropped, by the number of the reason.
+/// Packets that this process dropped, by the number of the reason.
 #[derive(Debug, Default)]
 pub(super) struct Drops([AtomicU64; Reason::ALL.len()]);
 
@@ -149,7 +149,7 @@ impl Drops {
     }
 }
 
-/// Does in user space what the programs do at the hook.
+/// Does in user space what the programs do at the hooks.
 pub(super) fn serve(
     frame: &mut [u8],
     sessions: &dyn Sessions,

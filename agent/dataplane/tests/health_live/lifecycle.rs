@@ -358,7 +358,7 @@ fn what_cannot_be_watched_is_refused() {
     });
 }
 
-/// What somebody does to a management link of node 1, and whether there is another afterwards.
+/// What somebody does to a probe link of node 1, and whether there is another afterwards.
 async fn is_mended(by: By, harm: impl Fn(&Node), makes_another: bool) {
     let world = World::new();
     let (mut nodes, peers) = pair(&world, by, 4).await;
@@ -396,7 +396,7 @@ async fn is_mended(by: By, harm: impl Fn(&Node), makes_another: bool) {
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
-fn a_management_link_that_is_taken_away_is_made_again() {
+fn a_probe_link_that_is_taken_away_is_made_again() {
     sandbox(|| async {
         for by in [TCX, CLSACT, By::UserSpace] {
             let harm = |node: &Node| within(&node.netns, || ip("link del nsm-mgmt4-4789"));
@@ -407,7 +407,7 @@ fn a_management_link_that_is_taken_away_is_made_again() {
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
-fn a_management_link_that_is_taken_down_is_taken_up_again() {
+fn a_probe_link_that_is_taken_down_is_taken_up_again() {
     sandbox(|| async {
         for by in [TCX, CLSACT, By::UserSpace] {
             let harm = |node: &Node| within(&node.netns, || ip("link set nsm-mgmt4-4789 down"));
@@ -418,7 +418,7 @@ fn a_management_link_that_is_taken_down_is_taken_up_again() {
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
-fn a_management_link_without_its_programs_gets_them_again() {
+fn a_probe_link_without_its_programs_gets_them_again() {
     sandbox(|| async {
         for by in [TCX, CLSACT] {
             is_mended(by, |node| unhook(node, by, "nsm-mgmt4-4789"), false).await;

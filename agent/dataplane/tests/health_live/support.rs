@@ -497,7 +497,7 @@ impl Tap {
 /// Length of Ethernet, IPv4, UDP and VXLAN before the inner frame.
 pub(crate) const OUTER: usize = 14 + 20 + 8 + 8;
 
-/// The S-BFD packet in a VXLAN frame over IPv4 of the management VNI.
+/// The S-BFD packet in a VXLAN frame over IPv4 of the probe VNI.
 pub(crate) fn sbfd_in(frame: &[u8]) -> Option<frame::Packet> {
     let vxlan = frame.get(OUTER - 8..OUTER)?;
     let is_management = frame[12..14] == [0x08, 0x00] && vxlan == [0x08, 0, 0, 0, 0, 0, 1, 0];

@@ -11,8 +11,8 @@ pub(super) const MOST_PROBES: u32 = 40;
 /// How many probes in a row must stay unanswered, at a loss measured as (probes, lost), so that chance alone makes such a run with less than
 /// [`FALSE_ALARM`].
 ///
-/// The measure is of the last minute and of the last probes, whichever is worse: a path that begins to lose is believed at once. Both are
-/// taken with a reserve, so that a new session does not trust in the first few answers.
+/// The measure is of the last minute and of the last probes, whichever is worse: a path that begins to lose counts as lossy at once. Both are
+/// taken with a reserve, so that the first few answers of a new session do not count too much.
 pub(super) fn needed_probes(minute: (u32, u32), recent: (u32, u32)) -> u32 {
     let share = |(total, lost): (u32, u32), extra: f64, of: f64| {
         (f64::from(lost) + extra) / (f64::from(total) + of)

@@ -58,7 +58,7 @@ const BUCKETS: usize = (OCTAVES * STEPS) as usize;
 struct Slice {
     left: u32,
     answered: u32,
-    /// Unanswered because the path was down: told as loss, but no measure of random loss.
+    /// Unanswered because the path was down: part of the loss, but no measure of random loss.
     outage: u32,
     round_trips: [u16; BUCKETS],
 }

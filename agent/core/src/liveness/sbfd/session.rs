@@ -1,4 +1,4 @@
-//! The session machine. See the module above for how it is driven and when it says what.
+//! The session machine. The module above describes its driver and its rules.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -17,36 +17,36 @@ const PROOF_PROBES: u32 = 5;
 /// Their distance: five are out within 80 ms, and a burst of loss on the way has time to pass.
 const PROOF_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The pace of suspicion. More is of no use where each answer is waited for 10 ms.
+/// The pace of suspicion. A faster one is of no use: an answer is overdue after 10 ms at least.
 const SUSPICION_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The pace of suspicion on a path that loses much: 40 probes fit into [`Timing::silence`], and a peer that suspects stays below the rate that
 /// reflectors let pass.
 const FASTEST_INTERVAL: Duration = Duration::from_millis(3);
 
-/// How long a path that went down is probed at the usual pace: what comes back mostly does so soon.
+/// How long a path that went down is probed at the usual pace: most losses are short.
 const FAST_AFTER_LOSS: Duration = Duration::from_secs(10);
 
-/// Losses of a path within this time make it prove itself longer before it is up again.
+/// Losses within this time make the next proof longer.
 const FLAP_MEMORY: Duration = Duration::from_secs(60);
 
 /// Losses that are remembered: after five the path must answer 32 times in a row.
 const FLAPS: usize = 5;
 
-/// A session whose probes are handed to the kernel and do not leave for so long knows nothing.
+/// A session whose probes are handed to the kernel and do not leave for so long has no verdict.
 const KEPT_BACK_FOR: Duration = Duration::from_secs(1);
 
 /// So many probes at least must have been kept back.
 const KEPT_BACK: u32 = 3;
 
-/// News that wait to be fetched. State and path MTU can each change a few times between two looks; older news are of no use.
-const NEWS: usize = 8;
+/// Changes that are kept until they are fetched. State and path MTU can each change a few times meanwhile; older changes are of no use.
+const CHANGES: usize = 8;
 
-/// The pace of a session, and with it how soon a loss is told.
+/// The pace of a session, and with it the time from a loss to its verdict.
 ///
-/// The first probe of a lost way leaves within `interval`. The verdict falls when `silence` has passed since, or on a long way when
-/// answers have been overdue twice: once to suspect, and once for the last of the probes that suspicion sends, 3 ms apart. Where an
-/// answer is overdue after the round trip (10 ms at least, and four times what it varies by), and the verdict rests on seven probes,
+/// The first probe after a loss leaves within `interval`. The verdict comes when `silence` has passed since, or on a long path when
+/// answers have been overdue twice: once for the suspicion, and once for the last of the probes that suspicion sends, 3 ms apart. Where
+/// an answer is overdue after the round trip (10 ms at least, and four times its variation), and the verdict rests on seven probes,
 /// that is
 ///
 /// ```text
@@ -56,10 +56,9 @@ const NEWS: usize = 8;
 /// by default 160 ms for round trips up to 44 ms, 200 ms for 64 ms, 271 ms for 100 ms; the prober's delay is added, and on a lossy
 /// path the probes that it needs more.
 ///
-/// A way that becomes longer than `silence` at once (a detour, 1 ms → 150 ms) looks like a loss until its first answer is there: it is
-/// told as one, and taken back as soon as two answers have come, a round trip and an interval after the change. Smaller steps, ramps,
-/// jitter and reordering raise no alarm. A way that does so again and again must prove itself longer, as after any other loss: by 32
-/// answers in a row at most, which takes less than a second and two round trips.
+/// A path that becomes longer than `silence` at once (a detour, 1 ms → 150 ms) is down until two answers have arrived, a round trip and
+/// an interval after the change. Smaller steps, ramps, jitter and reordering raise no alarm. A path that does so repeatedly must be
+/// proved for longer, as after any other loss: by 32 answers in a row at most, which takes less than a second and two round trips.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
     /// Between two probes of a path that is up.
@@ -71,7 +70,7 @@ pub struct Timing {
 }
 
 impl Default for Timing {
-    /// A loss on a way of up to 44 ms is told within 50 + 110 ms and a prober's delay: below 200 ms with 40 ms to spare.
+    /// The verdict on a loss on a path of up to 44 ms comes within 50 + 110 ms and a prober's delay: below 200 ms with 40 ms to spare.
     fn default() -> Self {
         Self {
             interval: Duration::from_millis(50),
@@ -81,7 +80,7 @@ impl Default for Timing {
     }
 }
 
-/// A proof that somebody waits for.
+/// The progress of a proof.
 #[derive(Debug, Clone, Copy)]
 enum Burst {
     /// Probes still to be sent, and when the first was.
@@ -113,7 +112,7 @@ pub struct Session {
     last_transmit: Option<Monotonic>,
     /// When the last packet of any size was sent.
     last_sent: Option<Monotonic>,
-    /// What the peer's reflector asks to lie between two of them at least.
+    /// The least distance of two packets that the peer's reflector accepts.
     peer_interval: Duration,
     fast_until: Monotonic,
     suspected: bool,
@@ -123,7 +122,7 @@ pub struct Session {
     peer: Option<PeerProbe>,
     peer_gap: Duration,
     search: Option<Search>,
-    news: VecDeque<Change>,
+    changes: VecDeque<Change>,
 }
 
 impl Session {
@@ -156,11 +155,12 @@ impl Session {
             peer: None,
             peer_gap: timing.interval,
             search: None,
-            news: VecDeque::with_capacity(NEWS),
+            changes: VecDeque::with_capacity(CHANGES),
         }
     }
 
-    /// Lets the session find out whether the path carries inner packets of `wanted` bytes, and else how large ones, but not below `smallest`.
+    /// Begins the search for the path MTU: whether the path carries inner packets of `wanted` bytes, and else how large ones, down to
+    /// `smallest`.
     pub fn want_mtu(&mut self, smallest: u16, wanted: u16, now: Monotonic) {
         match &mut self.search {
             Some(search) => search.want(wanted, now),
@@ -168,7 +168,7 @@ impl Session {
         }
     }
 
-    /// Somebody wants to know now whether the path is up. On a path that is not, a burst of probes begins; [`Session::proof`] has its outcome.
+    /// Begins a proof. On a path that is not up that is a burst of probes; [`Session::proof`] has its outcome.
     pub fn prove(&mut self, now: Monotonic) {
         let is_under_way = matches!(self.burst, Burst::Sending { .. } | Burst::Waiting { .. });
         if matches!(self.state, State::Up | State::AdminDown) || is_under_way {
@@ -181,7 +181,7 @@ impl Session {
         self.next_transmit = self.next_transmit.min(now);
     }
 
-    /// Where the proof stands that was asked for last. A new session begins with one.
+    /// The progress of the last proof. A new session begins with one.
     #[must_use]
     pub fn proof(&self) -> Proof {
         match self.burst {
@@ -204,7 +204,7 @@ impl Session {
 
     /// An answer has its ingress stamp.
     pub fn handle_answer(&mut self, answer: Answer) -> Accepted {
-        // A reflector says nothing else (RFC 7880 section 7.2.2).
+        // A reflector sends no other state (RFC 7880 section 7.2.2).
         if !matches!(answer.state, WireState::Up | WireState::AdminDown) {
             return Accepted::Stale;
         }
@@ -220,7 +220,7 @@ impl Session {
         if let (Some(size), Some(search)) = (padded_to, &mut self.search) {
             let before = search.path_mtu();
             search.handle_answer(size, at);
-            self.tell_path_mtu(before, at);
+            self.note_path_mtu(before, at);
         }
         if answer.state == WireState::AdminDown {
             self.answers_in_row = 0;
@@ -260,7 +260,7 @@ impl Session {
         2 << flaps.saturating_sub(1).min(FLAPS - 1)
     }
 
-    /// The peer's own probes were heard.
+    /// Takes a probe of the peer's own.
     pub fn handle_peer_probe(&mut self, probe: PeerProbe) {
         if let Some(last) = self.peer {
             if probe.at <= last.at {
@@ -272,7 +272,7 @@ impl Session {
         self.peer = Some(probe);
     }
 
-    /// Time has come to `now`, and everything that was stamped until then is told.
+    /// Advances the time to `now`. All stamps until then must have been passed before.
     pub fn handle_deadline(&mut self, now: Monotonic) {
         self.minute.advance(now);
         self.window.settle(now, &mut self.minute);
@@ -376,11 +376,11 @@ impl Session {
         if let Some(search) = &mut self.search {
             let before = search.path_mtu();
             search.handle_deadline(now, wait, alive, needed);
-            self.tell_path_mtu(before, now);
+            self.note_path_mtu(before, now);
         }
     }
 
-    /// What is to be sent at `now`: ask until there is nothing more. `random` is uniform in 0..1.
+    /// The next probe to send at `now`: call until there is none. `random` is uniform in 0..1.
     pub fn poll_transmit(
         &mut self,
         now: Monotonic,
@@ -480,7 +480,7 @@ impl Session {
         own.max(self.peer_interval)
     }
 
-    /// When to come back, after [`Session::poll_transmit`] has nothing more to send, and why.
+    /// The next deadline and its reason, once [`Session::poll_transmit`] has nothing more to send.
     #[must_use]
     pub fn poll_deadline(&self) -> Deadline {
         let rto = self.round_trip.rto();
@@ -513,12 +513,12 @@ impl Session {
         first
     }
 
-    /// The next news, the oldest first.
+    /// The next change, the oldest first.
     pub fn poll_change(&mut self) -> Option<Change> {
-        self.news.pop_front()
+        self.changes.pop_front()
     }
 
-    /// The session as it stands.
+    /// The state of the session at `now`.
     #[must_use]
     pub fn snapshot(&self, now: Monotonic) -> Snapshot {
         let rto = self.round_trip.rto();
@@ -561,7 +561,7 @@ impl Session {
             _ => {}
         }
         self.cause = Some(cause);
-        self.tell(Change::State {
+        self.push_change(Change::State {
             at,
             from,
             to,
@@ -569,10 +569,10 @@ impl Session {
         });
     }
 
-    fn tell_path_mtu(&mut self, before: Option<u16>, at: Monotonic) {
+    fn note_path_mtu(&mut self, before: Option<u16>, at: Monotonic) {
         let now = self.search.as_ref().and_then(Search::path_mtu);
         if let Some(to) = now.filter(|_| now != before) {
-            self.tell(Change::PathMtu {
+            self.push_change(Change::PathMtu {
                 at,
                 from: before,
                 to,
@@ -580,10 +580,10 @@ impl Session {
         }
     }
 
-    fn tell(&mut self, change: Change) {
-        if self.news.len() == NEWS {
-            self.news.pop_front();
+    fn push_change(&mut self, change: Change) {
+        if self.changes.len() == CHANGES {
+            self.changes.pop_front();
         }
-        self.news.push_back(change);
+        self.changes.push_back(change);
     }
 }

@@ -1,4 +1,4 @@
-//! What an earlier agent left in the sessions' memory.
+//! Sessions of an earlier agent in the sessions' memory.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -13,11 +13,11 @@ use nsm_ebpf_common::{
 use super::{super::session::peer_address, HealthConfig, HealthError, Orphan};
 use crate::bpf::Sessions;
 
-/// The sessions that an earlier agent left. What is not whole is cleared: an agent may end between any two steps.
+/// The sessions that an earlier agent left. Incomplete ones are cleared: an agent may end between any two steps.
 ///
-/// A session is led to by the Ethernet address that it is reached by, and by that of its node ([`SPEAKER`]) where it answers the
-/// node's own probes; often they are the same. Two at one address are two peers; one that has started anew meanwhile ends
-/// with the grace for connections that come back.
+/// The index has a session under the Ethernet address of its path, and under that of its node (tag [`SPEAKER`]) where the path is the
+/// node's answer path; often they are the same. Two sessions of one address are two peers; that of a peer that has restarted ends with
+/// the grace for connections that come back.
 pub(super) fn adopt(
     config: &HealthConfig,
     sessions: &mut dyn Sessions,
@@ -48,11 +48,11 @@ pub(super) fn adopt(
             at: None,
             slot,
             mac,
-            speaks: false,
+            is_answer_path: false,
             expires,
         });
         if tag == SPEAKER {
-            orphan.speaks = true;
+            orphan.is_answer_path = true;
         } else {
             orphan.mac = mac;
         }
@@ -109,12 +109,12 @@ mod tests {
         let six = session_key(false, mac(SPEAKER, 5));
         let mut index = |key, slot| sessions.index(key, slot).expect("indexed");
         index(key(1), 1);
-        // Another's address, an empty slot, a slot that is none, another link.
+        // The address of another session, an empty slot, a slot out of range, another link.
         index(key(2), 2);
         index(key(3), 3);
         index(key(4), MAX_SESSIONS);
         index(session_key(false, mac(SPEAKER, 8)), 8);
-        // One node by three ways, of which the second speaks on its link; and another behind the first address.
+        // One node on three paths, of which the second is its answer path; and another node behind the first address.
         index(tagged, 5);
         index(key(5), 6);
         index(session_key(true, mac(SPEAKER + 2, 5)), 6);
@@ -127,7 +127,7 @@ mod tests {
         fill(&sessions, 8, "192.0.2.8", 8);
         fill(&sessions, 9, "2001:db8::5", 5);
         fill(&sessions, 10, "192.0.2.5", 10);
-        // Nothing leads there.
+        // Not in the index.
         fill(&sessions, 7, "192.0.2.7", 7);
 
         let orphans = adopt(&config(), &mut sessions).expect("adopted");
@@ -138,11 +138,13 @@ mod tests {
                     it.slot,
                     it.address.to_string(),
                     it.mac[1] - SPEAKER,
-                    it.speaks,
+                    it.is_answer_path,
                 )
             })
             .collect();
-        let way = |slot, address: &str, tag, speaks| (slot, address.to_owned(), tag, speaks);
+        let way = |slot, address: &str, tag, is_answer_path| {
+            (slot, address.to_owned(), tag, is_answer_path)
+        };
         assert_eq!(
             found,
             [

@@ -1,4 +1,4 @@
-//! The management links: made, hooked, mended, removed.
+//! The probe links: made, hooked, repaired, removed.
 
 use std::collections::BTreeSet;
 
@@ -13,12 +13,12 @@ use super::{
 };
 use crate::links::{
     Family,
-    management::{self, Condition, Forwarding, ManagementLink, ManagementSpec},
+    probe_link::{self, Condition, Forwarding, ProbeLink, ProbeLinkSpec},
 };
 
 impl Peers {
-    /// The links that are there from the start: for the address that tunnels leave from, else IPv4, and for peers of an earlier
-    /// agent, who are reflected without a gap.
+    /// Makes the links that are needed from the start: that of the address of this node's tunnels, else IPv4, and those of sessions of
+    /// an earlier agent, whose probes are answered without a gap.
     pub(super) fn make_first_links(&mut self) -> Result<(), HealthError> {
         let first = self.config.local.map_or(Family::V4, Family::of);
         let orphans = self.orphans.iter();
@@ -37,7 +37,7 @@ impl Peers {
         self.recognise_orphans();
         self.hook_links()?;
         self.forget_strays();
-        // What an earlier agent saw is not news.
+        // What an earlier agent counted is not reported again.
         if let Some(bpf) = &self.bpf {
             let seen = bpf.foreign_vnis()?.into_iter();
             self.foreign = seen.map(|vni| ((vni.vni, vni.peer), vni.packets)).collect();
@@ -45,13 +45,13 @@ impl Peers {
         Ok(())
     }
 
-    /// Reads from the links that an earlier agent left by what its peers were reached.
+    /// Reads the paths of orphans from the forwarding entries of adopted links.
     fn recognise_orphans(&mut self) {
         for (family, link) in &self.links {
             if !link.adopted {
                 continue;
             }
-            let entries = match management::forwardings(&mut self.netlink, link, self.config.vni) {
+            let entries = match probe_link::forwardings(&mut self.netlink, link, self.config.vni) {
                 Ok(entries) => entries,
                 Err(error) => {
                     tracing::warn!(%error, "peers of an earlier agent are known by their addresses only");
@@ -79,18 +79,18 @@ impl Peers {
         }
     }
 
-    /// Makes the link of a family, or takes it over, with the prober's socket on it.
+    /// Makes or adopts the link of a family, and gives the prober a socket on it.
     fn make_link(&mut self, family: Family) -> Result<(), HealthError> {
-        let spec = ManagementSpec {
+        let spec = ProbeLinkSpec {
             domain: self.config.domain.clone(),
             family,
             vni: self.config.vni,
             port: self.config.port,
             local: self.config.local.filter(|ip| Family::of(*ip) == family),
         };
-        // Without BPF, programs of an earlier agent would swallow what this one is to see.
+        // Without BPF, programs of an earlier agent would take the packets that this one needs.
         let anew = self.bpf.is_none();
-        let link = management::ensure(&mut self.netlink, &spec, anew)?;
+        let link = probe_link::ensure(&mut self.netlink, &spec, anew)?;
         match PacketSocket::open(link.index, &link.name, family) {
             Ok(socket) => {
                 self.commands.send(Command::Link(family, socket));
@@ -103,30 +103,30 @@ impl Peers {
             Err(error) => {
                 // The reflector of an earlier agent answers on its link without any socket.
                 if !link.adopted {
-                    management::remove(&mut self.netlink, link.index, &link.name)?;
+                    probe_link::remove(&mut self.netlink, link.index, &link.name)?;
                 }
                 Err(error)
             }
         }
     }
 
-    /// Forwarding entries of peers that have no session: the link may outlive the memory of the sessions.
-    fn forget_stray_entries(&mut self, family: Family, link: &ManagementLink) {
+    /// Removes forwarding entries without session: the link may outlive the memory of the sessions.
+    fn forget_stray_entries(&mut self, family: Family, link: &ProbeLink) {
         let known = self.known.iter();
-        let known = known.map(|(spec, it)| (NodeOnLink::of(spec), it.mac, it.speaks));
+        let known = known.map(|(spec, it)| (NodeOnLink::of(spec), it.mac, it.is_answer_path));
         let orphans = self.orphans.iter();
-        let orphans = orphans.map(|it| (it.node(), it.mac, it.speaks));
+        let orphans = orphans.map(|it| (it.node(), it.mac, it.is_answer_path));
         let wanted: BTreeSet<[u8; 6]> = known
             .chain(orphans)
             .filter(|(node, ..)| node.family == family)
-            .flat_map(|(node, mac, speaks)| [Some(mac), speaks.then(|| node.speaker())])
+            .flat_map(|(node, mac, is_answer_path)| [Some(mac), is_answer_path.then(|| node.mac())])
             .flatten()
             .collect();
-        let forgotten = management::peers(&mut self.netlink, link).and_then(|found| {
+        let forgotten = probe_link::peers(&mut self.netlink, link).and_then(|found| {
             found
                 .iter()
                 .filter(|mac| !wanted.contains(&mac.octets()))
-                .try_for_each(|mac| management::remove_peer(&mut self.netlink, link, *mac))
+                .try_for_each(|mac| probe_link::remove_peer(&mut self.netlink, link, *mac))
         });
         if let Err(error) = forgotten {
             tracing::warn!(%error, interface = link.name, "a forwarding entry of an earlier agent stays");
@@ -139,13 +139,13 @@ impl Peers {
         Ok(bpf.attach_management(&names)?)
     }
 
-    /// The link of a family, made when a peer first needs it.
-    pub(super) fn link(&mut self, family: Family) -> Result<ManagementLink, HealthError> {
+    /// The link of a family. It is made when the first path needs it.
+    pub(super) fn link(&mut self, family: Family) -> Result<ProbeLink, HealthError> {
         if !self.links.contains_key(&family) {
             self.make_link(family)?;
             if let Err(error) = self.hook_links() {
                 if let Some(link) = self.links.remove(&family).filter(|link| !link.adopted) {
-                    management::remove(&mut self.netlink, link.index, &link.name)?;
+                    probe_link::remove(&mut self.netlink, link.index, &link.name)?;
                 }
                 return Err(error);
             }
@@ -153,10 +153,10 @@ impl Peers {
         self.links.get(&family).cloned().ok_or(HealthError::Closed)
     }
 
-    /// Mends links that somebody has taken away, down, or the programs off: without them no peer is answered, and none is probed. Gives
-    /// those where something is, or was, amiss.
+    /// Repairs links that were removed, taken down, or lost their programs: without them no probes are sent or answered. Gives the
+    /// families whose link is, or was, broken.
     pub(super) fn mend_links(&mut self) -> BTreeSet<Family> {
-        let links: Vec<(Family, ManagementLink)> = self
+        let links: Vec<(Family, ProbeLink)> = self
             .links
             .iter()
             .map(|(family, link)| (*family, link.clone()))
@@ -170,14 +170,14 @@ impl Peers {
                 Ok(Some(found)) => {
                     amiss.insert(family);
                     self.broken.remove(&family);
-                    tracing::warn!(?family, found, "a management link is mended");
+                    tracing::warn!(?family, found, "a probe link was repaired");
                 }
                 Err(error) => {
                     amiss.insert(family);
                     if self.broken.insert(family) {
-                        tracing::error!(%error, ?family, "a management link is broken: peers are not probed, nor answered, until it can be mended");
+                        tracing::error!(%error, ?family, "a probe link is broken: peers are neither probed nor answered until it is repaired");
                     } else {
-                        tracing::debug!(%error, ?family, "a management link stays broken");
+                        tracing::debug!(%error, ?family, "a probe link stays broken");
                     }
                 }
             }
@@ -185,30 +185,30 @@ impl Peers {
         amiss
     }
 
-    /// Mends a link; what was found amiss.
+    /// Repairs a link: what was wrong with it.
     fn mend(
         &mut self,
         family: Family,
-        link: &ManagementLink,
+        link: &ProbeLink,
     ) -> Result<Option<&'static str>, HealthError> {
-        let condition = management::look(&mut self.netlink, link)?;
+        let condition = probe_link::look(&mut self.netlink, link)?;
         if condition == Condition::Gone {
             self.mend_link(family)?;
             return Ok(Some("gone"));
         }
-        // Programs first: nothing may come to a link without.
+        // Programs first: no packet may arrive on a link without them.
         let was_unhooked = match &self.bpf {
             Some(bpf) => bpf.mend_management(&link.name)?,
             None => false,
         };
         if condition == Condition::Down {
-            management::take_up(&mut self.netlink, link)?;
+            probe_link::take_up(&mut self.netlink, link)?;
             return Ok(Some("down"));
         }
         Ok(was_unhooked.then_some("without its programs"))
     }
 
-    /// Makes a link again that is gone.
+    /// Makes a removed link again.
     fn mend_link(&mut self, family: Family) -> Result<(), HealthError> {
         self.make_link(family)?;
         let Some(link) = self.links.get(&family).cloned() else {
@@ -219,24 +219,25 @@ impl Peers {
             None => Ok(()),
         };
         if let Err(error) = hooked {
-            // Its index is not that of a link any more, so it is mended again.
-            management::remove(&mut self.netlink, link.index, &link.name)?;
+            // No link has its index any more, so the next check repairs it again.
+            probe_link::remove(&mut self.netlink, link.index, &link.name)?;
             return Err(error.into());
         }
         let known = self.known.iter();
-        let known = known.map(|(spec, known)| (*spec, known.mac, known.speaks));
+        let known = known.map(|(spec, known)| (*spec, known.mac, known.is_answer_path));
         let orphans = self.orphans.iter();
-        let orphans = orphans.filter_map(|orphan| Some((orphan.at?, orphan.mac, orphan.speaks)));
-        for (spec, mac, speaks) in known.chain(orphans) {
+        let orphans =
+            orphans.filter_map(|orphan| Some((orphan.at?, orphan.mac, orphan.is_answer_path)));
+        for (spec, mac, is_answer_path) in known.chain(orphans) {
             let node = NodeOnLink::of(&spec);
             if node.family != family {
                 continue;
             }
-            let speaker = Some(node.speaker()).filter(|speaker| speaks && *speaker != mac);
+            let speaker = Some(node.mac()).filter(|speaker| is_answer_path && *speaker != mac);
             for mac in [Some(mac), speaker].into_iter().flatten() {
-                let entered = management::set_peer(&mut self.netlink, &link, forwarding(mac, spec));
+                let entered = probe_link::set_peer(&mut self.netlink, &link, forwarding(mac, spec));
                 if let Err(error) = entered {
-                    tracing::warn!(%error, peer.ip = %spec.address, "a peer is not reached any more");
+                    tracing::warn!(%error, peer.ip = %spec.address, "a peer is not reachable any more");
                 }
             }
         }
@@ -250,7 +251,7 @@ impl Peers {
                 .bpf
                 .as_ref()
                 .map_or(Ok(()), |bpf| bpf.detach_management(&link.name));
-            let removed = management::remove(&mut self.netlink, link.index, &link.name);
+            let removed = probe_link::remove(&mut self.netlink, link.index, &link.name);
             result = result
                 .and(detached.map_err(HealthError::from))
                 .and(removed.map_err(HealthError::from));

@@ -1,4 +1,4 @@
-//! Whether what the stages of a peer count can be believed, and hooks where its packets leave.
+//! The check whether the counts of a path's stages can be trusted.
 
 use std::{
     collections::{BTreeMap, btree_map},
@@ -16,43 +16,43 @@ use crate::{
 };
 
 impl Peers {
-    /// Looks at the links, routes and hooks that a peer's packets meet, mends what can be mended, and tells the prober what it found.
+    /// Checks the links, routes and hooks of a path, repairs what can be repaired, and sends the result to the prober.
     pub(super) fn look(&mut self, spec: PathId) {
         let found = Look {
             link: !self.mend_links().contains(&Family::of(spec.address)),
-            card: self.hook_way_to(spec.address),
+            card: self.hook_path_to(spec.address),
         };
-        self.commands.send(Command::Looked(spec, found));
+        self.commands.send(Command::Checked(spec, found));
     }
 
-    /// Hooks the programs to the interface that packets to a peer leave by; whether they hung there.
-    fn hook_way_to(&mut self, address: IpAddr) -> bool {
+    /// Attaches the programs to the interface of the route to a peer; true when they were attached before.
+    fn hook_path_to(&mut self, address: IpAddr) -> bool {
         let Some(bpf) = &self.bpf else { return false };
         let interface = match outgoing_interface(&mut self.netlink, address) {
             Ok(interface) => interface,
             Err(error) => {
                 // Then nothing leaves, and the counts are right.
-                tracing::debug!(%error, peer.ip = %address, "no way to a peer");
+                tracing::debug!(%error, peer.ip = %address, "no route to a peer");
                 return true;
             }
         };
         let cause = match bpf.hook_underlay(&interface) {
             Ok(Hooked::Before) => None,
             Ok(Hooked::Now) => {
-                tracing::info!(interface, peer.ip = %address, "packets to a peer leave here: counted from now on");
+                tracing::info!(interface, peer.ip = %address, "packets to a peer leave by this interface: they are counted from now on");
                 self.uncounted().remove(&address);
                 return false;
             }
             Ok(Hooked::Never) => Some("add it to `bpf.interfaces`".to_owned()),
             Err(error) => Some(error.to_string()),
         };
-        let hung = cause.is_none();
-        self.tell_uncounted(address, interface, cause);
-        hung
+        let was_attached = cause.is_none();
+        self.note_uncounted(address, interface, cause);
+        was_attached
     }
 
-    /// Keeps for `status` where packets to a peer leave uncounted, and why.
-    fn tell_uncounted(&self, peer: IpAddr, interface: String, cause: Option<String>) {
+    /// Notes for `status` where packets to a peer leave uncounted, and why.
+    fn note_uncounted(&self, peer: IpAddr, interface: String, cause: Option<String>) {
         let mut uncounted = self.uncounted();
         let Some(cause) = cause else {
             uncounted.remove(&peer);

@@ -1,7 +1,8 @@
-//! How the two threads begin: the memory of the sessions, the links and what hangs on them.
+//! The start of the two threads: the memory of the sessions, the probe links and their programs.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    io,
     sync::{Arc, mpsc},
     thread,
 };
@@ -15,9 +16,10 @@ use super::{
         Event, HealthConfig, HealthError,
         prober::{self, Kit, Prober},
         random,
+        request::Request,
         surroundings::Memory,
     },
-    Peers, Request, Started, adopt, give_back,
+    Orphan, Peers, Started, adopt, give_back,
 };
 use crate::{
     bpf::{Bpf, LocalSessions},
@@ -30,24 +32,85 @@ pub(in crate::liveness) fn start(
     bpf: Option<Arc<Bpf>>,
     events: tokio_mpsc::UnboundedSender<Event>,
 ) -> Result<Started, HealthError> {
-    let (tell, told) = mpsc::sync_channel(1);
+    let (sender, receiver) = mpsc::sync_channel(1);
     let spawned = thread::Builder::new()
         .name("nsm-peers".to_owned())
         .spawn(move || match Peers::set_up(config, bpf, events) {
             Ok((peers, requests, started)) => {
-                // Whoever started it waits.
-                let _ = tell.send(Ok(started));
+                // The starting thread waits for it.
+                let _ = sender.send(Ok(started));
                 peers.run(&requests);
             }
             Err(error) => {
-                let _ = tell.send(Err(error));
+                let _ = sender.send(Err(error));
             }
         });
-    spawned.map_err(|source| HealthError::System {
-        action: "start the thread of the peers",
-        source,
-    })?;
-    told.recv().map_err(|_| HealthError::Closed)?
+    spawned.map_err(system("start the thread of the peers"))?;
+    receiver.recv().map_err(|_| HealthError::Closed)?
+}
+
+fn system(action: &'static str) -> impl FnOnce(io::Error) -> HealthError {
+    move |source| HealthError::System { action, source }
+}
+
+/// The prober's thread before it has a prober. It ends without one when this is dropped.
+struct WaitingThread {
+    prober: mpsc::SyncSender<Prober>,
+    realtime: mpsc::Receiver<io::Result<()>>,
+    handle: thread::JoinHandle<Option<Memory>>,
+}
+
+impl WaitingThread {
+    fn spawn() -> io::Result<Self> {
+        let (sender, receiver) = mpsc::sync_channel::<Prober>(1);
+        let (priority, realtime) = mpsc::sync_channel(1);
+        let handle = thread::Builder::new()
+            .name("nsm-prober".to_owned())
+            .spawn(move || {
+                let prober = receiver.recv().ok()?;
+                let _ = priority.send(prober::set_realtime());
+                Some(prober.run())
+            })?;
+        Ok(Self {
+            prober: sender,
+            realtime,
+            handle,
+        })
+    }
+
+    /// Lets the prober run: the thread, and whether it has real-time priority.
+    fn run(self, prober: Prober) -> Result<(thread::JoinHandle<Option<Memory>>, bool), Prober> {
+        self.prober.send(prober).map_err(|unsent| unsent.0)?;
+        let realtime = self.realtime.recv();
+        if let Ok(Err(error)) = &realtime {
+            tracing::info!(%error, "the prober has no real-time priority: probes of a busy node are sent late");
+        }
+        Ok((self.handle, matches!(realtime, Ok(Ok(())))))
+    }
+}
+
+/// The memory of the sessions, with this node's discriminator in it: the one that an earlier agent left, or `drawn`.
+fn take_memory(
+    config: &HealthConfig,
+    bpf: Option<&Bpf>,
+    drawn: Discriminator,
+) -> Result<(Memory, Vec<Orphan>, Discriminator), HealthError> {
+    let mut memory = match bpf {
+        Some(bpf) => Memory::Pinned(Box::new(bpf.take_sessions().ok_or(HealthError::InUse)?)),
+        None => Memory::Local(LocalSessions::new()),
+    };
+    let orphans = match adopt::adopt(config, memory.sessions_mut()) {
+        Ok(orphans) => orphans,
+        Err(error) => {
+            give_back(bpf, Some(memory));
+            return Err(error);
+        }
+    };
+    let node = memory.sessions().node();
+    let own = Discriminator::new(node.discriminator.load() as u32).unwrap_or(drawn);
+    node.discriminator.store(own.get().into());
+    node.state.store(State::Up.bits().into());
+    Ok((memory, orphans, own))
 }
 
 impl Peers {
@@ -59,43 +122,13 @@ impl Peers {
         if let Some(node) = &config.namespace {
             node.enter()?;
         }
-        let netlink = Netlink::open().map_err(|source| HealthError::System {
-            action: "open a netlink socket",
-            source,
-        })?;
-        let system = |action| move |source| HealthError::System { action, source };
+        let netlink = Netlink::open().map_err(system("open a netlink socket"))?;
         let drawn = random::discriminator().map_err(system("draw a discriminator"))?;
         let kit = Kit::new().map_err(system("set up the prober"))?;
-        // Without a prober, as after any error below, it ends at once.
-        let (hand, handed) = mpsc::sync_channel::<Prober>(1);
-        let (tell, told) = mpsc::sync_channel(1);
-        let thread = thread::Builder::new()
-            .name("nsm-prober".to_owned())
-            .spawn(move || {
-                let prober = handed.recv().ok()?;
-                let realtime = prober::set_realtime();
-                let _ = tell.send(realtime);
-                Some(prober.run())
-            })
-            .map_err(system("start the prober"))?;
-
+        let thread = WaitingThread::spawn().map_err(system("start the prober"))?;
         let counters = bpf.as_ref().map(|bpf| bpf.counter_reader()).transpose()?;
-        let mut memory = match &bpf {
-            Some(bpf) => Memory::Pinned(Box::new(bpf.take_sessions().ok_or(HealthError::InUse)?)),
-            None => Memory::Local(LocalSessions::new()),
-        };
-        let orphans = match adopt::adopt(&config, memory.sessions_mut()) {
-            Ok(orphans) => orphans,
-            Err(error) => {
-                give_back(bpf.as_deref(), Some(memory));
-                return Err(error);
-            }
-        };
-        let node = memory.sessions().node();
-        let before = Discriminator::new(node.discriminator.load() as u32);
-        let own = before.map_or(drawn, Discriminator::get);
-        node.discriminator.store(own.into());
-        node.state.store(State::Up.bits().into());
+        let (memory, orphans, discriminator) = take_memory(&config, bpf.as_deref(), drawn)?;
+        // From here on an error must give the memory back.
         let (requests, receiver) = mpsc::channel();
         let (prober, commands) = Prober::new(
             kit,
@@ -105,8 +138,6 @@ impl Peers {
             events.clone(),
             requests.clone(),
         );
-        let uncounted = Arc::default();
-
         let mut peers = Self {
             config,
             bpf,
@@ -117,49 +148,37 @@ impl Peers {
             entered: 0,
             commands: commands.clone(),
             prober: None,
-            discriminator: own,
+            discriminator: discriminator.get(),
             events,
             foreign: HashMap::new(),
             broken: BTreeSet::new(),
-            uncounted: Arc::clone(&uncounted),
+            uncounted: Arc::default(),
         };
-        let linked = peers.make_first_links().and_then(|()| {
-            // Drawn or found, it is not 0.
-            Discriminator::new(own).ok_or(HealthError::Closed)
-        });
-        let discriminator = match linked {
-            Ok(discriminator) => discriminator,
-            Err(error) => {
-                peers.give_up(prober.into_memory());
-                return Err(error);
-            }
-        };
-        let drops = prober.drops();
-        if let Err(mpsc::SendError(prober)) = hand.send(prober) {
+        if let Err(error) = peers.make_first_links() {
             peers.give_up(prober.into_memory());
-            return Err(HealthError::Closed);
+            return Err(error);
         }
-        peers.prober = Some(thread);
-        let realtime = match told.recv() {
-            Ok(Ok(())) => true,
-            Ok(Err(error)) => {
-                tracing::info!(%error, "the prober has no real-time priority: probes of a busy node come late");
-                false
+        let drops = prober.drops();
+        let (handle, realtime) = match thread.run(prober) {
+            Ok(running) => running,
+            Err(prober) => {
+                peers.give_up(prober.into_memory());
+                return Err(HealthError::Closed);
             }
-            Err(_) => false,
         };
+        peers.prober = Some(handle);
         let started = Started {
             requests,
             commands,
             discriminator,
             realtime,
             drops,
-            uncounted,
+            uncounted: Arc::clone(&peers.uncounted),
         };
         Ok((peers, receiver, started))
     }
 
-    /// Underlay entries of peers that have no session any more.
+    /// Removes underlay entries of peers that have no session any more.
     pub(super) fn forget_strays(&self) {
         let Some(bpf) = &self.bpf else { return };
         for peer in bpf.peers() {
@@ -171,11 +190,11 @@ impl Peers {
         }
     }
 
-    /// Removes what was made, after a failure that is the error to tell. What an earlier agent left stays.
+    /// Removes what was made, after a failure. What an earlier agent left stays.
     fn give_up(&mut self, memory: Memory) {
         self.links.retain(|_, link| !link.adopted);
         if let Err(error) = self.remove_links() {
-            tracing::error!(%error, "a management link that could not be completed stays");
+            tracing::error!(%error, "a probe link that could not be completed stays");
         }
         give_back(self.bpf.as_deref(), Some(memory));
     }

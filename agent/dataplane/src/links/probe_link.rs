@@ -1,9 +1,9 @@
-//! The management link: the VXLAN device of the management VNI (RFC 8971) in the node's namespace, with one forwarding entry a
-//! peer. One for each family of underlay addresses.
+//! The probe link: the VXLAN device of the probe VNI (the management VNI of RFC 8971) in the node's namespace, one for each family of
+//! underlay addresses. It has one forwarding entry for each path.
 //!
-//! It looks to the underlay as the tunnels do: same UDP port, same `df`, no learning. It is nobody's interface: it has no
-//! addresses, and its own Ethernet address is one that no frame is ever sent to, so that the kernel takes each frame on it for
-//! somebody else's and hands none to its IP stack, whatever hangs on its hooks.
+//! On the underlay it is like the tunnels: same UDP port, same `df`, no learning. It has no addresses, and no frame is ever sent to its
+//! own Ethernet address: the kernel treats each frame as one for another host and passes none to its IP stack, whatever programs are
+//! attached.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -22,17 +22,17 @@ use nsm_core::{
 };
 use rtnetlink::{LinkUnspec, LinkVxlan};
 
-use super::{LinkError, message, observe, place::delete, port};
+use super::{LinkError, basics::delete, message, observe, port};
 use crate::netlink::{Netlink, NetlinkError, Refusal};
 
-/// What the aliases of management links have in place of a connection's id: this and the port.
+/// Prefixes of the ids in the aliases of probe links; the port follows. They are part of the adoption by later agents.
 const ALIAS_V4: &str = "management-";
 const ALIAS_V6: &str = "management-ipv6-";
 
-/// MTU of the link, bytes: so large that it is never what keeps a large probe from leaving (RFC 9764).
+/// MTU of the link, bytes: large enough for every probe of the path MTU search (RFC 9764).
 const MTU: u32 = 16_000;
 
-/// The family of underlay addresses of a management link.
+/// The family of underlay addresses of a probe link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Family {
     V4,
@@ -48,13 +48,13 @@ impl Family {
     }
 }
 
-/// A management link as it is wanted.
+/// A probe link as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ManagementSpec {
+pub(crate) struct ProbeLinkSpec {
     /// The agent's domain.
     pub(crate) domain: String,
     pub(crate) family: Family,
-    /// The management VNI.
+    /// The probe VNI.
     pub(crate) vni: Vni,
     /// The UDP port of this node's tunnels.
     pub(crate) port: u16,
@@ -62,8 +62,8 @@ pub(crate) struct ManagementSpec {
     pub(crate) local: Option<IpAddr>,
 }
 
-/// Whether an alias is that of a management link: no connection's, so no orphan for want of one.
-pub(super) fn is_management(alias: &LinkAlias) -> bool {
+/// Whether an alias is that of a probe link, which has no connection and is not removed for want of one.
+pub(super) fn is_probe_link(alias: &LinkAlias) -> bool {
     let id = alias.connection_id();
     let port = id
         .strip_prefix(ALIAS_V6)
@@ -79,8 +79,8 @@ fn alias(domain: &str, family: Family, port: u16) -> Result<LinkAlias, LinkError
     LinkAlias::new(domain, format!("{id}{port}")).map_err(LinkError::from)
 }
 
-impl ManagementSpec {
-    /// The port is in alias and name: agents that share a namespace have different ones, be they of one domain or not.
+impl ProbeLinkSpec {
+    /// The port is part of alias and name: agents that share a namespace have different ports, in one domain or not.
     fn alias(&self) -> Result<LinkAlias, LinkError> {
         alias(&self.domain, self.family, self.port)
     }
@@ -103,9 +103,9 @@ impl ManagementSpec {
     }
 }
 
-/// A management link that is up.
+/// A probe link that is up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ManagementLink {
+pub(crate) struct ProbeLink {
     pub(crate) index: u32,
     pub(crate) name: String,
     /// The UDP port of this node's tunnels.
@@ -114,18 +114,18 @@ pub(crate) struct ManagementLink {
     pub(crate) adopted: bool,
 }
 
-/// Makes the link, or takes over the one that an earlier agent made just so. `anew`: replace it, with all that hangs on it.
+/// Makes the link, or adopts the same link of an earlier agent. `anew`: replaces that one with its programs and entries.
 pub(crate) fn ensure(
     netlink: &mut Netlink,
-    spec: &ManagementSpec,
+    spec: &ProbeLinkSpec,
     anew: bool,
-) -> Result<ManagementLink, LinkError> {
+) -> Result<ProbeLink, LinkError> {
     let (alias, name) = (spec.alias()?, spec.name());
     for link in observe::links(netlink)? {
         if link.alias.as_ref() == Some(&alias) {
             if !anew && spec.fits(&link) {
                 up(netlink, link.index, &name, spec.port)?;
-                return Ok(ManagementLink {
+                return Ok(ProbeLink {
                     index: link.index,
                     name: link.name,
                     port: spec.port,
@@ -135,7 +135,7 @@ pub(crate) fn ensure(
             delete(netlink, message::delete_link(link.index), &link.name)?;
         } else if link.name == name {
             return Err(LinkError::refused(
-                format!("make management link `{name}`"),
+                format!("make probe link `{name}`"),
                 Refusal {
                     errno: Errno::EEXIST,
                     text: Some("there is a link of this name that is not ours".to_owned()),
@@ -149,7 +149,7 @@ pub(crate) fn ensure(
         netlink
             .ask(request, flags)?
             .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))?;
-        // A kernel without IPv6 refuses, and needs it not.
+        // A kernel without IPv6 refuses, and does not need it.
         let _ = netlink.ask(no_addresses(index), 0)?;
         up(netlink, index, &name, spec.port)
     })();
@@ -157,7 +157,7 @@ pub(crate) fn ensure(
         remove(netlink, index, &name)?;
         return Err(error);
     }
-    Ok(ManagementLink {
+    Ok(ProbeLink {
         index,
         name,
         port: spec.port,
@@ -165,7 +165,7 @@ pub(crate) fn ensure(
     })
 }
 
-fn create(netlink: &mut Netlink, spec: &ManagementSpec, name: &str) -> Result<u32, LinkError> {
+fn create(netlink: &mut Netlink, spec: &ProbeLinkSpec, name: &str) -> Result<u32, LinkError> {
     let mut link = LinkVxlan::new(name, spec.vni.get())
         .port(spec.port)
         .learning(false)
@@ -176,7 +176,7 @@ fn create(netlink: &mut Netlink, spec: &ManagementSpec, name: &str) -> Result<u3
         (Some(IpAddr::V4(local)), _) => link.local(local),
         (Some(IpAddr::V6(local)), _) => link.local6(local),
         (None, Family::V4) => link,
-        // Only an address says the family. This one is nobody's: no peer by default.
+        // The family follows from an address only. The unspecified one is no default peer.
         (None, Family::V6) => link.remote6(Ipv6Addr::UNSPECIFIED),
     };
     let request = RouteNetlinkMessage::NewLink(link.build());
@@ -191,7 +191,7 @@ fn create(netlink: &mut Netlink, spec: &ManagementSpec, name: &str) -> Result<u3
                 kind: "vxlan",
                 kernel,
             },
-            _ => LinkError::refused(format!("make management link `{name}`"), kernel),
+            _ => LinkError::refused(format!("make probe link `{name}`"), kernel),
         });
     }
     let (request, flags) = message::get_link_named(name);
@@ -218,12 +218,12 @@ fn up(netlink: &mut Netlink, index: u32, name: &str, port: u16) -> Result<(), Li
                 kernel,
             }
         } else {
-            LinkError::refused(format!("take management link `{name}` up"), kernel)
+            LinkError::refused(format!("take probe link `{name}` up"), kernel)
         }
     })
 }
 
-/// How a management link is found.
+/// The observed state of a probe link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Condition {
     Up,
@@ -232,8 +232,8 @@ pub(crate) enum Condition {
     Gone,
 }
 
-/// Looks at a link.
-pub(crate) fn look(netlink: &mut Netlink, link: &ManagementLink) -> Result<Condition, LinkError> {
+/// Observes a link.
+pub(crate) fn look(netlink: &mut Netlink, link: &ProbeLink) -> Result<Condition, LinkError> {
     let (request, flags) = message::get_link(link.index);
     let found = match netlink.ask(request, flags)? {
         Ok(found) => found.into_iter().find_map(observe::link_of),
@@ -243,7 +243,7 @@ pub(crate) fn look(netlink: &mut Netlink, link: &ManagementLink) -> Result<Condi
         }) => None,
         Err(kernel) => {
             return Err(LinkError::refused(
-                format!("look at management link `{}`", link.name),
+                format!("look at probe link `{}`", link.name),
                 kernel,
             ));
         }
@@ -256,12 +256,12 @@ pub(crate) fn look(netlink: &mut Netlink, link: &ManagementLink) -> Result<Condi
     })
 }
 
-/// Takes a link up again. Its forwarding entries outlive that it was down.
-pub(crate) fn take_up(netlink: &mut Netlink, link: &ManagementLink) -> Result<(), LinkError> {
+/// Takes a link up again. It keeps its forwarding entries while it is down.
+pub(crate) fn take_up(netlink: &mut Netlink, link: &ProbeLink) -> Result<(), LinkError> {
     up(netlink, link.index, &link.name, link.port)
 }
 
-/// Removes the link; gone already is as good.
+/// Removes the link; a success when it is gone already.
 pub(crate) fn remove(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), LinkError> {
     delete(netlink, message::delete_link(index), name)
 }
@@ -276,28 +276,28 @@ pub(crate) fn remove_left(netlink: &mut Netlink, domain: &str, port: u16) -> Res
     for link in observe::links(netlink)?.iter().filter(|it| is_ours(it)) {
         tracing::info!(
             interface = link.name,
-            "removing the management link of an earlier agent"
+            "removing the probe link of an earlier agent"
         );
         remove(netlink, link.index, &link.name)?;
     }
     Ok(())
 }
 
-/// Where frames to a peer's Ethernet address go.
+/// The destination of frames to an Ethernet address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Forwarding {
     pub(crate) mac: MacAddr,
     pub(crate) remote: IpAddr,
     /// UDP port of the peer's tunnels.
     pub(crate) port: u16,
-    /// The peer's management VNI.
+    /// The peer's probe VNI.
     pub(crate) vni: Vni,
 }
 
-/// Enters a peer, or changes where its frames go.
+/// Adds a forwarding entry, or changes its destination.
 pub(crate) fn set_peer(
     netlink: &mut Netlink,
-    link: &ManagementLink,
+    link: &ProbeLink,
     peer: Forwarding,
 ) -> Result<(), LinkError> {
     let mut message = forwarding_entry(link.index, peer.mac);
@@ -316,19 +316,16 @@ pub(crate) fn set_peer(
         .map(drop)
         .map_err(|kernel| {
             LinkError::refused(
-                format!(
-                    "enter peer {} into management link `{}`",
-                    peer.remote, link.name
-                ),
+                format!("enter peer {} into probe link `{}`", peer.remote, link.name),
                 kernel,
             )
         })
 }
 
-/// Forgets a peer; one that is not there is fine.
+/// Removes a forwarding entry; a success when there is none.
 pub(crate) fn remove_peer(
     netlink: &mut Netlink,
-    link: &ManagementLink,
+    link: &ProbeLink,
     mac: MacAddr,
 ) -> Result<(), LinkError> {
     let request = RouteNetlinkMessage::DelNeighbour(forwarding_entry(link.index, mac));
@@ -339,17 +336,14 @@ pub(crate) fn remove_peer(
             ..
         }) => Ok(()),
         Err(kernel) => Err(LinkError::refused(
-            format!("take peer {mac} off management link `{}`", link.name),
+            format!("take peer {mac} off probe link `{}`", link.name),
             kernel,
         )),
     }
 }
 
-/// The Ethernet addresses that are entered.
-pub(crate) fn peers(
-    netlink: &mut Netlink,
-    link: &ManagementLink,
-) -> Result<Vec<MacAddr>, LinkError> {
+/// The Ethernet addresses with a forwarding entry.
+pub(crate) fn peers(netlink: &mut Netlink, link: &ProbeLink) -> Result<Vec<MacAddr>, LinkError> {
     let entries = entries(netlink, link)?;
     let macs = entries.into_iter().filter_map(|entry| {
         let mac = entry.attributes.iter().find_map(|it| match it {
@@ -361,10 +355,10 @@ pub(crate) fn peers(
     Ok(macs.collect())
 }
 
-/// Where frames of a link go, by Ethernet address; `vni`: the link's own, which entries need not name.
+/// The forwarding entries of a link. `vni` is the link's own, which entries may leave out.
 pub(crate) fn forwardings(
     netlink: &mut Netlink,
-    link: &ManagementLink,
+    link: &ProbeLink,
     vni: Vni,
 ) -> Result<Vec<Forwarding>, LinkError> {
     let entries = entries(netlink, link)?.into_iter();
@@ -373,10 +367,7 @@ pub(crate) fn forwardings(
         .collect())
 }
 
-fn entries(
-    netlink: &mut Netlink,
-    link: &ManagementLink,
-) -> Result<Vec<NeighbourMessage>, LinkError> {
+fn entries(netlink: &mut Netlink, link: &ProbeLink) -> Result<Vec<NeighbourMessage>, LinkError> {
     let mut request = NeighbourMessage::default();
     request.header.family = AddressFamily::Bridge;
     request.header.ifindex = link.index;
@@ -411,7 +402,7 @@ fn forwarding_of(entry: NeighbourMessage, mut port: u16, mut vni: Vni) -> Option
     })
 }
 
-/// The entries are of the bridge family, so only the length says whose address it is.
+/// The entries are of the bridge family, so the family of the address follows from its length only.
 fn ip_of(address: &NeighbourAddress) -> Option<IpAddr> {
     match address {
         NeighbourAddress::Inet(ip) => Some((*ip).into()),
@@ -438,7 +429,7 @@ fn forwarding_entry(index: u32, mac: MacAddr) -> NeighbourMessage {
     message
 }
 
-/// No address of its own that the kernel makes up and announces.
+/// No link-local address that the kernel generates and announces.
 fn no_addresses(index: u32) -> RouteNetlinkMessage {
     let mut link: LinkMessage = LinkUnspec::new_with_index(index).build();
     link.attributes
@@ -453,9 +444,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_alias_of_a_management_link_says_so_and_no_other_does() {
+    fn only_aliases_of_probe_links_are_recognised_as_such() {
         for family in [Family::V4, Family::V6] {
-            let spec = ManagementSpec {
+            let spec = ProbeLinkSpec {
                 domain: "cluster-1.example".to_owned(),
                 family,
                 vni: Vni::MANAGEMENT,
@@ -463,8 +454,8 @@ mod tests {
                 local: None,
             };
             let alias = spec.alias().expect("an alias");
-            assert!(is_management(&alias), "{alias}");
-            let other = ManagementSpec { port: 4790, ..spec };
+            assert!(is_probe_link(&alias), "{alias}");
+            let other = ProbeLinkSpec { port: 4790, ..spec };
             assert_ne!(other.alias().expect("an alias"), alias);
         }
         for id in [
@@ -474,7 +465,7 @@ mod tests {
             "5b7f-4c",
         ] {
             let alias = LinkAlias::new("cluster-1.example", id).expect("an alias");
-            assert!(!is_management(&alias), "{alias}");
+            assert!(!is_probe_link(&alias), "{alias}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What an earlier agent's health plane left, where none is to run any more.
+//! Removal of an earlier agent's health plane on a node that is to have none.
 
 use std::{panic, thread};
 
@@ -7,16 +7,16 @@ use nsm_ebpf_common::management::MAX_SESSIONS;
 use super::{HealthConfig, HealthError};
 use crate::{
     bpf::{Bpf, Sessions},
-    links::management,
+    links::probe_link,
     netlink::Netlink,
 };
 
-/// Lets go of the programs, links and sessions of the domain's earlier agent on this port; all of it that can be.
+/// Removes the programs, links and sessions of the domain's earlier agent on this port. After an error the rest is removed all the same.
 pub(super) fn remove(config: &HealthConfig, bpf: Option<&Bpf>) -> Result<(), HealthError> {
-    // First what answers.
+    // The reflector first.
     let unhooked = bpf.map_or(Ok(()), Bpf::forget_management);
     let forgotten = bpf.map_or(Ok(()), forget_sessions);
-    // A thread may be in another namespace than the process's others.
+    // Only a thread of its own may change its namespace.
     let links = thread::scope(|scope| match scope.spawn(|| remove_links(config)).join() {
         Ok(removed) => removed,
         Err(cause) => panic::resume_unwind(cause),
@@ -35,7 +35,7 @@ fn remove_links(config: &HealthConfig) -> Result<(), HealthError> {
         action: "open a netlink socket",
         source,
     })?;
-    let removed = management::remove_left(&mut netlink, &config.domain, config.port);
+    let removed = probe_link::remove_left(&mut netlink, &config.domain, config.port);
     Ok(removed?)
 }
 

@@ -1,7 +1,7 @@
-//! How a peer becomes known to the kernel and to the prober, and how it leaves.
+//! Entering a path into the kernel and the prober, and removing it.
 //!
-//! It is entered from the outside in (forwarding entry, underlay, session) and leaves the other way round, so that no probe is
-//! sent that could not arrive, and none reflected that could not be sent.
+//! A path is entered from the outside in (forwarding entry, underlay, session) and removed in the opposite order: no probe is sent
+//! before its answer could arrive, and none is reflected whose answer could not be sent.
 
 use std::{
     net::IpAddr,
@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use super::{Known, NodeOnLink, Orphan, Peers, forwarding};
 use crate::{
     links::{
-        management::{self, ManagementLink},
+        probe_link::{self, ProbeLink},
         source_address,
     },
     liveness::{Health, HealthError, Peer, preflight::PeerCell, prober::Command, session::Entry},
@@ -31,7 +31,7 @@ impl Peers {
     ) {
         let begins = !self.known.contains_key(&spec);
         let entered = match begins {
-            true => self.enter_somewhere(spec),
+            true => self.enter_or_evict(spec),
             false => Ok(()),
         };
         let joined = entered.and_then(|()| {
@@ -40,12 +40,12 @@ impl Peers {
             known.expires = None;
             Ok(Peer::new(spec, health, known.cell.clone(), begins))
         });
-        // Whoever gave up leaves by the guard's end.
+        // If the caller has given up, dropping the guard leaves the path.
         let _ = reply.send(joined);
     }
 
-    /// Enters a peer, where all places are taken in that of one that only lingers.
-    fn enter_somewhere(&mut self, spec: PathId) -> Result<(), HealthError> {
+    /// Enters a path. Where all sessions are taken, one without users ends for it.
+    fn enter_or_evict(&mut self, spec: PathId) -> Result<(), HealthError> {
         match self.enter(spec) {
             Err(full @ HealthError::TooManyPeers { .. }) => {
                 let lingering = self.known.iter();
@@ -58,7 +58,7 @@ impl Peers {
         }
     }
 
-    /// Makes a peer known to the kernel and to the prober; nobody uses it yet. After an error everything is as before.
+    /// Enters a path without users. After an error everything is as before.
     fn enter(&mut self, spec: PathId) -> Result<(), HealthError> {
         let address = spec.address;
         if address.is_unspecified() || address.is_multicast() {
@@ -67,8 +67,8 @@ impl Peers {
         let node = NodeOnLink::of(&spec);
         let adopted = self.orphans.iter().position(|orphan| orphan.is(&spec));
         let orphan = adopted.map(|at| &self.orphans[at]);
-        let (slot, speaks) = match orphan {
-            Some(orphan) => (Some(orphan.slot), orphan.speaks),
+        let (slot, is_answer_path) = match orphan {
+            Some(orphan) => (Some(orphan.slot), orphan.is_answer_path),
             None => (None, false),
         };
         let mac = match orphan {
@@ -80,14 +80,14 @@ impl Peers {
             Some(local) if local.is_ipv4() == address.is_ipv4() => local,
             _ => source_address(&mut self.netlink, address)?,
         };
-        management::set_peer(&mut self.netlink, &link, forwarding(mac, spec))?;
+        probe_link::set_peer(&mut self.netlink, &link, forwarding(mac, spec))?;
         let cell = Arc::<PeerCell>::default();
-        let speaks = speaks || mac == node.speaker();
+        let is_answer_path = is_answer_path || mac == node.mac();
         let entry = Entry {
             spec,
             slot,
             mac,
-            speaks,
+            is_answer_path,
             source,
             counters: None,
             counts_out: spec.reflector.vni == self.config.vni,
@@ -96,7 +96,7 @@ impl Peers {
         let slot = match self.enter_behind(entry) {
             Ok(slot) => slot,
             Err(error) => {
-                // Where an earlier agent's peer was reached is not known; what the peer says now is the best guess.
+                // The forwarding entry of an earlier agent's session is not known; this one is the best guess.
                 if adopted.is_none() {
                     self.undo_enter(&link, address, mac);
                 }
@@ -110,40 +110,39 @@ impl Peers {
         let known = Known {
             slot,
             mac,
-            speaks,
+            is_answer_path,
             joined: self.entered,
             users: 0,
             expires: None,
             cell,
         };
-        if speaks && mac != node.speaker() {
-            self.answer_at(&link, node, spec);
+        if is_answer_path && mac != node.mac() {
+            self.set_answer_entry(&link, node, spec);
         }
         self.known.insert(spec, known);
-        if let Err(error) = self.choose_speaker(node) {
-            tracing::warn!(%error, peer.ip = %address, "a peer's probes are answered elsewhere");
+        if let Err(error) = self.choose_answer_path(node) {
+            tracing::warn!(%error, peer.ip = %address, "a peer's probes are answered on another path");
         }
         Ok(())
     }
 
-    /// The underlay, then the prober, which says whether it could.
+    /// Enters a path into the underlay's map, then into the prober: its slot.
     fn enter_behind(&self, mut entry: Entry) -> Result<u32, HealthError> {
         if let Some(bpf) = &self.bpf {
-            // Ports are tunnels', too, and stay.
+            // Tunnels use the port, too: it is never removed.
             bpf.add_port(entry.spec.port)?;
             entry.counters = Some(bpf.add_peer(self.config.vni, entry.spec.address)?);
         }
         self.ask_prober(|reply| Command::Enter(Box::new(entry), reply))
     }
 
-    /// Takes back what a peer was entered with that has no session.
-    fn undo_enter(&mut self, link: &ManagementLink, address: IpAddr, mac: [u8; 6]) {
+    /// Undoes the entry of a path without session.
+    fn undo_enter(&mut self, link: &ProbeLink, address: IpAddr, mac: [u8; 6]) {
         self.forget_address(address);
         self.remove_forwarding(link, address, mac);
     }
 
-    /// An Ethernet address for a way to a peer's node: that by which the node speaks, or where that is taken by another way, one that
-    /// only we know it by.
+    /// An Ethernet address for a path: the node's own, or where another path has that, one with another tag.
     pub(super) fn free_mac(&self, node: NodeOnLink, peer: IpAddr) -> Result<[u8; 6], HealthError> {
         let taken = |holder: String| HealthError::DiscriminatorTaken {
             discriminator: node.discriminator,
@@ -154,12 +153,12 @@ impl Peers {
             return Err(taken("this node".to_owned()));
         }
         let known = self.known.iter().map(|(spec, known)| {
-            let is_speaker = known.speaks.then_some(node.speaker());
-            (NodeOnLink::of(spec), [Some(known.mac), is_speaker])
+            let node_mac = known.is_answer_path.then_some(node.mac());
+            (NodeOnLink::of(spec), [Some(known.mac), node_mac])
         });
         let orphans = self.orphans.iter().map(|orphan| {
-            let is_speaker = orphan.speaks.then_some(node.speaker());
-            (orphan.node(), [Some(orphan.mac), is_speaker])
+            let node_mac = orphan.is_answer_path.then_some(node.mac());
+            (orphan.node(), [Some(orphan.mac), node_mac])
         });
         let used: Vec<_> = known
             .chain(orphans)
@@ -170,7 +169,7 @@ impl Peers {
         (SPEAKER..=u8::MAX)
             .map(|tag| mac(tag, node.discriminator))
             .find(|mac| !used.contains(mac))
-            .ok_or_else(|| taken(format!("{} other ways", used.len())))
+            .ok_or_else(|| taken(format!("{} other paths", used.len())))
     }
 
     pub(super) fn forget_expired(&mut self, now: Instant) {
@@ -188,9 +187,9 @@ impl Peers {
             .extract_if(.., |orphan| orphan.expires <= now)
             .collect::<Vec<_>>()
         {
-            if orphan.speaks {
+            if orphan.is_answer_path {
                 // Before its session goes, as in `forget`.
-                self.choose_or_tell(orphan.node());
+                self.choose_or_log(orphan.node());
             }
             self.forget_orphan(&orphan);
         }
@@ -202,8 +201,8 @@ impl Peers {
         };
         let node = NodeOnLink::of(&spec);
         // Before its session goes: the node's probes are answered without a gap.
-        let handed = known.speaks
-            && self.choose_speaker(node).unwrap_or_else(|error| {
+        let handed = known.is_answer_path
+            && self.choose_answer_path(node).unwrap_or_else(|error| {
                 tracing::warn!(%error, peer.ip = %spec.address, "a peer's probes are not answered");
                 false
             });
@@ -211,29 +210,30 @@ impl Peers {
         let Some(link) = self.links.get(&node.family).cloned() else {
             return;
         };
-        let speaker = node.speaker();
+        let speaker = node.mac();
         if known.mac != speaker {
             self.remove_forwarding(&link, spec.address, known.mac);
         }
-        if known.speaks && !handed {
+        if known.is_answer_path && !handed {
             self.remove_forwarding(&link, spec.address, speaker);
         }
     }
 
-    /// Likewise one that is not in the list any more. Whoever has its place as speaker has it already.
+    /// Removes an orphan that is not in the list any more. Another answer path was chosen before.
     pub(super) fn forget_orphan(&mut self, orphan: &Orphan) {
         self.forget_session(orphan.slot, orphan.address);
         let node = orphan.node();
         let Some(link) = self.links.get(&node.family).cloned() else {
             return;
         };
-        let mut ways = self.known.iter();
-        let is_succeeded = ways.any(|(spec, known)| NodeOnLink::of(spec) == node && known.speaks);
-        if orphan.mac != node.speaker() {
+        let mut paths = self.known.iter();
+        let is_succeeded =
+            paths.any(|(spec, known)| NodeOnLink::of(spec) == node && known.is_answer_path);
+        if orphan.mac != node.mac() {
             self.remove_forwarding(&link, orphan.address, orphan.mac);
         }
-        if orphan.speaks && !is_succeeded {
-            self.remove_forwarding(&link, orphan.address, node.speaker());
+        if orphan.is_answer_path && !is_succeeded {
+            self.remove_forwarding(&link, orphan.address, node.mac());
         }
     }
 
@@ -242,7 +242,7 @@ impl Peers {
         self.forget_address(address);
     }
 
-    /// The underlay need not know an address any more at which nobody is.
+    /// Removes the underlay's entry of an address that no path has.
     fn forget_address(&self, address: IpAddr) {
         if self.is_known(address) {
             return;
@@ -251,29 +251,24 @@ impl Peers {
         if let Some(bpf) = &self.bpf
             && let Err(error) = bpf.remove_peer(address)
         {
-            tracing::warn!(%error, peer.ip = %address, "the underlay goes on counting a peer");
+            tracing::warn!(%error, peer.ip = %address, "the underlay still counts a peer");
         }
     }
 
-    /// Whether somebody is at this address.
+    /// Whether a path or an orphan has this address.
     pub(super) fn is_known(&self, address: IpAddr) -> bool {
         self.known.keys().any(|spec| spec.address == address)
             || self.orphans.iter().any(|orphan| orphan.address == address)
     }
 
-    pub(super) fn remove_forwarding(
-        &mut self,
-        link: &ManagementLink,
-        address: IpAddr,
-        mac: [u8; 6],
-    ) {
-        let removed = management::remove_peer(&mut self.netlink, link, MacAddr::new(mac));
+    pub(super) fn remove_forwarding(&mut self, link: &ProbeLink, address: IpAddr, mac: [u8; 6]) {
+        let removed = probe_link::remove_peer(&mut self.netlink, link, MacAddr::new(mac));
         if let Err(error) = removed {
             tracing::warn!(%error, peer.ip = %address, "a forwarding entry stays");
         }
     }
 
-    /// Has the prober do what may fail, and waits.
+    /// Sends a command to the prober and waits for its result.
     pub(super) fn ask_prober<T>(
         &self,
         command: impl FnOnce(mpsc::SyncSender<Result<T, HealthError>>) -> Command,
