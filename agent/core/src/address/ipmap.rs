@@ -1,8 +1,8 @@
-//! Internal and public addresses of nodes behind 1:1 NAT, and where they are swapped on the way of a Request.
+//! Internal and public addresses of nodes behind 1:1 NAT, and where they are swapped on the path of a Request.
 //!
-//! A node sees its internal address only; peers in other domains reach it by its public one. The proxies swap (wire/README.md section
-//! 2, NSM's `swapip`): the client's proxy the source, the endpoint's proxy the destination, each in its own domain, so that inside a
-//! domain only internal addresses appear.
+//! A node has its internal address only; peers in other domains reach it by its public one. The proxies swap, as NSM's `swapip` does:
+//! the client's proxy the source, the endpoint's proxy the destination, each in its own domain, so that inside a domain only internal
+//! addresses appear.
 //!
 //! ```text
 //! forwarder ──▶ client's proxy ───▶ endpoint's proxy ──▶ forwarder
@@ -20,7 +20,7 @@ use crate::mechanism::{DST_IP, ORIG_DST_IP, ORIG_SRC_IP, Parameters, SRC_IP};
 /// What is wrong with an IP map.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IpMapError {
-    /// Two nodes with one public address: replies could not be told apart.
+    /// Two nodes with one public address: replies could not be distinguished.
     #[error(
         "{first} and {second} both map to {external}: each public address belongs to one internal address, remove one of the lines"
     )]
@@ -128,7 +128,7 @@ impl IpMap {
     /// one chosen. Returns the internal address as text when this proxy swapped, to be given to [`Self::reply_in`]. A source that
     /// another proxy has swapped already stays as it is.
     ///
-    /// `orig_src_ip` is set also when the address is not in the map: NSM's proxies tell by it that a Request comes from a peer.
+    /// `orig_src_ip` is set also when the address is not in the map: NSM's proxies recognise a Request of a peer by it.
     pub fn request_out(&self, params: &mut Parameters) -> Option<String> {
         if comes_from_peer(params) {
             return None;
@@ -140,8 +140,8 @@ impl IpMap {
         Some(text)
     }
 
-    /// A Request enters the endpoint's domain: where the mechanism has `src_ip`, what an earlier reply said of the destination is
-    /// cleared, for it is public and the forwarder here sets the internal one.
+    /// A Request enters the endpoint's domain: where the mechanism has `src_ip`, the destination of an earlier reply is cleared:
+    /// it is public, and the forwarder here sets the internal one.
     pub fn request_in(&self, params: &mut Parameters) {
         if params.contains_key(SRC_IP) {
             params.insert(DST_IP.to_owned(), String::new());
@@ -158,7 +158,7 @@ impl IpMap {
         let Ok(destination) = text.parse::<IpAddr>() else {
             return;
         };
-        // `orig_dst_ip` alone does not tell: a refresh can bring it along from the reply before.
+        // `orig_dst_ip` alone is no proof: a refresh can carry it from the earlier reply.
         let is_swapped = params
             .get(ORIG_DST_IP)
             .is_some_and(|original| !original.is_empty());
@@ -170,7 +170,7 @@ impl IpMap {
     }
 
     /// A reply enters the client's domain, at the proxy whose [`Self::request_out`] swapped: `src_ip` is internal again. What we sent,
-    /// `sent_src_ip`, is believed rather than the peer's echo of it; without it the echo in `orig_src_ip` counts, else the map.
+    /// `sent_src_ip`, precedes the peer's echo of it; without it the echo in `orig_src_ip` counts, else the map.
     pub fn reply_in(&self, params: &mut Parameters, sent_src_ip: Option<&str>) {
         let Some(source) = params.get(SRC_IP) else {
             return;

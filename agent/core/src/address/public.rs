@@ -1,12 +1,11 @@
-//! What the node's public address is: whom to ask, whom to believe, and what to do when they differ.
+//! The node's public address: its sources, their order, and what to do when they differ.
 //!
-//! Several sources may know it, and none of them always does: a metadata service knows nothing of a NAT that it does not run, a STUN server
-//! sees the way of one packet, an operator's file grows old. So each is asked again and again, the first in [`Source`]'s order wins,
-//! and whatever disagrees with it is kept as a conflict to be shown with both values: a changed address that goes unnoticed costs
-//! every connection.
+//! No source is always right: a metadata service has no information on a NAT of somebody else, a STUN server shows the path of one
+//! packet, an operator's file may be outdated. So all are asked periodically, the first in [`Source`]'s order wins, and a different
+//! answer of another one is a conflict that is shown with both values: an unnoticed change of address breaks every connection.
 //!
-//! A source that fails is not one that says "no address": [`Tracker`] holds to what it said before for [`TRUST`], so that a metadata
-//! service which restarts does not move the node.
+//! A failure of a source is not the answer "no address": [`Tracker`] keeps the last answer for [`TRUST`], so that a restart of a
+//! metadata service does not change the node's address.
 
 use std::{
     collections::BTreeMap,
@@ -23,14 +22,14 @@ pub mod stun;
 pub use self::{dmi::Firmware, metadata::Provider, routable::is_globally_routable};
 
 /// How often all sources are asked, beside each change of the node's own addresses. A cloud moves an address within seconds, on
-/// request of a person; a minute is as long as a person waits before they look for a mistake of their own.
+/// request of a person; a minute is as long as a person waits for it.
 pub const INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long an address stays believed while its source fails to answer: longer than a metadata service or a STUN server takes to
-/// come back from a restart, shorter than the life of an address in a file that nobody tends.
+/// How long an address is kept while its source fails to answer: longer than the restart of a metadata service or a STUN server takes,
+/// shorter than the life of an address in a file without maintenance.
 pub const TRUST: Duration = Duration::from_secs(10 * 60);
 
-/// Who may know the public address, the most trusted first.
+/// The sources of the public address, the most trusted first.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
     /// The operator, in the configuration.
@@ -41,7 +40,7 @@ pub enum Source {
     Metadata(Provider),
     /// The node's ExternalIP in Kubernetes.
     Kubernetes,
-    /// A STUN server, by the name it was configured with: it sees where our packets come from.
+    /// A STUN server, by the name it was configured with: it answers with the source of our packets.
     Stun(String),
     /// The address that tunnels leave from (the source of the default route unless it is configured), where it is globally routable.
     Route,
@@ -54,14 +53,14 @@ pub enum Outcome {
     Address(IpAddr),
     /// It answered that there is none.
     None,
-    /// It did not answer, or not understandably; the sentence says what happened.
+    /// It did not answer, or not understandably: the cause as a sentence.
     Failed(String),
 }
 
-/// An address and who says so.
+/// An address and its source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// Who says so.
+    /// The source.
     pub source: Source,
     /// The address.
     pub address: IpAddr,
@@ -72,13 +71,13 @@ pub struct Finding {
 pub struct Decision {
     /// The address that holds.
     pub chosen: Option<Finding>,
-    /// Whoever says otherwise, the most trusted first.
+    /// The sources with another address, the most trusted first.
     pub conflicts: Vec<Finding>,
 }
 
 impl Decision {
-    /// This decision as it stands before all sources have answered: an address on the move is told by some of them already and by others
-    /// not yet, which is no conflict. So the conflicts are those of the `last` round, as far as they still are some.
+    /// This decision before all sources have answered. While an address changes, some sources have the new one already and others do
+    /// not, which is no conflict. So the conflicts are those of the `last` round that still are conflicts.
     #[must_use]
     pub fn before_the_rest(self, last: &Self) -> Self {
         let still = |chosen: &Finding, conflict: &Finding| {
@@ -96,7 +95,7 @@ impl Decision {
     }
 }
 
-/// What a source is known to say.
+/// The present answer of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Known {
     /// The address, by its last answer; still there while the source fails for less than [`TRUST`].
@@ -107,14 +106,14 @@ pub struct Known {
     answered: Option<SystemTime>,
 }
 
-/// What every source has said so far.
+/// The answers of all sources so far.
 #[derive(Debug, Clone, Default)]
 pub struct Tracker {
     known: BTreeMap<Source, Known>,
 }
 
 impl Tracker {
-    /// Takes one source's answer. An address that no host has is a failure: a service that says 0.0.0.0 has a fault, or is another.
+    /// Takes one source's answer. An address that no host has is a failure: a service that answers 0.0.0.0 has a fault, or is another.
     pub fn observe(&mut self, source: Source, outcome: Outcome, now: SystemTime) {
         let outcome = match outcome {
             Outcome::Address(address) => source.checked(address.to_canonical()),
@@ -155,7 +154,7 @@ impl Tracker {
     }
 
     /// Which address holds for a node whose tunnels leave from `local`. Only addresses of the same family count: a node's IPv6 address
-    /// says nothing about its IPv4 one.
+    /// is no evidence about its IPv4 one.
     #[must_use]
     pub fn decide(&self, local: Option<IpAddr>) -> Decision {
         decide(
@@ -193,7 +192,7 @@ pub fn decide(local: Option<IpAddr>, findings: impl IntoIterator<Item = Finding>
 impl Source {
     fn checked(&self, address: IpAddr) -> Outcome {
         let is_broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
-        // Where all of a test runs on one machine, its operator may mean it; whoever answers from elsewhere cannot.
+        // An operator may mean a loopback address, for a test on one machine; an answer from elsewhere cannot be right.
         let is_own = match self {
             Self::Configuration | Self::IpMap | Self::Route => false,
             Self::Metadata(_) | Self::Kubernetes | Self::Stun(_) => address.is_loopback(),

@@ -117,8 +117,8 @@ impl Search {
     }
 
     /// Whether the search is over for now.
-    #[must_use]
-    pub fn is_settled(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_settled(&self) -> bool {
         self.phase == Phase::Found
     }
 

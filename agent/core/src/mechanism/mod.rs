@@ -28,16 +28,8 @@ pub const REMOTE: &str = "REMOTE";
 
 /// Type: an interface in the pod's network namespace.
 pub const KERNEL: &str = "KERNEL";
-/// Type: shared memory interface.
-pub const MEMIF: &str = "MEMIF";
 /// Type: VXLAN tunnel (RFC 7348).
 pub const VXLAN: &str = "VXLAN";
-/// Type: WireGuard tunnel.
-pub const WIREGUARD: &str = "WIREGUARD";
-/// Type: IPsec tunnel.
-pub const IPSEC: &str = "IPSEC";
-/// Type: SR-IOV function handed to user space.
-pub const VFIO: &str = "VFIO";
 
 /// Key: the client side's tunnel address.
 pub const SRC_IP: &str = "src_ip";
@@ -67,14 +59,6 @@ pub const NAME: &str = "name";
 pub const INODE_URL: &str = "inodeURL";
 /// Key: the inode of the pod's network namespace.
 pub const NETNS_INODE: &str = "netnsInode";
-/// Key: PCI address of an SR-IOV device.
-pub const PCI_ADDRESS: &str = "pciAddress";
-/// Key: token of an SR-IOV device.
-pub const DEVICE_TOKEN_ID: &str = "tokenID";
-/// Key: WireGuard's or IPsec's public key of the client side.
-pub const SRC_PUBLIC_KEY: &str = "src_public_key";
-/// Key: WireGuard's or IPsec's public key of the server side.
-pub const DST_PUBLIC_KEY: &str = "dst_public_key";
 
 /// The smallest MTU of an IPv4 link (RFC 791 section 3.2).
 const MIN_MTU: u32 = 68;

@@ -1,4 +1,4 @@
-//! What to do about a connection that does not work any more.
+//! The reaction to the loss of a connection.
 //!
 //! | what is lost | what is done |
 //! |---|---|
@@ -11,8 +11,8 @@
 //! Whatever is asked for again, a tunnel whose packets may pass is not closed before another exists: only the endpoint's own end, or a
 //! refusal that cannot be waited out, makes it useless.
 //!
-//! The first loss is tried to be mended at once, and so is that of a connection that lived long enough to be called one; other tries are
-//! spaced by [`Backoff`].
+//! The first loss is repaired at once, and so is that of a connection that was stable ([`STABLE`]); other tries are spaced by
+//! [`Backoff`].
 
 use std::time::Duration;
 
@@ -24,8 +24,8 @@ pub const SHORTEST_WAIT: Duration = Duration::from_millis(200);
 /// The longest: after a repair an operator expects a result.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// A connection that lived so long is one: its loss is tried to be mended at once. One that comes and goes faster is asked for with
-/// growing waits, so that two that disagree do not spin.
+/// A connection that lived so long was stable: its loss is repaired at once. For another one the waits grow, so that two hops that
+/// disagree do not spin.
 pub const STABLE: Duration = Duration::from_secs(10);
 
 /// How long the same endpoint is asked for while an agent on the path of the connection is lost and the tunnel's path is good. An agent
@@ -41,7 +41,7 @@ pub const BLIND_PATIENCE: Duration = Duration::from_secs(10);
 /// endpoints that lost theirs register every 5 s at least.
 pub const REGISTERS_AGAIN: Duration = Duration::from_secs(10);
 
-/// What was noticed.
+/// What was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
     /// The stream to our own agent is broken; the state of the hops behind it is unknown.
@@ -57,7 +57,7 @@ pub enum Loss {
     Endpoint,
 }
 
-/// Why what was asked for was not granted.
+/// Why a Request was not granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
     /// Our own agent cannot be reached.
@@ -73,8 +73,8 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// What is lost where a refresh fails so and nobody has told more: the streams of the agents on the way stand, so that whoever
-    /// cannot be reached is the endpoint.
+    /// What is lost where a refresh fails so and there is no other evidence. The streams of the agents on the path are open, so the
+    /// unreachable hop is the endpoint.
     #[must_use]
     pub const fn loss(self) -> Loss {
         match self {

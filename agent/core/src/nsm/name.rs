@@ -306,24 +306,6 @@ impl InterdomainName {
     pub fn domain(&self) -> Option<&Domain> {
         self.domain.as_ref()
     }
-
-    /// The name as it is known inside its domain.
-    #[must_use]
-    pub fn without_domain(&self) -> Self {
-        Self {
-            target: self.target.clone(),
-            domain: None,
-        }
-    }
-
-    /// The same target in a domain, as answers to another domain carry it.
-    #[must_use]
-    pub fn with_domain(&self, domain: Domain) -> Self {
-        Self {
-            target: self.target.clone(),
-            domain: Some(domain),
-        }
-    }
 }
 
 /// The names of real services and endpoints hold letters, digits, `-`, `_`, `.`, `:` and more, so only what breaks something is

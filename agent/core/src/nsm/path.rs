@@ -172,7 +172,7 @@ impl Path {
     /// The sender's expiry is looked at here: put the token metadata of the call into the segment at `index` before.
     ///
     /// # Errors
-    /// The path breaks one of the server's rules (wire/README.md section 1); it is then unchanged.
+    /// The path breaks one of the server's rules of NSM (`updatepath`); it is then unchanged.
     pub fn descend(
         &mut self,
         connection_id: &str,
@@ -256,27 +256,9 @@ impl Path {
         self.index = hop.previous.unwrap_or(hop.index);
     }
 
-    /// When the first of the hops expires; none when no hop has an expiry.
-    #[must_use]
-    pub fn earliest_expiry(&self) -> Option<SystemTime> {
-        self.segments
-            .iter()
-            .filter_map(|segment| segment.expires)
-            .min()
-    }
-
     /// The hops' names, the client's first.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.segments.iter().map(|segment| segment.name.as_str())
-    }
-
-    /// Names and ids, as [`selector_matches`] takes them.
-    #[must_use]
-    pub fn names_and_ids(&self) -> Vec<(&str, &str)> {
-        self.segments
-            .iter()
-            .map(|segment| (segment.name.as_str(), segment.id.as_str()))
-            .collect()
     }
 }
 

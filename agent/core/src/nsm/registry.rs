@@ -1,5 +1,5 @@
 //! Whether what is registered answers a Find: names match exactly, URLs by substring, service names and labels by subset; what a query
-//! leaves empty matches all (NSM's registry, wire/README.md section 1).
+//! leaves empty matches all (as NSM's registry).
 //!
 //! Both sides are plain borrowed views, so that the registry's own types and the wire's can be matched without a copy.
 

@@ -10,7 +10,7 @@ use super::map;
 use crate::{
     liveness::sbfd::Discriminator,
     mechanism::{
-        IPSEC, KERNEL, Kernel, LOCAL, MechanismError, Parameters, REMOTE, VXLAN, Vxlan, WIREGUARD,
+        KERNEL, Kernel, LOCAL, MechanismError, Parameters, REMOTE, VXLAN, Vxlan,
         choose, lower_mtu, vxlan_mtu,
     },
     net::{IfName, IfNameError, NetnsUrl, NetnsUrlError},
@@ -242,11 +242,11 @@ fn the_first_supported_offer_is_taken() {
         Ok(0),
         "the client's order counts"
     );
-    assert_eq!(pick(&[(REMOTE, WIREGUARD), (REMOTE, VXLAN)]), Ok(1));
+    assert_eq!(pick(&[(REMOTE, "WIREGUARD"), (REMOTE, VXLAN)]), Ok(1));
     assert_eq!(pick(&[("", VXLAN)]), Ok(0));
     assert!(pick(&[(LOCAL, VXLAN)]).is_err());
     assert!(pick(&[(REMOTE, "vxlan")]).is_err());
-    let error = pick(&[(REMOTE, WIREGUARD), (REMOTE, IPSEC)])
+    let error = pick(&[(REMOTE, "WIREGUARD"), (REMOTE, "IPSEC")])
         .unwrap_err()
         .to_string();
     assert_eq!(

@@ -116,12 +116,6 @@ fn a_name_is_split_at_its_at() {
     let name: InterdomainName = "icmp-responder@cluster-2.example".parse().unwrap();
     assert_eq!(name.target(), "icmp-responder");
     assert_eq!(name.domain(), Some(&domain("cluster-2.example")));
-    assert_eq!(name.without_domain().to_string(), "icmp-responder");
-    assert_eq!(
-        name.without_domain()
-            .with_domain(domain("cluster-2.example")),
-        name
-    );
     let local: InterdomainName = "nse_1:5b-3d.x".parse().unwrap();
     assert_eq!((local.target(), local.domain()), ("nse_1:5b-3d.x", None));
 }

@@ -100,7 +100,8 @@ fn a_known_hop_without_id_gets_one() {
 fn a_path_begins_here() {
     let (mut path, hop) = Path::begin("nsc", "1".to_owned());
     assert_eq!((hop.index, hop.previous), (0, None));
-    assert_eq!(path.names_and_ids(), [("nsc", "1")]);
+    let segments: Vec<_> = path.segments.iter().map(|it| (&*it.name, &*it.id)).collect();
+    assert_eq!(segments, [("nsc", "1")]);
     path.ascend(&hop);
     assert_eq!(path.index, 0);
 }
@@ -204,15 +205,6 @@ fn a_reply_keeps_what_was_sent_down_to_us() {
         segments: vec![segment("x", "y"); 65],
     };
     assert_eq!(check_reply(&sent, &long), Err(PathError::TooLong(65)));
-}
-
-#[test]
-fn the_earliest_expiry_counts() {
-    let mut path = path(0, &[("nsc", "1"), ("nsmgr", "2"), ("nse", "3")]);
-    path.segments[1].expires = Some(at(30));
-    path.segments[2].expires = None;
-    assert_eq!(path.earliest_expiry(), Some(at(30)));
-    assert_eq!(Path::default().earliest_expiry(), None);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Which cloud the machine is in, by its firmware.
 //!
-//! A metadata service is plain HTTP on an address that is the machine's own in a cloud and anybody's elsewhere: whoever answers there
-//! could move the node. So nobody is asked unbidden unless the firmware names the cloud, which no neighbour on the network can forge.
+//! A metadata service is plain HTTP on an address that belongs to the cloud there, and may belong to any host elsewhere: its answer
+//! could move the node. So the service is asked without configuration only where the firmware names the cloud, which no neighbour on
+//! the network can forge.
 //! What is compared are the fields of SMBIOS (DMTF DSP0134, types 1 to 3), which Linux shows in `/sys/class/dmi/id`.
 
 use super::Provider;
@@ -9,7 +10,7 @@ use super::Provider;
 /// Azure's asset tag: Hyper-V has the same vendor everywhere.
 const AZURE_ASSET_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
 
-/// What the firmware says the machine is; a field that it does not tell is empty.
+/// The identity of the machine by its firmware; a missing field is empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Firmware {
     /// The system's manufacturer (`sys_vendor`).

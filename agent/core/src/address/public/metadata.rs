@@ -1,12 +1,12 @@
-//! The metadata services of clouds: what each is asked, and what its answers mean.
+//! The metadata services of clouds: the question to each, and the meaning of its answers.
 //!
 //! All four are plain HTTP of the vendors' own making, without a common protocol: AWS wants a session token first (IMDSv2), Google and
-//! Azure a header that no browser sends along, Equinix Metal nothing. A machine without a public address is told by 404 (AWS, Google,
-//! Equinix Metal) or by an empty body (Azure, and Google for an access config without an address).
+//! Azure a header that no browser sends along, Equinix Metal nothing. The answer for a machine without a public address is 404 (AWS,
+//! Google, Equinix Metal) or by an empty body (Azure, and Google for an access config without an address).
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
-/// A cloud whose metadata service is known.
+/// A cloud with a supported metadata service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Provider {
     /// Amazon EC2, by IMDSv2.
@@ -28,7 +28,7 @@ pub struct Question {
     pub header: Option<(&'static str, &'static str)>,
 }
 
-/// Why an answer tells nothing.
+/// Why an answer cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AnswerError {
     /// A status that means a fault or a refusal.
@@ -57,7 +57,7 @@ pub const AWS_TOKEN_HEADER: &str = "x-aws-ec2-metadata-token";
 /// The header that Google's service sends with every answer, and wants with every question.
 const GCP_FLAVOR: (&str, &str) = ("metadata-flavor", "Google");
 
-/// Azure's instance metadata leaves the address of a Standard load balancer or public IP out; it stands here.
+/// Azure's instance metadata leaves the address of a Standard load balancer or public IP out; it is here.
 pub const AZURE_LOAD_BALANCER: Question = Question {
     path: "/metadata/loadbalancer?api-version=2020-10-01",
     header: Some(("metadata", "true")),
@@ -102,7 +102,7 @@ impl Provider {
         }
     }
 
-    /// Reads the answer; `header` looks a header of it up.
+    /// Reads the answer; `header` gives the value of one of its headers.
     ///
     /// # Errors
     /// When it is a refusal, no address, or not that service's.

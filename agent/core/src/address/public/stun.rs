@@ -15,7 +15,7 @@ pub const REQUEST_LENGTH: usize = HEADER_LENGTH;
 pub const MAX_ANSWER: usize = 1500;
 
 /// Waits between sendings, the last for a late answer: the first is the initial RTO of RFC 8489 section 6.2.1, each twice the one before.
-/// The RFC goes on for 39.5 s; who asks each minute anyway need not.
+/// The RFC goes on for 39.5 s, which is not needed where the question is repeated each minute.
 pub const WAITS: [Duration; 4] = [
     Duration::from_millis(500),
     Duration::from_millis(1000),
@@ -32,14 +32,14 @@ const MAPPED_ADDRESS: u16 = 0x0001;
 const ERROR_CODE: u16 = 0x0009;
 const XOR_MAPPED_ADDRESS: u16 = 0x0020;
 
-/// Attributes from here on may be ignored by who does not know them.
+/// Attributes from here on may be ignored by a receiver that does not support them.
 const COMPREHENSION_OPTIONAL: u16 = 0x8000;
 
-/// Attributes that are known and tell nothing here: addresses of RFC 3489 that servers of our days still send (SOURCE-ADDRESS,
+/// Attributes that are known and not needed here: addresses of RFC 3489 that servers of our days still send (SOURCE-ADDRESS,
 /// CHANGED-ADDRESS), and MESSAGE-INTEGRITY in both its kinds, for there is no password to check it with.
 const PASSED_OVER: [u16; 4] = [0x0004, 0x0005, 0x0008, 0x001c];
 
-/// What tells an answer of ours from any other packet: 96 random bits, new for each transaction.
+/// What identifies an answer to our request: 96 random bits, new for each transaction.
 pub type TransactionId = [u8; 12];
 
 /// Why a packet is no answer to our request.
@@ -54,7 +54,7 @@ pub enum StunError {
     /// The server refused.
     #[error("the STUN server refused with error {0}")]
     Refused(u16),
-    /// An answer without XOR-MAPPED-ADDRESS, as servers of RFC 3489 give: what such say may have been rewritten on its way.
+    /// An answer without XOR-MAPPED-ADDRESS, as servers of RFC 3489 give: a NAT may have rewritten their MAPPED-ADDRESS.
     #[error("the STUN server does not tell XOR-MAPPED-ADDRESS: use one of RFC 5389 or later")]
     NoAddress,
     /// An attribute that must be understood and is not.
