@@ -10,8 +10,8 @@ use super::map;
 use crate::{
     liveness::sbfd::Discriminator,
     mechanism::{
-        KERNEL, Kernel, LOCAL, MechanismError, Parameters, REMOTE, VXLAN, Vxlan,
-        choose, lower_mtu, vxlan_mtu,
+        KERNEL, Kernel, LOCAL, MechanismError, Parameters, REMOTE, VXLAN, Vxlan, choose, lower_mtu,
+        vxlan_mtu,
     },
     net::{IfName, IfNameError, NetnsUrl, NetnsUrlError},
 };

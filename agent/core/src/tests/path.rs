@@ -100,7 +100,11 @@ fn a_known_hop_without_id_gets_one() {
 fn a_path_begins_here() {
     let (mut path, hop) = Path::begin("nsc", "1".to_owned());
     assert_eq!((hop.index, hop.previous), (0, None));
-    let segments: Vec<_> = path.segments.iter().map(|it| (&*it.name, &*it.id)).collect();
+    let segments: Vec<_> = path
+        .segments
+        .iter()
+        .map(|it| (&*it.name, &*it.id))
+        .collect();
     assert_eq!(segments, [("nsc", "1")]);
     path.ascend(&hop);
     assert_eq!(path.index, 0);

@@ -22,7 +22,6 @@ use serde::{Serialize, Serializer};
 
 use crate::agent::{
     forwarder::LinkCounters,
-    prober,
     programs::{Counters, Facts},
     public_address::Findings,
 };
