@@ -9,6 +9,7 @@ use nsm_core::{
     address::ipmap::IpMap,
     liveness::{Health, PathId},
     mechanism::vni_pool::VniPool,
+    net::PeerUrl,
     nsm::name::Domain,
 };
 use nsm_discovery::dns::Resolver;
@@ -46,9 +47,9 @@ pub struct Settings {
     /// [`ControlPlane::set_public_url`] says otherwise.
     pub advertise_url: String,
     /// The NSMgr that this agent's forwarder works for, when that is not this agent itself.
-    pub upstream_nsmgr_url: Option<String>,
+    pub upstream_nsmgr_url: Option<PeerUrl>,
     /// The registry proxy that is asked for names of other domains; this agent is its own without.
-    pub registry_proxy_url: Option<String>,
+    pub registry_proxy_url: Option<PeerUrl>,
     /// How long a Request, and each call it makes, may take.
     pub request_timeout: Duration,
     /// How long a connection to a peer may take to stand.

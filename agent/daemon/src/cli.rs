@@ -8,8 +8,10 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
-use nsm_controlplane::transport::dial::DialUrl;
-use nsm_core::{net::IfName, nsm::name::InterdomainName};
+use nsm_core::{
+    net::{IfName, PeerUrl},
+    nsm::name::InterdomainName,
+};
 
 use crate::config::{ConfigFlags, parse_duration};
 
@@ -109,7 +111,7 @@ pub(crate) struct AgentArgs {
 pub(crate) struct ClientArgs {
     /// The agent (or any NSM v1 NSMgr) to ask
     #[arg(long, value_name = "URL", env = "NSM_CONNECT_TO", default_value = DEFAULT_CONNECT_TO)]
-    pub(crate) connect_to: DialUrl,
+    pub(crate) connect_to: PeerUrl,
 
     /// The longest time for one call
     #[arg(long, value_name = "DURATION", default_value = "15s", value_parser = duration)]
@@ -223,7 +225,7 @@ pub(crate) struct StatusArgs {
 
     /// The agent's admin socket
     #[arg(long, value_name = "URL", env = "NSM_ADMIN_URL", default_value = DEFAULT_ADMIN)]
-    pub(crate) admin: DialUrl,
+    pub(crate) admin: PeerUrl,
 }
 
 /// Labels as the wire has them; of a key that was given twice the last value counts.

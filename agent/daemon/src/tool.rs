@@ -12,11 +12,11 @@ use anyhow::Context as _;
 use nsm_controlplane::{
     identity::token::TokenSource,
     transport::{
-        dial::{DialError, DialUrl},
+        dial::{DialError, dial_with},
         unix::{Descriptors, Passed},
     },
 };
-use nsm_core::text::printable;
+use nsm_core::{net::PeerUrl, text::printable};
 use nsm_proto::connection::PathSegment;
 use prost_types::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,7 +34,7 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Agent {
     /// Where it is.
-    pub(crate) url: DialUrl,
+    pub(crate) url: PeerUrl,
     /// The connection to it, which comes back by itself after a break.
     pub(crate) channel: Channel,
     /// What travels beside the calls to it.
@@ -52,7 +52,7 @@ pub(crate) enum CallError {
     #[error("{url} refused ({code:?}): {message}")]
     Refused {
         /// Who was asked.
-        url: DialUrl,
+        url: PeerUrl,
         /// The kind of refusal.
         code: Code,
         /// The reason.
@@ -62,7 +62,7 @@ pub(crate) enum CallError {
     #[error("{url} is not reachable: {message}")]
     Unreachable {
         /// Who was asked.
-        url: DialUrl,
+        url: PeerUrl,
         /// What is known of the reason.
         message: String,
     },
@@ -70,7 +70,7 @@ pub(crate) enum CallError {
     #[error("{url} gave no answer within {timeout:?}")]
     Silent {
         /// Who was asked.
-        url: DialUrl,
+        url: PeerUrl,
         /// How long was waited.
         timeout: Duration,
     },
@@ -78,7 +78,7 @@ pub(crate) enum CallError {
     #[error("{url} answered with what cannot be: {reason}")]
     BadAnswer {
         /// Who was asked.
-        url: DialUrl,
+        url: PeerUrl,
         /// What is wrong with it.
         reason: String,
     },
@@ -94,7 +94,7 @@ impl Agent {
         let url = args.connect_to.clone();
         let descriptors = Arc::default();
         let timeout = args.timeout.min(DIAL_TIMEOUT);
-        let dialed = url.connect_with(&descriptors, timeout).await;
+        let dialed = dial_with(&url, &descriptors, timeout).await;
         let channel = dialed.map_err(|error: DialError| {
             anyhow::Error::new(error).context(
                 "is the agent running, and is this its listen.nsmgr? (--connect-to, NSM_CONNECT_TO)",
@@ -114,7 +114,7 @@ impl Agent {
     /// Whether the agent needs our namespace's descriptor: only root may name a namespace by path.
     pub(crate) fn wants_descriptor(&self) -> bool {
         let is_root = std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
-        !is_root && matches!(self.url, DialUrl::Unix(_))
+        !is_root && self.url.socket_path().is_some()
     }
 
     /// Passes a descriptor with the next call.

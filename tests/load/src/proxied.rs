@@ -170,7 +170,7 @@ impl Load {
         register(target, &tokens, &opposite.url).await?;
         Ok(Self {
             endpoint: find(target, &tokens).await?,
-            channel: dial(&target.proxy, DIAL_TIMEOUT).await?,
+            channel: dial(&target.proxy.parse()?, DIAL_TIMEOUT).await?,
             tokens,
             service: format!("load@{}", target.domain),
             opposite,
@@ -238,7 +238,7 @@ impl Load {
 }
 
 async fn register(target: &Target, tokens: &TokenSource, url: &str) -> anyhow::Result<()> {
-    let channel = dial(&target.endpoint_registry, DIAL_TIMEOUT).await?;
+    let channel = dial(&target.endpoint_registry.parse()?, DIAL_TIMEOUT).await?;
     let mut request = Request::new(NetworkServiceEndpoint {
         name: "load-endpoint".to_owned(),
         network_service_names: vec!["load".to_owned()],
@@ -254,7 +254,7 @@ async fn register(target: &Target, tokens: &TokenSource, url: &str) -> anyhow::R
 }
 
 async fn find(target: &Target, tokens: &TokenSource) -> anyhow::Result<String> {
-    let channel = dial(&target.registry, DIAL_TIMEOUT).await?;
+    let channel = dial(&target.registry.parse()?, DIAL_TIMEOUT).await?;
     let mut request = Request::new(NetworkServiceEndpointQuery {
         network_service_endpoint: Some(NetworkServiceEndpoint {
             network_service_names: vec![format!("load@{}", target.domain)],

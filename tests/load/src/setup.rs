@@ -99,7 +99,7 @@ impl Client {
             .with_context(|| format!("open {}", netns.display()))?
             .ino();
         Ok(Self {
-            channel: dial(connect_to, Duration::from_secs(5)).await?,
+            channel: dial(&connect_to.parse()?, Duration::from_secs(5)).await?,
             tokens: TokenSource::hs256(
                 "spiffe://load.example/client",
                 b"load",

@@ -317,12 +317,12 @@ mod tests {
 
     fn route(url: &str) -> Route {
         Route {
-            url: url.to_owned(),
+            url: url.parse().unwrap(),
             registrant: Caller::over_network(),
             crossing: Crossing::Inside,
             service: "svc".to_owned(),
             endpoint: "nse".to_owned(),
-            endpoint_told: "nse".to_owned(),
+            endpoint_answered: "nse".to_owned(),
             payload: String::new(),
             resolution: None,
             _socket: None,

@@ -28,7 +28,7 @@ use crate::{
 /// A pod of this node.
 #[derive(Debug, Clone)]
 pub(crate) struct Pod {
-    /// What its KERNEL mechanism says.
+    /// Its KERNEL mechanism.
     pub(crate) kernel: Kernel,
     pub(crate) netns: PodNetns,
 }
@@ -136,7 +136,7 @@ impl Calls {
 
 impl Calls {
     /// The descriptor of the namespace that an endpoint of this node named as its own, to go back to
-    /// it with a Close: NSM's endpoints take the mechanism that they answered for what they are told,
+    /// it with a Close: NSM's endpoints take the mechanism that they answered for their own,
     /// and wait for the descriptor of each inode in it.
     pub(crate) async fn returned_netns(
         &self,

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use nsm_core::{
     identity::policy::{Action, Name, decide},
+    net::PeerUrl,
     nsm::name::Domain,
 };
 use nsm_proto::registry::{NetworkService, NetworkServiceQuery};
@@ -57,7 +58,7 @@ pub(crate) struct Registrar {
     /// The domain of this agent.
     domain: Domain,
     /// The registry proxy that is asked for names of other domains; without one this agent is its own.
-    proxy_url: Option<String>,
+    proxy_url: Option<PeerUrl>,
     lookup: Arc<Lookup>,
     /// True once the drain has closed all connections: watches end then.
     drained: watch::Receiver<bool>,
@@ -66,7 +67,7 @@ pub(crate) struct Registrar {
 impl Registrar {
     pub(crate) fn new(
         domain: Domain,
-        proxy_url: Option<String>,
+        proxy_url: Option<PeerUrl>,
         lookup: Arc<Lookup>,
         drained: watch::Receiver<bool>,
     ) -> Self {
@@ -188,7 +189,7 @@ fn terms<T>(call: &Call<T>, owner: Option<PathHeader>) -> Terms {
     }
 }
 
-/// What was found, as the caller knows it.
+/// What was found, with the names that the caller asked by.
 fn answers<E: Wire>(
     found: Events<E>,
     change: impl Fn(&mut E) -> Result<(), RequestError> + Send + 'static,

@@ -359,7 +359,7 @@ impl Calls {
             }
         }
         Err(RequestError::VniTaken {
-            url: route.url.clone(),
+            url: route.url.to_string(),
             vni: taken,
             tries: MAX_VNIS,
         })
@@ -458,7 +458,7 @@ impl Calls {
                     if is_other_way || path.is_joined_anew {
                         // A peer that has another reflector now is refused no more than one that is as it was.
                         self.liveness
-                            .prove(&route.url, &path, strict && is_other_way)
+                            .prove(route.url.as_str(), &path, strict && is_other_way)
                             .await?;
                     }
                     let carried =
@@ -509,7 +509,7 @@ impl Calls {
         view.network_service
             .clone_from(&ask.connection.network_service);
         view.network_service_endpoint_name
-            .clone_from(&route.endpoint_told);
+            .clone_from(&route.endpoint_answered);
         view.mechanism = client_mechanism;
         view.set_state(State::Up);
         let path = self.liveness.path_state(

@@ -456,12 +456,12 @@ mod tests {
                 ..Connection::default()
             },
             route: Route {
-                url: String::new(),
+                url: "tcp://192.0.2.1:5006".parse().unwrap(),
                 registrant: nsm_core::identity::Caller::over_network(),
                 crossing: Crossing::Inside,
                 service: String::new(),
                 endpoint: String::new(),
-                endpoint_told: String::new(),
+                endpoint_answered: String::new(),
                 payload: String::new(),
                 resolution: None,
                 _socket: None,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use nsm_core::{
     liveness::{LostHop, Published},
+    net::PeerUrl,
     nsm::path::MAX_SEGMENTS,
 };
 use nsm_proto::connection::{Connection, ConnectionEvent, ConnectionEventType, PathSegment, State};
@@ -31,11 +32,11 @@ impl Liveness {
     }
 
     /// Takes over what the peer of `url` publishes of connections that go through it.
-    fn on_event(self: &Arc<Self>, url: &str, event: ConnectionEvent) {
+    fn on_event(self: &Arc<Self>, url: &PeerUrl, event: ConnectionEvent) {
         let kind = event.r#type();
         let news = event.connections.into_values().filter_map(|reported| {
             let (id, index) = self.own_segment(&reported)?;
-            let (liveness, url) = (Arc::clone(self), url.to_owned());
+            let (liveness, url) = (Arc::clone(self), url.clone());
             let change = move |established: &Established| {
                 // A peer reports its own connections only.
                 if established.route.url != url {

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::liveness::PathId;
+use nsm_core::{
+    liveness::PathId,
+    net::{PeerPlace, PeerUrl},
+};
 use nsm_proto::{
     connection::{Connection, monitor_connection_client::MonitorConnectionClient},
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
@@ -35,7 +38,7 @@ const IDLE_PEERS: usize = 256;
 /// A next hop.
 #[derive(Debug)]
 pub(crate) struct Peer {
-    pub(crate) url: String,
+    pub(crate) url: PeerUrl,
     /// The socket behind an `inode://` URL. As long as it is held no other file has its inode.
     socket: Option<Passed>,
     /// What the peer passes beside its answers, and what we pass it.
@@ -65,7 +68,7 @@ impl Peer {
         match timeout(budget, dialling).await {
             Ok(channel) => Ok(channel?.clone()),
             Err(_) => Err(DialError::Timeout {
-                url: self.url.parse().map_err(DialError::Url)?,
+                url: self.url.clone(),
                 timeout: budget,
             }
             .into()),
@@ -74,15 +77,16 @@ impl Peer {
 
     async fn dial(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
         match &self.socket {
-            Some(socket) => dial::dial_passed(socket, &self.descriptors, dial_timeout).await,
-            None if is_passed(&self.url) => Err(DialError::Released(self.url.clone())),
+            Some(socket) => {
+                dial::dial_passed(socket, &self.url, &self.descriptors, dial_timeout).await
+            }
             None => dial::dial_with(&self.url, &self.descriptors, dial_timeout).await,
         }
     }
 
     /// Whether it is an endpoint of this node.
     pub(crate) fn is_local(&self) -> bool {
-        is_local(&self.url)
+        self.url.is_local()
     }
 
     /// Tunnels to it take this path.
@@ -153,9 +157,9 @@ impl Peer {
 /// Every peer of this agent.
 #[derive(Debug)]
 pub(crate) struct Peers {
-    peers: Mutex<HashMap<String, Arc<Peer>>>,
+    peers: Mutex<HashMap<PeerUrl, Arc<Peer>>>,
     /// Those whose socket was passed: as long as they are registered or carry connections.
-    passed: Mutex<HashMap<String, Weak<Peer>>>,
+    passed: Mutex<HashMap<PeerUrl, Weak<Peer>>>,
     dial_timeout: Duration,
     max_message_bytes: usize,
     tokens: Arc<TokenSource>,
@@ -178,8 +182,8 @@ impl Peers {
     }
 
     /// The peer behind `url`.
-    pub(crate) fn get(&self, url: &str) -> Arc<Peer> {
-        if is_passed(url) {
+    pub(crate) fn get(&self, url: &PeerUrl) -> Arc<Peer> {
+        if matches!(url.place(), PeerPlace::Passed { .. }) {
             // One that is gone cannot be dialled, which is told when somebody does.
             return self
                 .known_passed(url)
@@ -190,31 +194,31 @@ impl Peers {
             peers.retain(|_, peer| Arc::strong_count(peer) > 1 || peer.user_count() > 0);
         }
         let peer = peers
-            .entry(url.to_owned())
+            .entry(url.clone())
             .or_insert_with(|| self.fresh(url, None));
         Arc::clone(peer)
     }
 
     /// The peer whose socket was passed under the name `url` before, if it is still held.
-    pub(crate) fn known_passed(&self, url: &str) -> Option<Arc<Peer>> {
+    pub(crate) fn known_passed(&self, url: &PeerUrl) -> Option<Arc<Peer>> {
         lock(&self.passed).get(url).and_then(Weak::upgrade)
     }
 
     /// The peer whose socket was passed under the name `url`: there as long as the caller holds it.
-    pub(crate) fn get_passed(&self, url: &str, socket: Passed) -> Arc<Peer> {
+    pub(crate) fn get_passed(&self, url: &PeerUrl, socket: Passed) -> Arc<Peer> {
         let mut passed = lock(&self.passed);
         if let Some(known) = passed.get(url).and_then(Weak::upgrade) {
             return known;
         }
         passed.retain(|_, peer| peer.strong_count() > 0);
         let peer = self.fresh(url, Some(socket));
-        passed.insert(url.to_owned(), Arc::downgrade(&peer));
+        passed.insert(url.clone(), Arc::downgrade(&peer));
         peer
     }
 
-    fn fresh(&self, url: &str, socket: Option<Passed>) -> Arc<Peer> {
+    fn fresh(&self, url: &PeerUrl, socket: Option<Passed>) -> Arc<Peer> {
         Arc::new(Peer {
-            url: url.to_owned(),
+            url: url.clone(),
             socket,
             descriptors: Arc::default(),
             channel: OnceCell::new(),
@@ -230,7 +234,7 @@ impl Peers {
     pub(crate) fn in_use(&self) -> Vec<(String, usize)> {
         self.all()
             .into_iter()
-            .map(|peer| (peer.url.clone(), peer.user_count()))
+            .map(|peer| (peer.url.to_string(), peer.user_count()))
             .filter(|(_, users)| *users > 0)
             .collect()
     }
@@ -240,7 +244,7 @@ impl Peers {
         self.all()
             .into_iter()
             .filter(|peer| peer.user_count() > 0 && !peer.is_monitored())
-            .map(|peer| peer.url.clone())
+            .map(|peer| peer.url.to_string())
             .collect()
     }
 
@@ -253,7 +257,7 @@ impl Peers {
     /// A channel to `url` for the registry services.
     pub(crate) async fn channel(
         &self,
-        url: &str,
+        url: &PeerUrl,
         deadline: Instant,
     ) -> Result<Channel, RequestError> {
         self.channel_of(&self.get(url), deadline).await
@@ -327,26 +331,16 @@ impl Peers {
     }
 }
 
-/// Whether the URL names a socket of this node.
-pub(crate) fn is_local(url: &str) -> bool {
-    url.starts_with("unix:") || is_passed(url)
-}
-
-/// Whether the URL names a socket by its inode, whose descriptor is passed.
-pub(crate) fn is_passed(url: &str) -> bool {
-    url.starts_with("inode:")
-}
-
 /// Awaits a call until `deadline`, and says in its error who was called and how it failed.
 pub(crate) async fn call<T>(
-    url: &str,
+    url: &PeerUrl,
     method: &'static str,
     deadline: Instant,
     answer: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<Response<T>, RequestError> {
     let began = Instant::now();
     let silent = || RequestError::Silent {
-        url: url.to_owned(),
+        url: url.to_string(),
         method,
         after: began.elapsed(),
     };
@@ -361,7 +355,7 @@ pub(crate) async fn call<T>(
 
 /// The peer's status as our error. Tonic tells a broken transport as `Unknown`, and one that broke under the call as `Cancelled`:
 /// whoever asks us should see that the peer could not be reached.
-pub(crate) fn refused(url: &str, method: &'static str, status: &Status) -> RequestError {
+pub(crate) fn refused(url: &PeerUrl, method: &'static str, status: &Status) -> RequestError {
     let cause = root_cause(status);
     let code = match status.code() {
         Code::Unknown | Code::Cancelled if cause.is_some() => Code::Unavailable,
@@ -372,7 +366,7 @@ pub(crate) fn refused(url: &str, method: &'static str, status: &Status) -> Reque
         message = format!("{message} ({cause})");
     }
     RequestError::Refused {
-        url: url.to_owned(),
+        url: url.to_string(),
         method,
         code,
         message,

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use nsm_core::net::PeerUrl;
+
 use super::{DomainRegistry, memory::Memory, remote::Remote};
 use crate::peer::peers::Peers;
 
@@ -11,7 +13,7 @@ pub enum Backend {
     /// In this process.
     Memory(Memory),
     /// In another registry, by URL.
-    Remote(String),
+    Remote(PeerUrl),
 }
 
 impl Backend {

@@ -42,7 +42,7 @@ impl<E: Send + Sync + 'static> Events<E> {
         Self::arriving(futures_util::StreamExt::take_until(self, Box::pin(end)))
     }
 
-    /// The first `limit` entries, without what is told to be gone.
+    /// The first `limit` entries of a Find.
     ///
     /// # Errors
     /// The first error of the stream.

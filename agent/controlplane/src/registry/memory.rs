@@ -169,7 +169,7 @@ impl<E: Stored> Store<E> {
         }
     }
 
-    /// Registers an entry or replaces the one of that name. Gives what is registered, completed as [`Stored::admit`] says: `bounds` are
+    /// Registers an entry or replaces the one of that name. Gives what is registered, completed by [`Stored::admit`]: `bounds` are
     /// the expirations of the tokens on its path.
     ///
     /// # Errors
@@ -287,7 +287,7 @@ async fn expire<E: Entry>(store: Weak<Inner<E>>, wake: Arc<Notify>) {
             None => return,
         };
         match next {
-            // Both outcomes mean the same: look again.
+            // Both outcomes mean the same: take the next deadline.
             Some(deadline) => drop(tokio::time::timeout_at(deadline, wake.notified()).await),
             None => wake.notified().await,
         }

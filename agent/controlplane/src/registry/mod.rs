@@ -74,7 +74,7 @@ pub trait Entries<E: Entry>: Send + Sync {
     async fn find(&self, query: E, deadline: Instant) -> Result<Events<E>, RequestError>;
 
     /// The entries that match `query` now, and then every change. The stream ends with an error when the registry is lost or this
-    /// watcher does not keep up, and without one when the registry closes. Whoever drops it leaves nothing behind.
+    /// watcher does not keep up, and without one when the registry closes. A stream that is dropped leaves no watcher behind.
     ///
     /// Returns before the registry has answered where that may take long: a refusal is then the first item.
     async fn watch(&self, query: E, deadline: Instant) -> Result<Events<E>, RequestError>;
@@ -86,7 +86,7 @@ pub struct Terms {
     /// When the caller stops waiting.
     pub deadline: Instant,
     /// The owner: the tokens of the hops that the call came through, where the caller sent any. A registry that guards names takes the
-    /// identity of whoever registers from them.
+    /// registrant's identity from them.
     pub owner: Option<PathHeader>,
     /// When the caller's own token ends: the registration ends then at the latest.
     pub expires: Option<SystemTime>,

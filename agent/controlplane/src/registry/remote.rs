@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::{FutureExt as _, TryFutureExt as _, stream::unfold};
+use nsm_core::net::PeerUrl;
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::{Stream, StreamExt as _};
@@ -19,12 +20,12 @@ use crate::{
 pub struct Remote {
     peers: Arc<Peers>,
     /// The ways to one registry, the best first.
-    urls: Vec<String>,
+    urls: Vec<PeerUrl>,
 }
 
 impl Remote {
     /// The registry behind `urls`; the first that can be reached is asked.
-    pub(crate) fn at(peers: &Arc<Peers>, urls: impl IntoIterator<Item = String>) -> Self {
+    pub(crate) fn at(peers: &Arc<Peers>, urls: impl IntoIterator<Item = PeerUrl>) -> Self {
         Self {
             peers: Arc::clone(peers),
             urls: urls.into_iter().collect(),
@@ -32,7 +33,7 @@ impl Remote {
     }
 
     /// A channel to the first URL that takes the connection.
-    async fn reached(&self, deadline: Instant) -> Result<(&str, Channel), RequestError> {
+    async fn reached(&self, deadline: Instant) -> Result<(&PeerUrl, Channel), RequestError> {
         let mut last = None;
         for url in &self.urls {
             match self.peers.channel(url, deadline).await {
@@ -53,7 +54,7 @@ impl Remote {
 
     async fn find_at<E: Wire>(
         &self,
-        url: &str,
+        url: &PeerUrl,
         query: E,
         deadline: Instant,
     ) -> Result<Events<E>, RequestError> {
@@ -61,7 +62,7 @@ impl Remote {
         let request = self.peers.outgoing(query.into_query(false), Some(deadline));
         let answer = call(url, E::FIND, deadline, E::find(channel, request)).await?;
         let source = Source {
-            url: url.to_owned(),
+            url: url.clone(),
             deadline: Some(deadline),
             began: Instant::now(),
         };
@@ -114,7 +115,7 @@ impl<E: Wire> Entries<E> for Remote {
         let (url, channel) = self.reached(deadline).await?;
         let request = self.peers.outgoing(query.into_query(true), None);
         let source = Source {
-            url: url.to_owned(),
+            url: url.clone(),
             deadline: None,
             began: Instant::now(),
         };
@@ -128,7 +129,7 @@ impl<E: Wire> Entries<E> for Remote {
 
 /// Where a stream of answers comes from, for its errors.
 struct Source {
-    url: String,
+    url: PeerUrl,
     /// When a stream that does not end is given up; `None` for a watch.
     deadline: Option<Instant>,
     began: Instant,
@@ -157,7 +158,7 @@ impl Source {
 
     fn silent(&self, method: &'static str) -> RequestError {
         RequestError::Silent {
-            url: self.url.clone(),
+            url: self.url.to_string(),
             method,
             after: self.began.elapsed(),
         }

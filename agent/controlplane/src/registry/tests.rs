@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::mechanism::vni_pool::VniPool;
+use nsm_core::{mechanism::vni_pool::VniPool, net::PeerUrl};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::{Instant, timeout};
@@ -131,7 +131,7 @@ fn peers() -> Arc<Peers> {
 }
 
 /// An agent whose registry is `memory`, on loopback, and its URL. Its watches end with the plane.
-async fn serving(memory: &Memory) -> (ControlPlane, String) {
+async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
     let settings = Settings {
         name: "agent-1".to_owned(),
         domain: "cluster-1.example".parse().unwrap(),
@@ -161,7 +161,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, String) {
     let Socket::Tcp(listener) = &socket else {
         panic!("made as TCP")
     };
-    let url = format!("tcp://{}", listener.local_addr().unwrap());
+    let url = PeerUrl::from(listener.local_addr().unwrap());
     let routes = plane.network_front().add_to(Routes::default(), limits);
     tokio::spawn(serve(socket, routes, limits, std::future::pending()));
     (plane, url)
@@ -189,7 +189,7 @@ async fn behind_another_agent() {
 async fn of_several_urls_the_first_that_can_be_reached_is_asked() {
     let memory = Memory::new(Limits::default());
     let (_plane, url) = serving(&memory).await;
-    let closed = "tcp://127.0.0.1:1".to_owned();
+    let closed: PeerUrl = "tcp://127.0.0.1:1".parse().unwrap();
     let peers = &peers();
     let remote = Remote::at(peers, [closed.clone(), url]);
     register_find_watch_unregister(&remote).await;
@@ -197,5 +197,5 @@ async fn of_several_urls_the_first_that_can_be_reached_is_asked() {
     let refused = remote.services().find(service("s"), terms().deadline).await;
     let refused = refused.err().expect("nothing listens there");
     assert_eq!(refused.code(), Code::Unavailable);
-    assert!(refused.to_string().contains(&closed), "{refused}");
+    assert!(refused.to_string().contains(closed.as_str()), "{refused}");
 }

@@ -35,7 +35,7 @@ pub trait Wire: Entry {
     /// A change as an item of the answer.
     fn into_answer(event: Event<Self>) -> Self::Answer;
 
-    /// The change that an item of an answer holds; an item without an entry says nothing.
+    /// The change that an item of an answer holds; an item without an entry holds none.
     fn from_answer(answer: Self::Answer) -> Option<Event<Self>>;
 
     /// Calls Register.

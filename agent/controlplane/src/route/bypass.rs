@@ -2,7 +2,7 @@
 //!
 //! A registry call passes through the proxy before the Request does, and the reply names the
 //! proxy itself as the endpoint's URL; the true one is kept here (NSM `interdomainbypass`). An
-//! entry is refreshed by every Find and Register, and lapses when nobody asks any more. One that
+//! entry is refreshed by every Find and Register, and lapses when no call asks for it any more. One that
 //! registered through us ends with its registration.
 
 use std::{
@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nsm_core::identity::{Caller, User};
+use nsm_core::{
+    identity::{Caller, User},
+    net::PeerUrl,
+};
 
 use crate::{peer::peers::Peer, sync::lock};
 
@@ -27,7 +30,7 @@ const CAPACITY: usize = 65_536;
 
 #[derive(Debug, Default)]
 pub(crate) struct Bypass {
-    /// By the name with its domain in lower case: the same domain whoever writes it.
+    /// By the name with its domain in lower case: the same domain in every spelling.
     ways: Mutex<Ways>,
 }
 
@@ -49,7 +52,7 @@ impl Ways {
 #[derive(Debug, Clone)]
 pub(crate) struct Way {
     /// The URL to dial.
-    pub(crate) url: String,
+    pub(crate) url: PeerUrl,
     /// The endpoint registered through us: what is asked of it comes in, what we found leaves.
     pub(crate) registered_here: bool,
     /// Who registered it through us; the network where we found it.
@@ -62,7 +65,7 @@ pub(crate) struct Way {
 struct Entry {
     way: Way,
     lapses: Instant,
-    /// When the registration ends, whoever asks; none where it is not ours to know.
+    /// When the registration ends, asked for or not; `None` where it is not registered through us.
     ends: Option<Instant>,
 }
 
@@ -145,7 +148,7 @@ mod tests {
 
     fn way(registered_here: bool) -> Way {
         Way {
-            url: "tcp://192.0.2.1:5006".to_owned(),
+            url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
             registered_here,
             registrant: Caller::over_network(),
             _socket: None,

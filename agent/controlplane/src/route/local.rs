@@ -6,7 +6,10 @@ use std::{
     time::SystemTime,
 };
 
-use nsm_core::identity::{Caller, User};
+use nsm_core::{
+    identity::{Caller, User},
+    net::PeerUrl,
+};
 
 use crate::{peer::peers::Peer, sync::lock};
 
@@ -14,7 +17,7 @@ use crate::{peer::peers::Peer, sync::lock};
 #[derive(Debug, Clone)]
 pub(crate) struct LocalEndpoint {
     /// Its own URL; the registry holds ours in its place.
-    pub(crate) url: String,
+    pub(crate) url: PeerUrl,
     /// Who registered it.
     pub(crate) registrant: Caller,
     /// When its registration lapses.

@@ -3,13 +3,13 @@
 //! - From a local client, a name of another domain goes to that domain's proxy, found by DNS and
 //!   its registry; anything else is looked up in our own domain.
 //! - From the NSMgr that our forwarder works for, names are that NSMgr's business: its registry is
-//!   asked, and knows endpoints of this node by their sockets and others by the next NSMgr or proxy.
+//!   asked, and has endpoints of this node by their sockets and others by the next NSMgr or proxy.
 //! - From the network, a name that a Find through this proxy has taught us goes where it was
-//!   found; any other `@domain` means us, under whatever name the caller knows our domain, and is
+//!   found; any other `@domain` means us, under whatever name the caller has for our domain, and is
 //!   stripped (NSM `interdomainbypass`).
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,6 +18,7 @@ use std::{
 
 use nsm_core::{
     identity::Caller,
+    net::{PeerUrl, PeerUrlError},
     nsm::{
         name::{Domain, InterdomainName},
         select::{Candidate, select},
@@ -30,7 +31,7 @@ use tokio::time::Instant;
 use crate::{
     convert,
     error::RequestError,
-    peer::peers::{Peer, Peers, is_local, is_passed},
+    peer::peers::{Peer, Peers},
     registry::{DomainRegistry, remote::Remote},
     route::{
         addresses::{Addresses, Crossing},
@@ -38,7 +39,10 @@ use crate::{
         directory::{Found, Wanted},
         local::LocalEndpoints,
     },
-    transport::unix::{FileId, Kind, PATIENCE},
+    transport::{
+        dial::DialError,
+        unix::{FileId, Kind, PATIENCE},
+    },
 };
 
 /// Which listener a call came in by. Who calls there is the call's [`Caller`].
@@ -52,10 +56,10 @@ pub enum Arrival {
     Network,
 }
 
-/// The next hop of a connection, and the names it knows it by.
+/// The next hop of a connection, and the names by which it is asked.
 #[derive(Debug, Clone)]
 pub(crate) struct Route {
-    pub(crate) url: String,
+    pub(crate) url: PeerUrl,
     /// Who registered the next hop with us, where it is an endpoint of this node: decides which network
     /// namespaces its answer may name.
     pub(crate) registrant: Caller,
@@ -64,8 +68,8 @@ pub(crate) struct Route {
     pub(crate) service: String,
     /// The endpoint as the next hop is asked for it.
     pub(crate) endpoint: String,
-    /// The endpoint as the previous hop is told it.
-    pub(crate) endpoint_told: String,
+    /// The endpoint as the previous hop is answered it.
+    pub(crate) endpoint_answered: String,
     /// What the service carries, where the registry said.
     pub(crate) payload: String,
     pub(crate) resolution: Option<Resolution>,
@@ -87,7 +91,7 @@ pub struct Resolution {
 impl Route {
     /// Whether the next hop is an endpoint on this node.
     pub(crate) fn is_local(&self) -> bool {
-        is_local(&self.url)
+        self.url.is_local()
     }
 
     /// Whether another way leads to the same endpoint by the same hop.
@@ -97,8 +101,7 @@ impl Route {
 
     /// The next hop's address, when its URL holds one.
     pub(crate) fn address(&self) -> Option<IpAddr> {
-        let address: SocketAddr = self.url.strip_prefix("tcp://")?.parse().ok()?;
-        Some(address.ip())
+        self.url.address()
     }
 }
 
@@ -108,9 +111,9 @@ pub(crate) struct RouterConfig {
     /// The domain of this agent.
     pub(crate) domain: Domain,
     /// The NSMgr that this agent's forwarder works for, where that is not this agent itself.
-    pub(crate) upstream_nsmgr_url: Option<String>,
+    pub(crate) upstream_nsmgr_url: Option<PeerUrl>,
     /// The registry proxy that is asked for names of other domains; without one this agent is its own.
-    pub(crate) registry_proxy_url: Option<String>,
+    pub(crate) registry_proxy_url: Option<PeerUrl>,
 }
 
 /// What names are looked up in: shared by the router and the registry services.
@@ -127,7 +130,7 @@ pub(crate) struct Lookup {
 impl Lookup {
     /// The registry of another domain.
     pub(crate) fn registry_of(&self, resolved: &Resolved) -> Remote {
-        let urls = resolved.registry.iter().map(|at| format!("tcp://{at}"));
+        let urls = resolved.registry.iter().copied().map(PeerUrl::from);
         Remote::at(&self.peers, urls)
     }
 }
@@ -157,7 +160,7 @@ impl Router {
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
         if let Arrival::Forwarder = arrival {
-            let nsmgr = self.config.upstream_nsmgr_url.as_deref();
+            let nsmgr = self.config.upstream_nsmgr_url.as_ref();
             let nsmgr = nsmgr.ok_or(RequestError::Missing("NSMgr that the forwarder works for"))?;
             return self.routes_as_named(nsmgr, connection, deadline).await;
         }
@@ -185,7 +188,7 @@ impl Router {
                     },
                     service: connection.network_service.clone(),
                     endpoint: connection.network_service_endpoint_name.clone(),
-                    endpoint_told: connection.network_service_endpoint_name.clone(),
+                    endpoint_answered: connection.network_service_endpoint_name.clone(),
                     payload: connection.payload.clone(),
                     resolution: None,
                     _socket: None,
@@ -237,6 +240,7 @@ impl Router {
             service => format!("{service}@{domain}"),
         };
         let mut routes = Vec::new();
+        let mut bad = BadUrl::default();
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
             let out = |url| (url, Caller::over_network(), Crossing::Out);
@@ -250,11 +254,8 @@ impl Router {
                     .collect(),
                 // Whatever a registry says, a socket of our own node is not in another domain.
                 [] if !endpoint.url.starts_with("tcp://") => Vec::new(),
-                [] => vec![out(endpoint.url.clone())],
-                proxies => proxies
-                    .iter()
-                    .map(|proxy| out(format!("tcp://{proxy}")))
-                    .collect(),
+                [] => bad.good(&endpoint.url).map(out).into_iter().collect(),
+                proxies => proxies.iter().map(|proxy| out((*proxy).into())).collect(),
             };
             for (url, registrant, crossing) in ways {
                 routes.push(Route {
@@ -263,7 +264,7 @@ impl Router {
                     crossing,
                     service: service.clone(),
                     endpoint: name.clone(),
-                    endpoint_told: told_name(connection, &endpoint.name),
+                    endpoint_answered: answered_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: Some(resolution.clone()),
                     _socket: None,
@@ -271,10 +272,7 @@ impl Router {
             }
         }
         if routes.is_empty() {
-            return Err(RequestError::NoEndpoint {
-                service: wanted.service.to_owned(),
-                domain: domain.to_string(),
-            });
+            return Err(bad.or_no_endpoint(wanted, domain));
         }
         Ok(routes)
     }
@@ -295,6 +293,7 @@ impl Router {
             (Some(_), Arrival::Network) => Crossing::In,
             _ => Crossing::Inside,
         };
+        let mut bad = BadUrl::default();
         let routes: Vec<Route> = chosen
             .into_iter()
             .filter_map(|endpoint| {
@@ -303,9 +302,9 @@ impl Router {
                     let local = self.lookup.local_endpoints.get(&endpoint.name)?;
                     (local.url, local.registrant)
                 } else if endpoint.url.starts_with("tcp://") {
-                    (endpoint.url.clone(), Caller::over_network())
+                    (bad.good(&endpoint.url)?, Caller::over_network())
                 } else {
-                    // A socket of this node that nobody of this node has registered with us.
+                    // A socket of this node that no process of this node has registered with us.
                     return None;
                 };
                 Some(Route {
@@ -314,7 +313,7 @@ impl Router {
                     crossing,
                     service: wanted.service.to_owned(),
                     endpoint: endpoint.name.clone(),
-                    endpoint_told: told_name(connection, &endpoint.name),
+                    endpoint_answered: answered_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: None,
                     _socket: None,
@@ -322,19 +321,16 @@ impl Router {
             })
             .collect();
         if routes.is_empty() {
-            return Err(RequestError::NoEndpoint {
-                service: wanted.service.to_owned(),
-                domain: own.to_string(),
-            });
+            return Err(bad.or_no_endpoint(wanted, own));
         }
         Ok(routes)
     }
 
-    /// The ways that somebody else's registry knows, which is asked for names as they are: that of
+    /// The ways of another agent's registry, which is asked for names as they are: that of
     /// the NSMgr that our forwarder works for, or a registry proxy.
     async fn routes_as_named(
         &self,
-        registry: &str,
+        registry: &PeerUrl,
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
@@ -342,11 +338,12 @@ impl Router {
             service: &connection.network_service,
             endpoint: &connection.network_service_endpoint_name,
         };
-        let remote = Remote::at(&self.lookup.peers, [registry.to_owned()]);
+        let remote = Remote::at(&self.lookup.peers, [registry.clone()]);
         let found = wanted.find_in(&remote, deadline).await?;
         let own = &self.config.domain;
         let payload = payload(&found);
         let mut routes = Vec::new();
+        let mut bad = BadUrl::default();
         for endpoint in self.choose(&found, wanted, own, connection)? {
             let (url, crossing, socket) = if self.lookup.addresses.is_own_url(&endpoint.url) {
                 // Found through us in the proxy's place: the way is known.
@@ -355,8 +352,11 @@ impl Router {
                 };
                 (way.url, Crossing::Out, None)
             } else {
-                let socket = self.found_socket(registry, &endpoint.url).await?;
-                (endpoint.url.clone(), Crossing::Inside, socket)
+                let Some(url) = bad.good(&endpoint.url) else {
+                    continue;
+                };
+                let socket = self.found_socket(registry, &url).await?;
+                (url, Crossing::Inside, socket)
             };
             routes.push(Route {
                 url,
@@ -364,17 +364,14 @@ impl Router {
                 crossing,
                 service: connection.network_service.clone(),
                 endpoint: endpoint.name.clone(),
-                endpoint_told: endpoint.name.clone(),
+                endpoint_answered: endpoint.name.clone(),
                 payload: payload.clone(),
                 resolution: None,
                 _socket: socket,
             });
         }
         if routes.is_empty() {
-            return Err(RequestError::NoEndpoint {
-                service: wanted.service.to_owned(),
-                domain: own.to_string(),
-            });
+            return Err(bad.or_no_endpoint(wanted, own));
         }
         Ok(routes)
     }
@@ -387,25 +384,24 @@ impl Router {
     /// The peer behind a URL that the registry passed a socket for.
     async fn found_socket(
         &self,
-        registry: &str,
-        url: &str,
+        registry: &PeerUrl,
+        url: &PeerUrl,
     ) -> Result<Option<Arc<Peer>>, RequestError> {
-        if !is_passed(url) {
+        let peers = &self.lookup.peers;
+        let Some(id) = FileId::of(url) else {
             return Ok(None);
-        }
-        if let Some(known) = self.lookup.peers.known_passed(url) {
+        };
+        if let Some(known) = peers.known_passed(url) {
             return Ok(Some(known));
         }
-        let wrong = |fault: String| RequestError::BadAnswer {
-            url: registry.to_owned(),
-            method: "Find",
-            fault: format!("an endpoint has the url {url}, and {fault}"),
-        };
-        let id = FileId::parse(url).ok_or_else(|| wrong("that is no inode".to_owned()))?;
-        let passing = self.lookup.peers.get(registry);
+        let passing = peers.get(registry);
         let socket = passing.descriptors.take(id, Kind::Socket, PATIENCE).await;
-        let socket = socket.map_err(|missing| wrong(missing.to_string()))?;
-        Ok(Some(self.lookup.peers.get_passed(url, socket)))
+        let socket = socket.map_err(|missing| RequestError::BadAnswer {
+            url: registry.to_string(),
+            method: "Find",
+            fault: format!("an endpoint has the url {url}, and {missing}"),
+        })?;
+        Ok(Some(peers.get_passed(url, socket)))
     }
 
     /// The endpoints that serve the connection, best first; never empty.
@@ -472,9 +468,31 @@ impl Router {
     }
 }
 
-/// The endpoint `target` as the previous hop is told it: with the domain in the words in which it
+/// The first URL of a registry's answer that is none. The endpoint is left out; where none is left, it is the error.
+#[derive(Default)]
+struct BadUrl(Option<PeerUrlError>);
+
+impl BadUrl {
+    fn good(&mut self, url: &str) -> Option<PeerUrl> {
+        url.parse()
+            .map_err(|error| self.0.get_or_insert(error))
+            .ok()
+    }
+
+    fn or_no_endpoint(self, wanted: Wanted<'_>, domain: &Domain) -> RequestError {
+        match self.0 {
+            Some(error) => DialError::Url(error).into(),
+            None => RequestError::NoEndpoint {
+                service: wanted.service.to_owned(),
+                domain: domain.to_string(),
+            },
+        }
+    }
+}
+
+/// The endpoint `target` as the previous hop is answered it: with the domain in the spelling in which it
 /// asked, because it compares them.
-fn told_name(asked: &Connection, target: &str) -> String {
+fn answered_name(asked: &Connection, target: &str) -> String {
     let endpoint = &asked.network_service_endpoint_name;
     if endpoint.contains('@') {
         return endpoint.clone();

@@ -10,12 +10,12 @@ use std::{
     collections::BTreeMap,
     fs::File,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
-    path::PathBuf,
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{backoff::Backoff, nsm::expiry::refresh_after};
+use nsm_core::{backoff::Backoff, net::PeerUrl, nsm::expiry::refresh_after};
 use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use rustix::fs::OFlags;
 use tokio::time::Instant;
@@ -28,20 +28,17 @@ use crate::{
     identity::token::TokenSource,
     peer::peers::Peers,
     registry::{DomainRegistry as _, Terms, path_header::PathHeader, remote::Remote},
-    transport::{
-        dial::DialUrl,
-        unix::{FileId, Passed},
-    },
+    transport::unix::{FileId, Passed},
 };
 
 /// The shortest wait before another try: an NSMgr that restarts is back within it.
 const SHORTEST_WAIT: Duration = Duration::from_millis(200);
 
-/// The longest: nobody is connected on this node as long as its NSMgr does not know us.
+/// The longest: no client of this node is connected as long as its NSMgr does not have our forwarder.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
-/// How long the farewell to the NSMgr may take. It is for politeness, as the entry expires by itself, and whoever ends the
-/// agent may not wait long: an NSMgr that hangs must not take the time of closing the connections.
+/// How long the farewell to the NSMgr may take. The entry expires by itself, and the end of the
+/// agent may not be delayed long: an NSMgr that hangs must not take the time of closing the connections.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What our forwarder is to its NSMgr.
@@ -49,17 +46,17 @@ const FAREWELL: Duration = Duration::from_secs(2);
 pub struct ForwarderEntry {
     /// The name; our path segments have the same.
     pub name: String,
-    /// The service that the NSMgr looks for its forwarders by.
+    /// The service by which the NSMgr finds its forwarders.
     pub service: String,
     /// By which network services choose among forwarders (`p2p: true` is asked for by default).
     pub labels: BTreeMap<String, String>,
     /// Where the forwarder listens.
-    pub url: DialUrl,
+    pub url: PeerUrl,
 }
 
 /// The NSMgr that this agent's forwarder works for.
 pub(crate) struct Upstream {
-    url: Option<String>,
+    url: Option<PeerUrl>,
     request_timeout: Duration,
     peers: Arc<Peers>,
     tokens: Arc<TokenSource>,
@@ -68,7 +65,7 @@ pub(crate) struct Upstream {
 impl Upstream {
     /// The NSMgr at `url`, if there is one, which has `request_timeout` for each call.
     pub(crate) fn new(
-        url: Option<String>,
+        url: Option<PeerUrl>,
         request_timeout: Duration,
         peers: Arc<Peers>,
         tokens: Arc<TokenSource>,
@@ -82,16 +79,16 @@ impl Upstream {
     }
 
     /// Keeps `entry` registered with the node's NSMgr until `stopped`, and then takes it out, so that the NSMgr sends no more
-    /// Requests. An NSMgr that is gone comes back; one that does not answer at the end holds nobody up.
-    /// `told` hears after each try whether it is registered.
+    /// Requests. An NSMgr that is gone comes back; one that does not answer at the end delays nothing.
+    /// `on_change` is called after each try with whether the entry is registered.
     pub(crate) async fn keep_forwarder(
         &self,
         mut entry: ForwarderEntry,
-        told: impl Fn(bool),
+        on_change: impl Fn(bool),
         stopped: impl Future<Output = ()>,
     ) {
         tokio::select! {
-            () = self.stay_registered(&mut entry, told) => {}
+            () = self.stay_registered(&mut entry, on_change) => {}
             () = stopped => {}
         }
         match tokio::time::timeout(FAREWELL, self.unregister_forwarder(&entry)).await {
@@ -107,12 +104,12 @@ impl Upstream {
     }
 
     /// Never ends.
-    async fn stay_registered(&self, entry: &mut ForwarderEntry, told: impl Fn(bool)) {
+    async fn stay_registered(&self, entry: &mut ForwarderEntry, on_change: impl Fn(bool)) {
         let mut backoff = Backoff::new(SHORTEST_WAIT, LONGEST_WAIT);
         loop {
             match self.register_forwarder(entry).await {
                 Ok(expires) => {
-                    told(true);
+                    on_change(true);
                     backoff.reset();
                     let due = tokio::time::sleep(refresh_after(SystemTime::now(), expires));
                     tokio::select! {
@@ -123,7 +120,7 @@ impl Upstream {
                     }
                 }
                 Err(error) => {
-                    told(false);
+                    on_change(false);
                     tracing::warn!(%error, "the forwarder is not registered; trying again");
                 }
             }
@@ -137,13 +134,13 @@ impl Upstream {
     ) -> Result<SystemTime, RequestError> {
         let nsmgr = self.nsmgr()?;
         let endpoint = NetworkServiceEndpoint {
-            url: match &entry.url {
-                DialUrl::Unix(path) if nsmgr.url.starts_with("unix:") => {
+            url: match entry.url.socket_path() {
+                Some(path) if nsmgr.url.socket_path().is_some() => {
                     let (id, socket) = open_socket(path)?;
                     self.peers.get(nsmgr.url).descriptors.send(socket);
                     id.to_string()
                 }
-                own => own.to_string(),
+                _ => entry.url.to_string(),
             },
             ..entry.endpoint()
         };
@@ -193,13 +190,13 @@ impl Upstream {
     }
 
     fn nsmgr(&self) -> Result<Nsmgr<'_>, RequestError> {
-        let url = self.url.as_deref().ok_or(RequestError::Missing(
+        let url = self.url.as_ref().ok_or(RequestError::Missing(
             "NSMgr: the agent has no upstream_nsmgr_url",
         ))?;
         let (token, _) = self.tokens.token(SystemTime::now());
         Ok(Nsmgr {
             url,
-            registry: Remote::at(&self.peers, [url.to_owned()]),
+            registry: Remote::at(&self.peers, [url.clone()]),
             terms: Terms {
                 deadline: Instant::now() + self.request_timeout,
                 owner: Some(PathHeader::begin(token)),
@@ -211,7 +208,7 @@ impl Upstream {
 
 /// The NSMgr's registry, and what our own calls to it carry.
 struct Nsmgr<'a> {
-    url: &'a str,
+    url: &'a PeerUrl,
     registry: Remote,
     terms: Terms,
 }
@@ -232,11 +229,11 @@ impl ForwarderEntry {
 }
 
 /// A descriptor of our own socket: its file, not a connection to it.
-fn open_socket(path: &PathBuf) -> Result<(FileId, Passed), RequestError> {
+fn open_socket(path: &Path) -> Result<(FileId, Passed), RequestError> {
     let failed = |error: std::io::Error| RequestError::Field {
         field: "the forwarder's socket",
         value: path.display().to_string(),
-        reason: format!("it cannot be opened ({error}); did somebody remove it?"),
+        reason: format!("it cannot be opened ({error}); was it removed?"),
     };
     let file = File::options()
         .read(true)
@@ -269,13 +266,13 @@ mod tests {
         let tokens = TokenSource::hs256("spiffe://one.example/node-1", b"test", PATIENCE);
         let tokens = Arc::new(tokens);
         let peers = Peers::connecting_with(Arc::clone(&tokens), PATIENCE, 1 << 20);
-        let url = Some(format!("unix://{}", socket.display()));
+        let url = Some(PeerUrl::unix(&socket));
         let upstream = Upstream::new(url, PATIENCE, Arc::new(peers), tokens);
         let entry = ForwarderEntry {
             name: "node-1".to_owned(),
             service: "forwarder".to_owned(),
             labels: BTreeMap::new(),
-            url: DialUrl::Unix(folder.path().join("forwarder.sock")),
+            url: PeerUrl::unix(&folder.path().join("forwarder.sock")),
         };
         let start = Instant::now();
         upstream.keep_forwarder(entry, |_| {}, ready(())).await;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Who calls. Built at the listener from what the transport proves; nothing that the message says is in it.
+/// Who calls. Built at the listener from what the transport proves; nothing of the message is in it.
 ///
 /// Here belongs what a transport or a token proves later: the SPIFFE id of a TLS peer, and verified claims.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

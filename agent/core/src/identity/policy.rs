@@ -45,7 +45,7 @@ pub struct Name<'a> {
     pub owner: Option<User>,
 }
 
-/// A network namespace that a pod says is its own.
+/// A network namespace that a pod names as its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim<'a> {
     /// Which end of the connection the pod is.

@@ -9,6 +9,7 @@ mod mechanism;
 mod name;
 mod path;
 mod peer_report;
+mod peer_url;
 mod plpmtu;
 mod policy;
 mod prefix;

@@ -11,7 +11,6 @@ use nsm_controlplane::{
         backend::Backend,
         memory::{Limits, Memory},
     },
-    transport::dial::DialUrl,
 };
 use nsm_core::mechanism::vni_pool::VniPool;
 use nsm_discovery::dns::{Resolver, ResolverConfig};
@@ -28,15 +27,15 @@ pub(crate) async fn build(
     forwarder: Option<&Arc<NodeForwarder>>,
 ) -> anyhow::Result<ControlPlane> {
     let registry = match &config.registry_url {
-        Some(url) => Backend::Remote(url.to_string()),
+        Some(url) => Backend::Remote(url.clone()),
         None => Backend::Memory(Memory::new(Limits::default())),
     };
     let settings = Settings {
         name: config.name.clone(),
         domain: config.domain.clone(),
         advertise_url: advertise_url(config, forwarder.map(Arc::as_ref)).await,
-        upstream_nsmgr_url: config.upstream_nsmgr_url.as_ref().map(DialUrl::to_string),
-        registry_proxy_url: config.registry_proxy_url.as_ref().map(DialUrl::to_string),
+        upstream_nsmgr_url: config.upstream_nsmgr_url.clone(),
+        registry_proxy_url: config.registry_proxy_url.clone(),
         request_timeout: config.request_timeout,
         dial_timeout: config.dial_timeout,
         max_connections: config.limits.max_connections,

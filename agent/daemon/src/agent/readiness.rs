@@ -6,7 +6,8 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::transport::dial::DialUrl;
+use nsm_controlplane::transport::dial::dial;
+use nsm_core::net::PeerUrl;
 use tonic_health::{
     ServingStatus,
     pb::health_server::{Health, HealthServer},
@@ -108,13 +109,13 @@ impl Readiness {
     /// Not ready until an upstream registry can be reached, from this call on.
     pub(crate) fn until_registry_answers(
         self,
-        url: DialUrl,
+        url: PeerUrl,
         dial_timeout: Duration,
     ) -> impl Future<Output = ()> + Send + use<> {
         let guard = format!("the registry {url}");
         self.wait_for(guard.clone());
         async move {
-            while let Err(error) = url.connect(dial_timeout).await {
+            while let Err(error) = dial(&url, dial_timeout).await {
                 tracing::warn!(registry.url = %url, %error, "the registry does not answer yet");
                 tokio::time::sleep(REGISTRY_PAUSE).await;
             }

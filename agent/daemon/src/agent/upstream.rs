@@ -1,8 +1,7 @@
 //! This agent as the forwarder of another NSMgr: its entry in that NSMgr's registry.
 
-use nsm_controlplane::{
-    plane::ControlPlane, route::upstream::ForwarderEntry, transport::dial::DialUrl,
-};
+use nsm_controlplane::{plane::ControlPlane, route::upstream::ForwarderEntry};
+use nsm_core::net::PeerUrl;
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use super::readiness::Readiness;
@@ -54,6 +53,6 @@ fn entry(config: &Config) -> Option<ForwarderEntry> {
         name: config.name.clone(),
         service: config.forwarder_service.clone(),
         labels: config.forwarder_labels.clone(),
-        url: DialUrl::Unix(path.clone()),
+        url: PeerUrl::unix(path),
     })
 }

@@ -10,9 +10,9 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{liveness::Reachability, transport::dial::DialUrl};
+use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
-    net::{IfName, Vni},
+    net::{IfName, PeerUrl, Vni},
     nsm::name::Domain,
 };
 use nsm_discovery::{
@@ -39,14 +39,14 @@ Config {
     /// Where each role listens
     listen: Listen = Listen::default() => Section;
     /// What peers dial to reach this agent's proxy; by default the tunnel's address and the proxy's port
-    advertise_url: Option<DialUrl> = None => PEER;
+    advertise_url: Option<PeerUrl> = None => PEER;
     /// An NSMgr that serves this node's clients; with `forwarder`, this agent is a forwarder of it. Without it this agent is the
     /// node's NSMgr
-    upstream_nsmgr_url: Option<DialUrl> = None => PEER;
+    upstream_nsmgr_url: Option<PeerUrl> = None => PEER;
     /// The registry of this domain; without it this agent is the registry
-    registry_url: Option<DialUrl> = None => PEER;
+    registry_url: Option<PeerUrl> = None => PEER;
     /// The registry proxy for names of other domains; by default DNS leads to their registries
-    registry_proxy_url: Option<DialUrl> = None => PEER;
+    registry_proxy_url: Option<PeerUrl> = None => PEER;
     /// Whether this agent makes links on this node
     forwarder: bool = true => BOOL;
     /// The service by which the upstream NSMgr finds its forwarders
@@ -253,7 +253,7 @@ impl Config {
         ] {
             if upstream
                 .as_ref()
-                .map(DialUrl::to_string)
+                .map(PeerUrl::to_string)
                 .is_some_and(|url| Some(url) == *own)
             {
                 found.push((

@@ -9,10 +9,10 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{liveness::Reachability, transport::dial::DialUrl};
+use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
     address::public::Provider,
-    net::{IfName, Vni},
+    net::{IfName, PeerUrl, Vni},
     nsm::name::{Domain, InterdomainName},
 };
 use nsm_discovery::{
@@ -112,7 +112,7 @@ pub(super) static SOCKET: One<ListenUrl> = one("URL", Shape::Text, |text| {
 pub(super) static ADMIN: One<ListenUrl> = one("URL", Shape::Text, |text| {
     socket(text, "unix:///path: the admin API is for this machine only")
 });
-pub(super) static PEER: One<DialUrl> = one("URL", Shape::Text, from_str);
+pub(super) static PEER: One<PeerUrl> = one("URL", Shape::Text, from_str);
 pub(super) static DNS_SERVER: One<SocketAddr> = one("ADDRESS[:PORT]", Shape::Text, dns_server);
 pub(super) static STUN: One<StunServer> = one("HOST[:PORT]", Shape::Text, from_str);
 pub(super) static HOST_ADDRESS: One<IpAddr> = one("ADDRESS", Shape::Text, host_address);

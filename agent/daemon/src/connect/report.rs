@@ -2,8 +2,7 @@
 
 use std::{path::Path, time::SystemTime};
 
-use nsm_controlplane::transport::dial::DialUrl;
-use nsm_core::net::IfName;
+use nsm_core::net::{IfName, PeerUrl};
 use serde::Serialize;
 
 use super::session::Answer;
@@ -51,7 +50,7 @@ impl Reporter {
     pub(crate) fn asking(
         self,
         service: &str,
-        agent: &DialUrl,
+        agent: &PeerUrl,
         netns: &Path,
         interface: &IfName,
     ) -> anyhow::Result<()> {

@@ -8,7 +8,8 @@
 //! then the connections are closed and their end published; then the socket goes.
 
 use anyhow::Context as _;
-use nsm_controlplane::{identity::token::TokenSource, transport::dial::DialUrl};
+use nsm_controlplane::identity::token::TokenSource;
+use nsm_core::net::PeerUrl;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -76,7 +77,7 @@ async fn serve(args: &EndpointArgs, reporter: Reporter) -> anyhow::Result<()> {
         &args.services,
         &label_map(&args.labels),
         payload,
-        DialUrl::Unix(file.path().to_owned()).to_string(),
+        PeerUrl::unix(file.path()).to_string(),
     );
 
     let (end, ended) = oneshot::channel::<()>();

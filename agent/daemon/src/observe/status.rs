@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets};
-use nsm_controlplane::transport::dial::DialUrl;
+use nsm_controlplane::transport::dial::dial;
+use nsm_core::net::PeerUrl;
 use nsm_proto::admin::{ConnectionStatus, Status, StatusRequest, admin_client::AdminClient};
 use tonic::Code;
 
@@ -42,9 +43,8 @@ pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
     }
 }
 
-async fn ask(admin: &DialUrl) -> anyhow::Result<Status> {
-    let channel = admin
-        .connect(DIAL_TIMEOUT)
+async fn ask(admin: &PeerUrl) -> anyhow::Result<Status> {
+    let channel = dial(admin, DIAL_TIMEOUT)
         .await
         .with_context(|| no_agent(admin))?;
     let mut request = tonic::Request::new(StatusRequest {});
@@ -69,8 +69,8 @@ async fn ask(admin: &DialUrl) -> anyhow::Result<Status> {
 }
 
 /// What to do about an admin socket that does not take us.
-fn no_agent(admin: &DialUrl) -> String {
-    let DialUrl::Unix(path) = admin else {
+fn no_agent(admin: &PeerUrl) -> String {
+    let Some(path) = admin.socket_path() else {
         return "is the agent running?".to_owned();
     };
     match std::fs::symlink_metadata(path) {

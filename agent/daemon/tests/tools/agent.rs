@@ -96,7 +96,7 @@ async fn health_reflection_reload_and_drain() {
     let socket = format!("unix://{}/nsm.sock", folder.path().display());
     let proxy = format!("tcp://127.0.0.1:{}", ports[0]);
     for url in [&socket, &proxy] {
-        let channel = dial(url, PATIENCE).await.unwrap();
+        let channel = dial(&url.parse().unwrap(), PATIENCE).await.unwrap();
         let mut health = HealthClient::new(channel.clone());
         soon("SERVING", async {
             for service in ["", "networkservice.NetworkService"] {
@@ -263,7 +263,8 @@ async fn metrics_are_served_in_the_text_that_prometheus_reads() {
             .unwrap();
         answer
     };
-    let proxy = dial(&format!("tcp://127.0.0.1:{}", ports[0]), PATIENCE).await;
+    let proxy = format!("tcp://127.0.0.1:{}", ports[0]).parse().unwrap();
+    let proxy = dial(&proxy, PATIENCE).await;
     let refused = NetworkServiceClient::new(proxy.unwrap())
         .request(NetworkServiceRequest::default())
         .await;

@@ -85,7 +85,7 @@ impl Served {
             panic!("no watch")
         };
         assert!(query.watch && query.network_service_endpoint.unwrap().name == "nse");
-        let channel = dial(&entry.url, PATIENCE).await.unwrap();
+        let channel = dial(&entry.url.parse().unwrap(), PATIENCE).await.unwrap();
         Self {
             stage,
             tool,

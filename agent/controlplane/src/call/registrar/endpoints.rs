@@ -5,9 +5,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use nsm_core::identity::{
-    Caller,
-    policy::{Action, Name, decide},
+use nsm_core::{
+    identity::{
+        Caller,
+        policy::{Action, Name, decide},
+    },
+    net::{PeerPlace, PeerUrl, PeerUrlError},
 };
 use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceEndpointQuery};
 
@@ -20,17 +23,14 @@ use crate::{
     call::Call,
     convert,
     error::RequestError,
-    peer::peers::{Peer, is_passed},
+    peer::peers::Peer,
     registry::{path_header::PathHeader, wire::Answers},
     route::{
         bypass::Way,
         local::LocalEndpoint,
         router::{Arrival, Lookup},
     },
-    transport::{
-        dial::DialUrl,
-        unix::{FileId, Kind, PATIENCE},
-    },
+    transport::unix::{FileId, Kind, PATIENCE},
 };
 
 /// How long after its end a registration is removed: timers and the system's clock differ by less.
@@ -38,7 +38,7 @@ const LAPSE_MARGIN: Duration = Duration::from_secs(1);
 
 /// Where an endpoint that is reached through us really listens.
 struct Behind {
-    url: String,
+    url: PeerUrl,
     registrant: Caller,
     /// Holds the descriptor of its socket, when it has passed one in the place of a path.
     socket: Option<Arc<Peer>>,
@@ -58,10 +58,12 @@ impl Registrar {
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Register)?;
         let through_us = call.arrival == Arrival::Local || !place.is_ours;
+        let url = endpoint.url.parse();
+        let url = url.map_err(|error: PeerUrlError| bad_url(&endpoint.url, error.to_string()))?;
         let behind = Behind {
-            url: endpoint.url.clone(),
+            socket: self.passed_socket(&url, &call).await?,
+            url,
             registrant: call.caller,
-            socket: self.passed_socket(&endpoint, &call).await?,
         };
         if behind.socket.is_none() {
             check_url(&behind.url, call.arrival)?;
@@ -75,7 +77,7 @@ impl Registrar {
             // The registry may have named it, and another may have come first meanwhile.
             let full_name = joined(&registered.name, place.domain.as_ref());
             self.decide(&call.caller, &full_name, &registered.name, Action::Register)?;
-            registered.url.clone_from(&behind.url);
+            registered.url = behind.url.to_string();
             let expires = registered.expiration_time.as_ref();
             let expires = expires.and_then(convert::time);
             self.keep(&place, &registered.name, behind, expires);
@@ -84,8 +86,7 @@ impl Registrar {
         Ok(registered)
     }
 
-    /// Decides a call about the endpoint `full`, which its registry has as `bare`. A name has an owner where it is registered with us, in our
-    /// domain or another.
+    /// Decides a call about the endpoint `full`, which its registry has as `bare`. A name has an owner where it is registered with us, in our domain or another.
     fn decide<'n>(
         &self,
         caller: &Caller,
@@ -159,23 +160,19 @@ impl Registrar {
     /// would mean nothing here, as in a container with a file system of its own.
     async fn passed_socket(
         &self,
-        endpoint: &NetworkServiceEndpoint,
+        url: &PeerUrl,
         call: &Call<NetworkServiceEndpoint>,
     ) -> Result<Option<Arc<Peer>>, RequestError> {
-        let (url, peers) = (&endpoint.url, &self.lookup.peers);
-        let (true, Some(descriptors)) = (is_passed(url), &call.descriptors) else {
+        let peers = &self.lookup.peers;
+        let (Some(id), Some(descriptors)) = (FileId::of(url), &call.descriptors) else {
             return Ok(None);
         };
         // One that is registered already: as long as we hold it nothing else has its inode.
         if let Some(known) = peers.known_passed(url) {
             return Ok(Some(known));
         }
-        let Some(id) = FileId::parse(url) else {
-            let form = "write inode://<device>/<inode>, both decimal, as stat shows them";
-            return Err(bad_url(url, form.to_owned()));
-        };
         let socket = descriptors.take(id, Kind::Socket, PATIENCE).await;
-        let socket = socket.map_err(|missing| bad_url(url, missing.to_string()))?;
+        let socket = socket.map_err(|missing| bad_url(url.as_str(), missing.to_string()))?;
         Ok(Some(peers.get_passed(url, socket)))
     }
 
@@ -209,7 +206,7 @@ impl Registrar {
         let proxy = match &place.domain {
             Some(domain) if !place.is_ours => {
                 let resolved = self.lookup.resolver.resolve(domain).await?;
-                resolved.proxy.first().map(|proxy| format!("tcp://{proxy}"))
+                resolved.proxy.first().copied().map(PeerUrl::from)
             }
             _ => None,
         };
@@ -221,7 +218,7 @@ impl Registrar {
                 if !place.is_ours {
                     // A floating domain has no proxy: the endpoint's URL is then that of the
                     // proxy which registered it there.
-                    let url = proxy.as_deref().unwrap_or(&endpoint.url);
+                    let url = proxy.clone().or_else(|| endpoint.url.parse().ok());
                     learn_way(&lookup, &endpoint.name, url);
                 }
                 // A caller that was answered a name with a domain asks for it so, also for one of our own
@@ -245,11 +242,12 @@ impl Registrar {
 }
 
 /// Learns where an endpoint of another domain was found.
-fn learn_way(lookup: &Lookup, name: &str, url: &str) {
-    // An endpoint that registered through us there is known better already.
-    if url.starts_with("tcp://") && !lookup.addresses.is_own_url(url) {
+fn learn_way(lookup: &Lookup, name: &str, url: Option<PeerUrl>) {
+    // A socket of our own node is not in another domain. An endpoint that registered through us there is known better already.
+    let url = url.filter(|url| !url.is_local() && !lookup.addresses.is_own_url(url.as_str()));
+    if let Some(url) = url {
         let way = Way {
-            url: url.to_owned(),
+            url,
             registered_here: false,
             registrant: Caller::over_network(),
             _socket: None,
@@ -270,16 +268,20 @@ fn after(expires: SystemTime, then: impl FnOnce() + Send + 'static) {
 }
 
 /// A URL that we or others can dial: a socket is only there for those of its node.
-fn check_url(url: &str, arrival: Arrival) -> Result<(), RequestError> {
-    match url.parse::<DialUrl>() {
-        Err(error) => Err(bad_url(url, error.to_string())),
-        Ok(DialUrl::Unix(_)) if arrival == Arrival::Network => Err(bad_url(
-            url,
+fn check_url(url: &PeerUrl, arrival: Arrival) -> Result<(), RequestError> {
+    let reason = match (url.place(), arrival) {
+        (PeerPlace::Tcp { .. }, _) | (PeerPlace::Unix(_), Arrival::Local | Arrival::Forwarder) => {
+            return Ok(());
+        }
+        (PeerPlace::Unix(_), Arrival::Network) => {
             "a unix:// URL is known on its node only, register it there or write tcp://address:port"
-                .to_owned(),
-        )),
-        Ok(_) => Ok(()),
-    }
+        }
+        (PeerPlace::Passed { .. }, _) => {
+            "its descriptor cannot be passed on this connection, register over the agent's socket or write \
+             tcp://address:port"
+        }
+    };
+    Err(bad_url(url.as_str(), reason.to_owned()))
 }
 
 fn bad_url(url: &str, reason: String) -> RequestError {

@@ -50,7 +50,7 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
 
 fn url_kept(registrar: &Registrar) -> Option<String> {
     let endpoint = registrar.lookup.local_endpoints.get("nse-1")?;
-    Some(endpoint.url)
+    Some(endpoint.url.to_string())
 }
 
 #[tokio::test]

@@ -233,7 +233,7 @@ pub(super) fn reflector(
 
 pub(crate) fn bad_answer(route: &Route, fault: String) -> RequestError {
     RequestError::BadAnswer {
-        url: route.url.clone(),
+        url: route.url.to_string(),
         method: "Request",
         fault,
     }

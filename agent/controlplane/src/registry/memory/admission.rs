@@ -165,7 +165,7 @@ impl Stored for NetworkServiceEndpoint {
     }
 }
 
-/// A wire timestamp as a time; one out of range is as late or as early as can be told.
+/// A wire timestamp as a time; one out of range is the latest or the earliest that the registry keeps.
 fn from_timestamp(timestamp: prost_types::Timestamp) -> SystemTime {
     let seconds = timestamp.seconds;
     SystemTime::try_from(timestamp).unwrap_or(if seconds > 0 {

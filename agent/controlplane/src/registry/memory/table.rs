@@ -64,7 +64,7 @@ impl Drop for Counted {
     }
 }
 
-/// Where to look for what a query can match.
+/// Where the entries are that a query can match.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Scope {
     Name(String),

@@ -67,14 +67,14 @@ impl Memory {
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// The next event as `+name` or `-name`.
-async fn told(watch: &mut Watch<NetworkServiceEndpoint>) -> String {
+async fn next(watch: &mut Watch<NetworkServiceEndpoint>) -> String {
     let event = tokio::time::timeout(PATIENCE, watch.next()).await;
     let event = event.expect("an event in time").unwrap().unwrap();
     let sign = if event.deleted { '-' } else { '+' };
     format!("{sign}{}", event.entry.name)
 }
 
-/// Waits for a condition that no event tells.
+/// Waits for a condition that has no event.
 async fn eventually(condition: impl Fn() -> bool) {
     let wait = async {
         while !condition() {
@@ -87,16 +87,16 @@ async fn eventually(condition: impl Fn() -> bool) {
 
 /// The events that wait.
 fn waiting(watch: &mut Watch<NetworkServiceEndpoint>) -> Vec<String> {
-    let mut told = Vec::new();
+    let mut events = Vec::new();
     let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
     while let std::task::Poll::Ready(Some(event)) =
         tokio_stream::Stream::poll_next(std::pin::Pin::new(&mut *watch), &mut cx)
     {
         let event = event.unwrap();
         let sign = if event.deleted { '-' } else { '+' };
-        told.push(format!("{sign}{}", event.entry.name));
+        events.push(format!("{sign}{}", event.entry.name));
     }
-    told
+    events
 }
 
 #[tokio::test]
@@ -241,11 +241,11 @@ async fn an_endpoint_is_gone_at_its_expiry_and_watchers_are_told() {
     let start = Instant::now();
     assert_eq!(waiting(&mut watch), ["+late", "+soon"]);
 
-    assert_eq!(told(&mut watch).await, "-soon");
+    assert_eq!(next(&mut watch).await, "-soon");
     assert!(start.elapsed() >= Duration::from_secs(10));
     assert!(start.elapsed() < Duration::from_secs(11));
     assert_eq!(registry.counts().endpoints, 1);
-    assert_eq!(told(&mut watch).await, "-late");
+    assert_eq!(next(&mut watch).await, "-late");
     assert!(start.elapsed() >= Duration::from_secs(60));
     assert_eq!(registry.counts().endpoints, 0);
 }
@@ -406,7 +406,7 @@ async fn a_slow_watcher_is_dropped_and_told_so() {
     }
     assert_eq!(registry.counts().watchers, 1);
     for i in 0..4 {
-        assert_eq!(told(&mut slow).await, format!("+e{i}"));
+        assert_eq!(next(&mut slow).await, format!("+e{i}"));
     }
     let last = slow.next().await.unwrap();
     assert_eq!(last, Err(RegistryError::Lagged { depth: 4 }));
@@ -421,7 +421,7 @@ async fn closing_ends_watches_and_refuses_news() {
     registry.add(endpoint("a", &["s"]));
     let mut watch = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
     registry.close();
-    assert_eq!(told(&mut watch).await, "+a");
+    assert_eq!(next(&mut watch).await, "+a");
     assert!(watch.next().await.is_none());
     assert_eq!(registry.counts().watchers, 0);
     let refused = registry
@@ -533,7 +533,7 @@ async fn the_expiry_task_ends_with_the_registry() {
     tokio::task::yield_now().await;
     assert_eq!(tasks(), before + 1);
     drop(registry);
-    assert_eq!(told(&mut watch).await, "+a");
+    assert_eq!(next(&mut watch).await, "+a");
     assert!(watch.next().await.is_none());
     eventually(|| tasks() == before).await;
 }

@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::net::NetnsUrl;
+use nsm_core::net::{PeerPlace, PeerUrl};
 use rustix::fs::{FileType, fstat, fstatfs};
 use tokio::{
     sync::Notify,
@@ -51,11 +51,11 @@ pub(crate) struct FileId {
 }
 
 impl FileId {
-    /// Reads `inode://<device>/<inode>`.
-    pub(crate) fn parse(url: &str) -> Option<Self> {
-        match url.parse() {
-            Ok(NetnsUrl::Inode { dev: device, inode }) => Some(Self { device, inode }),
-            _ => None,
+    /// The file that `url` names by its inode.
+    pub(crate) fn of(url: &PeerUrl) -> Option<Self> {
+        match *url.place() {
+            PeerPlace::Passed { device, inode } => Some(Self { device, inode }),
+            PeerPlace::Unix(_) | PeerPlace::Tcp { .. } => None,
         }
     }
 }

@@ -229,7 +229,7 @@ async fn run(
             ..ResolverConfig::default()
         }),
         match &setup.registry {
-            Some(url) => Backend::Remote(url.clone()),
+            Some(url) => Backend::Remote(url.parse().expect("a URL")),
             None => Backend::Memory(registry.clone()),
         },
         kernel.map(|kernel| kernel as Arc<dyn Forwarder>),

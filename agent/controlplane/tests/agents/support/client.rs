@@ -71,7 +71,9 @@ impl Client {
         Self {
             name: format!("client-{number}"),
             netns: format!("inode://4/{}", 1_000_000 + number),
-            channel: dial(url, Duration::from_secs(5)).await.expect("reachable"),
+            channel: dial(&url.parse().expect("a URL"), Duration::from_secs(5))
+                .await
+                .expect("reachable"),
             lifetime: Some(Duration::from_secs(600)),
         }
     }

@@ -279,7 +279,7 @@ impl Admin for Fixed {
 async fn the_agent_is_asked_over_its_socket() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("admin.sock");
-    let url = DialUrl::Unix(path.clone());
+    let url = PeerUrl::unix(&path);
 
     let error = format!("{:#}", ask(&url).await.unwrap_err());
     assert!(
@@ -314,7 +314,7 @@ async fn a_node_with_ten_thousand_connections_is_shown() {
         .add_service(AdminServer::new(Fixed(status)))
         .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
     let server = tokio::spawn(server);
-    let answer = ask(&DialUrl::Unix(path)).await.unwrap();
+    let answer = ask(&PeerUrl::unix(&path)).await.unwrap();
     assert_eq!(answer.connections.len(), 10_000);
     server.abort();
 }
@@ -328,7 +328,7 @@ async fn a_socket_of_something_else_is_told() {
         .add_routes(tonic::service::Routes::default())
         .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
     let server = tokio::spawn(server);
-    let error = ask(&DialUrl::Unix(path)).await.unwrap_err().to_string();
+    let error = ask(&PeerUrl::unix(&path)).await.unwrap_err().to_string();
     assert!(error.contains("serves no admin API"), "{error}");
     server.abort();
 }
