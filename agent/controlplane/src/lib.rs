@@ -10,6 +10,7 @@ pub mod api;
 pub mod call;
 mod connection;
 mod convert;
+mod deadlines;
 pub mod error;
 pub mod identity;
 pub mod liveness;

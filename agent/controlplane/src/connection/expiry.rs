@@ -1,10 +1,9 @@
-//! When connections end because nobody refreshed them: one timer for all.
+//! When connections end because they were not refreshed: one timer for all.
 //!
-//! The wall clock is asked once, when an expiry is set; what is left until then runs on the
+//! The wall clock is read once, when an expiry is set; what is left until then runs on the
 //! monotonic clock, so that a clock which is set moves no connection's end.
 
 use std::{
-    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, SystemTime},
 };
@@ -14,16 +13,10 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::sync::lock;
+use crate::{deadlines::Deadlines, sync::lock};
 
 /// What a token that never ends comes to: sums of times stay far from overflow.
 const FOR_EVER: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
-
-#[derive(Debug, Default)]
-struct Deadlines {
-    order: BTreeSet<(Instant, String)>,
-    by_id: HashMap<String, Instant>,
-}
 
 /// The expiry of every connection, earliest first.
 #[derive(Debug, Clone, Default)]
@@ -42,57 +35,38 @@ impl Expiries {
     /// Sets the expiry of `id` to `left` from now, unless it has one.
     pub(crate) fn set_if_none(&self, id: &str, left: Duration) {
         let deadlines = lock(&self.deadlines);
-        if !deadlines.by_id.contains_key(id) {
+        if !deadlines.has(id) {
             self.put(deadlines, id, left);
         }
     }
 
     /// Whether `id` has an expiry that is still to come.
     pub(crate) fn has(&self, id: &str) -> bool {
-        lock(&self.deadlines).by_id.contains_key(id)
+        lock(&self.deadlines).has(id)
     }
 
     fn put(&self, mut deadlines: MutexGuard<'_, Deadlines>, id: &str, left: Duration) {
-        let at = Instant::now() + left.min(FOR_EVER);
-        if let Some(old) = deadlines.by_id.insert(id.to_owned(), at) {
-            deadlines.order.remove(&(old, id.to_owned()));
-        }
-        deadlines.order.insert((at, id.to_owned()));
-        let is_first = deadlines
-            .order
-            .first()
-            .is_some_and(|(_, first)| first == id);
+        let is_earliest = deadlines.set(id, Instant::now() + left.min(FOR_EVER));
         drop(deadlines);
-        if is_first {
+        if is_earliest {
             self.changed.notify_one();
         }
     }
 
     /// Forgets `id`.
     pub(crate) fn remove(&self, id: &str) {
-        let mut deadlines = lock(&self.deadlines);
-        if let Some(old) = deadlines.by_id.remove(id) {
-            deadlines.order.remove(&(old, id.to_owned()));
-        }
+        lock(&self.deadlines).clear(id);
     }
 
     /// Waits for the next expiry, and forgets it.
-    pub(crate) async fn next(&self) -> String {
+    pub(crate) async fn next(&self) -> Arc<str> {
         loop {
             let wait = {
                 let mut deadlines = lock(&self.deadlines);
-                match deadlines.order.first() {
-                    None => None,
-                    Some((at, _)) if *at > Instant::now() => Some(*at),
-                    Some(_) => {
-                        let (_, id) = deadlines
-                            .order
-                            .pop_first()
-                            .expect("the set was not empty under the same lock");
-                        deadlines.by_id.remove(&id);
-                        return id;
-                    }
+                if let Some(id) = deadlines.pop_due(Instant::now()) {
+                    return id;
                 }
+                deadlines.next()
             };
             match wait {
                 None => self.changed.notified().await,
@@ -106,7 +80,7 @@ impl Expiries {
     /// How many connections have an expiry.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        lock(&self.deadlines).by_id.len()
+        lock(&self.deadlines).len()
     }
 }
 
@@ -125,7 +99,7 @@ mod tests {
         expiries.set("refreshed", now + Duration::from_secs(3600));
         expiries.set("closed", now - Duration::from_secs(1));
         expiries.remove("closed");
-        assert_eq!(expiries.next().await, "late");
+        assert_eq!(&*expiries.next().await, "late");
         assert_eq!(expiries.len(), 1);
     }
 
@@ -139,10 +113,10 @@ mod tests {
         expiries.set("never", SystemTime::now() + Duration::from_secs(1 << 40));
         expiries.set_if_none("soon", Duration::ZERO);
         expiries.set_if_none("sooner", Duration::from_secs(3));
-        assert_eq!(expiries.next().await, "sooner");
+        assert_eq!(&*expiries.next().await, "sooner");
         assert!(expiries.has("soon") && !expiries.has("sooner"));
         // The paused clock jumps to the deadline; the wall clock has not moved.
-        assert_eq!(expiries.next().await, "soon");
+        assert_eq!(&*expiries.next().await, "soon");
         assert!(began.elapsed() >= Duration::from_secs(599));
         assert_eq!(expiries.len(), 1);
     }
@@ -157,6 +131,6 @@ mod tests {
         });
         tokio::task::yield_now().await;
         expiries.set("near", SystemTime::now());
-        assert_eq!(waiter.await.expect("the waiter ends"), "near");
+        assert_eq!(&*waiter.await.expect("the waiter ends"), "near");
     }
 }

@@ -11,7 +11,6 @@
 //! - An entry is shared, not copied: Find and every watcher hold the same `Arc`.
 
 mod admission;
-mod deadlines;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -28,16 +27,16 @@ use std::{
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::{sync::Notify, time::Instant};
 
+use self::table::{Counted, Table};
 pub use self::{
     admission::{DEFAULT_PAYLOAD, Limits, Stored},
     watch::Watch,
 };
-use self::{
-    deadlines::Deadlines,
-    table::{Counted, Table},
-};
 use super::{Counts, DomainRegistry, Entries, Events, Terms, entry::Entry};
-use crate::error::{RegistryError, RequestError};
+use crate::{
+    deadlines::Deadlines,
+    error::{RegistryError, RequestError},
+};
 
 /// A registry in this process; clones share it.
 #[derive(Clone)]
@@ -194,12 +193,10 @@ impl<E: Stored> Store<E> {
             });
         }
         entry.succeed(known.map(Arc::as_ref), now);
-        if let Some(life) = life {
-            let earliest = state.deadlines.next();
-            state.deadlines.set(entry.name(), Instant::now() + life);
-            if state.deadlines.next() != earliest {
-                self.inner.wake.notify_one();
-            }
+        if let Some(life) = life
+            && state.deadlines.set(entry.name(), Instant::now() + life)
+        {
+            self.inner.wake.notify_one();
         }
         state.table.put(Arc::new(entry.clone()));
         Ok(entry)
