@@ -22,7 +22,7 @@ use nsm_discovery::{
 
 use super::{
     kinds::*,
-    table::{Declares as _, Field, Key, Section, Settings, settings},
+    table::{Field, Key, Section, Settings, settings},
     value::ListenUrl,
 };
 
@@ -33,29 +33,29 @@ settings! {
 /// The configuration of one agent.
 Config {
     /// The agent's name on paths
-    name: String = host_name() => NAME, default_is("the host's name");
+    name: String = host_name() => name(), default_is("the host's name");
     /// The domain whose names (`service@domain`) are served here
-    domain: Domain = "cluster.local".parse().expect("a DNS name") => DOMAIN;
+    domain: Domain = "cluster.local".parse().expect("a DNS name") => text("DOMAIN");
     /// Where each role listens
     listen: Listen = Listen::default() => Section;
     /// What peers dial to reach this agent's proxy; by default the tunnel's address and the proxy's port
-    advertise_url: Option<PeerUrl> = None => PEER;
+    advertise_url: Option<PeerUrl> = None => text("URL").optional();
     /// An NSMgr that serves this node's clients; with `forwarder`, this agent is a forwarder of it. Without it this agent is the
     /// node's NSMgr
-    upstream_nsmgr_url: Option<PeerUrl> = None => PEER;
+    upstream_nsmgr_url: Option<PeerUrl> = None => text("URL").optional();
     /// The registry of this domain; without it this agent is the registry
-    registry_url: Option<PeerUrl> = None => PEER;
+    registry_url: Option<PeerUrl> = None => text("URL").optional();
     /// The registry proxy for names of other domains; by default DNS leads to their registries
-    registry_proxy_url: Option<PeerUrl> = None => PEER;
+    registry_proxy_url: Option<PeerUrl> = None => text("URL").optional();
     /// Whether this agent makes links on this node
-    forwarder: bool = true => BOOL;
+    forwarder: bool = true => boolean();
     /// The service by which the upstream NSMgr finds its forwarders
-    forwarder_service: String = "forwarder".to_owned() => NAME, variable_is("NSM_NSNAME");
+    forwarder_service: String = "forwarder".to_owned() => name(), variable_is("NSM_NSNAME");
     /// The labels by which network services choose among forwarders
-    forwarder_labels: BTreeMap<String, String> = [("p2p".to_owned(), "true".to_owned())].into() => LABELS, variable_is("NSM_LABELS");
+    forwarder_labels: BTreeMap<String, String> = [("p2p".to_owned(), "true".to_owned())].into() => labels(), variable_is("NSM_LABELS");
     /// Proof of the path to a peer before a connection is granted: `require` refuses endpoints without it, `prefer` takes them last,
     /// `off` probes nothing
-    reachability: Reachability = Reachability::default() => REACHABILITY;
+    reachability: Reachability = Reachability::default() => choice(REACHABILITY);
     /// How domains are resolved
     resolver: Resolver = Resolver::default() => Section;
     /// How the node's public address is found
@@ -63,17 +63,17 @@ Config {
     /// The tunnels of this node
     tunnel: Tunnel = Tunnel::default() => Section;
     /// A YAML file of `internal: external` addresses, followed while the agent runs; it may be absent where no layer names it
-    map_ip_file: MapIpFile = MapIpFile::default() => MAP_IP_FILE, variable_is("NSM_MAP_IP_FILE_PATH");
+    map_ip_file: MapIpFile = MapIpFile::default() => map_ip_file(), variable_is("NSM_MAP_IP_FILE_PATH");
     /// The BPF programs on the underlay
     bpf: Bpf = Bpf::default() => Section;
     /// The longest life of a token that is signed here
-    max_token_lifetime: Duration = Duration::from_secs(600) => LIFETIME;
+    max_token_lifetime: Duration = Duration::from_secs(600) => lifetime();
     /// How tokens are signed
     token: Token = Token::default() => Section;
     /// The longest time for a Request
-    request_timeout: Duration = Duration::from_secs(15) => DURATION;
+    request_timeout: Duration = Duration::from_secs(15) => duration();
     /// The longest time to connect to a peer
-    dial_timeout: Duration = Duration::from_secs(5) => DURATION;
+    dial_timeout: Duration = Duration::from_secs(5) => duration();
     /// What a client may cost
     limits: Limits = Limits::default() => Section;
     /// What is logged, and how
@@ -85,17 +85,17 @@ settings! {
 /// Where each role listens.
 Listen {
     /// The socket for local clients and endpoints
-    nsmgr: ListenUrl = unix("/var/lib/networkservicemesh/nsm.io.sock") => LISTEN;
+    nsmgr: ListenUrl = unix("/var/lib/networkservicemesh/nsm.io.sock") => text("URL");
     /// The socket where the upstream NSMgr reaches this agent's forwarder
-    forwarder: ListenUrl = unix("/run/proxy-nsmgr/forwarder.sock") => SOCKET;
+    forwarder: ListenUrl = unix("/run/proxy-nsmgr/forwarder.sock") => socket("namespaces' descriptors travel over sockets only");
     /// Where proxies of other domains connect
-    proxy: ListenUrl = tcp(5006) => LISTEN;
+    proxy: ListenUrl = tcp(5006) => text("URL");
     /// Where other domains, and other nodes of this one, find endpoints
-    registry: ListenUrl = tcp(5005) => LISTEN;
+    registry: ListenUrl = tcp(5005) => text("URL");
     /// The socket of `proxy-nsmgr status`
-    admin: ListenUrl = unix("/run/proxy-nsmgr/admin.sock") => ADMIN;
+    admin: ListenUrl = unix("/run/proxy-nsmgr/admin.sock") => socket("the admin API is for this machine only");
     /// Where Prometheus scrapes metrics; on loopback by default, because ids and peers of connections are not public
-    metrics: Option<SocketAddr> = Some((Ipv4Addr::LOCALHOST, 9006).into()) => METRICS;
+    metrics: Option<SocketAddr> = Some((Ipv4Addr::LOCALHOST, 9006).into()) => metrics();
 }
 }
 
@@ -103,15 +103,15 @@ settings! {
 /// How domains are resolved.
 Resolver {
     /// DNS servers; the system's own by default
-    servers: Vec<SocketAddr> = Vec::new() => DNS_SERVER, reloadable();
+    servers: Vec<SocketAddr> = Vec::new() => dns_server().list(), reloadable();
     /// Domains whose place is known: one place for both services, or one each
-    hosts: BTreeMap<Domain, HostEntry> = BTreeMap::new() => HOSTS, reloadable();
+    hosts: BTreeMap<Domain, HostEntry> = BTreeMap::new() => hosts(), reloadable();
     /// The longest time for one DNS question, retries included
-    timeout: Duration = ResolverConfig::default().timeout => DURATION, reloadable();
+    timeout: Duration = ResolverConfig::default().timeout => duration(), reloadable();
     /// The port of a domain's registry without an SRV record
-    registry_port: u16 = ResolverConfig::default().registry_port => PORT, reloadable();
+    registry_port: u16 = ResolverConfig::default().registry_port => port(), reloadable();
     /// The port of a domain's proxy without an SRV record
-    proxy_port: u16 = ResolverConfig::default().proxy_port => PORT, reloadable();
+    proxy_port: u16 = ResolverConfig::default().proxy_port => port(), reloadable();
 }
 }
 
@@ -119,18 +119,18 @@ settings! {
 /// How the node's public address is found.
 PublicAddress {
     /// The node's public address; found out by default
-    ip: Option<IpAddr> = None => HOST_ADDRESS;
+    ip: Option<IpAddr> = None => host_address().optional();
     /// Clouds whose metadata service is asked: aws, gcp, azure, equinix, each perhaps at another URL; auto: the cloud that the
     /// machine's firmware names
-    metadata: MetadataServices = MetadataServices::Auto => METADATA;
+    metadata: MetadataServices = MetadataServices::Auto => metadata();
     /// The API server with the node's ExternalIP; auto: that of the cluster the agent runs in, which must allow `get` on `nodes`
-    kubernetes: KubernetesApi = KubernetesApi::Auto => KUBERNETES;
+    kubernetes: KubernetesApi = KubernetesApi::Auto => text("auto|off|URL");
     /// The node's name in Kubernetes; the agent's name by default
-    node_name: Option<String> = None => NODE_NAME, variable_is("NSM_NODE_NAME");
+    node_name: Option<String> = None => node_name().optional(), variable_is("NSM_NODE_NAME");
     /// STUN servers, which see the address that packets of this node come from
-    stun: Vec<StunServer> = Vec::new() => STUN;
+    stun: Vec<StunServer> = Vec::new() => text("HOST[:PORT]").list();
     /// The time between two rounds of questions to these sources; a change of an own address starts one, too
-    interval: Duration = nsm_core::address::public::INTERVAL => DURATION;
+    interval: Duration = nsm_core::address::public::INTERVAL => duration();
 }
 }
 
@@ -138,13 +138,13 @@ settings! {
 /// The tunnels of this node.
 Tunnel {
     /// The local address of tunnels; by default the source address of the default route
-    ip: Option<IpAddr> = None => HOST_ADDRESS;
+    ip: Option<IpAddr> = None => host_address().optional();
     /// The UDP port of VXLAN
-    port: u16 = 4789 => PORT;
+    port: u16 = 4789 => port();
     /// The MTU of the underlay; 0 takes that of its link
-    mtu: u32 = 0 => MTU;
+    mtu: u32 = 0 => mtu();
     /// The VNI of the probes between nodes, which no connection gets; peers may have another
-    management_vni: Vni = Vni::MANAGEMENT => VNI;
+    management_vni: Vni = Vni::MANAGEMENT => vni();
 }
 }
 
@@ -152,13 +152,13 @@ settings! {
 /// The BPF programs on the underlay.
 Bpf {
     /// Whether BPF programs count and check tunnel packets
-    enabled: bool = true => BOOL;
+    enabled: bool = true => boolean();
     /// Where BPF maps are pinned, below a bpf file system
-    pin_dir: PathBuf = "/sys/fs/bpf/proxy-nsmgr".into() => DIRECTORY;
+    pin_dir: PathBuf = "/sys/fs/bpf/proxy-nsmgr".into() => directory();
     /// Links of the underlay; by default the one with the tunnel's address
-    interfaces: Vec<IfName> = Vec::new() => INTERFACE;
+    interfaces: Vec<IfName> = Vec::new() => text("NAME").list();
     /// How BPF programs are attached; auto: tcx where the kernel has it (Linux 6.6), else clsact
-    hook: Hook = Hook::Auto => HOOK;
+    hook: Hook = Hook::Auto => choice(HOOKS);
 }
 }
 
@@ -166,15 +166,15 @@ settings! {
 /// How tokens are signed.
 Token {
     /// The algorithm of a token's signature
-    algorithm: TokenAlgorithm = TokenAlgorithm::Hs256 => ALGORITHM;
+    algorithm: TokenAlgorithm = TokenAlgorithm::Hs256 => choice(ALGORITHMS);
     /// The shared secret of hs256
-    secret: String = "insecure".to_owned() => SECRET;
+    secret: String = "insecure".to_owned() => secret();
     /// The PEM file of es256's key (that of an SVID), read again for each token; by default a new key at each start
-    key_file: Option<PathBuf> = None => FILE;
+    key_file: Option<PathBuf> = None => file().optional();
     /// The subject of tokens; `spiffe://<domain>/<name>` by default
-    spiffe_id: Option<String> = None => SPIFFE_ID;
+    spiffe_id: Option<String> = None => spiffe_id().optional();
     /// The SPIFFE ids of the peers that tokens are for (`aud`); by default tokens name none
-    audience: Vec<String> = Vec::new() => SPIFFE_ID;
+    audience: Vec<String> = Vec::new() => spiffe_id().list();
 }
 }
 
@@ -182,11 +182,11 @@ settings! {
 /// What a client may cost.
 Limits {
     /// The largest message that is accepted
-    max_message_bytes: usize = 1 << 20 => MESSAGE_SIZE;
+    max_message_bytes: usize = 1 << 20 => message_size();
     /// The most connections open at once
-    max_connections: usize = 16384 => CONNECTIONS;
+    max_connections: usize = 16384 => count();
     /// The most streams of one client's transport connection
-    max_streams_per_client: u32 = 1024 => STREAMS;
+    max_streams_per_client: u32 = 1024 => count();
 }
 }
 
@@ -194,9 +194,9 @@ settings! {
 /// What is logged, and how.
 Log {
     /// trace, debug, info, warn, error or off, perhaps with other levels of modules: `info,h2=warn`
-    level: String = "info".to_owned() => LOG_LEVEL, reloadable();
+    level: String = "info".to_owned() => log_level(), reloadable();
     /// The form of a line of the log
-    format: LogFormat = LogFormat::Text => LOG_FORMAT;
+    format: LogFormat = LogFormat::Text => choice(LOG_FORMATS);
 }
 }
 

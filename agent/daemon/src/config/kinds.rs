@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -12,18 +13,18 @@ use std::{
 use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
     address::public::Provider,
-    net::{IfName, PeerUrl, Vni},
+    net::Vni,
     nsm::name::{Domain, InterdomainName},
 };
 use nsm_discovery::{
     dns::{HostEntry, HostTarget},
-    public_address::{BaseUrl, StunServer},
+    public_address::BaseUrl,
 };
 use serde_json::{Value, json};
 
 use super::{
     node::{self, Bad, Node},
-    table::{Choice, One, Shape, Whole},
+    table::{Kind, Shape},
     value::{
         ListenUrl, OFF, is_off, parse_bool, parse_duration, parse_log_level, parse_size,
         show_duration, show_size,
@@ -97,309 +98,249 @@ impl Default for MapIpFile {
     }
 }
 
-const DIGITS: Shape = Shape::Integer(1, u64::MAX);
-
-pub(super) static NAME: One<String> = one("NAME", Shape::Text, name);
-pub(super) static DOMAIN: One<Domain> = one("DOMAIN", Shape::Text, from_str);
-pub(super) static LISTEN: One<ListenUrl> = one("URL", Shape::Text, from_str);
-pub(super) static SOCKET: One<ListenUrl> = one("URL", Shape::Text, |text| {
-    socket(
-        text,
-        "unix:///path: namespaces' descriptors travel over sockets only",
-    )
-});
-/// The rights of a socket's file keep other users out.
-pub(super) static ADMIN: One<ListenUrl> = one("URL", Shape::Text, |text| {
-    socket(text, "unix:///path: the admin API is for this machine only")
-});
-pub(super) static PEER: One<PeerUrl> = one("URL", Shape::Text, from_str);
-pub(super) static DNS_SERVER: One<SocketAddr> = one("ADDRESS[:PORT]", Shape::Text, dns_server);
-pub(super) static STUN: One<StunServer> = one("HOST[:PORT]", Shape::Text, from_str);
-pub(super) static HOST_ADDRESS: One<IpAddr> = one("ADDRESS", Shape::Text, host_address);
-pub(super) static INTERFACE: One<IfName> = one("NAME", Shape::Text, from_str);
-pub(super) static KUBERNETES: One<KubernetesApi> = one("auto|off|URL", Shape::Text, from_str);
-pub(super) static NODE_NAME: One<String> = one("NAME", Shape::Text, node_name);
-pub(super) static SPIFFE_ID: One<String> = one("ID", Shape::Text, spiffe_id);
-pub(super) static LOG_LEVEL: One<String> = one("LEVEL", Shape::Text, |text| {
-    parse_log_level(text).map_err(str::to_owned)
-});
-pub(super) static SECRET: One<String> = One {
-    is_secret: true,
-    ..one("TEXT", Shape::Text, |text| {
-        or(
-            Some(text.to_owned()).filter(|text| !text.is_empty()),
-            "a text that is not empty",
-        )
-    })
-};
-pub(super) static PORT: One<u16> = number("PORT", Shape::Integer(1, 65535), |text| {
-    or(
-        text.parse().ok().filter(|port| *port > 0),
-        "a port between 1 and 65535",
-    )
-});
-/// 576 is the least that every IPv4 host takes (RFC 791).
-pub(super) static MTU: One<u32> = number("BYTES", Shape::Integer(0, 65535), |text| {
-    let allowed = |mtu: &u32| *mtu == 0 || (576..=65535).contains(mtu);
-    or(
-        text.parse().ok().filter(allowed),
-        "0 for the MTU of the underlay's link, or 576 to 65535",
-    )
-});
-pub(super) static CONNECTIONS: One<usize> = number("NUMBER", DIGITS, |text| {
-    or(
-        text.parse().ok().filter(|count| *count > 0),
-        "a number above 0",
-    )
-});
-pub(super) static STREAMS: One<u32> = number("NUMBER", DIGITS, |text| {
-    or(
-        text.parse().ok().filter(|count| *count > 0),
-        "a number above 0",
-    )
-});
-pub(super) static BOOL: One<bool> = number("BOOL", Shape::Bool, |text| {
-    parse_bool(text).map_err(str::to_owned)
-});
-pub(super) static VNI: One<Vni> = One {
-    show: |vni| vni.get().into(),
-    ..one("VNI", Shape::Integer(1, 16_777_215), |text| {
-        or(text.parse().ok(), "a VNI between 1 and 16777215")
-    })
-};
-pub(super) static DURATION: One<Duration> = duration(|text| match parse_duration(text)? {
-    Duration::ZERO => Err("a duration above 0 such as 15s or 500ms".to_owned()),
-    duration => Ok(duration),
-});
-/// Below a second every client would refresh all the time; above a day a lost client would hold its addresses too long.
-pub(super) static LIFETIME: One<Duration> = duration(|text| {
-    let range = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
-    let lifetime = parse_duration(text)?;
-    or(
-        Some(lifetime).filter(|lifetime| range.contains(lifetime)),
-        "a duration from 1s to 24h",
-    )
-});
-/// Below 4 KiB a path of eight segments with their tokens does not fit.
-pub(super) static MESSAGE_SIZE: One<usize> = One {
-    placeholder: "BYTES",
-    shape: Shape::Size,
-    is_secret: false,
-    parse: |text| {
-        let size = parse_size(text)?;
-        or(
-            Some(size).filter(|size| (4 << 10..=64 << 20).contains(size)),
-            "4KiB to 64MiB",
-        )
-    },
-    show: |size| show_size(*size).into(),
-};
-pub(super) static FILE: One<PathBuf> = path("FILE", |text| {
-    or(
-        Some(text).filter(|text| is_path(text)).map(PathBuf::from),
-        "the path of a file",
-    )
-});
-pub(super) static DIRECTORY: One<PathBuf> = path("DIR", |text| {
-    let absolute = Some(text).filter(|text| is_path(text) && Path::new(text).is_absolute());
-    or(absolute.map(PathBuf::from), "an absolute path")
-});
-pub(super) static MAP_IP_FILE: One<MapIpFile> = One {
-    placeholder: "FILE",
-    shape: Shape::Text,
-    is_secret: false,
-    parse: |text| {
-        let path = (FILE.parse)(text)?;
-        Ok(MapIpFile {
-            path,
-            is_required: true,
-        })
-    },
-    show: |file| (FILE.show)(&file.path),
-};
-pub(super) static METRICS: Whole<Option<SocketAddr>> = Whole {
-    placeholder: "URL|off",
-    shape: Shape::Text,
-    read: |node| {
-        node.parse(|text| match text.parse() {
-            _ if is_off(text) => Ok(None),
-            Ok(ListenUrl::Tcp(address)) => Ok(Some(address)),
-            _ => Err("tcp://address:port, or off"),
-        })
-    },
-    show: |address| {
-        address.map_or(OFF.into(), |address| {
-            ListenUrl::Tcp(address).to_string().into()
-        })
-    },
-};
-pub(super) static REACHABILITY: Choice<Reachability> = Choice(&[
+/// The policies of reachability.
+pub(super) const REACHABILITY: &[(&str, Reachability)] = &[
     ("require", Reachability::Require),
     ("prefer", Reachability::Prefer),
     (OFF, Reachability::Off),
-]);
-pub(super) static HOOK: Choice<Hook> = Choice(&[
+];
+
+/// The hooks of BPF programs.
+pub(super) const HOOKS: &[(&str, Hook)] = &[
     ("auto", Hook::Auto),
     ("tcx", Hook::Tcx),
     ("clsact", Hook::Clsact),
-]);
-pub(super) static ALGORITHM: Choice<TokenAlgorithm> = Choice(&[
+];
+
+/// The algorithms of signatures.
+pub(super) const ALGORITHMS: &[(&str, TokenAlgorithm)] = &[
     ("hs256", TokenAlgorithm::Hs256),
     ("es256", TokenAlgorithm::Es256),
-]);
-pub(super) static LOG_FORMAT: Choice<LogFormat> =
-    Choice(&[("text", LogFormat::Text), ("json", LogFormat::Json)]);
-pub(super) static LABELS: Whole<BTreeMap<String, String>> = Whole {
-    placeholder: "KEY=VALUE,…",
-    shape: Shape::Map,
-    read: labels,
-    show: |labels| json!(labels),
-};
-pub(super) static HOSTS: Whole<BTreeMap<Domain, HostEntry>> = Whole {
-    placeholder: "DOMAIN=HOST[:PORT],…",
-    shape: Shape::Map,
-    read: hosts,
-    show: |hosts| {
-        let entry = |(domain, entry): (&Domain, &HostEntry)| (domain.to_string(), show_host(entry));
-        Value::Object(hosts.iter().map(entry).collect())
-    },
-};
-pub(super) static METADATA: Whole<MetadataServices> = Whole {
-    placeholder: "auto|off|PROVIDER[=URL],…",
-    shape: Shape::List,
-    read: metadata,
-    show: |services| match services {
-        MetadataServices::Auto => "auto".into(),
-        MetadataServices::These(services) => services.iter().map(show_service).collect(),
-    },
-};
+];
 
-/// A kind of text.
-const fn one<T: ToString>(
-    placeholder: &'static str,
-    shape: Shape,
-    parse: fn(&str) -> Result<T, String>,
-) -> One<T> {
-    One {
-        placeholder,
-        shape,
-        is_secret: false,
-        parse,
-        show: |value| value.to_string().into(),
-    }
+/// The forms of the log.
+pub(super) const LOG_FORMATS: &[(&str, LogFormat)] =
+    &[("text", LogFormat::Text), ("json", LogFormat::Json)];
+
+/// One of a few words.
+pub(super) fn choice<T: Copy + PartialEq + Send + Sync + 'static>(
+    words: &'static [(&'static str, T)],
+) -> Kind<T> {
+    let names: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+    let (last, others) = names.split_last().expect("a choice has words");
+    let allowed = format!("{} or {last}", others.join(", "));
+    let parse = move |text: &str| {
+        let is_meant = |word: &str| word == text || word == OFF && is_off(text);
+        let found = words.iter().find(|(word, _)| is_meant(word));
+        or(found.map(|(_, value)| *value), &allowed)
+    };
+    let show = |value: &T| {
+        let found = words.iter().find(|(_, other)| other == value);
+        found.map(|(word, _)| *word)
+    };
+    Kind::one(&names.join("|"), Shape::Words, parse, show)
 }
 
-/// A kind of number or Boolean.
-const fn number<T: Copy + Into<Value>>(
-    placeholder: &'static str,
-    shape: Shape,
-    parse: fn(&str) -> Result<T, String>,
-) -> One<T> {
-    One {
-        placeholder,
-        shape,
-        is_secret: false,
-        parse,
-        show: |value| (*value).into(),
-    }
+/// A text that the type itself reads.
+pub(super) fn text<T: FromStr<Err: ToString> + ToString + 'static>(placeholder: &str) -> Kind<T> {
+    Kind::one(placeholder, Shape::Text, str::parse, T::to_string)
 }
 
-const fn duration(parse: fn(&str) -> Result<Duration, String>) -> One<Duration> {
-    One {
-        placeholder: "DURATION",
-        shape: Shape::Text,
-        is_secret: false,
-        parse,
-        show: |duration| show_duration(*duration).into(),
-    }
+/// A number in this range.
+fn number<T: TryFrom<u64> + Copy + Into<Value> + 'static>(
+    placeholder: &str,
+    range: RangeInclusive<u64>,
+    allowed: &'static str,
+) -> Kind<T> {
+    let shape = Shape::Integer(*range.start(), *range.end());
+    let parse = move |text: &str| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        number
+            .and_then(|number| T::try_from(number).ok())
+            .ok_or(allowed)
+    };
+    Kind::one(placeholder, shape, parse, |value| *value)
 }
 
-const fn path(
-    placeholder: &'static str,
-    parse: fn(&str) -> Result<PathBuf, String>,
-) -> One<PathBuf> {
-    One {
-        placeholder,
-        shape: Shape::Text,
-        is_secret: false,
-        parse,
-        show: |path| path.display().to_string().into(),
-    }
+pub(super) fn port() -> Kind<u16> {
+    number("PORT", 1..=65535, "a port between 1 and 65535")
 }
 
-fn from_str<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|error: T::Err| error.to_string())
+pub(super) fn count<T: TryFrom<u64> + Copy + Into<Value> + 'static>() -> Kind<T> {
+    number("NUMBER", 1..=u64::MAX, "a number above 0")
+}
+
+/// A text that `is_allowed` accepts.
+fn checked(placeholder: &str, is_allowed: fn(&str) -> bool, allowed: &'static str) -> Kind<String> {
+    let parse = move |text: &str| or(is_allowed(text).then(|| text.to_owned()), allowed);
+    Kind::one(placeholder, Shape::Text, parse, String::clone)
+}
+
+/// A path that `is_allowed` accepts.
+fn path(placeholder: &str, is_allowed: fn(&str) -> bool, allowed: &'static str) -> Kind<PathBuf> {
+    let parse = move |text: &str| {
+        let is_path = !text.is_empty() && !text.contains('\0') && is_allowed(text);
+        or(is_path.then(|| PathBuf::from(text)), allowed)
+    };
+    Kind::one(placeholder, Shape::Text, parse, |path| {
+        path.display().to_string()
+    })
 }
 
 fn or<T>(value: Option<T>, allowed: &str) -> Result<T, String> {
     value.ok_or_else(|| allowed.to_owned())
 }
 
-fn name(text: &str) -> Result<String, String> {
-    InterdomainName::new(text, None)
-        .map(|name| name.target().to_owned())
-        .map_err(|error| error.to_string())
+pub(super) fn boolean() -> Kind<bool> {
+    Kind::one("BOOL", Shape::Bool, parse_bool, |value| *value)
 }
 
-/// A socket that only this node reaches.
-fn socket(text: &str, allowed: &str) -> Result<ListenUrl, String> {
-    let url = from_str(text)?;
-    or(
-        Some(url).filter(|url| matches!(url, ListenUrl::Unix(_))),
-        allowed,
-    )
-}
-
-fn dns_server(text: &str) -> Result<SocketAddr, String> {
-    let with_port = || {
-        text.parse()
-            .ok()
-            .filter(|server: &SocketAddr| server.port() != 0)
-    };
-    let server = text
-        .parse::<IpAddr>()
-        .map(|ip| SocketAddr::new(ip, 53))
-        .ok();
-    or(
-        server.or_else(with_port),
-        "the address of a DNS server such as 192.0.2.53, 192.0.2.53:53 or [2001:db8::53]:53",
-    )
-}
-
-fn host_address(text: &str) -> Result<IpAddr, String> {
-    let is_one_host = |ip: &IpAddr| {
-        let is_broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
-        !(ip.is_unspecified() || ip.is_multicast() || is_broadcast)
-    };
-    or(
-        text.parse().ok().filter(is_one_host),
-        "the address of one host such as 192.0.2.1 or 2001:db8::1",
-    )
+pub(super) fn name() -> Kind<String> {
+    let parse = |text: &str| InterdomainName::new(text, None).map(|name| name.target().to_owned());
+    Kind::one("NAME", Shape::Text, parse, String::clone)
 }
 
 /// A node's name in Kubernetes is a DNS name; it becomes a part of a URL.
-fn node_name(text: &str) -> Result<String, String> {
-    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-');
-    let is_name = (1..=253).contains(&text.len()) && text.bytes().all(is_allowed);
-    or(
-        is_name.then(|| text.to_owned()),
-        "the name of a Kubernetes node: letters, digits, dots and hyphens",
-    )
+pub(super) fn node_name() -> Kind<String> {
+    let is_name = |text: &str| {
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-');
+        (1..=253).contains(&text.len()) && text.bytes().all(is_allowed)
+    };
+    let allowed = "the name of a Kubernetes node: letters, digits, dots and hyphens";
+    checked("NAME", is_name, allowed)
 }
 
-fn spiffe_id(text: &str) -> Result<String, String> {
-    let is_id = text
-        .strip_prefix("spiffe://")
-        .is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/') && rest.is_ascii())
-        && !text.contains(|c: char| c.is_whitespace() || c.is_control());
-    or(
-        is_id.then(|| text.to_owned()),
+pub(super) fn spiffe_id() -> Kind<String> {
+    let is_id = |text: &str| {
+        let rest = text.strip_prefix("spiffe://").unwrap_or_default();
+        !rest.is_empty()
+            && !rest.starts_with('/')
+            && rest.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    checked(
+        "ID",
+        is_id,
         "a SPIFFE id such as spiffe://cluster-1.example/agent",
     )
 }
 
-fn is_path(text: &str) -> bool {
-    !text.is_empty() && !text.contains('\0')
+pub(super) fn secret() -> Kind<String> {
+    checked("TEXT", |text| !text.is_empty(), "a text that is not empty").secret()
+}
+
+pub(super) fn log_level() -> Kind<String> {
+    Kind::one("LEVEL", Shape::Text, parse_log_level, String::clone)
+}
+
+/// A socket that only this node reaches.
+pub(super) fn socket(reason: &'static str) -> Kind<ListenUrl> {
+    let parse = move |text: &str| match text.parse().map_err(str::to_owned)? {
+        url @ ListenUrl::Unix(_) => Ok(url),
+        ListenUrl::Tcp(_) => Err(format!("unix:///path: {reason}")),
+    };
+    Kind::one("URL", Shape::Text, parse, ListenUrl::to_string)
+}
+
+pub(super) fn metrics() -> Kind<Option<SocketAddr>> {
+    let parse = |text: &str| match text.parse() {
+        _ if is_off(text) => Ok(None),
+        Ok(ListenUrl::Tcp(address)) => Ok(Some(address)),
+        _ => Err("tcp://address:port, or off"),
+    };
+    Kind::one("URL|off", Shape::Text, parse, |address| {
+        address.map_or(OFF.to_owned(), |address| {
+            ListenUrl::Tcp(address).to_string()
+        })
+    })
+}
+
+pub(super) fn dns_server() -> Kind<SocketAddr> {
+    let parse = |text: &str| {
+        let server = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
+        let server = server.ok().or_else(|| text.parse().ok());
+        server.filter(|server| server.port() != 0).ok_or(
+            "the address of a DNS server such as 192.0.2.53, 192.0.2.53:53 or [2001:db8::53]:53",
+        )
+    };
+    Kind::one("ADDRESS[:PORT]", Shape::Text, parse, SocketAddr::to_string)
+}
+
+pub(super) fn host_address() -> Kind<IpAddr> {
+    let parse = |text: &str| {
+        let is_one_host = |ip: &IpAddr| {
+            let is_broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
+            !(ip.is_unspecified() || ip.is_multicast() || is_broadcast)
+        };
+        let ip = text.parse().ok().filter(is_one_host);
+        ip.ok_or("the address of one host such as 192.0.2.1 or 2001:db8::1")
+    };
+    Kind::one("ADDRESS", Shape::Text, parse, IpAddr::to_string)
+}
+
+/// 576 is the least that every IPv4 host takes (RFC 791).
+pub(super) fn mtu() -> Kind<u32> {
+    let parse = |text: &str| {
+        let is_allowed = |mtu: &u32| *mtu == 0 || (576..=65535).contains(mtu);
+        let mtu = text.parse().ok().filter(is_allowed);
+        mtu.ok_or("0 for the MTU of the underlay's link, or 576 to 65535")
+    };
+    Kind::one("BYTES", Shape::Integer(0, 65535), parse, |mtu| *mtu)
+}
+
+pub(super) fn vni() -> Kind<Vni> {
+    let parse = |text: &str| or(text.parse().ok(), "a VNI between 1 and 16777215");
+    Kind::one("VNI", Shape::Integer(1, 16_777_215), parse, |vni: &Vni| {
+        vni.get()
+    })
+}
+
+pub(super) fn duration() -> Kind<Duration> {
+    let parse = |text: &str| match parse_duration(text)? {
+        Duration::ZERO => Err("a duration above 0 such as 15s or 500ms"),
+        duration => Ok(duration),
+    };
+    Kind::one("DURATION", Shape::Text, parse, |it| show_duration(*it))
+}
+
+/// Below a second every client would refresh all the time; above a day a lost client would hold its addresses too long.
+pub(super) fn lifetime() -> Kind<Duration> {
+    let parse = |text: &str| {
+        let range = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
+        let lifetime = Some(parse_duration(text)?);
+        let lifetime = lifetime.filter(|lifetime| range.contains(lifetime));
+        lifetime.ok_or("a duration from 1s to 24h")
+    };
+    Kind::one("DURATION", Shape::Text, parse, |it| show_duration(*it))
+}
+
+/// Below 4 KiB a path of eight segments with their tokens does not fit.
+pub(super) fn message_size() -> Kind<usize> {
+    let parse = |text: &str| {
+        let size = Some(parse_size(text)?);
+        let size = size.filter(|size| (4 << 10..=64 << 20).contains(size));
+        size.ok_or("4KiB to 64MiB")
+    };
+    Kind::one("BYTES", Shape::Size, parse, |size| show_size(*size))
+}
+
+pub(super) fn file() -> Kind<PathBuf> {
+    path("FILE", |_| true, "the path of a file")
+}
+
+pub(super) fn directory() -> Kind<PathBuf> {
+    path(
+        "DIR",
+        |text| Path::new(text).is_absolute(),
+        "an absolute path",
+    )
+}
+
+pub(super) fn map_ip_file() -> Kind<MapIpFile> {
+    let named = |path| MapIpFile {
+        path,
+        is_required: true,
+    };
+    file().map(named, |file| &file.path)
 }
 
 impl FromStr for KubernetesApi {
@@ -427,8 +368,34 @@ impl fmt::Display for KubernetesApi {
     }
 }
 
+pub(super) fn labels() -> Kind<BTreeMap<String, String>> {
+    Kind::new("KEY=VALUE,…", Shape::Map, read_labels, |labels| {
+        json!(labels)
+    })
+}
+
+pub(super) fn hosts() -> Kind<BTreeMap<Domain, HostEntry>> {
+    Kind::new("DOMAIN=HOST[:PORT],…", Shape::Map, read_hosts, |hosts| {
+        let entry = |(domain, entry): (&Domain, &HostEntry)| (domain.to_string(), show_host(entry));
+        Value::Object(hosts.iter().map(entry).collect())
+    })
+}
+
+pub(super) fn metadata() -> Kind<MetadataServices> {
+    let placeholder = "auto|off|PROVIDER[=URL],…";
+    Kind::new(
+        placeholder,
+        Shape::List,
+        read_metadata,
+        |services| match services {
+            MetadataServices::Auto => "auto".into(),
+            MetadataServices::These(services) => services.iter().map(show_service).collect(),
+        },
+    )
+}
+
 /// Labels: a map, or `key=value` pairs, or `key:value` pairs as NSM's own forwarders read them.
-fn labels(node: &Node) -> Result<BTreeMap<String, String>, Bad> {
+fn read_labels(node: &Node) -> Result<BTreeMap<String, String>, Bad> {
     let node = match &node.value {
         node::Value::Scalar(text) if !text.contains('=') => {
             &Node::text(&text.replace(':', "=")).at(node.line)
@@ -437,7 +404,7 @@ fn labels(node: &Node) -> Result<BTreeMap<String, String>, Bad> {
     };
     let mut labels = BTreeMap::new();
     for (key, value) in node.pairs()? {
-        let value = value.parse(from_str)?;
+        let value = value.parse(str::parse)?;
         if key.is_empty() || labels.insert(key, value).is_some() {
             return Err(node.bad("key=value pairs, each key once"));
         }
@@ -446,7 +413,7 @@ fn labels(node: &Node) -> Result<BTreeMap<String, String>, Bad> {
 }
 
 /// Each domain with its place: one for both services (`192.0.2.1`, `gw.example:5005`), or a map with `registry` and `proxy`.
-fn hosts(node: &Node) -> Result<BTreeMap<Domain, HostEntry>, Bad> {
+fn read_hosts(node: &Node) -> Result<BTreeMap<Domain, HostEntry>, Bad> {
     let mut hosts = BTreeMap::new();
     for (name, node) in node.pairs()? {
         let domain = Node::text(&name).at(node.line);
@@ -486,7 +453,7 @@ fn show_host(entry: &HostEntry) -> Value {
 }
 
 /// Providers, each perhaps with a place of its own, or `auto`, or `off`.
-fn metadata(node: &Node) -> Result<MetadataServices, Bad> {
+fn read_metadata(node: &Node) -> Result<MetadataServices, Bad> {
     match &node.value {
         node::Value::Scalar(text) if text == "auto" => return Ok(MetadataServices::Auto),
         node::Value::Scalar(text) if is_off(text) => {
@@ -494,7 +461,7 @@ fn metadata(node: &Node) -> Result<MetadataServices, Bad> {
         }
         _ => {}
     }
-    let services: Vec<(Provider, BaseUrl)> = node.list(|text| {
+    let parse = |text: &str| {
         let (name, url) = text.split_once('=').unwrap_or((text, ""));
         let provider: Provider = name.parse()?;
         let base = match url {
@@ -502,7 +469,8 @@ fn metadata(node: &Node) -> Result<MetadataServices, Bad> {
             url => url,
         };
         base.parse().map(|base| (provider, base))
-    })?;
+    };
+    let services: Vec<(Provider, BaseUrl)> = node.list(|node| node.parse(parse))?;
     for (at, (provider, _)) in services.iter().enumerate() {
         if services[..at].iter().any(|(other, _)| other == provider) {
             return Err(node.bad(format!("{} once", provider_word(*provider))));

@@ -81,16 +81,14 @@ impl Node {
     }
 
     /// The value as a list: a list of YAML, or one text with commas between the elements.
-    pub(crate) fn list<T, E: ToString>(
-        &self,
-        parse: impl Fn(&str) -> Result<T, E>,
-    ) -> Result<Vec<T>, Bad> {
+    pub(crate) fn list<T>(&self, read: impl Fn(&Self) -> Result<T, Bad>) -> Result<Vec<T>, Bad> {
         match &self.value {
             Value::Null => Ok(Vec::new()),
-            Value::List(nodes) => nodes.iter().map(|node| node.parse(&parse)).collect(),
-            Value::Scalar(text) => split_commas(text)
-                .map(|part| Self::text(part).at(self.line).parse(&parse))
-                .collect(),
+            Value::List(nodes) => nodes.iter().map(read).collect(),
+            Value::Scalar(text) => {
+                let parts = split_commas(text).map(|part| Self::text(part).at(self.line));
+                parts.map(|part| read(&part)).collect()
+            }
             Value::Map(_) => Err(self.bad("a list")),
         }
     }
@@ -246,7 +244,7 @@ mod tests {
 
     #[test]
     fn lists_and_maps_may_be_written_in_one_line() {
-        let parse = |text: &str| text.parse::<u16>();
+        let parse = |node: &Node| node.parse(|text| text.parse::<u16>());
         assert_eq!(Node::text("1, 2").list(parse).unwrap(), [1, 2]);
         assert_eq!(node("[1, 2]").list(parse).unwrap(), [1, 2]);
         assert_eq!(node("- 1\n- 2\n").list(parse).unwrap(), [1, 2]);

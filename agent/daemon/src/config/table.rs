@@ -1,16 +1,13 @@
 //! What a key is: its names, its kind of value, and its place in [`Config`].
 //!
 //! [`settings!`] makes a struct and its keys out of one declaration. A [`Kind`] defines how a value of a type is read, shown and
-//! described; the type of the field decides whether a kind stands for one value, an optional one or a list.
+//! described.
 //!
 //! [`Config`]: super::Config
 
 use serde_json::Value;
 
-use super::{
-    node::{Bad, Node},
-    value::{OFF, is_off},
-};
+use super::node::{Bad, Node};
 
 /// One key of the settings `C`.
 pub(crate) struct Key<C> {
@@ -55,15 +52,112 @@ pub(super) enum Shape {
 }
 
 /// How values of the type `T` are read and shown.
-pub(super) trait Kind<T> {
-    fn placeholder(&self) -> String;
-    fn shape(&self) -> Shape;
-    fn read(&self, node: &Node) -> Result<T, Bad>;
-    fn show(&self, value: &T) -> Value;
+pub(super) struct Kind<T> {
+    placeholder: String,
+    shape: Shape,
+    is_secret: bool,
+    read: Box<dyn Fn(&Node) -> Result<T, Bad> + Send + Sync>,
+    show: Box<dyn Fn(&T) -> Value + Send + Sync>,
+}
 
-    /// Whether values are left out of messages and of what is printed.
-    fn is_secret(&self) -> bool {
-        false
+impl<T: 'static> Kind<T> {
+    /// A kind with a form of its own.
+    pub(super) fn new(
+        placeholder: impl Into<String>,
+        shape: Shape,
+        read: impl Fn(&Node) -> Result<T, Bad> + Send + Sync + 'static,
+        show: impl Fn(&T) -> Value + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            placeholder: placeholder.into(),
+            shape,
+            is_secret: false,
+            read: Box::new(read),
+            show: Box::new(show),
+        }
+    }
+
+    /// A kind of single value; `parse` gives the value, or what is allowed.
+    pub(super) fn one<E: ToString, V: Into<Value>>(
+        placeholder: &str,
+        shape: Shape,
+        parse: impl Fn(&str) -> Result<T, E> + Send + Sync + 'static,
+        show: impl Fn(&T) -> V + Send + Sync + 'static,
+    ) -> Self {
+        let read = move |node: &Node| node.parse(&parse);
+        Self::new(placeholder, shape, read, move |value| show(value).into())
+    }
+
+    /// The same, or nothing.
+    pub(super) fn optional(self) -> Kind<Option<T>> {
+        let Self { read, show, .. } = self;
+        let show = move |value: &Option<T>| value.as_ref().map_or(Value::Null, &show);
+        Kind::new(
+            self.placeholder,
+            self.shape,
+            move |node| read(node).map(Some),
+            show,
+        )
+    }
+
+    /// A list of the same.
+    pub(super) fn list(self) -> Kind<Vec<T>> {
+        let Self { read, show, .. } = self;
+        let show = move |values: &Vec<T>| values.iter().map(&show).collect();
+        let placeholder = format!("{},…", self.placeholder);
+        Kind::new(placeholder, Shape::List, move |node| node.list(&read), show)
+    }
+
+    /// The same in another type.
+    pub(super) fn map<U: 'static>(self, to: fn(T) -> U, from: fn(&U) -> &T) -> Kind<U> {
+        let Self { read, show, .. } = self;
+        let show = move |value: &U| show(from(value));
+        Kind::new(
+            self.placeholder,
+            self.shape,
+            move |node| read(node).map(to),
+            show,
+        )
+    }
+
+    /// The same, left out of messages and of what is printed.
+    pub(super) fn secret(mut self) -> Self {
+        self.is_secret = true;
+        self
+    }
+
+    /// The key of a field.
+    pub(super) fn keys<C: 'static>(
+        self,
+        name: &str,
+        help: &[&str],
+        (get, get_mut): Field<C, T>,
+    ) -> [Key<C>; 1] {
+        let help: Vec<_> = help.iter().map(|line| line.trim()).collect();
+        let Self {
+            read,
+            show,
+            is_secret,
+            ..
+        } = self;
+        [Key {
+            path: name.to_owned(),
+            variable: None,
+            default: None,
+            placeholder: self.placeholder,
+            help: help.join(" "),
+            reloads: false,
+            is_secret,
+            shape: self.shape,
+            apply: Box::new(move |settings, node| {
+                *get_mut(settings) = read(node).map_err(|bad| match is_secret {
+                    true => bad.without_value(),
+                    false => bad,
+                })?;
+                Ok(())
+            }),
+            show: Box::new(move |settings| show(get(settings))),
+        }]
     }
 }
 
@@ -76,44 +170,12 @@ pub(super) trait Settings: Default {
 /// Where a field of `C` is.
 pub(super) type Field<C, T> = (fn(&C) -> &T, fn(&mut C) -> &mut T);
 
-/// What a field declares: one key here, all keys of a struct with [`Section`].
-pub(super) trait Declares<T>: Kind<T> + Sync {
-    fn keys<C: 'static>(
-        &'static self,
-        name: &str,
-        help: &[&str],
-        (get, get_mut): Field<C, T>,
-    ) -> [Key<C>; 1]
-    where
-        T: 'static,
-    {
-        let help: Vec<_> = help.iter().map(|line| line.trim()).collect();
-        [Key {
-            path: name.to_owned(),
-            variable: None,
-            default: None,
-            placeholder: self.placeholder(),
-            help: help.join(" "),
-            reloads: false,
-            is_secret: self.is_secret(),
-            shape: self.shape(),
-            apply: Box::new(move |settings, node| {
-                *get_mut(settings) = self.read(node)?;
-                Ok(())
-            }),
-            show: Box::new(move |settings| self.show(get(settings))),
-        }]
-    }
-}
-
-impl<T, K: Kind<T> + Sync> Declares<T> for K {}
-
 /// A field that holds [`Settings`]: their keys stand below its name.
 pub(super) struct Section;
 
 impl Section {
     pub(super) fn keys<C: 'static, T: Settings + 'static>(
-        &self,
+        self,
         name: &str,
         _: &[&str],
         (get, get_mut): Field<C, T>,
@@ -169,143 +231,6 @@ impl<C> Key<C> {
     pub(super) fn reloadable(mut self) -> Self {
         self.reloads = true;
         self
-    }
-}
-
-/// A kind of single value. A field of the type `Option<T>` may have none, one of the type `Vec<T>` has a list.
-pub(super) struct One<T> {
-    pub(super) placeholder: &'static str,
-    pub(super) shape: Shape,
-    pub(super) is_secret: bool,
-    /// The value, or what is allowed.
-    pub(super) parse: fn(&str) -> Result<T, String>,
-    pub(super) show: fn(&T) -> Value,
-}
-
-impl<T> Kind<T> for One<T> {
-    fn placeholder(&self) -> String {
-        self.placeholder.to_owned()
-    }
-
-    fn shape(&self) -> Shape {
-        self.shape
-    }
-
-    fn is_secret(&self) -> bool {
-        self.is_secret
-    }
-
-    fn read(&self, node: &Node) -> Result<T, Bad> {
-        node.parse(self.parse).map_err(|bad| match self.is_secret {
-            true => bad.without_value(),
-            false => bad,
-        })
-    }
-
-    fn show(&self, value: &T) -> Value {
-        (self.show)(value)
-    }
-}
-
-impl<T> Kind<Option<T>> for One<T> {
-    fn placeholder(&self) -> String {
-        self.placeholder.to_owned()
-    }
-
-    fn shape(&self) -> Shape {
-        self.shape
-    }
-
-    fn read(&self, node: &Node) -> Result<Option<T>, Bad> {
-        node.parse(self.parse).map(Some)
-    }
-
-    fn show(&self, value: &Option<T>) -> Value {
-        value.as_ref().map_or(Value::Null, self.show)
-    }
-}
-
-impl<T> Kind<Vec<T>> for One<T> {
-    fn placeholder(&self) -> String {
-        format!("{},…", self.placeholder)
-    }
-
-    fn shape(&self) -> Shape {
-        Shape::List
-    }
-
-    fn read(&self, node: &Node) -> Result<Vec<T>, Bad> {
-        node.list(self.parse)
-    }
-
-    fn show(&self, value: &Vec<T>) -> Value {
-        value.iter().map(self.show).collect()
-    }
-}
-
-/// One of a few words.
-pub(super) struct Choice<T: 'static>(pub(super) &'static [(&'static str, T)]);
-
-impl<T: Copy + PartialEq> Choice<T> {
-    fn words(&self) -> Vec<&'static str> {
-        self.0.iter().map(|(word, _)| *word).collect()
-    }
-}
-
-impl<T: Copy + PartialEq> Kind<T> for Choice<T> {
-    fn placeholder(&self) -> String {
-        self.words().join("|")
-    }
-
-    fn shape(&self) -> Shape {
-        Shape::Words
-    }
-
-    fn read(&self, node: &Node) -> Result<T, Bad> {
-        node.parse(|text| {
-            let is_meant = |word: &str| word == text || word == OFF && is_off(text);
-            let found = self.0.iter().find(|(word, _)| is_meant(word));
-            found.map(|(_, value)| *value).ok_or_else(|| {
-                let (last, others) = self
-                    .words()
-                    .split_last()
-                    .map_or(Default::default(), |(last, others)| {
-                        (*last, others.join(", "))
-                    });
-                format!("{others} or {last}")
-            })
-        })
-    }
-
-    fn show(&self, value: &T) -> Value {
-        let found = self.0.iter().find(|(_, other)| other == value);
-        found.map(|(word, _)| *word).into()
-    }
-}
-
-/// A value with a form of its own: a map, or a list that may be a word.
-pub(super) struct Whole<T> {
-    pub(super) placeholder: &'static str,
-    pub(super) shape: Shape,
-    pub(super) read: fn(&Node) -> Result<T, Bad>,
-    pub(super) show: fn(&T) -> Value,
-}
-
-impl<T> Kind<T> for Whole<T> {
-    fn placeholder(&self) -> String {
-        self.placeholder.to_owned()
-    }
-
-    fn shape(&self) -> Shape {
-        self.shape
-    }
-
-    fn read(&self, node: &Node) -> Result<T, Bad> {
-        (self.read)(node)
-    }
-
-    fn show(&self, value: &T) -> Value {
-        (self.show)(value)
     }
 }
 
