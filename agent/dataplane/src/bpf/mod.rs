@@ -17,7 +17,6 @@
 //! runs without. The programs themselves fail open, but for wrong sources.
 
 mod attach;
-pub mod cost;
 mod error;
 mod events;
 mod management;
@@ -459,7 +458,11 @@ impl Bpf {
     }
 
     /// Time that the kernel accounts to a program, while that account is on.
-    fn run_time(&self, direction: Direction) -> Result<Duration, BpfError> {
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not show the program's account.
+    pub fn run_time(&self, direction: Direction) -> Result<Duration, BpfError> {
         let state = &mut *self.state();
         let info = attach::program(&mut state.ebpf, Role::Underlay, direction).info();
         info.map(|info| info.run_time())

@@ -79,8 +79,13 @@ impl WaitingThread {
     }
 
     /// Lets the prober run: the thread, and whether it has real-time priority.
-    fn run(self, prober: Prober) -> Result<(thread::JoinHandle<Option<Memory>>, bool), Prober> {
-        self.prober.send(prober).map_err(|unsent| unsent.0)?;
+    fn run(
+        self,
+        prober: Prober,
+    ) -> Result<(thread::JoinHandle<Option<Memory>>, bool), Box<Prober>> {
+        self.prober
+            .send(prober)
+            .map_err(|unsent| Box::new(unsent.0))?;
         let realtime = self.realtime.recv();
         if let Ok(Err(error)) = &realtime {
             tracing::info!(%error, "the prober has no real-time priority: probes of a busy node are sent late");
