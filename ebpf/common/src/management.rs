@@ -17,6 +17,10 @@
 //! them, so that no recording that is shorter ever is one. A longer one that advances is not told from the peer, nor is one of
 //! [`AHEAD`] probes that comes when the numbers have just come round again, as nothing is whose sender has no key.
 
+mod packed;
+
+use self::packed::Numbered;
+pub use self::packed::Said;
 use crate::{
     Address, Reason, Shared,
     sbfd::{
@@ -195,91 +199,6 @@ const _: () = {
     );
     assert!((SEQUENCE_MASK as usize + 1).is_multiple_of(STAMPS));
 };
-
-/// State, diagnostic, flags and pace of a Control packet in one number; never 0, so that 0 is "nothing heard".
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Said {
-    /// The sender's state.
-    pub state: State,
-    /// Its diagnostic.
-    pub diagnostic: u8,
-    /// C: it goes on when its control plane does not.
-    pub control_plane_independent: bool,
-    /// How far apart it wants packets to be (*Required Min RX Interval*), microseconds.
-    pub required_min_rx_us: u32,
-}
-
-impl Said {
-    const SET: u64 = 1 << 24;
-
-    #[inline(always)]
-    fn pack(control: &Control) -> u64 {
-        (control.required_min_rx_us as u64) << 32
-            | Self::SET
-            | (control.state.bits() as u64) << 16
-            | (control.flags.bits() as u64) << 8
-            | control.diagnostic as u64
-    }
-
-    /// From the number; `None` of 0.
-    #[must_use]
-    pub fn unpack(packed: u64) -> Option<Self> {
-        let c = u64::from(Flags::CONTROL_PLANE_INDEPENDENT.bits()) << 8;
-        (packed & Self::SET != 0).then(|| Self {
-            state: State::from_bits((packed >> 16) as u8),
-            diagnostic: packed as u8,
-            control_plane_independent: packed & c != 0,
-            required_min_rx_us: (packed >> 32) as u32,
-        })
-    }
-}
-
-/// Which probe of the peer's: its session, its number in it, and by how many steps that one advanced to it, in one number; 0 is none.
-#[derive(Clone, Copy)]
-struct Numbered(u64);
-
-impl Numbered {
-    const RUN: u32 = 16;
-
-    #[inline(always)]
-    fn of(control: &Control) -> Self {
-        // No session has the discriminator 0.
-        Self((control.my_discriminator as u64) << 32 | control.sequence() as u64)
-    }
-
-    #[inline(always)]
-    fn is_of_session(self, other: Self) -> bool {
-        self.0 >> 32 == other.0 >> 32
-    }
-
-    /// Whether this is a later probe of the same session, with no more between than may have been lost.
-    #[inline(always)]
-    fn follows(self, earlier: Self) -> bool {
-        let ahead = self.ahead_of(earlier);
-        self.is_of_session(earlier) && ahead != 0 && ahead <= AHEAD as u64
-    }
-
-    /// Whether this was there when `later` came, as far as can be told: the same probe, or one shortly before.
-    #[inline(always)]
-    fn is_covered_by(self, later: Self) -> bool {
-        self.is_of_session(later) && later.ahead_of(self) <= AHEAD as u64
-    }
-
-    #[inline(always)]
-    fn ahead_of(self, earlier: Self) -> u64 {
-        self.0.wrapping_sub(earlier.0) & SEQUENCE_MASK as u64
-    }
-
-    #[inline(always)]
-    fn run(self) -> u64 {
-        self.0 >> Self::RUN & 0xff
-    }
-
-    #[inline(always)]
-    fn with_run(self, run: u64) -> Self {
-        Self(self.0 | (run & 0xff) << Self::RUN)
-    }
-}
 
 /// An address as [`Session::peer_address`] holds it.
 #[inline(always)]

@@ -13,6 +13,9 @@ use clap::ValueEnum;
 
 use super::child::{Child, fd_path};
 
+/// The emulator.
+pub(super) const QEMU: &str = "qemu-system-x86_64";
+
 /// The user's choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Choice {
@@ -95,7 +98,7 @@ fn kvm_works() -> Result<bool> {
         .and_then(|()| firmware.rewind())
         .context("write a temporary file")?;
     let firmware = OwnedFd::from(firmware);
-    let mut command = Command::new(super::machine::QEMU);
+    let mut command = Command::new(QEMU);
     command
         .args(Accelerator::Kvm.arguments())
         .args([

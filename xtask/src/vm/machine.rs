@@ -10,15 +10,12 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{
-    accelerator::Accelerator,
+    accelerator::{Accelerator, QEMU},
     channel,
     child::{Child, fd_argument, fd_path},
     host_files::{HostFiles, Server},
     kernel::Kernel,
 };
-
-/// The emulator.
-pub(super) const QEMU: &str = "qemu-system-x86_64";
 
 /// As the machines have that CI runs on.
 const PROCESSORS: &str = "2";

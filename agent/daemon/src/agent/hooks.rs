@@ -3,23 +3,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use nsm_dataplane::bpf::{Bpf, BpfError};
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::{programs::Programs, readiness::Readiness};
+use super::{
+    programs::{Programs, hook_faults},
+    readiness::Readiness,
+};
 
 /// How long a hook may be without its program before that is noticed: as long as for the probe links.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-
-/// What is wrong with the hooks and cannot be mended, a sentence each. Takes system calls.
-pub(crate) fn faults(bpf: &Bpf) -> Vec<String> {
-    bpf.look_after_hooks().into_iter().map(sentence).collect()
-}
-
-/// An error with its causes.
-pub(crate) fn sentence(error: BpfError) -> String {
-    format!("{:#}", anyhow::Error::new(error))
-}
 
 /// Checks the hooks for as long as the agent has its programs, and keeps the degradations of `readiness` true about them.
 pub(crate) async fn look_after(programs: Arc<Programs>, readiness: Readiness) {
@@ -29,7 +21,7 @@ pub(crate) async fn look_after(programs: Arc<Programs>, readiness: Readiness) {
     loop {
         turns.tick().await;
         let Some(bpf) = programs.bpf() else { return };
-        let found = tokio::task::spawn_blocking(move || faults(&bpf)).await;
+        let found = tokio::task::spawn_blocking(move || hook_faults(&bpf)).await;
         let found = found.expect("checking the hooks does not panic");
         if found == known {
             continue;

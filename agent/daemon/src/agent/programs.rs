@@ -11,7 +11,6 @@ use nsm_dataplane::{
     links::LinkStatistics,
 };
 
-use super::hooks;
 use crate::config::{self, Config};
 
 /// The programs of one agent, or their absence.
@@ -79,7 +78,7 @@ impl Programs {
                 Err(error) => {
                     let reason = format!(
                         "no BPF: {}; tunnels work, sources are not checked, and counters are those of the links",
-                        hooks::sentence(error)
+                        sentence(error)
                     );
                     (None, Vec::new(), Some(reason))
                 }
@@ -220,7 +219,7 @@ impl Programs {
 async fn load(config: BpfConfig) -> Result<(Bpf, Vec<String>), BpfError> {
     let load = move || {
         let bpf = Bpf::load(&config)?;
-        let faults = hooks::faults(&bpf);
+        let faults = hook_faults(&bpf);
         Ok((bpf, faults))
     };
     tokio::task::spawn_blocking(load)
@@ -242,4 +241,14 @@ fn bpf_config(config: &Config) -> BpfConfig {
         },
         ..BpfConfig::default()
     }
+}
+
+/// What is wrong with the hooks and cannot be mended, a sentence each. Takes system calls.
+pub(crate) fn hook_faults(bpf: &Bpf) -> Vec<String> {
+    bpf.look_after_hooks().into_iter().map(sentence).collect()
+}
+
+/// An error with its causes.
+fn sentence(error: BpfError) -> String {
+    format!("{:#}", anyhow::Error::new(error))
 }

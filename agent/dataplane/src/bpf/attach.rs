@@ -24,7 +24,7 @@ use nix::{
     net::if_::{if_nameindex, if_nametoindex},
 };
 
-use super::{BpfError, Direction, error::attaching, pins::PinDir};
+use super::{BpfError, Direction, error::attaching, pins::PinDir, role::Role};
 
 /// Where in the kernel the programs hang.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,15 +50,6 @@ const ARPHRD_LOOPBACK: u16 = 772;
 
 /// The index of the loopback, the first interface of every network namespace.
 const LOOPBACK: u32 = 1;
-
-/// What an interface carries: it decides which programs belong on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Role {
-    /// Tunnels' packets.
-    Underlay,
-    /// The management VNI.
-    Management,
-}
 
 /// The program of a role and direction.
 pub(super) fn program(ebpf: &mut Ebpf, role: Role, direction: Direction) -> &mut SchedClassifier {

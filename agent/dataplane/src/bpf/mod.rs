@@ -21,6 +21,7 @@ mod error;
 mod events;
 mod management;
 mod pins;
+mod role;
 mod run;
 mod sessions;
 mod slots;
@@ -48,6 +49,7 @@ use nsm_core::net::Vni;
 use nsm_ebpf_common::VXLAN_PORT;
 use sha2::{Digest as _, Sha256};
 
+use self::{attach::Attachments, pins::PinDir, role::Role, tables::Tables};
 pub use self::{
     attach::Hook,
     error::{BpfError, Capability},
@@ -55,11 +57,6 @@ pub use self::{
     run::{Gso, RunReport},
     underlay::underlay_interfaces,
     verifier::VerifierLog,
-};
-use self::{
-    attach::{Attachments, Role},
-    pins::PinDir,
-    tables::Tables,
 };
 pub(crate) use self::{
     management::Hooked,

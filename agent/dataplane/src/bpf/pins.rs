@@ -21,8 +21,8 @@ use nsm_ebpf_common::{
 
 use super::{
     BpfError, Direction,
-    attach::Role,
     error::{Capability, missing_of},
+    role::Role,
     sys,
 };
 
