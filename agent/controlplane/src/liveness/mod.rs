@@ -1,7 +1,7 @@
 //! Connections and the paths that their packets take: proof before commit, and what becomes of a connection when its path does.
 //!
 //! The node's [`Prober`] keeps one session a peer. Each connection that has a tunnel joins one, and a change of the path is published
-//! to the monitors of every connection that takes it. [`crate::connection::model`] says what decides a connection's state.
+//! to the monitors of every connection that takes it. `connection::model` says what decides a connection's state.
 
 mod downstream;
 mod foreign;

@@ -11,7 +11,7 @@
 //!
 //! Semantics are those of NSM's registries: a registration under a known name replaces the former one, Unregister of an unknown name
 //! succeeds, Find gives what matches, and a watch gives what matches and then every change. Names carry no `@domain` here: the
-//! registrar takes it off and puts it back ([`crate::call::registrar`]).
+//! registrar takes it off and puts it back (`call::registrar`).
 
 pub mod backend;
 pub mod entry;
