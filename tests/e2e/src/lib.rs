@@ -1,10 +1,12 @@
 //! What the end-to-end scenarios share: two domains with an agent each, and a footprint to compare before and after.
 //!
-//! A scenario is a file in `tests/`. It starts a [`Pair`], does one thing, and asks for [`Pair::assert_clean`] at its end.
+//! A scenario is a function in `tests/`. It starts a [`Pair`] or, with the endpoint, a [`Served`], does one thing, and ends with
+//! [`Pair::assert_clean`] or [`Served::close`].
 //! An ERROR or a panic in an agent's log fails it as well, for ERROR means that a person must act.
 #![forbid(unsafe_code)]
 
 pub mod metrics;
+mod served;
 
 use std::{
     collections::BTreeSet,
@@ -15,8 +17,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nsm_world::{Agent, Client, Cloud, Endpoint, Pod, World, binary, patient, wait_until};
+use nsm_world::{
+    Agent, Client, Cloud, Endpoint, Fault, FaultGuard, Pod, World, binary, patient, wait_until,
+};
 use serde_json::Value;
+
+pub use self::served::{Served, close};
 
 /// The service that every scenario asks for, and where it is.
 pub const SERVICE: &str = "icmp-responder";
@@ -72,8 +78,16 @@ impl Pair {
     /// # Errors
     /// When one does not become so.
     pub fn start_in(world: World) -> Result<Self> {
+        Self::start_with(world, |_| {})
+    }
+
+    /// As [`Self::start_in`], with both agents' commands adjusted.
+    ///
+    /// # Errors
+    /// When one does not become ready.
+    pub fn start_with(world: World, adjust: impl Fn(&mut Command)) -> Result<Self> {
         let program = binary("proxy-nsmgr")?;
-        let start = |node: &str| Agent::start(&world, &world.node(node)?, &program, |_| {});
+        let start = |node: &str| Agent::start(&world, &world.node(node)?, &program, &adjust);
         let (near, far) = (start("node-1")?, start("node-2")?);
         near.wait_ready()?;
         far.wait_ready()?;
@@ -128,7 +142,7 @@ impl Pair {
         Ok((client, connected))
     }
 
-    /// Runs `proxy-nsmgr connect` for `client-0` where it must fail, and returns what it said about it.
+    /// Runs `proxy-nsmgr connect` for `client-0` where it must fail, and returns its error text.
     ///
     /// # Errors
     /// When it does not fail within `deadline`.
@@ -152,6 +166,61 @@ impl Pair {
             "connect {service} panicked: {said}"
         );
         Ok(said)
+    }
+
+    /// Pings the endpoint of a `connected` event from the pod `client-<n>`: all of `count` are answered.
+    ///
+    /// # Errors
+    /// When one is not.
+    pub fn assert_pings(&self, n: usize, connected: &Value, count: u32) -> Result<()> {
+        let address = endpoint_address(connected)?;
+        let answered = ping(&self.client_pod(n)?, &address, count, &[])?;
+        ensure!(
+            answered == count,
+            "{answered} of {count} pings of client {n} were answered"
+        );
+        Ok(())
+    }
+
+    /// From now on, and until the guards are dropped, underlay packets above `max` bytes are lost in both directions, those of the
+    /// control plane too.
+    ///
+    /// # Errors
+    /// When the fault cannot be injected.
+    pub fn narrow(&self, max: u16) -> Result<[FaultGuard; 2]> {
+        let (near, far) = (self.near.node(), self.far.node());
+        let hole = Fault::MtuBlackHole { max };
+        Ok([
+            self.world.inject(near, far, hole)?,
+            self.world.inject(far, near, hole)?,
+        ])
+    }
+
+    /// Waits until the MTU of the only connection fits a path of `max` bytes at both ends: less what VXLAN adds, and the search ends
+    /// when it is close.
+    ///
+    /// # Errors
+    /// When it does not in [`PATIENCE`].
+    pub fn mtu_follows(&self, max: u64) -> Result<()> {
+        for agent in [&self.near, &self.far] {
+            connection(agent, "the MTU to follow", |it| {
+                let mtu = it["mtu"].as_u64();
+                mtu.is_some_and(|mtu| (max - 54..=max - 50).contains(&mtu))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Ends all processes: each ends by itself, and no link or pin is left.
+    ///
+    /// # Errors
+    /// With what is left, or had to be killed.
+    pub fn assert_nothing_left(&self) -> Result<()> {
+        let killed = self.world.stop_processes(PATIENCE);
+        ensure!(killed.is_empty(), "had to be killed: {killed:?}");
+        let left = self.world.leaks()?;
+        ensure!(left.links.is_empty() && left.pins.is_empty(), "{left:?}");
+        Ok(())
     }
 
     /// What both agents hold now.
@@ -229,7 +298,41 @@ impl Pair {
     }
 }
 
-/// The events of this name that a client has told so far.
+/// Starts an agent on a node, with its command adjusted, and waits until it is ready.
+///
+/// # Errors
+/// When it does not become so.
+pub fn started(world: &World, node: &str, adjust: impl FnOnce(&mut Command)) -> Result<Agent> {
+    let agent = Agent::start(world, &world.node(node)?, &binary("proxy-nsmgr")?, adjust)?;
+    agent.wait_ready()?;
+    Ok(agent)
+}
+
+/// The only connection in an agent's status, once it is as `wanted`.
+///
+/// # Errors
+/// When it is not in [`PATIENCE`], with the last status.
+pub fn connection(agent: &Agent, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    let mut last = Value::Null;
+    let found = wait_until(what, PATIENCE, || {
+        let mut status = agent.status().unwrap_or_default();
+        last = status["connections"][0].take();
+        wanted(&last)
+    });
+    found.with_context(|| format!("{}: {last:#}", agent.node().name()))?;
+    Ok(last)
+}
+
+/// The health of the only connection's path, once it is as `wanted`.
+///
+/// # Errors
+/// As [`connection`].
+pub fn health(agent: &Agent, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    let mut connection = connection(agent, what, |it| wanted(&it["health"]))?;
+    Ok(connection["health"].take())
+}
+
+/// The events of this name that a client has written so far.
 #[must_use]
 pub fn events(client: &Client, name: &str) -> Vec<Value> {
     let lines = client.process.stdout();
@@ -244,7 +347,7 @@ pub fn events(client: &Client, name: &str) -> Vec<Value> {
 /// Waits for the `n`-th event of this name, 1 being the first.
 ///
 /// # Errors
-/// When it does not come in [`PATIENCE`], with all that the client told.
+/// When it does not come in [`PATIENCE`], with all that the client wrote.
 pub fn nth_event(client: &Client, name: &str, n: usize) -> Result<Value> {
     let end = Instant::now() + patient(PATIENCE);
     loop {

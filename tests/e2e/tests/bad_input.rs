@@ -1,12 +1,12 @@
-//! Whatever is wrong, the client hears the cause quickly, and nothing is left behind.
+//! Input that is wrong: the client gets the cause quickly, and nothing is left behind.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, REMOTE_SERVICE, SERVICE};
+use nsm_e2e::{PATIENCE, REMOTE_SERVICE, SERVICE, Served};
 use nsm_world::{Cloud, Fault, NameFault};
 
-/// Much less than a Request's own deadline: causes that are known at once must be told at once.
+/// Much less than a Request's own deadline: a cause that is known at once is answered at once.
 const QUICKLY: Duration = Duration::from_secs(8);
 
 /// The Request's deadline in these scenarios, and what ends with it.
@@ -26,9 +26,7 @@ fn assert_said(said: &str, words: &[&str]) -> Result<()> {
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn names_and_services_that_do_not_exist() -> Result<()> {
-    let pair = Pair::start("names", Cloud::Packet, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start("names", Cloud::Packet, 1)?;
 
     for name in ["@x", "a@", "a@b@c"] {
         assert_said(&pair.refused(name, QUICKLY, |_| {})?, &[name])?;
@@ -47,15 +45,13 @@ fn names_and_services_that_do_not_exist() -> Result<()> {
         &pair.refused("no-such-service", QUICKLY, |_| {})?,
         &["no-such-service"],
     )?;
-    pair.assert_clean(&before)
+    pair.assert_as_before()
 }
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn dns_that_fails_is_named_with_question_and_server() -> Result<()> {
-    let pair = Pair::start("dns-fails", Cloud::Packet, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start("dns-fails", Cloud::Packet, 1)?;
     for (domain, fault) in [
         ("servfail.example", NameFault::ServFail),
         ("refused.example", NameFault::Refused),
@@ -70,15 +66,13 @@ fn dns_that_fails_is_named_with_question_and_server() -> Result<()> {
         let said = pair.refused(&format!("{SERVICE}@{domain}"), PATIENCE, |_| {})?;
         assert_said(&said, &[domain, "192.0.2.53"])?;
     }
-    pair.assert_clean(&before)
+    pair.assert_as_before()
 }
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_silent_peer_is_bounded_by_the_deadline() -> Result<()> {
-    let pair = Pair::start("silent", Cloud::Packet, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start("silent", Cloud::Packet, 1)?;
     let (near, far) = (pair.near.node(), pair.far.node());
     let silence = pair.world.inject(far, near, Fault::DropAll)?;
     let start = Instant::now();
@@ -93,15 +87,13 @@ fn a_silent_peer_is_bounded_by_the_deadline() -> Result<()> {
     silence.heal();
     // Once the peer is back, the same question has an answer.
     let (client, _) = pair.connect(0)?;
-    assert!(client.close(PATIENCE)?.success());
-    pair.assert_clean(&before)
+    pair.close([client])
 }
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_namespace_that_is_none_and_an_interface_that_is_taken() -> Result<()> {
-    let pair = Pair::start("netns", Cloud::Packet, 1)?;
-    let _endpoint = pair.endpoint()?;
+    let mut pair = Served::start("netns", Cloud::Packet, 1)?;
     let pod = pair.client_pod(0)?;
     let made = pod
         .command("ip")?
@@ -110,7 +102,7 @@ fn a_namespace_that_is_none_and_an_interface_that_is_taken() -> Result<()> {
         ])
         .status()?;
     ensure!(made.success(), "ip link add failed");
-    let before = pair.footprint()?;
+    pair.before = pair.footprint()?;
 
     let said = pair.refused(REMOTE_SERVICE, QUICKLY, |command| {
         command.args(["--interface", "taken"]);
@@ -138,5 +130,5 @@ fn a_namespace_that_is_none_and_an_interface_that_is_taken() -> Result<()> {
         "a file was taken for a namespace"
     );
     assert_said(&client.stderr(), &["/etc/hostname"])?;
-    pair.assert_clean(&before)
+    pair.assert_as_before()
 }

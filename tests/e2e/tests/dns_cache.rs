@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::Result;
-use nsm_e2e::{PATIENCE, Pair, ping};
+use nsm_e2e::{PATIENCE, Pair, Served, close};
 use nsm_world::{Cloud, wait_until};
 
 /// How often each question was asked.
@@ -40,8 +40,7 @@ fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
     ] {
         dns.set_ttl(name, ttl.as_secs() as u32)?;
     }
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::by(pair)?;
 
     let (first, _) = pair.connect(0)?;
     let after_first = questions(&pair)?;
@@ -51,8 +50,7 @@ fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
         after_first,
         "the second client's questions were cached"
     );
-    let address = nsm_e2e::endpoint_address(&connected)?;
-    assert_eq!(ping(&pair.client_pod(1)?, &address, 1, &[])?, 1);
+    pair.assert_pings(1, &connected, 1)?;
 
     // Close and connect again until the cache has aged: no sooner than the TTL, no later than a test may take.
     let srv = (
@@ -63,7 +61,7 @@ fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
     wait_until("the question to be asked again", PATIENCE, || {
         let asked = |pair: &Pair| questions(pair).map(|count| count.get(&srv).copied());
         pair.connect(2)
-            .is_ok_and(|(client, _)| client.close(PATIENCE).is_ok())
+            .is_ok_and(|(client, _)| close(&client).is_ok())
             && asked(&pair).is_ok_and(|count| count > after_first.get(&srv).copied())
     })?;
     assert!(
@@ -72,8 +70,5 @@ fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
         start.elapsed()
     );
 
-    for client in [first, second] {
-        assert!(client.close(PATIENCE)?.success());
-    }
-    pair.assert_clean(&before)
+    pair.close([first, second])
 }

@@ -7,8 +7,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use nsm_e2e::{PATIENCE, Pair, client_address, endpoint_address};
-use nsm_world::{Cloud, Fault, FaultGuard, Pod, wait_until};
+use nsm_e2e::{PATIENCE, Pair, Served, client_address, endpoint_address, health};
+use nsm_world::{Cloud, Pod};
 use serde_json::Value;
 
 const MIB: usize = 1024 * 1024;
@@ -89,58 +89,28 @@ fn pass_all(transfers: &mut [Transfer], length: usize) -> Result<()> {
     })
 }
 
-/// From now on, and until they are dropped, packets above [`NARROW`] bytes are lost in both directions, the control plane's too.
-fn narrow(pair: &Pair) -> Result<[FaultGuard; 2]> {
-    let (near, far) = (pair.near.node(), pair.far.node());
-    let hole = Fault::MtuBlackHole { max: NARROW };
-    Ok([
-        pair.world.inject(near, far, hole)?,
-        pair.world.inject(far, near, hole)?,
-    ])
-}
-
-/// Both ends have links that fit the path: [`NARROW`] less what VXLAN adds; the search ends when it is close.
-fn mtu_has_followed(pair: &Pair) -> Result<()> {
-    for agent in [&pair.near, &pair.far] {
-        let mut mtu = Value::Null;
-        wait_until("the MTU to follow", PATIENCE, || {
-            let status = agent.status().unwrap_or_default();
-            mtu = status["connections"][0]["mtu"].clone();
-            mtu.as_u64().is_some_and(|mtu| (1226..=1230).contains(&mtu))
-        })
-        .with_context(|| format!("{}: MTU {mtu}", agent.node().name()))?;
-    }
-    Ok(())
-}
-
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_transfer_completes_over_a_path_that_never_let_large_packets_through() -> Result<()> {
-    let pair = Pair::start("mtu-before", Cloud::Packet, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
-    let _narrow = narrow(&pair)?;
+    let pair = Served::start("mtu-before", Cloud::Packet, 1)?;
+    let _narrow = pair.narrow(NARROW)?;
     let (client, connected) = pair.connect(0)?;
     pass_all(&mut both_ways(&pair, &connected)?, MIB)?;
-    mtu_has_followed(&pair)?;
-    ensure!(client.close(PATIENCE)?.success(), "the client did not end");
-    pair.assert_clean(&before)
+    pair.mtu_follows(NARROW.into())?;
+    pair.close([client])
 }
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_transfer_completes_over_a_path_that_comes_to_drop_large_packets() -> Result<()> {
-    let pair = Pair::start("mtu-amid", Cloud::Packet, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start("mtu-amid", Cloud::Packet, 1)?;
     let (client, connected) = pair.connect(0)?;
-    wait_until("the path to be measured", PATIENCE, || {
-        let status = pair.near.status().unwrap_or_default();
-        status["connections"][0]["health"]["path_mtu"] == 1450
+    health(&pair.near, "the path to be measured", |it| {
+        it["path_mtu"] == 1450
     })?;
     let mut transfers = both_ways(&pair, &connected)?;
     pass_all(&mut transfers, MIB / 2)?;
-    let _narrow = narrow(&pair)?;
+    let _narrow = pair.narrow(NARROW)?;
     // Two that begin before the MTU follows, beside the two that are half done.
     let mut late = both_ways(&pair, &connected)?;
     let (rest, late) = thread::scope(|scope| {
@@ -150,7 +120,6 @@ fn a_transfer_completes_over_a_path_that_comes_to_drop_large_packets() -> Result
     });
     rest.map_err(|_| anyhow!("a transfer's thread panicked"))??;
     late?;
-    mtu_has_followed(&pair)?;
-    ensure!(client.close(PATIENCE)?.success(), "the client did not end");
-    pair.assert_clean(&before)
+    pair.mtu_follows(NARROW.into())?;
+    pair.close([client])
 }

@@ -1,13 +1,11 @@
 //! A client in one domain consumes a service of another, in both cloud shapes.
 
 use anyhow::Result;
-use nsm_e2e::{PATIENCE, Pair, endpoint_address, ping};
+use nsm_e2e::{PATIENCE, Served, endpoint_address, ping};
 use nsm_world::Cloud;
 
 fn client_reaches_endpoint(name: &str, cloud: Cloud) -> Result<()> {
-    let pair = Pair::start(name, cloud, 1)?;
-    let endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start(name, cloud, 1)?;
     let (client, connected) = pair.connect(0)?;
 
     let pod = pair.client_pod(0)?;
@@ -31,7 +29,7 @@ fn client_reaches_endpoint(name: &str, cloud: Cloud) -> Result<()> {
     let during = pair.footprint()?;
     assert_eq!(
         (during.links.len(), during.slots),
-        (2, before.slots + 2),
+        (2, pair.before.slots + 2),
         "{during:?}"
     );
     let (near, far) = (pair.near.node(), pair.far.node());
@@ -49,19 +47,9 @@ fn client_reaches_endpoint(name: &str, cloud: Cloud) -> Result<()> {
     // One address, asked for once.
     assert_eq!(pair.world.dns().asked("cluster-2.example", "A")?, 1);
 
-    assert!(client.close(PATIENCE)?.success());
-    pair.assert_clean(&before)?;
-    assert!(endpoint.stop(PATIENCE)?.success());
-
-    // Agents that end take everything with them.
-    assert_eq!(
-        pair.world.stop_processes(PATIENCE),
-        Vec::<String>::new(),
-        "had to be killed"
-    );
-    let left = pair.world.leaks()?;
-    assert!(left.links.is_empty() && left.pins.is_empty(), "{left:?}");
-    Ok(())
+    pair.close([client])?;
+    assert!(pair.endpoint.stop(PATIENCE)?.success());
+    pair.assert_nothing_left()
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::Result;
-use nsm_e2e::{PATIENCE, Pair, REMOTE_SERVICE, client_address, endpoint_address, ping};
+use nsm_e2e::{PATIENCE, REMOTE_SERVICE, Served, client_address};
 use nsm_world::Cloud;
 
 const CLIENTS: usize = 10;
@@ -11,9 +11,7 @@ const CLIENTS: usize = 10;
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn ten_clients_at_once_leave_no_trace() -> Result<()> {
-    let pair = Pair::start("ten", Cloud::Aws, CLIENTS)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start("ten", Cloud::Aws, CLIENTS)?;
 
     // All start before any is waited for.
     let start = |n| {
@@ -26,11 +24,7 @@ fn ten_clients_at_once_leave_no_trace() -> Result<()> {
     for (n, client) in clients.iter().enumerate() {
         let connected = client.wait_for_event("connected", PATIENCE)?;
         addresses.insert(client_address(&connected)?);
-        assert_eq!(
-            ping(&pair.client_pod(n)?, &endpoint_address(&connected)?, 5, &[])?,
-            5,
-            "client {n}"
-        );
+        pair.assert_pings(n, &connected, 5)?;
     }
     assert_eq!(
         addresses.len(),
@@ -44,7 +38,7 @@ fn ten_clients_at_once_leave_no_trace() -> Result<()> {
         (CLIENTS, 2 * CLIENTS),
         "{during:?}"
     );
-    assert_eq!(during.slots, before.slots + 2 * CLIENTS);
+    assert_eq!(during.slots, pair.before.slots + 2 * CLIENTS);
 
     clients
         .iter()
@@ -52,15 +46,13 @@ fn ten_clients_at_once_leave_no_trace() -> Result<()> {
     for client in &clients {
         assert!(client.process.wait(PATIENCE)?.success());
     }
-    pair.assert_clean(&before)
+    pair.assert_as_before()
 }
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_killed_client_is_closed_when_its_token_expires() -> Result<()> {
-    let pair = Pair::start("killed", Cloud::Packet, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start("killed", Cloud::Packet, 1)?;
     let client = pair.near.connect(
         &pair.world,
         &pair.client_pod(0)?,
@@ -74,5 +66,5 @@ fn a_killed_client_is_closed_when_its_token_expires() -> Result<()> {
     client.wait_for_event("refreshed", Duration::from_secs(10))?;
     assert_eq!(pair.footprint()?.links.len(), 2);
     client.process.kill9();
-    pair.assert_clean(&before)
+    pair.assert_as_before()
 }

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
 use nsm_e2e::{
-    PATIENCE, Pair, endpoint_address,
+    PATIENCE, Pair, close,
     metrics::{self, value},
-    ping,
 };
 use nsm_world::{Agent, Cloud, Fault, wait_until};
 use serde_json::Value;
@@ -18,13 +17,7 @@ fn each_stage_of_a_tunnel_is_counted() -> Result<()> {
     let before = pair.footprint()?;
     let endpoint = pair.endpoint()?;
     let (client, connected) = pair.connect(0)?;
-    let answered = ping(
-        &pair.client_pod(0)?,
-        &endpoint_address(&connected)?,
-        10,
-        &[],
-    )?;
-    ensure!(answered == 10, "{answered} of 10 pings were answered");
+    pair.assert_pings(0, &connected, 10)?;
 
     let status = pair.near.status()?;
     let connection = &status["connections"][0];
@@ -65,7 +58,7 @@ fn each_stage_of_a_tunnel_is_counted() -> Result<()> {
     let asked = ["by=\"question\"".to_owned()];
     ensure!(value(&page, "proxy_nsmgr_dns_lookups_total", &asked)? >= 1.0);
 
-    ensure!(client.close(PATIENCE)?.success(), "the client did not end");
+    close(&client)?;
     ensure!(
         endpoint.stop(PATIENCE)?.success(),
         "the endpoint did not end"
@@ -286,7 +279,7 @@ fn the_metrics_of_a_path_are_what_status_says_also_when_it_is_cut_one_way() -> R
     for agent in [&pair.near, &pair.far] {
         agreed(agent, ["up", "up"], |_| true)?;
     }
-    ensure!(client.close(PATIENCE)?.success(), "the client did not end");
+    close(&client)?;
     ensure!(
         endpoint.stop(PATIENCE)?.success(),
         "the endpoint did not end"

@@ -1,8 +1,15 @@
 //! Inside one domain: on one node, and on two nodes that share a registry.
 
 use anyhow::{Result, ensure};
-use nsm_e2e::{CIDR, MANAGEMENT_VNI, PATIENCE, SERVICE, endpoint_address, ping};
-use nsm_world::{Agent, Cloud, World, binary};
+use nsm_e2e::{CIDR, MANAGEMENT_VNI, PATIENCE, SERVICE, close, endpoint_address, ping, started};
+use nsm_world::{Cloud, World};
+
+/// The kinds of the links that agents made for connections.
+fn kinds(world: &World) -> Result<Vec<String>> {
+    let links = world.leaks()?.links.into_iter();
+    let of_connections = links.filter(|link| link.vni != Some(MANAGEMENT_VNI));
+    Ok(of_connections.map(|link| link.kind).collect())
+}
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
@@ -12,13 +19,7 @@ fn on_one_node_by_its_bare_and_its_full_name() -> Result<()> {
             domain.node("node-1").pod("client").pod("endpoint")
         })
         .build()?;
-    let agent = Agent::start(
-        &world,
-        &world.node("node-1")?,
-        &binary("proxy-nsmgr")?,
-        |_| {},
-    )?;
-    agent.wait_ready()?;
+    let agent = started(&world, "node-1", |_| {})?;
     let (client_pod, endpoint_pod) = (world.pod("client")?, world.pod("endpoint")?);
     let _endpoint = agent.endpoint(&world, &endpoint_pod, SERVICE, CIDR, |_| {})?;
     let before = world.leaks()?.links;
@@ -31,21 +32,15 @@ fn on_one_node_by_its_bare_and_its_full_name() -> Result<()> {
             5,
             "{name}"
         );
-        let kinds: Vec<_> = world
-            .leaks()?
-            .links
-            .into_iter()
-            .filter(|link| link.vni != Some(MANAGEMENT_VNI))
-            .map(|link| link.kind)
-            .collect();
-        assert_eq!(kinds, ["veth", "veth"], "{name}: no tunnel on one node");
-        ensure!(
-            client.close(PATIENCE)?.success(),
-            "{name}: the client did not end well"
+        assert_eq!(
+            kinds(&world)?,
+            ["veth", "veth"],
+            "{name}: no tunnel on one node"
         );
+        close(&client)?;
         assert_eq!(world.leaks()?.links, before, "{name}");
     }
-    // Its own domain is nobody's business.
+    // No other party is asked about its own domain.
     assert_eq!(world.dns().queries()?, []);
     Ok(())
 }
@@ -63,15 +58,11 @@ fn on_two_nodes_that_share_a_registry() -> Result<()> {
                 .pod("endpoint")
         })
         .build()?;
-    let program = binary("proxy-nsmgr")?;
-    let (first, second) = (world.node("node-1")?, world.node("node-2")?);
-    let near = Agent::start(&world, &first, &program, |_| {})?;
-    near.wait_ready()?;
-    let registry = format!("tcp://{}:5005", first.private_ip());
-    let far = Agent::start(&world, &second, &program, |command| {
+    let near = started(&world, "node-1", |_| {})?;
+    let registry = format!("tcp://{}:5005", near.node().private_ip());
+    let far = started(&world, "node-2", |command| {
         command.args(["--registry-url", &registry]);
     })?;
-    far.wait_ready()?;
     let (client_pod, endpoint_pod) = (world.pod("client")?, world.pod("endpoint")?);
     let _endpoint = far.endpoint(&world, &endpoint_pod, SERVICE, CIDR, |_| {})?;
     let client = near.connect(&world, &client_pod, SERVICE, |_| {})?;
@@ -80,21 +71,11 @@ fn on_two_nodes_that_share_a_registry() -> Result<()> {
         ping(&client_pod, &endpoint_address(&connected)?, 5, &[])?,
         5
     );
-    let kinds: Vec<_> = world
-        .leaks()?
-        .links
-        .into_iter()
-        .filter(|link| link.vni != Some(MANAGEMENT_VNI))
-        .map(|link| link.kind)
-        .collect();
-    assert_eq!(kinds, ["vxlan", "vxlan"]);
+    assert_eq!(kinds(&world)?, ["vxlan", "vxlan"]);
     // Within the domain the way is the private one.
     let tunnel = &near.status()?["connections"][0]["tunnel"];
-    assert_eq!(tunnel["remote"], second.private_ip().to_string());
-    ensure!(
-        client.close(PATIENCE)?.success(),
-        "the client did not end well"
-    );
+    assert_eq!(tunnel["remote"], far.node().private_ip().to_string());
+    close(&client)?;
     let left = world.leaks()?.links;
     ensure!(
         left.iter().all(|link| link.vni == Some(MANAGEMENT_VNI)),

@@ -1,7 +1,7 @@
 //! What a Request waits for before it is granted: the path's proof, by count and not by the clock.
 
 use anyhow::{Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, metrics};
+use nsm_e2e::{Served, metrics};
 use nsm_world::{Agent, Cloud};
 
 /// How an agent's proofs of paths went until now.
@@ -33,9 +33,7 @@ impl Preflights {
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_request_waits_for_one_answer_of_a_new_peer_and_for_none_of_one_that_is_known() -> Result<()> {
-    let pair = Pair::start("preflight", Cloud::Packet, 3)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let pair = Served::start("preflight", Cloud::Packet, 3)?;
     let nothing = Preflights {
         standing: 0.0,
         answered: 0.0,
@@ -61,8 +59,5 @@ fn a_request_waits_for_one_answer_of_a_new_peer_and_for_none_of_one_that_is_know
     }
     // The proof is asked for where the client is, and nowhere else.
     ensure!(Preflights::of(&pair.far)? == nothing);
-    for client in clients {
-        ensure!(client.close(PATIENCE)?.success(), "a client did not end");
-    }
-    pair.assert_clean(&before)
+    pair.close(clients)
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, endpoint_address, ping};
+use nsm_e2e::{PATIENCE, Pair, close};
 use nsm_world::{Agent, Cloud, Node, World, binary, wait_until};
 use serde_json::Value;
 
@@ -255,11 +255,10 @@ fn nodes_behind_nat_find_their_public_addresses_by_stun() -> Result<()> {
     let before = pair.footprint()?;
     let endpoint = pair.endpoint()?;
     let (client, connected) = pair.connect(0)?;
-    let answered = ping(&pair.client_pod(0)?, &endpoint_address(&connected)?, 5, &[])?;
-    ensure!(answered == 5, "{answered} of 5 pings were answered");
+    pair.assert_pings(0, &connected, 5)?;
     let peer = &pair.near.status()?["connections"][0]["tunnel"]["remote"];
     ensure!(*peer == pair.far.node().public_ip().to_string(), "{peer}");
-    ensure!(client.close(PATIENCE)?.success(), "the client did not end");
+    close(&client)?;
     ensure!(
         endpoint.stop(PATIENCE)?.success(),
         "the endpoint did not end"

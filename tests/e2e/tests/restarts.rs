@@ -1,25 +1,22 @@
 //! Agents and endpoints that die: what they held is gone, or theirs again, once they are back.
 
 use anyhow::{Context as _, Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, endpoint_address, events, nth_event, ping};
+use nsm_e2e::{PATIENCE, Pair, Served, connection, endpoint_address, events, nth_event};
 use nsm_world::{Agent, Cloud, Pod, Process, binary, wait_until};
 use serde_json::Value;
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_killed_agent_comes_back_and_its_client_is_connected_again() -> Result<()> {
-    let mut pair = Pair::start("killed-agent", Cloud::Aws, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let mut pair = Served::start("killed-agent", Cloud::Aws, 1)?;
     let (client, connected) = pair.connect(0)?;
     let node = pair.near.node().clone();
     pair.near.process.kill9();
     client.wait_for_event("down", PATIENCE)?;
-    // The kernel carries what stands, whoever made it.
-    let pod = pair.client_pod(0)?;
-    assert_eq!(ping(&pod, &endpoint_address(&connected)?, 5, &[])?, 5);
+    // The kernel carries what stands, whichever process made it.
+    pair.assert_pings(0, &connected, 5)?;
 
-    pair.near = Agent::start(&pair.world, &node, &binary("proxy-nsmgr")?, |_| {})?;
+    pair.pair.near = Agent::start(&pair.world, &node, &binary("proxy-nsmgr")?, |_| {})?;
     pair.near.wait_ready()?;
     wait_until("the agent to know the connection again", PATIENCE, || {
         let known = |status: Value| {
@@ -29,12 +26,8 @@ fn a_killed_agent_comes_back_and_its_client_is_connected_again() -> Result<()> {
         };
         pair.near.status().is_ok_and(known)
     })?;
-    assert_eq!(ping(&pod, &endpoint_address(&connected)?, 5, &[])?, 5);
-    ensure!(
-        client.close(PATIENCE)?.success(),
-        "the client did not end well"
-    );
-    pair.assert_clean(&before)
+    pair.assert_pings(0, &connected, 5)?;
+    pair.close([client])
 }
 
 #[test]
@@ -57,7 +50,7 @@ fn an_agent_that_ends_takes_its_links_and_pins_along() -> Result<()> {
         .filter(|pin| pin.starts_with(pair.near.node().pin_dir()))
         .collect();
     ensure!(pins.is_empty(), "{pins:?}");
-    // It has said goodbye: the far agent closes its side too.
+    // It closes its connections at the far agent before it ends.
     wait_until("the far side to close", PATIENCE, || {
         pair.far
             .status()
@@ -102,9 +95,7 @@ fn link_index(pod: &Pod, vni: &Value) -> Result<u64> {
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
-    let mut pair = Pair::start("killed-far", Cloud::Aws, 1)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
+    let mut pair = Served::start("killed-far", Cloud::Aws, 1)?;
     let (client, connected) = pair.connect(0)?;
     let vni = &connected["connection"]["vni"];
     let pods = [pair.client_pod(0)?, pair.world.pod("endpoint")?];
@@ -134,11 +125,11 @@ fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
     for word in ["not heard any more", &url, "the path is good"] {
         ensure!(why.contains(word), "{word:?} is not in {shown:#}");
     }
-    println!("told: {down}\nshown: {why}");
+    println!("event: {down}\nstatus: {why}");
     let table = pair.near.status_table()?;
     ensure!(table.contains(why), "{table}");
 
-    pair.far = Agent::start(&pair.world, &node, &binary("proxy-nsmgr")?, |_| {})?;
+    pair.pair.far = Agent::start(&pair.world, &node, &binary("proxy-nsmgr")?, |_| {})?;
     let again = nth_event(&client, "connected", 2)?;
     for fact in ["endpoint", "vni", "id"] {
         ensure!(
@@ -148,12 +139,9 @@ fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
     }
     pair.far.wait_ready()?;
     for agent in [&pair.near, &pair.far] {
-        wait_until("the connection to be UP", PATIENCE, || {
-            let status = agent.status().unwrap_or_default();
-            let shown = &status["connections"][0];
-            shown["state"] == "UP" && shown["health"]["state"] == "up"
-        })
-        .with_context(|| format!("{:#}", agent.status().unwrap_or_default()))?;
+        connection(agent, "the connection to be UP", |it| {
+            it["state"] == "UP" && it["health"]["state"] == "up"
+        })?;
     }
     flows_on(&pings, 10)?;
     pings.terminate(PATIENCE)?;
@@ -172,9 +160,5 @@ fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
         client.process.stdout()
     );
 
-    ensure!(
-        client.close(PATIENCE)?.success(),
-        "the client did not end well"
-    );
-    pair.assert_clean(&before)
+    pair.close([client])
 }

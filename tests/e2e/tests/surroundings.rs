@@ -1,34 +1,19 @@
-//! Nodes that are not as an agent would like them: a port that is taken, no BPF, no rights, a peer that is not there.
+//! Nodes that lack something: a port that is taken, no BPF, no rights, a peer that is not there.
 
-use std::{net::UdpSocket, process::Command};
+use std::net::UdpSocket;
 
-use anyhow::{Context as _, Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, REMOTE_SERVICE, SERVICE, endpoint_address, ping};
+use anyhow::{Result, ensure};
+use nsm_e2e::{PATIENCE, Pair, REMOTE_SERVICE, SERVICE, Served, close, health};
 use nsm_world::{Agent, Cloud, binary, wait_until};
 use serde_json::Value;
-
-/// A pair whose agents are adjusted.
-fn pair(name: &str, adjust: impl Fn(&mut Command)) -> Result<Pair> {
-    let world = Pair::world(name, Cloud::Packet, 1)?;
-    let program = binary("proxy-nsmgr")?;
-    let start = |node: &str| Agent::start(&world, &world.node(node)?, &program, &adjust);
-    let (near, far) = (start("node-1")?, start("node-2")?);
-    near.wait_ready()?;
-    far.wait_ready()?;
-    Ok(Pair { near, far, world })
-}
 
 /// The main job in short; returns the near agent's status while the connection stood.
 fn connects(pair: &Pair) -> Result<Value> {
     let _endpoint = pair.endpoint()?;
     let (client, connected) = pair.connect(0)?;
-    let answered = ping(&pair.client_pod(0)?, &endpoint_address(&connected)?, 5, &[])?;
-    ensure!(answered == 5, "{answered} of 5 pings were answered");
+    pair.assert_pings(0, &connected, 5)?;
     let status = pair.near.status()?;
-    ensure!(
-        client.close(PATIENCE)?.success(),
-        "the client did not end well"
-    );
+    close(&client)?;
     Ok(status)
 }
 
@@ -40,10 +25,8 @@ fn the_tunnels_port_is_taken_by_another_program() -> Result<()> {
     let holder = world
         .node("node-1")?
         .inside(|| UdpSocket::bind("0.0.0.0:4789"))??;
-    let pair = Pair::start_in(world)?;
-    let _endpoint = pair.endpoint()?;
-    let before = pair.footprint()?;
-    // Who holds it: this very process.
+    let mut pair = Served::by(Pair::start_in(world)?)?;
+    // The holder is this process.
     let own = std::process::id().to_string();
     let degraded = pair.near.status()?["degraded"].to_string();
     for word in ["no probes", "4789", "in use", &own] {
@@ -53,7 +36,7 @@ fn the_tunnels_port_is_taken_by_another_program() -> Result<()> {
     for word in ["4789", "in use", &own] {
         ensure!(said.contains(word), "{word:?} is not in: {said}");
     }
-    pair.assert_clean(&before)?;
+    pair.assert_as_before()?;
     drop(holder);
     // The health plane comes back by itself, whether a tunnel has the port first or not.
     let (meanwhile, _) = pair.connect(0)?;
@@ -61,29 +44,15 @@ fn the_tunnels_port_is_taken_by_another_program() -> Result<()> {
         let status = pair.near.status().unwrap_or_default();
         !status["degraded"].to_string().contains("no probes")
     })?;
-    ensure!(
-        meanwhile.close(PATIENCE)?.success(),
-        "the client did not end well"
-    );
+    close(&meanwhile)?;
     // With what the health plane itself holds.
-    let before = pair.footprint()?;
+    pair.before = pair.footprint()?;
     let (client, _) = pair.connect(0)?;
     for agent in [&pair.near, &pair.far] {
-        wait_until("the path to be proved", PATIENCE, || {
-            let status = agent.status().unwrap_or_default();
-            status["connections"][0]["health"]["state"] == "up"
-        })
-        .with_context(|| format!("{:#}", agent.status().unwrap_or_default()))?;
+        health(agent, "the path to be proved", |it| it["state"] == "up")?;
     }
-    ensure!(
-        client.close(PATIENCE)?.success(),
-        "the client did not end well"
-    );
-    pair.assert_clean(&before)?;
-    assert_eq!(pair.world.stop_processes(PATIENCE), Vec::<String>::new());
-    let left = pair.world.leaks()?;
-    ensure!(left.links.is_empty() && left.pins.is_empty(), "{left:?}");
-    Ok(())
+    pair.close([client])?;
+    pair.assert_nothing_left()
 }
 
 /// What each try makes, it takes away.
@@ -97,9 +66,7 @@ fn an_agent_that_never_got_the_port_leaves_nothing() -> Result<()> {
     let pair = Pair::start_in(world)?;
     let degraded = pair.near.status()?["degraded"].to_string();
     ensure!(degraded.contains("no probes"), "{degraded}");
-    assert_eq!(pair.world.stop_processes(PATIENCE), Vec::<String>::new());
-    let left = pair.world.leaks()?;
-    ensure!(left.links.is_empty() && left.pins.is_empty(), "{left:?}");
+    pair.assert_nothing_left()?;
     drop(holder);
     Ok(())
 }
@@ -107,7 +74,8 @@ fn an_agent_that_never_got_the_port_leaves_nothing() -> Result<()> {
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn clsact_does_what_tcx_does() -> Result<()> {
-    let pair = pair("clsact", |command| {
+    let world = Pair::world("clsact", Cloud::Packet, 1)?;
+    let pair = Pair::start_with(world, |command| {
         command.args(["--bpf-hook", "clsact"]);
     })?;
     let status = connects(&pair)?;
@@ -115,10 +83,7 @@ fn clsact_does_what_tcx_does() -> Result<()> {
     let counters = &status["connections"][0]["tunnel"]["counters"];
     ensure!(counters["rx_packets"].as_u64() >= Some(5), "{status}");
     pair.assert_quiet()?;
-    assert_eq!(pair.world.stop_processes(PATIENCE), Vec::<String>::new());
-    let left = pair.world.leaks()?;
-    assert!(left.links.is_empty() && left.pins.is_empty(), "{left:?}");
-    Ok(())
+    pair.assert_nothing_left()
 }
 
 /// clsact finds an `ingress` qdisc in its place: connections work, sources are checked, and `status` says what is missing and what to
@@ -169,7 +134,8 @@ fn an_ingress_qdisc_in_the_place_of_clsact_is_no_secret() -> Result<()> {
 #[test]
 #[ignore = "needs root: namespaces, links"]
 fn without_bpf_the_agent_says_so_and_counts_by_the_link() -> Result<()> {
-    let pair = pair("no-bpf", |command| {
+    let world = Pair::world("no-bpf", Cloud::Packet, 1)?;
+    let pair = Pair::start_with(world, |command| {
         command.args(["--bpf-enabled", "false"]);
     })?;
     let status = connects(&pair)?;
