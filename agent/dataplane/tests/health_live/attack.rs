@@ -15,8 +15,8 @@ use nsm_ebpf_common::{
 
 use super::fault::judged;
 use super::support::{
-    By, Node, OUTER, TCX, Tap, World, addr, both_up, discriminator, eventually, pair, sandbox,
-    sbfd_in, sendable, within,
+    By, Node, OUTER, TCX, Tap, World, addr, discriminator, end, eventually, sandbox, sbfd_in,
+    sendable, two_up, up, within,
 };
 
 /// Where things are in an inner frame over IPv4.
@@ -41,10 +41,7 @@ async fn counted(node: &Node, reason: &str, more_than: u64) {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, packet sockets"]
 fn answers_that_are_made_up_change_nothing() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, nodes, peers| {
         // On the wire to node 1, where an attacker could be who sees everything.
         let tap = Tap::open(&world.router, "to1");
         let answer = tap
@@ -94,9 +91,7 @@ fn answers_that_are_made_up_change_nothing() {
         let report = peers[0].report().await.expect("report");
         assert_eq!(report.snapshot.state, State::Up);
         assert!(report.answers >= answered && report.answers <= report.probes);
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -145,10 +140,7 @@ async fn up_since(peers: &[Peer; 2]) -> [Monotonic; 2] {
 #[ignore = "needs root: BPF, namespaces, VXLAN, packet sockets"]
 fn a_flood_of_guessed_probes_moves_neither_node() {
     const FLOOD: u64 = 30_000;
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, mut nodes, peers| {
         let since = up_since(&peers).await;
         let tap = Tap::open(&world.router, "to1");
         let probe = probe_to_node_1(&tap).await;
@@ -172,9 +164,7 @@ fn a_flood_of_guessed_probes_moves_neither_node() {
         let most = 1_000 * (start.elapsed().as_secs() + 1);
         assert!(sent <= most, "{sent} packets");
         unmoved(&mut nodes, &peers, since).await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -183,10 +173,7 @@ fn a_flood_of_guessed_probes_moves_neither_node() {
 #[ignore = "needs root: BPF, namespaces, VXLAN, packet sockets"]
 fn a_flood_of_replayed_probes_is_answered_at_a_bounded_rate_and_moves_neither_node() {
     const FLOOD: u64 = 100_000;
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, mut nodes, peers| {
         let since = up_since(&peers).await;
         let tap = Tap::open(&world.router, "to1");
         let probe = probe_to_node_1(&tap).await;
@@ -210,17 +197,14 @@ fn a_flood_of_replayed_probes_is_answered_at_a_bounded_rate_and_moves_neither_no
         assert!(nodes[0].dropped("sbfd_replayed") >= PROBES_AT_ONCE);
         // Also node 2, whose answers these are: replayed probes take none of them.
         unmoved(&mut nodes, &peers, since).await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
 /// While nothing passes any more, a probe that once was node 2's goes on coming in.
 async fn replayed(by: By) {
     let world = World::new();
-    let (mut nodes, peers) = pair(&world, by, 4).await;
-    both_up(&mut nodes, &peers).await;
+    let (mut nodes, peers) = up(&world, by, 4).await;
     let tap = Tap::open(&world.router, "to1");
     let probe = probe_to_node_1(&tap).await;
     world.drop_between("udp dport 4789");
@@ -253,9 +237,7 @@ async fn replayed(by: By) {
         is_later.then_some(()).ok_or_else(|| format!("{now:?}"))
     })
     .await;
-    for node in nodes {
-        node.end().await;
-    }
+    end(nodes).await;
 }
 
 #[test]
@@ -285,9 +267,7 @@ async fn another_name(by: By) {
     assert!(matches!(proof, Proof::Silent { .. }), "{proof:?}");
     assert!(nodes[1].dropped("sbfd_unknown_discriminator") >= 1);
     assert_eq!(peer.spec().address, addr("10.2.0.1"));
-    for node in nodes {
-        node.end().await;
-    }
+    end(nodes).await;
 }
 
 #[test]

@@ -15,14 +15,14 @@ use nsm_dataplane::{
 };
 
 use super::support::{
-    Node, PATIENCE, TCX, World, addr, both_up, eventually, ip, join, nft, pair, sandbox, within,
+    Node, PATIENCE, TCX, World, addr, both_up, end, eventually, ip, join, nft, sandbox, two_up, up,
+    within,
 };
 
 /// Drops the packets of node 1 on their way. Node 2 hears nothing any more, and answers nothing; node 1 goes on hearing node 2.
 async fn one_way(family: u8, from: &str) {
     let world = World::new();
-    let (mut nodes, peers) = pair(&world, TCX, family).await;
-    both_up(&mut nodes, &peers).await;
+    let (mut nodes, peers) = up(&world, TCX, family).await;
 
     world.drop_between(from);
     for node in &mut nodes {
@@ -49,9 +49,7 @@ async fn one_way(family: u8, from: &str) {
     for node in &mut nodes {
         node.becomes(State::Up).await;
     }
-    for node in nodes {
-        node.end().await;
-    }
+    end(nodes).await;
 }
 
 /// What the evidence of a path says now, and since when its session is as it is.
@@ -104,10 +102,7 @@ fn a_loss_the_other_way_over_ipv6_is_told_apart_by_who_is_heard() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
 fn the_own_firewall_is_seen_between_card_and_link() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, mut nodes, peers| {
         within(&world.nodes[1], || {
             nft("add table inet fw; \
                  add chain inet fw input { type filter hook input priority 0; }; \
@@ -119,19 +114,14 @@ fn the_own_firewall_is_seen_between_card_and_link() {
         becomes_reason(&peers[1], Direction::In, "OwnInputDrops").await;
         within(&world.nodes[1], || nft("delete table inet fw"));
         nodes[1].becomes(State::Up).await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
 fn the_own_output_filter_is_seen_between_link_and_card() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, mut nodes, peers| {
         within(&world.nodes[0], || {
             nft("add table inet fw; \
                  add chain inet fw output { type filter hook output priority 0; }; \
@@ -139,9 +129,7 @@ fn the_own_output_filter_is_seen_between_link_and_card() {
         });
         nodes[0].becomes(State::Down).await;
         becomes_reason(&peers[0], Direction::Out, "OwnOutputDrops").await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -167,19 +155,14 @@ fn a_firewall_that_lets_only_replies_in_is_no_good_path() {
         // The answers are new flows to port 4789, as data is. They come to the card and no further.
         assert!(report.stages.card_in > Some(0), "{report:?}");
         assert_eq!(report.stages.link_in, 0, "{report:?}");
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_vni_that_is_not_ours_is_told_when_a_peer_sends_it() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, mut nodes, _peers| {
         within(&world.nodes[1], || {
             ip("link add vx0 type vxlan id 77 remote 10.1.0.1 dstport 4789");
             ip("addr add 172.16.0.2/24 dev vx0");
@@ -200,9 +183,7 @@ fn a_vni_that_is_not_ours_is_told_when_a_peer_sends_it() {
         let told = tokio::time::timeout(PATIENCE, told).await.expect("told");
         assert_eq!(told.peer, addr("10.2.0.1"));
         assert!(told.packets >= 1);
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -212,10 +193,7 @@ const INNER_OF_1280: u16 = 1280 - 20 - 8 - 8 - 14;
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
 fn a_black_hole_for_large_packets_is_found() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, mut nodes, peers| {
         peers[0].want_mtu(1200, 1450);
         path_mtu(&mut nodes[0], |mtu| mtu == 1450).await;
 
@@ -233,9 +211,7 @@ fn a_black_hole_for_large_packets_is_found() {
         })
         .await;
         assert!(found > 1200);
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -260,10 +236,7 @@ async fn path_mtu(node: &mut Node, wanted: impl Fn(u16) -> bool) {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn probes_that_cannot_leave_are_no_loss() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, mut nodes, _peers| {
         // Before the stamp: this hook comes first.
         within(&world.nodes[0], || {
             nft("add table netdev kept; \
@@ -273,9 +246,7 @@ fn probes_that_cannot_leave_are_no_loss() {
         nodes[0].becomes(State::Unknown).await;
         within(&world.nodes[0], || nft("delete table netdev kept"));
         nodes[0].becomes(State::Up).await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -310,8 +281,6 @@ fn a_loss_to_a_peer_of_another_management_vni_is_not_our_own_output() {
             stages.card_in.is_some_and(|packets| packets > 0),
             "{stages:?}"
         );
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }

@@ -12,8 +12,8 @@ use nsm_dataplane::{
 };
 
 use super::support::{
-    By, CLSACT, Node, TCX, World, addr, both_up, discriminator, eventually, ip, join, link_names,
-    pair, pin_dir, run, sandbox, unhook, within,
+    By, CLSACT, Node, TCX, World, addr, discriminator, end, eventually, ip, join, link_names, pair,
+    pin_dir, run, sandbox, two_up, unhook, up, within,
 };
 
 #[test]
@@ -56,8 +56,7 @@ fn an_end_in_order_leaves_nothing() {
 
 async fn next_one_goes_on(by: By) {
     let world = World::new();
-    let (mut nodes, peers) = pair(&world, by, 4).await;
-    both_up(&mut nodes, &peers).await;
+    let (nodes, peers) = up(&world, by, 4).await;
     let [mut one, two] = nodes;
     let [to_two, to_one] = peers;
     let spec = two.spec(4);
@@ -139,10 +138,7 @@ fn the_reflector_answers_while_no_agent_runs_and_the_next_one_goes_on_with_clsac
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn what_nobody_comes_back_for_is_let_go() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, nodes, peers| {
         let [one, two] = nodes;
         drop(peers);
         let bpf = one.bpf.clone().expect("BPF");
@@ -255,10 +251,7 @@ fn where_paths_are_not_watched_any_more_nothing_is_left_that_answers() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_peer_is_shared_and_lingers() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |_world, _by, nodes, peers| {
         let again = nodes[0]
             .health
             .join(nodes[1].spec(4))
@@ -283,9 +276,7 @@ fn a_peer_is_shared_and_lingers() {
         assert!(again.is_up(), "it was still there");
 
         drop((again, to_one));
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -352,17 +343,14 @@ fn what_cannot_be_watched_is_refused() {
             nodes[0].bpf.clone(),
         );
         assert!(matches!(second, Err(HealthError::InUse)));
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
 /// What somebody does to a probe link of node 1, and whether there is another afterwards.
 async fn is_mended(by: By, harm: impl Fn(&Node), makes_another: bool) {
     let world = World::new();
-    let (mut nodes, peers) = pair(&world, by, 4).await;
-    both_up(&mut nodes, &peers).await;
+    let (nodes, peers) = up(&world, by, 4).await;
     let index = || {
         within(&world.nodes[0], || {
             nix::net::if_::if_nametoindex("nsm-mgmt4-4789").ok()
@@ -388,9 +376,7 @@ async fn is_mended(by: By, harm: impl Fn(&Node), makes_another: bool) {
         .await;
     }
     assert_eq!(index() != Some(before), makes_another);
-    for node in nodes {
-        node.end().await;
-    }
+    end(nodes).await;
     assert_eq!(link_names(&world.nodes[0]), ["eth0"]);
 }
 
@@ -470,17 +456,12 @@ fn a_peer_that_cannot_be_entered_is_as_before() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_node_that_drains_asks_its_peers_to_back_off() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |_world, _by, mut nodes, _peers| {
         nodes[1].health.set_admin_down(true).await.expect("set");
         nodes[0].becomes(State::AdminDown).await;
         nodes[1].health.set_admin_down(false).await.expect("set");
         nodes[0].becomes(State::Up).await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
@@ -538,10 +519,7 @@ fn agents_of_one_domain_in_one_namespace_have_a_link_each() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn an_agent_that_may_not_probe_leaves_the_reflector_of_an_earlier_one() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |_world, _by, nodes, peers| {
         let [one, two] = nodes;
         let [to_two, to_one] = peers;
         let bpf = two.bpf.clone().expect("BPF");

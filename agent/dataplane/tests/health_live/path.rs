@@ -3,12 +3,11 @@
 use nsm_core::liveness::sbfd::{Proof, State};
 use nsm_dataplane::{bpf::Hook, liveness::Plane};
 
-use super::support::{By, Node, TCX, World, both_up, eventually, pair, sandbox};
+use super::support::{By, Node, TCX, World, both_up, end, eventually, sandbox, up};
 
 async fn watch_each_other(by: By, family: u8) {
     let world = World::new();
-    let (mut nodes, peers) = pair(&world, by, family).await;
-    both_up(&mut nodes, &peers).await;
+    let (nodes, peers) = up(&world, by, family).await;
     for peer in &peers {
         let report = eventually("a few answers", async || {
             let report = peer.report().await.expect("report");
@@ -52,9 +51,7 @@ async fn watch_each_other(by: By, family: u8) {
             assert_eq!(drops, [], "node {}", node.number);
         }
     }
-    for node in nodes {
-        node.end().await;
-    }
+    end(nodes).await;
 }
 
 #[test]
@@ -98,8 +95,6 @@ fn one_with_bpf_and_one_without_understand_each_other() {
         ];
         let peers = super::support::join(&nodes, 4).await;
         both_up(&mut nodes, &peers).await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }

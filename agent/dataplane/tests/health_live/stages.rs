@@ -5,7 +5,8 @@ use nsm_core::liveness::{Direction, sbfd::State};
 use super::{
     fault::{becomes_reason, reason},
     support::{
-        CLSACT, Node, TCX, World, both_up, eventually, ip, join, nft, pair, sandbox, unhook, within,
+        CLSACT, Node, TCX, World, end, eventually, ip, join, nft, sandbox, two_up, two_up_in,
+        unhook, within,
     },
 };
 
@@ -27,12 +28,10 @@ fn drop_own_output(node: &Node) {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
 fn a_loss_behind_an_interface_that_nothing_counts_on_is_not_our_own_output() {
-    sandbox(|| async {
-        for by in [TCX, CLSACT] {
-            let world = World::new();
-            world.second_way();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
+    two_up_in(
+        World::second_way,
+        &[TCX, CLSACT],
+        async |world, _by, mut nodes, peers| {
             // At the same moment: nobody can have noticed.
             move_way(&world);
             world.drop_between("ip saddr 10.1.0.1");
@@ -41,22 +40,18 @@ fn a_loss_behind_an_interface_that_nothing_counts_on_is_not_our_own_output() {
             assert_ne!(told, "OwnOutputDrops");
             world.mend();
             nodes[0].becomes(State::Up).await;
-            for node in nodes {
-                node.end().await;
-            }
-        }
-    });
+            end(nodes).await;
+        },
+    );
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
 fn an_interface_that_a_route_moves_to_is_counted_on() {
-    sandbox(|| async {
-        for by in [TCX, CLSACT] {
-            let world = World::new();
-            world.second_way();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
+    two_up_in(
+        World::second_way,
+        &[TCX, CLSACT],
+        async |world, _by, mut nodes, peers| {
             move_way(&world);
             eventually("hooks on eth1", async || {
                 let interfaces = nodes[0].bpf.as_ref().expect("BPF").interfaces();
@@ -78,11 +73,9 @@ fn an_interface_that_a_route_moves_to_is_counted_on() {
             drop_own_output(&nodes[0]);
             nodes[0].becomes(State::Down).await;
             becomes_reason(&peers[0], Direction::Out, "OwnOutputDrops").await;
-            for node in nodes {
-                node.end().await;
-            }
-        }
-    });
+            end(nodes).await;
+        },
+    );
 }
 
 #[test]
@@ -101,35 +94,26 @@ fn a_peer_that_never_was_up_is_counted_where_its_route_leads() {
         // Once somebody counts there, the truth is told also without an answer ever.
         drop_own_output(&nodes[0]);
         becomes_reason(&peers[0], Direction::Out, "OwnOutputDrops").await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
 fn programs_that_somebody_took_off_the_card_hang_there_again() {
-    sandbox(|| async {
-        for by in [TCX, CLSACT] {
-            let world = World::new();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
-            unhook(&nodes[0], by, "eth0");
-            let before = peers[0].report().await.expect("report").stages;
-            eventually("a count that goes on", async || {
-                let stages = peers[0].report().await.expect("report").stages;
-                let goes_on = stages.card_out > before.card_out && stages.card_in > before.card_in;
-                goes_on.then_some(()).ok_or_else(|| format!("{stages:?}"))
-            })
-            .await;
-            drop_own_output(&nodes[0]);
-            nodes[0].becomes(State::Down).await;
-            becomes_reason(&peers[0], Direction::Out, "OwnOutputDrops").await;
-            for node in nodes {
-                node.end().await;
-            }
-        }
+    two_up(&[TCX, CLSACT], async |_world, by, mut nodes, peers| {
+        unhook(&nodes[0], by, "eth0");
+        let before = peers[0].report().await.expect("report").stages;
+        eventually("a count that goes on", async || {
+            let stages = peers[0].report().await.expect("report").stages;
+            let goes_on = stages.card_out > before.card_out && stages.card_in > before.card_in;
+            goes_on.then_some(()).ok_or_else(|| format!("{stages:?}"))
+        })
+        .await;
+        drop_own_output(&nodes[0]);
+        nodes[0].becomes(State::Down).await;
+        becomes_reason(&peers[0], Direction::Out, "OwnOutputDrops").await;
+        end(nodes).await;
     });
 }
 
@@ -169,8 +153,6 @@ fn interfaces_that_the_operator_names_are_all_that_is_hooked_and_that_is_said() 
             }
         })
         .await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }

@@ -385,7 +385,44 @@ pub(crate) async fn both_up(nodes: &mut [Node; 2], peers: &[Peer; 2]) {
     }
 }
 
-/// Waits for a condition; the last thing seen tells why it never came.
+/// Two nodes that watch each other, with both sessions up.
+pub(crate) async fn up(world: &World, by: By, family: u8) -> ([Node; 2], [Peer; 2]) {
+    let (mut nodes, peers) = pair(world, by, family).await;
+    both_up(&mut nodes, &peers).await;
+    (nodes, peers)
+}
+
+/// Runs a test for each place of the programs, on two nodes whose sessions are up over IPv4, in a world of their own.
+pub(crate) fn two_up<F>(places: &'static [By], test: F)
+where
+    F: AsyncFn(World, By, [Node; 2], [Peer; 2]) + Send + 'static,
+{
+    two_up_in(|_| {}, places, test);
+}
+
+/// As [`two_up`], in a world that is prepared before the nodes start.
+pub(crate) fn two_up_in<F>(prepare: fn(&World), places: &'static [By], test: F)
+where
+    F: AsyncFn(World, By, [Node; 2], [Peer; 2]) + Send + 'static,
+{
+    sandbox(move || async move {
+        for &by in places {
+            let world = World::new();
+            prepare(&world);
+            let (nodes, peers) = up(&world, by, 4).await;
+            test(world, by, nodes, peers).await;
+        }
+    });
+}
+
+/// Ends nodes in their order.
+pub(crate) async fn end(nodes: [Node; 2]) {
+    for node in nodes {
+        node.end().await;
+    }
+}
+
+/// Waits for a condition; the last thing seen says why it never came.
 pub(crate) async fn eventually<T>(
     what: &str,
     mut look: impl AsyncFnMut() -> Result<T, String>,

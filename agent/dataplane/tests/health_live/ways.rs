@@ -11,7 +11,8 @@ use nsm_dataplane::liveness::{Event, Peer};
 use super::{
     fault::{judged, reason},
     support::{
-        By, CLSACT, Node, TCX, World, addr, both_up, discriminator, eventually, ip, pair, within,
+        By, CLSACT, Node, TCX, World, addr, discriminator, end, eventually, ip, two_up, two_up_in,
+        within,
     },
 };
 
@@ -61,43 +62,35 @@ fn elsewhere(spec: PathId, address: &str) -> PathId {
     }
 }
 
-async fn end<const N: usize>(nodes: [Node; N]) {
-    for node in nodes {
-        node.end().await;
-    }
+/// Node 2 has a second address, before it starts.
+fn second_address(world: &World) {
+    within(&world.nodes[1], || ip("addr add 10.2.0.2/24 dev eth0"));
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn each_family_of_addresses_is_answered_on_its_own_link() {
-    super::support::sandbox(|| async {
-        for by in [TCX, By::UserSpace] {
-            let world = World::new();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
-            let six = super::support::join(&nodes, 6).await;
-            for peer in &six {
-                reached(peer).await;
-            }
-            for peer in six.iter().chain(&peers) {
-                goes_on(peer).await;
-                let report = peer.report().await.expect("report");
-                assert!(report.reflected > 0, "its probes are its own: {report:?}");
-            }
-            end(nodes).await;
+    two_up(&[TCX, By::UserSpace], async |_world, _by, nodes, peers| {
+        let six = super::support::join(&nodes, 6).await;
+        for peer in &six {
+            reached(peer).await;
         }
+        for peer in six.iter().chain(&peers) {
+            goes_on(peer).await;
+            let report = peer.report().await.expect("report");
+            assert!(report.reflected > 0, "its probes are its own: {report:?}");
+        }
+        end(nodes).await;
     });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_node_is_reached_by_two_addresses_at_once() {
-    super::support::sandbox(|| async {
-        for by in [TCX, By::UserSpace] {
-            let world = World::new();
-            within(&world.nodes[1], || ip("addr add 10.2.0.2/24 dev eth0"));
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
+    two_up_in(
+        second_address,
+        &[TCX, By::UserSpace],
+        async |_world, _by, nodes, peers| {
             let second = elsewhere(nodes[1].spec(4), "10.2.0.2");
             let second = nodes[0].health.join(second).await.expect("joined");
             reached(&second).await;
@@ -105,49 +98,41 @@ fn a_node_is_reached_by_two_addresses_at_once() {
                 goes_on(peer).await;
             }
             end(nodes).await;
-        }
-    });
+        },
+    );
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_node_that_moved_is_answered_where_it_is_now() {
-    super::support::sandbox(|| async {
-        for by in [TCX, By::UserSpace] {
-            let world = World::new();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
-            move_node(&world, 2);
-            let moved = elsewhere(nodes[1].spec(4), "10.2.0.2");
-            let moved = nodes[0].health.join(moved).await.expect("joined");
-            reached(&moved).await;
-            // Connections to where it was are still there.
-            let [before, to_one] = peers;
-            is_down(&before).await;
-            goes_on(&to_one).await;
-            goes_on(&moved).await;
-            // The other way goes, and is not missed.
-            drop(before);
-            eventually("one session", async || {
-                let reports = nodes[0].health.reports().await.expect("reports");
-                (reports.len() == 1)
-                    .then_some(())
-                    .ok_or_else(|| format!("{reports:?}"))
-            })
-            .await;
-            goes_on(&moved).await;
-            end(nodes).await;
-        }
+    two_up(&[TCX, By::UserSpace], async |world, _by, nodes, peers| {
+        move_node(&world, 2);
+        let moved = elsewhere(nodes[1].spec(4), "10.2.0.2");
+        let moved = nodes[0].health.join(moved).await.expect("joined");
+        reached(&moved).await;
+        // Connections to where it was are still there.
+        let [before, to_one] = peers;
+        is_down(&before).await;
+        goes_on(&to_one).await;
+        goes_on(&moved).await;
+        // The other way goes, and is not missed.
+        drop(before);
+        eventually("one session", async || {
+            let reports = nodes[0].health.reports().await.expect("reports");
+            (reports.len() == 1)
+                .then_some(())
+                .ok_or_else(|| format!("{reports:?}"))
+        })
+        .await;
+        goes_on(&moved).await;
+        end(nodes).await;
     });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn two_nodes_that_moved_at_once_find_each_other() {
-    super::support::sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, nodes, peers| {
         for number in [1, 2] {
             move_node(&world, number);
         }
@@ -170,11 +155,9 @@ fn two_nodes_that_moved_at_once_find_each_other() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn what_another_says_of_a_peer_takes_nothing_from_it() {
-    super::support::sandbox(|| async {
-        for by in [TCX, By::UserSpace] {
-            let world = World::new();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
+    two_up(
+        &[TCX, By::UserSpace],
+        async |_world, _by, mut nodes, peers| {
             let spec = nodes[1].spec(4);
             let claims = [
                 PathId {
@@ -233,17 +216,14 @@ fn what_another_says_of_a_peer_takes_nothing_from_it() {
                 assert!(!lost || report.path != spec, "{event:?}");
             }
             end(nodes).await;
-        }
-    });
+        },
+    );
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_peer_that_lost_its_name_is_known_by_the_new_one_at_once() {
-    super::support::sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, nodes, peers| {
         let [one, two] = nodes;
         let before = two.health.discriminator();
         let [to_two, to_one] = peers;
@@ -314,51 +294,45 @@ async fn is_answered_on(peer: &Peer) {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn who_comes_back_first_takes_nothing_from_the_way_that_worked_before_a_restart() {
-    super::support::sandbox(|| async {
-        for by in [TCX, CLSACT] {
-            let world = World::new();
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
-            let ([one, mut two], [to_two, to_one]) = (nodes, peers);
-            let spec = two.spec(4);
-            drop(to_two);
-            kill(one).await;
+    two_up(&[TCX, CLSACT], async |world, by, nodes, peers| {
+        let ([one, mut two], [to_two, to_one]) = (nodes, peers);
+        let spec = two.spec(4);
+        drop(to_two);
+        kill(one).await;
 
-            let mut one = Node::start(&world, 1, by);
-            let claims = [elsewhere(spec, "10.2.0.99"), PathId { port: 4999, ..spec }];
-            let mut claimed = Vec::new();
-            for claim in claims {
-                let peer = one.health.join(claim).await.expect("joined");
-                let proof = peer.prove().await.expect("proof");
-                assert!(
-                    matches!(proof, Proof::Silent { .. }),
-                    "{claim:?}: {proof:?}"
-                );
-                claimed.push(peer);
-            }
-            goes_on(&to_one).await;
-            let to_two = one.health.join(spec).await.expect("joined");
-            reached(&to_two).await;
-            for peer in [&to_one, &to_two] {
-                goes_on(peer).await;
-            }
-            assert_eq!(one.dropped("wrong_source"), 0);
-            assert_eq!(lost(&mut two), []);
-            assert!(!lost(&mut one).contains(&spec));
-            drop(claimed);
-            end([one, two]).await;
+        let mut one = Node::start(&world, 1, by);
+        let claims = [
+            elsewhere(spec, "10.2.0.99"),
+            PathId { port: 4999, ..spec },
+        ];
+        let mut claimed = Vec::new();
+        for claim in claims {
+            let peer = one.health.join(claim).await.expect("joined");
+            let proof = peer.prove().await.expect("proof");
+            assert!(
+                matches!(proof, Proof::Silent { .. }),
+                "{claim:?}: {proof:?}"
+            );
+            claimed.push(peer);
         }
+        goes_on(&to_one).await;
+        let to_two = one.health.join(spec).await.expect("joined");
+        reached(&to_two).await;
+        for peer in [&to_one, &to_two] {
+            goes_on(peer).await;
+        }
+        assert_eq!(one.dropped("wrong_source"), 0);
+        assert_eq!(lost(&mut two), []);
+        assert!(!lost(&mut one).contains(&spec));
+        drop(claimed);
+        end([one, two]).await;
     });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_way_that_is_good_takes_the_place_of_one_of_before_a_restart_and_leaves_it_its_session() {
-    super::support::sandbox(|| async {
-        let world = World::new();
-        within(&world.nodes[1], || ip("addr add 10.2.0.2/24 dev eth0"));
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up_in(second_address, &[TCX], async |world, _by, nodes, peers| {
         let [one, mut two] = nodes;
         let spec = two.spec(4);
         let [to_two, to_one] = peers;
@@ -385,12 +359,10 @@ fn a_way_that_is_good_takes_the_place_of_one_of_before_a_restart_and_leaves_it_i
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, nftables"]
 fn one_of_two_ways_breaks_and_the_other_and_the_peer_notice_nothing() {
-    super::support::sandbox(|| async {
-        for by in [TCX, By::UserSpace] {
-            let world = World::new();
-            within(&world.nodes[1], || ip("addr add 10.2.0.2/24 dev eth0"));
-            let (mut nodes, peers) = pair(&world, by, 4).await;
-            both_up(&mut nodes, &peers).await;
+    two_up_in(
+        second_address,
+        &[TCX, By::UserSpace],
+        async |world, _by, mut nodes, peers| {
             let spec = nodes[1].spec(4);
             let second = elsewhere(spec, "10.2.0.2");
             let second = nodes[0].health.join(second).await.expect("joined");
@@ -425,6 +397,6 @@ fn one_of_two_ways_breaks_and_the_other_and_the_peer_notice_nothing() {
                 goes_on(peer).await;
             }
             end(nodes).await;
-        }
-    });
+        },
+    );
 }

@@ -8,7 +8,7 @@ use nsm_ebpf_common::{
     sbfd::{self, DETECT_MULTIPLIER, frame::Role},
 };
 
-use super::support::{TCX, Tap, World, both_up, eventually, pair, run, sandbox, sbfd_in, sendable};
+use super::support::{TCX, Tap, end, eventually, run, sbfd_in, sendable, two_up};
 
 /// A capture file of Ethernet frames (pcap, version 2.4).
 fn pcap(frames: &[Vec<u8>]) -> Vec<u8> {
@@ -93,10 +93,7 @@ const FIELDS: &[&str] = &[
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN, packet sockets; tshark"]
 fn tshark_reads_probes_and_answers_as_bfd() {
-    sandbox(|| async {
-        let world = World::new();
-        let (mut nodes, peers) = pair(&world, TCX, 4).await;
-        both_up(&mut nodes, &peers).await;
+    two_up(&[TCX], async |world, _by, nodes, peers| {
         // Large probes, too.
         peers[0].want_mtu(1200, 1450);
         let tap = Tap::open(&world.router, "to1");
@@ -191,8 +188,6 @@ fn tshark_reads_probes_and_answers_as_bfd() {
             false => Err("down".to_owned()),
         })
         .await;
-        for node in nodes {
-            node.end().await;
-        }
+        end(nodes).await;
     });
 }
