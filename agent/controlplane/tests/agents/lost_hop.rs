@@ -1,6 +1,6 @@
-//! Agents on the way that die: what is told of it, what goes on standing, and how it is mended.
+//! Agents on the path that die: which state the others publish, what stays in place, and how the connection is repaired.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use nsm_core::liveness::{LostHop, Published};
 use nsm_proto::{
@@ -10,11 +10,64 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::{
-    Agent, Client, Granted, Setup, World, assert_refusal, client_side, endpoint_side, eventually,
+    Agent, Client, Endpoint, Granted, Setup, Watch, World, assert_refusal, client_side, endpoint_side, eventually,
     registration,
 };
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
+
+/// A client's connection through two agents to an endpoint.
+struct Connected {
+    world: World,
+    endpoint: Arc<Endpoint>,
+    client: Client,
+    granted: Granted,
+}
+
+impl Connected {
+    async fn new() -> Self {
+        let world = World::two().await;
+        let [a, b] = world.agents();
+        let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+        let client = Client::on_node(a).await;
+        let granted = client.ask(SERVICE).await;
+        Self {
+            world,
+            endpoint,
+            client,
+            granted,
+        }
+    }
+
+    /// The client's monitor stream after its first event, once agent 1 monitors agent 2; and that event.
+    async fn watched(&self) -> (Watch, Connection) {
+        let [_, b] = self.world.agents();
+        let mut watch = self.client.monitor().await;
+        let before = watch.one(InitialStateTransfer).await;
+        eventually(1, || b.plane.holdings().monitors).await;
+        (watch, before)
+    }
+
+    /// The next life of the killed agent 2, at which the endpoint has registered again.
+    async fn register_again(&self, b: &Agent) {
+        Client::on_node(b)
+            .await
+            .register(registration(&self.endpoint, "icmp-responder", &[]))
+            .await
+            .expect("registered again");
+    }
+}
+
+/// The client's domain, and a domain of an agent with the registry and of others that share it, in this order: the registry's,
+/// the others, the client's.
+async fn behind_a_gate(others: &[u8]) -> World {
+    let sharing = |number: &u8| {
+        let (name, ip) = (format!("agent-{number}"), format!("192.0.2.{number}"));
+        Setup::new(&name, "cluster-2.example", &ip).sharing_the_registry()
+    };
+    let setups = [endpoint_side()].into_iter();
+    World::of(setups.chain(others.iter().map(sharing)).chain([client_side()])).await
+}
 
 fn segment<'a>(connection: &'a Connection, hop: &str) -> &'a PathSegment {
     let path = connection.path.as_ref().expect("a path");
@@ -51,24 +104,25 @@ fn state(agent: &Agent) -> State {
     agent.plane.connections()[0].connection().state()
 }
 
-/// The far agent is killed and started again: all that stands goes on standing.
+/// The far agent is killed and started again: links, VNIs and the connection stay.
 #[tokio::test]
-async fn a_killed_agent_is_told_and_its_next_life_takes_over_what_stands() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+async fn a_killed_agent_is_published_and_its_next_life_takes_over_what_stands() {
+    let connected = Connected::new().await;
+    let [a, b] = connected.world.agents();
     let (link, far_link) = (a.kernel().only(), b.kernel().only());
     let changes = (a.kernel().changes(), b.kernel().changes());
-    let mut watch = client.monitor().await;
-    let before = watch.one(InitialStateTransfer).await;
+    let (mut watch, before) = connected.watched().await;
     assert_eq!(lost(&before, "agent-1"), None);
-    eventually(1, || b.plane.holdings().monitors).await;
+    let Connected {
+        client,
+        granted,
+        endpoint,
+        ..
+    } = &connected;
     b.kill();
     let down = watch.one(Update).await;
     assert_eq!(down.state(), State::Down);
-    let reason = lost(&down, "agent-1").expect("it is told");
+    let reason = lost(&down, "agent-1").expect("it is published");
     assert!(
         reason.contains(&b.url) && reason.contains("not heard"),
         "{reason}"
@@ -86,13 +140,13 @@ async fn a_killed_agent_is_told_and_its_next_life_takes_over_what_stands() {
         "{shown}"
     );
 
-    // Nobody answers; then nobody knows the endpoint yet. Nothing is touched.
-    let refused = client.refresh(&granted).await.expect_err("nobody is there");
+    // No agent answers; then the agent does not have the endpoint yet. Neither changes a link.
+    let refused = client.refresh(granted).await.expect_err("nobody is there");
     assert_refusal(&refused, Code::Unavailable, &[&b.url]);
     let b = b.start_again().await;
-    // That nobody was there may be told once more before it is dialled again.
+    // The failed dial may be the answer once more before the next one.
     let refused = loop {
-        let refused = client.refresh(&granted).await.expect_err("not registered");
+        let refused = client.refresh(granted).await.expect_err("not registered");
         if refused.code() != Code::Unavailable {
             break refused;
         }
@@ -103,12 +157,8 @@ async fn a_killed_agent_is_told_and_its_next_life_takes_over_what_stands() {
     assert_eq!(a.plane.holdings().vnis, 1);
     assert_eq!(state(a), State::Down);
 
-    Client::on_node(&b)
-        .await
-        .register(registration(&endpoint, "icmp-responder", &[]))
-        .await
-        .expect("registered again");
-    let again = client.refresh(&granted).await.expect("it is back");
+    connected.register_again(&b).await;
+    let again = client.refresh(granted).await.expect("it is back");
     assert_eq!(again.connection.state(), State::Up);
     let up = watch.one(Update).await;
     assert_eq!((up.state(), lost(&up, "agent-1")), (State::Up, None));
@@ -145,15 +195,10 @@ async fn a_killed_agent_is_told_and_its_next_life_takes_over_what_stands() {
     assert!(endpoint.standing().is_empty());
 }
 
-/// The registry lives on and forgets the endpoint of a killed agent: that it knows no such endpoint says nothing of it.
+/// The registry lives on and forgets the endpoint of a killed agent: the refusal is Unavailable all the same, not NotFound.
 #[tokio::test]
 async fn a_killed_agent_is_away_although_the_registry_has_forgotten_its_endpoint() {
-    let world = World::of([
-        endpoint_side(),
-        Setup::new("agent-3", "cluster-2.example", "192.0.2.3").sharing_the_registry(),
-        client_side(),
-    ])
-    .await;
+    let world = behind_a_gate(&[3]).await;
     let [b, c, a] = world.agents();
     world.endpoint(c, "nse-3", "icmp-responder").await;
     let client = Client::on_node(a).await;
@@ -165,7 +210,7 @@ async fn a_killed_agent_is_away_although_the_registry_has_forgotten_its_endpoint
     let refused = client.refresh(&granted).await.expect_err("it is away");
     assert_refusal(&refused, Code::Unavailable, &[&c.url]);
     assert_eq!(a.kernel().only(), link);
-    // Somebody who has no connection there is told what the registry knows.
+    // A client without a connection there gets the registry's answer.
     let refused = client.send(client.request_for(SERVICE)).await;
     let refused = refused.expect_err("nobody serves it");
     assert_eq!(refused.code(), Code::NotFound);
@@ -175,29 +220,23 @@ async fn a_killed_agent_is_away_although_the_registry_has_forgotten_its_endpoint
 /// A VNI that the next life of an agent has given away meanwhile is not taken back.
 #[tokio::test]
 async fn a_vni_that_another_has_meanwhile_is_replaced() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let connected = Connected::new().await;
+    let [a, b] = connected.world.agents();
+    let (client, granted) = (&connected.client, &connected.granted);
     let vni: u32 = granted.fact("nsm-vni").parse().expect("a VNI");
     b.kill();
     let b = b.start_again().await;
-    Client::on_node(&b)
-        .await
-        .register(registration(&endpoint, "icmp-responder", &[]))
-        .await
-        .expect("registered again");
+    connected.register_again(&b).await;
     b.kernel().forget();
     b.kernel().occupy(vni);
-    let again = client.refresh(&granted).await.expect("granted");
+    let again = client.refresh(granted).await.expect("granted");
     assert_ne!(again.fact("nsm-vni"), granted.fact("nsm-vni"));
     assert_eq!(b.kernel().refused_vnis(), [vni]);
     assert_eq!(a.kernel().only().tunnel, b.kernel().only().tunnel);
     client.close(&again.connection).await.expect("closed");
 }
 
-/// Whoever asks for a connection is alive, also while nobody answers: it ends with the token of the last Request.
+/// A Request without an answer extends the connection as well: it ends with the token of the last Request.
 #[tokio::test]
 async fn a_refresh_in_vain_keeps_what_stands_alive() {
     let world = World::two().await;
@@ -229,17 +268,11 @@ async fn a_refresh_in_vain_keeps_what_stands_alive() {
 /// The loss of the endpoint itself is the endpoint's: no hop that could be waited for is lost.
 #[tokio::test]
 async fn a_lost_endpoint_is_no_lost_hop() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
-    eventually((1, 1), || {
-        (endpoint.monitors(), b.plane.holdings().monitors)
-    })
-    .await;
+    let connected = Connected::new().await;
+    let [a, b] = connected.world.agents();
+    let endpoint = &connected.endpoint;
+    let (mut watch, _) = connected.watched().await;
+    eventually(1, || endpoint.monitors()).await;
     endpoint.kill();
     let down = watch.one(Update).await;
     assert_eq!(down.state(), State::Down);
@@ -248,27 +281,28 @@ async fn a_lost_endpoint_is_no_lost_hop() {
     }
     let shown = b.plane.down_reason(&b.plane.connections()[0]);
     assert!(shown.is_some_and(|shown| shown.contains(&endpoint.url)));
-    // What it told is what holds, although its agent goes too.
+    // Its last state holds, although its agent is lost too.
     b.kill();
     eventually(1, || a.plane.unmonitored_peers().len()).await;
     assert_eq!(lost(a.plane.connections()[0].connection(), "agent-1"), None);
-    client.close(&granted.connection).await.expect("closed");
+    let granted = &connected.granted.connection;
+    connected.client.close(granted).await.expect("closed");
 }
 
-/// An event as the peer tells it.
+/// An event as the peer sends it.
 fn update(connection: &Connection, state: State) -> ConnectionEvent {
-    let mut told = connection.clone();
-    told.path.as_mut().expect("a path").index = 2;
-    told.set_state(state);
+    let mut shown = connection.clone();
+    shown.path.as_mut().expect("a path").index = 2;
+    shown.set_state(state);
     ConnectionEvent {
         r#type: Update.into(),
-        connections: [("as they know it".to_owned(), told)].into(),
+        connections: [("as they know it".to_owned(), shown)].into(),
     }
 }
 
-/// A stream that breaks while the peer lives on: the next Request through it opens another, by which it is heard of all.
+/// A stream that breaks while the peer lives on: the next Request through the peer opens another, which serves all connections.
 #[tokio::test]
-async fn a_peer_that_is_heard_again_is_not_lost() {
+async fn a_peer_whose_stream_is_open_again_is_not_lost() {
     let world = World::two().await;
     let [a, _] = world.agents();
     let peer = world.foreign_domain("peer.example", "svc").await;
@@ -298,7 +332,7 @@ async fn a_peer_that_is_heard_again_is_not_lost() {
     let up = watch.one(Update).await;
     assert_eq!((up.state(), up.id), (State::Up, asking.agent_id()));
     eventually(1, || peer.monitors()).await;
-    // Down by its own word: it is heard.
+    // DOWN by an event of the peer, whose stream is open.
     peer.tell(update(&quiet.connection, State::Down)).await;
     let down = watch.one(Update).await;
     assert_eq!((down.state(), &down.id), (State::Down, &quiet.agent_id()));
@@ -312,16 +346,10 @@ async fn a_peer_that_is_heard_again_is_not_lost() {
     world.settles(&before).await;
 }
 
-/// Another endpoint is asked for in the end: the old tunnel stands until the new one does, whoever on the way is lost.
+/// The client asks for another endpoint in the end: the old tunnel stands until the new one does, whichever agent is lost.
 #[tokio::test]
 async fn a_lost_agent_is_left_for_another_endpoint() {
-    let world = World::of([
-        endpoint_side(),
-        Setup::new("agent-3", "cluster-2.example", "192.0.2.3").sharing_the_registry(),
-        Setup::new("agent-4", "cluster-2.example", "192.0.2.4").sharing_the_registry(),
-        client_side(),
-    ])
-    .await;
+    let world = behind_a_gate(&[3, 4]).await;
     let [_, c, d, a] = world.agents();
     world.endpoint(c, "nse-3", "icmp-responder").await;
     let client = Client::on_node(a).await;
@@ -334,7 +362,7 @@ async fn a_lost_agent_is_left_for_another_endpoint() {
     eventually(1, || c.plane.holdings().monitors).await;
     c.kill();
     let down = watch.one(Update).await;
-    // The agent that is next to it says so; ours hears well.
+    // The agent next to the lost one publishes the loss; the stream of ours is open.
     assert!(lost(&down, "agent-2").is_some_and(|reason| reason.contains(&c.url)));
     assert_eq!(lost(&down, "agent-1"), None);
     let shown = a
