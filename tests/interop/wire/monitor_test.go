@@ -131,7 +131,7 @@ func monitorScene(w *world) {
 	stop()
 	stopLate()
 	stopSkip()
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 // A watcher says which connections it wants to see, by a run of path segments.
@@ -163,7 +163,7 @@ func selectorsScene(w *world) {
 	for _, stop := range stops {
 		stop()
 	}
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 // The control plane on the way is lost: the connection is DOWN and says why, until the next Request.
@@ -204,7 +204,7 @@ func lostHopScene(w *world) {
 	w.close(w.one.client, connection)
 	w.Await(clientOne, events, 1)
 	stop()
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 // What nobody refreshes ends when its token does.
@@ -226,7 +226,7 @@ func expiryScene(w *world) {
 	w.Await(clientOne, events, 1)
 	harness.WaitUntilEmpty(w.t, w.one.agent, w.two.agent)
 	stop()
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 const shortLife = 4 * time.Second

@@ -79,9 +79,9 @@ func (r *Recording) AwaitEnds(edge, method string, count int) {
 	})
 }
 
-// AwaitEnd waits until no call is open: a monitor stream between agents outlives its last connection
+// AwaitQuiet waits until no call is open: a monitor stream between agents outlives its last connection
 // by a moment.
-func (r *Recording) AwaitEnd() {
+func (r *Recording) AwaitQuiet() {
 	r.t.Helper()
 	r.eventually(func() bool { return len(r.open()) == 0 }, func() string {
 		return fmt.Sprintf("open calls: %v", r.open())

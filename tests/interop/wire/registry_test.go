@@ -145,7 +145,7 @@ func registryOfOthersScene(w *world) {
 	w.Step("the watches end")
 	stopServices()
 	stopEndpoints()
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 // What a registry refuses.
@@ -210,7 +210,7 @@ func floatingScene(w *world) {
 	connection = w.granted(w.one.node, &networkservice.NetworkServiceRequest{Connection: connection})
 	w.Step("the Close")
 	w.close(w.one.node, connection)
-	w.AwaitEnd()
+	w.AwaitQuiet()
 
 	w.Step("unregister")
 	w.unregister(w.two.client, nse, "nse@floating.example", service+"@floating.example")
@@ -238,7 +238,7 @@ func upstreamScene(w *world) {
 	w.Await("agents > proxy's proxy", "MonitorConnections", 1)
 	w.Step("the Close")
 	w.close(w.one.node, connection)
-	w.AwaitEnd()
+	w.AwaitQuiet()
 
 	w.Step("register and unregister through the proxy's registry")
 	w.register(proxy.client, nsmgr, "nse-2", "other")

@@ -111,7 +111,7 @@ func (w *world) requests(at *grpc.ClientConn, request *networkservice.NetworkSer
 	w.Step("a Close as by a client that never got an answer")
 	w.close(at, second.GetConnection())
 	require.NotEmpty(w.t, other.GetId())
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 // Another endpoint is asked for when the first is of no use any more.
@@ -142,7 +142,7 @@ func reselectScene(w *world) {
 
 	w.Step("the Close")
 	w.close(w.one.node, connection)
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 // Endpoints are chosen by the client's labels.
@@ -279,7 +279,7 @@ func nodeScene(w *world) {
 	w.Step("the Closes")
 	w.close(at, connection)
 	w.close(at, other)
-	w.AwaitEnd()
+	w.AwaitQuiet()
 
 	w.Step("a Request from another domain")
 	connection = w.granted(w.two.node, w.request("id-3", service+"@"+harness.DomainOne))
@@ -287,7 +287,7 @@ func nodeScene(w *world) {
 	w.Await(toOneProxy, "MonitorConnections", 1)
 	w.Step("its Close")
 	w.close(w.two.node, connection)
-	w.AwaitEnd()
+	w.AwaitQuiet()
 
 	w.Step("unregister by the socket")
 	w.unregister(at, nse, "nse", service)
@@ -310,5 +310,5 @@ func tokensScene(w *world) {
 	w.awaitMonitors(1)
 	w.Step("the Close")
 	w.close(w.one.node, connection)
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }

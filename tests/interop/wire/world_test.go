@@ -126,7 +126,7 @@ func (w *world) finish(name string) {
 			harness.WaitUntilEmpty(w.t, p.agent)
 		}
 	}
-	w.AwaitEnd()
+	w.AwaitQuiet()
 	if !w.t.Failed() {
 		w.Compare(name)
 	}
@@ -211,7 +211,7 @@ func (w *world) closeAll(at *grpc.ClientConn, connections []*networkservice.Conn
 	for _, connection := range connections {
 		w.close(at, connection)
 	}
-	w.AwaitEnd()
+	w.AwaitQuiet()
 }
 
 // monitor watches connections; the stream ends with stop, which waits for that.

@@ -10,8 +10,8 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::{
-    Agent, Client, Endpoint, Granted, Setup, Watch, World, assert_refusal, client_side, endpoint_side, eventually,
-    registration,
+    Agent, Client, Endpoint, Granted, Setup, Watch, World, assert_refusal, client_side,
+    endpoint_side, eventually, registration,
 };
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
@@ -66,7 +66,12 @@ async fn behind_a_gate(others: &[u8]) -> World {
         Setup::new(&name, "cluster-2.example", &ip).sharing_the_registry()
     };
     let setups = [endpoint_side()].into_iter();
-    World::of(setups.chain(others.iter().map(sharing)).chain([client_side()])).await
+    World::of(
+        setups
+            .chain(others.iter().map(sharing))
+            .chain([client_side()]),
+    )
+    .await
 }
 
 fn segment<'a>(connection: &'a Connection, hop: &str) -> &'a PathSegment {

@@ -301,10 +301,7 @@ fn who_comes_back_first_takes_nothing_from_the_way_that_worked_before_a_restart(
         kill(one).await;
 
         let mut one = Node::start(&world, 1, by);
-        let claims = [
-            elsewhere(spec, "10.2.0.99"),
-            PathId { port: 4999, ..spec },
-        ];
+        let claims = [elsewhere(spec, "10.2.0.99"), PathId { port: 4999, ..spec }];
         let mut claimed = Vec::new();
         for claim in claims {
             let peer = one.health.join(claim).await.expect("joined");
