@@ -153,6 +153,10 @@ struct Edge {
     to: String,
     /// Whether it is for tests only.
     dev: bool,
+    /// Whether it is there only with a feature of the depending package.
+    optional: bool,
+    /// Whether the depending package asks for features of the other.
+    with_features: bool,
 }
 
 impl Graph {
@@ -173,8 +177,19 @@ impl Graph {
             ours: BTreeSet::new(),
             edges: BTreeMap::new(),
         };
+        // As the manifests have them: by package id and name of the dependency.
+        let mut declared = BTreeMap::new();
         for package in list(&metadata["packages"], "packages")? {
             let id = text(&package["id"]);
+            for dependency in package["dependencies"].as_array().into_iter().flatten() {
+                if dependency["kind"].is_null() {
+                    let features = dependency["features"].as_array();
+                    let with_features = features.is_some_and(|features| !features.is_empty());
+                    let optional = dependency["optional"] == true;
+                    let key = (id.clone(), text(&dependency["name"]));
+                    declared.insert(key, (optional, with_features));
+                }
+            }
             // Path dependencies have no source.
             if package["source"].is_null() {
                 graph.ours.insert(id.clone());
@@ -183,6 +198,7 @@ impl Graph {
         }
         for node in list(&metadata["resolve"]["nodes"], "resolved dependencies")? {
             let mut edges = Vec::new();
+            let from = text(&node["id"]);
             for dependency in list(&node["deps"], "dependencies")? {
                 let kinds = list(&dependency["dep_kinds"], "kinds of dependencies")?;
                 let dev = kinds.iter().all(|kind| kind["kind"] == "dev");
@@ -190,12 +206,17 @@ impl Graph {
                 if kinds.iter().all(|kind| kind["kind"] == "build") {
                     continue;
                 }
+                let to = text(&dependency["pkg"]);
+                let key = (from.clone(), graph.name(&to).to_owned());
+                let (optional, with_features) = declared.get(&key).copied().unwrap_or_default();
                 edges.push(Edge {
-                    to: text(&dependency["pkg"]),
+                    to,
                     dev,
+                    optional,
+                    with_features,
                 });
             }
-            graph.edges.insert(text(&node["id"]), edges);
+            graph.edges.insert(from, edges);
         }
         Ok(graph)
     }
@@ -245,17 +266,23 @@ impl Graph {
     }
 
     /// A shortest way to each package that `start` reaches without its own or others' tests, as names.
+    ///
+    /// cargo resolves the features of a whole workspace at once. An optional dependency of a crate of ours therefore counts only on a
+    /// way whose step to that crate asks for features of it.
     fn ways(&self, start: &str) -> Vec<Vec<&str>> {
-        let mut seen = BTreeSet::from([start]);
+        let mut seen = BTreeSet::from([(start, true)]);
         let mut ways = Vec::new();
-        let mut frontier = vec![(start, vec![self.name(start)])];
+        let mut frontier = vec![(start, true, vec![self.name(start)])];
         while !frontier.is_empty() {
             let mut next = Vec::new();
-            for (id, way) in frontier {
-                for edge in self.edges(id).iter().filter(|edge| !edge.dev) {
-                    if seen.insert(&edge.to) {
+            for (id, with_features, way) in frontier {
+                let counts = |edge: &&Edge| {
+                    !edge.dev && (!edge.optional || with_features || !self.ours.contains(id))
+                };
+                for edge in self.edges(id).iter().filter(counts) {
+                    if seen.insert((&edge.to, edge.with_features)) {
                         let longer = [way.as_slice(), &[self.name(&edge.to)]].concat();
-                        next.push((edge.to.as_str(), longer.clone()));
+                        next.push((edge.to.as_str(), edge.with_features, longer.clone()));
                         ways.push(longer);
                     }
                 }
@@ -312,6 +339,39 @@ mod tests {
         rule("our-right", &["our-core"], &[], &[]),
         rule("our-world", &[], &[], &[]),
     ];
+
+    /// A format crate whose optional `tokio` a dataplane asks for and a core does not.
+    #[test]
+    fn an_optional_dependency_counts_where_its_feature_is_asked_for() {
+        let metadata = |features: Value| {
+            let on_common = json!([{"name": "our-world", "kind": null, "features": features}]);
+            json!({
+                "workspace_members": ["our-core", "our-world"],
+                "packages": [
+                    {"id": "our-core", "name": "our-core", "dependencies": on_common},
+                    {"id": "our-world", "name": "our-world", "dependencies":
+                        [{"name": "tokio", "kind": null, "optional": true}]},
+                    {"id": "tokio", "name": "tokio", "source": "registry"},
+                ],
+                "resolve": {"nodes": [
+                    {"id": "our-core", "deps": [{"pkg": "our-world", "dep_kinds": [{"kind": null}]}]},
+                    {"id": "our-world", "deps": [{"pkg": "tokio", "dep_kinds": [{"kind": null}]}]},
+                    {"id": "tokio", "deps": []},
+                ]},
+            })
+        };
+        let rules = [
+            rule("our-core", &["our-world"], &[], &["tokio"]),
+            rule("our-world", &[], &[], &[]),
+        ];
+        let violations = |features| {
+            Graph::parse(&metadata(features))
+                .unwrap()
+                .violations(&rules)
+        };
+        assert_eq!(violations(json!([])), Vec::<String>::new());
+        assert_eq!(violations(json!(["user"])).len(), 1);
+    }
 
     #[test]
     fn a_graph_within_the_rules_passes() {
