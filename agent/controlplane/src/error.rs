@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use nsm_core::{
     identity::policy::Refusal,
-    mechanism::MechanismError,
-    mechanism::vni_pool::VniPoolError,
+    mechanism::{MechanismError, vni_pool::VniPoolError},
+    net::PeerUrl,
     nsm::{name::NameError, path::PathError},
 };
 use nsm_discovery::dns::ResolveError;
@@ -120,7 +120,7 @@ pub enum RequestError {
         method: &'static str,
         /// The code of its answer, passed on.
         code: Code,
-        /// Its words.
+        /// Its message.
         message: String,
     },
     /// The peer did not answer in time.
@@ -211,6 +211,23 @@ pub enum RequestError {
 }
 
 impl RequestError {
+    /// The answer to a Request that the next hop at `url` gave breaks the protocol.
+    pub(crate) fn bad_answer(url: &PeerUrl, fault: impl std::fmt::Display) -> Self {
+        Self::BadAnswer {
+            url: url.to_string(),
+            method: "Request",
+            fault: fault.to_string(),
+        }
+    }
+
+    /// The VNI, where the error is that this node has another tunnel with it.
+    pub(crate) fn taken_vni(&self) -> Option<u32> {
+        match self {
+            Self::Forwarder(ForwarderError::VniTaken(vni)) => Some(*vni),
+            _ => None,
+        }
+    }
+
     /// The gRPC code the error travels as.
     pub fn code(&self) -> Code {
         match self {

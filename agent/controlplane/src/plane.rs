@@ -297,7 +297,7 @@ impl ControlPlane {
         let held = &self.parts.held;
         Holdings {
             connections: held.connections.len(),
-            vnis: held.vnis.in_use(),
+            vnis: held.keys.in_use(),
             monitors: held.monitors.len(),
         }
     }

@@ -29,7 +29,7 @@ pub struct Underlay {
 /// A pod's network namespace. Two are equal when their owners call them the same.
 #[derive(Debug, Clone)]
 pub struct PodNetns {
-    /// Where it is, in its owner's words.
+    /// Where it is, as its owner writes it.
     pub url: NetnsUrl,
     /// Its descriptor, where the owner passed one. Works where the agent cannot find the namespace
     /// by its URL, and keeps the namespace alive as long as it is held.
@@ -77,6 +77,38 @@ pub enum Plan {
 }
 
 impl Plan {
+    /// Whether the links of this plan become those of `wanted` by changes, without one made anew.
+    pub(crate) fn is_same_links(&self, wanted: &Self) -> bool {
+        match (self, wanted) {
+            (
+                Self::Vxlan { netns, spec },
+                Self::Vxlan {
+                    netns: new_netns,
+                    spec: new_spec,
+                },
+            ) => {
+                netns == new_netns
+                    && spec.link.name == new_spec.link.name
+                    && spec.vni == new_spec.vni
+                    && spec.port == new_spec.port
+                    && spec.remote == new_spec.remote
+            }
+            (
+                Self::Veth { client, endpoint },
+                Self::Veth {
+                    client: new_client,
+                    endpoint: new_endpoint,
+                },
+            ) => {
+                client.0 == new_client.0
+                    && client.1.name == new_client.1.name
+                    && endpoint.0 == new_endpoint.0
+                    && endpoint.1.name == new_endpoint.1.name
+            }
+            _ => false,
+        }
+    }
+
     /// The plan as it is kept: a descriptor would keep the namespace of a pod that is gone.
     pub(crate) fn without_descriptors(mut self) -> Self {
         match &mut self {
@@ -102,7 +134,7 @@ pub enum ForwarderError {
     /// The agent lacks a capability.
     #[error("{0}")]
     NotPermitted(String),
-    /// The kernel refused; its own words are in the text.
+    /// The kernel refused; its message is in the text.
     #[error("{0}")]
     Kernel(String),
 }
@@ -119,16 +151,29 @@ impl ForwarderError {
 }
 
 /// The dataplane of this node.
+///
+/// Calls are awaited to their end: a future is dropped only when the agent ends, so an implementation need not undo what a dropped call
+/// has begun. None has a timeout of its own: the kernel answers in milliseconds. Calls for one connection come one after the other, those
+/// for different connections at the same time.
 #[tonic::async_trait]
 pub trait Forwarder: Send + Sync + 'static {
     /// Our end of a tunnel towards `remote`, or towards anywhere when it is not known yet.
+    ///
+    /// # Errors
+    /// No route leads there, or the node's links cannot be read.
     async fn underlay(&self, remote: Option<IpAddr>) -> Result<Underlay, ForwarderError>;
 
     /// Makes the plan real, or leaves nothing behind. Later calls may name the same namespaces
     /// without their descriptors.
+    ///
+    /// # Errors
+    /// [`ForwarderError::VniTaken`] where another tunnel has the VNI; nothing of the plan stands after any error.
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError>;
 
     /// Takes the plan's links away; a success when they are not there.
+    ///
+    /// # Errors
+    /// The kernel keeps a link. It is removed when an agent starts again.
     async fn down(&self, plan: &Plan) -> Result<(), ForwarderError>;
 
     /// A descriptor of the namespace, where it can be found.
@@ -149,11 +194,16 @@ pub struct PeerSpec {
     pub mtu: u32,
 }
 
-/// What a prober tells unasked.
+/// An event of the prober.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum PathEvent {
-    /// The health of the path to a peer, or the MTU of that path, has changed.
-    Changed(Health),
+    /// The health of a path, or its MTU, has changed.
+    Changed {
+        /// The path.
+        path: PathId,
+        /// What is known of it now.
+        health: Health,
+    },
     /// A VNI of a known peer's came in that is no tunnel of this node.
     ForeignVni {
         /// The peer.
@@ -173,7 +223,10 @@ pub struct WatchError {
     pub cause: String,
 }
 
-/// The node's sessions with other nodes: one a peer, shared by all connections that go there.
+/// The node's sessions with other nodes: one a path, shared by all connections that take it.
+///
+/// Any call may be dropped: what it began goes on or ends by itself. [`Self::prove`] is bounded by the prober, some seconds at most; the
+/// others answer at once, but for the first [`Self::join`] of a path, which makes its session.
 #[tonic::async_trait]
 pub trait Prober: Send + Sync + 'static {
     /// This node's own reflector.
@@ -181,21 +234,24 @@ pub trait Prober: Send + Sync + 'static {
 
     /// Counts connection `user` in as one that needs the path to `peer` watched; idempotent. When this returns, probes of the
     /// peer are answered.
+    ///
+    /// # Errors
+    /// There can be no session, as [`WatchError`] explains. The connection works all the same.
     async fn join(&self, user: &str, peer: &PeerSpec) -> Result<(), WatchError>;
 
     /// Counts the connection out; a success when it is not counted.
     fn leave(&self, user: &str, path: &PathId);
 
-    /// Proves a path that somebody has joined: at once when it is up already, else by a few probes. What is known after that, or
-    /// now where nobody has joined.
+    /// Proves a path that a connection has joined: at once when it is up already, else by a few probes. Returns its health after that;
+    /// `None` for a path without a session.
     async fn prove(&self, path: &PathId) -> Option<Health>;
 
-    /// The health of a path that somebody has joined.
+    /// The health of a path that a connection has joined.
     fn health(&self, path: &PathId) -> Option<Health>;
 
     /// What the peer's agent says of the path to us, as connection `user` brought it just now; `None`: it is not heard any more
     /// there. Nothing is made of it for a connection that is not counted in.
-    fn told(&self, user: &str, path: &PathId, word: Option<PeerReport>);
+    fn told(&self, user: &str, path: &PathId, report: Option<PeerReport>);
 
     /// The next event. One caller at a time.
     async fn next_event(&self) -> PathEvent;

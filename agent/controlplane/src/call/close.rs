@@ -1,5 +1,4 @@
-//! A Close: idempotent, it always frees what the Request made, whether or not the next hop is
-//! still there to be told.
+//! A Close: idempotent, it always frees what the Request made, whether or not the next hop can be reached.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,11 +6,10 @@ use nsm_proto::connection::{Connection, ConnectionEventType};
 use tokio::time::Instant;
 
 use crate::{
-    call::{Call, Calls, request::without_inode},
+    call::{Call, Calls, next_hop::downstream_view},
     connection::{model::Established, store::Turn},
     error::RequestError,
     peer::peers::Peer,
-    transport::unix::Passed,
 };
 
 /// How long a next hop may take to answer a Close. What it holds ends with its token anyway; the
@@ -21,7 +19,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Why a connection is taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// The previous hop has asked for it, and hears of it by the answer.
+    /// The previous hop has asked for it, and gets the answer.
     Asked,
     /// This agent has decided it.
     Own,
@@ -41,14 +39,14 @@ impl Calls {
         // Boxed: see `request`.
         tokio::spawn(Box::pin(async move {
             let mut connection = call.message;
-            let (_, hop, _) = calls.enter(&mut connection, call.token)?;
+            let hop = calls.enter(&mut connection, call.token)?.hop;
             let turn = calls
                 .held
                 .connections
                 .admit_known(&hop.id, call.deadline)
                 .await?;
             if let Some(turn) = turn {
-                // However long it waited for its turn, the next hop is to hear of it.
+                // However long it waited for its turn, the next hop has its full time.
                 let deadline = Instant::now() + CLOSE_TIMEOUT;
                 calls.tear_down(&turn, deadline, Cause::Asked).await;
             }
@@ -125,7 +123,7 @@ impl Calls {
             .returned_netns(&peer, established.next_mechanism.as_ref())
             .await;
         let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
-        let view = self.downstream_view(&established);
+        let view = downstream_view(&established);
         tokio::join!(
             self.tear_down_here(turn, &established, &peer, cause),
             self.close_at(&peer, view, returned, deadline),
@@ -149,8 +147,8 @@ impl Calls {
             );
         }
         self.liveness.leave_with(id, established);
-        if let Some(vni) = established.vni {
-            self.held.vnis.release(vni);
+        if let Some(key) = established.key {
+            self.held.keys.release(key);
         }
         turn.set(None);
         peer.leave(id);
@@ -158,41 +156,6 @@ impl Calls {
         match cause {
             Cause::Asked => monitors.publish_answered(ConnectionEventType::Delete, view),
             Cause::Own => monitors.publish(ConnectionEventType::Delete, view),
-        }
-    }
-
-    /// The connection as the next hop knows it.
-    pub(crate) fn downstream_view(&self, established: &Arc<Established>) -> Connection {
-        Connection {
-            network_service: established.route.service.clone(),
-            network_service_endpoint_name: established.route.endpoint.clone(),
-            mechanism: established.next_mechanism.clone(),
-            ..established.view.clone()
-        }
-    }
-
-    /// Closes at a next hop, with the descriptor of its own namespace. A failure is logged, not
-    /// told: whoever closes cannot do more, and what is left there ends with its token.
-    pub(crate) async fn close_at(
-        &self,
-        peer: &Peer,
-        mut connection: Connection,
-        returned: Option<Passed>,
-        deadline: Instant,
-    ) {
-        match returned {
-            Some(netns) => peer.descriptors.send(netns),
-            None if peer.is_local() => {
-                connection.mechanism = connection.mechanism.map(without_inode);
-            }
-            None => {}
-        }
-        let id = connection.id.clone();
-        if let Err(error) = self.lookup.peers.close(peer, connection, deadline).await {
-            tracing::warn!(
-                connection.id = %id, peer.url = %peer.url, %error,
-                "the next hop did not close: its part ends with the token"
-            );
         }
     }
 }

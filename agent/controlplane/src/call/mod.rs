@@ -2,6 +2,9 @@
 
 mod case;
 mod close;
+mod ends;
+mod enter;
+mod next_hop;
 pub(crate) mod pod;
 pub(crate) mod registrar;
 mod request;

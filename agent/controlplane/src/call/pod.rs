@@ -17,7 +17,7 @@ use nsm_core::{
 use nsm_proto::connection::Mechanism;
 
 use crate::{
-    call::{Calls, request::bad_answer},
+    call::Calls,
     error::RequestError,
     peer::peers::Peer,
     ports::PodNetns,
@@ -108,7 +108,7 @@ impl Calls {
         route: &Route,
         parameters: &Parameters,
     ) -> Result<Pod, RequestError> {
-        let wrong = |fault: String| bad_answer(route, fault);
+        let wrong = |fault: String| RequestError::bad_answer(&route.url, fault);
         let kernel = Kernel::parse(parameters).map_err(|error| wrong(error.to_string()))?;
         let Some(url) = kernel.netns.clone() else {
             return Err(wrong(

@@ -103,7 +103,7 @@ mod tests {
         assert_eq!(expiries.len(), 1);
     }
 
-    /// What the wall clock says after an expiry was set does not matter, and one beyond all
+    /// A wall clock that is set after an expiry was moves nothing, and an expiry beyond all
     /// bounds is no fault.
     #[tokio::test(start_paused = true)]
     async fn what_is_left_runs_on_the_monotonic_clock() {

@@ -1,14 +1,15 @@
-//! The connections of this agent: the store, when they expire, who monitors them, and the VNIs that they hold.
+//! The connections of this agent: the store, when they expire, who monitors them, and the keys of their tunnels.
 
 pub(crate) mod expiry;
+mod index;
+pub(crate) mod keys;
 pub(crate) mod model;
 pub(crate) mod monitor;
 pub(crate) mod store;
-pub(crate) mod vnis;
 
 use nsm_core::mechanism::vni_pool::VniPool;
 
-use self::{expiry::Expiries, monitor::Monitors, store::Connections, vnis::Vnis};
+use self::{expiry::Expiries, keys::TunnelKeys, monitor::Monitors, store::Connections};
 
 /// What this agent holds of its connections. Cheap to clone; clones are the same.
 #[derive(Debug, Clone)]
@@ -16,7 +17,7 @@ pub(crate) struct Held {
     pub(crate) connections: Connections,
     pub(crate) expiries: Expiries,
     pub(crate) monitors: Monitors,
-    pub(crate) vnis: Vnis,
+    pub(crate) keys: TunnelKeys,
 }
 
 impl Held {
@@ -27,7 +28,7 @@ impl Held {
             monitors: Monitors::of(connections.clone()),
             connections,
             expiries: Expiries::default(),
-            vnis: Vnis::of(vnis),
+            keys: TunnelKeys::of(vnis),
         }
     }
 }

@@ -11,6 +11,7 @@ use std::{net::IpAddr, time::SystemTime};
 
 use nsm_core::{
     liveness::{ForeignVnis, Health, LostHop, PathId, Published, Verdict},
+    mechanism::TunnelKey,
     net::Vni,
 };
 use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
@@ -28,8 +29,8 @@ pub(crate) struct Established {
     pub(crate) next_mechanism: Option<Mechanism>,
     /// The links of this node that belong to it.
     pub(crate) plan: Option<Plan>,
-    /// The VNI that is reserved for it.
-    pub(crate) vni: Option<Vni>,
+    /// The key of its tunnel, which is held for it.
+    pub(crate) key: Option<TunnelKey>,
     /// When the previous hop's token ends, and with it the connection.
     pub(crate) expires: SystemTime,
     /// What is known of the path that its packets take.
@@ -67,6 +68,11 @@ impl Default for PathState {
 }
 
 impl Established {
+    /// The VNI of its tunnel.
+    pub(crate) fn vni(&self) -> Option<Vni> {
+        self.key.and_then(TunnelKey::vni)
+    }
+
     /// The other end of the tunnel: address and UDP port.
     pub(crate) fn remote(&self) -> Option<(IpAddr, u16)> {
         match self.plan.as_ref()? {

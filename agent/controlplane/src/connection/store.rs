@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -14,9 +15,18 @@ use std::{
     time::Duration,
 };
 
+use nsm_core::liveness::PathId;
+use nsm_proto::connection::MonitorScopeSelector;
 use tokio::{sync::OwnedMutexGuard, time::Instant};
 
-use crate::{connection::model::Established, error::RequestError, sync::lock};
+use crate::{
+    connection::{
+        index::{ConnectionId, Indexes},
+        model::Established,
+    },
+    error::RequestError,
+    sync::lock,
+};
 
 /// What an event makes of an established connection; `None` when it changes nothing.
 pub(crate) type Change = Box<dyn FnOnce(&Established) -> Option<Established> + Send>;
@@ -48,8 +58,9 @@ impl Slot {
         lock(&self.current).clone()
     }
 
-    fn set(&self, established: Option<Arc<Established>>) {
-        *lock(&self.current) = established;
+    /// Replaces what is established; what was before.
+    fn set(&self, established: Option<Arc<Established>>) -> Option<Arc<Established>> {
+        std::mem::replace(&mut *lock(&self.current), established)
     }
 }
 
@@ -65,7 +76,7 @@ impl std::fmt::Debug for Slot {
 /// finished its work, timed out in the queue or was cancelled.
 #[derive(Debug)]
 struct SlotUse {
-    id: String,
+    id: ConnectionId,
     /// There until the use is dropped.
     slot: Option<Arc<Slot>>,
     store: Arc<Store>,
@@ -113,13 +124,17 @@ impl Turn {
 
     /// Replaces what is established.
     pub(crate) fn set(&self, established: Option<Arc<Established>>) {
-        self.held.slot().set(established);
+        let SlotUse { id, store, .. } = &self.held;
+        let mut indexes = lock(&store.indexes);
+        let old = self.held.slot().set(established.clone());
+        indexes.replace(id, old.as_deref(), established.as_deref());
     }
 }
 
 #[derive(Debug, Default)]
 struct Store {
-    slots: Mutex<HashMap<String, Arc<Slot>>>,
+    slots: Mutex<HashMap<ConnectionId, Arc<Slot>>>,
+    indexes: Mutex<Indexes>,
     draining: AtomicBool,
 }
 
@@ -147,7 +162,9 @@ impl Connections {
     pub(crate) async fn admit(&self, id: &str, deadline: Instant) -> Result<Turn, RequestError> {
         let held = {
             let mut slots = lock(&self.store.slots);
-            if !slots.contains_key(id) {
+            let known = slots.get_key_value(id);
+            let known = known.map(|(id, slot)| (Arc::clone(id), Arc::clone(slot)));
+            if known.is_none() {
                 if self.store.draining.load(Ordering::Acquire) {
                     return Err(RequestError::Draining);
                 }
@@ -155,7 +172,11 @@ impl Connections {
                     return Err(RequestError::TooManyConnections(self.limit));
                 }
             }
-            let slot = Arc::clone(slots.entry(id.to_owned()).or_default());
+            let (id, slot) = known.unwrap_or_else(|| {
+                let (id, slot) = (ConnectionId::from(id), Arc::<Slot>::default());
+                slots.insert(Arc::clone(&id), Arc::clone(&slot));
+                (id, slot)
+            });
             self.hold(id, slot)
         };
         let turn = queue(held, deadline).await?;
@@ -175,19 +196,21 @@ impl Connections {
         id: &str,
         deadline: Instant,
     ) -> Result<Option<Turn>, RequestError> {
-        let held = {
-            let slots = lock(&self.store.slots);
-            let Some(slot) = slots.get(id).cloned() else {
-                return Ok(None);
-            };
-            self.hold(id, slot)
+        let Some(held) = self.hold_known(id) else {
+            return Ok(None);
         };
         queue(held, deadline).await.map(Some)
     }
 
-    fn hold(&self, id: &str, slot: Arc<Slot>) -> SlotUse {
+    fn hold_known(&self, id: &str) -> Option<SlotUse> {
+        let slots = lock(&self.store.slots);
+        let (id, slot) = slots.get_key_value(id)?;
+        Some(self.hold(Arc::clone(id), Arc::clone(slot)))
+    }
+
+    fn hold(&self, id: ConnectionId, slot: Arc<Slot>) -> SlotUse {
         SlotUse {
-            id: id.to_owned(),
+            id,
             slot: Some(slot),
             store: Arc::clone(&self.store),
         }
@@ -204,12 +227,8 @@ impl Connections {
         news: News,
         apply: impl FnOnce(&Turn, News) + Send + 'static,
     ) {
-        let held = {
-            let slots = lock(&self.store.slots);
-            let Some(slot) = slots.get(id).cloned() else {
-                return;
-            };
-            self.hold(id, slot)
+        let Some(held) = self.hold_known(id) else {
+            return;
         };
         if let Ok(guard) = Arc::clone(&held.slot().queue).try_lock_owned() {
             let turn = Turn {
@@ -258,6 +277,33 @@ impl Connections {
             .collect()
     }
 
+    /// The established connections for which `path` is watched.
+    pub(crate) fn on_path(&self, path: PathId) -> Vec<Arc<Established>> {
+        let ids = lock(&self.store.indexes).on_path(path);
+        self.of(&ids)
+    }
+
+    /// The established connections whose tunnel ends at `remote`.
+    pub(crate) fn to(&self, remote: IpAddr) -> Vec<Arc<Established>> {
+        let ids = lock(&self.store.indexes).to(remote);
+        self.of(&ids)
+    }
+
+    /// The established connections that a selector may mean, some that it does not mean among them.
+    pub(crate) fn candidates(&self, selector: &MonitorScopeSelector) -> Vec<Arc<Established>> {
+        let ids = lock(&self.store.indexes).candidates(selector);
+        match ids {
+            Some(ids) => self.of(&ids),
+            None => self.all(),
+        }
+    }
+
+    fn of(&self, ids: &[ConnectionId]) -> Vec<Arc<Established>> {
+        let slots = lock(&self.store.slots);
+        let slots = ids.iter().filter_map(|id| slots.get(id));
+        slots.filter_map(|slot| slot.current()).collect()
+    }
+
     /// The established connection of this id.
     pub(crate) fn current(&self, id: &str) -> Option<Arc<Established>> {
         lock(&self.store.slots).get(id)?.current()
@@ -269,7 +315,7 @@ impl Connections {
     }
 
     /// Ids of all slots, established or at work.
-    pub(crate) fn ids(&self) -> Vec<String> {
+    pub(crate) fn ids(&self) -> Vec<ConnectionId> {
         lock(&self.store.slots).keys().cloned().collect()
     }
 
@@ -298,7 +344,7 @@ async fn queue(held: SlotUse, deadline: Instant) -> Result<Turn, RequestError> {
             held,
         }),
         Err(_) => Err(RequestError::Busy {
-            id: held.id.clone(),
+            id: held.id.to_string(),
             after: began.elapsed(),
         }),
     }

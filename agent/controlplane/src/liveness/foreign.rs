@@ -85,7 +85,7 @@ impl Foreign {
 
 impl Liveness {
     pub(super) fn on_foreign_vni(self: &Arc<Self>, peer: IpAddr, vni: Vni) {
-        if self.held.vnis.is_quarantined(vni) {
+        if self.held.keys.is_quarantined(vni) {
             tracing::debug!(peer.ip = %peer, tunnel.vni = vni.get(), "packets of a tunnel that was closed a moment ago");
             return;
         }
@@ -94,7 +94,7 @@ impl Liveness {
                 peer.ip = %peer, tunnel.vni = vni.get(),
                 "a peer sends with a VNI that has no tunnel here: it gets that in the metrics of its connections"
             );
-            self.publish_path(peer);
+            self.publish_path(&self.held.connections.to(peer));
             tokio::spawn(Arc::clone(self).forget_when_quiet(peer, vni));
         }
     }
@@ -115,7 +115,7 @@ impl Liveness {
             };
             match ends {
                 Some(ends) => tokio::time::sleep_until(ends).await,
-                None => return self.publish_path(peer),
+                None => return self.publish_path(&self.held.connections.to(peer)),
             }
         }
     }

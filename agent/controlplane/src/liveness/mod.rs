@@ -11,7 +11,6 @@ mod peer;
 mod policy;
 
 use std::{
-    net::IpAddr,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -20,7 +19,7 @@ use nsm_core::liveness::{ForeignVnis, Health, PathId, Published, Reason, Reflect
 use nsm_proto::connection::{Connection, ConnectionEventType};
 
 use self::foreign::Foreign;
-pub(crate) use self::path::{JoinedPath, Remote};
+pub(crate) use self::path::JoinedPath;
 pub use self::policy::{Reachability, ReachabilityError};
 use crate::{
     connection::{
@@ -108,7 +107,7 @@ impl Liveness {
         };
         let foreign = {
             let mut foreign = lock(&self.foreign);
-            if let Some(vni) = established.vni {
+            if let Some(vni) = established.vni() {
                 foreign.forget(remote, vni);
             }
             foreign.of(remote)
@@ -124,7 +123,7 @@ impl Liveness {
         };
         let watched = established.path.watched;
         let known = watched.and_then(|watched| prober.health(&watched));
-        if let Some(vni) = established.vni
+        if let Some(vni) = established.vni()
             && below(&established.view)
                 .iter()
                 .any(|hop| Published::read(&hop.metrics).foreign.contains(vni))
@@ -157,54 +156,44 @@ impl Liveness {
         };
         loop {
             match prober.next_event().await {
-                PathEvent::Changed(health) => self.on_health(health),
+                PathEvent::Changed { path, health } => self.on_health(path, health),
                 PathEvent::ForeignVni { peer, vni } => self.on_foreign_vni(peer, vni),
             }
         }
     }
 
-    fn on_health(self: &Arc<Self>, health: Health) {
-        let was_down = self
-            .connections_to(health.peer)
-            .filter_map(|it| it.path.health)
-            .any(|known| known.is_down() && known.port == health.port);
+    fn on_health(self: &Arc<Self>, path: PathId, health: Health) {
+        let concerned = self.held.connections.on_path(path);
+        let was_down = concerned.iter().any(|it| it.path_is_down());
         match (was_down, health.is_down()) {
             (_, true) => tracing::warn!(peer.ip = %health.peer, "{health}"),
             (true, false) => tracing::info!(peer.ip = %health.peer, "{health}"),
             (false, false) => tracing::debug!(peer.ip = %health.peer, "{health}"),
         }
-        self.publish_path(health.peer);
+        self.publish_path(&concerned);
         if health.path_mtu.is_some() {
-            self.follow_mtu(health.peer);
+            for established in &concerned {
+                self.follow_mtu(established);
+            }
         }
     }
 
     /// Checks the path of a connection that was committed a moment ago: a change between its proof and the commit was published for
     /// the connections of that time only.
     pub(crate) fn catch_up(self: &Arc<Self>, established: &Arc<Established>) {
-        let Some((remote, _)) = established.remote() else {
+        if established.remote().is_none() {
             return;
-        };
-        self.follow_mtu_of(established, remote);
+        }
+        self.follow_mtu(established);
         if self.health_of(established) != established.path.health {
             let news = (established.view.id.clone(), News::Path);
             self.apply_all(std::iter::once(news));
         }
     }
 
-    fn connections_to(&self, peer: IpAddr) -> impl Iterator<Item = Arc<Established>> {
-        self.held
-            .connections
-            .all()
-            .into_iter()
-            .filter(move |it| it.remote().map(|(ip, _)| ip) == Some(peer))
-    }
-
-    /// Publishes what is new of the path, for every connection that goes to `peer`.
-    fn publish_path(self: &Arc<Self>, peer: IpAddr) {
-        let news = self
-            .connections_to(peer)
-            .map(|it| (it.view.id.clone(), News::Path));
+    /// Publishes what is new of their path, for connections that it concerns.
+    fn publish_path(self: &Arc<Self>, concerned: &[Arc<Established>]) {
+        let news = concerned.iter().map(|it| (it.view.id.clone(), News::Path));
         self.apply_all(news);
     }
 

@@ -10,15 +10,11 @@ use super::Liveness;
 use crate::{connection::model::Established, error::RequestError, ports::Plan, sync::lock};
 
 impl Liveness {
-    /// Lets the links of every connection to `peer` carry what the path does, and no more than was agreed.
-    pub(super) fn follow_mtu(self: &Arc<Self>, peer: IpAddr) {
-        for established in self.connections_to(peer) {
-            self.follow_mtu_of(&established, peer);
-        }
-    }
-
-    /// The same for one connection to `peer`.
-    pub(super) fn follow_mtu_of(self: &Arc<Self>, established: &Arc<Established>, peer: IpAddr) {
+    /// Lets the links of a connection carry what its path does, and no more than was agreed.
+    pub(super) fn follow_mtu(self: &Arc<Self>, established: &Arc<Established>) {
+        let Some((peer, _)) = established.remote() else {
+            return;
+        };
         let path_mtu = self.path_mtu(established.path.watched.as_ref());
         if wanted(established, path_mtu).is_none() {
             return;

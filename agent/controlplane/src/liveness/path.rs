@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use nsm_core::liveness::{Health, PathId, Reason, Reflector, Verdict};
+use nsm_core::{
+    liveness::{Health, PathId, Reason, Verdict},
+    mechanism::TunnelEnd,
+};
 
 use super::{Liveness, Reachability};
 use crate::{
@@ -11,17 +14,6 @@ use crate::{
     ports::PeerSpec,
     sync::lock,
 };
-
-/// The other end of a tunnel, by what it sent of itself.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Remote {
-    /// Where its tunnels end.
-    pub(crate) address: IpAddr,
-    /// The UDP port of its tunnels.
-    pub(crate) port: u16,
-    /// Its reflector, where it has one.
-    pub(crate) reflector: Option<Reflector>,
-}
 
 /// A path that a Request joins.
 #[derive(Debug, Clone, Copy)]
@@ -45,11 +37,11 @@ impl Liveness {
     pub(crate) async fn join(
         &self,
         id: &str,
-        remote: Remote,
+        remote: TunnelEnd,
         mtu: u32,
         prior: Option<&Established>,
     ) -> JoinedPath {
-        let Remote { address, port, .. } = remote;
+        let TunnelEnd { address, port, .. } = remote;
         let unverified = |reason| Some(Health::unverified(address, port, reason));
         let path = remote.reflector.map(|reflector| PathId {
             address,
@@ -116,8 +108,11 @@ impl Liveness {
         let Some((remote, _)) = established.remote() else {
             return;
         };
-        if lock(&self.foreign).has(remote) && self.connections_to(remote).all(|it| it.view.id == id)
-        {
+        let is_last = || {
+            let others = self.held.connections.to(remote);
+            others.iter().all(|it| it.view.id == id)
+        };
+        if lock(&self.foreign).has(remote) && is_last() {
             lock(&self.foreign).forget_peer(remote);
         }
     }

@@ -46,7 +46,7 @@ pub(crate) struct Peer {
     channel: OnceCell<Channel>,
     users: Mutex<HashSet<String>>,
     monitor: Mutex<Option<AbortHandle>>,
-    /// Tells the monitor that the last connection has left.
+    /// Notified when the last connection has left.
     emptied: Notify,
     /// What is watched of where tunnels to it went last.
     tunnel: Mutex<Option<PathId>>,
@@ -54,7 +54,7 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// The channel, dialled by the first who asks. Whoever waits for another's attempt waits no
+    /// The channel, dialled by the first caller. A caller that waits for another's attempt waits no
     /// longer than for its own, so that callers of a dead peer do not queue up behind each other.
     async fn channel(
         &self,
@@ -114,8 +114,7 @@ impl Peer {
         }
     }
 
-    /// The monitor's last word: its stream has broken. Gives the connections that it watched over;
-    /// whoever joins after this starts another.
+    /// The monitor stream has broken. Returns the connections that it watched over; the next one that joins starts another stream.
     pub(crate) fn monitor_ended(&self) -> Vec<String> {
         let users = lock(&self.users);
         *lock(&self.monitor) = None;
@@ -143,8 +142,7 @@ impl Peer {
         self.emptied.notified().await;
     }
 
-    /// Whether the monitor has nobody to watch over; it must end then, and the next connection
-    /// starts another.
+    /// Whether the monitor watches over no connection; it must end then, and the next connection starts another.
     pub(crate) fn end_idle_monitor(&self) -> bool {
         let users = lock(&self.users);
         if users.is_empty() {
@@ -184,7 +182,7 @@ impl Peers {
     /// The peer behind `url`.
     pub(crate) fn get(&self, url: &PeerUrl) -> Arc<Peer> {
         if matches!(url.place(), PeerPlace::Passed { .. }) {
-            // One that is gone cannot be dialled, which is told when somebody does.
+            // One that is gone cannot be dialled: the dial is what fails.
             return self
                 .known_passed(url)
                 .unwrap_or_else(|| self.fresh(url, None));
@@ -331,7 +329,7 @@ impl Peers {
     }
 }
 
-/// Awaits a call until `deadline`, and says in its error who was called and how it failed.
+/// Awaits a call until `deadline`. Its error names the peer and the fault.
 pub(crate) async fn call<T>(
     url: &PeerUrl,
     method: &'static str,
@@ -346,15 +344,15 @@ pub(crate) async fn call<T>(
     };
     match timeout_at(deadline, answer).await {
         Ok(Ok(response)) => Ok(response),
-        // The client side of our own timeout is told as cancelled or deadline exceeded.
+        // The client side reports our own timeout as cancelled or deadline exceeded.
         Ok(Err(_)) if Instant::now() >= deadline => Err(silent()),
         Ok(Err(status)) => Err(refused(url, method, &status)),
         Err(_) => Err(silent()),
     }
 }
 
-/// The peer's status as our error. Tonic tells a broken transport as `Unknown`, and one that broke under the call as `Cancelled`:
-/// whoever asks us should see that the peer could not be reached.
+/// The peer's status as our error. Tonic reports a broken transport as `Unknown`, and one that broke under the call as `Cancelled`: our
+/// caller must get that the peer could not be reached.
 pub(crate) fn refused(url: &PeerUrl, method: &'static str, status: &Status) -> RequestError {
     let cause = root_cause(status);
     let code = match status.code() {

@@ -22,7 +22,7 @@ use crate::{peer::peers::Peer, sync::lock};
 /// without a new Find keeps its route.
 const LIFE: Duration = Duration::from_secs(30 * 60);
 
-/// How often it is looked for entries that have lapsed: a walk over all of them is not for every Find.
+/// How often lapsed entries are removed: a walk over all entries would be too much for every Find.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Names kept at one time; beyond it the entry that lapses first makes room.
@@ -37,7 +37,7 @@ pub(crate) struct Bypass {
 #[derive(Debug, Default)]
 struct Ways {
     by_name: HashMap<String, Entry>,
-    /// When lapsed entries were last looked for.
+    /// When lapsed entries were removed last.
     swept: Option<Instant>,
 }
 

@@ -11,7 +11,7 @@ use crate::{error::RequestError, registry::DomainRegistry};
 /// a choice among a thousand endpoints needs no more, and a hostile registry must not fill our memory.
 const MAX_FOUND: usize = 1024;
 
-/// What is looked for, without its domain.
+/// What is wanted, without its domain.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Wanted<'a> {
     pub(crate) service: &'a str,

@@ -70,7 +70,7 @@ pub(crate) struct Route {
     pub(crate) endpoint: String,
     /// The endpoint as the previous hop is answered it.
     pub(crate) endpoint_answered: String,
-    /// What the service carries, where the registry said.
+    /// What the service carries, where the registry has that.
     pub(crate) payload: String,
     pub(crate) resolution: Option<Resolution>,
     /// Keeps the descriptor of the next hop's socket, when that was passed in the place of a path.
@@ -252,7 +252,7 @@ impl Router {
                     .map(|way| (way.url, way.registrant, Crossing::Inside))
                     .into_iter()
                     .collect(),
-                // Whatever a registry says, a socket of our own node is not in another domain.
+                // A socket of our own node is not in another domain, whatever its registry answers.
                 [] if !endpoint.url.starts_with("tcp://") => Vec::new(),
                 [] => bad.good(&endpoint.url).map(out).into_iter().collect(),
                 proxies => proxies.iter().map(|proxy| out((*proxy).into())).collect(),

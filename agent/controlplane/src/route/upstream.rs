@@ -146,7 +146,7 @@ impl Upstream {
         };
         let entries = nsmgr.registry.endpoints();
         let granted = entries.register(endpoint, nsmgr.terms).await?;
-        // The registry may have given it another name, to tell it from an older one.
+        // The registry may have given it another name, to distinguish it from an older one.
         entry.name = granted.name;
         Ok(granted
             .expiration_time

@@ -1,6 +1,9 @@
 //! The kernel mechanism: an interface in a pod's network namespace.
 
-use super::{INODE_URL, MechanismError, NAME, Parameters, set, value};
+use super::{
+    MechanismError,
+    parameters::{INODE_URL, NAME, Parameters, set, value},
+};
 use crate::net::{IfName, NetnsUrl};
 
 /// A kernel interface's parameters.

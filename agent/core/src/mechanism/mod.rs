@@ -3,67 +3,201 @@
 //! On the wire a mechanism is a class, a type and string parameters; the keys are NSM's (`api/pkg/api/networkservice/mechanisms`).
 //! Each side fills its own: the client `src_*`, the server `dst_*` and `vni`. An empty string is the same as no value, because proxies
 //! clear values so. Parameters that are not ours pass through untouched: a later NSM, or another forwarder, may use them.
+//!
+//! Within a node there is one mechanism, [`Kernel`]. Between nodes there are those of the table [`RemoteMechanism::ALL`], each a file of
+//! this folder behind [`RemoteMechanism`].
 
 mod kernel;
+mod parameters;
 pub mod vni_pool;
+mod vxlan;
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::net::IpAddr;
 
-pub use kernel::Kernel;
-
+use self::parameters::{MAX_MTU, MIN_MTU};
+pub use self::{
+    kernel::Kernel,
+    parameters::{
+        DST_IP, DST_PORT, INODE_URL, KERNEL, LOCAL, MTU, NAME, NETNS_INODE, ORIG_DST_IP,
+        ORIG_SRC_IP, Parameters, REMOTE, SBFD_DISCRIMINATOR_DST, SBFD_DISCRIMINATOR_SRC, SBFD_VNI,
+        SRC_IP, SRC_PORT, VNI, VXLAN,
+    },
+    vxlan::Vxlan,
+};
 use crate::{
     link::{VXLAN_PORT, vxlan_overhead},
-    liveness::sbfd::Discriminator,
+    liveness::Reflector,
     net::{IfNameError, NetnsUrlError, Vni},
-    text::decimal,
 };
 
-/// A mechanism's parameters as on the wire.
-pub type Parameters = BTreeMap<String, String>;
+/// A mechanism between nodes: what carries a connection's packets from one to the other.
+///
+/// The client's end [offers](Self::offer) itself, the server's end reads that as [`Asked`] and [answers](Self::answer), and the client's
+/// end reads the answer as [`Granted`]. Proxies on the way swap [`SRC_IP`] and [`DST_IP`], whatever the mechanism
+/// ([`crate::address::ipmap`]). A path is proved by the [`Reflector`] of its other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemoteMechanism {
+    /// VXLAN over UDP.
+    Vxlan,
+}
 
-/// Class of mechanisms within a node.
-pub const LOCAL: &str = "LOCAL";
-/// Class of mechanisms between nodes.
-pub const REMOTE: &str = "REMOTE";
+impl RemoteMechanism {
+    /// The table: every mechanism of this agent, the preferred ones first.
+    pub const ALL: [Self; 1] = [Self::Vxlan];
 
-/// Type: an interface in the pod's network namespace.
-pub const KERNEL: &str = "KERNEL";
-/// Type: VXLAN tunnel (RFC 7348).
-pub const VXLAN: &str = "VXLAN";
+    /// The type on the wire, of class [`REMOTE`].
+    #[must_use]
+    pub const fn wire_type(self) -> &'static str {
+        match self {
+            Self::Vxlan => VXLAN,
+        }
+    }
 
-/// Key: the client side's tunnel address.
-pub const SRC_IP: &str = "src_ip";
-/// Key: the server side's tunnel address.
-pub const DST_IP: &str = "dst_ip";
-/// Key: the UDP port on which the client side receives.
-pub const SRC_PORT: &str = "src_port";
-/// Key: the UDP port on which the server side receives.
-pub const DST_PORT: &str = "dst_port";
-/// Key: the client side's address before a proxy swapped it.
-pub const ORIG_SRC_IP: &str = "orig_src_ip";
-/// Key: the server side's address before a proxy swapped it.
-pub const ORIG_DST_IP: &str = "orig_dst_ip";
-/// Key: the VXLAN network identifier.
-pub const VNI: &str = "vni";
-/// Key: the discriminator of the client side's S-BFD reflector.
-pub const SBFD_DISCRIMINATOR_SRC: &str = "sbfd_discriminator_src";
-/// Key: the discriminator of the server side's S-BFD reflector.
-pub const SBFD_DISCRIMINATOR_DST: &str = "sbfd_discriminator_dst";
-/// Key: the probe VNI (RFC 8971's management VNI) of the sender: the client's in a Request, the server's in the answer.
-pub const SBFD_VNI: &str = "sbfd_vni";
-/// Key: the largest packet that the tunnel carries, in bytes.
-pub const MTU: &str = "MTU";
-/// Key: the interface's name in the pod.
-pub const NAME: &str = "name";
-/// Key: URL of the pod's network namespace, `file://` or `inode://`.
-pub const INODE_URL: &str = "inodeURL";
-/// Key: the inode of the pod's network namespace.
-pub const NETNS_INODE: &str = "netnsInode";
+    /// The mechanism of a type on the wire.
+    #[must_use]
+    pub fn of_type(wire_type: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|mechanism| mechanism.wire_type() == wire_type)
+    }
 
-/// The smallest MTU of an IPv4 link (RFC 791 section 3.2).
-const MIN_MTU: u32 = 68;
-/// The largest IP packet.
-const MAX_MTU: u32 = 65_535;
+    /// The mechanism to offer for a payload as NSM names it (`IP`, `ETHERNET`): the first of the table that carries it.
+    #[must_use]
+    pub fn for_payload(payload: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|mechanism| mechanism.carries(payload))
+    }
+
+    /// Whether it carries a payload as NSM names it. A tunnel of Ethernet frames carries every one.
+    #[must_use]
+    pub const fn carries(self, _payload: &str) -> bool {
+        match self {
+            Self::Vxlan => true,
+        }
+    }
+
+    /// What the outer headers take from the underlay's MTU, bytes: VXLAN 50 over IPv4, 70 over IPv6.
+    #[must_use]
+    pub const fn overhead(self, remote: IpAddr) -> u32 {
+        match self {
+            Self::Vxlan => vxlan_overhead(remote.to_canonical()),
+        }
+    }
+
+    /// The largest packet that fits into a tunnel on an underlay whose MTU is known, bytes. 0, unknown, stays 0.
+    #[must_use]
+    pub const fn mtu(self, underlay_mtu: u32, remote: IpAddr) -> u32 {
+        underlay_mtu.saturating_sub(self.overhead(remote))
+    }
+
+    /// What the client's end at `own` offers for a tunnel that carries packets of `mtu` bytes.
+    #[must_use]
+    pub fn offer(self, own: &TunnelEnd, mtu: u32) -> Parameters {
+        match self {
+            Self::Vxlan => vxlan::offer(own, mtu),
+        }
+    }
+
+    /// Changes the parameters of a tunnel that stands so that the client's end asks for it again, `offer` being its own.
+    pub fn renew(self, standing: &mut Parameters, offer: &Parameters) {
+        match self {
+            Self::Vxlan => vxlan::renew(standing, offer),
+        }
+    }
+
+    /// Takes out of the parameters of a tunnel that stands what only the server that granted it may be asked for again.
+    pub fn forget_grant(self, standing: &mut Parameters) {
+        match self {
+            Self::Vxlan => vxlan::forget_grant(standing),
+        }
+    }
+
+    /// What a client's end asks for.
+    ///
+    /// # Errors
+    /// A value that cannot be used, with its key; [`MechanismError::NoClientAddress`].
+    pub fn asked(self, params: &Parameters) -> Result<Asked, MechanismError> {
+        match self {
+            Self::Vxlan => vxlan::asked(params),
+        }
+    }
+
+    /// Writes the answer of the server's end at `own`, for a tunnel that is told from others by `key`.
+    ///
+    /// # Errors
+    /// As for [`Self::asked`].
+    pub fn answer(
+        self,
+        params: &mut Parameters,
+        own: &TunnelEnd,
+        key: TunnelKey,
+        mtu: u32,
+    ) -> Result<(), MechanismError> {
+        match self {
+            Self::Vxlan => vxlan::answer(params, own, key, mtu),
+        }
+    }
+
+    /// What a server's end has granted.
+    ///
+    /// # Errors
+    /// A value that cannot be used, with its key; [`MechanismError::NotGranted`].
+    pub fn granted(self, params: &Parameters) -> Result<Granted, MechanismError> {
+        match self {
+            Self::Vxlan => vxlan::granted(params),
+        }
+    }
+}
+
+/// One end of a tunnel, as its node describes it to the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TunnelEnd {
+    /// The address that its packets come to.
+    pub address: IpAddr,
+    /// The UDP port that they come to.
+    pub port: u16,
+    /// Its reflector, where it has one.
+    pub reflector: Option<Reflector>,
+}
+
+/// What tells a tunnel from the others of its node. A connection holds it from its Request to its Close.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelKey {
+    /// VXLAN: the network identifier, of which a node has one a tunnel.
+    Vni(Vni),
+}
+
+impl TunnelKey {
+    /// The VNI, of a tunnel that has one.
+    #[must_use]
+    pub const fn vni(self) -> Option<Vni> {
+        let Self::Vni(vni) = self;
+        Some(vni)
+    }
+}
+
+/// What a client's end asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// The client's end.
+    pub client: TunnelEnd,
+    /// The largest packet that it sends, bytes, where it knows that.
+    pub mtu: Option<u32>,
+    /// The key of its tunnel that stands, and the server's address where the client still has that.
+    pub standing: Option<(TunnelKey, Option<IpAddr>)>,
+}
+
+/// What a server's end has granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Granted {
+    /// The server's end.
+    pub server: TunnelEnd,
+    /// The largest packet that both ends agreed on, bytes, where the server said.
+    pub mtu: Option<u32>,
+    /// The key that the server has chosen.
+    pub key: TunnelKey,
+}
 
 /// Why a mechanism's parameters cannot be used, or no mechanism fits.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -125,6 +259,12 @@ pub enum MechanismError {
         /// What it holds.
         value: String,
     },
+    /// A tunnel's client has no address.
+    #[error("the request has no src_ip in its VXLAN mechanism: set it and ask again")]
+    NoClientAddress,
+    /// A tunnel's server has not filled in its part.
+    #[error("its VXLAN mechanism lacks vni or dst_ip")]
+    NotGranted,
     /// No interface name.
     #[error("mechanism parameter {NAME}: {0}")]
     IfName(#[from] IfNameError),
@@ -156,177 +296,6 @@ fn list(mechanisms: &[(String, String)]) -> String {
         "none".to_owned()
     } else {
         names.join(", ")
-    }
-}
-
-/// A parameter's value; an empty one counts as absent.
-fn value<'a>(params: &'a Parameters, key: &str) -> Option<&'a str> {
-    params
-        .get(key)
-        .map(String::as_str)
-        .filter(|value| !value.is_empty())
-}
-
-fn set(params: &mut Parameters, key: &str, value: Option<impl ToString>) {
-    match value {
-        Some(value) => drop(params.insert(key.to_owned(), value.to_string())),
-        None => drop(params.remove(key)),
-    }
-}
-
-/// A VXLAN tunnel's parameters.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Vxlan {
-    /// The client side's address.
-    pub src_ip: Option<IpAddr>,
-    /// The server side's address.
-    pub dst_ip: Option<IpAddr>,
-    /// The UDP port on which the client side receives; [`VXLAN_PORT`] when absent.
-    pub src_port: u16,
-    /// The UDP port on which the server side receives; [`VXLAN_PORT`] when absent.
-    pub dst_port: u16,
-    /// The identifier, once the server has chosen it.
-    pub vni: Option<Vni>,
-    /// The largest packet inside, in bytes.
-    pub mtu: Option<u32>,
-    /// The client side's S-BFD reflector, if it has one.
-    pub src_discriminator: Option<Discriminator>,
-    /// The server side's S-BFD reflector, if it has one.
-    pub dst_discriminator: Option<Discriminator>,
-    /// The probe VNI of the sender; see [`SBFD_VNI`].
-    pub sbfd_vni: Option<Vni>,
-}
-
-impl Default for Vxlan {
-    fn default() -> Self {
-        Self {
-            src_ip: None,
-            dst_ip: None,
-            src_port: VXLAN_PORT,
-            dst_port: VXLAN_PORT,
-            vni: None,
-            mtu: None,
-            src_discriminator: None,
-            dst_discriminator: None,
-            sbfd_vni: None,
-        }
-    }
-}
-
-impl Vxlan {
-    /// Reads the parameters.
-    ///
-    /// # Errors
-    /// A value that cannot be used, with its key.
-    pub fn parse(params: &Parameters) -> Result<Self, MechanismError> {
-        Ok(Self {
-            src_ip: parse_address(params, SRC_IP)?,
-            dst_ip: parse_address(params, DST_IP)?,
-            src_port: parse_port(params, SRC_PORT)?,
-            dst_port: parse_port(params, DST_PORT)?,
-            vni: parse_vni(params, VNI)?,
-            mtu: parse_mtu(params)?,
-            src_discriminator: parse_discriminator(params, SBFD_DISCRIMINATOR_SRC)?,
-            dst_discriminator: parse_discriminator(params, SBFD_DISCRIMINATOR_DST)?,
-            sbfd_vni: parse_vni(params, SBFD_VNI)?,
-        })
-    }
-
-    /// Writes the parameters and leaves those it does not know alone. What is absent is removed. A port is written with its
-    /// address: a side without address has a port only where that is not the default.
-    pub fn write(&self, params: &mut Parameters) {
-        let port =
-            |ip: Option<IpAddr>, port: u16| (ip.is_some() || port != VXLAN_PORT).then_some(port);
-        set(params, SRC_IP, self.src_ip);
-        set(params, DST_IP, self.dst_ip);
-        set(params, SRC_PORT, port(self.src_ip, self.src_port));
-        set(params, DST_PORT, port(self.dst_ip, self.dst_port));
-        set(params, VNI, self.vni);
-        set(params, MTU, self.mtu);
-        let discriminator = |of: Option<Discriminator>| of.map(Discriminator::get);
-        set(
-            params,
-            SBFD_DISCRIMINATOR_SRC,
-            discriminator(self.src_discriminator),
-        );
-        set(
-            params,
-            SBFD_DISCRIMINATOR_DST,
-            discriminator(self.dst_discriminator),
-        );
-        set(params, SBFD_VNI, self.sbfd_vni);
-    }
-}
-
-fn parse_vni(params: &Parameters, key: &'static str) -> Result<Option<Vni>, MechanismError> {
-    let text = value(params, key);
-    text.map(|text| {
-        text.parse().map_err(|_| MechanismError::Vni {
-            key,
-            value: text.to_owned(),
-        })
-    })
-    .transpose()
-}
-
-fn parse_discriminator(
-    params: &Parameters,
-    key: &'static str,
-) -> Result<Option<Discriminator>, MechanismError> {
-    let text = value(params, key);
-    text.map(|text| {
-        text.parse().map_err(|_| MechanismError::Discriminator {
-            key,
-            value: text.to_owned(),
-        })
-    })
-    .transpose()
-}
-
-fn parse_address(params: &Parameters, key: &'static str) -> Result<Option<IpAddr>, MechanismError> {
-    let Some(text) = value(params, key) else {
-        return Ok(None);
-    };
-    let address: IpAddr = text.parse().map_err(|_| MechanismError::Address {
-        key,
-        value: text.to_owned(),
-    })?;
-    let address = address.to_canonical();
-    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
-    // To the kernel an unspecified remote is no remote, and a multicast one floods.
-    if address.is_unspecified() || address.is_multicast() || broadcast {
-        return Err(MechanismError::NotUnicast {
-            key,
-            value: text.to_owned(),
-        });
-    }
-    Ok(Some(address))
-}
-
-fn parse_port(params: &Parameters, key: &'static str) -> Result<u16, MechanismError> {
-    let Some(text) = value(params, key) else {
-        return Ok(VXLAN_PORT);
-    };
-    match decimal(text).map(u16::try_from) {
-        Some(Ok(port)) if port != 0 => Ok(port),
-        _ => Err(MechanismError::Port {
-            key,
-            value: text.to_owned(),
-        }),
-    }
-}
-
-/// NSM writes an MTU of 0 for one that is not known.
-fn parse_mtu(params: &Parameters) -> Result<Option<u32>, MechanismError> {
-    let Some(text) = value(params, MTU) else {
-        return Ok(None);
-    };
-    match decimal(text).map(u32::try_from) {
-        Some(Ok(0)) => Ok(None),
-        Some(Ok(mtu)) if (MIN_MTU..=MAX_MTU).contains(&mtu) => Ok(Some(mtu)),
-        _ => Err(MechanismError::Mtu {
-            value: text.to_owned(),
-        }),
     }
 }
 
@@ -364,13 +333,6 @@ pub fn choose<'a>(
             offered: own(&offered),
             supported: own(supported),
         })
-}
-
-/// The largest packet that fits into a VXLAN tunnel, for an underlay whose MTU is known: 50 bytes less over IPv4, 70 over IPv6. 0,
-/// unknown, stays 0.
-#[must_use]
-pub fn vxlan_mtu(underlay_mtu: u32, remote: IpAddr) -> u32 {
-    underlay_mtu.saturating_sub(vxlan_overhead(remote.to_canonical()))
 }
 
 /// The lower of two MTUs, 0 being unknown: what is known counts.

@@ -8,12 +8,12 @@ use proptest::prelude::*;
 
 use super::map;
 use crate::{
-    liveness::sbfd::Discriminator,
+    liveness::{Reflector, sbfd::Discriminator},
     mechanism::{
-        KERNEL, Kernel, LOCAL, MechanismError, Parameters, REMOTE, VXLAN, Vxlan, choose, lower_mtu,
-        vxlan_mtu,
+        Asked, Granted, KERNEL, Kernel, LOCAL, MechanismError, Parameters, REMOTE, RemoteMechanism,
+        TunnelEnd, TunnelKey, VXLAN, Vxlan, choose, lower_mtu,
     },
-    net::{IfName, IfNameError, NetnsUrl, NetnsUrlError},
+    net::{IfName, IfNameError, NetnsUrl, NetnsUrlError, Vni},
 };
 
 #[test]
@@ -128,7 +128,10 @@ fn each_bad_value_is_named_with_its_key() {
 fn an_ipv4_address_in_ipv6_clothes_is_ipv4() {
     let vxlan = Vxlan::parse(&map(&[("src_ip", "::ffff:192.0.2.1")])).unwrap();
     assert_eq!(vxlan.src_ip, Some("192.0.2.1".parse().unwrap()));
-    assert_eq!(vxlan_mtu(1500, "::ffff:192.0.2.1".parse().unwrap()), 1450);
+    assert_eq!(
+        RemoteMechanism::Vxlan.mtu(1500, "::ffff:192.0.2.1".parse().unwrap()),
+        1450
+    );
 }
 
 #[test]
@@ -263,11 +266,81 @@ fn the_first_supported_offer_is_taken() {
     );
 }
 
+fn end() -> impl Strategy<Value = TunnelEnd> {
+    let reflector = (1_u32.., 1..=Vni::MAX).prop_map(|(discriminator, vni)| Reflector {
+        discriminator: Discriminator::new(discriminator).expect("above zero"),
+        vni: vni.try_into().expect("a VNI"),
+    });
+    let address = (1_u8..224, any::<u8>()).prop_map(|(a, b)| IpAddr::from([a, 0, 2, b]));
+    (address, 1_u16.., proptest::option::of(reflector)).prop_map(|(address, port, reflector)| {
+        TunnelEnd {
+            address,
+            port,
+            reflector,
+        }
+    })
+}
+
+proptest! {
+    /// What each end writes is what the other end reads, whatever the mechanism; so it is when they do it again over what stands.
+    #[test]
+    fn both_ends_agree(client in end(), server in end(), vni in 1..=Vni::MAX, mtu in 576_u32..9000) {
+        let key = TunnelKey::Vni(vni.try_into().expect("a VNI"));
+        for mechanism in RemoteMechanism::ALL {
+            let offer = mechanism.offer(&client, mtu);
+            let mut params = offer.clone();
+            let mut standing = None;
+            for _ in 0..2 {
+                let asked = Asked { client, mtu: Some(mtu), standing };
+                prop_assert_eq!(mechanism.asked(&params), Ok(asked));
+                let lower = mtu - 1;
+                prop_assert_eq!(mechanism.answer(&mut params, &server, key, lower), Ok(()));
+                let granted = Granted { server, mtu: Some(lower), key };
+                prop_assert_eq!(mechanism.granted(&params), Ok(granted));
+                mechanism.renew(&mut params, &offer);
+                standing = Some((key, Some(server.address)));
+            }
+            mechanism.forget_grant(&mut params);
+            prop_assert_eq!(mechanism.asked(&params).map(|it| it.standing), Ok(None));
+            prop_assert_eq!(mechanism.granted(&params), Err(MechanismError::NotGranted));
+        }
+    }
+}
+
+#[test]
+fn the_table_names_each_mechanism_once() {
+    for mechanism in RemoteMechanism::ALL {
+        assert_eq!(
+            RemoteMechanism::of_type(mechanism.wire_type()),
+            Some(mechanism)
+        );
+    }
+    for payload in ["", "IP", "ETHERNET"] {
+        assert_eq!(
+            RemoteMechanism::for_payload(payload),
+            Some(RemoteMechanism::Vxlan)
+        );
+    }
+    assert_eq!(RemoteMechanism::of_type(KERNEL), None);
+}
+
 #[test]
 fn mtus() {
     let (v4, v6): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap());
-    assert_eq!((vxlan_mtu(1500, v4), vxlan_mtu(1500, v6)), (1450, 1430));
-    assert_eq!((vxlan_mtu(0, v4), vxlan_mtu(60, v6)), (0, 0));
+    assert_eq!(
+        (
+            RemoteMechanism::Vxlan.mtu(1500, v4),
+            RemoteMechanism::Vxlan.mtu(1500, v6)
+        ),
+        (1450, 1430)
+    );
+    assert_eq!(
+        (
+            RemoteMechanism::Vxlan.mtu(0, v4),
+            RemoteMechanism::Vxlan.mtu(60, v6)
+        ),
+        (0, 0)
+    );
     assert_eq!(
         (
             lower_mtu(0, 9),

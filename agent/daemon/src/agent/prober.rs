@@ -186,8 +186,8 @@ impl NodeProber {
             .map(|watched| Arc::clone(&watched.guard))
     }
 
-    /// Judges a report; the health if that is something new.
-    fn note(&self, report: &Report) -> Option<Health> {
+    /// Judges a report; an event if the health is something new.
+    fn note(&self, report: &Report) -> Option<PathEvent> {
         let mut watched = self.watched();
         let one = watched.get_mut(&report.path)?;
         let evidence = Evidence {
@@ -201,7 +201,8 @@ impl NodeProber {
         let health = judge(&evidence);
         let is_news = one.known.is_none_or(|known| !is_same(&known, &health));
         one.known = Some(health);
-        is_news.then_some(health)
+        let path = report.path;
+        is_news.then_some(PathEvent::Changed { path, health })
     }
 
     /// Asks a session for what it has, so that what is known is not behind.
@@ -305,7 +306,7 @@ impl Prober for NodeProber {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(Event::Session { report, .. }) => {
-                        pending.extend(self.note(&report).map(PathEvent::Changed));
+                        pending.extend(self.note(&report));
                     }
                     Some(Event::ForeignVni(foreign)) => {
                         if let Ok(vni) = Vni::try_from(foreign.vni) {
@@ -318,8 +319,7 @@ impl Prober for NodeProber {
                 _ = look_again.tick() => {
                     if self.has_doubts() {
                         let reports = self.reports().await;
-                        let news = reports.iter().filter_map(|report| self.note(report));
-                        pending.extend(news.map(PathEvent::Changed));
+                        pending.extend(reports.iter().filter_map(|report| self.note(report)));
                     }
                 }
             }

@@ -1,105 +1,71 @@
-//! What the next hop is offered, and the addresses that the proxy swaps on the way there and back.
+//! Step: the Request to the next hop: names as it knows them, the mechanism we want towards it, and what this node can promise of the
+//! connection's context.
 
-use nsm_core::mechanism::{
-    KERNEL, LOCAL, MTU, REMOTE, SBFD_DISCRIMINATOR_SRC, SBFD_VNI, VXLAN, Vxlan,
+use nsm_core::mechanism::{KERNEL, LOCAL, REMOTE, RemoteMechanism, TunnelEnd, lower_mtu};
+use nsm_proto::{
+    connection::{Connection, Mechanism},
+    connectioncontext::ConnectionContext,
+    networkservice::NetworkServiceRequest,
 };
-use nsm_proto::{connection::Mechanism, networkservice::NetworkServiceRequest};
 
-use super::{
-    Ask,
-    messages::{End, agreed_mtu, set_mac, without_inode},
-};
+use super::ask::Attempt;
 use crate::{
     call::{
         Calls,
-        case::{Case, mac, pair_mtu, tunnel_mtu},
+        case::Case,
+        ends::{End, pair_mtu},
+        next_hop::without_inode,
     },
-    connection::model::Established,
     convert,
     error::RequestError,
-    route::router::Route,
+    ports::Underlay,
 };
 
 impl Calls {
-    /// The Request to the next hop: names as it knows them, the mechanism we want towards it, and
-    /// what this node can promise of the connection's context.
+    /// The Request of an attempt; `standing` is the mechanism towards this hop that stands.
     pub(super) async fn offer(
         &self,
-        ask: &Ask,
-        route: &Route,
-        case: &Case,
-        mut standing: Option<Mechanism>,
-        prior: Option<&Established>,
+        attempt: &Attempt<'_>,
+        standing: Option<Mechanism>,
     ) -> Result<NetworkServiceRequest, RequestError> {
-        let mut connection = ask.connection.clone();
-        let agreed = agreed_mtu(ask, prior);
-        if let (Some(mtu), Some(context)) = (agreed, connection.context.as_mut()) {
-            context.mtu = mtu;
-        }
-        connection.path = Some(convert::wire_path(ask.path.clone()));
-        connection.network_service.clone_from(&route.service);
-        connection
-            .network_service_endpoint_name
-            .clone_from(&route.endpoint);
-        if connection.payload.is_empty() {
-            connection.payload.clone_from(&route.payload);
-        }
-        let mut preferences = Vec::new();
-        match case {
-            Case::PodToPod(..) => {
-                let context = connection.context.get_or_insert_default();
+        let mut connection = named_for(attempt);
+        let id = attempt.id();
+        let context = &mut connection.context;
+        let mut standing = standing;
+        let mut preferences = match &attempt.case {
+            Case::Through => attempt.ask.preferences.clone(),
+            Case::LocalPair(_) => {
+                let context = context.get_or_insert_default();
                 context.mtu = pair_mtu(context);
-                set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
-                preferences.push(convert::mechanism(LOCAL, KERNEL, [].into()));
+                End::Client.set_mac(context, id);
+                vec![convert::mechanism(LOCAL, KERNEL, [].into())]
             }
-            Case::PodToTunnel(..) => {
-                let underlay = self.forwarder()?.underlay(route.address()).await?;
-                let context = connection.context.get_or_insert_default();
-                context.mtu = tunnel_mtu(context, &underlay, None);
-                set_mac(context, End::Client, &mac(&ask.connection.id, "client"));
-                let mut parameters = [].into();
-                let reflector = self.liveness.reflector();
-                Vxlan {
-                    src_ip: Some(underlay.ip),
-                    dst_ip: None,
-                    src_port: underlay.port,
-                    dst_port: underlay.port,
-                    vni: None,
-                    mtu: Some(context.mtu),
-                    src_discriminator: reflector.map(|it| it.discriminator),
-                    dst_discriminator: None,
-                    sbfd_vni: reflector.map(|it| it.vni),
-                }
-                .write(&mut parameters);
-                if let Some(standing) = &mut standing {
-                    // The side that speaks is ours now, and its answer was the peer's.
-                    let ours = [MTU, SBFD_DISCRIMINATOR_SRC, SBFD_VNI];
-                    for key in ours {
-                        standing.parameters.remove(key);
-                        if let Some(value) = parameters.get(key) {
-                            standing.parameters.insert(key.to_owned(), value.clone());
-                        }
-                    }
-                }
-                preferences.push(convert::mechanism(REMOTE, VXLAN, parameters));
+            Case::Initiate(_, remote) => {
+                let context = context.get_or_insert_default();
+                End::Client.set_mac(context, id);
+                let standing = standing.as_mut();
+                vec![
+                    self.offer_tunnel(attempt, *remote, context, standing)
+                        .await?,
+                ]
             }
-            Case::TunnelToPod(vxlan, _) => {
-                let underlay = self.forwarder()?.underlay(vxlan.src_ip).await?;
-                let context = connection.context.get_or_insert_default();
-                context.mtu = tunnel_mtu(context, &underlay, vxlan.mtu);
-                set_mac(context, End::Endpoint, &mac(&ask.connection.id, "endpoint"));
-                preferences.push(convert::mechanism(LOCAL, KERNEL, [].into()));
+            Case::Terminate(tunnel) => {
+                let remote = Some(tunnel.asked.client.address);
+                let underlay = self.forwarder()?.underlay(remote).await?;
+                let context = context.get_or_insert_default();
+                context.mtu = tunnel_mtu(tunnel.remote, context, &underlay, tunnel.asked.mtu);
+                End::Endpoint.set_mac(context, id);
+                vec![convert::mechanism(LOCAL, KERNEL, [].into())]
             }
-            Case::Through => preferences.clone_from(&ask.preferences),
-        }
-        if !matches!(case, Case::Through) {
-            connection.mechanism = match route.is_local() {
+        };
+        if !matches!(attempt.case, Case::Through) {
+            connection.mechanism = match attempt.route.is_local() {
                 true => standing.map(without_inode),
                 false => standing,
             };
         }
         self.lookup.addresses.swap_request(
-            route.crossing,
+            attempt.route.crossing,
             connection.mechanism.iter_mut().chain(&mut preferences),
         );
         Ok(NetworkServiceRequest {
@@ -107,4 +73,68 @@ impl Calls {
             mechanism_preferences: preferences,
         })
     }
+
+    /// The client's end of a tunnel, as it is offered to the next hop.
+    async fn offer_tunnel(
+        &self,
+        attempt: &Attempt<'_>,
+        remote: RemoteMechanism,
+        context: &mut ConnectionContext,
+        standing: Option<&mut Mechanism>,
+    ) -> Result<Mechanism, RequestError> {
+        let underlay = self.forwarder()?.underlay(attempt.route.address()).await?;
+        context.mtu = tunnel_mtu(remote, context, &underlay, None);
+        let offer = remote.offer(&self.own_end(&underlay), context.mtu);
+        if let Some(standing) = standing {
+            remote.renew(&mut standing.parameters, &offer);
+        }
+        Ok(convert::mechanism(REMOTE, remote.wire_type(), offer))
+    }
+
+    /// This node's end of a tunnel.
+    pub(super) fn own_end(&self, underlay: &Underlay) -> TunnelEnd {
+        TunnelEnd {
+            address: underlay.ip,
+            port: underlay.port,
+            reflector: self.liveness.reflector(),
+        }
+    }
+}
+
+/// The connection with the names by which the next hop knows it, and with the MTU that was agreed before.
+fn named_for(attempt: &Attempt<'_>) -> Connection {
+    let (ask, route) = (attempt.ask, attempt.route);
+    let mut connection = ask.connection.clone();
+    if let (Some(mtu), Some(context)) = (agreed_mtu(attempt), connection.context.as_mut()) {
+        context.mtu = mtu;
+    }
+    connection.path = Some(convert::wire_path(ask.path.clone()));
+    connection.network_service.clone_from(&route.service);
+    connection
+        .network_service_endpoint_name
+        .clone_from(&route.endpoint);
+    if connection.payload.is_empty() {
+        connection.payload.clone_from(&route.payload);
+    }
+    connection
+}
+
+/// The MTU to ask for again, where the client asks with what its path came to carry meanwhile: what was agreed before.
+fn agreed_mtu(attempt: &Attempt<'_>) -> Option<u32> {
+    let prior = attempt.prior?;
+    let agreed = prior.path.agreed_mtu;
+    let now = prior.view.context.as_ref()?.mtu;
+    let asked = attempt.ask.connection.context.as_ref()?.mtu;
+    (agreed > now && asked == now).then_some(agreed)
+}
+
+/// The MTU our tunnel can carry, and not more than the connection's so far.
+pub(super) fn tunnel_mtu(
+    remote: RemoteMechanism,
+    context: &ConnectionContext,
+    underlay: &Underlay,
+    asked: Option<u32>,
+) -> u32 {
+    let own = remote.mtu(underlay.mtu, underlay.ip);
+    lower_mtu(lower_mtu(context.mtu, asked.unwrap_or(0)), own)
 }

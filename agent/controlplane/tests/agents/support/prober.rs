@@ -164,7 +164,7 @@ impl FakeProber {
         let paths: Vec<PathId> = self.table().watched.keys().copied().collect();
         for path in paths.into_iter().filter(|path| path.address == ip) {
             if let Some(health) = self.health(&path) {
-                let _ = self.events.send(PathEvent::Changed(health));
+                let _ = self.events.send(PathEvent::Changed { path, health });
             }
         }
     }

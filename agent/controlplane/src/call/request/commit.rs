@@ -1,0 +1,113 @@
+//! Step: the connection is stored, published and answered; or the Request has failed, and what stood before stands on.
+
+use std::sync::Arc;
+
+use nsm_core::{net::Vni, nsm::path::Hop};
+use nsm_proto::connection::{ConnectionEventType, State};
+
+use super::ask::Ask;
+use crate::{
+    call::{Answer, Calls, next_hop::downstream_view},
+    connection::{model::Established, store::Turn},
+    peer::{peers::Peer, stream},
+};
+
+impl Calls {
+    /// Stores the connection, publishes it to the monitors, and answers. `asked_id` is its id in the previous hop's message.
+    pub(super) fn commit(
+        self: &Arc<Self>,
+        turn: &Arc<Turn>,
+        prior: Option<Arc<Established>>,
+        established: Established,
+        hop: &Hop,
+        asked_id: String,
+    ) -> Answer {
+        let id = turn.id();
+        let answer = answer(&established, hop, asked_id);
+        if let Some(prior) = prior {
+            self.leave_prior(turn, &prior, &established);
+        }
+        let established = Arc::new(established);
+        let peer = self.lookup.peers.get(&established.route.url);
+        turn.set(Some(Arc::clone(&established)));
+        self.held.expiries.set(id, established.expires);
+        peer.join(id, || self.monitor(&peer));
+        self.held
+            .monitors
+            .publish_answered(ConnectionEventType::Update, &established.view);
+        self.liveness.catch_up(&established);
+        answer
+    }
+
+    /// Gives back what the connection had and does not need any more.
+    fn leave_prior(
+        self: &Arc<Self>,
+        turn: &Arc<Turn>,
+        prior: &Established,
+        established: &Established,
+    ) {
+        let id = turn.id();
+        if prior.route.url != established.route.url {
+            let peer = self.lookup.peers.get(&prior.route.url);
+            peer.leave(id);
+            self.undo_at(&peer, downstream_view(prior), turn);
+        }
+        self.liveness.exchange(id, prior, established);
+        if let Some(key) = prior.key
+            && prior.key != established.key
+        {
+            self.held.keys.release(key);
+        }
+    }
+
+    fn monitor(&self, peer: &Arc<Peer>) -> tokio::task::AbortHandle {
+        let liveness = Arc::clone(&self.liveness);
+        stream::watch(
+            Arc::clone(&self.lookup.peers),
+            Arc::clone(peer),
+            self.config.name.clone(),
+            move |peer, report| liveness.on_report(peer, report),
+        )
+    }
+
+    /// A Request has failed. What stood before stands and ends with the token of this Request, because the client is alive; where the
+    /// next hop does not have it any more, nothing passes until another Request succeeds.
+    pub(super) fn keep_prior(&self, ask: &Ask) {
+        let turn = &ask.turn;
+        let Some(current) = turn.current() else {
+            return;
+        };
+        if ask.is_moved() {
+            if let Some(changed) = current.with_reported(State::Down) {
+                let changed = Arc::new(changed);
+                turn.set(Some(Arc::clone(&changed)));
+                let monitors = &self.held.monitors;
+                monitors.publish(ConnectionEventType::Update, &changed.view);
+            }
+        } else if current.expires < ask.expires {
+            let mut changed = (*current).clone();
+            changed.expires = ask.expires;
+            turn.set(Some(Arc::new(changed)));
+            self.held.expiries.set(turn.id(), ask.expires);
+        }
+    }
+}
+
+fn answer(established: &Established, hop: &Hop, asked_id: String) -> Answer {
+    let mut connection = established.view.clone();
+    connection.id = asked_id;
+    // Granted, whatever is published of its path.
+    connection.set_state(State::Up);
+    if let Some(path) = &mut connection.path {
+        path.index = hop.previous.unwrap_or_default();
+    }
+    Answer {
+        connection,
+        resolution: established.route.resolution.clone(),
+        next_mechanism: established
+            .next_mechanism
+            .as_ref()
+            .map(|mechanism| mechanism.r#type.clone()),
+        vni: established.vni().map(Vni::get),
+    }
+}

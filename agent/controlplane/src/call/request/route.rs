@@ -1,0 +1,125 @@
+//! Step: the next hops of a Request, in the order in which they are tried.
+
+use std::sync::Arc;
+
+use nsm_proto::connection::Connection;
+use tonic::Code;
+
+use super::ask::Ask;
+use crate::{
+    call::Calls, connection::model::Established, error::RequestError, liveness::Reachability,
+    route::router::Route,
+};
+
+/// Endpoints tried for one Request. Each may cost a dial timeout; the deadline bounds them all.
+const MAX_ENDPOINTS: usize = 4;
+
+impl Calls {
+    /// Tries the route it had before, then every endpoint that serves the name: those whose path is known to be lost last.
+    pub(super) async fn establish(
+        self: &Arc<Self>,
+        ask: &Ask,
+        prior: Option<&Established>,
+    ) -> Result<Established, RequestError> {
+        let mut failures = Vec::new();
+        let stood = prior.filter(|prior| ask.avoid.is_none() && serves(prior, &ask.connection));
+        if let Some(prior) = stood {
+            let strict = self.liveness.policy() == Reachability::Require;
+            let attempt = self.attempt(ask, &prior.route, Some(prior), strict).await?;
+            match self.try_route(&attempt).await {
+                Err(error) if error.is_about_the_endpoint() => failures.push(error),
+                outcome => return outcome,
+            }
+        }
+        let arrival = ask.arrival;
+        let routes = self.router.routes(arrival, &ask.connection, ask.deadline);
+        let mut routes = match routes.await {
+            Ok(routes) => routes,
+            // A registry forgets the endpoints of an agent that is away. The agent is away all the same, and the connection stands.
+            Err(error) if error.code() == Code::NotFound => {
+                let away = failures.pop();
+                return Err(away
+                    .filter(|failure| failure.code() == Code::Unavailable)
+                    .unwrap_or(error));
+            }
+            Err(error) => return Err(error),
+        };
+        routes.sort_by_key(|route| self.doubts(ask, route));
+        let has_failed = |route: &Route| {
+            prior.is_some_and(|prior| !failures.is_empty() && prior.route.is_to_same(route))
+        };
+        let untried: Vec<&Route> = routes
+            .iter()
+            .filter(|route| !has_failed(route))
+            .take(MAX_ENDPOINTS)
+            .collect();
+        self.try_routes(ask, &untried, prior, failures).await
+    }
+
+    /// Tries routes until one is taken. `failures` are those of routes that were tried before.
+    async fn try_routes(
+        self: &Arc<Self>,
+        ask: &Ask,
+        routes: &[&Route],
+        prior: Option<&Established>,
+        mut failures: Vec<RequestError>,
+    ) -> Result<Established, RequestError> {
+        let policy = self.liveness.policy();
+        let mut unproven = None;
+        for (at, route) in routes.iter().enumerate() {
+            // As long as there are others, none is taken whose path fails its proof; a peer without a reflector is taken like any other.
+            let strict = policy == Reachability::Require
+                || policy == Reachability::Prefer && at + 1 < routes.len();
+            let attempt = self.attempt(ask, route, prior, strict).await?;
+            match self.try_route(&attempt).await {
+                Err(error) if error.is_about_the_endpoint() => {
+                    tracing::debug!(endpoint = %route.endpoint, %error, "an endpoint failed");
+                    if matches!(error, RequestError::Unproven { .. }) {
+                        unproven.get_or_insert(*route);
+                    }
+                    failures.push(error);
+                }
+                outcome => return outcome,
+            }
+        }
+        if let Some(route) = unproven.filter(|_| policy == Reachability::Prefer) {
+            let attempt = self.attempt(ask, route, prior, false).await?;
+            return self.try_route(&attempt).await;
+        }
+        Err(all_failed(&ask.connection.network_service, failures))
+    }
+
+    /// How little is expected of a route: the one whose loss made the client ask again comes last, one whose path is down before it.
+    fn doubts(&self, ask: &Ask, route: &Route) -> u8 {
+        if ask
+            .avoid
+            .as_ref()
+            .is_some_and(|avoid| avoid.is_to_same(route))
+        {
+            return 2;
+        }
+        let tunnel = self.lookup.peers.get(&route.url).tunnel();
+        let health = tunnel.and_then(|path| self.liveness.health(&path));
+        u8::from(health.is_some_and(|health| health.is_down()))
+    }
+}
+
+/// Whether the connection goes on where it stands.
+fn serves(prior: &Established, asked: &Connection) -> bool {
+    let endpoint = &asked.network_service_endpoint_name;
+    prior.view.network_service == asked.network_service
+        && (endpoint.is_empty() || *endpoint == prior.view.network_service_endpoint_name)
+}
+
+fn all_failed(service: &str, mut failures: Vec<RequestError>) -> RequestError {
+    match failures.len() {
+        1 => failures.remove(0),
+        _ => RequestError::AllFailed {
+            service: service.to_owned(),
+            code: failures
+                .last()
+                .map_or(Code::Unavailable, RequestError::code),
+            causes: failures.iter().map(ToString::to_string).collect(),
+        },
+    }
+}
