@@ -51,12 +51,15 @@ pub(super) enum Shape {
     Map,
 }
 
+/// Reads a value from its node.
+type Read<T> = Box<dyn Fn(&Node) -> Result<T, Bad> + Send + Sync>;
+
 /// How values of the type `T` are read and shown.
 pub(super) struct Kind<T> {
     placeholder: String,
     shape: Shape,
     is_secret: bool,
-    read: Box<dyn Fn(&Node) -> Result<T, Bad> + Send + Sync>,
+    read: Read<T>,
     show: Box<dyn Fn(&T) -> Value + Send + Sync>,
 }
 
