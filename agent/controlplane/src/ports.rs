@@ -249,9 +249,9 @@ pub trait Prober: Send + Sync + 'static {
     /// The health of a path that a connection has joined.
     fn health(&self, path: &PathId) -> Option<Health>;
 
-    /// What the peer's agent says of the path to us, as connection `user` brought it just now; `None`: it is not heard any more
-    /// there. Nothing is made of it for a connection that is not counted in.
-    fn told(&self, user: &str, path: &PathId, report: Option<PeerReport>);
+    /// Takes the peer's report on the path, which connection `user` has brought just now; `None` withdraws it. A report counts only
+    /// while its connection is counted in.
+    fn report(&self, user: &str, path: &PathId, report: Option<PeerReport>);
 
     /// The next event. One caller at a time.
     async fn next_event(&self) -> PathEvent;

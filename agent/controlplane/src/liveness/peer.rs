@@ -32,7 +32,7 @@ impl Liveness {
                 let is_last = report.is_some() || LostHop::read(&hop.metrics).is_some();
                 is_last.then_some(report)
             });
-            prober.told(&established.view.id, &watched, report.flatten());
+            prober.report(&established.view.id, &watched, report.flatten());
         }
     }
 }

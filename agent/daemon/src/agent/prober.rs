@@ -281,7 +281,7 @@ impl Prober for NodeProber {
         self.watched().get(&path.canonical())?.known
     }
 
-    fn told(&self, user: &str, path: &PathId, report: Option<PeerReport>) {
+    fn report(&self, user: &str, path: &PathId, report: Option<PeerReport>) {
         let mut watched = self.watched();
         let user = watched
             .get_mut(&path.canonical())

@@ -251,7 +251,7 @@ impl Prober for FakeProber {
         })
     }
 
-    fn told(&self, user: &str, path: &PathId, word: Option<PeerReport>) {
+    fn report(&self, user: &str, path: &PathId, word: Option<PeerReport>) {
         let mut table = self.table();
         let key = (path.address, user.to_owned());
         let is_counted = table
