@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::Path, str::FromStr as _};
 
-use proc_macro2::{Delimiter, Group, LexError, TokenStream, TokenTree};
+use proc_macro2::{Delimiter, Group, Ident, LexError, TokenStream, TokenTree};
 
 /// A module, by the names on the way from the crate's root.
 pub(crate) type Module = Vec<String>;
@@ -88,12 +88,8 @@ impl Source {
                 TokenTree::Ident(ident) if ident == "allow" || ident == "expect" => {
                     self.read_allowed(tokens.get(at + 1));
                 }
-                TokenTree::Ident(ident)
-                    if ident == "crate" || ident == "self" || ident == "super" =>
-                {
-                    if !follows_path(&tokens, at) {
-                        self.read_path(vec![ident.to_string()], &tokens[at + 1..]);
-                    }
+                TokenTree::Ident(ident) if begins_path(ident) && !follows_path(&tokens, at) => {
+                    self.read_path(vec![ident.to_string()], &tokens[at + 1..]);
                 }
                 _ => {}
             }
@@ -175,6 +171,11 @@ impl Source {
             }
         }
     }
+}
+
+/// Whether a path within the crate can begin with the name.
+fn begins_path(ident: &Ident) -> bool {
+    ident == "crate" || ident == "self" || ident == "super"
 }
 
 /// Whether the token continues a path (`a::self`, `pub(crate)` does not).
