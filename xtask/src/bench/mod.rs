@@ -66,8 +66,8 @@ pub(crate) struct Arguments {
     /// Measure the agent of this revision, too, in turn with the present one, and print the ratios.
     #[arg(long, value_name = "REV", conflicts_with_all = ["quick", "minutes"])]
     compare: Option<String>,
-    /// For `--compare`: how often both are measured.
-    #[arg(long, default_value_t = 15, requires = "compare", value_parser = clap::value_parser!(u32).range(compare::FEWEST_PAIRS..=500))]
+    /// For `--compare`: how often both are measured; an odd number is rounded up, so that each is as often the first.
+    #[arg(long, default_value_t = compare::PAIRS, requires = "compare", value_parser = compare::parse_pairs)]
     pairs: u32,
 }
 

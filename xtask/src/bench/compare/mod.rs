@@ -25,10 +25,29 @@ use report::{Compared, Report};
 use revision::Revision;
 
 /// Of fewer there is no interval of 95 %.
-pub(super) const FEWEST_PAIRS: i64 = 6;
+const FEWEST_PAIRS: u32 = 6;
+
+/// More are a slip of the hand.
+const MOST_PAIRS: u32 = 500;
+
+/// How many pairs are measured unless said.
+pub(super) const PAIRS: u32 = 16;
 
 /// After so many failed pairs in a row the others would fail, too.
 const FAILURES_IN_A_ROW: u32 = 3;
+
+/// A number of pairs from the command line, rounded up to an even one: only of that many each side is the first as often as the other.
+///
+/// # Errors
+/// When that is no number, or none that can be measured.
+pub(super) fn parse_pairs(text: &str) -> Result<u32, String> {
+    let pairs: u32 = text.parse().map_err(|error| format!("{error}"))?;
+    if (FEWEST_PAIRS..=MOST_PAIRS).contains(&pairs) {
+        Ok(pairs.next_multiple_of(2))
+    } else {
+        Err(format!("{FEWEST_PAIRS} to {MOST_PAIRS}"))
+    }
+}
 
 /// The parts to compare: those asked for, or all that can be.
 ///
@@ -200,7 +219,7 @@ impl Run {
 
 /// Failures are not by chance: an agent that fails under some load is not the one that the others' times are of.
 fn is_enough(measured: usize, wanted: u32) -> bool {
-    measured as i64 >= FEWEST_PAIRS && measured * 5 >= wanted as usize * 4
+    measured >= FEWEST_PAIRS as usize && measured * 5 >= wanted as usize * 4
 }
 
 /// The programs that a part's pair takes from the revision.
@@ -247,12 +266,32 @@ fn pair(part: Part, sides: &Sides, order: [Side; 2]) -> Result<(Vec<Row>, Vec<Ro
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: super::super::Arguments,
+    }
+
+    /// How many pairs are measured with these arguments.
+    fn pairs(more: &[&str]) -> u32 {
+        let line = ["bench", "--compare", "HEAD~1"];
+        let line = Line::try_parse_from(line.iter().chain(more)).unwrap();
+        line.arguments.pairs
+    }
 
     #[test]
     fn each_side_is_as_often_the_first() {
-        let first = |side| (0..20).filter(|&pair| order(pair)[0] == side).count();
-        assert_eq!((first(Side::Now), first(Side::Rev)), (10, 10));
+        for pairs in [pairs(&[]), pairs(&["--pairs", "7"])] {
+            let first = |side| (0..pairs).filter(|&pair| order(pair)[0] == side).count();
+            assert_eq!(first(Side::Now), first(Side::Rev), "of {pairs}");
+        }
+        assert_eq!(pairs(&["--pairs", "7"]), 8);
+        assert_eq!(pairs(&["--pairs", "500"]), 500);
+        assert!(parse_pairs("5").is_err() && parse_pairs("501").is_err());
     }
 
     #[test]
