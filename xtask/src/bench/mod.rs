@@ -38,6 +38,7 @@ use nsm_world::interrupt;
 
 use crate::interop::Go;
 use machine::calibrate;
+use needs::Prepared;
 use programs::Built;
 use report::{Machine, Report, SideBySide};
 use sink::{Parts, Sink};
@@ -151,18 +152,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         return compare::run(revision, &chosen, arguments.pairs, arguments.json);
     }
     let prepared = needs::prepare(&parts)?;
-    let size = if arguments.quick {
-        Size::Quick
-    } else {
-        Size::Full
-    };
-    let run = Run {
-        before: Machine::look()?,
-        parts: Parts::default(),
-        side_by_side: Arc::default(),
-        quick: arguments.quick,
-        json: arguments.json,
-    };
+    let run = Run::begin(arguments)?;
     let (on_signal, parts) = (run.clone(), run.parts.clone());
     on_interrupt(move |why| {
         parts.interrupt(why);
@@ -170,19 +160,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     })?;
     let calibration = run.parts.begin("calibration");
     calibrate(&calibration, "before");
-    for (part, error) in prepared.refused {
-        run.parts.begin(&part.name()).measure(|_| Err(error));
-    }
-    let setting = Setting {
-        built: &prepared.built,
-        go: prepared.go.as_ref(),
-        size,
-        minutes: arguments.minutes,
-    };
-    for part in prepared.ready {
-        let sink = run.parts.begin(&part.name());
-        sink.measure(|sink| measure(part, &setting, sink, &run.side_by_side));
-    }
+    run.measure(prepared, arguments.minutes);
     calibrate(&calibration, "after");
     let is_whole = run.print()?;
     ensure!(is_whole, "a part could not be measured: see above");
@@ -200,17 +178,49 @@ struct Run {
 }
 
 impl Run {
-    /// Prints what was found until now; whether all of it was.
-    fn print(&self) -> Result<bool> {
+    fn begin(arguments: &Arguments) -> Result<Self> {
+        Ok(Self {
+            before: Machine::look()?,
+            parts: Parts::default(),
+            side_by_side: Arc::default(),
+            quick: arguments.quick,
+            json: arguments.json,
+        })
+    }
+
+    /// Measures each part, whatever becomes of the others.
+    fn measure(&self, prepared: Prepared, minutes: f64) {
+        for (part, error) in prepared.refused {
+            self.parts.begin(&part.name()).measure(|_| Err(error));
+        }
+        let setting = Setting {
+            built: &prepared.built,
+            go: prepared.go.as_ref(),
+            size: if self.quick { Size::Quick } else { Size::Full },
+            minutes,
+        };
+        for part in prepared.ready {
+            let sink = self.parts.begin(&part.name());
+            sink.measure(|sink| measure(part, &setting, sink, &self.side_by_side));
+        }
+    }
+
+    /// What was found until now.
+    fn report(&self) -> Result<Report> {
         let side_by_side = self.side_by_side.lock();
-        let report = Report {
+        Ok(Report {
             machine: self.before.clone().after()?,
             quick: self.quick,
             parts: self.parts.reports(),
             side_by_side: side_by_side.unwrap_or_else(PoisonError::into_inner).clone(),
-        };
+        })
+    }
+
+    /// Prints what was found until now; whether all of it was.
+    fn print(&self) -> Result<bool> {
+        let report = self.report()?;
         if self.json {
-            println!("{}", serde_json::to_string(&report)?);
+            println!("{}", report.json()?);
         } else {
             print!("{}", report.render());
         }
@@ -254,5 +264,90 @@ fn measure(
         Part::Memory => memory::measure(setting, sink),
         Part::Throughput => throughput::measure(setting, sink),
         Part::Health => health::measure(setting, sink),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path, process::Command};
+
+    use anyhow::anyhow;
+    use programs::Program;
+    use serde_json::Value;
+
+    use super::*;
+
+    /// A stand-in for criterion's program, which measures its first benchmark and fails in the last.
+    const FAILS_LAST: &str = "#!/bin/sh
+case \"$*\" in
+*--list) echo 'first_step: benchmark'; echo 'last_step: benchmark' ;;
+*last_step*) echo 'criterion is out of order'; exit 3 ;;
+esac
+";
+
+    /// Writes the stand-in below `target`, where cargo would have put criterion's program, and what criterion measured.
+    fn stand_in(target: &Path) -> Built {
+        let program = target.join("release/deps/decisions");
+        let measured = target.join("criterion/first_step/new");
+        for folder in [program.parent().unwrap(), &measured] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        // By a process of its own: what another test starts meanwhile must not inherit a descriptor that writes to a program.
+        let status = Command::new("sh")
+            .args(["-c", "printf %s \"$1\" >\"$2\" && chmod +x \"$2\"", "sh"])
+            .arg(FAILS_LAST)
+            .arg(&program)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        let estimates = r#"{"median": {"point_estimate": 412.0}}"#;
+        fs::write(measured.join("estimates.json"), estimates).unwrap();
+        fs::write(measured.join("sample.json"), r#"{"times": [1.0, 2.0]}"#).unwrap();
+        let mut built = Built::default();
+        built.insert(Program::Decisions, program);
+        built
+    }
+
+    fn broken_in_its_last_step(target: &Path) -> Run {
+        let run = Run {
+            before: Machine::look().unwrap(),
+            parts: Parts::default(),
+            side_by_side: Arc::default(),
+            quick: true,
+            json: false,
+        };
+        let prepared = Prepared {
+            ready: vec![Part::Core],
+            refused: vec![(Part::Throughput, anyhow!("iperf3 is not installed"))],
+            built: stand_in(target),
+            go: None,
+        };
+        run.measure(prepared, 0.0);
+        run
+    }
+
+    #[test]
+    fn a_part_that_fails_in_its_last_step_still_prints_its_rows() {
+        let target = tempfile::tempdir().unwrap();
+        let report = broken_in_its_last_step(target.path()).report().unwrap();
+        assert!(!report.is_whole());
+        let text = report.render();
+        for expected in [
+            "throughput: could not be measured: iperf3 is not installed",
+            "first step",
+            "412",
+            "stopped in: criterion, last_step",
+            "criterion is out of order",
+        ] {
+            assert!(text.contains(expected), "{expected}: {text}");
+        }
+        let json: Value = serde_json::from_str(&report.json().unwrap()).unwrap();
+        let core = &json["parts"][1];
+        assert_eq!(core["part"], "core");
+        assert_eq!(core["rows"][0]["value"], 412.0);
+        assert_eq!(core["rows"][0]["n"], 2);
+        assert_eq!(core["failed_step"], "criterion, last_step");
+        let error = core["error"].as_str().unwrap();
+        assert!(error.contains("criterion is out of order"), "{error}");
     }
 }

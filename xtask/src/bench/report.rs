@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
@@ -125,6 +126,11 @@ impl Report {
     /// Whether every part ran to its end; missed bars are no failure.
     pub(super) fn is_whole(&self) -> bool {
         self.parts.iter().all(|part| part.error.is_none())
+    }
+
+    /// One JSON object.
+    pub(super) fn json(&self) -> Result<String> {
+        Ok(serde_json::to_string(self)?)
     }
 
     /// As people read it.
