@@ -8,9 +8,9 @@ use std::{
     process::{ChildStdout, ExitCode},
     sync::{
         Arc, Mutex, PoisonError,
-        mpsc::{self, Receiver, Sender},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -55,21 +55,44 @@ pub(super) fn run(machine: &Machine<'_>, terms: Terms, signals: SigSet) -> Resul
     let (sender, events) = mpsc::channel();
     let on_signal = sender.clone();
     interruption::on_signal(signals, move |signal| {
-        let _ = on_signal.send(Event::End(End::Signal(signal)));
+        let _ = on_signal.send((Origin::Signals, Event::End(End::Signal(signal))));
     });
     let deadline = Instant::now() + terms.limit;
-    let mut starts = 1;
+    let mut start = 1;
     loop {
-        let mut session = Session::start(machine, terms, sender.clone())?;
+        let mut session = Session::start(machine, terms, start, sender.clone())?;
         match session.wait(&events, deadline) {
             Ok(status) => return Ok(ExitCode::from(status)),
-            Err(error) if session.may_start_again && starts < STARTS => {
+            Err(error) if session.may_start_again && start < STARTS => {
                 eprintln!(
                     "==> {error:#}\n==> the emulated machine did not come up: starting it again"
                 );
-                starts += 1;
+                start += 1;
             }
             Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Where an event comes from. A machine that was given up still sends the end of its frames when its successor runs already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    Signals,
+    /// The machine's start with this number.
+    Start(u32),
+}
+
+/// The next event until then that concerns the start with this number; events of other starts are dropped.
+fn next_event(
+    events: &Receiver<(Origin, Event)>,
+    start: u32,
+    until: Instant,
+) -> Result<Event, RecvTimeoutError> {
+    loop {
+        let (origin, event) =
+            events.recv_timeout(until.saturating_duration_since(Instant::now()))?;
+        if origin == Origin::Signals || origin == Origin::Start(start) {
+            return Ok(event);
         }
     }
 }
@@ -101,8 +124,12 @@ enum End {
 /// A machine and its output.
 #[derive(Debug)]
 struct Session {
+    /// The number of this start.
+    start: u32,
     machine: Running,
     console: Arc<Mutex<VecDeque<String>>>,
+    /// Ends with the console, which ends with QEMU.
+    console_reader: Option<JoinHandle<()>>,
     accelerator: &'static str,
     begin: Instant,
     limit: Duration,
@@ -111,20 +138,27 @@ struct Session {
 }
 
 impl Session {
-    fn start(machine: &Machine<'_>, terms: Terms, events: Sender<Event>) -> Result<Self> {
+    fn start(
+        machine: &Machine<'_>,
+        terms: Terms,
+        start: u32,
+        events: Sender<(Origin, Event)>,
+    ) -> Result<Self> {
         let begin = Instant::now();
         let mut running = machine.start()?;
         if let Some(channel) = running.channel.take() {
-            thread::spawn(move || read_frames(channel, &events));
+            thread::spawn(move || read_frames(channel, start, &events));
         }
         let console = Arc::default();
-        if let Some(stream) = running.console.take() {
+        let console_reader = running.console.take().map(|stream| {
             let console = Arc::clone(&console);
-            thread::spawn(move || read_console(stream, &console, terms.console));
-        }
+            thread::spawn(move || read_console(stream, &console, terms.console))
+        });
         Ok(Self {
+            start,
             machine: running,
             console,
+            console_reader,
             accelerator: machine.accelerator.name(),
             begin,
             limit: terms.limit,
@@ -133,12 +167,12 @@ impl Session {
     }
 
     /// Waits for the command's end, and returns the status to end with.
-    fn wait(&mut self, events: &Receiver<Event>, deadline: Instant) -> Result<u8> {
+    fn wait(&mut self, events: &Receiver<(Origin, Event)>, deadline: Instant) -> Result<u8> {
         let start_deadline = deadline.min(self.begin + START_LIMIT);
         let mut started = false;
         loop {
             let until = if started { deadline } else { start_deadline };
-            match events.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            match next_event(events, self.start, until) {
                 Ok(Event::Started(release)) => {
                     started = true;
                     self.may_start_again = false;
@@ -208,9 +242,15 @@ impl Session {
     /// What failed, with what QEMU, virtiofsd and the console have about it.
     fn failure(&mut self, what: &str) -> anyhow::Error {
         // QEMU's errors come last; a machine that hangs has none.
-        let _ = self.machine.qemu.wait(QEMU_END);
+        if let Ok(Some(_)) = self.machine.qemu.wait(QEMU_END)
+            && let Some(reader) = self.console_reader.take()
+        {
+            // A reader that panicked has shown why, and the lines before are kept.
+            let _ = reader.join();
+        }
         let mut text = what.to_owned();
         let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        self.may_start_again &= !gave_up(console.iter().map(String::as_str));
         for hint in hints(console.iter().map(String::as_str)) {
             let _ = write!(text, "\n{hint}");
         }
@@ -227,6 +267,11 @@ impl Session {
         }
         anyhow!(text)
     }
+}
+
+/// Whether init.sh has found that the guest cannot start. The reason is not chance: the next start would end in the same way.
+fn gave_up<'a>(mut console: impl Iterator<Item = &'a str>) -> bool {
+    console.any(|line| line.starts_with("vm: "))
 }
 
 /// Of an out-of-memory kill: what the console shows, and what to do.
@@ -263,7 +308,8 @@ fn hints<'a>(console: impl Iterator<Item = &'a str>) -> Vec<&'static str> {
 }
 
 /// Passes the command's output on, and reports the rest, until the command ends or the stream does.
-fn read_frames(channel: UnixStream, events: &Sender<Event>) {
+fn read_frames(channel: UnixStream, start: u32, events: &Sender<(Origin, Event)>) {
+    let origin = Origin::Start(start);
     let mut channel = BufReader::new(channel);
     loop {
         let end = match Frame::read_from(&mut channel) {
@@ -277,7 +323,7 @@ fn read_frames(channel: UnixStream, events: &Sender<Event>) {
             },
             Ok(Some(Frame::Started(release))) => {
                 // The receiver is gone when the session has ended otherwise; so it is below.
-                let _ = events.send(Event::Started(release));
+                let _ = events.send((origin, Event::Started(release)));
                 continue;
             }
             Ok(Some(Frame::Exit(status))) => End::Exit(status),
@@ -286,7 +332,7 @@ fn read_frames(channel: UnixStream, events: &Sender<Event>) {
             Ok(None) => End::Lost(None),
             Err(error) => End::Lost(Some(error)),
         };
-        let _ = events.send(Event::End(end));
+        let _ = events.send((origin, Event::End(end)));
         return;
     }
 }
@@ -314,6 +360,49 @@ fn read_console(stream: ChildStdout, kept: &Mutex<VecDeque<String>>, show: bool)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_machine_that_was_given_up_does_not_end_the_next() {
+        let (sender, events) = mpsc::channel();
+        let soon = Instant::now() + Duration::from_secs(10);
+        let (frames, theirs) = UnixStream::pair().unwrap();
+        // The first machine is killed: its frames end.
+        drop(theirs);
+        read_frames(frames, 1, &sender);
+        let (frames, mut theirs) = UnixStream::pair().unwrap();
+        let started = Frame::Started("6.12".to_owned());
+        started.write_to(&mut theirs).unwrap();
+        drop(theirs);
+        read_frames(frames, 2, &sender);
+        let event = next_event(&events, 2, soon).unwrap();
+        assert!(
+            matches!(&event, Event::Started(release) if release == "6.12"),
+            "{event:?}"
+        );
+        let event = next_event(&events, 2, soon).unwrap();
+        assert!(matches!(event, Event::End(End::Lost(None))), "{event:?}");
+    }
+
+    #[test]
+    fn a_signal_ends_whichever_machine_runs() {
+        let (sender, events) = mpsc::channel();
+        let end = Event::End(End::Signal(Signal::SIGTERM));
+        sender.send((Origin::Signals, end)).unwrap();
+        let event = next_event(&events, 3, Instant::now() + Duration::from_secs(10)).unwrap();
+        assert!(matches!(event, Event::End(End::Signal(_))), "{event:?}");
+        let nothing = next_event(&events, 3, Instant::now());
+        assert!(nothing.is_err(), "{nothing:?}");
+    }
+
+    #[test]
+    fn what_init_cannot_do_is_not_tried_again() {
+        assert!(gave_up(
+            ["quiet", "vm: cannot load /modules/00-fuse.ko"].into_iter()
+        ));
+        assert!(!gave_up(
+            ["[    0.5] kvm: no hardware support", "Kernel panic"].into_iter()
+        ));
+    }
 
     #[test]
     fn what_the_console_shows_leads_to_hints() {

@@ -3,6 +3,7 @@
 # What it needs beside it: /modules/NN-NAME.ko in the order of loading, /guest/ (xtask and its task) and, where the kernel
 # has modules, /modules-dir, a link to them.
 
+# The host looks for the line's beginning: such a start is not repeated.
 fail() {
     echo "vm: $*"
     poweroff -f
