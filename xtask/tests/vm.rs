@@ -34,9 +34,15 @@ impl Run {
     }
 
     fn command(&self, command: &[&str]) -> Command {
+        self.command_with(&[], command)
+    }
+
+    fn command_with(&self, options: &[&str], command: &[&str]) -> Command {
         let mut xtask = Command::new(env!("CARGO_BIN_EXE_xtask"));
         xtask
-            .args(["vm", "--kernel", "6.12", "--"])
+            .args(["vm", "--kernel", "6.12"])
+            .args(options)
+            .arg("--")
             .args(command)
             .current_dir(&self.dir)
             .env(MARK, &self.mark)
@@ -115,5 +121,25 @@ fn a_machine_ends_with_what_started_it() -> Result<()> {
     xtask.kill()?;
     xtask.wait()?;
     started?;
+    run.assert_nothing_left()
+}
+
+#[test]
+#[ignore = "needs root: a virtual machine with all files of this one"]
+fn the_guest_cannot_write_to_this_machines_files() -> Result<()> {
+    let run = Run::new("read-only")?;
+    // The guest is root: nothing in it keeps it from mounting the files as it likes.
+    let script = r#"mkdir /x && mount -t virtiofs host /x && mount -o remount,rw /x || exit 3
+        touch "/x$PWD/f" 2>/dev/null && exit 4
+        exit 0"#;
+    let output = run
+        .command_with(&["--files", "virtiofs"], &["sh", "-c", script])
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "{}: {}",
+        output.status,
+        text(&output.stderr)
+    );
     run.assert_nothing_left()
 }

@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use nix::{
+    errno::Errno,
     libc,
     sched::{CloneFlags, unshare},
 };
@@ -103,7 +104,9 @@ impl HostFiles {
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         make_read_only(&mut command);
-        let child = Child::spawn("virtiofsd", command, vec![listener])?;
+        let child = Child::spawn("virtiofsd", command, vec![listener]).context(
+            "virtiofsd, with this machine's mounts read-only, so that the guest cannot write to them (--files 9p does without)",
+        )?;
         Ok(Some(Server {
             child,
             connection: connection.into(),
@@ -154,7 +157,8 @@ fn connected_listener() -> io::Result<(UnixListener, UnixStream)> {
 }
 
 /// Gives the command a view of the files in which all mounts are read-only. The guest mounts them read-only already; this
-/// holds also for a guest that would not. It is left out where the kernel cannot (before 5.12) or may not (in a container).
+/// holds also for a guest that would not: it is root there, and may mount them again. Where the kernel cannot do this (before
+/// 5.12) or may not (in a container), the command does not start.
 fn make_read_only(command: &mut Command) {
     let read_only = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_RDONLY,
@@ -166,16 +170,16 @@ fn make_read_only(command: &mut Command) {
     // reads is the closure's own, of the size that is given.
     unsafe {
         command.pre_exec(move || {
-            if unshare(CloneFlags::CLONE_NEWNS).is_ok() {
-                libc::syscall(
-                    libc::SYS_mount_setattr,
-                    libc::AT_FDCWD,
-                    c"/".as_ptr(),
-                    libc::AT_RECURSIVE,
-                    &raw const read_only,
-                    size_of::<libc::mount_attr>(),
-                );
-            }
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            let result = libc::syscall(
+                libc::SYS_mount_setattr,
+                libc::AT_FDCWD,
+                c"/".as_ptr(),
+                libc::AT_RECURSIVE,
+                &raw const read_only,
+                size_of::<libc::mount_attr>(),
+            );
+            Errno::result(result).map(drop)?;
             Ok(())
         });
     }
