@@ -1,13 +1,18 @@
 //! `cargo xtask vm` as a user has it: a kernel is booted, and nothing is left of it.
 
 use std::{
-    fs,
+    fs::{self, File},
+    os::unix::{fs::MetadataExt as _, process::ExitStatusExt as _},
     path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use nsm_world::wait_until;
 use tempfile::TempDir;
 
@@ -140,6 +145,49 @@ fn the_guest_cannot_write_to_this_machines_files() -> Result<()> {
         "{}: {}",
         output.status,
         text(&output.stderr)
+    );
+    run.assert_nothing_left()
+}
+
+#[test]
+#[ignore = "needs root: what virtual machines need is installed"]
+fn ctrl_c_ends_the_preparation() -> Result<()> {
+    let run = Run::new("preparation")?;
+    let cache = tempfile::tempdir()?;
+    let kernels = cache.path().join("proxy-nsmgr/vm");
+    fs::create_dir_all(&kernels)?;
+    // Another run fetches, as it seems: this one waits.
+    let lock = File::create(kernels.join("lock"))?;
+    lock.lock()?;
+    let mut xtask = run
+        .command(&["true"])
+        .env("XDG_CACHE_HOME", cache.path())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let inode = format!(":{} ", lock.metadata()?.ino());
+    let waiting = wait_until("it to wait for the lock", PATIENCE, || {
+        let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+        locks
+            .lines()
+            .any(|line| line.contains("->") && line.contains(&inode))
+    });
+    let pid = Pid::from_raw(xtask.id().cast_signed());
+    let sent = kill(pid, Signal::SIGINT);
+    let mut ended = None;
+    let end = wait_until("it to end", PATIENCE, || {
+        ended = xtask.try_wait().unwrap_or_default();
+        ended.is_some()
+    });
+    if end.is_err() {
+        xtask.kill()?;
+        xtask.wait()?;
+    }
+    waiting?;
+    sent?;
+    end?;
+    ensure!(
+        ended.and_then(|status| status.signal()) == Some(Signal::SIGINT as i32),
+        "{ended:?}"
     );
     run.assert_nothing_left()
 }

@@ -12,8 +12,8 @@
 //! ```
 //!
 //! Invariants:
-//! - Output is exact: stdout and stderr are bytes of the command and nothing else; the kernel's console is kept apart and
-//!   shown only in errors.
+//! - Output is exact: stdout is the command's and nothing else. stderr has the command's bytes unchanged, between whole lines
+//!   of this program (`==> …`). The kernel's console is kept apart: it is shown in errors, and with `--console`.
 //! - A run has no files of its own on the host: sockets and the initramfs are open descriptors without names. What is cached
 //!   ([`cache`]) appears whole or not at all.
 //! - QEMU dies with this process, whatever ends it; virtiofsd ends with QEMU's connection.
@@ -52,6 +52,9 @@ use self::{
 pub(crate) use self::{check::check, guest::main as guest_main};
 use crate::packages;
 
+/// A week, in seconds.
+const LONGEST_TIMEOUT: u64 = 7 * 24 * 3600;
+
 /// The arguments of `cargo xtask vm`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Arguments {
@@ -69,7 +72,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "MIB", default_value_t = 2048)]
     memory: u32,
     /// End the machine and fail after this many seconds, the start included.
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600,
+        value_parser = clap::value_parser!(u64).range(1..=LONGEST_TIMEOUT))]
     timeout: u64,
     /// How the guest's processor is made; `auto` takes KVM where it works.
     #[arg(long, value_enum, default_value_t = Choice::Auto)]
@@ -90,8 +94,6 @@ pub(crate) struct Arguments {
 /// # Errors
 /// When something is missing on this machine, or the guest does not get as far as the command's end.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    // Before any thread starts, so that all of them inherit the mask.
-    let signals = interruption::block()?;
     packages::ensure(packages::VM)?;
     let kernel = match &arguments.image {
         Some(image) => Kernel::of_image(image, arguments.modules.as_deref())?,
@@ -113,5 +115,31 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         limit: Duration::from_secs(arguments.timeout),
         console: arguments.console,
     };
+    // Until here a signal ends this process as any other. A run's threads start after this and inherit the mask.
+    let signals = interruption::block()?;
     session::run(&machine, terms, signals)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    #[test]
+    fn the_time_of_a_run_is_one_that_clocks_can_add() {
+        let parse =
+            |seconds: &str| Line::try_parse_from(["vm", "--timeout", seconds, "--", "true"]);
+        assert_eq!(parse("604800").unwrap().arguments.timeout, LONGEST_TIMEOUT);
+        for wrong in ["0", "604801", "18446744073709551615"] {
+            let error = parse(wrong).unwrap_err().to_string();
+            assert!(error.contains("1..=604800"), "{error}");
+        }
+    }
 }
