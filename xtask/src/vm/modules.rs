@@ -88,7 +88,7 @@ impl<'a> Index<'a> {
 /// Why a module is wanted that Debian's cloud kernels lack.
 fn reason(name: &str) -> &'static str {
     if name.starts_with("9p") {
-        "; files come by 9p where virtiofs cannot be had: run as root with virtiofsd installed, to have it"
+        "; files come by 9p where virtiofs cannot be had: run as root with virtiofsd (in Debian 13 the package of that name), to have them so"
     } else {
         ""
     }
