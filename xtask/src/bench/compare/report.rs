@@ -34,6 +34,15 @@ struct Line {
     ratio: Option<Ratio>,
     /// Pairs in which both sides have the row.
     n: usize,
+    /// Pairs that have no ratio because one side found nothing.
+    zeros: Zeros,
+}
+
+/// Pairs in which the value of one side only is 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Zeros {
+    now: usize,
+    rev: usize,
 }
 
 impl Compared {
@@ -88,6 +97,7 @@ impl Compared {
             rev: median(&rev)?,
             ratio: paired_ratio(&values, CONFIDENCE),
             n: values.len(),
+            zeros: Zeros::of(&values),
         })
     }
 
@@ -99,6 +109,28 @@ impl Compared {
             "failed_pairs": self.failures,
             "rows": rows,
             "error": self.error,
+        })
+    }
+}
+
+impl Zeros {
+    fn of(pairs: &[(f64, f64)]) -> Self {
+        let count = |wanted| {
+            let zeros = pairs.iter().map(|&(now, rev)| (now == 0.0, rev == 0.0));
+            zeros.filter(|&found| found == wanted).count()
+        };
+        Self {
+            now: count((true, false)),
+            rev: count((false, true)),
+        }
+    }
+
+    fn marks(self) -> impl Iterator<Item = String> {
+        let sides = [("now", self.now), ("rev", self.rev)];
+        let sides = sides.into_iter().filter(|&(_, pairs)| pairs > 0);
+        sides.map(|(side, pairs)| {
+            let plural = if pairs == 1 { "" } else { "s" };
+            format!("only {side} is 0 in {pairs} pair{plural}")
         })
     }
 }
@@ -123,6 +155,8 @@ impl Line {
             "confidence": interval.map(|interval| interval.confidence),
             "differs": self.differs(),
             "n": self.ratio.map_or(self.n, |ratio| ratio.n),
+            "only_now_is_0": self.zeros.now,
+            "only_rev_is_0": self.zeros.rev,
         })
     }
 
@@ -138,11 +172,15 @@ impl Line {
             format!("{} {}", number(self.now), self.unit),
             format!("{} {}", number(self.rev), self.unit),
             self.ratio.map_or(self.n, |ratio| ratio.n).to_string(),
-            match self.differs() {
-                Some(true) => "differs".to_owned(),
-                Some(false) | None => String::new(),
-            },
+            self.marks(),
         ]
+    }
+
+    fn marks(&self) -> String {
+        let differs = self.differs() == Some(true);
+        let differs = differs.then(|| "differs".to_owned());
+        let marks: Vec<_> = differs.into_iter().chain(self.zeros.marks()).collect();
+        marks.join(", ")
     }
 }
 
@@ -188,6 +226,10 @@ impl Report<'_> {
         ));
         text.push_str(
             "NOW/REV: the median of the ratios of N pairs; 95 %: its interval by ranks (sign test, at least 95 %); NOW and REV: medians\n",
+        );
+        text.push_str("a pair with 0 on one side has no ratio, and is not among the N of a row that has one\n");
+        text.push_str(
+            "95 % is of a row and not of the table: of 20 rows without a difference one may be marked by chance: measure again\n",
         );
         for part in self.parts {
             let failed = part.failures.len();
@@ -265,6 +307,43 @@ mod tests {
         let lines = compared.lines();
         assert_eq!(lines.len(), 1);
         assert_eq!(lines[0].what, "lost");
+    }
+
+    #[test]
+    fn pairs_with_nothing_on_one_side_are_marked() {
+        let mut compared = Compared::begin("proxy".to_owned());
+        // Nothing is lost on both sides in two pairs, then on one side each.
+        let lost = [(0.0, 0.0), (0.0, 0.0), (0.0, 3.0), (2.0, 0.0), (4.0, 0.0)];
+        for (now, rev) in lost {
+            compared.add(rows(1.0, now), rows(1.0, rev));
+        }
+        let parts = [compared];
+        let revision = revision();
+        let report = report(&revision, &parts);
+        let text = report.render();
+        let line = |what: &str| text.lines().find(|line| line.contains(what)).unwrap();
+        let mark = "only now is 0 in 1 pair, only rev is 0 in 2 pairs";
+        assert!(line("lost").ends_with(mark), "{text}");
+        assert!(!line("set-up p50").contains("is 0"), "{text}");
+        let json: Value = serde_json::from_str(&report.json().unwrap()).unwrap();
+        let rows = &json["parts"][0]["rows"];
+        assert_eq!(
+            (&rows[1]["only_now_is_0"], &rows[1]["only_rev_is_0"]),
+            (&json!(1), &json!(2))
+        );
+        assert_eq!(
+            (&rows[0]["only_now_is_0"], &rows[0]["only_rev_is_0"]),
+            (&json!(0), &json!(0))
+        );
+    }
+
+    #[test]
+    fn what_chance_does_to_a_table_is_said_below_it() {
+        let parts = [compared(16)];
+        let revision = revision();
+        let text = report(&revision, &parts).render();
+        let said = "of 20 rows without a difference one may be marked by chance: measure again";
+        assert!(text.contains(said), "{text}");
     }
 
     #[test]
