@@ -1,8 +1,11 @@
 //! Where rows go as they are measured, so that nothing that comes later can lose them.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    panic::{self, AssertUnwindSafe},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 
 use super::report::{PartReport, Row};
 
@@ -63,9 +66,9 @@ impl Sink {
         }
     }
 
-    /// Measures; an error becomes the part's, with the step in which it came.
+    /// Measures; an error or a panic becomes the part's failure, with the step in which it came.
     pub(super) fn measure(&self, work: impl FnOnce(&Self) -> Result<()>) {
-        if let Err(error) = work(self) {
+        if let Err(error) = without_panic(|| work(self)) {
             self.fail(&format!("{error:#}"));
         }
     }
@@ -110,6 +113,22 @@ impl Sink {
     }
 }
 
+/// Does the work; a panic is returned as an error, so that it ends one part and not the run.
+///
+/// # Errors
+/// The work's, or the message of its panic.
+pub(super) fn without_panic<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    // What the work shares with the run are locks, and what stands behind them is whole after a panic.
+    panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        Err(anyhow!(
+            "it panicked: {}",
+            text.unwrap_or("without a message")
+        ))
+    })
+}
+
 /// What a thread that panicked left is whole: each change is one assignment.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -141,6 +160,24 @@ mod tests {
         assert_eq!(reports[0].failed_step.as_deref(), Some("the last step"));
         let error = reports[0].error.as_deref();
         assert_eq!(error, Some("bpftool is not installed"));
+    }
+
+    #[test]
+    fn a_panic_is_the_failure_of_its_part() {
+        let parts = Parts::default();
+        let row = Row::new("a", 1.0, "ms", 3);
+        parts.begin("broken").measure(|sink| {
+            sink.row(row.clone());
+            sink.step("the last step");
+            panic!("no value {}", 3)
+        });
+        parts.begin("next").measure(|_| Ok(()));
+        let reports = parts.reports();
+        assert_eq!(rows(&reports[0]), [row]);
+        assert_eq!(reports[0].failed_step.as_deref(), Some("the last step"));
+        let error = reports[0].error.as_deref();
+        assert_eq!(error, Some("it panicked: no value 3"));
+        assert_eq!(reports[1].error, None);
     }
 
     #[test]

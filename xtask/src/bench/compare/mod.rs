@@ -18,7 +18,7 @@ use super::{
     Part, Setting, Size, calibrate, measure, needs, on_interrupt,
     programs::{Built, Program},
     report::{Machine, Row},
-    sink::{Parts, Sink},
+    sink::{Parts, Sink, without_panic},
 };
 use crate::cargo::root;
 use report::{Compared, Report};
@@ -171,7 +171,7 @@ impl Run {
         let mut in_a_row = 0;
         for number in 0..self.wanted {
             let start = Instant::now();
-            let outcome = pair(part, sides, order(number));
+            let outcome = without_panic(|| pair(part, sides, order(number)));
             let took = start.elapsed().as_secs_f64();
             let of = format!("pair {} of {}", number + 1, self.wanted);
             match outcome {
