@@ -1,6 +1,7 @@
 //! The project's commands, as `cargo xtask COMMAND`.
 
 mod bench;
+mod cache;
 mod cargo;
 mod ci;
 mod demo;

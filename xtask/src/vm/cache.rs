@@ -5,7 +5,6 @@
 //! killed, and is removed.
 
 use std::{
-    env,
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
@@ -50,20 +49,7 @@ fn entry_name(package: &str, version: &str) -> String {
 }
 
 fn directory() -> Result<PathBuf> {
-    let cache = cache_home(env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"));
-    let cache = cache.context("neither XDG_CACHE_HOME nor HOME says where to keep kernels")?;
-    Ok(cache.join("proxy-nsmgr/vm"))
-}
-
-/// The user's cache directory by the XDG base directory specification, which has relative paths ignored.
-fn cache_home(
-    xdg: Option<impl Into<PathBuf>>,
-    home: Option<impl Into<PathBuf>>,
-) -> Option<PathBuf> {
-    let xdg = xdg
-        .map(Into::into)
-        .filter(|path: &PathBuf| path.is_absolute());
-    xdg.or_else(|| Some(home?.into().join(".cache")))
+    crate::cache::directory("vm")
 }
 
 fn lock(dir: &Path) -> Result<File> {
@@ -118,15 +104,6 @@ fn run(command: &mut Command) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_cache_is_where_the_user_has_it() {
-        let found = |xdg, home| cache_home(xdg, home);
-        assert_eq!(found(Some("/c"), Some("/h")), Some("/c".into()));
-        assert_eq!(found(Some("c"), Some("/h")), Some("/h/.cache".into()));
-        assert_eq!(found(None, Some("/h")), Some("/h/.cache".into()));
-        assert_eq!(found(None, None), None);
-    }
 
     #[test]
     fn what_a_killed_run_left_is_removed_and_entries_stay() {

@@ -20,7 +20,7 @@ use super::super::{
     needs::names,
     programs::{Built, Program},
 };
-use crate::cargo::Tree;
+use crate::{cache, cargo::Tree};
 
 /// Commits whose programs are kept: some ten megabytes each.
 const KEPT: usize = 8;
@@ -68,7 +68,7 @@ impl Revision {
     /// # Errors
     /// When they do not build, or git or the cache directory fails.
     pub(super) fn programs(&self, wanted: BTreeSet<Program>, present: &Built) -> Result<Built> {
-        let cache = cache()?;
+        let cache = cache::directory("compare")?;
         fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
         // One at a time: all use the same worktree, and what a killed one left there is nobody's.
         let lock = cache.join("lock");
@@ -181,16 +181,6 @@ impl Drop for Worktree {
     fn drop(&mut self) {
         self.remove();
     }
-}
-
-/// `$XDG_CACHE_HOME/proxy-nsmgr/compare`, or below `~/.cache`.
-fn cache() -> Result<PathBuf> {
-    let named = |variable: &str| env::var_os(variable).filter(|value| !value.is_empty());
-    let home = || named("HOME").map(|home| Path::new(&home).join(".cache"));
-    let cache = named("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
-    let cache =
-        cache.context("neither XDG_CACHE_HOME nor HOME is set: there is no place to build in")?;
-    Ok(cache.join("proxy-nsmgr").join("compare"))
 }
 
 /// Removes all but the newest folders.
