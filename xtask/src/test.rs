@@ -80,7 +80,7 @@ fn workspace_tests(
     root: bool,
 ) -> Result<Vec<String>> {
     let test = ["test", "--workspace", "--locked"];
-    // A step of its own, so that the table tells the time of compilers from that of tests.
+    // A step of its own, so that the table has the time of compilers apart from that of tests.
     steps.command(
         "build of the workspace's tests",
         cargo(&[&test[..], &["--no-run"]].concat()),
@@ -118,7 +118,7 @@ fn workspace_tests(
     })
 }
 
-/// What the output of `cargo test` has said until now.
+/// What the output of `cargo test` has shown until now.
 #[derive(Debug, Default)]
 struct Seen {
     /// The test binary that runs.

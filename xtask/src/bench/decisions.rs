@@ -70,13 +70,13 @@ fn run(program: &Path, home: &Path, name: &str, quick: bool) -> Result<()> {
         .spawn()
         .with_context(|| format!("start {}", program.display()))?;
     let stdout = child.stdout.take().expect("stdout is piped");
-    let mut said = String::new();
+    let mut output = String::new();
     for line in BufReader::new(stdout).lines() {
-        said.push_str(&line.context("read criterion's output")?);
-        said.push('\n');
+        output.push_str(&line.context("read criterion's output")?);
+        output.push('\n');
     }
     let status = child.wait().context("wait for criterion")?;
-    ensure!(status.success(), "criterion failed ({status}):\n{said}");
+    ensure!(status.success(), "criterion failed ({status}):\n{output}");
     Ok(())
 }
 

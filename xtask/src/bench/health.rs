@@ -1,9 +1,9 @@
-//! How soon a path that is cut is told, and how often one is told that is not; with them what the sessions cost that tell it.
+//! How soon a cut path is reported as down, how often a whole one is, and what the sessions cost that watch the paths.
 //!
 //! A client holds a connection between two real agents and notes when the agent's monitor says DOWN, by the clock that this program
 //! reads before it cuts the path: the time includes nft's own, the sessions' verdict, the control plane, and the stream to the
-//! client. UDP to the tunnels' port is dropped between the nodes, in one direction at a time and without a word, so that the control
-//! plane goes on and tells nothing by itself.
+//! client. UDP to the tunnels' port is dropped between the nodes, in one direction at a time and without an ICMP error, so that the
+//! control plane goes on and reports nothing by itself.
 
 use std::{process::Command, thread, time::Duration};
 
@@ -163,7 +163,7 @@ fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64, sink: &Sink) -> 
             .count();
         let what_row = format!("false alarms, {what}");
         sink.row(Row::new(what_row, alarms as f64, "", 1).bar(AtMost(0.0)));
-        // Nor does one hear an alarm who hears nothing any more.
+        // A watch that has ended would show no alarm either: a cut must still be seen.
         cuts(domains, watch, Direction::Out, 1)
             .with_context(|| format!("a cut after the minutes of {what}"))?;
         Ok(())

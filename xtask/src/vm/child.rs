@@ -29,7 +29,7 @@ pub(super) struct Child {
     name: &'static str,
     process: process::Child,
     /// Its standard error so far, if that is piped.
-    said: Arc<Mutex<Vec<u8>>>,
+    written: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Child {
@@ -70,21 +70,21 @@ impl Child {
             .spawn()
             .with_context(|| format!("cannot start {}", command.get_program().display()))?;
         drop(descriptors);
-        let said = Arc::new(Mutex::new(Vec::new()));
+        let written = Arc::new(Mutex::new(Vec::new()));
         if let Some(mut stderr) = process.stderr.take() {
-            let said = Arc::clone(&said);
+            let written = Arc::clone(&written);
             thread::spawn(move || {
                 let mut buffer = [0; 4096];
                 while let Ok(n @ 1..) = stderr.read(&mut buffer) {
-                    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-                    said.extend(&buffer[..n]);
+                    let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
+                    written.extend(&buffer[..n]);
                 }
             });
         }
         Ok(Self {
             name,
             process,
-            said,
+            written,
         })
     }
 
@@ -94,9 +94,9 @@ impl Child {
     }
 
     /// Its name and what it wrote to standard error, or `None` if it wrote nothing.
-    pub(super) fn complaint(&self) -> Option<String> {
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = String::from_utf8_lossy(&said);
+    pub(super) fn stderr_text(&self) -> Option<String> {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&written);
         let text = text.trim();
         (!text.is_empty()).then(|| format!("{}: {text}", self.name))
     }
@@ -168,7 +168,7 @@ mod tests {
             .stderr(Stdio::piped());
         let mut child = Child::spawn("sh", command, vec![file]).unwrap();
         nsm_world::wait_until("its output", Duration::from_secs(10), || {
-            child.complaint().as_deref() == Some("sh: inherited")
+            child.stderr_text().as_deref() == Some("sh: inherited")
         })
         .unwrap();
         assert!(child.wait(Duration::from_millis(1)).unwrap().is_none());

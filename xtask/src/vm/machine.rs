@@ -42,10 +42,10 @@ pub(super) struct Running {
 }
 
 impl Running {
-    /// What QEMU wrote to standard error, else what virtiofsd did: that one complains about each end of QEMU.
-    pub(super) fn complaint(&self) -> Option<String> {
-        let files = || self.files.as_ref()?.complaint();
-        self.qemu.complaint().or_else(files)
+    /// What QEMU wrote to standard error, else what virtiofsd did: virtiofsd writes an error whenever QEMU ends.
+    pub(super) fn stderr_text(&self) -> Option<String> {
+        let files = || self.files.as_ref()?.stderr_text();
+        self.qemu.stderr_text().or_else(files)
     }
 }
 

@@ -254,8 +254,8 @@ impl Session {
         for hint in hints(console.iter().map(String::as_str)) {
             let _ = write!(text, "\n{hint}");
         }
-        if let Some(complaint) = self.machine.complaint() {
-            let _ = write!(text, "\n{complaint}");
+        if let Some(stderr) = self.machine.stderr_text() {
+            let _ = write!(text, "\n{stderr}");
         }
         if console.is_empty() {
             text.push_str("\nthe console is empty");
