@@ -41,8 +41,8 @@ fn the_tunnels_port_is_taken_by_another_program() -> Result<()> {
     // The health plane comes back by itself, whether a tunnel has the port first or not.
     let (meanwhile, _) = pair.connect(0)?;
     wait_until("the agent to probe", PATIENCE, || {
-        let status = pair.near.status().unwrap_or_default();
-        !status["degraded"].to_string().contains("no probes")
+        let status = pair.near.status();
+        status.is_ok_and(|it| !it["degraded"].to_string().contains("no probes"))
     })?;
     close(&meanwhile)?;
     // With what the health plane itself holds.
@@ -122,8 +122,8 @@ fn an_ingress_qdisc_in_the_place_of_clsact_is_no_secret() -> Result<()> {
 
     tc("qdisc del dev")?;
     wait_until("clsact to be there", PATIENCE, || {
-        let status = pair.near.status().unwrap_or_default();
-        !status["degraded"].to_string().contains("qdisc")
+        let status = pair.near.status();
+        status.is_ok_and(|it| !it["degraded"].to_string().contains("qdisc"))
     })?;
     let status = connects(&pair)?;
     let counters = &status["connections"][0]["tunnel"]["counters"];
