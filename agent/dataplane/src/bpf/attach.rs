@@ -95,8 +95,8 @@ pub(super) fn choose_hook(wanted: Option<Hook>) -> Result<Hook, BpfError> {
 pub(super) struct Attachments {
     hook: Hook,
     attached: BTreeSet<(Role, String)>,
-    /// What [`Self::undo`] takes off: hooked by this process where nothing was before.
-    made: Vec<(Role, String, Direction)>,
+    /// What [`Self::undo`] takes off: hooked by this process where nothing was before. A set, which a repair does not make longer.
+    made: BTreeSet<(Role, String, Direction)>,
 }
 
 impl Attachments {
@@ -104,7 +104,7 @@ impl Attachments {
         Self {
             hook,
             attached: BTreeSet::new(),
-            made: Vec::new(),
+            made: BTreeSet::new(),
         }
     }
 
@@ -118,8 +118,8 @@ impl Attachments {
     ///
     /// # Errors
     ///
-    /// Nothing that this call hooked stays behind, but for [`BpfError::NoEgress`]: then the program of what comes in hangs, and the
-    /// interface is one of [`Self::interfaces`].
+    /// Nothing that this call hooked stays behind, but for one that [`BpfError::is_of_egress`]: then the program of what comes in
+    /// hangs on the underlay, and the interface is one of [`Self::interfaces`].
     pub(super) fn attach(
         &mut self,
         ebpf: &mut Ebpf,
@@ -128,26 +128,32 @@ impl Attachments {
         interface: &str,
     ) -> Result<(), BpfError> {
         check_interface(interface)?;
-        let before = self.made.len();
-        for direction in [Direction::In, Direction::Out] {
-            match self.attach_one(ebpf, pins, role, interface, direction) {
-                Ok(Made::New) => self.made.push((role, interface.to_owned(), direction)),
-                Ok(Made::Before) => {}
-                Err(error) => {
-                    // The source check needs the way in only. The management link needs both.
-                    if role == Role::Underlay && matches!(error, BpfError::NoEgress { .. }) {
-                        self.attached.insert((role, interface.to_owned()));
-                        return Err(error);
-                    }
-                    for (role, interface, direction) in self.made.split_off(before) {
-                        self.take_off(pins, role, &interface, direction);
-                    }
-                    return Err(error);
+        let mut made = Vec::new();
+        let mut attach_both = || {
+            for direction in [Direction::In, Direction::Out] {
+                if self.attach_one(ebpf, pins, role, interface, direction)? == Made::New {
+                    made.push(direction);
                 }
             }
+            Ok(())
+        };
+        let attached: Result<(), BpfError> = attach_both();
+        // The source check needs the way in only. The management link needs both.
+        let stays = match &attached {
+            Ok(()) => true,
+            Err(error) => role == Role::Underlay && error.is_of_egress(),
+        };
+        if stays {
+            self.attached.insert((role, interface.to_owned()));
+            let made = made.into_iter();
+            self.made
+                .extend(made.map(|direction| (role, interface.to_owned(), direction)));
+        } else {
+            for direction in made {
+                self.take_off(pins, role, interface, direction);
+            }
         }
-        self.attached.insert((role, interface.to_owned()));
-        Ok(())
+        attached
     }
 
     fn attach_one(
@@ -222,7 +228,8 @@ impl Attachments {
         if !self.attached.remove(&(role, interface.to_owned())) {
             return Ok(());
         }
-        self.made.retain(|(_, made, _)| made != interface);
+        self.made
+            .retain(|(of, made, _)| *of != role || made != interface);
         self.detach_one(pins, role, interface)
     }
 
@@ -302,6 +309,7 @@ impl Attachments {
 }
 
 /// Whether something of ours was there before.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Made {
     New,
     /// The program itself, or an earlier one whose place it took.

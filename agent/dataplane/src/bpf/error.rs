@@ -160,7 +160,7 @@ pub enum BpfError {
     /// The place of our filter is held by another kind of filter.
     #[error(
         "priority {priority} of {interface} {direction} holds filters of kind {kind}, and only one kind can be there: run \
-         `tc filter del dev {interface} {direction} pref {priority}`, or move them to another priority"
+         `tc filter del dev {interface} {direction} pref {priority}`, or move them to another priority{}", once_free(*.direction)
     )]
     PriorityTaken {
         /// The interface.
@@ -275,6 +275,32 @@ pub enum BpfError {
         /// What the kernel said.
         source: Box<ProgramError>,
     },
+}
+
+impl BpfError {
+    /// Only what leaves an interface is without its program: what comes in can be counted and checked all the same.
+    pub(super) const fn is_of_egress(&self) -> bool {
+        matches!(
+            self,
+            Self::NoEgress { .. }
+                | Self::PriorityTaken {
+                    direction: Direction::Out,
+                    ..
+                }
+                | Self::Misplaced {
+                    direction: Direction::Out,
+                    ..
+                }
+        )
+    }
+}
+
+/// What follows once our priority is free. An agent that found it taken on ingress at its start runs without BPF.
+const fn once_free(direction: Direction) -> &'static str {
+    match direction {
+        Direction::In => "; if the agent runs without BPF, then start the agent again",
+        Direction::Out => "; until then, what leaves is not counted",
+    }
 }
 
 /// What it takes to load and attach the programs.

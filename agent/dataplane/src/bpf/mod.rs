@@ -283,7 +283,8 @@ impl Bpf {
         for interface in &interfaces {
             match attachments.attach(&mut ebpf, pins, Role::Underlay, interface) {
                 // The source check is worth having without the counts; [`Self::look_after_hooks`] says what is missing.
-                Ok(()) | Err(BpfError::NoEgress { .. }) => {}
+                Ok(()) => {}
+                Err(error) if error.is_of_egress() => {}
                 Err(error) => {
                     attachments.undo(pins);
                     return Err(error);
@@ -305,7 +306,7 @@ impl Bpf {
     ///
     /// # Errors
     ///
-    /// No such interface, one without Ethernet headers, one whose `ingress` qdisc leaves no place for the way out, missing rights.
+    /// No such interface, one without Ethernet headers, one whose place for the way out is held by others, missing rights.
     pub fn attach(&self, interface: &str) -> Result<(), BpfError> {
         let state = &mut *self.state();
         state

@@ -115,8 +115,44 @@ fn a_filter_of_another_kind_at_our_priority_is_named() {
         assert!(error.to_string().contains(command), "{error}");
         let (program, words) = command.split_once(' ').unwrap();
         run(program, words);
+        assert!(error.to_string().contains("start the agent"), "{error}");
         load(Hook::Clsact, &["u0"]).detach_and_unpin().unwrap();
     });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn a_taken_priority_on_egress_leaves_the_source_check() {
+    sandbox(|| {
+        link("u0");
+        tc("qdisc add dev u0 clsact");
+        tc("filter add dev u0 egress pref 47 protocol all u32 match u32 0 0");
+        let bpf = load(Hook::Clsact, &["u0"]);
+        assert_eq!(bpf.interfaces(), ["u0"]);
+        assert_eq!(hanging(Hook::Clsact, "u0").map(|it| it.len()), [1, 0]);
+        let command = "tc filter del dev u0 egress pref 47";
+        for _ in 0..2 {
+            let faults = faults(&bpf);
+            assert_eq!(faults.len(), 1, "{faults:?}");
+            assert!(faults[0].contains(command), "{faults:?}");
+            assert!(!faults[0].contains("start the agent"), "{faults:?}");
+        }
+
+        // As the message says, and without a restart.
+        let (program, words) = command.split_once(' ').unwrap();
+        run(program, words);
+        assert_eq!(faults(&bpf), [""; 0]);
+        assert_eq!(hanging(Hook::Clsact, "u0").map(|it| it.len()), [1, 1]);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+/// Takes our program for the way out off `u0`.
+fn take_egress_off(hook: Hook, program: u32) {
+    match hook {
+        Hook::Clsact => tc("filter del dev u0 egress pref 47"),
+        Hook::Tcx => detach_by_bpftool(program),
+    }
 }
 
 #[test]
@@ -129,10 +165,7 @@ fn programs_that_were_taken_off_are_put_back() {
         assert_eq!(faults(&bpf), [""; 0]);
         assert_eq!(hanging(hook, "u0"), ours, "nothing to mend");
 
-        match hook {
-            Hook::Clsact => tc("filter del dev u0 egress pref 47"),
-            Hook::Tcx => detach_by_bpftool(ours[1][0]),
-        }
+        take_egress_off(hook, ours[1][0]);
         assert_eq!(hanging(hook, "u0")[1], [0; 0]);
         assert_eq!(faults(&bpf), [""; 0]);
         assert_eq!(hanging(hook, "u0"), ours);
