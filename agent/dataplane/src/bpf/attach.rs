@@ -1,8 +1,8 @@
 //! Hooking the programs to interfaces, by tcx or clsact.
 //!
 //! tcx (kernel 6.6): a BPF link for each interface and direction, pinned, so that it outlives the process and the next agent
-//! can put its program in place of ours in one step. Ours is the first program on the hook: one behind a CNI's would not see
-//! what that one decides about finally.
+//! can put its program in place of ours in one step. Ours is attached as the first program of the hook: one behind a CNI's would
+//! not see what that one decides about finally. A program that is put before ours later is a fault ([`Attachments::check_order`]).
 //!
 //! clsact: a filter of our own priority and handle on the clsact qdisc. The kernel keeps it whoever dies; the next agent
 //! replaces it at that place. The qdisc is left when the filter goes: others may have put theirs there.
@@ -24,7 +24,12 @@ use nix::{
     net::if_::{if_nameindex, if_nametoindex},
 };
 
-use super::{BpfError, Direction, error::attaching, pins::PinDir, role::Role};
+use super::{
+    BpfError, Direction,
+    error::{ProgramIds, attaching},
+    pins::PinDir,
+    role::Role,
+};
 
 /// Where in the kernel the programs hang.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +79,7 @@ const fn attach_type(direction: Direction) -> TcAttachType {
     }
 }
 
-/// tcx where the kernel knows it, unless told otherwise.
+/// tcx where the kernel has it, unless the configuration names a hook.
 pub(super) fn choose_hook(wanted: Option<Hook>) -> Result<Hook, BpfError> {
     if wanted == Some(Hook::Clsact) {
         return Ok(Hook::Clsact);
@@ -209,14 +214,52 @@ impl Attachments {
         interface: &str,
         direction: Direction,
     ) -> Result<bool, BpfError> {
-        let program = program(ebpf, role, direction).info();
-        let id = program
-            .map_err(|source| attaching(interface, direction, self.hook, source))?
-            .id();
+        let id = self.program_id(ebpf, role, interface, direction)?;
         match self.hook {
             Hook::Tcx => tcx::hangs(interface, direction, id),
             Hook::Clsact => clsact::hangs(interface, direction, id),
         }
+    }
+
+    /// Whether the programs of a role that hang on an interface by tcx are the first ones there. Others can put theirs before them at any
+    /// time.
+    ///
+    /// # Errors
+    ///
+    /// [`BpfError::Behind`] where they are not. Nothing is changed: two that both want to be first would take turns for ever.
+    pub(super) fn check_order(
+        &self,
+        ebpf: &mut Ebpf,
+        role: Role,
+        interface: &str,
+    ) -> Result<(), BpfError> {
+        if self.hook != Hook::Tcx {
+            return Ok(());
+        }
+        for direction in [Direction::In, Direction::Out] {
+            let id = self.program_id(ebpf, role, interface, direction)?;
+            let ahead = tcx::ahead(interface, direction, id)?;
+            if !ahead.is_empty() {
+                return Err(BpfError::Behind {
+                    interface: interface.to_owned(),
+                    direction,
+                    ahead: ProgramIds(ahead),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn program_id(
+        &self,
+        ebpf: &mut Ebpf,
+        role: Role,
+        interface: &str,
+        direction: Direction,
+    ) -> Result<u32, BpfError> {
+        let info = program(ebpf, role, direction).info();
+        info.map(|info| info.id())
+            .map_err(|source| attaching(interface, direction, self.hook, source))
     }
 
     pub(super) fn detach(
@@ -250,7 +293,7 @@ impl Attachments {
         both.into_iter().fold(Ok(()), Result::and)
     }
 
-    /// Takes off what this process hooked where nothing was before, on a path that already has an error to tell.
+    /// Takes off what this process hooked where nothing was before, on a path that already has an error to report.
     pub(super) fn undo(&mut self, pins: &PinDir) {
         for (role, interface, direction) in mem::take(&mut self.made) {
             self.take_off(pins, role, &interface, direction);

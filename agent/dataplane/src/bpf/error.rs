@@ -185,6 +185,28 @@ pub enum BpfError {
         /// The hook.
         hook: Hook,
     },
+    /// Programs of others run before ours.
+    #[error(
+        "program {ahead} runs before ours on tcx {direction} of {interface}: what it drops or redirects is neither counted nor checked; \
+         `bpftool prog show` lists what it is: attach it behind ours, or take it off"
+    )]
+    Behind {
+        /// The interface.
+        interface: String,
+        /// The direction.
+        direction: Direction,
+        /// The programs before ours.
+        ahead: ProgramIds,
+    },
+    /// Our programs are put back again and again.
+    #[error(
+        "the BPF programs were gone from {interface} again and again within a minute, and are put back each time: what passes in between is \
+         neither counted nor checked; find what takes them off (`tc monitor`, `bpftool net`), and stop it"
+    )]
+    TakenOff {
+        /// The interface.
+        interface: String,
+    },
     /// A link could not be pinned.
     #[error("cannot pin the link of {interface} {direction}")]
     PinLink {
@@ -275,6 +297,17 @@ pub enum BpfError {
         /// What the kernel said.
         source: Box<ProgramError>,
     },
+}
+
+/// Identifiers of programs in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramIds(pub Vec<u32>);
+
+impl fmt::Display for ProgramIds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ids: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&ids.join(", "))
+    }
 }
 
 impl BpfError {

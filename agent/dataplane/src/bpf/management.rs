@@ -1,11 +1,13 @@
 //! What the health plane asks of the programs and maps.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Instant};
 
 use aya::maps::MapData;
 use nsm_core::net::Vni;
 
-use super::{Bpf, BpfError, CounterReader, ForeignVni, PinnedSessions, Role, Slot, tables::of_map};
+use super::{
+    Bpf, BpfError, CounterReader, ForeignVni, PinnedSessions, Role, Slot, State, tables::of_map,
+};
 
 /// How the programs were found on an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,14 +23,25 @@ pub(crate) enum Hooked {
 impl Bpf {
     /// Hooks the programs of the underlay to an interface that packets to a peer leave by, unless they hang there, or are not to.
     pub(crate) fn hook_underlay(&self, interface: &str) -> Result<Hooked, BpfError> {
-        let known = self.interfaces().iter().any(|known| known == interface);
+        let State {
+            ebpf,
+            attachments,
+            pins,
+            repairs,
+            ..
+        } = &mut *self.state();
+        let attached = attachments.interfaces(Role::Underlay);
+        let known = attached.iter().any(|known| known == interface);
         if !known && !self.finds_interfaces {
             return Ok(Hooked::Never);
         }
-        if known && self.hangs(Role::Underlay, interface)? {
+        if known && attachments.hangs(ebpf, Role::Underlay, interface)? {
             return Ok(Hooked::Before);
         }
-        self.attach(interface)?;
+        attachments.attach(ebpf, pins, Role::Underlay, interface)?;
+        if known {
+            repairs.note(interface, Instant::now());
+        }
         Ok(Hooked::Now)
     }
 

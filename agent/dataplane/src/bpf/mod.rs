@@ -49,10 +49,10 @@ use nsm_core::net::Vni;
 use nsm_ebpf_common::VXLAN_PORT;
 use sha2::{Digest as _, Sha256};
 
-use self::{attach::Attachments, pins::PinDir, role::Role, tables::Tables};
+use self::{attach::Attachments, pins::PinDir, role::Role, tables::Tables, watch::Repairs};
 pub use self::{
     attach::Hook,
-    error::{BpfError, Capability},
+    error::{BpfError, Capability, ProgramIds},
     events::{Event, Events},
     run::{Gso, RunReport},
     underlay::underlay_interfaces,
@@ -213,6 +213,7 @@ struct State {
     events: Option<Events>,
     sessions: Option<PinnedSessions>,
     pins: PinDir,
+    repairs: Repairs,
 }
 
 /// What [`Bpf::load`] makes.
@@ -250,6 +251,7 @@ impl Bpf {
             events: Some(loaded.events),
             sessions: Some(loaded.sessions),
             pins,
+            repairs: Repairs::default(),
         };
         Ok(Self {
             state: Mutex::new(state),

@@ -1,7 +1,9 @@
 //! What others do to the hooks: qdiscs and filters that were there before, programs that are taken off or displaced.
 
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions};
+
 use super::support::{
-    assert_nothing_left, config_by, for_each_hook, hanging, ip, link, run, sandbox,
+    assert_nothing_left, config_by, for_each_hook, hanging, has_tcx, ip, link, run, sandbox,
 };
 use nsm_dataplane::bpf::{Bpf, BpfError, Hook};
 
@@ -143,6 +145,68 @@ fn a_taken_priority_on_egress_leaves_the_source_check() {
         run(program, words);
         assert_eq!(faults(&bpf), [""; 0]);
         assert_eq!(hanging(Hook::Clsact, "u0").map(|it| it.len()), [1, 1]);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces, tcx"]
+fn a_program_that_runs_before_ours_on_tcx_is_a_fault() {
+    if !has_tcx() {
+        return;
+    }
+    sandbox(|| {
+        link("u0");
+        let bpf = load(Hook::Tcx, &["u0"]);
+        let ours = hanging(Hook::Tcx, "u0");
+        let other = ours[1][0];
+        run("bpftool", &format!("prog pin id {other} /sys/fs/bpf/other"));
+        let mut program = SchedClassifier::from_pin("/sys/fs/bpf/other").unwrap();
+        let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let attached = program.attach_with_options("u0", TcAttachType::Ingress, first);
+        let attached = attached.unwrap();
+        let displaced = [vec![other, ours[0][0]], ours[1].clone()];
+        assert_eq!(hanging(Hook::Tcx, "u0"), displaced);
+        for _ in 0..2 {
+            let faults = faults(&bpf);
+            assert_eq!(faults.len(), 1, "{faults:?}");
+            for word in ["ingress of u0", &format!("program {other}"), "before"] {
+                assert!(faults[0].contains(word), "no {word}: {faults:?}");
+            }
+        }
+        assert_eq!(
+            hanging(Hook::Tcx, "u0"),
+            displaced,
+            "no fight for the place"
+        );
+
+        program.detach(attached).unwrap();
+        assert_eq!(faults(&bpf), [""; 0]);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn programs_that_are_taken_off_again_and_again_are_a_fault() {
+    for_each_hook(|hook| {
+        link("u0");
+        let bpf = load(hook, &["u0"]);
+        let ours = hanging(hook, "u0");
+        let take_off_and_look = || {
+            take_egress_off(hook, ours[1][0]);
+            let found = faults(&bpf);
+            assert_eq!(hanging(hook, "u0"), ours);
+            found
+        };
+        assert_eq!(take_off_and_look(), [""; 0]);
+        assert_eq!(take_off_and_look(), [""; 0]);
+        let third = take_off_and_look();
+        assert_eq!(third.len(), 1, "{third:?}");
+        for word in ["u0", "again"] {
+            assert!(third[0].contains(word), "no {word}: {third:?}");
+        }
+        assert_eq!(faults(&bpf), third, "the fault does not come and go");
         bpf.detach_and_unpin().unwrap();
     });
 }

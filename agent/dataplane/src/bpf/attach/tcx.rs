@@ -57,17 +57,32 @@ pub(super) fn attach(
 
 /// Whether the program hangs on an interface of the calling thread's network namespace.
 pub(super) fn hangs(interface: &str, direction: Direction, program: u32) -> Result<bool, BpfError> {
-    let Ok(index) = if_nametoindex(interface) else {
-        return Ok(false);
-    };
-    let programs = programs(index, direction).map_err(|source| {
-        let source = ProgramError::IOError(source);
-        attaching(interface, direction, Hook::Tcx, source)
-    })?;
-    Ok(programs.contains(&program))
+    Ok(programs_of(interface, direction)?.contains(&program))
 }
 
-/// The programs on an interface, by identifier. The kernel says EINVAL where it has no tcx.
+/// The programs that run before this one, if it hangs on an interface of the calling thread's network namespace.
+pub(super) fn ahead(
+    interface: &str,
+    direction: Direction,
+    program: u32,
+) -> Result<Vec<u32>, BpfError> {
+    let mut programs = programs_of(interface, direction)?;
+    let place = programs.iter().position(|found| *found == program);
+    programs.truncate(place.unwrap_or(0));
+    Ok(programs)
+}
+
+fn programs_of(interface: &str, direction: Direction) -> Result<Vec<u32>, BpfError> {
+    let Ok(index) = if_nametoindex(interface) else {
+        return Ok(Vec::new());
+    };
+    programs(index, direction).map_err(|source| {
+        let source = ProgramError::IOError(source);
+        attaching(interface, direction, Hook::Tcx, source)
+    })
+}
+
+/// The programs on an interface, by identifier. The error is EINVAL where the kernel has no tcx.
 pub(super) fn programs(ifindex: u32, direction: Direction) -> io::Result<Vec<u32>> {
     // enum bpf_attach_type of linux/bpf.h.
     const BPF_TCX_INGRESS: u32 = 46;
