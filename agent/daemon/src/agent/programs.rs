@@ -64,17 +64,8 @@ impl Programs {
             (None, Vec::new(), Some(reason.to_owned()))
         } else {
             match load(bpf_config(config)).await {
-                Ok((bpf, faults)) => {
-                    let is_second_choice =
-                        bpf.hook() == Hook::Clsact && config.bpf.hook == config::Hook::Auto;
-                    let reason =
-                        "this kernel has no tcx (Linux 6.6): the BPF programs are hooked by clsact";
-                    (
-                        Some(bpf),
-                        faults,
-                        is_second_choice.then(|| reason.to_owned()),
-                    )
-                }
+                // Hooked by clsact where the kernel has no tcx, which is as good: `bpf.hook` of `status` shows which it is.
+                Ok((bpf, faults)) => (Some(bpf), faults, None),
                 Err(error) => {
                     let reason = format!(
                         "no BPF: {}; tunnels work, sources are not checked, and counters are those of the links",

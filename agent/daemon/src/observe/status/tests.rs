@@ -54,7 +54,7 @@ fn full() -> Status {
         version: "0.1.0".to_owned(),
         ready: true,
         waiting_for: Vec::new(),
-        degraded: vec!["clsact is used: this kernel has no tcx".to_owned()],
+        degraded: vec!["no probes: UDP port 4789 is in use".to_owned()],
         bpf: Some(Bpf {
             hook: "clsact".to_owned(),
             object_sha256: "0123456789abcdef".to_owned(),
@@ -94,7 +94,7 @@ fn full() -> Status {
 fn a_full_answer_is_shown_as_tables() {
     let expected = "\
 node-1 of cluster-1.example, version 0.1.0: ready
-  degraded: clsact is used: this kernel has no tcx
+  degraded: no probes: UDP port 4789 is in use
   bpf: clsact on eth0, maps in /sys/fs/bpf/proxy-nsmgr, object 01234567
   public address: 203.0.113.1 (AWS metadata)
   conflict: 203.0.113.1 by AWS metadata, but 203.0.113.9 by STUN stun.example:3478
