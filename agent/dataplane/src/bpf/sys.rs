@@ -24,7 +24,7 @@ pub(super) fn detach_pinned_link(path: &Path) -> io::Result<()> {
     // The part of `union bpf_attr` that BPF_OBJ_GET reads: pathname, bpf_fd and file_flags.
     let mut get: [u64; 2] = [path.as_ptr() as u64, 0];
     let fd = bpf(BPF_OBJ_GET, &mut get)?;
-    // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel just made this descriptor for us, and nothing else has it.
     let link = unsafe { OwnedFd::from_raw_fd(fd) };
     // Likewise for BPF_LINK_DETACH: link_fd.
     let mut detach: [u32; 1] = [link.as_raw_fd().cast_unsigned()];
@@ -39,7 +39,7 @@ const MOST_PROGRAMS: usize = 64;
 /// The loader library opens each program to read its identifier, for which the kernel wants CAP_SYS_ADMIN. The identifiers alone are
 /// given to whoever has CAP_NET_ADMIN.
 pub(super) fn programs_on_tcx(ifindex: u32, attach_type: u32) -> io::Result<Vec<u32>> {
-    /// The part of `union bpf_attr` that BPF_PROG_QUERY reads and writes, whole: the kernel writes to its end whatever size it is told.
+    /// The part of `union bpf_attr` that BPF_PROG_QUERY reads and writes, whole: the kernel writes to its end whatever size it is given.
     #[repr(C)]
     #[derive(Default)]
     struct Query {

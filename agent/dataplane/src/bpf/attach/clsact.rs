@@ -1,7 +1,7 @@
 //! Programs on clsact: a filter of our own priority and handle for each interface and direction.
 //!
 //! An `ingress` qdisc stands at the same place as clsact and has the handle of clsact, but only one list of filters. The kernel puts a
-//! filter for egress into that list without a word, where it then runs on what comes in. What is there is therefore read before a
+//! filter for egress into that list without an error, where it then runs on what comes in. What is there is therefore read before a
 //! filter is put on, and the way out is never asked of an `ingress` qdisc.
 
 use std::{io, mem};
@@ -43,7 +43,7 @@ pub(super) fn attach(
     direction: Direction,
 ) -> Result<Made, BpfError> {
     match tc::qdisc_add_clsact(interface) {
-        // A qdisc is there: which one, the next lines see.
+        // A qdisc is there: the next lines read which one.
         Err(error) if os_error(&error) != Some(nix::libc::EEXIST) => {
             return Err(attaching_tc(interface, direction, error));
         }
@@ -128,8 +128,8 @@ fn is_at_our_priority(filter: &TcMessage) -> bool {
     filter.header.info >> 16 == u32::from(PRIORITY)
 }
 
-/// The kind of the qdisc at the place that clsact and `ingress` share. The kernel lists those of all interfaces; a question for one would
-/// be told to everybody who listens for changes of qdiscs.
+/// The kind of the qdisc at the place that clsact and `ingress` share. The kernel lists those of all interfaces; the answer to a question for one
+/// would also go to every program that follows changes of qdiscs.
 fn qdisc(interface: &str) -> Result<Option<String>, BpfError> {
     let Some(message) = message(interface, route::TcHandle::UNSPEC) else {
         return Ok(None);
