@@ -15,6 +15,7 @@ use crate::{
     cargo::{self, BPF_PROGRAMS, cargo},
     demo, interop, packages,
     steps::{Parts, Steps, timed},
+    vm,
 };
 
 /// What to do about the tests against the real NSM where there is no Go for them.
@@ -45,6 +46,12 @@ pub(crate) fn all(steps: &mut Steps, without_go: WithoutGo) -> Result<()> {
     let go = interop::Go::find();
     if without_go == WithoutGo::Fail {
         go.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+    }
+    if root {
+        // Tests run beside each other, and each would install and fetch within its own limit of time.
+        steps.run("the virtual machines of tests: programs and kernel", || {
+            vm::provide([vm::DEFAULT_SERIES])
+        })?;
     }
     // Built once, with the features that the tests' own build has, so that nothing is built twice.
     let programs = steps.run("the programs that tests start", || {

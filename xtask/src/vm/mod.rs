@@ -49,7 +49,11 @@ use self::{
     pin::Pin,
     session::Terms,
 };
-pub(crate) use self::{check::check, guest::main as guest_main};
+pub(crate) use self::{
+    check::check,
+    guest::main as guest_main,
+    pin::{DEFAULT_SERIES, all_series},
+};
 use crate::packages;
 
 /// A week, in seconds.
@@ -59,7 +63,7 @@ const LONGEST_TIMEOUT: u64 = 7 * 24 * 3600;
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Arguments {
     /// Debian's cloud kernel of this series, fetched on first use: 6.1 or 6.12.
-    #[arg(long, value_name = "SERIES", default_value = "6.12", value_parser = pin::of_series)]
+    #[arg(long, value_name = "SERIES", default_value = DEFAULT_SERIES, value_parser = pin::of_series)]
     kernel: &'static Pin,
     /// Another kernel: a bzImage. Without --modules it must have overlay, virtio_pci, virtio_console and virtiofs (or 9p)
     /// built in.
@@ -87,6 +91,19 @@ pub(crate) struct Arguments {
     /// The command and its arguments; it runs as root in the current directory, with an empty standard input.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
+}
+
+/// Installs what virtual machines need, and fetches the kernels of these series: what is there already is left alone.
+///
+/// # Errors
+/// When something cannot be installed or fetched.
+pub(crate) fn provide(series: impl IntoIterator<Item = &'static str>) -> Result<()> {
+    packages::ensure(packages::VM)?;
+    for series in series {
+        let pin = pin::of_series(series).map_err(anyhow::Error::msg)?;
+        cache::kernel(pin)?;
+    }
+    Ok(())
 }
 
 /// Boots the kernel, runs the command in it, and returns the command's exit status.

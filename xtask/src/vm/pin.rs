@@ -36,8 +36,11 @@ const PINS: [Pin; 2] = [
     },
 ];
 
+/// The series that is booted, also by tests, unless another is asked for.
+pub(crate) const DEFAULT_SERIES: &str = "6.12";
+
 /// The series of all pins, oldest first.
-pub(super) fn all_series() -> impl Iterator<Item = &'static str> {
+pub(crate) fn all_series() -> impl Iterator<Item = &'static str> {
     PINS.iter().map(|pin| pin.series)
 }
 
