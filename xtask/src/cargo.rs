@@ -11,6 +11,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
+/// This program, also when a build of the workspace has put another file in its place meanwhile.
+pub(crate) const THIS_PROGRAM: &str = "/proc/self/exe";
+
 /// The agent's package and program.
 pub(crate) const AGENT: &str = "proxy-nsmgr";
 
@@ -119,6 +122,15 @@ pub(crate) fn build_programs(arguments: &[&str]) -> Result<Programs> {
         agent: named(&built, AGENT)?,
         dns: named(&built, WORLD_DNS)?,
     })
+}
+
+/// Builds the workspace's tests and returns the path of the binary with that name; nothing is built where they stand already.
+///
+/// # Errors
+/// When the build fails or has not built it.
+pub(crate) fn test_binary(name: &str) -> Result<PathBuf> {
+    let built = Tree::present().executables(&["test", "--workspace", "--no-run"])?;
+    named(&built, name)
 }
 
 /// The path of the executable with that name.

@@ -54,14 +54,15 @@ fn sources(steps: &mut Steps) -> Result<()> {
     steps.command("rustdoc", rustdoc)
 }
 
-/// The demo on other kernels than this machine's.
+/// The demo and the source check on other kernels than this machine's.
 fn kernels(steps: &mut Steps) -> Result<()> {
     if !packages::is_root() {
-        eprintln!("==> not root: the demo on each kernel is left out");
+        eprintln!("==> not root: the demo and the source check on each kernel are left out");
         return Ok(());
     }
-    let programs = steps.run("the programs that kernels run", || {
-        cargo::build_programs(&["--workspace"])
+    let (programs, bpf_tests) = steps.run("the programs that kernels run", || {
+        let programs = cargo::build_programs(&["--workspace"])?;
+        Ok((programs, cargo::test_binary("bpf_kernel")?))
     })?;
-    vm::check(steps, &programs)
+    vm::check(steps, &programs, &bpf_tests)
 }

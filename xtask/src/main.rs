@@ -48,7 +48,7 @@ enum Command {
     /// The first process of that machine.
     #[command(hide = true)]
     VmGuest,
-    /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests, the demo on each kernel.
+    /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests, the demo and the source check on each kernel.
     Ci,
 }
 

@@ -9,7 +9,10 @@ use clap::ValueEnum as _;
 use serde_json::Value;
 
 use super::{Arguments, CloudShape, tell};
-use crate::{cargo::Programs, steps::Steps};
+use crate::{
+    cargo::{Programs, THIS_PROGRAM},
+    steps::Steps,
+};
 
 /// How a fault must be told.
 #[derive(Debug)]
@@ -80,9 +83,6 @@ pub(crate) fn check(cloud: &str, programs: &Programs) -> Result<()> {
     )
     .map(drop)
 }
-
-/// This program, also when a build of the workspace has put another file in its place meanwhile.
-const THIS_PROGRAM: &str = "/proc/self/exe";
 
 /// Shows each fault, and judges how it was told; each is a step.
 pub(crate) fn check_faults(steps: &mut Steps, programs: &Programs) -> Result<()> {

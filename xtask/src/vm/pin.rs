@@ -5,6 +5,8 @@
 pub(super) struct Pin {
     /// Major and minor version of the kernel, by which it is chosen.
     pub(super) series: &'static str,
+    /// The hook at which the agent's BPF programs hang on it, as the agent's status names it.
+    pub(super) hook: &'static str,
     /// The package's name before the ABI number.
     prefix: &'static str,
     abi: u32,
@@ -20,6 +22,7 @@ pub(super) struct Pin {
 const PINS: [Pin; 2] = [
     Pin {
         series: "6.1",
+        hook: "clsact",
         prefix: "linux-image-6.1.0-",
         abi: 57,
         suffix: "-cloud-amd64",
@@ -28,6 +31,7 @@ const PINS: [Pin; 2] = [
     },
     Pin {
         series: "6.12",
+        hook: "tcx",
         prefix: "linux-image-6.12.",
         abi: 117,
         suffix: "+deb12-cloud-amd64",
@@ -38,6 +42,11 @@ const PINS: [Pin; 2] = [
 
 /// The series that is booted, also by tests, unless another is asked for.
 pub(crate) const DEFAULT_SERIES: &str = "6.12";
+
+/// All pins, oldest first.
+pub(super) fn all() -> impl Iterator<Item = &'static Pin> {
+    PINS.iter()
+}
 
 /// The series of all pins, oldest first.
 pub(crate) fn all_series() -> impl Iterator<Item = &'static str> {
