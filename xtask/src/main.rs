@@ -6,6 +6,7 @@ mod cargo;
 mod ci;
 mod demo;
 mod dependencies;
+mod digest;
 mod ebpf;
 mod interop;
 mod packages;
