@@ -110,7 +110,7 @@ pub(crate) struct AgentArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
     /// The agent (or any NSM v1 NSMgr) to ask
-    #[arg(long, value_name = "URL", env = "NSM_CONNECT_TO", default_value = DEFAULT_CONNECT_TO)]
+    #[arg(long, value_name = "URL", env = "NSM_CONNECT_TO", default_value = DEFAULT_CONNECT_TO, value_parser = PeerUrl::configured)]
     pub(crate) connect_to: PeerUrl,
 
     /// The longest time for one call
@@ -224,7 +224,7 @@ pub(crate) struct StatusArgs {
     pub(crate) json: bool,
 
     /// The agent's admin socket
-    #[arg(long, value_name = "URL", env = "NSM_ADMIN_URL", default_value = DEFAULT_ADMIN)]
+    #[arg(long, value_name = "URL", env = "NSM_ADMIN_URL", default_value = DEFAULT_ADMIN, value_parser = PeerUrl::configured)]
     pub(crate) admin: PeerUrl,
 }
 

@@ -33,8 +33,8 @@ pub enum PeerUrlError {
     Inode(String),
 }
 
-/// Where a peer listens, parsed. It is shown, compared and hashed by the text that it was parsed from, because other components compare
-/// URLs as texts. Cheap to clone.
+/// Where a peer listens, parsed. It is shown, compared and hashed by its text. A URL from the wire keeps the text that it was parsed from,
+/// because other components compare URLs as texts; a [configured](Self::configured) one has the canonical text. Cheap to clone.
 #[derive(Clone)]
 pub struct PeerUrl(Arc<Parsed>);
 
@@ -72,11 +72,30 @@ impl PeerUrl {
         Self::new(text, PeerPlace::Unix(path.to_owned()))
     }
 
+    /// Reads a URL that an operator wrote. Its text is the canonical one of the place, so that all spellings of a place are one URL.
+    ///
+    /// # Errors
+    ///
+    /// The text is no URL, or names a passed socket: only the connection that passes the socket gives its URL a meaning.
+    pub fn configured(text: &str) -> Result<Self, PeerUrlError> {
+        match parse(text)? {
+            PeerPlace::Unix(path) => Ok(Self::unix(&path)),
+            PeerPlace::Tcp { host, port } => Ok(match host.parse::<IpAddr>() {
+                Ok(ip) => SocketAddr::new(ip, port).into(),
+                Err(_) => Self::new(
+                    format!("tcp://{host}:{port}"),
+                    PeerPlace::Tcp { host, port },
+                ),
+            }),
+            PeerPlace::Passed { .. } => Err(PeerUrlError::Scheme(text.to_owned())),
+        }
+    }
+
     fn new(text: String, place: PeerPlace) -> Self {
         Self(Arc::new(Parsed { text, place }))
     }
 
-    /// The text that it was parsed from.
+    /// Its text: the one that it was parsed from, or the canonical one of a configured URL.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0.text

@@ -58,6 +58,35 @@ fn urls_are_parsed_and_keep_their_text() {
 }
 
 #[test]
+fn all_spellings_of_a_configured_place_are_one_url() {
+    for (text, canonical) in [
+        ("unix:/a", "unix:///a"),
+        ("unix:///a", "unix:///a"),
+        ("tcp://h:5002/", "tcp://h:5002"),
+        ("tcp://h:5002", "tcp://h:5002"),
+        ("tcp://192.0.2.1:05002/", "tcp://192.0.2.1:5002"),
+        ("tcp://[2001:DB8:0::1]:5002/", "tcp://[2001:db8::1]:5002"),
+    ] {
+        let url = PeerUrl::configured(text).unwrap();
+        assert_eq!(url.as_str(), canonical);
+        assert_eq!(url, parsed(canonical));
+        assert_eq!(url.place(), parsed(canonical).place());
+    }
+}
+
+#[test]
+fn a_passed_socket_is_no_configured_place() {
+    let text = "inode://1/2";
+    let error = PeerUrl::configured(text).unwrap_err();
+    assert_eq!(error, PeerUrlError::Scheme(text.to_owned()));
+    let shown = error.to_string();
+    assert!(
+        shown.ends_with("expected unix:///path or tcp://host:port"),
+        "{shown}"
+    );
+}
+
+#[test]
 fn the_address_is_the_hosts_where_it_is_one() {
     let address = |text: &str| parsed(text).address();
     assert_eq!(
@@ -121,6 +150,10 @@ proptest! {
             prop_assert!(HashSet::from([url.clone()]).contains(&url));
             let is_tcp = matches!(url.place(), PeerPlace::Tcp { .. });
             prop_assert_ne!(url.is_local(), is_tcp);
+            if let Ok(configured) = PeerUrl::configured(&text) {
+                prop_assert_eq!(configured.is_local(), url.is_local());
+                prop_assert_eq!(PeerUrl::configured(configured.as_str()), Ok(configured));
+            }
         }
     }
 

@@ -39,14 +39,14 @@ Config {
     /// Where each role listens
     listen: Listen = Listen::default() => Section;
     /// What peers dial to reach this agent's proxy; by default the tunnel's address and the proxy's port
-    advertise_url: Option<PeerUrl> = None => text("URL").optional();
+    advertise_url: Option<PeerUrl> = None => peer_url().optional();
     /// An NSMgr that serves this node's clients; with `forwarder`, this agent is a forwarder of it. Without it this agent is the
     /// node's NSMgr
-    upstream_nsmgr_url: Option<PeerUrl> = None => text("URL").optional();
+    upstream_nsmgr_url: Option<PeerUrl> = None => peer_url().optional();
     /// The registry of this domain; without it this agent is the registry
-    registry_url: Option<PeerUrl> = None => text("URL").optional();
+    registry_url: Option<PeerUrl> = None => peer_url().optional();
     /// The registry proxy for names of other domains; by default DNS leads to their registries
-    registry_proxy_url: Option<PeerUrl> = None => text("URL").optional();
+    registry_proxy_url: Option<PeerUrl> = None => peer_url().optional();
     /// Whether this agent makes links on this node
     forwarder: bool = true => boolean();
     /// The service by which the upstream NSMgr finds its forwarders

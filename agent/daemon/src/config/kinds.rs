@@ -13,7 +13,7 @@ use std::{
 use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
     address::public::Provider,
-    net::Vni,
+    net::{PeerUrl, Vni},
     nsm::name::{Domain, InterdomainName},
 };
 use nsm_discovery::{
@@ -230,6 +230,11 @@ pub(super) fn secret() -> Kind<String> {
 
 pub(super) fn log_level() -> Kind<String> {
     Kind::one("LEVEL", Shape::Text, parse_log_level, String::clone)
+}
+
+/// Where a peer listens, in its canonical spelling.
+pub(super) fn peer_url() -> Kind<PeerUrl> {
+    Kind::one("URL", Shape::Text, PeerUrl::configured, PeerUrl::to_string)
 }
 
 /// A socket that only this node reaches.

@@ -423,6 +423,70 @@ fn contradictions_are_errors() {
 }
 
 #[test]
+fn an_agent_that_would_call_itself_is_found_in_each_spelling() {
+    for (yaml, key) in [
+        (
+            "registry_url: tcp://1.2.3.4:5005/\nlisten: {registry: 'tcp://1.2.3.4:5005'}\n",
+            "registry_url",
+        ),
+        (
+            "registry_proxy_url: tcp://[0:0::1]:05005\nlisten: {registry: 'tcp://[::1]:5005'}\n",
+            "registry_proxy_url",
+        ),
+        (
+            "upstream_nsmgr_url: unix:/run/proxy-nsmgr/forwarder.sock\n",
+            "upstream_nsmgr_url",
+        ),
+    ] {
+        let error = World::new(yaml).error();
+        assert!(
+            error.starts_with(&format!("FILE:1: {key} is listen."))
+                && error.ends_with("the agent would call itself for ever"),
+            "{yaml}: {error}"
+        );
+    }
+}
+
+#[test]
+fn each_spelling_of_a_peers_url_is_one_url() {
+    for (spelling, canonical) in [
+        ("tcp://h:5006/", "tcp://h:5006"),
+        ("unix:/run/x.sock", "unix:///run/x.sock"),
+    ] {
+        for key in [
+            "advertise_url",
+            "upstream_nsmgr_url",
+            "registry_url",
+            "registry_proxy_url",
+        ] {
+            let config = load(&format!("{key}: {spelling}\n"));
+            assert_eq!(config, load(&format!("{key}: {canonical}\n")), "{key}");
+            let shown = KEYS.iter().find(|other| other.path == key).unwrap();
+            assert_eq!((shown.show)(&config), canonical, "{key}");
+        }
+    }
+}
+
+#[test]
+fn a_socket_that_was_passed_has_no_url_in_a_configuration() {
+    for key in [
+        "advertise_url",
+        "upstream_nsmgr_url",
+        "registry_url",
+        "registry_proxy_url",
+    ] {
+        let world = World::new(&format!("{key}: inode://1/2\n"));
+        assert!(world.load().is_err(), "{key}");
+        let error = world.error();
+        assert!(
+            error.starts_with(&format!("FILE:1: {key}: \"inode://1/2\" is not allowed"))
+                && error.ends_with("expected unix:///path or tcp://host:port"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn a_reload_lists_what_it_takes_over() {
     let old = load("log: {level: info}\n");
     assert_eq!(Config::reloadable_changes(&old, &old), Changes::default());
