@@ -144,7 +144,7 @@ impl ControlPlane {
             settings.domain.clone(),
             settings.registry_proxy_url,
             Arc::clone(&lookup),
-            drained.subscribe(),
+            drained.clone(),
         );
         let upstream = Upstream::new(
             settings.upstream_nsmgr_url,

@@ -61,7 +61,7 @@ pub(crate) struct Registrar {
     proxy_url: Option<PeerUrl>,
     lookup: Arc<Lookup>,
     /// True once the drain has closed all connections: watches end then.
-    drained: watch::Receiver<bool>,
+    drained: watch::Sender<bool>,
 }
 
 impl Registrar {
@@ -69,7 +69,7 @@ impl Registrar {
         domain: Domain,
         proxy_url: Option<PeerUrl>,
         lookup: Arc<Lookup>,
-        drained: watch::Receiver<bool>,
+        drained: watch::Sender<bool>,
     ) -> Self {
         Self {
             domain,
@@ -166,7 +166,7 @@ impl Registrar {
 
     /// Returns when the drain has closed all connections.
     fn drained(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut drained = self.drained.clone();
+        let mut drained = self.drained.subscribe();
         async move {
             let _ = drained.wait_for(|is_drained| *is_drained).await;
         }

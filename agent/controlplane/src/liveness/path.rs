@@ -43,10 +43,14 @@ impl Liveness {
     ) -> JoinedPath {
         let TunnelEnd { address, port, .. } = remote;
         let unverified = |reason| Some(Health::unverified(address, port, reason));
-        let path = remote.reflector.map(|reflector| PathId {
-            address,
-            port,
-            reflector,
+        let path = remote.reflector.map(|reflector| {
+            let path = PathId {
+                address,
+                port,
+                reflector,
+            };
+            // Events name the canonical path.
+            path.canonical()
         });
         let unverified = match (self.prober(), path) {
             (None, _) => match self.config.policy {

@@ -42,13 +42,14 @@ impl<E: Send + Sync + 'static> Events<E> {
         Self::arriving(futures_util::StreamExt::take_until(self, Box::pin(end)))
     }
 
-    /// The first `limit` entries of a Find.
+    /// The entries of a Find: all that are at hand, for they are in memory already, and the first `limit` of those that arrive.
     ///
     /// # Errors
     /// The first error of the stream.
     pub async fn collect(mut self, limit: usize) -> Result<Vec<Arc<E>>, RequestError> {
-        let mut found: Vec<_> = self.at_hand.by_ref().take(limit).collect();
-        while found.len() < limit
+        let mut found: Vec<_> = self.at_hand.by_ref().collect();
+        let most = found.len().saturating_add(limit);
+        while found.len() < most
             && let Some(event) = self.next().await
         {
             found.push(event?.entry);
@@ -68,5 +69,20 @@ impl<E> Stream for Events<E> {
             Some(later) => later.as_mut().poll_next(context),
             None => Poll::Ready(None),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_limit_is_for_what_arrives() {
+        let entries = || (0..20).map(Arc::new).collect::<Vec<Arc<u32>>>();
+        let at_hand = Events::at_hand(entries()).collect(10).await;
+        assert_eq!(at_hand.expect("no error").len(), 20);
+        let later = tokio_stream::iter(entries()).map(|entry| Ok(Event::present(entry)));
+        let arrived = Events::arriving(later).collect(10).await;
+        assert_eq!(arrived.expect("no error").len(), 10);
     }
 }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::{error::RequestError, registry::DomainRegistry};
 
-/// Entries read from one Find. A registry that sends more than this is not searched to its end:
+/// Entries read from one Find of another registry. One that sends more than this is not searched to its end:
 /// a choice among a thousand endpoints needs no more, and a hostile registry must not fill our memory.
 const MAX_FOUND: usize = 1024;
 

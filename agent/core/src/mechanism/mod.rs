@@ -193,6 +193,8 @@ pub struct Asked {
 pub struct Granted {
     /// The server's end.
     pub server: TunnelEnd,
+    /// Whether the server watches the path: its context then has the MTU that the path carries now, and not the agreed one.
+    pub watches_path: bool,
     /// The largest packet that both ends agreed on, bytes, where the server said.
     pub mtu: Option<u32>,
     /// The key that the server has chosen.

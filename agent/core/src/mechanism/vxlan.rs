@@ -180,6 +180,7 @@ pub(super) fn granted(params: &Parameters) -> Result<Granted, MechanismError> {
             reflector: reflector(vxlan.dst_discriminator, vxlan.sbfd_vni),
         },
         mtu: vxlan.mtu,
+        watches_path: vxlan.dst_discriminator.is_some(),
         key: TunnelKey::Vni(vni),
     })
 }

@@ -295,7 +295,8 @@ proptest! {
                 prop_assert_eq!(mechanism.asked(&params), Ok(asked));
                 let lower = mtu - 1;
                 prop_assert_eq!(mechanism.answer(&mut params, &server, key, lower), Ok(()));
-                let granted = Granted { server, mtu: Some(lower), key };
+                let watches_path = server.reflector.is_some();
+                let granted = Granted { server, watches_path, mtu: Some(lower), key };
                 prop_assert_eq!(mechanism.granted(&params), Ok(granted));
                 mechanism.renew(&mut params, &offer);
                 standing = Some((key, Some(server.address)));

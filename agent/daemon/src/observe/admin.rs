@@ -74,7 +74,7 @@ impl Admin for AdminService {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ready: evidence.waiting_for.is_empty(),
             waiting_for: evidence.waiting_for,
-            degraded: evidence.degraded,
+            degraded: [evidence.degraded, evidence.degraded_paths].concat(),
             bpf: evidence.programs.map(bpf),
             connections: evidence.connections.into_iter().map(connection).collect(),
             peers: evidence.peers.into_iter().map(peer).collect(),

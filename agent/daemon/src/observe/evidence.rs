@@ -32,6 +32,8 @@ pub(crate) struct Evidence {
     pub(crate) waiting_for: Vec<String>,
     /// What works less well than it could.
     pub(crate) degraded: Vec<String>,
+    /// What works less well for single paths.
+    pub(crate) degraded_paths: Vec<String>,
     /// The BPF programs; none where this agent makes no links.
     pub(crate) programs: Option<Facts>,
     pub(crate) connections: Vec<ConnectionEvidence>,

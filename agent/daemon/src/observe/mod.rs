@@ -37,16 +37,10 @@ impl Observer {
     /// What is known now. It is gathered when a view needs it: nothing runs in between, and nothing goes stale.
     pub(crate) async fn evidence(&self) -> Evidence {
         let forwarder = self.forwarder.as_deref();
-        let mut degraded = self.readiness.degradations();
         let sessions = match forwarder {
             Some(forwarder) => forwarder.path_reports().await,
             None => Vec::new(),
         };
-        degraded.extend(
-            forwarder
-                .iter()
-                .flat_map(|forwarder| forwarder.degraded_paths()),
-        );
         let views = self.plane.connections();
         let links = match forwarder {
             Some(forwarder) => {
@@ -66,7 +60,10 @@ impl Observer {
         }
         Evidence {
             waiting_for: self.readiness.waiting(),
-            degraded,
+            degraded: self.readiness.degradations(),
+            degraded_paths: forwarder
+                .map(NodeForwarder::degraded_paths)
+                .unwrap_or_default(),
             programs: forwarder.map(NodeForwarder::program_facts),
             connections,
             sessions,

@@ -188,12 +188,19 @@ impl Registrar {
         place.strip(&mut endpoint)?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Unregister)?;
+        let name = endpoint.name.clone();
+        endpoint.url = self.url_in(&place);
+        place
+            .registry
+            .endpoints()
+            .unregister(endpoint, terms)
+            .await?;
+        // Not before: while the registry offers the endpoint, Requests for it need its route, and its name is taken.
         self.lookup.bypass.forget(&full_name);
         if place.is_ours {
-            self.lookup.local_endpoints.remove(&endpoint.name);
+            self.lookup.local_endpoints.remove(&name);
         }
-        endpoint.url = self.url_in(&place);
-        place.registry.endpoints().unregister(endpoint, terms).await
+        Ok(())
     }
 
     /// Finds endpoints, or watches them. Those that are asked for with a domain are answered with our

@@ -26,7 +26,7 @@ fn registrar() -> Registrar {
         local_endpoints: LocalEndpoints::default(),
     };
     let domain = "cluster-1.example".parse().expect("a domain");
-    let (_, drained) = watch::channel(false);
+    let drained = watch::Sender::new(false);
     Registrar::new(domain, None, Arc::new(lookup), drained)
 }
 

@@ -32,7 +32,7 @@ impl Calls {
         let server = granted.server;
         let underlay = self.forwarder()?.underlay(Some(server.address)).await?;
         let own_mtu = remote.mtu(underlay.mtu, underlay.ip);
-        let agreed_mtu = if server.reflector.is_some() {
+        let agreed_mtu = if granted.watches_path {
             // A server that watches the path agrees in the mechanism; its context has what the path carries now.
             lower_mtu(granted.mtu.unwrap_or(context.mtu), own_mtu)
         } else {
