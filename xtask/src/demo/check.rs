@@ -30,7 +30,7 @@ const FAULTS: [Expected; 6] = [
         kind: "blackhole",
         state: "down",
         direction: "in",
-        words: &["nothing of the peer came in", "UDP 4789"],
+        words: &["nothing from the peer arrived", "UDP 4789"],
     },
     Expected {
         kind: "one-way",
@@ -49,7 +49,7 @@ const FAULTS: [Expected; 6] = [
         state: "down",
         direction: "in",
         words: &[
-            "to this node's network card",
+            "reached this node's network card",
             "UDP 4789",
             "firewall (INPUT)",
         ],
