@@ -1,9 +1,9 @@
-//! How soon a silent drop is told: two nodes and a router in namespaces of their own, as JSON on standard output. Needs root.
+//! How soon a silent drop is detected: two nodes and a router in namespaces of their own, as JSON on standard output. Needs root.
 //!
 //!     health_detection [times=50] [busy=0] [user-space]
 //!
-//! The router stops forwarding what comes from one node or the other, in turn, without a word to anybody. `verdict` is when the
-//! prober says so, `told` when a task of an ordinary thread has heard of it. `busy` processes spin meanwhile.
+//! The router stops forwarding what comes from one node or the other, in turn, without an ICMP message. `verdict` is when the
+//! prober detects it, `told` when a task of an ordinary thread receives the event. `busy` processes spin meanwhile.
 
 mod world;
 
@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::liveness::sbfd::{Change, State};
+use nsm_core::{
+    clock::Monotonic,
+    liveness::sbfd::{Change, State},
+};
 use nsm_dataplane::{bpf::now, liveness::Event, netns::Netns};
 use world::{Busy, Failure, Node, ip, netns, number, sandbox, spec, start, within};
 
@@ -78,8 +81,8 @@ async fn measure() -> Result<(), Failure> {
         // The node that is cut off and the other: a session goes both ways, so both must see it.
         for node in &mut nodes {
             let at = settle(node, false).await;
-            verdicts.push(at.saturating_sub(fault));
-            told.push(now().saturating_sub(fault));
+            verdicts.push(at.since(fault));
+            told.push(now().since(fault));
         }
         forward(&router, side, true)?;
     }
@@ -106,13 +109,13 @@ fn forward(router: &Netns, side: usize, on: bool) -> Result<(), Failure> {
 }
 
 /// Waits for the node's session to be up or down: since when it is.
-async fn settle(node: &mut Node, up: bool) -> Duration {
+async fn settle(node: &mut Node, up: bool) -> Monotonic {
     loop {
         if let Ok(reports) = node.health.reports().await
             && let [report] = reports.as_slice()
             && report.snapshot.state == (if up { State::Up } else { State::Down })
         {
-            return Duration::from_nanos(report.snapshot.since.as_nanos());
+            return report.snapshot.since;
         }
         let Some(event) = node.events.recv().await else {
             continue;
@@ -123,7 +126,7 @@ async fn settle(node: &mut Node, up: bool) -> Duration {
         } = event
             && (to == State::Up) == up
         {
-            return Duration::from_nanos(at.as_nanos());
+            return at;
         }
     }
 }

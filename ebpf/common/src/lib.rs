@@ -19,7 +19,7 @@ pub use shared::Shared;
 use management::MAX_SESSIONS;
 
 /// Version of everything in this crate that is seen through a pinned map.
-pub const LAYOUT: u32 = 7;
+pub const LAYOUT: u32 = 8;
 
 /// Tunnels that one node can hold: the bar is 10,000 connections, the rest is head room.
 pub const MAX_SLOTS: u32 = 16_384;
@@ -53,16 +53,6 @@ pub const VXLAN_PORT: u16 = 4789;
 
 /// Words of the PORTS bitmap: one bit for each of the 65,536 UDP ports.
 pub const PORT_WORDS: u32 = 65_536 / 64;
-
-/// Bytes of the EVENTS ring buffer: a multiple of every page size in use (4 to 64 KiB), room for 1,024 events.
-pub const EVENTS_BYTES: u32 = 64 * 1024;
-
-/// Length of the window in which events are budgeted, nanoseconds.
-pub const EVENT_WINDOW_NS: u64 = 1_000_000_000;
-
-/// Events each CPU may emit in a window. An attacker who floods us with wrong sources must not turn the ring buffer
-/// into work for user space; the DROPS counters stay exact whatever happens here.
-pub const EVENTS_PER_WINDOW: u32 = 16;
 
 /// A 16 byte address: IPv6, or IPv4 mapped into it (RFC 4291, section 2.5.5.2).
 pub type Address = [u8; 16];
@@ -107,8 +97,6 @@ pub struct TunnelKey {
 pub struct Tunnel {
     /// Index into COUNTERS. Of a marker: the slot of the tunnel that made it.
     pub slot: u32,
-    /// The source that packets of this tunnel must have; of a marker, that of the tunnel that made it. It goes into events.
-    pub expected: Address,
 }
 
 /// Value of COUNTERS, one for each slot and CPU. "In" is from the peer to us. Packets and bytes are those of the wire: the
@@ -131,8 +119,8 @@ pub struct Counters {
     pub last_out_ns: u64,
 }
 
-/// Value of FOREIGN: packets of a VNI that is not ours, from the address of a peer. A map and no event: a CNI that runs over
-/// the same port between the same nodes sends many, and must not crowd out what else there is to tell.
+/// Value of FOREIGN: packets of a VNI that is not ours, from the address of a peer. A CNI that
+/// runs over the same port between the same nodes sends many.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Foreign {
@@ -140,16 +128,6 @@ pub struct Foreign {
     pub packets: u64,
     /// When the last one came, CLOCK_MONOTONIC at the resolution of a timer tick, nanoseconds.
     pub last_ns: u64,
-}
-
-/// Value of EVENT_BUDGET, one for each CPU.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EventBudget {
-    /// Start of the current window, as `bpf_ktime_get_ns`.
-    pub window_start_ns: u64,
-    /// Events emitted in the window.
-    pub spent: u64,
 }
 
 /// Value of RECENT, one of [`RECENT_ENTRIES`] for each CPU: what a look-up in TUNNELS has found.
@@ -174,26 +152,6 @@ pub struct Clock {
     pub now_ns: u64,
 }
 
-/// A record of EVENTS.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
-    /// When, as `bpf_ktime_get_ns` (CLOCK_MONOTONIC, nanoseconds).
-    pub time_ns: u64,
-    /// Why: a [`Reason`] as its number.
-    pub reason: u32,
-    /// The VNI of the packet.
-    pub vni: u32,
-    /// The slot of the tunnel that owns the VNI.
-    pub slot: u32,
-    /// The interface on which it happened.
-    pub ifindex: u32,
-    /// The source that the packet had.
-    pub source: Address,
-    /// The source that the tunnel expects.
-    pub expected: Address,
-}
-
 /// Whether a packet goes on to the kernel (and to other programs on the same hook) or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
@@ -201,13 +159,11 @@ pub enum Fate {
     Passed,
     /// Dropped.
     Dropped,
-    /// Not about a packet.
-    NoPacket,
 }
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $number:literal, $name:literal, $fate:ident;)+) => {
-        /// Why a packet was not counted to a tunnel, or an event was not told: the index into DROPS.
+        /// Why a packet was not counted to a tunnel, and what became of it: the index into DROPS.
         ///
         /// Numbers are part of the layout: append, never reorder.
         #[repr(u32)]
@@ -252,24 +208,20 @@ reasons! {
     TinyFragment = 6, "tiny_fragment", Dropped;
     /// IPv6 with more extension headers than we follow: it too could carry our VNI past the source check.
     ExtensionHeaders = 7, "extension_headers", Dropped;
-    /// An event was not told because its CPU had spent the budget of the window.
-    EventSuppressed = 8, "event_suppressed", NoPacket;
-    /// An event was not told because the ring buffer was full.
-    EventLost = 9, "event_lost", NoPacket;
     /// On the management link: no S-BFD packet, or one that RFC 5880, 7880 or 7881 has discarded.
-    SbfdMalformed = 10, "sbfd_malformed", Dropped;
+    SbfdMalformed = 8, "sbfd_malformed", Dropped;
     /// A probe to a reflector that is not ours, or an answer that does not belong to our session with its sender.
-    SbfdUnknownDiscriminator = 11, "sbfd_unknown_discriminator", Dropped;
+    SbfdUnknownDiscriminator = 9, "sbfd_unknown_discriminator", Dropped;
     /// From an Ethernet address that is no peer's.
-    SbfdUnknownPeer = 12, "sbfd_unknown_peer", Dropped;
+    SbfdUnknownPeer = 10, "sbfd_unknown_peer", Dropped;
     /// A probe beyond what one peer may send.
-    SbfdRateLimited = 13, "sbfd_rate_limited", Dropped;
+    SbfdRateLimited = 11, "sbfd_rate_limited", Dropped;
     /// An answer from another address than the one that was probed.
-    SbfdWrongSource = 14, "sbfd_wrong_source", Dropped;
+    SbfdWrongSource = 12, "sbfd_wrong_source", Dropped;
     /// An answer to a probe that was never sent, was answered already, or is long forgotten.
-    SbfdStale = 15, "sbfd_stale", Dropped;
+    SbfdStale = 13, "sbfd_stale", Dropped;
     /// A probe whose number had not advanced: replayed, overtaken, or of an initiator that numbers none. It is answered and proves nothing.
-    SbfdReplayed = 16, "sbfd_replayed", Passed;
+    SbfdReplayed = 14, "sbfd_replayed", Passed;
 }
 
 /// Entries of DROPS.
@@ -286,14 +238,12 @@ impl Reason {
 // A struct is free of padding exactly when it is as large as its fields together.
 const _: () = {
     assert!(size_of::<TunnelKey>() == 4 + 16);
-    assert!(size_of::<Tunnel>() == 4 + 16);
+    assert!(size_of::<Tunnel>() == 4);
     assert!(size_of::<Counters>() == 6 * 8);
     assert!(size_of::<Foreign>() == 2 * 8);
-    assert!(size_of::<EventBudget>() == 2 * 8);
     assert!(size_of::<Clock>() == 2 * 8);
-    assert!(size_of::<Recent>() == 8 + 20 + 20);
+    assert!(size_of::<Recent>() == 8 + 20 + 4);
     assert!(RECENT_ENTRIES.is_power_of_two());
-    assert!(size_of::<Event>() == 8 + 4 * 4 + 2 * 16);
     let mut i = 0;
     while i < Reason::ALL.len() {
         assert!(
@@ -306,7 +256,7 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Counters, Event, EventBudget, Foreign, Tunnel, TunnelKey};
+    use super::{Counters, Foreign, Tunnel, TunnelKey};
 
     // SAFETY: repr(C), Copy, 'static, no padding (asserted above), every bit pattern of their integers is valid.
     unsafe impl aya::Pod for TunnelKey {}
@@ -314,10 +264,6 @@ mod user {
     unsafe impl aya::Pod for Tunnel {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Counters {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for EventBudget {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Event {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Foreign {}
 }

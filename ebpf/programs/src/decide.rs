@@ -22,10 +22,8 @@ pub trait Node {
     fn is_tunnel_port(&self, port: u16) -> bool;
     /// The entry of TUNNELS.
     fn tunnel(&self, key: &TunnelKey) -> Option<&Tunnel>;
-    /// Hears of every packet that has our VNI and somebody else's address, before [`Miss::WrongPeer`] is returned. Told
-    /// here and not in the error: an error that carries values costs the program registers the verifier cannot follow.
-    fn wrong_peer(&self, direction: Direction, packet: &TunnelKey, owner: &Tunnel);
-    /// Hears of every packet whose VNI is not ours, before [`Miss::ForeignVni`] is returned.
+    /// Called for every packet whose VNI is not ours, before [`Miss::ForeignVni`] is returned. The error does not carry the packet: an
+    /// error with values takes the program registers that the verifier cannot follow.
     fn foreign(&self, direction: Direction, packet: &TunnelKey);
 }
 
@@ -158,16 +156,11 @@ pub fn attribute<B: Bytes + ?Sized, N: Node>(
         vni: vxlan.vni,
         peer: UNSPECIFIED,
     };
-    match node.tunnel(&marker) {
-        Some(owner) => {
-            node.wrong_peer(direction, &key, owner);
-            Err(Miss::WrongPeer)
-        }
-        None => {
-            node.foreign(direction, &key);
-            Err(Miss::ForeignVni)
-        }
+    if node.tunnel(&marker).is_some() {
+        return Err(Miss::WrongPeer);
     }
+    node.foreign(direction, &key);
+    Err(Miss::ForeignVni)
 }
 
 /// Packets and bytes that `frame` is on the wire. A frame that waits for segmentation holds its headers once; each of its

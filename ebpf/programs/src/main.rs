@@ -20,17 +20,15 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{
     EbpfContext,
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
-    helpers::generated::{
-        bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_skb_load_bytes,
-    },
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_skb_load_bytes},
     macros::{btf_map, classifier},
     programs::TcContext,
 };
 use nsm_ebpf_common::{
-    Clock, Counters, EVENT_WINDOW_NS, EVENTS_BYTES, EVENTS_PER_WINDOW, Event, EventBudget, Fate,
-    Foreign, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT, PEER_MARKER, PORT_WORDS, REASONS,
-    RECENT_ENTRIES, Reason, Recent, Tunnel, TunnelKey, UNSPECIFIED, port_bit, recent_place,
+    Clock, Counters, Fate, Foreign, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT,
+    PEER_MARKER, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent, Tunnel, TunnelKey, port_bit,
+    recent_place,
 };
 use nsm_ebpf_programs::{
     Bytes,
@@ -53,14 +51,6 @@ static COUNTERS: PerCpuArray<Counters, { MAX_SLOTS as usize }> = PerCpuArray::ne
 /// Reason to how often.
 #[btf_map]
 static DROPS: PerCpuArray<u64, { REASONS as usize }> = PerCpuArray::new();
-
-/// What user space should hear of at once.
-#[btf_map]
-static EVENTS: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();
-
-/// How much of EVENTS this CPU has used in the current window.
-#[btf_map]
-static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new();
 
 /// Another number after each change of TUNNELS, by user space.
 #[btf_map]
@@ -120,7 +110,7 @@ fn handle_plain(
     frame: &Skb<'_>,
     vxlan: Result<Vxlan, NotVxlan>,
 ) -> i32 {
-    let decided = attribute(direction, frame, vxlan, || size(ctx), &Maps { ctx });
+    let decided = attribute(direction, frame, vxlan, || size(ctx), &Maps);
     conclude(direction, decided)
 }
 
@@ -140,7 +130,7 @@ extern "C" fn not_plain_egress(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn handle_any(ctx: &TcContext, direction: Direction) -> i32 {
-    let decided = decide(direction, &Skb::new(ctx), size(ctx), &Maps { ctx });
+    let decided = decide(direction, &Skb::new(ctx), size(ctx), &Maps);
     conclude(direction, decided)
 }
 
@@ -222,7 +212,7 @@ fn act(direction: Direction, miss: Miss) -> i32 {
     bump(reason);
     match reason.fate() {
         Fate::Dropped => TC_ACT_SHOT,
-        Fate::Passed | Fate::NoPacket => TC_ACT_UNSPEC,
+        Fate::Passed => TC_ACT_UNSPEC,
     }
 }
 
@@ -234,49 +224,10 @@ fn bump(reason: Reason) {
     }
 }
 
-/// Tells user space of a packet from a wrong source, within the budget of this CPU.
-#[inline(always)]
-fn tell(ctx: &TcContext, packet: &TunnelKey, owner: &Tunnel) {
-    // SAFETY: takes no argument, reads a clock.
-    let now = unsafe { bpf_ktime_get_ns() };
-    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else {
-        return;
-    };
-    // SAFETY: as in `count`.
-    let budget = unsafe { &mut *budget };
-    if now.wrapping_sub(budget.window_start_ns) >= EVENT_WINDOW_NS {
-        budget.window_start_ns = now;
-        budget.spent = 0;
-    }
-    if budget.spent >= u64::from(EVENTS_PER_WINDOW) {
-        bump(Reason::EventSuppressed);
-        return;
-    }
-    budget.spent += 1;
-
-    let Some(mut entry) = EVENTS.reserve(0) else {
-        bump(Reason::EventLost);
-        return;
-    };
-    entry.write(Event {
-        time_ns: now,
-        reason: Reason::WrongSource as u32,
-        vni: packet.vni,
-        slot: owner.slot,
-        // SAFETY: as in `handle`.
-        ifindex: unsafe { (*ctx.skb.skb).ifindex },
-        source: packet.peer,
-        expected: owner.expected,
-    });
-    entry.submit(0);
-}
-
 /// The maps, as the decision sees them.
-struct Maps<'a> {
-    ctx: &'a TcContext,
-}
+struct Maps;
 
-impl Node for Maps<'_> {
+impl Node for Maps {
     #[inline(always)]
     fn is_tunnel_port(&self, port: u16) -> bool {
         is_tunnel_port(port)
@@ -285,13 +236,6 @@ impl Node for Maps<'_> {
     #[inline(always)]
     fn tunnel(&self, key: &TunnelKey) -> Option<&Tunnel> {
         look_up(key)
-    }
-
-    #[inline(always)]
-    fn wrong_peer(&self, direction: Direction, packet: &TunnelKey, owner: &Tunnel) {
-        if direction == Direction::In {
-            tell(self.ctx, packet, owner);
-        }
     }
 
     #[inline(always)]
@@ -340,10 +284,7 @@ fn look_up(key: &TunnelKey) -> Option<&'static Tunnel> {
         // SAFETY: this program never changes the map. An entry that user space removes meanwhile may be filled anew while we look: then a
         // packet counts to a tunnel that was there a moment before or after it.
         let found = unsafe { TUNNELS.get(key) };
-        recent.tunnel = found.copied().unwrap_or(Tunnel {
-            slot: NO_SLOT,
-            expected: UNSPECIFIED,
-        });
+        recent.tunnel = found.copied().unwrap_or(Tunnel { slot: NO_SLOT });
         recent.key = *key;
         recent.generation = generation;
     }

@@ -18,17 +18,13 @@ const VNI: u32 = 0x12_3456;
 #[derive(Default)]
 struct Maps {
     tunnels: HashMap<TunnelKey, Tunnel>,
-    told: RefCell<Vec<(Direction, TunnelKey)>>,
     foreign: RefCell<Vec<(Direction, TunnelKey)>>,
 }
 
 impl Maps {
     /// Knows [`VNI`] to [`PEER`].
     fn new() -> Self {
-        let tunnel = Tunnel {
-            slot: 3,
-            expected: mapped(PEER),
-        };
+        let tunnel = Tunnel { slot: 3 };
         let key = |peer| TunnelKey { vni: VNI, peer };
         Self {
             tunnels: HashMap::from([(key(mapped(PEER)), tunnel), (key(UNSPECIFIED), tunnel)]),
@@ -44,10 +40,6 @@ impl Node for Maps {
 
     fn tunnel(&self, key: &TunnelKey) -> Option<&Tunnel> {
         self.tunnels.get(key)
-    }
-
-    fn wrong_peer(&self, direction: Direction, packet: &TunnelKey, _owner: &Tunnel) {
-        self.told.borrow_mut().push((direction, *packet));
     }
 
     fn foreign(&self, direction: Direction, packet: &TunnelKey) {
@@ -116,29 +108,24 @@ fn a_tunnel_packet_is_counted_by_its_peer_in_each_direction() {
             Ok(expected)
         );
     }
-    assert!(maps.told.borrow().is_empty());
+    assert!(maps.foreign.borrow().is_empty());
 }
 
 #[test]
-fn a_wrong_peer_is_told_from_a_foreign_vni() {
+fn a_wrong_peer_is_no_foreign_vni() {
     let maps = Maps::new();
     let stranger = [203, 0, 113, 9];
     let frame = ipv4(stranger, US, VNI, &[]);
     let miss = decide(Direction::In, frame.as_slice(), size(&frame), &maps).unwrap_err();
     assert_eq!(miss.reason(Direction::In), Some(Reason::WrongSource));
-    let key = TunnelKey {
-        vni: VNI,
-        peer: mapped(stranger),
-    };
-    assert_eq!(maps.told.take(), [(Direction::In, key)]);
+    assert!(maps.foreign.borrow().is_empty());
 
     let frame = ipv4(stranger, US, VNI + 1, &[]);
     let miss = decide(Direction::In, frame.as_slice(), size(&frame), &maps).unwrap_err();
     assert_eq!(miss.reason(Direction::In), Some(Reason::ForeignVniIn));
-    assert!(maps.told.borrow().is_empty());
     let key = TunnelKey {
         vni: VNI + 1,
-        ..key
+        peer: mapped(stranger),
     };
     assert_eq!(maps.foreign.take(), [(Direction::In, key)]);
 }

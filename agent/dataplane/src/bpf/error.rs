@@ -286,17 +286,6 @@ pub enum BpfError {
         /// The address.
         peer: IpAddr,
     },
-    /// The run time of a program could not be had.
-    #[error("cannot account the run time of the BPF programs{}", lacks(&missing_of(&[Capability::SysAdmin])))]
-    Account(#[source] Box<dyn Error + Send + Sync>),
-    /// A program could not be run on a frame.
-    #[error("cannot run a program on a frame of {length} bytes")]
-    TestRun {
-        /// Its length.
-        length: usize,
-        /// What the kernel said.
-        source: Box<ProgramError>,
-    },
 }
 
 /// Identifiers of programs in the kernel.
@@ -398,13 +387,6 @@ pub(super) fn pinning_link(
     BpfError::PinLink {
         interface: interface.to_owned(),
         direction,
-        source: Box::new(source),
-    }
-}
-
-pub(super) fn running(length: usize, source: ProgramError) -> BpfError {
-    BpfError::TestRun {
-        length,
         source: Box::new(source),
     }
 }

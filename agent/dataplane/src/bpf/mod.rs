@@ -18,11 +18,9 @@
 
 mod attach;
 mod error;
-mod events;
 mod management;
 mod pins;
 mod role;
-mod run;
 mod sessions;
 mod slots;
 mod sys;
@@ -45,7 +43,7 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 use nix::time::{ClockId, clock_gettime};
-use nsm_core::net::Vni;
+use nsm_core::{clock::Monotonic, net::Vni};
 use nsm_ebpf_common::VXLAN_PORT;
 use sha2::{Digest as _, Sha256};
 
@@ -53,8 +51,6 @@ use self::{attach::Attachments, pins::PinDir, role::Role, tables::Tables, watch:
 pub use self::{
     attach::Hook,
     error::{BpfError, Capability, ProgramIds},
-    events::{Event, Events},
-    run::{Gso, RunReport},
     underlay::underlay_interfaces,
     verifier::VerifierLog,
 };
@@ -92,8 +88,6 @@ pub struct BpfConfig {
     pub hook: Option<Hook>,
     /// Mount a BPF filesystem on `/sys/fs/bpf` when `pin_dir` lies there and none is mounted.
     pub mount_bpffs: bool,
-    /// What [`Bpf::close`] does: leave programs and maps in the kernel for the next agent, or remove everything.
-    pub keep_pins: bool,
 }
 
 impl Default for BpfConfig {
@@ -105,7 +99,6 @@ impl Default for BpfConfig {
             ports: vec![VXLAN_PORT],
             hook: None,
             mount_bpffs: true,
-            keep_pins: true,
         }
     }
 }
@@ -158,18 +151,17 @@ pub struct TunnelCounters {
     pub rx_packets: u64,
     /// Bytes from the peer.
     pub rx_bytes: u64,
-    /// When the last packet was sent, on CLOCK_MONOTONIC, to a timer tick (1 to 10 ms); `None` = never.
-    pub last_tx: Option<Duration>,
+    /// When the last packet was sent, to a timer tick (1 to 10 ms); `None` = never.
+    pub last_tx: Option<Monotonic>,
     /// When the last packet was received, likewise.
-    pub last_rx: Option<Duration>,
+    pub last_rx: Option<Monotonic>,
 }
 
-/// Now, on the clock of [`TunnelCounters::last_rx`] and [`Event::time`].
+/// Now, on the clock of the kernel's stamps.
 #[must_use]
-pub fn now() -> Duration {
-    clock_gettime(ClockId::CLOCK_MONOTONIC)
-        .expect("every Linux has CLOCK_MONOTONIC")
-        .into()
+pub fn now() -> Monotonic {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has CLOCK_MONOTONIC");
+    Monotonic::default() + Duration::from(time)
 }
 
 /// A tunnel that the programs know.
@@ -189,7 +181,6 @@ pub struct Bpf {
     hook: Hook,
     /// The interfaces are those that lead out, not those that were named.
     finds_interfaces: bool,
-    keep_pins: bool,
 }
 
 /// Packets of a VNI that this node does not have, from the address of a peer: one of the two is wrong about the VNI, or
@@ -202,15 +193,14 @@ pub struct ForeignVni {
     pub peer: IpAddr,
     /// Packets so far.
     pub packets: u64,
-    /// When the last one came, on CLOCK_MONOTONIC, to a timer tick.
-    pub last: Duration,
+    /// When the last one came, to a timer tick.
+    pub last: Monotonic,
 }
 
 struct State {
     ebpf: Ebpf,
     tables: Tables,
     attachments: Attachments,
-    events: Option<Events>,
     sessions: Option<PinnedSessions>,
     pins: PinDir,
     repairs: Repairs,
@@ -221,7 +211,6 @@ struct Loaded {
     ebpf: Ebpf,
     tables: Tables,
     attachments: Attachments,
-    events: Events,
     sessions: PinnedSessions,
     hook: Hook,
 }
@@ -248,7 +237,6 @@ impl Bpf {
             ebpf: loaded.ebpf,
             tables: loaded.tables,
             attachments: loaded.attachments,
-            events: Some(loaded.events),
             sessions: Some(loaded.sessions),
             pins,
             repairs: Repairs::default(),
@@ -257,7 +245,6 @@ impl Bpf {
             state: Mutex::new(state),
             hook,
             finds_interfaces: config.interfaces.is_empty(),
-            keep_pins: config.keep_pins,
         })
     }
 
@@ -272,7 +259,6 @@ impl Bpf {
         for port in &config.ports {
             tables.add_port(*port)?;
         }
-        let events = Events::take(&mut ebpf)?;
         let sessions = PinnedSessions::take(&mut ebpf)?;
 
         // Last, so that no error finds programs attached.
@@ -298,7 +284,6 @@ impl Bpf {
             ebpf,
             tables,
             attachments,
-            events,
             sessions,
             hook,
         })
@@ -406,80 +391,6 @@ impl Bpf {
     /// When the kernel refuses.
     pub fn remove_port(&self, port: u16) -> Result<(), BpfError> {
         self.state().tables.remove_port(port)
-    }
-
-    /// What the programs tell at once. There is one reader: the second call gets `None`.
-    #[must_use]
-    pub fn take_events(&self) -> Option<Events> {
-        self.state().events.take()
-    }
-
-    /// Runs a program on a frame that is never sent, `repeat` times (BPF_PROG_TEST_RUN); maps are changed as by real
-    /// traffic. For tests and measurements.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses the frame: it must hold at least an Ethernet header.
-    pub fn test_run(
-        &self,
-        direction: Direction,
-        frame: &[u8],
-        gso: Gso,
-        repeat: u32,
-    ) -> Result<RunReport, BpfError> {
-        let state = &mut *self.state();
-        run::test_run(
-            attach::program(&mut state.ebpf, Role::Underlay, direction),
-            frame,
-            gso,
-            repeat,
-        )
-    }
-
-    /// Runs a program of the management link on a frame, as [`Self::test_run`]: its verdict (7, TC_ACT_REDIRECT, sends back)
-    /// and the frame as it left it. The sessions are those of [`crate::liveness`].
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::test_run`].
-    pub fn test_run_management(
-        &self,
-        direction: Direction,
-        frame: &[u8],
-        repeat: u32,
-    ) -> Result<(RunReport, Vec<u8>), BpfError> {
-        let state = &mut *self.state();
-        run::test_run_with_output(
-            attach::program(&mut state.ebpf, Role::Management, direction),
-            frame,
-            Gso::default(),
-            repeat,
-        )
-    }
-
-    /// Time that the kernel accounts to a program, while that account is on.
-    ///
-    /// # Errors
-    ///
-    /// The kernel does not show the program's account.
-    pub fn run_time(&self, direction: Direction) -> Result<Duration, BpfError> {
-        let state = &mut *self.state();
-        let info = attach::program(&mut state.ebpf, Role::Underlay, direction).info();
-        info.map(|info| info.run_time())
-            .map_err(|error| BpfError::Account(Box::new(error)))
-    }
-
-    /// Ends the use of the programs as [`BpfConfig::keep_pins`] says.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::detach_and_unpin`].
-    pub fn close(self) -> Result<(), BpfError> {
-        if self.keep_pins {
-            Ok(())
-        } else {
-            self.detach_and_unpin()
-        }
     }
 
     /// Removes everything from the kernel: links, maps, pins, the pin directory. The maps live on unseen until this value is

@@ -14,8 +14,8 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 use nsm_ebpf_common::{
-    Counters, EVENTS_BYTES, EventBudget, Foreign, LAYOUT, MAX_FOREIGN, MAX_SLOTS,
-    MAX_TUNNEL_ENTRIES, PORT_WORDS, REASONS, Tunnel, TunnelKey,
+    Counters, Foreign, LAYOUT, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, PORT_WORDS, REASONS,
+    Tunnel, TunnelKey,
     management::{MAX_SESSIONS, NodeState, Session},
 };
 
@@ -30,12 +30,10 @@ use super::{
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// The maps that are pinned, by name.
-pub(super) const MAPS: [&str; 12] = [
+pub(super) const MAPS: [&str; 10] = [
     "TUNNELS",
     "COUNTERS",
     "DROPS",
-    "EVENTS",
-    "EVENT_BUDGET",
     "PORTS",
     "GENERATION",
     "FOREIGN",
@@ -44,6 +42,9 @@ pub(super) const MAPS: [&str; 12] = [
     "SESSION_INDEX",
     "LAYOUT",
 ];
+
+/// Maps that earlier versions pinned. They are removed with the maps of another layout.
+const FORMER_MAPS: [&str; 2] = ["EVENTS", "EVENT_BUDGET"];
 
 /// What the names of pinned links start with.
 const fn link_prefix(role: Role) -> &'static str {
@@ -114,7 +115,7 @@ impl PinDir {
         if MAPS.iter().all(|name| self.fits(name)) && self.layout() == Some(LAYOUT) {
             return Ok(true);
         }
-        for name in MAPS {
+        for name in MAPS.iter().chain(&FORMER_MAPS) {
             self.remove(&self.map(name))?;
         }
         Ok(false)
@@ -221,8 +222,6 @@ fn expected_shape(name: &str) -> (Option<MapType>, u32, u32, u32) {
         ),
         "COUNTERS" => (MapType::PerCpuArray, 4, size::<Counters>(), MAX_SLOTS),
         "DROPS" => (MapType::PerCpuArray, 4, size::<u64>(), REASONS),
-        "EVENTS" => (MapType::RingBuf, 0, 0, EVENTS_BYTES),
-        "EVENT_BUDGET" => (MapType::PerCpuArray, 4, size::<EventBudget>(), 1),
         "PORTS" => (MapType::Array, 4, size::<u64>(), PORT_WORDS),
         "GENERATION" => (MapType::Array, 4, size::<u64>(), 1),
         "FOREIGN" => (

@@ -8,7 +8,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, Ipv6Addr},
-    time::Duration,
 };
 
 use aya::{
@@ -16,6 +15,7 @@ use aya::{
     maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
     util::nr_cpus,
 };
+use nsm_core::clock::Monotonic;
 use nsm_ebpf_common::{
     Address, Counters, Foreign, LAYOUT, MAX_SLOTS, PEER_MARKER, Reason, Tunnel, TunnelKey,
     UNSPECIFIED, mapped, port_bit,
@@ -105,14 +105,14 @@ impl Tables {
                 source,
             })?,
         };
-        let unmarked: Vec<(TunnelKey, u32)> = tables
+        let unmarked: Vec<(u32, u32)> = tables
             .known
             .iter()
             .filter(|(key, _)| !marked.contains(&key.vni))
-            .map(|(key, slot)| (*key, *slot))
+            .map(|(key, slot)| (key.vni, *slot))
             .collect();
-        for (key, slot) in unmarked {
-            tables.mark(key, slot)?;
+        for (vni, slot) in unmarked {
+            tables.mark(vni, slot)?;
         }
         tables.disown_recent()?;
         Ok(tables)
@@ -174,43 +174,28 @@ impl Tables {
         self.counters
             .set(slot, zero, 0)
             .map_err(of_map("COUNTERS", "zero"))?;
-        let tunnel = Tunnel {
-            slot,
-            expected: key.peer,
-        };
         self.tunnels
-            .insert(key, tunnel, 0)
+            .insert(key, Tunnel { slot }, 0)
             .map_err(of_map("TUNNELS", "add to"))?;
         let marked = if self.vnis.contains_key(&key.vni) {
             Ok(())
         } else {
-            self.mark(key, slot)
+            self.mark(key.vni, slot)
         };
         // Programs may remember that there was no such tunnel, and no such VNI.
-        let told = marked.and_then(|()| self.disown_recent());
-        if told.is_err() {
+        let inserted = marked.and_then(|()| self.disown_recent());
+        if inserted.is_err() {
             // The error that counts is the first one.
             let _ = self.tunnels.remove(&key);
             let _ = self.disown_recent();
         }
-        told
+        inserted
     }
 
-    /// Marks the VNI of `key` as ours.
-    fn mark(&mut self, key: TunnelKey, slot: u32) -> Result<(), BpfError> {
-        let marker = TunnelKey {
-            vni: key.vni,
-            peer: UNSPECIFIED,
-        };
+    /// Marks a VNI as ours. The programs ask only whether the marker is there.
+    fn mark(&mut self, vni: u32, slot: u32) -> Result<(), BpfError> {
         self.tunnels
-            .insert(
-                marker,
-                Tunnel {
-                    slot,
-                    expected: key.peer,
-                },
-                0,
-            )
+            .insert(vni_marker(vni), Tunnel { slot }, 0)
             .map_err(of_map("TUNNELS", "add to"))
     }
 
@@ -224,10 +209,7 @@ impl Tables {
         };
         let last = self.vnis.get(&vni) == Some(&1);
         if last {
-            forgiving(self.tunnels.remove(&TunnelKey {
-                vni,
-                peer: UNSPECIFIED,
-            }))?;
+            forgiving(self.tunnels.remove(&vni_marker(vni)))?;
         }
         forgiving(self.tunnels.remove(&key))?;
         self.disown_recent()?;
@@ -239,42 +221,15 @@ impl Tables {
         self.known.remove(&key);
         self.used.remove(&slot);
         self.slots.free(slot);
-        if !last {
-            self.repair_marker(vni, slot)?;
-        }
         Ok(true)
-    }
-
-    /// The marker names one tunnel of the VNI: when that one went, another.
-    fn repair_marker(&mut self, vni: u32, gone: u32) -> Result<(), BpfError> {
-        let marker = TunnelKey {
-            vni,
-            peer: UNSPECIFIED,
-        };
-        let names_it = self
-            .tunnels
-            .get(&marker, 0)
-            .is_ok_and(|tunnel| tunnel.slot == gone);
-        let heir = self.known.iter().find(|(key, _)| key.vni == vni);
-        match heir.map(|(key, slot)| (*key, *slot)) {
-            Some((key, slot)) if names_it => {
-                self.mark(key, slot)?;
-                self.disown_recent()
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Enters a peer: an entry of the management VNI, which counts and checks what comes over it, and the marker by which a VNI
     /// that is not ours is noted when it comes from there.
     pub(super) fn add_peer(&mut self, vni: u32, peer: IpAddr) -> Result<Slot, BpfError> {
         let slot = self.add_tunnel(vni, peer)?;
-        let (marker, expected) = peer_marker(peer);
-        let tunnel = Tunnel {
-            slot: slot.0,
-            expected,
-        };
-        let marked = self.tunnels.insert(marker, tunnel, 0);
+        let (marker, address) = peer_marker(peer);
+        let marked = self.tunnels.insert(marker, Tunnel { slot: slot.0 }, 0);
         let marked = marked.map_err(of_map("TUNNELS", "add to"));
         // Programs may remember that it was nobody.
         if let Err(error) = marked.and_then(|()| self.disown_recent()) {
@@ -282,7 +237,7 @@ impl Tables {
             let _ = self.remove_tunnel(vni, peer);
             return Err(error);
         }
-        self.peers.insert(expected, slot.0);
+        self.peers.insert(address, slot.0);
         Ok(slot)
     }
 
@@ -323,7 +278,7 @@ impl Tables {
                 vni: key.vni,
                 peer: ip_addr(key.peer),
                 packets: seen.packets,
-                last: Duration::from_nanos(seen.last_ns),
+                last: Monotonic::from_nanos(seen.last_ns),
             });
         }
         Ok(all)
@@ -413,7 +368,7 @@ fn read(counters: &PerCpuArray<MapData, Counters>, slot: Slot) -> Result<TunnelC
         sum.last_in_ns = sum.last_in_ns.max(cpu.last_in_ns);
         sum.last_out_ns = sum.last_out_ns.max(cpu.last_out_ns);
     }
-    let when = |ns: u64| (ns != 0).then(|| Duration::from_nanos(ns));
+    let when = |ns: u64| (ns != 0).then(|| Monotonic::from_nanos(ns));
     Ok(TunnelCounters {
         tx_packets: sum.out_packets,
         tx_bytes: sum.out_bytes,
@@ -422,6 +377,14 @@ fn read(counters: &PerCpuArray<MapData, Counters>, slot: Slot) -> Result<TunnelC
         last_tx: when(sum.last_out_ns),
         last_rx: when(sum.last_in_ns),
     })
+}
+
+/// The key of the entry that marks a VNI as ours.
+const fn vni_marker(vni: u32) -> TunnelKey {
+    TunnelKey {
+        vni,
+        peer: UNSPECIFIED,
+    }
 }
 
 /// The key of a peer's marker, and the peer's address.

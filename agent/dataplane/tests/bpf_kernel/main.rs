@@ -3,6 +3,7 @@
 mod hooks;
 mod lifecycle;
 mod management;
+mod programs;
 mod support;
 mod traffic;
 mod verdicts;

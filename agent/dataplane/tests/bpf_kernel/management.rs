@@ -17,7 +17,7 @@ use nsm_ebpf_common::{
     },
 };
 
-use super::support::{DROP, NEXT, PIN_DIR, drops, load_detached, sandbox};
+use super::support::{DROP, Gso, NEXT, PIN_DIR, Programs, drops, load_detached, programs, sandbox};
 
 /// TC_ACT_REDIRECT.
 const REDIRECT: i32 = 7;
@@ -44,7 +44,7 @@ fn read(field: usize) -> u64 {
 }
 
 /// Programs that know the node and one peer, as an agent would have written them.
-fn load(address: Address) -> Bpf {
+fn load(address: Address) -> (Bpf, Programs) {
     let bpf = load_detached().expect("loaded");
     let mut node: Array<_, [u64; 2]> = open("NODE").try_into().expect("an array");
     let state = [NODE.into(), State::Up.bits().into()];
@@ -62,7 +62,7 @@ fn load(address: Address) -> Bpf {
     let is_v4 = std::net::IpAddr::from(address).to_canonical().is_ipv4();
     let key = session_key(is_v4, mac(SPEAKER, PEER));
     index.insert(key, 0, 0).expect("inserted");
-    bpf
+    (bpf, programs())
 }
 
 /// Us and the peer, over IPv4 and IPv6.
@@ -150,11 +150,10 @@ fn answer_to(probe: &Probe) -> Vec<u8> {
     frame
 }
 
-fn run(bpf: &Bpf, direction: Direction, frame: &[u8]) -> (i32, Vec<u8>) {
-    let (report, frame) = bpf
-        .test_run_management(direction, frame, 1)
-        .expect("test run");
-    (report.verdict, frame)
+fn run(programs: &Programs, direction: Direction, frame: &[u8]) -> (i32, Vec<u8>) {
+    let name = format!("management_{direction}");
+    let (run, frame) = programs.run(&name, frame, Gso::default(), 1);
+    (run.return_value.cast_signed(), frame)
 }
 
 #[test]
@@ -162,12 +161,12 @@ fn run(bpf: &Bpf, direction: Direction, frame: &[u8]) -> (i32, Vec<u8>) {
 fn a_probe_is_turned_round_as_rfc_7880_says() {
     sandbox(|| {
         for ends in families() {
-            let bpf = load(ends[1]);
+            let (bpf, programs) = load(ends[1]);
             for (number, padding) in (1..).zip([0, 1, 234, 1400]) {
                 let mut probe = peers_probe(ends);
                 probe.control.desired_min_tx_us += number;
                 let sent = frame(&probe, padding);
-                let (verdict, answer) = run(&bpf, Direction::In, &sent);
+                let (verdict, answer) = run(&programs, Direction::In, &sent);
                 assert_eq!(verdict, REDIRECT);
                 assert_eq!(answer.len(), sent.len(), "not a byte more than came");
                 assert!(checksums_hold(&answer));
@@ -197,7 +196,7 @@ fn a_probe_is_turned_round_as_rfc_7880_says() {
             let heard = read(offset_of!(Session, last_probe_ns));
             let mut probe = peers_probe(ends);
             probe.control.desired_min_tx_us += 4;
-            let (verdict, _) = run(&bpf, Direction::In, &frame(&probe, 0));
+            let (verdict, _) = run(&programs, Direction::In, &frame(&probe, 0));
             assert_eq!(verdict, REDIRECT);
             assert_eq!(read(offset_of!(Session, last_probe_ns)), heard);
             assert_eq!(drops(&bpf), [("sbfd_replayed", 1)]);
@@ -211,19 +210,19 @@ fn a_probe_is_turned_round_as_rfc_7880_says() {
 fn our_probes_are_stamped_and_their_answers_matched() {
     sandbox(|| {
         for ends in families() {
-            let bpf = load(ends[1]);
+            let (bpf, programs) = load(ends[1]);
             let probe = our_probe(ends, 0x2ff);
             let answer = answer_to(&probe);
-            assert_eq!(run(&bpf, Direction::In, &answer).0, DROP, "to nothing");
-            assert_eq!(run(&bpf, Direction::Out, &frame(&probe, 900)).0, NEXT);
+            assert_eq!(run(&programs, Direction::In, &answer).0, DROP, "to nothing");
+            assert_eq!(run(&programs, Direction::Out, &frame(&probe, 900)).0, NEXT);
             assert_eq!(read(offset_of!(Session, sent)), 1);
-            assert_eq!(run(&bpf, Direction::In, &answer).0, DROP, "and noted");
+            assert_eq!(run(&programs, Direction::In, &answer).0, DROP, "and noted");
             assert_eq!(read(offset_of!(Session, answered)), 1);
             let sent = read(offset_of!(Session, last_sent_ns));
             let came = read(offset_of!(Session, last_answer_ns));
             let round_trip = read(offset_of!(Session, last_round_trip_ns));
             assert!(sent > 0 && came - sent == round_trip && round_trip > 0);
-            assert_eq!(run(&bpf, Direction::In, &answer).0, DROP, "replayed");
+            assert_eq!(run(&programs, Direction::In, &answer).0, DROP, "replayed");
             assert_eq!(read(offset_of!(Session, answered)), 1);
             assert_eq!(drops(&bpf), [("sbfd_stale", 2)]);
 
@@ -232,11 +231,11 @@ fn our_probes_are_stamped_and_their_answers_matched() {
             session[offset_of!(Session, wake) / 8] = 1;
             sessions().set(0, session, 0).expect("set");
             assert_eq!(
-                run(&bpf, Direction::Out, &frame(&our_probe(ends, 1), 0)).0,
+                run(&programs, Direction::Out, &frame(&our_probe(ends, 1), 0)).0,
                 NEXT
             );
             let answer = answer_to(&our_probe(ends, 1));
-            assert_eq!(run(&bpf, Direction::In, &answer).0, NEXT);
+            assert_eq!(run(&programs, Direction::In, &answer).0, NEXT);
             bpf.detach_and_unpin().expect("unpinned");
         }
     });
@@ -247,13 +246,13 @@ fn our_probes_are_stamped_and_their_answers_matched() {
 fn everything_else_ends_at_the_hook() {
     sandbox(|| {
         let ends = families()[0];
-        let bpf = load(ends[1]);
+        let (bpf, programs) = load(ends[1]);
         let refused = |change: fn(&mut Vec<u8>), reason| {
             let mut frame = frame(&peers_probe(ends), 0);
             change(&mut frame);
             let count = || bpf.drops().expect("drops")[reason];
             let before = count();
-            assert_eq!(run(&bpf, Direction::In, &frame).0, DROP, "{reason}");
+            assert_eq!(run(&programs, Direction::In, &frame).0, DROP, "{reason}");
             assert_eq!(count(), before + 1, "{reason}");
         };
         const CONTROL: usize = HEAD_V4 - 24;
@@ -273,7 +272,7 @@ fn everything_else_ends_at_the_hook() {
             let mut frame = answer.clone();
             frame[at] ^= 1;
             let before = bpf.drops().expect("drops")[reason];
-            assert_eq!(run(&bpf, Direction::In, &frame).0, DROP, "{reason}");
+            assert_eq!(run(&programs, Direction::In, &frame).0, DROP, "{reason}");
             assert_eq!(bpf.drops().expect("drops")[reason], before + 1, "{reason}");
         };
         refused(14 + 12, "sbfd_wrong_source");
@@ -286,13 +285,13 @@ fn everything_else_ends_at_the_hook() {
         let before = drops(&bpf);
         let mut stranger = frame(&our_probe(ends, 1), 0);
         stranger[5] ^= 1;
-        assert_eq!(run(&bpf, Direction::Out, &stranger).0, DROP);
-        assert_eq!(run(&bpf, Direction::Out, &[0xff; 60]).0, DROP);
+        assert_eq!(run(&programs, Direction::Out, &stranger).0, DROP);
+        assert_eq!(run(&programs, Direction::Out, &[0xff; 60]).0, DROP);
         // An MLD report, as IPv6 sends on each link by itself.
         let mut report = vec![0; 90];
         report[..6].copy_from_slice(&[0x33, 0x33, 0, 0, 0, 0x16]);
         report[12..15].copy_from_slice(&[0x86, 0xdd, 0x60]);
-        assert_eq!(run(&bpf, Direction::Out, &report).0, DROP);
+        assert_eq!(run(&programs, Direction::Out, &report).0, DROP);
         assert_eq!(drops(&bpf), before);
         bpf.detach_and_unpin().expect("unpinned");
     });
@@ -304,11 +303,11 @@ fn a_flood_gets_back_less_than_it_sent() {
     const FLOOD: u64 = 100_000;
     sandbox(|| {
         let ends = families()[0];
-        let bpf = load(ends[1]);
+        let (bpf, programs) = load(ends[1]);
         let probe = frame(&peers_probe(ends), 0);
         let (mut answered, mut bytes) = (0, 0);
         for _ in 0..FLOOD {
-            let (verdict, answer) = run(&bpf, Direction::In, &probe);
+            let (verdict, answer) = run(&programs, Direction::In, &probe);
             if verdict == REDIRECT {
                 answered += 1;
                 bytes += answer.len() as u64;

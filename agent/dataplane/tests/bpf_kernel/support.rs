@@ -14,10 +14,10 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use nsm_core::net::Vni;
-use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Gso, Hook};
+use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook};
 
-/// TC_ACT_UNSPEC: other programs and the kernel go on.
-pub(crate) const NEXT: i32 = -1;
+pub(crate) use super::programs::{Gso, NEXT, Programs};
+
 /// TC_ACT_SHOT.
 pub(crate) const DROP: i32 = 2;
 
@@ -163,11 +163,16 @@ pub(crate) fn addr(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
-/// Runs a frame through a program once.
-pub(crate) fn verdict(bpf: &Bpf, direction: Direction, frame: &[u8]) -> i32 {
-    bpf.test_run(direction, frame, Gso::default(), 1)
-        .expect("test run")
-        .verdict
+/// The programs over the maps in [`PIN_DIR`].
+pub(crate) fn programs() -> Programs {
+    Programs::over(Path::new(PIN_DIR))
+}
+
+/// Runs a frame through a program of the underlay once.
+pub(crate) fn verdict(programs: &Programs, direction: Direction, frame: &[u8]) -> i32 {
+    let name = format!("underlay_{direction}");
+    let (run, _) = programs.run(&name, frame, Gso::default(), 1);
+    run.return_value.cast_signed()
 }
 
 /// Every drop counter that is not zero.

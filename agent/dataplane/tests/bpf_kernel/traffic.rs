@@ -117,7 +117,7 @@ fn assert_balanced(nodes: &[Node; 2]) {
     }
 }
 
-/// The tunnel carries pings of its peer, and none of another host on the cable: what that one sends is dropped, counted and told.
+/// The tunnel carries pings of its peer, and none of another host on the cable: what that one sends is dropped and counted.
 fn wrong_source_is_dropped(nodes: [Node; 2]) {
     let ping = || {
         nodes[0].netns.within(|| {
@@ -129,7 +129,6 @@ fn wrong_source_is_dropped(nodes: [Node; 2]) {
     };
     assert!(ping().status.success(), "the peer's own");
     assert_eq!(drops(&nodes[1].bpf), []);
-    let mut events = nodes[1].bpf.take_events().expect("the reader");
     nodes[0].netns.within(|| {
         ip("addr add 10.0.0.9/24 dev up0");
         ip("link set vx0 type vxlan id 42 local 10.0.0.9");
@@ -139,10 +138,6 @@ fn wrong_source_is_dropped(nodes: [Node; 2]) {
     let dropped = nodes[1].bpf.drops().expect("drops")["wrong_source"];
     assert!(dropped >= 3, "{dropped}");
     assert_eq!(nodes[1].counters().rx_packets, before.rx_packets);
-    let event = events.next().expect("an event");
-    assert_eq!((event.vni, event.source), (42, addr("10.0.0.9")));
-    assert_eq!(event.expected, addr("10.0.0.1"));
-    println!("{dropped} packets of 3 pings dropped as wrong_source, event: {event:?}");
     remove(nodes);
 }
 
@@ -169,7 +164,7 @@ fn what_a_ping_through_a_tunnel_sends_is_counted() {
         assert_eq!(counters.tx_packets, counters.rx_packets);
         let last = counters.last_rx.expect("heard of");
         assert!(
-            last <= now() && now() - last < Duration::from_secs(5),
+            last <= now() && now().since(last) < Duration::from_secs(5),
             "{last:?}"
         );
         assert_eq!(drops(&nodes[0].bpf), []);

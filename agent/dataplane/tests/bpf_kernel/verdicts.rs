@@ -1,11 +1,13 @@
 //! What the programs do with crafted frames, by BPF_PROG_TEST_RUN, and what the maps hold afterwards.
 
-use super::support::{DROP, Frame, NEXT, addr, drops, load_detached, sandbox, verdict, vni};
+use super::support::{
+    DROP, Frame, Gso, NEXT, Programs, addr, drops, load_detached, programs, sandbox, verdict, vni,
+};
 use nix::{
     sched::{CpuSet, sched_getcpu, sched_setaffinity},
     unistd::Pid,
 };
-use nsm_dataplane::bpf::{Bpf, Direction, Gso, Slot, TunnelCounters};
+use nsm_dataplane::bpf::{Bpf, Direction, Slot, TunnelCounters};
 
 const US: &str = "192.0.2.1";
 const PEER: &str = "198.51.100.7";
@@ -16,11 +18,11 @@ const PEER6: &str = "2001:db8:2::7";
 const STRANGER6: &str = "2001:db8:3::9";
 
 /// Programs that know VNI 42 to PEER and VNI 43 to PEER6.
-fn world() -> (Bpf, Slot, Slot) {
+fn world() -> (Bpf, Programs, Slot, Slot) {
     let bpf = load_detached().expect("load");
     let v4 = bpf.add_tunnel(vni(42), addr(PEER)).expect("a slot");
     let v6 = bpf.add_tunnel(vni(43), addr(PEER6)).expect("a slot");
-    (bpf, v4, v6)
+    (bpf, programs(), v4, v6)
 }
 
 fn counted(bpf: &Bpf, slot: Slot) -> [u64; 4] {
@@ -127,19 +129,19 @@ fn variants(source: &str, destination: &str, vni: u32) -> Vec<(&'static str, Fra
 #[ignore = "needs root: BPF"]
 fn tunnel_traffic_is_counted_in_both_directions() {
     sandbox(|| {
-        let (bpf, v4, v6) = world();
+        let (bpf, programs, v4, v6) = world();
         for (slot, us, peer, vni) in [(v4, US, PEER, 42), (v6, US6, PEER6, 43)] {
             let mut expected = [0; 4];
             for (what, frame) in variants(us, peer, vni) {
                 let frame = frame.bytes();
-                assert_eq!(verdict(&bpf, Direction::Out, &frame), NEXT, "{what}");
+                assert_eq!(verdict(&programs, Direction::Out, &frame), NEXT, "{what}");
                 expected[0] += 1;
                 expected[1] += frame.len() as u64;
                 assert_eq!(counted(&bpf, slot), expected, "{what}");
             }
             for (what, frame) in variants(peer, us, vni) {
                 let frame = frame.bytes();
-                assert_eq!(verdict(&bpf, Direction::In, &frame), NEXT, "{what}");
+                assert_eq!(verdict(&programs, Direction::In, &frame), NEXT, "{what}");
                 expected[2] += 1;
                 expected[3] += frame.len() as u64;
                 assert_eq!(counted(&bpf, slot), expected, "{what}");
@@ -151,33 +153,24 @@ fn tunnel_traffic_is_counted_in_both_directions() {
 
 #[test]
 #[ignore = "needs root: BPF"]
-fn our_vni_from_a_wrong_source_is_dropped_counted_and_told() {
+fn our_vni_from_a_wrong_source_is_dropped_and_counted() {
     sandbox(|| {
-        let (bpf, v4, v6) = world();
-        let mut events = bpf.take_events().unwrap();
-        assert!(bpf.take_events().is_none());
+        let (bpf, programs, v4, v6) = world();
         let mut count = 0;
-        for (slot, us, peer, stranger, vni) in [
-            (v4, US, PEER, STRANGER, 42),
-            (v6, US6, PEER6, STRANGER6, 43),
-        ] {
+        for (slot, us, stranger, vni) in [(v4, US, STRANGER, 42), (v6, US6, STRANGER6, 43)] {
             // The unspecified address marks VNIs in the map; as a source it is a stranger's like any other.
             let nobody = Frame::new(if slot == v4 { "0.0.0.0" } else { "::" }, us, vni);
-            assert_eq!(verdict(&bpf, Direction::In, &nobody.bytes()), DROP);
+            assert_eq!(verdict(&programs, Direction::In, &nobody.bytes()), DROP);
             count += 1;
-            assert!(events.next().is_some());
             for (what, frame) in variants(stranger, us, vni).into_iter().take(5) {
-                assert_eq!(verdict(&bpf, Direction::In, &frame.bytes()), DROP, "{what}");
+                assert_eq!(
+                    verdict(&programs, Direction::In, &frame.bytes()),
+                    DROP,
+                    "{what}"
+                );
                 count += 1;
                 assert_eq!(drops(&bpf), [("wrong_source", count)], "{what}");
                 assert_eq!(counted(&bpf, slot), [0; 4], "{what}");
-                let event = events.next().expect("an event");
-                assert_eq!(
-                    (event.vni, event.slot, event.source, event.expected),
-                    (vni, slot, addr(stranger), addr(peer))
-                );
-                assert_eq!(event.reason.name(), "wrong_source");
-                assert_eq!(events.next(), None);
             }
         }
     });
@@ -185,34 +178,12 @@ fn our_vni_from_a_wrong_source_is_dropped_counted_and_told() {
 
 #[test]
 #[ignore = "needs root: BPF"]
-fn events_are_limited_and_drops_are_not() {
-    sandbox(|| {
-        let (bpf, ..) = world();
-        let mut events = bpf.take_events().unwrap();
-        let frame = Frame::new(STRANGER, US, 42).bytes();
-        let report = bpf
-            .test_run(Direction::In, &frame, Gso::default(), 1000)
-            .unwrap();
-        assert_eq!(report.verdict, DROP);
-        let mut told = 0;
-        while events.next().is_some() {
-            told += 1;
-        }
-        let drops = bpf.drops().unwrap();
-        assert_eq!(drops["wrong_source"], 1000);
-        assert!((1..=200).contains(&told), "{told} events");
-        assert_eq!(drops["event_suppressed"] + told, 1000);
-    });
-}
-
-#[test]
-#[ignore = "needs root: BPF"]
 fn what_is_not_ours_passes() {
     sandbox(|| {
-        let (bpf, v4, v6) = world();
+        let (bpf, programs, v4, v6) = world();
         let mut expected: Vec<(&str, u64)> = Vec::new();
         let mut pass = |direction, frame: &[u8], reason: Option<&'static str>| {
-            assert_eq!(verdict(&bpf, direction, frame), NEXT, "{reason:?}");
+            assert_eq!(verdict(&programs, direction, frame), NEXT, "{reason:?}");
             if let Some(reason) = reason {
                 match expected.iter_mut().find(|(name, _)| *name == reason) {
                     Some((_, count)) => *count += 1,
@@ -271,7 +242,7 @@ fn what_is_not_ours_passes() {
 #[ignore = "needs root: BPF"]
 fn a_frame_cut_at_any_byte_is_never_counted_to_a_tunnel() {
     sandbox(|| {
-        let (bpf, v4, v6) = world();
+        let (bpf, programs, v4, v6) = world();
         for (peer, us, vni) in [(PEER, US, 42), (PEER6, US6, 43)] {
             let plain = Frame::new(peer, us, vni).with(|f| f.inner = Vec::new());
             let whole = plain.bytes();
@@ -280,7 +251,7 @@ fn a_frame_cut_at_any_byte_is_never_counted_to_a_tunnel() {
             for cut in udp..whole.len() {
                 let malformed = bpf.drops().unwrap()["malformed"];
                 assert_eq!(
-                    verdict(&bpf, Direction::In, &whole[..cut]),
+                    verdict(&programs, Direction::In, &whole[..cut]),
                     NEXT,
                     "cut at {cut}"
                 );
@@ -296,7 +267,7 @@ fn a_frame_cut_at_any_byte_is_never_counted_to_a_tunnel() {
 #[ignore = "needs root: BPF"]
 fn what_could_hide_our_vni_is_dropped_on_the_way_in_only() {
     sandbox(|| {
-        let (bpf, ..) = world();
+        let (bpf, programs, ..) = world();
         // The VXLAN header would come with the second fragment, where nobody could check it.
         let tiny4 = Frame::new(STRANGER, US, 42)
             .with(|f| f.fragment = 0x2000)
@@ -311,11 +282,11 @@ fn what_could_hide_our_vni_is_dropped_on_the_way_in_only() {
             .with(|f| f.extensions = vec![options; 9])
             .bytes();
         for frame in [tiny4, tiny6, &long] {
-            assert_eq!(verdict(&bpf, Direction::Out, frame), NEXT);
+            assert_eq!(verdict(&programs, Direction::Out, frame), NEXT);
         }
         assert_eq!(drops(&bpf), []);
         for frame in [tiny4, tiny6, &long] {
-            assert_eq!(verdict(&bpf, Direction::In, frame), DROP);
+            assert_eq!(verdict(&programs, Direction::In, frame), DROP);
         }
         assert_eq!(
             drops(&bpf),
@@ -328,10 +299,10 @@ fn what_could_hide_our_vni_is_dropped_on_the_way_in_only() {
 #[ignore = "needs root: BPF"]
 fn ports_can_be_added_and_removed() {
     sandbox(|| {
-        let (bpf, v4, _) = world();
+        let (bpf, programs, v4, _) = world();
         let frame = Frame::new(PEER, US, 42).with(|f| f.port = 8472).bytes();
         let packets = |bpf: &Bpf| {
-            assert_eq!(verdict(bpf, Direction::In, &frame), NEXT);
+            assert_eq!(verdict(&programs, Direction::In, &frame), NEXT);
             counted(bpf, v4)[2]
         };
         assert_eq!(packets(&bpf), 0);
@@ -356,13 +327,13 @@ fn a_frame_to_be_segmented_counts_as_its_segments() {
     let headers = 14 + 20 + 8 + 8 + tcp.len() as u64;
     tcp.resize(tcp.len() + 3 * 1000 + 1, 0);
     sandbox(move || {
-        let (bpf, v4, _) = world();
+        let (bpf, programs, v4, _) = world();
         let frame = Frame::new(US, PEER, 42).with(|f| f.inner = tcp).bytes();
         let length = frame.len() as u64;
         for (round, segs) in [(1, 4), (2, 0)] {
             let gso = Gso { segs, size: 1000 };
-            let report = bpf.test_run(Direction::Out, &frame, gso, 1).unwrap();
-            assert_eq!(report.verdict, NEXT);
+            let (run, _) = programs.run("underlay_egress", &frame, gso, 1);
+            assert_eq!(run.return_value.cast_signed(), NEXT);
             let expected = [round * 4, round * (length + 3 * headers), 0, 0];
             assert_eq!(counted(&bpf, v4), expected, "gso_segs {segs}");
         }
@@ -373,11 +344,11 @@ fn a_frame_to_be_segmented_counts_as_its_segments() {
 #[ignore = "needs root: BPF"]
 fn tunnels_come_and_go() {
     sandbox(|| {
-        let (bpf, v4, v6) = world();
+        let (bpf, programs, v4, v6) = world();
         assert_ne!(v4, v6);
         assert_eq!(bpf.slots_in_use(), 2);
         assert_eq!(
-            verdict(&bpf, Direction::In, &Frame::new(PEER, US, 42).bytes()),
+            verdict(&programs, Direction::In, &Frame::new(PEER, US, 42).bytes()),
             NEXT
         );
         // Asked again, it stays what it is.
@@ -390,25 +361,26 @@ fn tunnels_come_and_go() {
         assert_eq!(counted(&bpf, v4)[2], 1);
 
         // A second peer in the same VNI; then the first one goes, and the VNI stays ours.
-        let other = bpf.add_tunnel(vni(42), addr(STRANGER)).unwrap();
+        bpf.add_tunnel(vni(42), addr(STRANGER)).unwrap();
         assert_eq!(
-            verdict(&bpf, Direction::In, &Frame::new(STRANGER, US, 42).bytes()),
+            verdict(
+                &programs,
+                Direction::In,
+                &Frame::new(STRANGER, US, 42).bytes()
+            ),
             NEXT
         );
         assert!(bpf.remove_tunnel(vni(42), addr(PEER)).unwrap());
         assert!(!bpf.remove_tunnel(vni(42), addr(PEER)).unwrap());
         assert!(bpf.counters(v4).is_err());
-        let mut events = bpf.take_events().unwrap();
         assert_eq!(
-            verdict(&bpf, Direction::In, &Frame::new(PEER, US, 42).bytes()),
+            verdict(&programs, Direction::In, &Frame::new(PEER, US, 42).bytes()),
             DROP
         );
-        let event = events.next().unwrap();
-        assert_eq!((event.slot, event.expected), (other, addr(STRANGER)));
 
         assert!(bpf.remove_tunnel(vni(42), addr(STRANGER)).unwrap());
         assert_eq!(
-            verdict(&bpf, Direction::In, &Frame::new(PEER, US, 42).bytes()),
+            verdict(&programs, Direction::In, &Frame::new(PEER, US, 42).bytes()),
             NEXT
         );
         assert_eq!(drops(&bpf), [("foreign_vni_in", 1), ("wrong_source", 1)]);
@@ -431,8 +403,9 @@ fn what_was_looked_up_before_a_change_is_forgotten() {
         one.set(sched_getcpu().unwrap()).unwrap();
         sched_setaffinity(Pid::from_raw(0), &one).unwrap();
         let bpf = load_detached().unwrap();
+        let programs = programs();
         let frame = Frame::new(PEER, US, 42).bytes();
-        let pass = || verdict(&bpf, Direction::In, &frame);
+        let pass = || verdict(&programs, Direction::In, &frame);
         let mut slots = Vec::new();
         for round in 1..=2 {
             assert_eq!([pass(), pass()], [NEXT; 2]);
@@ -458,13 +431,14 @@ fn what_was_looked_up_before_a_change_is_forgotten() {
 fn all_slots_can_be_used_and_used_again() {
     sandbox(|| {
         let bpf = load_detached().unwrap();
+        let programs = programs();
         for n in 0..16_384 {
             assert_eq!(bpf.add_tunnel(vni(n + 1), addr(PEER)).unwrap().get(), n);
         }
         let error = bpf.add_tunnel(vni(20_000), addr(PEER)).unwrap_err();
         assert!(error.to_string().contains("16384"), "{error}");
         assert_eq!(
-            verdict(&bpf, Direction::In, &Frame::new(PEER, US, 8).bytes()),
+            verdict(&programs, Direction::In, &Frame::new(PEER, US, 8).bytes()),
             NEXT
         );
         assert!(bpf.remove_tunnel(vni(8), addr(PEER)).unwrap());

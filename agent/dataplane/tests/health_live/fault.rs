@@ -55,7 +55,7 @@ async fn one_way(family: u8, from: &str) {
 /// What the evidence of a path says now, and since when its session is as it is.
 pub(crate) async fn judged(peer: &Peer) -> (Health, Duration) {
     let report = report(peer).await;
-    let now = Monotonic::from_nanos(bpf::now().as_nanos() as u64);
+    let now = bpf::now();
     let evidence = Evidence {
         path: report.path,
         at: now,
