@@ -8,8 +8,8 @@ use std::{fmt, net::IpAddr};
 
 use nsm_core::{
     link::{LinkSpec, VxlanSpec},
-    liveness::{Health, PathId, PeerReport, Reflector},
-    net::{NetnsUrl, Vni},
+    liveness::{Health, PathEvent, PathId, PeerReport, Reflector},
+    net::NetnsUrl,
 };
 use tonic::Code;
 
@@ -192,25 +192,6 @@ pub struct PeerSpec {
     pub path: PathId,
     /// The MTU that tunnels to it would like to have, bytes.
     pub mtu: u32,
-}
-
-/// An event of the prober.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum PathEvent {
-    /// The health of a path, or its MTU, has changed.
-    Changed {
-        /// The path.
-        path: PathId,
-        /// What is known of it now.
-        health: Health,
-    },
-    /// A VNI of a known peer's came in that is no tunnel of this node.
-    ForeignVni {
-        /// The peer.
-        peer: IpAddr,
-        /// The VNI.
-        vni: Vni,
-    },
 }
 
 /// Why a peer cannot be watched.

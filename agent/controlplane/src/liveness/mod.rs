@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::liveness::{ForeignVnis, Health, PathId, Published, Reason, Reflector};
+use nsm_core::liveness::{ForeignVnis, Health, PathEvent, PathId, Published, Reason, Reflector};
 use nsm_proto::connection::{Connection, ConnectionEventType};
 
 use self::foreign::Foreign;
@@ -27,7 +27,7 @@ use crate::{
         model::{Established, below},
         store::News,
     },
-    ports::{Forwarder, PathEvent, Prober},
+    ports::{Forwarder, Prober},
     sync::lock,
 };
 

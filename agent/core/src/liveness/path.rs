@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-use super::sbfd::Discriminator;
+use super::{Health, sbfd::Discriminator};
 use crate::net::Vni;
 
 /// An S-BFD reflector, as the two ends of a tunnel exchange it in the mechanism's parameters.
@@ -37,4 +37,23 @@ impl PathId {
             ..self
         }
     }
+}
+
+/// A change on a path, or of what arrives from a peer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum PathEvent {
+    /// The health of a path, or its MTU, has changed.
+    Changed {
+        /// The path.
+        path: PathId,
+        /// Its health now.
+        health: Health,
+    },
+    /// A peer sent packets of a VNI that is no tunnel of this node.
+    ForeignVni {
+        /// The peer.
+        peer: IpAddr,
+        /// The VNI.
+        vni: Vni,
+    },
 }

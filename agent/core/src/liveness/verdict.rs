@@ -1,6 +1,6 @@
 //! Verdicts on the directions of a path.
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, mem::discriminant, net::IpAddr};
 
 use serde::Serialize;
 
@@ -82,6 +82,11 @@ impl Finding {
     pub(super) const fn new(verdict: Verdict, reason: Reason) -> Self {
         Self { verdict, reason }
     }
+
+    /// Whether both have the verdict and the kind of reason; numbers in the reasons may differ.
+    fn is_same(&self, other: &Self) -> bool {
+        self.verdict == other.verdict && discriminant(&self.reason) == discriminant(&other.reason)
+    }
 }
 
 /// The health of a path: what was found of its two directions.
@@ -121,6 +126,15 @@ impl Health {
             .into_iter()
             .find(|verdict| verdicts.contains(verdict))
             .unwrap_or(Verdict::Up)
+    }
+
+    /// Whether both have the same path MTU, and in each direction the same verdict for the same kind of reason; numbers in the reasons
+    /// may differ.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.inward.is_same(&other.inward)
+            && self.outward.is_same(&other.outward)
+            && self.path_mtu == other.path_mtu
     }
 
     /// Whether packets are known not to pass.

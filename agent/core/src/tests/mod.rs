@@ -17,6 +17,7 @@ mod public_address;
 mod registry;
 mod sbfd;
 mod select;
+mod users;
 mod vni_pool;
 
 use std::{

@@ -7,11 +7,11 @@ use nsm_controlplane::{
     ports::Plan,
 };
 use nsm_core::nsm::name::Domain;
+use nsm_dataplane::bpf;
 
 use self::evidence::{ConnectionEvidence, Evidence, PeerEvidence, Sources};
 use crate::agent::{
     forwarder::{LinkCounters, NodeForwarder},
-    prober,
     public_address::PublicAddress,
     readiness::Readiness,
 };
@@ -93,7 +93,7 @@ impl Observer {
             links,
             card,
             sessions,
-            now: prober::now(),
+            now: bpf::now(),
         })
     }
 

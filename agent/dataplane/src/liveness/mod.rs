@@ -8,11 +8,13 @@
 //!
 //! - `nsm-prober` sends, reads the stamps, and runs the sessions' machines ([`nsm_core::liveness::sbfd`]), at real-time priority where
 //!   that is allowed. It blocks only until its next deadline.
-//! - `nsm-peers` makes the system calls that may block: links, forwarding entries, BPF maps. It counts the users of each path.
+//! - `nsm-peers` makes the system calls that may block: links, forwarding entries, BPF maps.
 //!
 //! With BPF, reflector and stamps are programs on the probe link. They work on after the end of the agent, also after `kill -9`, and
 //! the next agent adopts discriminator, sessions and stamps. Without BPF rights the prober's thread does the same in user space
 //! ([`Plane::UserSpace`]), slower and only while it runs.
+//!
+//! [`Paths`] lets the connections of the node use the plane: it counts the users of each path, judges it, and reports what changes.
 //!
 //! Failures: a path that cannot be watched is an error of [`Health::join`]. The state of a session is reported by [`Event`]s and
 //! [`Report`]s, never as an error.
@@ -23,6 +25,7 @@
 
 mod error;
 mod leftover;
+mod paths;
 mod peers;
 mod preflight;
 mod prober;
@@ -54,7 +57,7 @@ use nsm_core::{
 use nsm_ebpf_common::sbfd::State;
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
-pub use self::{error::HealthError, preflight::Preflights};
+pub use self::{error::HealthError, paths::Paths, preflight::Preflights};
 use self::{
     preflight::PeerCell,
     prober::{Command, Commands},

@@ -2,12 +2,9 @@
 
 use std::time::Duration;
 
-use nsm_core::{
-    clock::Monotonic,
-    liveness::{
-        Direction, Evidence, Health, judge,
-        sbfd::{Change, Proof, State},
-    },
+use nsm_core::liveness::{
+    Direction, Evidence, Health, judge,
+    sbfd::{Change, Proof, State},
 };
 use nsm_dataplane::{
     bpf,

@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::ports::{PathEvent, PeerSpec, Prober, WatchError};
+use nsm_controlplane::ports::{PeerSpec, Prober, WatchError};
 use nsm_core::{
     liveness::{
-        Finding, Health, PathId, PeerReport, Reason, Reflector, Verdict, sbfd::Discriminator,
+        Finding, Health, PathEvent, PathId, PeerReport, Reason, Reflector, Verdict,
+        sbfd::Discriminator,
     },
     net::Vni,
 };
