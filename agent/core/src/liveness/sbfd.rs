@@ -20,6 +20,12 @@
 //! and still comes soon. How many depends on the loss measured so far: as many as make a run of pure chance rarer than [`FALSE_ALARM`].
 //! A path that loses every tenth packet at random is therefore up, with a loss of 10 % in its statistics.
 //!
+//! # A peer that joins later
+//!
+//! A session begins before its peer has one: the server joins before it answers the Request, the client when it has the answer. So
+//! silence is a loss only once an answer can be expected: a proof was requested, the peer has sent a probe of its own, or 15 s are over.
+//! The peer's first probe begins a burst; probes that left before are no evidence.
+//!
 //! # The peer's pace
 //!
 //! Each answer states how fast the reflector accepts probes (*Required Min RX Interval*), and none is sent faster (RFC 5880 section
@@ -35,11 +41,13 @@
 mod loss;
 mod rtt;
 mod session;
+mod timing;
 mod window;
 
 use std::{fmt, num::NonZeroU32, str::FromStr, time::Duration};
 
-pub use session::{Session, Timing};
+pub use session::Session;
+pub use timing::Timing;
 
 use nsm_ebpf_common::sbfd::{
     DIAGNOSTIC_TIME_EXPIRED, SEQUENCE_MASK, State as WireState, interval_with_sequence,

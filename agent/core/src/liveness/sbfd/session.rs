@@ -7,6 +7,7 @@ use super::{
     Statistics, Wake, WireState,
     loss::{MOST_PROBES, needed_probes},
     rtt::{Minute, RoundTrip},
+    timing::Timing,
     window::{Run, Window},
 };
 use crate::{clock::Monotonic, liveness::plpmtu::Search};
@@ -27,6 +28,10 @@ const FASTEST_INTERVAL: Duration = Duration::from_millis(3);
 /// How long a path that went down is probed at the usual pace: most losses are short.
 const FAST_AFTER_LOSS: Duration = Duration::from_secs(10);
 
+/// How long the peer may take to join after this side. The server joins before it answers the Request, the client when it has the answer:
+/// the silence until then is no loss. NSM's clients give a Request 15 s (`NSM_REQUEST_TIMEOUT` of cmd-nsc).
+const PEER_JOINS_WITHIN: Duration = Duration::from_secs(15);
+
 /// Losses within this time make the next proof longer.
 const FLAP_MEMORY: Duration = Duration::from_secs(60);
 
@@ -41,44 +46,6 @@ const KEPT_BACK: u32 = 3;
 
 /// Changes that are kept until they are fetched. State and path MTU can each change a few times meanwhile; older changes are of no use.
 const CHANGES: usize = 8;
-
-/// The pace of a session, and with it the time from a loss to its verdict.
-///
-/// The first probe after a loss leaves within `interval`. The verdict comes when `silence` has passed since, or on a long path when
-/// answers have been overdue twice: once for the suspicion, and once for the last of the probes that suspicion sends, 3 ms apart. Where
-/// an answer is overdue after the round trip (10 ms at least, and four times its variation), and the verdict rests on seven probes,
-/// that is
-///
-/// ```text
-/// interval + max(silence, 2 × round trip + 7 × 3 ms)
-/// ```
-///
-/// by default 160 ms for round trips up to 44 ms, 200 ms for 64 ms, 271 ms for 100 ms; the prober's delay is added, and on a lossy
-/// path the probes that it needs more.
-///
-/// A path that becomes longer than `silence` at once (a detour, 1 ms → 150 ms) is down until two answers have arrived, a round trip and
-/// an interval after the change. Smaller steps, ramps, jitter and reordering raise no alarm. A path that does so repeatedly must be
-/// proved for longer, as after any other loss: by 32 answers in a row at most, which takes less than a second and two round trips.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timing {
-    /// Between two probes of a path that is up.
-    pub interval: Duration,
-    /// Between two probes of a path that has been down for long, or of a peer that is switched off: at least 1 s (RFC 7880 section 7.3.3).
-    pub slow_interval: Duration,
-    /// How long a path must be silent to be down.
-    pub silence: Duration,
-}
-
-impl Default for Timing {
-    /// The verdict on a loss on a path of up to 44 ms comes within 50 + 110 ms and a prober's delay: below 200 ms with 40 ms to spare.
-    fn default() -> Self {
-        Self {
-            interval: Duration::from_millis(50),
-            slow_interval: Duration::from_secs(1),
-            silence: Duration::from_millis(110),
-        }
-    }
-}
 
 /// The progress of a proof.
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +63,7 @@ enum Burst {
 pub struct Session {
     timing: Timing,
     state: State,
+    began: Monotonic,
     since: Monotonic,
     cause: Option<Cause>,
     window: Window,
@@ -118,6 +86,8 @@ pub struct Session {
     suspected: bool,
     /// Probes are handed to the kernel and do not leave: no verdict is possible.
     is_kept_back: bool,
+    /// Answers are expected: a proof was requested, the peer has sent a probe, or it had the time to join. Silence before that is no loss.
+    expects_answers: bool,
     burst: Burst,
     peer: Option<PeerProbe>,
     peer_gap: Duration,
@@ -132,6 +102,7 @@ impl Session {
         Self {
             timing,
             state: State::Unknown,
+            began: now,
             since: now,
             cause: None,
             window: Window::new(first),
@@ -148,6 +119,7 @@ impl Session {
             fast_until: now,
             suspected: false,
             is_kept_back: false,
+            expects_answers: false,
             burst: Burst::Sending {
                 left: PROOF_PROBES,
                 began: None,
@@ -172,8 +144,23 @@ impl Session {
     pub fn prove(&mut self, now: Monotonic) {
         let is_under_way = matches!(self.burst, Burst::Sending { .. } | Burst::Waiting { .. });
         if matches!(self.state, State::Up | State::AdminDown) || is_under_way {
+            self.expects_answers = true;
             return;
         }
+        self.expect_answers(now);
+        self.begin_burst(now);
+    }
+
+    /// Answers are expected from `now` on. Probes that left before are no evidence.
+    fn expect_answers(&mut self, now: Monotonic) {
+        if !self.expects_answers {
+            self.expects_answers = true;
+            self.window.excuse_before(now);
+            self.silent_since = None;
+        }
+    }
+
+    fn begin_burst(&mut self, now: Monotonic) {
         self.burst = Burst::Sending {
             left: PROOF_PROBES.max(self.answers_needed(now) + PROOF_PROBES - 1),
             began: None,
@@ -270,11 +257,16 @@ impl Session {
             self.peer_gap = gap.clamp(FASTEST_INTERVAL, 2 * self.timing.slow_interval);
         }
         self.peer = Some(probe);
+        if !self.expects_answers {
+            self.expect_answers(probe.at);
+            self.begin_burst(probe.at);
+        }
     }
 
     /// Advances the time to `now`. All stamps until then must have been passed before.
     pub fn handle_deadline(&mut self, now: Monotonic) {
         self.minute.advance(now);
+        self.expects_answers |= now.since(self.began) >= PEER_JOINS_WITHIN;
         self.window.settle(now, &mut self.minute);
         let rto = self.round_trip.rto();
         let run = self.window.run(now, rto);
@@ -305,11 +297,12 @@ impl Session {
             && now.since(oldest) >= self.timing.silence.max(rto)
     }
 
-    /// Unanswered probes until the path is down; `None` when it is, or no verdict is possible.
+    /// Unanswered probes until the path is down; `None` when it is, when no answer is expected yet, or no verdict is possible.
     fn probes_needed(&self) -> Option<u32> {
         match self.state {
             State::Up => Some(self.more_than_chance()),
             // At their slow pace a longer run would take too long.
+            State::Unknown if !self.expects_answers => None,
             State::Unknown | State::AdminDown => Some(PROOF_PROBES),
             State::Down => None,
         }
@@ -550,6 +543,7 @@ impl Session {
         }
         self.state = to;
         self.since = at;
+        self.expects_answers = true;
         match (to, cause) {
             (State::Up, _) => self.burst = Burst::Over(Proof::Reached),
             (State::Down, Cause::Unanswered { probes, silence }) => {

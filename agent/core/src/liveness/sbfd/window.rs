@@ -47,6 +47,8 @@ pub(super) struct Window {
     next: Seq,
     /// How many at the front are in the statistics.
     settled: usize,
+    /// What left before is no evidence: the peer was not expected to answer.
+    excused_before: Monotonic,
 }
 
 impl Window {
@@ -55,7 +57,14 @@ impl Window {
             ring: VecDeque::with_capacity(WINDOW),
             next: first,
             settled: 0,
+            excused_before: Monotonic::default(),
         }
+    }
+
+    /// Probes that left before `at` and are not answered count neither for a verdict nor as loss.
+    pub(super) fn excuse_before(&mut self, at: Monotonic) {
+        self.excused_before = at;
+        self.mark_outage();
     }
 
     /// A probe is about to be sent.
@@ -120,6 +129,7 @@ impl Window {
             .take_while(|(_, sent)| !sent.answered)
             .filter(|(_, sent)| sent.padded_to.is_none())
             .filter_map(|(at, sent)| Some((at, sent.left_at?)))
+            .filter(|(_, left_at)| *left_at >= self.excused_before)
     }
 
     /// What is unanswered, where an answer is missed after `rto`.

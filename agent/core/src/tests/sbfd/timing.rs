@@ -1,5 +1,7 @@
 //! When the session sends, and how soon it knows.
 
+use std::time::Duration;
+
 use super::{MS, Path, Simulation};
 use crate::liveness::sbfd::*;
 use nsm_ebpf_common::sbfd::State as WireState;
@@ -23,6 +25,8 @@ fn a_new_path_is_up_after_one_round_trip() {
 #[test]
 fn a_dead_path_is_known_after_five_probes_and_then_asked_slowly() {
     let mut simulation = Simulation::new(cut(), 1);
+    let now = simulation.now;
+    simulation.session.prove(now);
     assert_eq!(simulation.session.proof(), Proof::Pending);
     simulation.run(600 * MS);
     assert_eq!(simulation.states(), [State::Down]);
@@ -54,6 +58,67 @@ fn a_dead_path_is_known_after_five_probes_and_then_asked_slowly() {
     simulation.session.prove(now);
     simulation.run(50 * MS);
     assert_eq!(simulation.session.proof(), Proof::Reached);
+}
+
+/// The server joins before it answers the Request, the client after: the answer may be seconds under way.
+#[test]
+fn a_peer_that_joins_late_was_never_lost() {
+    let mut simulation = Simulation::new(cut(), 1);
+    simulation.run(5000 * MS);
+    assert_eq!(simulation.states(), [], "it may not have joined yet");
+    let early = simulation.probes.len();
+    assert!(early <= 12, "{early} probes to a peer that has not joined");
+    simulation.path.is_cut = false;
+    let at = simulation.now;
+    peer_probes(&mut simulation);
+    simulation.run(MS);
+    assert_eq!(simulation.states(), [State::Up]);
+    let answered = simulation.probes[early].0.since(at);
+    assert_eq!(answered, Duration::ZERO, "it waits for the slow pace");
+}
+
+#[test]
+fn a_peer_that_joins_and_does_not_answer_is_down_after_five_probes() {
+    let mut simulation = Simulation::new(cut(), 1);
+    simulation.run(5000 * MS);
+    peer_probes(&mut simulation);
+    simulation.run(570 * MS);
+    assert_eq!(simulation.states(), [], "the probes before it joined count");
+    simulation.run(30 * MS);
+    assert_eq!(simulation.states(), [State::Down]);
+}
+
+#[test]
+fn a_proof_of_a_peer_that_was_waited_for_is_decided_by_its_own_probes() {
+    let mut simulation = Simulation::new(cut(), 1);
+    simulation.run(5000 * MS);
+    let now = simulation.now;
+    simulation.session.prove(now);
+    simulation.run(50 * MS);
+    assert_eq!(simulation.session.proof(), Proof::Pending);
+    simulation.path.is_cut = false;
+    simulation.run(50 * MS);
+    assert_eq!(simulation.session.proof(), Proof::Reached);
+    assert_eq!(simulation.states(), [State::Up]);
+}
+
+#[test]
+fn a_peer_that_never_joins_is_down_in_the_end() {
+    let mut simulation = Simulation::new(cut(), 1);
+    simulation.run(14_900 * MS);
+    assert_eq!(simulation.states(), []);
+    simulation.run(1_200 * MS);
+    assert_eq!(simulation.states(), [State::Down]);
+}
+
+/// The peer's own first probe arrives.
+fn peer_probes(simulation: &mut Simulation) {
+    let at = simulation.now;
+    simulation.session.handle_peer_probe(PeerProbe {
+        at,
+        state: WireState::Down,
+        diagnostic: 0,
+    });
 }
 
 #[test]

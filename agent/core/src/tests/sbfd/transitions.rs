@@ -61,6 +61,8 @@ fn in_state(state: State) -> Simulation {
         ..Path::default()
     };
     let mut simulation = Simulation::new(cut, 7);
+    let now = simulation.now;
+    simulation.session.prove(now);
     match state {
         State::Unknown => simulation.run(MS),
         State::Up => {
