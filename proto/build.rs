@@ -20,6 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // Equal inputs give equal bytes: maps are compared and printed in tests and in `--json`.
         .btree_map(".")
+        .codec_path("crate::codec::SliceCodec")
         .type_attribute(".proxynsmgr.admin", "#[derive(serde::Serialize)]")
         .compile_fds(descriptors)?;
     Ok(())

@@ -17,6 +17,8 @@
     reason = "generated code"
 )]
 
+pub mod codec;
+
 /// The admin API of the agent (`proxynsmgr.admin.v1`).
 pub mod admin {
     tonic::include_proto!("proxynsmgr.admin.v1");
