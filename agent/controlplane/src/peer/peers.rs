@@ -35,6 +35,9 @@ use crate::{
 /// Peers without connections that are kept for the next Request before the oldest go.
 const IDLE_PEERS: usize = 256;
 
+/// What the timeouts of calls to peers are rounded to.
+const TIMEOUT_STEP: Duration = Duration::from_millis(10);
+
 /// A next hop.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -323,10 +326,19 @@ impl Peers {
         let mut request = Request::new(message);
         self.tokens.apply(request.metadata_mut());
         if let Some(deadline) = deadline {
-            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+            request.set_timeout(sent_timeout(
+                deadline.saturating_duration_since(Instant::now()),
+            ));
         }
         request
     }
+}
+
+/// What is left of a call's time as it is sent, rounded up: [`call`] keeps the time, and most calls of a peer then have the same value.
+/// HTTP/2 sends a header again as one byte; each new value pushes others, such as our token, out of its table.
+fn sent_timeout(left: Duration) -> Duration {
+    let steps = left.as_nanos().div_ceil(TIMEOUT_STEP.as_nanos());
+    TIMEOUT_STEP * u32::try_from(steps).unwrap_or(u32::MAX)
 }
 
 /// Awaits a call until `deadline`. Its error names the peer and the fault.
