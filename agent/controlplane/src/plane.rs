@@ -364,7 +364,7 @@ impl ConnectionView {
 
     /// What stands on this node for it.
     pub fn plan(&self) -> Option<&Plan> {
-        self.established.plan.as_ref()
+        self.established.plan.as_deref()
     }
 
     /// The health of the path that its packets take, as it was published last; none where there is no tunnel, or nothing is probed.

@@ -448,18 +448,22 @@ fn with_path<T>(message: T, path: Option<PathHeader>) -> Response<T> {
 fn with_facts(answer: Answer) -> Response<Connection> {
     let mut response = Response::new(answer.connection);
     let metadata = response.metadata_mut();
-    let mut put = |key: &'static str, value: Option<String>| {
-        if let Some(value) = value.and_then(|value| AsciiMetadataValue::try_from(value).ok()) {
+    let mut put = |key: &'static str, value: &str| {
+        if let Ok(value) = AsciiMetadataValue::try_from(value) {
             metadata.insert(key, value);
         }
     };
     if let Some(resolution) = answer.resolution {
-        put(facts::DOMAIN, Some(resolution.domain));
-        put(facts::DNS_QUESTION, Some(resolution.question));
-        put(facts::DNS_ANSWER, Some(resolution.answer));
+        put(facts::DOMAIN, &resolution.domain);
+        put(facts::DNS_QUESTION, &resolution.question);
+        put(facts::DNS_ANSWER, &resolution.answer);
     }
-    put(facts::REMOTE_MECHANISM, answer.next_mechanism);
-    put(facts::VNI, answer.vni.map(|vni| vni.to_string()));
+    if let Some(mechanism) = answer.next_mechanism {
+        put(facts::REMOTE_MECHANISM, &mechanism);
+    }
+    if let Some(vni) = answer.vni {
+        put(facts::VNI, &vni.to_string());
+    }
     response
 }
 

@@ -51,7 +51,7 @@ pub struct Answer {
     /// The connection, as the previous hop knows it.
     pub connection: Connection,
     /// How the domain was resolved, when it was.
-    pub resolution: Option<Resolution>,
+    pub resolution: Option<Arc<Resolution>>,
     /// The type of the mechanism towards the endpoint.
     pub next_mechanism: Option<String>,
     /// The tunnel's VNI, when this node has an end of it.

@@ -27,8 +27,8 @@ pub(crate) struct Established {
     pub(crate) route: Route,
     /// The mechanism agreed with the next hop, with the addresses of this node's own view.
     pub(crate) next_mechanism: Option<Mechanism>,
-    /// The links of this node that belong to it.
-    pub(crate) plan: Option<Plan>,
+    /// The links of this node that belong to it. Boxed: a proxy's connections have none, and a plan is a third of this.
+    pub(crate) plan: Option<Box<Plan>>,
     /// The key of its tunnel, which is held for it.
     pub(crate) key: Option<TunnelKey>,
     /// When the previous hop's token ends, and with it the connection.
@@ -75,7 +75,7 @@ impl Established {
 
     /// The other end of the tunnel: address and UDP port.
     pub(crate) fn remote(&self) -> Option<(IpAddr, u16)> {
-        match self.plan.as_ref()? {
+        match self.plan.as_deref()? {
             Plan::Vxlan { spec, .. } => Some((spec.remote, spec.port)),
             Plan::Veth { .. } => None,
         }

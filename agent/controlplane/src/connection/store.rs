@@ -21,7 +21,7 @@ use tokio::{sync::OwnedMutexGuard, time::Instant};
 
 use crate::{
     connection::{
-        index::{ConnectionId, Indexes},
+        index::{ConnectionId, Indexes, Number},
         model::Established,
     },
     error::RequestError,
@@ -47,20 +47,23 @@ pub(crate) enum News {
 #[derive(Default)]
 pub(crate) struct Slot {
     queue: Arc<tokio::sync::Mutex<()>>,
-    current: Mutex<Option<Arc<Established>>>,
+    current: Mutex<Current>,
     /// The news that came while a Request or Close was at work, at most one: see [`Connections::on_event`].
     missed: Mutex<Option<News>>,
+}
+
+/// What is established in a slot.
+#[derive(Debug, Default)]
+struct Current {
+    established: Option<Arc<Established>>,
+    /// Its number in the indexes.
+    number: Option<Number>,
 }
 
 impl Slot {
     /// What is established now.
     pub(crate) fn current(&self) -> Option<Arc<Established>> {
-        lock(&self.current).clone()
-    }
-
-    /// Replaces what is established; what was before.
-    fn set(&self, established: Option<Arc<Established>>) -> Option<Arc<Established>> {
-        std::mem::replace(&mut *lock(&self.current), established)
+        lock(&self.current).established.clone()
     }
 }
 
@@ -126,8 +129,16 @@ impl Turn {
     pub(crate) fn set(&self, established: Option<Arc<Established>>) {
         let SlotUse { id, store, .. } = &self.held;
         let mut indexes = lock(&store.indexes);
-        let old = self.held.slot().set(established.clone());
-        indexes.replace(id, old.as_deref(), established.as_deref());
+        let mut current = lock(&self.held.slot().current);
+        let Current {
+            established: old,
+            number,
+        } = &mut *current;
+        indexes.replace(id, number, old.as_deref(), established.as_deref());
+        // What was before is dropped without the locks.
+        let old = std::mem::replace(old, established);
+        drop((current, indexes));
+        drop(old);
     }
 }
 

@@ -66,12 +66,12 @@ impl Liveness {
 }
 
 /// The MTU that the connection should have, and its link with it; `None` when it has it, or what the path carries is not known (0).
-fn wanted(established: &Established, path_mtu: u32) -> Option<(u32, Plan)> {
+fn wanted(established: &Established, path_mtu: u32) -> Option<(u32, Box<Plan>)> {
     if path_mtu == 0 {
         return None;
     }
     let mut plan = established.plan.clone()?;
-    let Plan::Vxlan { spec, .. } = &mut plan else {
+    let Plan::Vxlan { spec, .. } = &mut *plan else {
         return None;
     };
     let mtu = lower_mtu(established.path.agreed_mtu, path_mtu);

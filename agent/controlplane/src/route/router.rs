@@ -72,7 +72,7 @@ pub(crate) struct Route {
     pub(crate) endpoint_answered: String,
     /// What the service carries, where the registry has that.
     pub(crate) payload: String,
-    pub(crate) resolution: Option<Resolution>,
+    pub(crate) resolution: Option<Arc<Resolution>>,
     /// Keeps the descriptor of the next hop's socket, when that was passed in the place of a path.
     pub(crate) _socket: Option<Arc<Peer>>,
 }
@@ -266,7 +266,7 @@ impl Router {
                     endpoint: name.clone(),
                     endpoint_answered: answered_name(connection, &endpoint.name),
                     payload: payload.clone(),
-                    resolution: Some(resolution.clone()),
+                    resolution: Some(Arc::clone(&resolution)),
                     _socket: None,
                 });
             }
@@ -511,12 +511,12 @@ fn payload(found: &Found) -> String {
         .unwrap_or_default()
 }
 
-fn resolution(domain: &Domain, resolved: &Resolved) -> Resolution {
-    Resolution {
+fn resolution(domain: &Domain, resolved: &Resolved) -> Arc<Resolution> {
+    Arc::new(Resolution {
         domain: domain.to_string(),
         question: resolved.question.clone(),
         answer: resolved.answer.clone(),
-    }
+    })
 }
 
 /// The domain that service and endpoint are of.

@@ -83,7 +83,7 @@ impl Calls {
         attempt: &Attempt<'_>,
         mechanism: Option<Mechanism>,
     ) -> Result<Made, RequestError> {
-        if let Some(plan) = attempt.prior.and_then(|prior| prior.plan.as_ref()) {
+        if let Some(plan) = attempt.prior.and_then(|prior| prior.plan.as_deref()) {
             self.forwarder()?.down(plan).await?;
         }
         Ok(Made {
@@ -141,7 +141,7 @@ impl Calls {
             view,
             route: route.clone(),
             next_mechanism,
-            plan: made.plan.map(Plan::without_descriptors),
+            plan: made.plan.map(|plan| Box::new(plan.without_descriptors())),
             key: made.tunnel.map(|tunnel| tunnel.key),
             expires: ask.expires,
             path,

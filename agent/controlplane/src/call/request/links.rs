@@ -11,7 +11,7 @@ impl Calls {
     ) -> Result<(), RequestError> {
         let forwarder = self.forwarder()?;
         let replaced = prior
-            .and_then(|prior| prior.plan.as_ref())
+            .and_then(|prior| prior.plan.as_deref())
             .filter(|old| !old.is_same_links(plan));
         if let Some(old) = replaced {
             forwarder.down(old).await?;

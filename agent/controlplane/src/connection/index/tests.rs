@@ -5,7 +5,7 @@ use nsm_core::{
     liveness::{Reflector, sbfd::Discriminator},
     net::{NetnsUrl, Vni},
 };
-use nsm_proto::connection::{Path, PathSegment};
+use nsm_proto::connection::{Connection, Path};
 use proptest::prelude::*;
 
 use super::*;
@@ -83,7 +83,7 @@ fn established(segments: &[u8], to: Option<u8>, watched: Option<u8>) -> Establis
             _socket: None,
         },
         next_mechanism: None,
-        plan: to.map(plan),
+        plan: to.map(|number| Box::new(plan(number))),
         key: None,
         expires: SystemTime::UNIX_EPOCH,
         path: PathState {
@@ -135,9 +135,10 @@ proptest! {
     ) {
         let ids: Vec<ConnectionId> = (0..6).map(|number| format!("c{number}").into()).collect();
         let mut stored: Vec<Option<Established>> = vec![None; ids.len()];
+        let mut numbers = vec![None; ids.len()];
         let mut indexes = Indexes::default();
         for (at, new) in steps {
-            indexes.replace(&ids[at], stored[at].as_ref(), new.as_ref());
+            indexes.replace(&ids[at], &mut numbers[at], stored[at].as_ref(), new.as_ref());
             stored[at] = new;
         }
         let scan = |fits: &dyn Fn(&Established) -> bool| -> Vec<ConnectionId> {
@@ -170,10 +171,12 @@ proptest! {
         }
         prop_assert_eq!(indexes.candidates(&selector("", "")), None);
         // Nothing is left of what is gone.
-        for (id, old) in ids.iter().zip(&stored) {
-            indexes.replace(id, old.as_ref(), None);
+        for ((id, number), old) in ids.iter().zip(&mut numbers).zip(&stored) {
+            indexes.replace(id, number, old.as_ref(), None);
+            prop_assert_eq!(*number, None);
         }
         prop_assert!(indexes.by_path.0.is_empty());
-        prop_assert!(indexes.by_remote.0.is_empty() && indexes.by_segment.0.is_empty());
+        prop_assert!(indexes.by_remote.0.is_empty() && indexes.ids.is_empty());
+        prop_assert!(indexes.by_segment_id.0.is_empty() && indexes.by_segment_name.0.is_empty());
     }
 }
