@@ -6,6 +6,7 @@ use std::{
     net::IpAddr,
     os::fd::AsFd as _,
     sync::Arc,
+    time::Instant,
 };
 
 use futures_util::{StreamExt as _, stream};
@@ -29,6 +30,7 @@ use super::{
     probing::Probing,
     programs::{Counters, Facts, Programs},
     readiness::Readiness,
+    underlays::Underlays,
 };
 use crate::config::{self, Config};
 
@@ -50,6 +52,7 @@ pub(crate) struct NodeForwarder {
     /// What proves paths, where that is possible and wanted.
     probing: Arc<Probing>,
     tunnel: config::Tunnel,
+    underlays: Underlays,
 }
 
 impl NodeForwarder {
@@ -78,6 +81,7 @@ impl NodeForwarder {
             programs,
             probing,
             tunnel: config.tunnel.clone(),
+            underlays: Underlays::default(),
         })))
     }
 
@@ -202,6 +206,9 @@ impl NodeForwarder {
 #[tonic::async_trait]
 impl Forwarder for NodeForwarder {
     async fn underlay(&self, remote: Option<IpAddr>) -> Result<Underlay, ForwarderError> {
+        if let Some(underlay) = self.underlays.get(remote, Instant::now()) {
+            return Ok(underlay);
+        }
         let ip = match (self.tunnel.ip, remote) {
             (Some(ip), _) => ip,
             (None, Some(remote)) => self.links.source_address(remote).await.map_err(refusal)?,
@@ -212,11 +219,10 @@ impl Forwarder for NodeForwarder {
             (0, None) => USUAL_MTU,
             (mtu, _) => mtu,
         };
-        Ok(Underlay {
-            ip,
-            port: self.tunnel.port,
-            mtu,
-        })
+        let port = self.tunnel.port;
+        let underlay = Underlay { ip, port, mtu };
+        self.underlays.keep(remote, underlay, Instant::now());
+        Ok(underlay)
     }
 
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError> {

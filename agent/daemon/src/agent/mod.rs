@@ -13,4 +13,5 @@ pub(crate) mod programs;
 pub(crate) mod public_address;
 pub(crate) mod readiness;
 pub(crate) mod signals;
+mod underlays;
 pub(crate) mod upstream;
