@@ -34,9 +34,9 @@ pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
     Ok(())
 }
 
-/// Where `cargo bench` lets criterion keep its numbers: `target/criterion`, beside `target/release/deps/PROGRAM`.
+/// Where `cargo bench` lets criterion keep its numbers: `target/criterion`, above `target/release/deps/measured/PROGRAM`.
 fn home(program: &Path) -> Result<PathBuf> {
-    let target = program.ancestors().nth(3);
+    let target = program.ancestors().nth(4);
     let target =
         target.with_context(|| format!("{} is in no target directory", program.display()))?;
     Ok(target.join("criterion"))

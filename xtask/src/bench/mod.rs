@@ -285,9 +285,9 @@ case \"$*\" in
 esac
 ";
 
-    /// Writes the stand-in below `target`, where cargo would have put criterion's program, and what criterion measured.
+    /// Writes the stand-in below `target`, where a copy of criterion's program would be, and what criterion measured.
     fn stand_in(target: &Path) -> Built {
-        let program = target.join("release/deps/decisions");
+        let program = target.join("release/deps/measured/decisions");
         let measured = target.join("criterion/first_step/new");
         for folder in [program.parent().unwrap(), &measured] {
             fs::create_dir_all(folder).unwrap();

@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::super::{
     needs::names,
-    programs::{Built, Program},
+    programs::{Built, Program, fresh_copy},
 };
 use crate::{cache, cargo::Tree};
 
@@ -89,7 +89,8 @@ impl Revision {
         let mut programs = present.clone();
         for program in wanted {
             if file(&program).exists() {
-                programs.insert(program, file(&program));
+                // As fresh a copy as that of the other side.
+                programs.insert(program, fresh_copy(&file(&program))?);
             } else {
                 programs.remove(program);
             }
