@@ -203,5 +203,5 @@ fn parse(frame: &[u8]) -> Option<frame::Packet> {
 
 /// The clock of the stamps.
 pub(super) fn now_ns() -> u64 {
-    u64::try_from(clock().as_nanos()).unwrap_or(u64::MAX)
+    clock().as_nanos()
 }
