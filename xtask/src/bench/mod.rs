@@ -151,7 +151,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let chosen = compare::choose(parts, !arguments.parts.is_empty())?;
         return compare::run(revision, &chosen, arguments.pairs, arguments.json);
     }
-    let prepared = needs::prepare(&parts)?;
+    let mut prepared = needs::prepare(&parts)?;
+    prepared.built = prepared.built.copied()?;
     let run = Run::begin(arguments)?;
     let (on_signal, parts) = (run.clone(), run.parts.clone());
     on_interrupt(move |why| {

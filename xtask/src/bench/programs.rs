@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -125,21 +125,31 @@ pub(super) struct Programs {
 }
 
 impl Built {
-    /// Builds in `tree` what is wanted and not up to date; fresh copies of it.
+    /// Builds in `tree` what is wanted and not up to date.
     ///
     /// # Errors
-    /// When a build fails, or a copy.
+    /// When a build fails.
     pub(super) fn build(tree: &Tree, wanted: &BTreeSet<Program>) -> Result<Self> {
         let mut paths = BTreeMap::new();
         for (programs, command) in COMMANDS {
             if programs.iter().any(|program| wanted.contains(program)) {
                 let built = tree.executables(command)?;
                 for &program in *programs {
-                    paths.insert(program, fresh_copy(&named(&built, program.name())?)?);
+                    paths.insert(program, named(&built, program.name())?);
                 }
             }
         }
         Ok(Self(paths))
+    }
+
+    /// Fresh copies of these programs, to be started in their place; see [`fresh_copy`].
+    ///
+    /// # Errors
+    /// When a program cannot be copied.
+    pub(super) fn copied(&self) -> Result<Self> {
+        let programs = self.0.iter();
+        let copies = programs.map(|(program, path)| Ok((*program, fresh_copy(path)?)));
+        copies.collect::<Result<_>>().map(Self)
     }
 
     pub(super) fn get(&self, program: Program) -> Result<&Path> {
@@ -165,22 +175,26 @@ impl Built {
     }
 }
 
-/// Copies a program into a folder beside it, to be started from there.
+/// Copies a program into a folder beside it, in the place of the copy before.
 ///
-/// The page cache has what a linker wrote in single pages, and what was copied in long runs of them. The same bytes then differ in
-/// speed: as the linker's file an agent takes 17 % more CPU for a Request. What is installed is a copy, too.
+/// How fast a program runs depends on the memory that its file lies in. A linker's file lies in single pages, a copy in runs of them,
+/// and each copy in others: the same bytes took an agent up to 17 % more CPU for a Request. What is installed is a copy, too.
 ///
 /// # Errors
 /// When the folder cannot be made or written.
-pub(super) fn fresh_copy(program: &Path) -> Result<PathBuf> {
+fn fresh_copy(program: &Path) -> Result<PathBuf> {
     let name = program.file_name().context("a program has a name")?;
     let folder = program.with_file_name("measured");
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let copy = folder.join(name);
-    // A file that runs cannot be written, but replaced.
-    let part = copy.with_extension("part");
-    fs::copy(program, &part).with_context(|| format!("copy {}", program.display()))?;
-    fs::rename(&part, &copy).with_context(|| format!("write {}", copy.display()))?;
+    // Removed and not written over: its memory would stay the same, and a file that runs cannot be written.
+    match fs::remove_file(&copy) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("remove {}", copy.display()));
+        }
+        _ => {}
+    }
+    fs::copy(program, &copy).with_context(|| format!("copy {}", program.display()))?;
     Ok(copy)
 }
 

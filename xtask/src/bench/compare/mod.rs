@@ -243,7 +243,7 @@ fn order(pair: u32) -> [Side; 2] {
     }
 }
 
-/// Measures both; the present one's rows come first.
+/// Measures both, each pair by other copies of the programs; the present one's rows come first.
 fn pair(part: Part, sides: &Sides, order: [Side; 2]) -> Result<(Vec<Row>, Vec<Row>)> {
     let (mut now, mut rev) = (Vec::new(), Vec::new());
     for side in order {
@@ -251,8 +251,9 @@ fn pair(part: Part, sides: &Sides, order: [Side; 2]) -> Result<(Vec<Row>, Vec<Ro
             Side::Now => (&sides.now, &mut now),
             Side::Rev => (&sides.rev, &mut rev),
         };
+        let built = built.copied()?;
         let setting = Setting {
-            built,
+            built: &built,
             go: None,
             size: Size::Pair,
             minutes: 0.0,

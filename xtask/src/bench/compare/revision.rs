@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::super::{
     needs::names,
-    programs::{Built, Program, fresh_copy},
+    programs::{Built, Program},
 };
 use crate::{cache, cargo::Tree};
 
@@ -89,8 +89,7 @@ impl Revision {
         let mut programs = present.clone();
         for program in wanted {
             if file(&program).exists() {
-                // As fresh a copy as that of the other side.
-                programs.insert(program, fresh_copy(&file(&program))?);
+                programs.insert(program, file(&program));
             } else {
                 programs.remove(program);
             }
