@@ -60,6 +60,8 @@ pub struct Settings {
     pub max_message_bytes: usize,
     /// Whether paths are proved before connections are granted.
     pub reachability: Reachability,
+    /// Whether administrators of the node may have links in its own network namespaces.
+    pub node_namespace: bool,
 }
 
 impl Settings {
@@ -84,6 +86,7 @@ impl Settings {
             name: self.name.clone(),
             domain: self.domain.clone(),
             request_timeout: self.request_timeout,
+            node_namespace: self.node_namespace,
         }
     }
 }

@@ -7,6 +7,7 @@
 use std::{fmt, net::IpAddr};
 
 use nsm_core::{
+    identity::UserNamespace,
     link::{LinkSpec, VxlanSpec},
     liveness::{Health, PathEvent, PathId, PeerReport, Reflector},
     net::NetnsUrl,
@@ -178,6 +179,10 @@ pub trait Forwarder: Send + Sync + 'static {
 
     /// A descriptor of the namespace, where it can be found.
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed>;
+
+    /// The user namespaces that a passed network namespace belongs to: its owner, that one's parent, and so on as far as the agent sees.
+    /// Answers at once. Empty where the descriptor is of something else.
+    fn owners(&self, netns: &Passed) -> Vec<UserNamespace>;
 
     /// What proves and watches the paths to other nodes; `None` where nothing does.
     fn prober(&self) -> Option<&dyn Prober> {

@@ -111,10 +111,9 @@ impl Agent {
         })
     }
 
-    /// Whether the agent needs our namespace's descriptor: only root may name a namespace by path.
+    /// Whether the agent needs descriptors of what we name: it believes paths of root of the node only.
     pub(crate) fn wants_descriptor(&self) -> bool {
-        let is_root = std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
-        !is_root && self.url.socket_path().is_some()
+        self.url.socket_path().is_some() && !is_root_of_the_node()
     }
 
     /// Passes a descriptor with the next call.
@@ -196,6 +195,24 @@ impl Agent {
             metrics: std::collections::BTreeMap::new(),
         }
     }
+}
+
+/// Whether this process is root and in no container, as far as it can see: in the machine's first pid namespace, and where process 1
+/// is. In a container of its own a process sees another process 1.
+fn is_root_of_the_node() -> bool {
+    /// PROC_PID_INIT_INO of linux/proc_ns.h, the inode of the first pid namespace.
+    const FIRST_PIDS: u64 = 0xeffffffc;
+    let namespace = |process: &str, kind: &str| {
+        let file = std::fs::metadata(format!("/proc/{process}/ns/{kind}")).ok()?;
+        Some((file.dev(), file.ino()))
+    };
+    let is_shared = |kind| {
+        let own = namespace("self", kind);
+        own.is_some() && own == namespace("1", kind)
+    };
+    std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
+        && namespace("self", "pid").is_some_and(|(_, inode)| inode == FIRST_PIDS)
+        && ["pid", "mnt", "user"].into_iter().all(is_shared)
 }
 
 /// `prefix-` and eight random digits.

@@ -2,7 +2,7 @@
 //!
 //! A [`Netns`] is an open handle that was checked once: it refers to a network namespace, not to a file in the place where one
 //! was expected. The handle keeps the namespace alive. A pod's links would outlive the pod if a handle did, so nothing holds one
-//! longer than a call: keep the path or the [`NetnsId`] and open it again.
+//! longer than a call: keep the path or the [`NamespaceId`] and open it again.
 //!
 //! A thread that entered a foreign namespace and went on with other work would send the node's traffic into a pod: only threads that
 //! do nothing else enter one (`links::pool`).
@@ -12,7 +12,7 @@ use std::{
     ffi::OsStr,
     fmt, fs, io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
@@ -28,7 +28,10 @@ use nix::{
         statfs::{NSFS_MAGIC, fstatfs},
     },
 };
-use nsm_core::net::NetnsUrl;
+use nsm_core::{
+    identity::{NamespaceId, UserNamespace},
+    net::NetnsUrl,
+};
 
 /// Where `ip netns add` and container runtimes mount namespaces.
 const RUN_NETNS: &str = "/run/netns";
@@ -40,23 +43,7 @@ const THREAD: &str = "/proc/thread-self/ns/net";
 #[derive(Clone)]
 pub struct Netns {
     fd: Arc<OwnedFd>,
-    id: NetnsId,
-}
-
-/// The identity of a namespace, as `stat` shows it. It does not show whether the namespace still exists, and the inode of
-/// one that is gone can come back for another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NetnsId {
-    /// The device of the namespace file system.
-    pub device: u64,
-    /// The inode there.
-    pub inode: u64,
-}
-
-impl fmt::Display for NetnsId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.device, self.inode)
-    }
+    id: NamespaceId,
 }
 
 /// Why there is no network namespace to work in.
@@ -83,7 +70,7 @@ pub enum NetnsError {
         "no network namespace with device and inode {0}: no process here is in it and nothing in {RUN_NETNS} mounts it; \
          is the pod on this node, and does the agent see the host's processes (hostPID)?"
     )]
-    UnknownId(NetnsId),
+    UnknownId(NamespaceId),
     /// Not allowed to open it.
     #[error(
         "may not open network namespace {path} ({errno}): run the agent as root, or with CAP_SYS_PTRACE for other users' processes"
@@ -100,7 +87,7 @@ pub enum NetnsError {
     )]
     EnterDenied {
         /// The namespace.
-        id: NetnsId,
+        id: NamespaceId,
         /// The kernel's answer.
         errno: Errno,
     },
@@ -132,6 +119,25 @@ fn unmounted_hint(path: &Path) -> &'static str {
         ""
     }
 }
+
+nix::ioctl_none_bad!(
+    /// NS_GET_USERNS of linux/nsfs.h: a descriptor of the user namespace that owns the namespace.
+    ns_get_userns,
+    nix::request_code_none!(0xb7, 0x1)
+);
+
+nix::ioctl_none_bad!(
+    /// NS_GET_PARENT: a descriptor of the parent of a user namespace.
+    ns_get_parent,
+    nix::request_code_none!(0xb7, 0x2)
+);
+
+nix::ioctl_read_bad!(
+    /// NS_GET_OWNER_UID: the user that made a user namespace.
+    ns_get_owner_uid,
+    nix::request_code_none!(0xb7, 0x4),
+    u32
+);
 
 nix::ioctl_none_bad!(
     /// NS_GET_NSTYPE of linux/nsfs.h: the CLONE_NEW* flag of the namespace's kind.
@@ -174,7 +180,7 @@ impl Netns {
     /// # Errors
     ///
     /// No process and no mount in /run/netns that may be looked at has it.
-    pub fn from_id(id: NetnsId) -> Result<Self, NetnsError> {
+    pub fn from_id(id: NamespaceId) -> Result<Self, NetnsError> {
         // A process that ends meanwhile is no reason to stop: another may be in the same namespace.
         candidates()
             .filter(|path| id_of(path) == Some(id))
@@ -190,7 +196,7 @@ impl Netns {
     pub fn from_url(url: &NetnsUrl) -> Result<Self, NetnsError> {
         match url {
             NetnsUrl::File(path) => Self::open(path),
-            &NetnsUrl::Inode { dev: device, inode } => Self::from_id(NetnsId { device, inode }),
+            &NetnsUrl::Inode { dev: device, inode } => Self::from_id(NamespaceId { device, inode }),
         }
     }
 
@@ -215,9 +221,37 @@ impl Netns {
             .collect()
     }
 
+    /// The user namespaces that this namespace belongs to: its owner, that one's parent, and so on up to the last that this process may
+    /// see, which is its own or the machine's first.
+    ///
+    /// # Errors
+    ///
+    /// The namespace belongs to a user namespace that is neither this process's own nor below it.
+    pub fn owners(&self) -> Result<Vec<UserNamespace>, NetnsError> {
+        let failed = |errno| NetnsError::Failed {
+            action: "asking the user namespace",
+            what: self.id.to_string(),
+            errno,
+        };
+        // SAFETY: the request takes no argument; `self` is open for the call.
+        let first = unsafe { ns_get_userns(self.fd.as_raw_fd()) }.map_err(failed)?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        let mut next = Some(unsafe { OwnedFd::from_raw_fd(first) });
+        let mut owners = Vec::new();
+        while let Some(namespace) = next.take() {
+            owners.push(user_namespace(&namespace).map_err(failed)?);
+            // SAFETY: as above.
+            next = unsafe { ns_get_parent(namespace.as_raw_fd()) }
+                .ok()
+                // SAFETY: as above.
+                .map(|parent| unsafe { OwnedFd::from_raw_fd(parent) });
+        }
+        Ok(owners)
+    }
+
     /// The identity of this namespace.
     #[must_use]
-    pub const fn id(&self) -> NetnsId {
+    pub const fn id(&self) -> NamespaceId {
         self.id
     }
 
@@ -257,7 +291,7 @@ impl Netns {
         let stat = fstat(&fd).map_err(|errno| failed("asking the inode", path, errno))?;
         Ok(Self {
             fd: Arc::new(fd),
-            id: NetnsId {
+            id: NamespaceId {
                 device: stat.st_dev,
                 inode: stat.st_ino,
             },
@@ -275,6 +309,20 @@ impl fmt::Debug for Netns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Netns({})", self.id)
     }
+}
+
+fn user_namespace(namespace: &OwnedFd) -> Result<UserNamespace, Errno> {
+    let stat = fstat(namespace)?;
+    let mut owner = 0;
+    // SAFETY: the request writes a user number, which `owner` has room for; `namespace` is open for the call.
+    unsafe { ns_get_owner_uid(namespace.as_raw_fd(), &raw mut owner) }?;
+    Ok(UserNamespace {
+        id: NamespaceId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        },
+        owner,
+    })
 }
 
 fn reopen(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
@@ -340,9 +388,9 @@ fn candidates() -> impl Iterator<Item = PathBuf> {
 }
 
 /// The id of whatever the path leads to, for one call a path instead of five.
-fn id_of(path: &Path) -> Option<NetnsId> {
+fn id_of(path: &Path) -> Option<NamespaceId> {
     let metadata = fs::metadata(path).ok()?;
-    Some(NetnsId {
+    Some(NamespaceId {
         device: metadata.dev(),
         inode: metadata.ino(),
     })
@@ -429,8 +477,16 @@ mod tests {
     }
 
     #[test]
+    fn the_owner_of_our_own_namespace_is_in_our_sight() {
+        let owners = Netns::current().unwrap().owners().unwrap();
+        let own = id_of(Path::new("/proc/self/ns/user")).unwrap();
+        // Where this process has a user namespace of its own and not the network namespace, the question is refused.
+        assert_eq!(owners.last().map(|last| last.id), Some(own));
+    }
+
+    #[test]
     fn an_unknown_id_is_told() {
-        let nowhere = NetnsId {
+        let nowhere = NamespaceId {
             device: 0,
             inode: 1,
         };

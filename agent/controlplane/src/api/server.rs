@@ -3,16 +3,10 @@
 //! Both serve the same services; what differs is the [`Arrival`], and with it what a caller may
 //! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
 
-use std::{
-    net::SocketAddr,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
-    path::Path,
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::{net::SocketAddr, os::unix::fs::FileTypeExt as _, path::Path, sync::Arc, time::Duration};
 
 use nsm_core::identity::{
-    Caller, User,
+    Caller, Process,
     policy::{Action, decide},
 };
 use nsm_proto::{
@@ -258,16 +252,20 @@ fn paused_by_errors<T>(
 /// The caller of a request that came in by one of this node's sockets.
 #[must_use]
 pub fn node_caller<T>(request: &Request<T>) -> Caller {
+    Caller::on_node(peer_process(request))
+}
+
+fn peer_process<T>(request: &Request<T>) -> Process {
     let peer = request.extensions().get::<NodePeer>();
-    let uid = peer.and_then(|peer| peer.uid);
-    Caller::on_node(User::of(uid, own_uid()))
+    peer.map_or_else(Process::unknown, |peer| peer.process.look())
 }
 
 impl Front {
     fn caller<T>(&self, request: &Request<T>) -> Caller {
         match self.arrival {
-            Arrival::Local | Arrival::Forwarder => node_caller(request),
-            Arrival::Network => Caller::over_network(),
+            Arrival::Local => node_caller(request),
+            Arrival::Forwarder => Caller::nsmgr(peer_process(request)),
+            Arrival::Network => Caller::from_address(request.remote_addr().map(|at| at.ip())),
         }
     }
 
@@ -465,12 +463,6 @@ fn with_facts(answer: Answer) -> Response<Connection> {
         put(facts::VNI, &vni.to_string());
     }
     response
-}
-
-/// The user this agent runs as: whoever is the same user can do what the agent can.
-fn own_uid() -> Option<u32> {
-    static UID: OnceLock<Option<u32>> = OnceLock::new();
-    *UID.get_or_init(|| Some(std::fs::metadata("/proc/self").ok()?.uid()))
 }
 
 /// The caller's `grpc-timeout`: digits and a unit (gRPC over HTTP/2, "Timeout").

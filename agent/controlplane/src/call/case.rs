@@ -11,7 +11,7 @@ use nsm_core::mechanism::{Asked, KERNEL, LOCAL, REMOTE, RemoteMechanism, choose}
 use nsm_proto::connection::{Connection, Mechanism};
 
 use crate::{
-    call::pod::{PassedNetns, Pod},
+    call::pod::{NamedNetns, Pod},
     error::RequestError,
     route::router::{Arrival, Route},
 };
@@ -53,7 +53,7 @@ impl Case {
         has_forwarder: bool,
         connection: &Connection,
         preferences: &[Mechanism],
-        passed: &PassedNetns,
+        named: &NamedNetns,
         route: &Route,
     ) -> Result<Self, RequestError> {
         if !has_forwarder {
@@ -82,7 +82,7 @@ impl Case {
                 mechanism,
             }));
         }
-        let pod = Pod::of_client(&mechanism, passed)?;
+        let pod = Pod::of_client(&mechanism, named)?;
         let client = Client { pod, mechanism };
         if route.is_local() {
             return Ok(Self::LocalPair(client));
@@ -124,7 +124,7 @@ fn agreed(
 #[cfg(test)]
 mod tests {
     use nsm_core::{
-        identity::{Caller, User},
+        identity::{Caller, Process},
         mechanism::VXLAN,
     };
 
@@ -134,7 +134,6 @@ mod tests {
     fn route(url: &str) -> Route {
         Route {
             url: url.parse().unwrap(),
-            registrant: Caller::over_network(),
             crossing: Crossing::Inside,
             service: "svc".to_owned(),
             endpoint: "nse".to_owned(),
@@ -155,7 +154,7 @@ mod tests {
             true,
             &Connection::default(),
             &[offered],
-            &PassedNetns::none_of(caller),
+            &NamedNetns::none_of(caller, false),
             &route(url),
         )
     }
@@ -170,14 +169,18 @@ mod tests {
         convert::mechanism(REMOTE, VXLAN, parameters)
     }
 
-    const ROOT: (Arrival, Caller) = (Arrival::Local, Caller::on_node(User::Privileged(0)));
+    const ADMINISTRATOR: Process = Process {
+        is_administrator: true,
+        ..Process::unknown()
+    };
+    const ROOT: (Arrival, Caller) = (Arrival::Local, Caller::on_node(ADMINISTRATOR));
     const NETWORK: (Arrival, Caller) = (Arrival::Network, Caller::over_network());
     const ENDPOINT: &str = "unix:///run/nse.sock";
     const PEER: &str = "tcp://192.0.2.2:5006";
 
     #[test]
     fn what_stands_on_either_side_decides() {
-        let pod = || kernel("inode://4/4026531840");
+        let pod = || kernel("inode://4/4026539999");
         assert!(matches!(of(ROOT, pod(), ENDPOINT), Ok(Case::LocalPair(..))));
         assert!(matches!(of(ROOT, pod(), PEER), Ok(Case::Initiate(..))));
         let tunnel = || vxlan("192.0.2.1");
@@ -192,7 +195,7 @@ mod tests {
             false,
             &Connection::default(),
             &[],
-            &PassedNetns::none_of(Caller::on_node(User::Other(1000))),
+            &NamedNetns::none_of(Caller::on_node(Process::unknown()), false),
             &route(ENDPOINT),
         );
         assert!(matches!(through, Ok(Case::Through)));
@@ -200,8 +203,8 @@ mod tests {
 
     #[test]
     fn what_the_nsmgr_asks_its_forwarder_for_decides() {
-        let nsmgr = (Arrival::Forwarder, Caller::on_node(User::Privileged(0)));
-        let pod = || kernel("inode://4/4026531840");
+        let nsmgr = (Arrival::Forwarder, Caller::nsmgr(ADMINISTRATOR));
+        let pod = || kernel("inode://4/4026539999");
         let tunnel = || vxlan("192.0.2.1");
         for socket in [ENDPOINT, "inode://65024/7"] {
             assert!(matches!(of(nsmgr, pod(), socket), Ok(Case::LocalPair(..))));
@@ -214,8 +217,8 @@ mod tests {
         assert!(matches!(of(nsmgr, tunnel(), PEER), Ok(Case::Through)));
         let error = of(nsmgr, vxlan(""), ENDPOINT).unwrap_err().to_string();
         assert!(error.contains("src_ip"), "{error}");
-        // An NSMgr that is not root passes descriptors as everybody.
-        let nsmgr = (Arrival::Forwarder, Caller::on_node(User::Other(1000)));
+        // An NSMgr in a container passes descriptors as everybody.
+        let nsmgr = (Arrival::Forwarder, Caller::nsmgr(Process::unknown()));
         let error = of(nsmgr, pod(), PEER).unwrap_err();
         assert_eq!(error.code(), tonic::Code::PermissionDenied);
     }

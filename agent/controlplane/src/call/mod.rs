@@ -67,6 +67,8 @@ pub(crate) struct CallConfig {
     pub(crate) domain: Domain,
     /// How long a Request, and each call it makes, may take.
     pub(crate) request_timeout: Duration,
+    /// Whether administrators of the node may name its own network namespaces.
+    pub(crate) node_namespace: bool,
 }
 
 /// Requests and Closes.

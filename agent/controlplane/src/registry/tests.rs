@@ -143,6 +143,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         max_connections: 1,
         max_message_bytes: 1 << 20,
         reachability: Reachability::Off,
+        node_namespace: false,
     };
     let plane = ControlPlane::start(
         settings,

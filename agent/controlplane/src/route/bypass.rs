@@ -12,7 +12,7 @@ use std::{
 };
 
 use nsm_core::{
-    identity::{Caller, User},
+    identity::{Caller, Owner},
     net::PeerUrl,
 };
 
@@ -81,6 +81,11 @@ impl Bypass {
     pub(crate) fn learn(&self, name: &str, way: Way, ends: Option<Instant>, now: Instant) {
         let name = key(name);
         let mut ways = lock(&self.ways);
+        let is_registered = |known: &Entry| known.way.registered_here && known.lapses > now;
+        if !way.registered_here && ways.by_name.get(&name).is_some_and(is_registered) {
+            // What another registry answers takes nothing from who has registered here.
+            return;
+        }
         let is_due = ways.swept.is_none_or(|swept| now >= swept + SWEEP_INTERVAL);
         let is_full =
             |ways: &Ways| ways.by_name.len() >= CAPACITY && !ways.by_name.contains_key(&name);
@@ -117,11 +122,12 @@ impl Bypass {
         Some(entry.way.clone())
     }
 
-    /// The user of this node that has registered the endpoint through us, when one has.
-    pub(crate) fn owner(&self, name: &str, now: Instant) -> Option<User> {
+    /// Who has registered the endpoint through us, when somebody has.
+    pub(crate) fn owner(&self, name: &str, now: Instant) -> Option<Owner> {
         let ways = lock(&self.ways);
         let entry = ways.by_name.get(&key(name))?;
-        entry.way.registrant.user().filter(|_| entry.lapses > now)
+        let is_registered = entry.way.registered_here && entry.lapses > now;
+        is_registered.then(|| entry.way.registrant.owner())
     }
 
     /// Forgets the endpoint.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use nsm_core::{
-    identity::{Caller, User},
+    identity::{Caller, Owner},
     net::PeerUrl,
 };
 
@@ -36,14 +36,11 @@ impl LocalEndpoints {
         lock(&self.0).get(name).cloned()
     }
 
-    /// The user who has registered the name, where that has not lapsed.
-    pub(crate) fn owner(&self, name: &str, now: SystemTime) -> Option<User> {
+    /// Who has registered the name, where that has not lapsed.
+    pub(crate) fn owner(&self, name: &str, now: SystemTime) -> Option<Owner> {
         let endpoints = lock(&self.0);
         let endpoint = endpoints.get(name)?;
-        endpoint
-            .registrant
-            .user()
-            .filter(|_| endpoint.expires > now)
+        (endpoint.expires > now).then(|| endpoint.registrant.owner())
     }
 
     /// Keeps an endpoint, in the place of an earlier one of its name.

@@ -17,7 +17,6 @@ use std::{
 };
 
 use nsm_core::{
-    identity::Caller,
     net::{PeerUrl, PeerUrlError},
     nsm::{
         name::{Domain, InterdomainName},
@@ -45,7 +44,7 @@ use crate::{
     },
 };
 
-/// Which listener a call came in by. Who calls there is the call's [`Caller`].
+/// Which listener a call came in by. Who calls there is the call's [`nsm_core::identity::Caller`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
     /// The NSMgr's socket: a client or endpoint on this node.
@@ -60,9 +59,6 @@ pub enum Arrival {
 #[derive(Debug, Clone)]
 pub(crate) struct Route {
     pub(crate) url: PeerUrl,
-    /// Who registered the next hop with us, where it is an endpoint of this node: decides which network
-    /// namespaces its answer may name.
-    pub(crate) registrant: Caller,
     pub(crate) crossing: Crossing,
     /// The service as the next hop is asked for it.
     pub(crate) service: String,
@@ -180,7 +176,6 @@ impl Router {
             {
                 Ok(vec![Route {
                     url: way.url,
-                    registrant: way.registrant,
                     crossing: if way.registered_here {
                         Crossing::In
                     } else {
@@ -243,13 +238,13 @@ impl Router {
         let mut bad = BadUrl::default();
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
-            let out = |url| (url, Caller::over_network(), Crossing::Out);
+            let out = |url| (url, Crossing::Out);
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
             let ways = match resolved.proxy.as_slice() {
                 [] if self.lookup.addresses.is_own_url(&endpoint.url) => self
                     .way(&name)
-                    .map(|way| (way.url, way.registrant, Crossing::Inside))
+                    .map(|way| (way.url, Crossing::Inside))
                     .into_iter()
                     .collect(),
                 // A socket of our own node is not in another domain, whatever its registry answers.
@@ -257,10 +252,9 @@ impl Router {
                 [] => bad.good(&endpoint.url).map(out).into_iter().collect(),
                 proxies => proxies.iter().map(|proxy| out((*proxy).into())).collect(),
             };
-            for (url, registrant, crossing) in ways {
+            for (url, crossing) in ways {
                 routes.push(Route {
                     url,
-                    registrant,
                     crossing,
                     service: service.clone(),
                     endpoint: name.clone(),
@@ -297,19 +291,18 @@ impl Router {
         let routes: Vec<Route> = chosen
             .into_iter()
             .filter_map(|endpoint| {
-                let (url, registrant) = if self.lookup.addresses.is_own_url(&endpoint.url) {
+                let url = if self.lookup.addresses.is_own_url(&endpoint.url) {
                     // Else registered through an earlier life of this agent, and not again since.
                     let local = self.lookup.local_endpoints.get(&endpoint.name)?;
-                    (local.url, local.registrant)
+                    local.url
                 } else if endpoint.url.starts_with("tcp://") {
-                    (bad.good(&endpoint.url)?, Caller::over_network())
+                    bad.good(&endpoint.url)?
                 } else {
                     // A socket of this node that no process of this node has registered with us.
                     return None;
                 };
                 Some(Route {
                     url,
-                    registrant,
                     crossing,
                     service: wanted.service.to_owned(),
                     endpoint: endpoint.name.clone(),
@@ -360,7 +353,6 @@ impl Router {
             };
             routes.push(Route {
                 url,
-                registrant: Caller::over_network(),
                 crossing,
                 service: connection.network_service.clone(),
                 endpoint: endpoint.name.clone(),

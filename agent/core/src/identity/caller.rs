@@ -1,6 +1,8 @@
 //! Who calls, as the listener establishes it once.
 
-use std::fmt;
+use std::net::IpAddr;
+
+use super::{Owner, Process};
 
 /// Who calls. Built at the listener from what the transport proves; nothing of the message is in it.
 ///
@@ -14,82 +16,76 @@ pub struct Caller {
 /// How a caller reached the agent, with what that proves of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Transport {
-    /// A socket of this node: the user of the process that connected (`SO_PEERCRED`).
-    Unix(User),
-    /// The network.
-    Tcp,
-}
-
-/// The user of a process on this node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum User {
-    /// Root, or the user that the agent runs as: such a process can do what the agent can.
-    Privileged(u32),
-    /// Any other user.
-    Other(u32),
-    /// The kernel did not say.
-    Unknown,
-}
-
-impl User {
-    /// The user `uid`, for an agent that runs as `own_uid`.
-    #[must_use]
-    pub fn of(uid: Option<u32>, own_uid: Option<u32>) -> Self {
-        match uid {
-            Some(uid) if uid == 0 || Some(uid) == own_uid => Self::Privileged(uid),
-            Some(uid) => Self::Other(uid),
-            None => Self::Unknown,
-        }
-    }
-
-    /// Its number.
-    #[must_use]
-    pub const fn uid(self) -> Option<u32> {
-        match self {
-            Self::Privileged(uid) | Self::Other(uid) => Some(uid),
-            Self::Unknown => None,
-        }
-    }
-}
-
-impl fmt::Display for User {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.uid() {
-            Some(uid) => write!(f, "user {uid}"),
-            None => f.write_str("user unknown"),
-        }
-    }
+    /// A socket for the processes of this node.
+    Unix(Process),
+    /// The socket of this node's NSMgr: who can reach it is the NSMgr.
+    Forwarder(Process),
+    /// The network, from this address.
+    Tcp(Option<IpAddr>),
 }
 
 impl Caller {
-    /// A process of this node that runs as `user`.
+    /// A process of this node.
     #[must_use]
-    pub const fn on_node(user: User) -> Self {
+    pub const fn on_node(process: Process) -> Self {
         Self {
-            transport: Transport::Unix(user),
+            transport: Transport::Unix(process),
+        }
+    }
+
+    /// The NSMgr that our forwarder works for.
+    #[must_use]
+    pub const fn nsmgr(process: Process) -> Self {
+        Self {
+            transport: Transport::Forwarder(process),
+        }
+    }
+
+    /// Anyone who reaches the agent by the network, from an address that is not known.
+    #[must_use]
+    pub const fn over_network() -> Self {
+        Self {
+            transport: Transport::Tcp(None),
         }
     }
 
     /// Anyone who reaches the agent by the network.
     #[must_use]
-    pub const fn over_network() -> Self {
+    pub fn from_address(address: Option<IpAddr>) -> Self {
         Self {
-            transport: Transport::Tcp,
+            transport: Transport::Tcp(address.map(|address| address.to_canonical())),
         }
     }
 
-    /// Its user, where it is a process of this node.
+    /// Its process, where it is one of this node.
     #[must_use]
-    pub const fn user(&self) -> Option<User> {
-        match self.transport {
-            Transport::Unix(user) => Some(user),
-            Transport::Tcp => None,
+    pub const fn process(&self) -> Option<&Process> {
+        match &self.transport {
+            Transport::Unix(process) | Transport::Forwarder(process) => Some(process),
+            Transport::Tcp(_) => None,
         }
     }
 
     /// Whether it is a process of this node that can do what the agent can.
     #[must_use]
-    pub const fn is_privileged(&self) -> bool {
-        matches!(self.transport, Transport::Unix(User::Privileged(_)))
+    pub const fn is_administrator(&self) -> bool {
+        match self.process() {
+            Some(process) => process.is_administrator,
+            None => false,
+        }
+    }
+
+    /// The owner of what it makes.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        match &self.transport {
+            Transport::Unix(process) => Owner::Process {
+                user: process.user,
+                namespace: process.user_namespace(),
+                home: process.home,
+            },
+            Transport::Forwarder(_) => Owner::Nsmgr,
+            Transport::Tcp(from) => Owner::Network(*from),
+        }
     }
 }

@@ -1,6 +1,12 @@
-//! Who calls the agent, and what that caller may do.
+//! Who calls the agent, what that caller may do, and whose things are.
 
 mod caller;
+mod owner;
 pub mod policy;
+mod process;
 
-pub use caller::{Caller, Transport, User};
+pub use caller::{Caller, Transport};
+pub use owner::Owner;
+pub use process::{
+    Facts, NamespaceId, NetnsCookie, Node, Process, Surroundings, UserNamespace, may_administer,
+};

@@ -2,32 +2,42 @@
 //!
 //! | call | who may |
 //! |---|---|
-//! | Request, Close, Monitor, Find | every caller |
-//! | Register, Unregister of an endpoint's name | every caller, but on the node only the user who has the name, and privileged users |
-//! | a network namespace, by path or inode number | privileged users |
-//! | a network namespace, by its passed descriptor | every caller, but the node's own only privileged users |
-//! | status | privileged users |
+//! | Request of a new connection, Find | every caller |
+//! | Request, Close, Monitor of a connection that stands | its owner ([`Owner`]) |
+//! | Register, Unregister of an endpoint's name | its owner, and everybody where it has none; administrators of the node, where a process of the node has it |
+//! | the socket of an endpoint, by path | administrators of the node |
+//! | a network namespace, by path or inode number | administrators of the node |
+//! | a network namespace, by its passed descriptor | who is in it or could enter it; the NSMgr on the forwarder's socket |
+//! | the network namespaces of the node itself | nobody, unless the configuration allows administrators to |
+//! | status | administrators of the node |
 //!
 //! A rule is a variant of [`Refusal`] and an arm of [`decide`]; its table of cases is in `tests/policy.rs`.
 
 use thiserror::Error;
 
-use super::{Caller, Transport, User};
+use super::{
+    Caller, Owner, Transport,
+    process::{NamespaceId, UserNamespace, may_administer},
+};
 use crate::net::NetnsUrl;
 
 /// A call, with the facts that its rules need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action<'a> {
-    /// Makes or refreshes a connection. The namespaces that it names are decided one by one: see [`Action::Namespace`].
+    /// Makes a connection. The namespaces that it names are decided one by one: see [`Action::Namespace`].
     Request,
     /// Closes a connection.
     Close,
-    /// Follows connections.
+    /// Follows connections. Which it gets events of is decided for each: see [`Owner`].
     Monitor,
+    /// Refreshes, changes or closes a connection that stands.
+    Change(Connection<'a>),
     /// Registers an entry.
     Register(Name<'a>),
     /// Takes an entry out.
     Unregister(Name<'a>),
+    /// Registers an endpoint by the path of its socket.
+    SocketPath(&'a str),
     /// Finds or watches entries.
     Find,
     /// Asks the agent about itself.
@@ -36,13 +46,24 @@ pub enum Action<'a> {
     Namespace(Claim<'a>),
 }
 
+/// A connection that stands, and the path that a caller shows for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connection<'a> {
+    /// Who made it.
+    pub owner: Owner,
+    /// Name and id of the first segment of its path: that of the client, which stays whatever hops come and go behind it.
+    pub first: Option<(&'a str, &'a str)>,
+    /// The same of the path in the call.
+    pub shown: Option<(&'a str, &'a str)>,
+}
+
 /// The name of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Name<'a> {
     /// With its domain, as errors show it.
     pub full: &'a str,
-    /// The user of this node whose process has registered it, while the registration lasts.
-    pub owner: Option<User>,
+    /// Who has registered it, while the registration lasts.
+    pub owner: Option<Owner>,
 }
 
 /// A network namespace that a pod names as its own.
@@ -50,12 +71,18 @@ pub struct Name<'a> {
 pub struct Claim<'a> {
     /// Which end of the connection the pod is.
     pub end: End,
-    /// The namespace.
+    /// The namespace as it is named.
     pub netns: &'a NetnsUrl,
-    /// Its descriptor was passed: only a process that can reach a namespace can open it.
+    /// Which one that is; none where nothing is there.
+    pub id: Option<NamespaceId>,
+    /// Its descriptor was passed. That alone proves nothing: a mounted namespace can be opened by every user.
     pub is_passed: bool,
-    /// It is the namespace that the agent runs in. Every process of the host can open that one.
+    /// It is one of the node's own: that of the agent, or of process 1.
     pub is_nodes_own: bool,
+    /// The configuration lets administrators name the node's own.
+    pub nodes_own_allowed: bool,
+    /// The user namespaces that it belongs to, innermost first; may be empty where the process is in it.
+    pub owners: &'a [UserNamespace],
 }
 
 /// An end of a connection.
@@ -70,23 +97,32 @@ pub enum End {
 /// The rule that refused a call.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// An endpoint's name is its user's: another user would get the traffic of its clients, or take its service away.
+    /// A connection is its owner's. The text is the same whoever the owner is.
     #[error(
-        "endpoint `{endpoint}` is registered by {owner} of this node, and you are {caller}: choose another name, or wait until it is \
-         unregistered or its registration has lapsed"
+        "this connection was made by another: only who made it may refresh, change or close it; ask for one of your own, with a fresh id"
     )]
-    NameOfAnotherUser {
+    ConnectionOfAnother,
+    /// An endpoint's name is its owner's: another would get the traffic of its clients, or take its service away.
+    #[error(
+        "`{name}` is registered by another: choose another name, or wait until it is unregistered or its registration has lapsed"
+    )]
+    NameOfAnother {
         /// The name.
-        endpoint: String,
-        /// Who has it.
-        owner: User,
-        /// Who wants it.
-        caller: User,
+        name: String,
+    },
+    /// The agent connects as root: a path would lead it where the caller cannot go.
+    #[error(
+        "only root of the node may register an endpoint by the path of its socket ({url}): pass the socket's descriptor beside the call, \
+         and name the socket inode://<device>/<inode>"
+    )]
+    SocketPath {
+        /// What was named.
+        url: String,
     },
     /// A path or an inode number is only a claim: both can be guessed.
     #[error(
-        "only {} as root, or as the agent's own user, may name a network namespace ({netns}) without passing its descriptor: pass it \
-         beside the call, or run as root",
+        "only {} as root of the node, outside of any container, may name a network namespace ({netns}) without passing its descriptor: \
+         pass it beside the call",
         runs(*.end)
     )]
     UnprovenNamespace {
@@ -95,11 +131,35 @@ pub enum Refusal {
         /// The namespace.
         netns: NetnsUrl,
     },
-    /// The node's own namespace takes more than a descriptor.
+    /// A descriptor proves that its file could be opened, which of a mounted namespace every user can.
     #[error(
-        "only {} as root, or as the agent's own user, may name the node's own network namespace ({netns}): name a pod's, or run as \
-         root",
-        runs(*.end)
+        "{} is not in the network namespace {netns} that it names, and has no CAP_SYS_ADMIN over it: name its own, \
+         /proc/self/ns/net",
+        who(*.end)
+    )]
+    ForeignNamespace {
+        /// Who names it.
+        end: End,
+        /// The namespace.
+        netns: NetnsUrl,
+    },
+    /// Nothing can be compared.
+    #[error(
+        "the agent cannot see the process of {} that names the network namespace {netns}: it has ended, or the agent runs without the \
+         host's processes (hostPID) or without CAP_SYS_PTRACE",
+        who(*.end)
+    )]
+    UnseenProcess {
+        /// Who names it.
+        end: End,
+        /// The namespace.
+        netns: NetnsUrl,
+    },
+    /// A link there is a way into the node.
+    #[error(
+        "{netns} is the node's own network namespace: name a pod's; where the node itself is to be {}, set \
+         `node_namespace: true` in the agent's configuration and ask as root of the node",
+        role(*.end)
     )]
     NodesNamespace {
         /// Who names it.
@@ -109,7 +169,7 @@ pub enum Refusal {
     },
     /// What the agent holds is for those who administer the node.
     #[error(
-        "only root, or the agent's own user, may ask for the agent's status: ask as one of them on the agent's node"
+        "only root of the node, outside of any other container than the agent's, may ask for the agent's status: ask there"
     )]
     Status,
 }
@@ -121,42 +181,102 @@ fn runs(end: End) -> &'static str {
     }
 }
 
+fn who(end: End) -> &'static str {
+    match end {
+        End::Client => "the client",
+        End::Endpoint => "the endpoint that registered",
+    }
+}
+
+fn role(end: End) -> &'static str {
+    match end {
+        End::Client => "a client",
+        End::Endpoint => "an endpoint",
+    }
+}
+
 /// Decides a call.
 ///
 /// # Errors
 /// The rule that refuses it.
 pub fn decide(caller: &Caller, action: Action<'_>) -> Result<(), Refusal> {
-    if caller.is_privileged() {
-        return Ok(());
-    }
     match action {
         Action::Request | Action::Close | Action::Monitor | Action::Find => Ok(()),
+        Action::Change(connection) => own_connection(caller, connection),
         Action::Register(name) | Action::Unregister(name) => own_name(caller, name),
-        Action::Namespace(claim) => own_namespace(claim),
-        Action::Status => Err(Refusal::Status),
+        Action::SocketPath(url) => admin(caller, || Refusal::SocketPath {
+            url: url.to_owned(),
+        }),
+        Action::Namespace(claim) => own_namespace(caller, claim),
+        Action::Status => admin(caller, || Refusal::Status),
+    }
+}
+
+fn admin(caller: &Caller, refusal: impl FnOnce() -> Refusal) -> Result<(), Refusal> {
+    if caller.is_administrator() {
+        Ok(())
+    } else {
+        Err(refusal())
+    }
+}
+
+/// Administrators are no exception: what they need of others' connections is in the agent's status.
+fn own_connection(caller: &Caller, connection: Connection<'_>) -> Result<(), Refusal> {
+    let is_own = match connection.owner {
+        owner @ Owner::Network(_) => {
+            caller.owner().is_alike(&owner) && connection.shown == connection.first
+        }
+        owner => caller.owner() == owner,
+    };
+    if is_own {
+        Ok(())
+    } else {
+        Err(Refusal::ConnectionOfAnother)
     }
 }
 
 fn own_name(caller: &Caller, name: Name<'_>) -> Result<(), Refusal> {
-    // A caller from the network is of no user here. Its registry decides whose the name is.
-    let (Transport::Unix(user), Some(owner)) = (caller.transport, name.owner) else {
+    let Some(owner) = name.owner else {
         return Ok(());
     };
-    if owner.uid().is_none() || user.uid() == owner.uid() {
+    let is_of_node = matches!(owner, Owner::Process { .. });
+    if caller.owner().is_alike(&owner) || (is_of_node && caller.is_administrator()) {
         return Ok(());
     }
-    Err(Refusal::NameOfAnotherUser {
-        endpoint: name.full.to_owned(),
-        owner,
-        caller: user,
+    Err(Refusal::NameOfAnother {
+        name: name.full.to_owned(),
     })
 }
 
-fn own_namespace(claim: Claim<'_>) -> Result<(), Refusal> {
-    let (end, netns) = (claim.end, claim.netns.clone());
-    match (claim.is_passed, claim.is_nodes_own) {
-        (false, _) => Err(Refusal::UnprovenNamespace { end, netns }),
-        (true, true) => Err(Refusal::NodesNamespace { end, netns }),
-        (true, false) => Ok(()),
+fn own_namespace(caller: &Caller, claim: Claim<'_>) -> Result<(), Refusal> {
+    let (end, netns) = (claim.end, || claim.netns.clone());
+    if claim.is_nodes_own && !(claim.nodes_own_allowed && caller.is_administrator()) {
+        let netns = netns();
+        return Err(Refusal::NodesNamespace { end, netns });
     }
+    if caller.is_administrator() {
+        return Ok(());
+    }
+    if !claim.is_passed {
+        let netns = netns();
+        return Err(Refusal::UnprovenNamespace { end, netns });
+    }
+    let process = match &caller.transport {
+        // Its clients' processes are not ours to see. Who may enter the folder of the socket is the NSMgr.
+        Transport::Forwarder(_) => return Ok(()),
+        Transport::Unix(process) => process,
+        Transport::Tcp(_) => {
+            let netns = netns();
+            return Err(Refusal::UnprovenNamespace { end, netns });
+        }
+    };
+    let Some(facts) = process.facts else {
+        let netns = netns();
+        return Err(Refusal::UnseenProcess { end, netns });
+    };
+    if claim.id == Some(facts.net) || may_administer(process, claim.owners) {
+        return Ok(());
+    }
+    let netns = netns();
+    Err(Refusal::ForeignNamespace { end, netns })
 }

@@ -1,61 +1,124 @@
 //! Every rule of the policy, allowed and refused.
 
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+
 use crate::{
     identity::{
-        Caller, User,
-        policy::{Action, Claim, End, Name, Refusal, decide},
+        Caller, Facts, NamespaceId, NetnsCookie, Node, Owner, Process, Surroundings, UserNamespace,
+        may_administer,
+        policy::{Action, Claim, Connection, End, Name, Refusal, decide},
     },
     net::NetnsUrl,
 };
 
 const AGENTS_OWN: u32 = 998;
 
-fn user(uid: u32) -> User {
-    User::of(Some(uid), Some(AGENTS_OWN))
+const fn id(inode: u64) -> NamespaceId {
+    NamespaceId { device: 4, inode }
+}
+
+/// The namespaces of process 1: pid, mount, user.
+const HOST: [u64; 3] = [1, 2, 3];
+/// The agent's, in a container with the host's processes.
+const AGENTS: [u64; 3] = [1, 20, 3];
+/// Some container's.
+const CONTAINER: [u64; 3] = [10, 21, 3];
+/// The same of a container with a user namespace.
+const MAPPED: [u64; 3] = [11, 22, 30];
+
+/// A pod's network namespace, another pod's, and the node's.
+const POD: NamespaceId = id(100);
+const NEIGHBOUR: NamespaceId = id(101);
+const NODES: NamespaceId = id(99);
+
+/// The machine's first user namespace.
+const FIRST: UserNamespace = UserNamespace {
+    id: id(HOST[2]),
+    owner: 0,
+};
+
+fn surroundings([pid, mount, user]: [u64; 3]) -> Surroundings {
+    Surroundings {
+        pid: id(pid),
+        mount: id(mount),
+        user: id(user),
+    }
+}
+
+fn node() -> Node {
+    Node {
+        own_user: Some(AGENTS_OWN),
+        surroundings: [HOST, AGENTS].map(surroundings).into(),
+        networks: vec![NODES],
+    }
+}
+
+fn process(user: u32, place: [u64; 3], net: NamespaceId, has_sys_admin: bool) -> Process {
+    let facts = Facts {
+        surroundings: surroundings(place),
+        net,
+        has_sys_admin,
+    };
+    let home = Some(NetnsCookie(net.inode));
+    Process::seen(Some(user), home, Some(facts), &node())
+}
+
+fn on_node(user: u32, place: [u64; 3]) -> Caller {
+    Caller::on_node(process(user, place, POD, false))
 }
 
 fn root() -> Caller {
-    Caller::on_node(user(0))
+    on_node(0, HOST)
 }
 
-fn agents_user() -> Caller {
-    Caller::on_node(user(AGENTS_OWN))
+/// Of a process that is not seen any more.
+fn unseen() -> Caller {
+    Caller::on_node(Process::seen(Some(0), None, None, &node()))
 }
 
-fn other(uid: u32) -> Caller {
-    Caller::on_node(user(uid))
-}
-
-fn unknown() -> Caller {
-    Caller::on_node(User::of(None, Some(AGENTS_OWN)))
-}
-
-fn callers() -> [Caller; 5] {
-    [
-        root(),
-        agents_user(),
-        other(1000),
-        unknown(),
-        Caller::over_network(),
-    ]
+fn peer(last: u8) -> Caller {
+    Caller::from_address(Some(IpAddr::from([192, 0, 2, last])))
 }
 
 #[test]
-fn root_and_the_agents_own_user_are_privileged() {
-    let privileged = callers().map(|caller| caller.is_privileged());
-    assert_eq!(privileged, [true, true, false, false, false]);
-    // Without the agent's own user there is root alone.
-    assert_eq!(User::of(Some(AGENTS_OWN), None), User::Other(AGENTS_OWN));
-    let shown = callers().map(|caller| caller.user().map(|user| user.to_string()));
-    let shown: Vec<_> = shown.iter().map(Option::as_deref).collect();
-    let wanted = ["user 0", "user 998", "user 1000", "user unknown"].map(Some);
-    assert_eq!(shown[..4], wanted);
-    assert_eq!(shown[4], None);
+fn an_administrator_is_root_or_the_agents_user_beside_process_1_or_the_agent() {
+    for (caller, wanted) in [
+        (root(), true),
+        (on_node(0, AGENTS), true),
+        (on_node(AGENTS_OWN, HOST), true),
+        (on_node(1000, HOST), false),
+        (on_node(0, CONTAINER), false),
+        (on_node(AGENTS_OWN, CONTAINER), false),
+        (on_node(0, MAPPED), false),
+        (unseen(), false),
+        (Caller::nsmgr(process(0, CONTAINER, POD, true)), false),
+        (peer(1), false),
+        (Caller::over_network(), false),
+    ] {
+        assert_eq!(caller.is_administrator(), wanted, "{caller:?}");
+    }
+    // One namespace that differs is enough.
+    for at in 0..3 {
+        let mut place = HOST;
+        place[at] = 77;
+        assert!(!on_node(0, place).is_administrator(), "{place:?}");
+    }
+    // Without a user of the agent's own there is root alone, and a user that is not known is nobody.
+    let facts = root().process().and_then(|root| root.facts);
+    let seen = |user, own_user| {
+        let node = Node { own_user, ..node() };
+        Process::seen(user, None, facts, &node).is_administrator
+    };
+    assert!(seen(Some(0), None));
+    assert!(!seen(Some(AGENTS_OWN), None));
+    assert!(!seen(None, None));
 }
 
 #[test]
 fn every_caller_may_connect_monitor_and_find() {
-    for caller in callers() {
+    for caller in [root(), on_node(1000, CONTAINER), unseen(), peer(1)] {
         for action in [
             Action::Request,
             Action::Close,
@@ -68,32 +131,56 @@ fn every_caller_may_connect_monitor_and_find() {
 }
 
 #[test]
-fn the_status_is_for_those_who_administer_the_node() {
-    let allowed = callers().map(|caller| decide(&caller, Action::Status).is_ok());
-    assert_eq!(allowed, [true, true, false, false, false]);
-    let refusal = decide(&other(1000), Action::Status).unwrap_err();
-    assert_eq!(refusal, Refusal::Status);
-    assert!(refusal.to_string().contains("root"), "{refusal}");
+fn status_and_paths_of_sockets_are_for_administrators() {
+    for (caller, allowed) in [
+        (root(), true),
+        (on_node(AGENTS_OWN, AGENTS), true),
+        (on_node(1000, HOST), false),
+        (on_node(0, CONTAINER), false),
+        (unseen(), false),
+        (peer(1), false),
+    ] {
+        let path = "unix:///run/priv.sock";
+        for (action, words) in [
+            (Action::Status, "root of the node"),
+            (Action::SocketPath(path), path),
+        ] {
+            match decide(&caller, action) {
+                Ok(()) => assert!(allowed, "{caller:?} {action:?}"),
+                Err(refusal) => {
+                    assert!(!allowed, "{caller:?} {action:?}");
+                    assert!(refusal.to_string().contains(words), "{refusal}");
+                }
+            }
+        }
+    }
 }
 
 #[test]
-fn a_name_is_its_users_alone() {
-    let cases = [
-        // (caller, owner, allowed)
-        (other(1000), None, true),
-        (other(1000), Some(user(1000)), true),
-        (other(1001), Some(user(1000)), false),
-        (other(1001), Some(user(0)), false),
-        (other(1001), Some(user(AGENTS_OWN)), false),
-        (other(1001), Some(User::Unknown), true),
-        (unknown(), None, true),
-        (unknown(), Some(User::Unknown), true),
-        (unknown(), Some(user(1000)), false),
-        (root(), Some(user(1000)), true),
-        (agents_user(), Some(user(1000)), true),
-        (Caller::over_network(), Some(user(1000)), true),
-    ];
-    for (caller, owner, allowed) in cases {
+fn a_name_is_its_owners_alone() {
+    let of = |caller: Caller| Some(caller.owner());
+    for (caller, owner, allowed) in [
+        (on_node(1000, CONTAINER), None, true),
+        (on_node(1000, CONTAINER), of(on_node(1000, CONTAINER)), true),
+        (
+            on_node(1001, CONTAINER),
+            of(on_node(1000, CONTAINER)),
+            false,
+        ),
+        // The same user number of another user namespace, and of another pod.
+        (on_node(1000, MAPPED), of(on_node(1000, CONTAINER)), false),
+        (
+            Caller::on_node(process(0, CONTAINER, NEIGHBOUR, false)),
+            of(on_node(0, CONTAINER)),
+            false,
+        ),
+        (root(), of(on_node(1000, CONTAINER)), true),
+        (root(), of(peer(1)), false),
+        (peer(1), of(on_node(1000, CONTAINER)), false),
+        (peer(1), of(root()), false),
+        (on_node(1000, HOST), of(peer(1)), false),
+        (peer(2), of(peer(1)), true),
+    ] {
         let full = "nse-1@one.example";
         for action in [
             Action::Register(Name { full, owner }),
@@ -101,55 +188,232 @@ fn a_name_is_its_users_alone() {
         ] {
             let decided = decide(&caller, action);
             assert_eq!(decided.is_ok(), allowed, "{caller:?} {action:?}");
-            let Err(refusal) = decided else { continue };
-            let text = refusal.to_string();
-            let (owner, caller) = (owner.unwrap(), caller.user().unwrap());
-            for part in [
-                full,
-                &owner.to_string(),
-                &caller.to_string(),
-                "another name",
-            ] {
-                assert!(text.contains(part), "{text}");
+            if let Err(refusal) = decided {
+                let text = refusal.to_string();
+                assert!(
+                    text.contains(full) && text.contains("another name"),
+                    "{text}"
+                );
             }
         }
     }
 }
 
 #[test]
-fn a_namespace_is_proved_by_its_descriptor_and_the_nodes_own_by_privilege() {
-    let netns: NetnsUrl = "inode://4/4026539999".parse().unwrap();
-    let cases = [
-        // (is_passed, is_nodes_own, what refuses others)
-        (true, false, None),
-        (false, false, Some("without passing its descriptor")),
-        (false, true, Some("without passing its descriptor")),
-        (true, true, Some("the node's own")),
-    ];
-    for (is_passed, is_nodes_own, refused_by) in cases {
-        for (end, whose) in [
-            (End::Client, "a client that runs as root"),
-            (End::Endpoint, "an endpoint that registered as root"),
-        ] {
-            for caller in callers() {
-                let claim = Claim {
-                    end,
-                    netns: &netns,
-                    is_passed,
-                    is_nodes_own,
+fn a_connection_is_its_owners_alone() {
+    let [own, other] = [("client", "1"), ("client", "2")].map(Some);
+    let tenant = on_node(1000, CONTAINER);
+    let neighbour = Caller::on_node(process(1000, CONTAINER, NEIGHBOUR, true));
+    let nsmgr = |net| Caller::nsmgr(process(0, CONTAINER, net, false));
+    for (caller, owner, shown, allowed) in [
+        (tenant, tenant, own, true),
+        (tenant, tenant, other, true),
+        (neighbour, tenant, own, false),
+        (root(), tenant, own, false),
+        (peer(1), tenant, own, false),
+        (nsmgr(POD), tenant, own, false),
+        (tenant, nsmgr(POD), own, false),
+        (nsmgr(NEIGHBOUR), nsmgr(POD), own, true),
+        (tenant, peer(1), own, false),
+        (root(), peer(1), own, false),
+        // Over the network a hop that is replaced has another address, and the same client at the head of its path.
+        (peer(1), peer(1), own, true),
+        (peer(2), peer(1), own, true),
+        (peer(1), peer(1), other, false),
+        (peer(1), peer(1), None, false),
+    ] {
+        let connection = Connection {
+            owner: owner.owner(),
+            first: own,
+            shown,
+        };
+        let decided = decide(&caller, Action::Change(connection));
+        let wanted = if allowed {
+            Ok(())
+        } else {
+            Err(Refusal::ConnectionOfAnother)
+        };
+        assert_eq!(decided, wanted, "{caller:?} {owner:?} {shown:?}");
+    }
+}
+
+/// A claim of the namespace `net`.
+fn claim<'a>(netns: &'a NetnsUrl, net: NamespaceId, owners: &'a [UserNamespace]) -> Claim<'a> {
+    Claim {
+        end: End::Client,
+        netns,
+        id: Some(net),
+        is_passed: true,
+        is_nodes_own: node().networks.contains(&net),
+        nodes_own_allowed: false,
+        owners,
+    }
+}
+
+fn refused_by(caller: &Caller, claim: Claim<'_>) -> Option<&'static str> {
+    let netns = claim.netns.to_string();
+    let refusal = decide(caller, Action::Namespace(claim)).err()?;
+    assert!(refusal.to_string().contains(&netns), "{refusal}");
+    Some(match refusal {
+        Refusal::UnprovenNamespace { .. } => "unproven",
+        Refusal::ForeignNamespace { .. } => "foreign",
+        Refusal::UnseenProcess { .. } => "unseen",
+        Refusal::NodesNamespace { .. } => "nodes",
+        other => panic!("{other}"),
+    })
+}
+
+#[test]
+fn a_namespace_is_believed_of_who_is_in_it_or_could_enter_it() {
+    let netns: NetnsUrl = "inode://4/100".parse().unwrap();
+    let at = |place, net, has_sys_admin| Caller::on_node(process(0, place, net, has_sys_admin));
+    // The pod's network namespace belongs to the machine's first user namespace, as an ordinary pod's does.
+    for (caller, is_passed, wanted) in [
+        (root(), true, None),
+        (root(), false, None),
+        (at(CONTAINER, POD, false), true, None),
+        (at(CONTAINER, POD, false), false, Some("unproven")),
+        (at(CONTAINER, NEIGHBOUR, false), true, Some("foreign")),
+        // A privileged container.
+        (at(CONTAINER, NEIGHBOUR, true), true, None),
+        (at(CONTAINER, NEIGHBOUR, true), false, Some("unproven")),
+        // Rights in a user namespace of its own are none over what belongs to the first.
+        (at(MAPPED, NEIGHBOUR, true), true, Some("foreign")),
+        (unseen(), true, Some("unseen")),
+        (Caller::nsmgr(Process::unknown()), true, None),
+        (Caller::nsmgr(Process::unknown()), false, Some("unproven")),
+        (peer(1), true, Some("unproven")),
+    ] {
+        for end in [End::Client, End::Endpoint] {
+            let owners = [FIRST];
+            let claim = Claim {
+                end,
+                is_passed,
+                ..claim(&netns, POD, &owners)
+            };
+            assert_eq!(refused_by(&caller, claim), wanted, "{caller:?} {claim:?}");
+        }
+    }
+}
+
+#[test]
+fn the_nodes_own_namespace_takes_the_configuration_and_an_administrator() {
+    let netns: NetnsUrl = "inode://4/99".parse().unwrap();
+    let inside = Caller::on_node(process(1000, HOST, NODES, true));
+    for (caller, allowed, wanted) in [
+        (root(), false, Some("nodes")),
+        (root(), true, None),
+        (inside, false, Some("nodes")),
+        (inside, true, Some("nodes")),
+        (Caller::nsmgr(Process::unknown()), true, Some("nodes")),
+        (peer(1), true, Some("nodes")),
+    ] {
+        let owners = [FIRST];
+        let claim = Claim {
+            nodes_own_allowed: allowed,
+            ..claim(&netns, NODES, &owners)
+        };
+        assert_eq!(refused_by(&caller, claim), wanted, "{caller:?} {allowed}");
+    }
+}
+
+#[test]
+fn rights_reach_down_and_the_maker_of_a_user_namespace_has_all_in_it() {
+    let [outer, inner] = [(30, 1000), (31, 1001)].map(|(inode, owner)| UserNamespace {
+        id: id(inode),
+        owner,
+    });
+    let owners = [inner, outer, FIRST];
+    let of = |user, namespace, has_sys_admin| {
+        process(user, [10, 21, namespace], NEIGHBOUR, has_sys_admin)
+    };
+    for (process, wanted) in [
+        (of(0, 3, true), true),
+        (of(5, 30, true), true),
+        (of(5, 31, true), true),
+        (of(5, 32, true), false),
+        (of(5, 30, false), false),
+        // Made it, seen from its parent.
+        (of(1000, 3, false), true),
+        (of(1001, 30, false), true),
+        // Made it, and is elsewhere.
+        (of(1000, 30, false), false),
+        (of(1001, 3, false), false),
+        // The first belongs to user 0 and was made by nobody.
+        (of(0, 3, false), false),
+    ] {
+        assert_eq!(may_administer(&process, &owners), wanted, "{process:?}");
+    }
+    assert!(!may_administer(&of(0, 3, false), &[FIRST]));
+    assert!(!may_administer(&of(0, 3, true), &[]));
+}
+
+fn places() -> impl Strategy<Value = [u64; 3]> {
+    [1_u64..4, 1_u64..4, 1_u64..6]
+}
+
+fn chains() -> impl Strategy<Value = Vec<UserNamespace>> {
+    let namespace = (1_u64..6, 0_u32..3);
+    let namespace = namespace.prop_map(|(inode, owner)| UserNamespace {
+        id: id(inode),
+        owner,
+    });
+    proptest::collection::vec(namespace, 0..4)
+}
+
+proptest! {
+    /// Whoever is no administrator gets a namespace only by a descriptor, never one of the node's, and only one that it is in or that
+    /// its rights reach.
+    #[test]
+    fn nobody_gets_what_it_could_not_enter(
+        user in 0_u32..3,
+        place in places(),
+        net in 98_u64..102,
+        wanted in 98_u64..102,
+        has_sys_admin: bool,
+        is_passed: bool,
+        nodes_own_allowed: bool,
+        owners in chains(),
+    ) {
+        let process = process(user, place, id(net), has_sys_admin);
+        let netns: NetnsUrl = format!("inode://4/{wanted}").parse().unwrap();
+        let claim = Claim {
+            is_passed,
+            nodes_own_allowed,
+            ..claim(&netns, id(wanted), &owners)
+        };
+        let decided = decide(&Caller::on_node(process), Action::Namespace(claim));
+        let admin = process.is_administrator;
+        let reaches = net == wanted || may_administer(&process, &owners);
+        let allowed = match claim.is_nodes_own {
+            true => admin && nodes_own_allowed,
+            false => admin || (is_passed && reaches),
+        };
+        prop_assert_eq!(decided.is_ok(), allowed);
+    }
+
+    /// What one kind of socket made is out of reach for the others.
+    #[test]
+    fn kinds_of_owners_do_not_mix(user in 0_u32..3, place in places(), last: u8) {
+        let process = process(user, place, POD, true);
+        let callers = [Caller::on_node(process), Caller::nsmgr(process), peer(last)];
+        for (at, caller) in callers.iter().enumerate() {
+            for (by, owner) in callers.iter().enumerate() {
+                let connection = Connection {
+                    owner: owner.owner(),
+                    first: Some(("client", "1")),
+                    shown: Some(("client", "1")),
                 };
-                let decided = decide(&caller, Action::Namespace(claim));
-                let wanted = refused_by.filter(|_| !caller.is_privileged());
-                let text = decided.err().map(|refusal| refusal.to_string());
-                assert_eq!(text.is_some(), wanted.is_some(), "{caller:?} {claim:?}");
-                for part in wanted
-                    .into_iter()
-                    .flat_map(|rule| [rule, whose, "4026539999"])
-                {
-                    let text = text.as_deref().unwrap();
-                    assert!(text.contains(part), "{text}");
-                }
+                let decided = decide(caller, Action::Change(connection));
+                prop_assert_eq!(decided.is_ok(), at == by);
             }
         }
     }
+}
+
+#[test]
+fn an_owner_over_the_network_is_alike_whatever_its_address() {
+    let [one, two] = [peer(1).owner(), peer(2).owner()];
+    assert!(one.is_alike(&two) && one != two);
+    assert!(!one.is_alike(&Owner::Nsmgr));
 }

@@ -41,6 +41,7 @@ pub(crate) async fn build(
         max_connections: config.limits.max_connections,
         max_message_bytes: config.limits.max_message_bytes,
         reachability: config.reachability,
+        node_namespace: config.node_namespace,
     };
     Ok(ControlPlane::start(
         settings,

@@ -15,6 +15,7 @@ use nsm_controlplane::{
     transport::unix::Passed,
 };
 use nsm_core::{
+    identity::UserNamespace,
     link::{LinkAlias, VxlanSpec},
     net::NetnsUrl,
 };
@@ -287,6 +288,14 @@ impl Forwarder for NodeForwarder {
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {
         let netns = self.namespaces.find(url).await.ok()?;
         Some(Passed::new(netns.as_fd().try_clone_to_owned().ok()?))
+    }
+
+    fn owners(&self, netns: &Passed) -> Vec<UserNamespace> {
+        let owners = Netns::from_fd(netns.as_fd()).and_then(|netns| netns.owners());
+        owners.unwrap_or_else(|error| {
+            tracing::debug!(%error, "a passed namespace has no owner that this agent can see");
+            Vec::new()
+        })
     }
 
     fn prober(&self) -> Option<&dyn Prober> {

@@ -49,6 +49,8 @@ Config {
     registry_proxy_url: Option<PeerUrl> = None => peer_url().optional();
     /// Whether this agent makes links on this node
     forwarder: bool = true => boolean();
+    /// Whether root of the node may have links in the node's own network namespace; nobody else may ever
+    node_namespace: bool = false => boolean();
     /// The service by which the upstream NSMgr finds its forwarders
     forwarder_service: String = "forwarder".to_owned() => name(), variable_is("NSM_NSNAME");
     /// The labels by which network services choose among forwarders

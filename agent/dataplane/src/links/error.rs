@@ -4,11 +4,14 @@ use std::{fmt, io, net::IpAddr};
 
 use ipnet::IpNet;
 use nix::errno::Errno;
-use nsm_core::link::{Link, LinkAlias, LinkAliasError, RouteSpec};
+use nsm_core::{
+    identity::NamespaceId,
+    link::{Link, LinkAlias, LinkAliasError, RouteSpec},
+};
 
 use crate::{
     netlink::{NetlinkError, Refusal},
-    netns::{NetnsError, NetnsId},
+    netns::NetnsError,
 };
 
 /// Why a link could not be made, changed, removed or read. The kernel's own message is kept.
@@ -25,7 +28,7 @@ pub enum LinkError {
         /// The name that was wanted.
         name: String,
         /// Where.
-        netns: NetnsId,
+        netns: NamespaceId,
         /// What has it.
         holder: LinkHolder,
     },
@@ -118,7 +121,7 @@ pub enum LinkError {
         /// The alias of both.
         alias: LinkAlias,
         /// The namespace of both.
-        netns: NetnsId,
+        netns: NamespaceId,
     },
     /// It was set as wanted, and then was not.
     #[error(
@@ -168,7 +171,7 @@ impl LinkError {
     pub(super) fn create_refused(
         kind: &'static str,
         name: &str,
-        netns: NetnsId,
+        netns: NamespaceId,
         kernel: Refusal,
     ) -> Self {
         match kernel.errno {
@@ -293,7 +296,7 @@ mod tests {
 
     #[test]
     fn a_kernel_without_vxlan_is_told() {
-        let netns = NetnsId {
+        let netns = NamespaceId {
             device: 4,
             inode: 1,
         };

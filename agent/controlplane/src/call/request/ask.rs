@@ -13,7 +13,7 @@ use nsm_proto::connection::{Connection, Mechanism};
 use tokio::time::Instant;
 
 use crate::{
-    call::{case::Case, pod::PassedNetns},
+    call::{case::Case, pod::NamedNetns},
     connection::{model::Established, store::Turn},
     convert,
     error::RequestError,
@@ -24,8 +24,8 @@ use crate::{
 /// A Request in the terms of its next hop's side.
 pub(super) struct Ask {
     pub(super) arrival: Arrival,
-    /// The namespaces that the caller's mechanisms name, with the descriptors that came with them.
-    pub(super) passed: PassedNetns,
+    /// The namespaces that the caller's mechanisms name.
+    pub(super) named: NamedNetns,
     /// As it came, but for `id` and `path`, which are those of our segment.
     pub(super) connection: Connection,
     pub(super) path: Path,

@@ -38,7 +38,7 @@ impl Calls {
             self.forwarder.is_some(),
             &ask.connection,
             &ask.preferences,
-            &ask.passed,
+            &ask.named,
             route,
         )?;
         if !matches!(case, Case::Through)

@@ -29,7 +29,7 @@ use tokio::time::Instant;
 
 use self::ask::Ask;
 use crate::{
-    call::{Answer, Call, Calls, close::Cause, enter::Entered, pod::PassedNetns},
+    call::{Answer, Call, Calls, close::Cause, enter::Entered},
     connection::store::Turn,
     error::RequestError,
     route::router::Route,
@@ -70,16 +70,12 @@ impl Calls {
         let admitted = self.held.connections.admit(&hop.id, call.deadline);
         let turn = admitted.await?;
         let avoid = self.reselect(&mut connection, &turn, call.deadline).await;
-        let passed = match &call.descriptors {
-            Some(descriptors) if self.forwarder.is_some() => {
-                let mechanisms = connection.mechanism.iter().chain(&preferences);
-                PassedNetns::collect(descriptors, mechanisms, call.caller).await
-            }
-            _ => PassedNetns::none_of(call.caller),
-        };
+        let mechanisms = connection.mechanism.iter().chain(&preferences);
+        let descriptors = call.descriptors.as_deref();
+        let named = self.named_netns(call.caller, descriptors, mechanisms).await;
         let mut ask = Ask {
             arrival: call.arrival,
-            passed,
+            named,
             connection,
             path,
             preferences,

@@ -73,7 +73,6 @@ fn established(segments: &[u8], to: Option<u8>, watched: Option<u8>) -> Establis
         },
         route: Route {
             url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
-            registrant: nsm_core::identity::Caller::over_network(),
             crossing: Crossing::Inside,
             service: String::new(),
             endpoint: String::new(),

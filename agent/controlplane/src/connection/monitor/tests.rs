@@ -28,7 +28,6 @@ fn established(number: usize, labels: usize) -> Arc<Established> {
         },
         route: Route {
             url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
-            registrant: nsm_core::identity::Caller::over_network(),
             crossing: Crossing::Inside,
             service: String::new(),
             endpoint: String::new(),

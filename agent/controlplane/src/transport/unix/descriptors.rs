@@ -20,13 +20,17 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::net::{PeerPlace, PeerUrl};
+use nsm_core::{
+    identity::Process,
+    net::{PeerPlace, PeerUrl},
+};
 use rustix::fs::{FileType, fstat, fstatfs};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep_until, timeout},
 };
 
+use super::process::PeerProcess;
 use crate::sync::lock;
 
 /// Descriptors of one connection that are held at one time. A peer has one or two in flight for each
@@ -148,6 +152,8 @@ struct Store {
 pub struct Descriptors {
     store: Mutex<Store>,
     came: Notify,
+    /// Who listens at the other end, where it is we who have connected.
+    peer: Mutex<Option<Arc<PeerProcess>>>,
 }
 
 impl Descriptors {
@@ -212,6 +218,17 @@ impl Descriptors {
         let found = held.kind;
         let descriptor = held.descriptor.clone().filter(|_| found == wanted);
         Some(descriptor.ok_or(MissingDescriptor::Kind { found, wanted }))
+    }
+
+    /// We have connected to `peer`.
+    pub(super) fn connected(&self, peer: PeerProcess) {
+        *lock(&self.peer) = Some(Arc::new(peer));
+    }
+
+    /// The process that listens at the other end; unknown where nothing is connected.
+    pub(crate) fn peer(&self) -> Process {
+        let peer = lock(&self.peer).clone();
+        peer.map_or_else(Process::unknown, |peer| peer.look())
     }
 
     /// The connection is gone; another may come in its place.

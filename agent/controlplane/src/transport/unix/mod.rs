@@ -18,9 +18,13 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tonic::transport::server::Connected;
 
 mod descriptors;
+mod process;
 
 pub use self::descriptors::{Descriptors, Passed};
-pub(crate) use self::descriptors::{FileId, Kind, MissingDescriptor, PATIENCE};
+pub(crate) use self::{
+    descriptors::{FileId, Kind, MissingDescriptor, PATIENCE},
+    process::{PeerProcess, namespace_at, node},
+};
 
 /// Descriptors that the kernel lets one message carry (SCM_MAX_FD of net/scm.h).
 const MAX_AT_ONCE: usize = 253;
@@ -38,8 +42,8 @@ pub(crate) struct UnixStream {
 /// Who is at the other end of a connection to the node's socket.
 #[derive(Debug, Clone)]
 pub(crate) struct NodePeer {
-    /// The user of its process when it connected.
-    pub(crate) uid: Option<u32>,
+    /// Its process.
+    pub(crate) process: Arc<PeerProcess>,
     /// What it has passed.
     pub(crate) descriptors: Arc<Descriptors>,
 }
@@ -55,8 +59,10 @@ impl UnixStream {
 
     /// Connects to the socket at `path`; its descriptors are those of `descriptors`.
     pub(crate) async fn connect(path: &Path, descriptors: Arc<Descriptors>) -> io::Result<Self> {
+        let stream = tokio::net::UnixStream::connect(path).await?;
+        descriptors.connected(PeerProcess::of(&stream));
         Ok(Self {
-            stream: tokio::net::UnixStream::connect(path).await?,
+            stream,
             descriptors,
         })
     }
@@ -178,7 +184,7 @@ impl Connected for UnixStream {
 
     fn connect_info(&self) -> NodePeer {
         NodePeer {
-            uid: self.stream.peer_cred().ok().map(|peer| peer.uid()),
+            process: Arc::new(PeerProcess::of(&self.stream)),
             descriptors: Arc::clone(&self.descriptors),
         }
     }

@@ -218,6 +218,7 @@ async fn run(
             max_connections: setup.max_connections,
             max_message_bytes: MAX_MESSAGE,
             reachability: setup.reachability,
+            node_namespace: false,
         },
         Arc::new(TokenSource::hs256(
             &format!("spiffe://{}/{}", setup.domain, setup.name),

@@ -13,7 +13,7 @@ use nsm_controlplane::{
     ports::{Forwarder, ForwarderError, Plan, Prober, Underlay},
     transport::unix::Passed,
 };
-use nsm_core::{link::LinkSpec, net::NetnsUrl};
+use nsm_core::{identity::UserNamespace, link::LinkSpec, net::NetnsUrl};
 
 use super::prober::FakeProber;
 
@@ -217,6 +217,10 @@ impl Forwarder for FakeKernel {
         }
         table.downs += 1;
         Ok(())
+    }
+
+    fn owners(&self, _: &Passed) -> Vec<UserNamespace> {
+        Vec::new()
     }
 
     async fn netns(&self, _: &NetnsUrl) -> Option<Passed> {

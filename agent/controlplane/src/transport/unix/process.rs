@@ -1,0 +1,183 @@
+//! Who is at the other end of a Unix connection.
+//!
+//! A process is known by a descriptor of it (pidfd), taken when the connection stands: `SO_PEERPIDFD` is the very process that
+//! connected. Kernels before 6.5 have only its number, whose process is opened at once; a process that ends between its connect and
+//! our accept, and whose number is given to another one meanwhile, would be taken for that one there. What `/proc` shows under the
+//! number counts only if the process of the descriptor is still alive after it was read.
+//!
+//! A look costs a dozen system calls, so that it waits for the first call of a connection.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::Path,
+    sync::{Mutex, OnceLock},
+};
+
+use nix::{
+    libc,
+    sys::socket::{
+        getsockopt,
+        sockopt::{GetStruct, PeerCredentials, PeerPidfd},
+    },
+};
+use nsm_core::identity::{Facts, NamespaceId, NetnsCookie, Node, Process, Surroundings};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+    time::Timespec,
+};
+
+use crate::sync::lock;
+
+/// The number of the network namespace that a socket is in (socket(7)).
+#[derive(Debug, Clone, Copy)]
+struct SocketNetns;
+
+nix::getsockopt_impl!(
+    SocketNetns,
+    libc::SOL_SOCKET,
+    libc::SO_NETNS_COOKIE,
+    u64,
+    GetStruct<u64>
+);
+
+/// CAP_SYS_ADMIN of linux/capability.h, as a bit.
+const SYS_ADMIN: u64 = 1 << 21;
+
+/// The process at the other end of a connection.
+#[derive(Debug)]
+pub(crate) struct PeerProcess {
+    user: Option<u32>,
+    home: Option<NetnsCookie>,
+    pid: Option<Pid>,
+    /// Kept until the look.
+    held: Mutex<Option<OwnedFd>>,
+    seen: OnceLock<Process>,
+}
+
+impl PeerProcess {
+    /// Takes hold of the process that connected to us, or that listens where we have connected to.
+    pub(crate) fn of(stream: &tokio::net::UnixStream) -> Self {
+        let credentials = getsockopt(stream, PeerCredentials).ok();
+        let pid = credentials.and_then(|it| Pid::from_raw(it.pid()));
+        let held = getsockopt(stream, PeerPidfd).ok();
+        let opened = || pidfd_open(pid?, PidfdFlags::empty()).ok();
+        Self {
+            user: credentials.map(|it| it.uid()),
+            // An accepted socket is in the network namespace of the socket that connected to it.
+            home: getsockopt(stream, SocketNetns).ok().map(NetnsCookie),
+            pid,
+            held: Mutex::new(held.or_else(opened)),
+            seen: OnceLock::new(),
+        }
+    }
+
+    /// The process as it was at the first look.
+    pub(crate) fn look(&self) -> Process {
+        *self.seen.get_or_init(|| {
+            let held = lock(&self.held).take();
+            let facts = self.pid.zip(held).and_then(|(pid, held)| {
+                let found = facts(&format!("/proc/{}", pid.as_raw_nonzero()))?;
+                is_alive(&held).then_some(found)
+            });
+            Process::seen(self.user, self.home, facts, node())
+        })
+    }
+}
+
+/// This node, as the agent sees it.
+pub(crate) fn node() -> &'static Node {
+    static NODE: OnceLock<Node> = OnceLock::new();
+    NODE.get_or_init(|| {
+        let known = ["/proc/self", "/proc/1"].map(facts);
+        let known = || known.iter().flatten();
+        Node {
+            own_user: fs::metadata("/proc/self").ok().map(|process| process.uid()),
+            surroundings: known().map(|facts| facts.surroundings).collect(),
+            networks: known().map(|facts| facts.net).collect(),
+        }
+    })
+}
+
+/// The namespace, or whatever is at a path.
+pub(crate) fn namespace_at(path: &Path) -> Option<NamespaceId> {
+    let metadata = fs::metadata(path).ok()?;
+    Some(NamespaceId {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    })
+}
+
+/// What `/proc` shows of a process; none where it is gone, or may not be looked at.
+fn facts(process: &str) -> Option<Facts> {
+    let namespace = |kind| namespace_at(&Path::new(process).join("ns").join(kind));
+    Some(Facts {
+        surroundings: Surroundings {
+            pid: namespace("pid")?,
+            mount: namespace("mnt")?,
+            user: namespace("user")?,
+        },
+        net: namespace("net")?,
+        has_sys_admin: effective_capabilities(process)? & SYS_ADMIN != 0,
+    })
+}
+
+fn effective_capabilities(process: &str) -> Option<u64> {
+    let status = BufReader::new(fs::File::open(format!("{process}/status")).ok()?);
+    let mut lines = status.lines().map_while(Result::ok);
+    let bits = lines.find_map(|line| Some(line.strip_prefix("CapEff:")?.trim().to_owned()))?;
+    u64::from_str_radix(&bits, 16).ok()
+}
+
+/// A descriptor of a process can be read once that has ended.
+fn is_alive(process: &impl AsFd) -> bool {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut ended = [PollFd::new(process, PollFlags::IN)];
+    poll(&mut ended, Some(&now)) == Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_other_end_of_a_pair_is_this_process() {
+        let (one, _other) = tokio::net::UnixStream::pair().unwrap();
+        let process = PeerProcess::of(&one).look();
+        let own = facts("/proc/self").unwrap();
+        assert_eq!(process.facts, Some(own));
+        assert_eq!(process.user, node().own_user);
+        assert!(process.home.is_some());
+        assert!(process.is_administrator);
+        assert!(node().networks.contains(&own.net));
+    }
+
+    #[tokio::test]
+    async fn what_has_ended_is_not_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let mut child = std::process::Command::new("python3")
+            .args([
+                "-c",
+                "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])",
+            ])
+            .arg(&path)
+            .spawn()
+            .unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let peer = PeerProcess::of(&accepted);
+        child.wait().unwrap();
+        let process = peer.look();
+        assert_eq!((process.user, process.facts), (node().own_user, None));
+        assert!(!process.is_administrator);
+    }
+}
