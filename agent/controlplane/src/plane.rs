@@ -18,9 +18,8 @@ use tokio::sync::watch;
 
 use crate::{
     api::server::{Front, Services},
-    call::{Call, CallConfig, Calls, registrar::Registrar},
+    call::{CallConfig, Calls, registrar::Registrar},
     connection::{Held, model::Established},
-    error::RequestError,
     identity::token::TokenSource,
     liveness::{Liveness, LivenessConfig, Reachability},
     metrics::CallMetrics,
@@ -195,14 +194,6 @@ impl ControlPlane {
 
     fn front(&self, arrival: Arrival) -> Front {
         Front::new(Arc::clone(&self.parts.services), arrival)
-    }
-
-    /// Closes a connection; one that does not exist is closed already.
-    ///
-    /// # Errors
-    /// Only for a message that breaks the path rules, or when an earlier event of the connection is still at work at the deadline.
-    pub async fn close(&self, call: Call<Connection>) -> Result<(), RequestError> {
-        self.parts.services.calls.close(call).await
     }
 
     /// Keeps `entry` registered with the node's NSMgr until `stopped`, and then takes it out, so that the NSMgr sends no more

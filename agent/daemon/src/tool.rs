@@ -197,8 +197,8 @@ impl Agent {
     }
 }
 
-/// Whether this process is root and in no container, as far as it can see: in the machine's first pid namespace, and where process 1
-/// is. In a container of its own a process sees another process 1.
+/// Whether this process is root and in no container, as far as it can see: in the machine's first pid namespace, and not elsewhere than
+/// process 1, where that may be looked at. In a container of its own a process sees another process 1.
 fn is_root_of_the_node() -> bool {
     /// PROC_PID_INIT_INO of linux/proc_ns.h, the inode of the first pid namespace.
     const FIRST_PIDS: u64 = 0xeffffffc;
@@ -206,13 +206,13 @@ fn is_root_of_the_node() -> bool {
         let file = std::fs::metadata(format!("/proc/{process}/ns/{kind}")).ok()?;
         Some((file.dev(), file.ino()))
     };
-    let is_shared = |kind| {
-        let own = namespace("self", kind);
-        own.is_some() && own == namespace("1", kind)
+    let is_elsewhere = |kind| {
+        let first = namespace("1", kind);
+        first.is_some() && first != namespace("self", kind)
     };
     std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
         && namespace("self", "pid").is_some_and(|(_, inode)| inode == FIRST_PIDS)
-        && ["pid", "mnt", "user"].into_iter().all(is_shared)
+        && !["pid", "mnt", "user"].into_iter().any(is_elsewhere)
 }
 
 /// `prefix-` and eight random digits.

@@ -358,11 +358,14 @@ impl MonitorConnection for Front {
         &self,
         request: Request<MonitorScopeSelector>,
     ) -> Result<Response<Events>, Status> {
-        let allowed = decide(&self.caller(&request), Action::Monitor);
-        allowed.map_err(RequestError::from)?;
+        let caller = self.caller(&request);
+        decide(&caller, Action::Monitor).map_err(RequestError::from)?;
         let skip_answered = request.metadata().contains_key(SKIP_ANSWERED);
         let selector = request.into_inner();
-        let events = self.services.monitors.subscribe(selector, skip_answered);
+        let events = self
+            .services
+            .monitors
+            .subscribe(caller.owner(), selector, skip_answered);
         Ok(Response::new(events))
     }
 }

@@ -6,7 +6,7 @@ use nsm_proto::connection::{Connection, ConnectionEventType};
 use tokio::time::Instant;
 
 use crate::{
-    call::{Call, Calls, next_hop::downstream_view},
+    call::{Call, Calls, enter::Entered, next_hop::downstream_view},
     connection::{model::Established, store::Turn},
     error::RequestError,
     peer::peers::Peer,
@@ -29,8 +29,8 @@ impl Calls {
     /// Closes a connection; one that is not there is closed already.
     ///
     /// # Errors
-    /// Only for a message that breaks the path rules, or when an earlier event of the connection
-    /// is still at work at the deadline.
+    /// Only for a message that breaks the path rules, for the connection of another, or when an earlier event of the connection is
+    /// still at work at the deadline.
     pub(crate) async fn close(
         self: &Arc<Self>,
         call: Call<Connection>,
@@ -39,13 +39,16 @@ impl Calls {
         // Boxed: see `request`.
         tokio::spawn(Box::pin(async move {
             let mut connection = call.message;
-            let hop = calls.enter(&mut connection, call.token)?.hop;
+            let Entered { path, hop, .. } = calls.enter(&mut connection, call.token)?;
             let turn = calls
                 .held
                 .connections
                 .admit_known(&hop.id, call.deadline)
                 .await?;
             if let Some(turn) = turn {
+                if let Some(current) = turn.current() {
+                    current.is_open_to(&call.caller, &path)?;
+                }
                 // However long it waited for its turn, the next hop has its full time.
                 let deadline = Instant::now() + CLOSE_TIMEOUT;
                 calls.tear_down(&turn, deadline, Cause::Asked).await;
@@ -152,10 +155,10 @@ impl Calls {
         }
         turn.set(None);
         peer.leave(id);
-        let (monitors, view) = (&self.held.monitors, &established.view);
+        let monitors = &self.held.monitors;
         match cause {
-            Cause::Asked => monitors.publish_answered(ConnectionEventType::Delete, view),
-            Cause::Own => monitors.publish(ConnectionEventType::Delete, view),
+            Cause::Asked => monitors.publish_answered(ConnectionEventType::Delete, established),
+            Cause::Own => monitors.publish(ConnectionEventType::Delete, established),
         }
     }
 }

@@ -183,6 +183,7 @@ fn name_of(service: &NetworkService) -> Name<'_> {
 
 fn terms<T>(call: &Call<T>, owner: Option<PathHeader>) -> Terms {
     Terms {
+        caller: call.caller,
         deadline: call.deadline,
         owner,
         expires: call.token.as_ref().map(|(_, expires)| *expires),

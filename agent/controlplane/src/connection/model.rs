@@ -10,9 +10,11 @@
 use std::{net::IpAddr, time::SystemTime};
 
 use nsm_core::{
+    identity::{Caller, Owner, policy},
     liveness::{ForeignVnis, Health, LostHop, PathId, Published, Verdict},
     mechanism::TunnelKey,
     net::Vni,
+    nsm::path::Path,
 };
 use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
 
@@ -23,6 +25,8 @@ use crate::{ports::Plan, route::router::Route};
 pub(crate) struct Established {
     /// Our own view, as monitors get it: `id` and `path.index` are those of our segment, names and mechanism are the client's.
     pub(crate) view: Connection,
+    /// Whose it is.
+    pub(crate) owner: Owner,
     /// The next hop, and the names it knows the connection by.
     pub(crate) route: Route,
     /// The mechanism agreed with the next hop, with the addresses of this node's own view.
@@ -68,6 +72,19 @@ impl Default for PathState {
 }
 
 impl Established {
+    /// Decides whether `caller`, which shows `path`, may refresh, change or close it.
+    pub(crate) fn is_open_to(&self, caller: &Caller, path: &Path) -> Result<(), policy::Refusal> {
+        let segments = self.view.path.iter().flat_map(|path| &path.path_segments);
+        let first = segments.map(|it| (it.name.as_str(), it.id.as_str())).next();
+        let shown = path.segments.first();
+        let connection = policy::Connection {
+            owner: self.owner,
+            first,
+            shown: shown.map(|it| (it.name.as_str(), it.id.as_str())),
+        };
+        policy::decide(caller, policy::Action::Change(connection))
+    }
+
     /// The VNI of its tunnel.
     pub(crate) fn vni(&self) -> Option<Vni> {
         self.key.and_then(TunnelKey::vni)

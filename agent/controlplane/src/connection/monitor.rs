@@ -1,5 +1,8 @@
 //! Monitor streams: who gets events of which connections.
 //!
+//! Only the owner of a connection gets events of it. Over the network that is who asks from the address that the last Request came from:
+//! a monitor shows tokens, and its selector proves nothing.
+//!
 //! Subscribers are indexed by the first segment id of their selector, so that an event costs what its own subscribers cost, not what all
 //! subscribers of the agent cost. A new subscriber finds its connections by the store's index of segments. [`backlog`] says what waits
 //! for a slow one.
@@ -16,7 +19,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use nsm_core::nsm::path::selector_matches;
+use nsm_core::{identity::Owner, nsm::path::selector_matches};
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector,
 };
@@ -24,7 +27,10 @@ use prost::Message as _;
 use tonic::Status;
 
 use self::backlog::{Backlog, Item};
-use crate::{connection::store::Connections, sync::lock};
+use crate::{
+    connection::{model::Established, store::Connections},
+    sync::lock,
+};
 
 /// How many bytes of connections one event carries: some 2 KiB each. A message must stay far below the limits of its readers: an agent's
 /// is 1 MiB, that of gRPC in Go 4 MiB.
@@ -32,6 +38,7 @@ const TOGETHER: usize = 64 << 10;
 
 #[derive(Debug)]
 struct Subscriber {
+    owner: Owner,
     /// The hop that gets its own Requests and Closes answered, and no event of them.
     hop: Option<String>,
     selector: MonitorScopeSelector,
@@ -95,6 +102,7 @@ pub(crate) struct Monitors {
 #[derive(Debug)]
 pub struct Events {
     initial: Option<ConnectionEventType>,
+    owner: Owner,
     selector: MonitorScopeSelector,
     backlog: Arc<Mutex<Backlog>>,
     monitors: Monitors,
@@ -113,7 +121,7 @@ impl Events {
             };
             // The end of a connection that is gone meanwhile is an event of its own, or the answer to a Close.
             let now = self.monitors.connections.current(&id);
-            let Some(now) = now.filter(|now| matches(&self.selector, &now.view)) else {
+            let Some(now) = now.filter(|now| matches(&self.selector, self.owner, now)) else {
                 continue;
             };
             size += now.view.encoded_len();
@@ -181,7 +189,12 @@ impl Monitors {
     /// Subscribes, with the matching connections that there are as the first events.
     ///
     /// They are found while no event can be published, so nothing is missed between them and the events that follow.
-    pub(crate) fn subscribe(&self, selector: MonitorScopeSelector, skip_answered: bool) -> Events {
+    pub(crate) fn subscribe(
+        &self,
+        owner: Owner,
+        selector: MonitorScopeSelector,
+        skip_answered: bool,
+    ) -> Events {
         let segment = selector
             .path_segments
             .iter()
@@ -199,7 +212,7 @@ impl Monitors {
         {
             let mut backlog = lock(&backlog);
             for established in self.connections.candidates(&selector) {
-                if matches(&selector, &established.view) {
+                if matches(&selector, owner, &established) {
                     backlog.change(&established.view.id);
                 }
             }
@@ -211,6 +224,7 @@ impl Monitors {
             .insert(
                 key.1,
                 Subscriber {
+                    owner,
                     hop,
                     selector: selector.clone(),
                     backlog: Arc::clone(&backlog),
@@ -219,6 +233,7 @@ impl Monitors {
         drop(subscribers);
         Events {
             initial: Some(ConnectionEventType::InitialStateTransfer),
+            owner,
             selector,
             backlog,
             monitors: self.clone(),
@@ -226,9 +241,9 @@ impl Monitors {
         }
     }
 
-    /// Publishes what became of `connection`.
-    pub(crate) fn publish(&self, kind: ConnectionEventType, connection: &Connection) {
-        self.publish_but_to(None, kind, connection);
+    /// Publishes what became of a connection.
+    pub(crate) fn publish(&self, kind: ConnectionEventType, established: &Established) {
+        self.publish_but_to(None, kind, established);
     }
 
     /// Publishes how these connections are now, many of them in one event.
@@ -236,22 +251,22 @@ impl Monitors {
         let changed = ids.iter().filter_map(|id| self.connections.current(id));
         let changed: Vec<_> = changed.collect();
         for established in changed {
-            self.publish(ConnectionEventType::Update, &established.view);
+            self.publish(ConnectionEventType::Update, &established);
         }
     }
 
     /// Publishes to everyone but the previous hop, which has asked for the change and gets the
     /// answer. Only a stream that was opened so is passed over ([`crate::peer::stream::SKIP_ANSWERED`]): through it
     /// would go an event for each Request and Close, of no news to anybody.
-    pub(crate) fn publish_answered(&self, kind: ConnectionEventType, connection: &Connection) {
-        let previous = connection.path.as_ref().and_then(|path| {
+    pub(crate) fn publish_answered(&self, kind: ConnectionEventType, established: &Established) {
+        let previous = established.view.path.as_ref().and_then(|path| {
             let at = path.index.checked_sub(1)?;
             path.path_segments.get(at as usize)
         });
         self.publish_but_to(
             previous.map(|segment| segment.name.as_str()),
             kind,
-            connection,
+            established,
         );
     }
 
@@ -259,8 +274,9 @@ impl Monitors {
         &self,
         answered: Option<&str>,
         kind: ConnectionEventType,
-        connection: &Connection,
+        established: &Established,
     ) {
+        let connection = &established.view;
         let mut subscribers = lock(&self.subscribers);
         if subscribers.by_segment.is_empty() {
             return;
@@ -272,7 +288,7 @@ impl Monitors {
             of_segment.retain(|_, subscriber| {
                 let has_the_answer =
                     subscriber.hop.is_some() && subscriber.hop.as_deref() == answered;
-                if has_the_answer || !matches(&subscriber.selector, connection) {
+                if has_the_answer || !matches(&subscriber.selector, subscriber.owner, established) {
                     return true;
                 }
                 subscriber.queue(kind, connection)
@@ -319,7 +335,11 @@ fn segments(connection: &Connection) -> BTreeSet<&str> {
         .collect()
 }
 
-fn matches(selector: &MonitorScopeSelector, connection: &Connection) -> bool {
+fn matches(selector: &MonitorScopeSelector, owner: Owner, established: &Established) -> bool {
+    established.owner == owner && selects(selector, &established.view)
+}
+
+fn selects(selector: &MonitorScopeSelector, connection: &Connection) -> bool {
     let services = &selector.network_services;
     if !services.is_empty() && !services.contains(&connection.network_service) {
         return false;

@@ -2,12 +2,16 @@
 
 use std::time::SystemTime;
 
+use nsm_core::identity::policy::Refusal;
 use thiserror::Error;
 use tonic::Code;
 
 /// Why the registry refused a call or ended a watch.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RegistryError {
+    /// The policy refuses the call.
+    #[error(transparent)]
+    Forbidden(#[from] Refusal),
     /// An entry without a name cannot be found again.
     #[error("a {kind} needs a name; the one given is empty")]
     NoName {
@@ -111,6 +115,7 @@ impl RegistryError {
                 Code::ResourceExhausted
             }
             Self::Closed => Code::Unavailable,
+            Self::Forbidden(_) => Code::PermissionDenied,
         }
     }
 

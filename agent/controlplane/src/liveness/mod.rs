@@ -16,7 +16,7 @@ use std::{
 };
 
 use nsm_core::liveness::{ForeignVnis, Health, PathEvent, PathId, Published, Reason, Reflector};
-use nsm_proto::connection::{Connection, ConnectionEventType};
+use nsm_proto::connection::ConnectionEventType;
 
 use self::foreign::Foreign;
 pub(crate) use self::path::JoinedPath;
@@ -211,9 +211,9 @@ impl Liveness {
         for (id, news) in news {
             let monitors = self.held.monitors.clone();
             let together = Arc::clone(&together);
-            self.apply(&id, news, move |view| match lock(&together).as_mut() {
-                Some(changed) => changed.push(view.id.clone()),
-                None => monitors.publish(ConnectionEventType::Update, view),
+            self.apply(&id, news, move |changed| match lock(&together).as_mut() {
+                Some(all) => all.push(changed.view.id.clone()),
+                None => monitors.publish(ConnectionEventType::Update, changed),
             });
         }
         let changed = lock(&together).take().unwrap_or_default();
@@ -227,7 +227,7 @@ impl Liveness {
         self: &Arc<Self>,
         id: &str,
         news: News,
-        publish: impl FnOnce(&Connection) + Send + 'static,
+        publish: impl FnOnce(&Established) + Send + 'static,
     ) {
         let liveness = Arc::clone(self);
         let patience = self.config.patience;
@@ -247,7 +247,7 @@ impl Liveness {
                 if let Some(changed) = settled.or(changed) {
                     let changed = Arc::new(changed);
                     turn.set(Some(Arc::clone(&changed)));
-                    publish(&changed.view);
+                    publish(&changed);
                 }
             });
     }

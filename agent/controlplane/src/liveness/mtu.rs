@@ -60,7 +60,7 @@ impl Liveness {
         turn.set(Some(Arc::clone(&changed)));
         self.held
             .monitors
-            .publish(ConnectionEventType::Update, &changed.view);
+            .publish(ConnectionEventType::Update, &changed);
         Ok(())
     }
 }

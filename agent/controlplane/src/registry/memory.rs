@@ -17,6 +17,7 @@ mod tests;
 mod watch;
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -24,6 +25,10 @@ use std::{
     time::SystemTime,
 };
 
+use nsm_core::identity::{
+    Caller, Owner,
+    policy::{Action, Name, decide},
+};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::{sync::Notify, time::Instant};
 
@@ -65,6 +70,8 @@ struct State<E> {
     table: Table<E>,
     /// When each entry expires that does.
     deadlines: Deadlines,
+    /// Who registered each entry that has an owner.
+    owners: HashMap<String, Owner>,
     is_closed: bool,
 }
 
@@ -130,11 +137,15 @@ impl DomainRegistry for Memory {
 impl<E: Stored> Entries<E> for Store<E> {
     async fn register(&self, entry: E, terms: Terms) -> Result<E, RequestError> {
         let bounds = terms.expires.as_slice();
-        Ok(self.register(entry, SystemTime::now(), bounds)?)
+        let now = SystemTime::now();
+        Ok(self.register_of(Some(&terms.caller), entry, now, bounds)?)
     }
 
-    async fn unregister(&self, entry: E, _: Terms) -> Result<(), RequestError> {
-        self.unregister(entry.name());
+    async fn unregister(&self, entry: E, terms: Terms) -> Result<(), RequestError> {
+        let mut state = self.inner.lock();
+        let name = entry.name();
+        decide(&terms.caller, Action::Unregister(state.name(name)))?;
+        state.remove(name);
         Ok(())
     }
 
@@ -156,6 +167,7 @@ impl<E: Stored> Store<E> {
         let state = State {
             table: Table::new(),
             deadlines: Deadlines::default(),
+            owners: HashMap::new(),
             is_closed: false,
         };
         Self {
@@ -176,6 +188,17 @@ impl<E: Stored> Store<E> {
     /// Without a name, when it has expired already, over a limit, or when the registry is closing.
     pub fn register(
         &self,
+        entry: E,
+        now: SystemTime,
+        bounds: &[SystemTime],
+    ) -> Result<E, RegistryError> {
+        self.register_of(None, entry, now, bounds)
+    }
+
+    /// The same for a caller, who owns the entry where its kind has owners.
+    fn register_of(
+        &self,
+        caller: Option<&Caller>,
         mut entry: E,
         now: SystemTime,
         bounds: &[SystemTime],
@@ -184,6 +207,9 @@ impl<E: Stored> Store<E> {
         limits.check(&entry)?;
         let life = entry.admit(limits, now, bounds)?;
         let mut state = self.inner.open()?;
+        if let Some(caller) = caller {
+            decide(caller, Action::Register(state.name(entry.name())))?;
+        }
         let known = state.table.get(entry.name());
         if known.is_none() && state.table.len() >= E::limit(limits) {
             return Err(RegistryError::Full {
@@ -199,14 +225,15 @@ impl<E: Stored> Store<E> {
             self.inner.wake.notify_one();
         }
         state.table.put(Arc::new(entry.clone()));
+        if let (Some(caller), true) = (caller, E::HAS_OWNER) {
+            state.owners.insert(entry.name().to_owned(), caller.owner());
+        }
         Ok(entry)
     }
 
     /// Removes an entry. True when it was there; a repeated call is no error.
     pub fn unregister(&self, name: &str) -> bool {
-        let mut state = self.inner.lock();
-        state.deadlines.clear(name);
-        state.table.remove(name).is_some()
+        self.inner.lock().remove(name)
     }
 
     /// The entries that match, in the order of their names. An empty query matches all.
@@ -236,9 +263,24 @@ impl<E: Stored> Store<E> {
 }
 
 impl<E: Entry> State<E> {
+    /// A name with its owner.
+    fn name<'a>(&self, name: &'a str) -> Name<'a> {
+        Name {
+            full: name,
+            owner: self.owners.get(name).copied(),
+        }
+    }
+
+    fn remove(&mut self, name: &str) -> bool {
+        self.deadlines.clear(name);
+        self.owners.remove(name);
+        self.table.remove(name).is_some()
+    }
+
     fn drop_expired(&mut self, now: Instant) {
         while let Some(name) = self.deadlines.pop_due(now) {
             tracing::debug!(entry.kind = E::KIND, entry.name = %name, "an entry has expired");
+            self.owners.remove(&*name);
             self.table.remove(&name);
         }
     }

@@ -25,6 +25,7 @@ pub(crate) mod wire;
 
 use std::time::SystemTime;
 
+use nsm_core::identity::Caller;
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::Instant;
 
@@ -83,6 +84,8 @@ pub trait Entries<E: Entry>: Send + Sync {
 /// What a registration has beside the entry.
 #[derive(Debug, Clone)]
 pub struct Terms {
+    /// Who calls. A registry that sees its callers keeps what one has registered from the others.
+    pub caller: Caller,
     /// When the caller stops waiting.
     pub deadline: Instant,
     /// The owner: the tokens of the hops that the call came through, where the caller sent any. A registry that guards names takes the

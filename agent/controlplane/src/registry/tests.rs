@@ -31,6 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 fn terms() -> Terms {
     Terms {
+        caller: nsm_core::identity::Caller::over_network(),
         deadline: Instant::now() + PATIENCE,
         owner: None,
         expires: None,

@@ -15,7 +15,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{backoff::Backoff, net::PeerUrl, nsm::expiry::refresh_after};
+use nsm_core::{
+    backoff::Backoff,
+    identity::{Caller, Process},
+    net::PeerUrl,
+    nsm::expiry::refresh_after,
+};
 use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use rustix::fs::OFlags;
 use tokio::time::Instant;
@@ -198,6 +203,7 @@ impl Upstream {
             url,
             registry: Remote::at(&self.peers, [url.clone()]),
             terms: Terms {
+                caller: Caller::on_node(Process::unknown()),
                 deadline: Instant::now() + self.request_timeout,
                 owner: Some(PathHeader::begin(token)),
                 expires: None,

@@ -14,6 +14,7 @@ mod many;
 mod meanwhile;
 mod monitor;
 mod node;
+mod owners;
 mod reasons;
 mod refused;
 mod selection;

@@ -100,6 +100,12 @@ async fn a_lapsed_endpoint_is_nobodys() {
     let mut endpoint = endpoints.get("nse-1").expect("it is kept");
     endpoint.expires = SystemTime::now();
     endpoints.insert("nse-1".to_owned(), endpoint);
+    // The registry has its own clock, by which it has lapsed too.
+    let lapsed = call_of(1000, Duration::ZERO);
+    let entries = registrar.lookup.registry.endpoints();
+    let terms = terms(&lapsed, None);
+    let unregistered = entries.unregister(lapsed.message, terms).await;
+    unregistered.expect("its own");
     let other = call_of(1001, Duration::from_secs(60));
     registrar
         .register_endpoint(other, None)

@@ -139,6 +139,7 @@ impl Calls {
         );
         Established {
             view,
+            owner: ask.owner,
             route: route.clone(),
             next_mechanism,
             plan: made.plan.map(|plan| Box::new(plan.without_descriptors())),

@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use nsm_core::{mechanism::RemoteMechanism, nsm::path::Path};
+use nsm_core::{identity::Owner, mechanism::RemoteMechanism, nsm::path::Path};
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::time::Instant;
 
@@ -24,6 +24,8 @@ use crate::{
 /// A Request in the terms of its next hop's side.
 pub(super) struct Ask {
     pub(super) arrival: Arrival,
+    /// Who will own the connection.
+    pub(super) owner: Owner,
     /// The namespaces that the caller's mechanisms name.
     pub(super) named: NamedNetns,
     /// As it came, but for `id` and `path`, which are those of our segment.

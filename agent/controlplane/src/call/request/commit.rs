@@ -34,7 +34,7 @@ impl Calls {
         peer.join(id, || self.monitor(&peer));
         self.held
             .monitors
-            .publish_answered(ConnectionEventType::Update, &established.view);
+            .publish_answered(ConnectionEventType::Update, &established);
         self.liveness.catch_up(&established);
         answer
     }
@@ -82,7 +82,7 @@ impl Calls {
                 let changed = Arc::new(changed);
                 turn.set(Some(Arc::clone(&changed)));
                 let monitors = &self.held.monitors;
-                monitors.publish(ConnectionEventType::Update, &changed.view);
+                monitors.publish(ConnectionEventType::Update, &changed);
             }
         } else if current.expires < ask.expires {
             let mut changed = (*current).clone();

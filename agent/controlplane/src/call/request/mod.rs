@@ -69,12 +69,16 @@ impl Calls {
         let Entered { path, hop, expires } = self.enter(&mut connection, call.token)?;
         let admitted = self.held.connections.admit(&hop.id, call.deadline);
         let turn = admitted.await?;
+        if let Some(current) = turn.current() {
+            current.is_open_to(&call.caller, &path)?;
+        }
         let avoid = self.reselect(&mut connection, &turn, call.deadline).await;
         let mechanisms = connection.mechanism.iter().chain(&preferences);
         let descriptors = call.descriptors.as_deref();
         let named = self.named_netns(call.caller, descriptors, mechanisms).await;
         let mut ask = Ask {
             arrival: call.arrival,
+            owner: call.caller.owner(),
             named,
             connection,
             path,

@@ -26,6 +26,7 @@ fn established(number: usize, labels: usize) -> Arc<Established> {
             }),
             ..Connection::default()
         },
+        owner: Owner::Nsmgr,
         route: Route {
             url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
             crossing: Crossing::Inside,
@@ -67,7 +68,7 @@ fn follow(monitors: &Monitors, skip_answered: bool) -> Events {
         }],
         network_services: Vec::new(),
     };
-    monitors.subscribe(selector, skip_answered)
+    monitors.subscribe(Owner::Nsmgr, selector, skip_answered)
 }
 
 /// The events until the stream ends.
@@ -155,9 +156,9 @@ async fn what_stood_at_first_is_told_as_it_is_when_it_is_read() {
     now.view.set_state(State::Down);
     let now = Arc::new(now);
     set(&monitors, left[0], Some(Arc::clone(&now))).await;
-    monitors.publish_answered(ConnectionEventType::Update, &now.view);
+    monitors.publish_answered(ConnectionEventType::Update, &now);
     set(&monitors, left[1], None).await;
-    monitors.publish_answered(ConnectionEventType::Delete, &left[1].view);
+    monitors.publish_answered(ConnectionEventType::Delete, &left[1]);
     let told = rest(&monitors, events).await;
     assert_eq!(kinds(&told), [ConnectionEventType::Update]);
     let only = (now.view.id.clone(), now.view.clone());
@@ -173,15 +174,15 @@ async fn a_connection_that_has_gone_is_not_told_to_stand() {
     let mut events = follow(&monitors, false);
     let first = events.next().await.expect("one").expect("an event");
     assert_eq!(first.connections.len(), 2);
-    monitors.publish(Update, &gone.view);
+    monitors.publish(Update, &gone);
     set(&monitors, &gone, None).await;
-    monitors.publish(Delete, &gone.view);
+    monitors.publish(Delete, &gone);
     let now = established(2, 7);
     set(&monitors, &changed, Some(Arc::clone(&now))).await;
     monitors.publish_all(&[&gone, &changed].map(|it| it.view.id.clone()));
     // It comes again after it was gone: that is published last.
     set(&monitors, &gone, Some(Arc::clone(&gone))).await;
-    monitors.publish(Update, &gone.view);
+    monitors.publish(Update, &gone);
     let told = rest(&monitors, events).await;
     let of = |which: &Established, kind| {
         let is_it = |event: &&ConnectionEvent| event.r#type() == kind;
@@ -205,10 +206,10 @@ async fn who_lets_too_many_ends_lie_is_cut_off() {
     let monitors = standing(&[]).await;
     let events = follow(&monitors, false);
     for _ in 0..BACKLOG {
-        monitors.publish(ConnectionEventType::Delete, &gone.view);
+        monitors.publish(ConnectionEventType::Delete, &gone);
     }
     assert_eq!(monitors.len(), 1);
-    monitors.publish(ConnectionEventType::Delete, &gone.view);
+    monitors.publish(ConnectionEventType::Delete, &gone);
     assert_eq!(monitors.len(), 0);
     let events: Vec<_> = events.collect().await;
     assert_eq!(events.len(), 1 + BACKLOG);

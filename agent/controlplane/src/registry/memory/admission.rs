@@ -87,6 +87,9 @@ impl Limits {
 
 /// An entry that the registry in this process can hold.
 pub trait Stored: Entry + Message {
+    /// Whether an entry is of who registered it. What several callers offer together has no owner.
+    const HAS_OWNER: bool;
+
     /// How many there may be.
     fn limit(limits: &Limits) -> usize;
 
@@ -107,6 +110,8 @@ pub trait Stored: Entry + Message {
 
 /// A service without a payload gets [`DEFAULT_PAYLOAD`].
 impl Stored for NetworkService {
+    const HAS_OWNER: bool = false;
+
     fn limit(limits: &Limits) -> usize {
         limits.services
     }
@@ -129,6 +134,8 @@ impl Stored for NetworkService {
 /// An endpoint's expiry is the earliest of what it asks, every bound and `now` plus [`Limits::max_expiry`]. Its initial registration
 /// time is that of its first registration.
 impl Stored for NetworkServiceEndpoint {
+    const HAS_OWNER: bool = true;
+
     fn limit(limits: &Limits) -> usize {
         limits.endpoints
     }

@@ -98,6 +98,8 @@ async fn registrations() {
     label
         .network_service_labels
         .insert("svc@cluster-2.example".to_owned(), Default::default());
+    let mut elsewhere = registration.clone();
+    elsewhere.name = "nse-3".to_owned();
     let mut no_url = registration.clone();
     no_url.url.clear();
     let mut bad_name = registration.clone();
@@ -137,7 +139,7 @@ async fn registrations() {
         // A socket of this node is nothing that somebody else can offer.
         (
             &network,
-            registration.clone(),
+            elsewhere,
             Code::InvalidArgument,
             ["unix://", "tcp://"],
         ),

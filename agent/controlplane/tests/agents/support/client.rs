@@ -169,6 +169,22 @@ impl Client {
         Ok(())
     }
 
+    /// Closes, and waits no longer than this for an answer.
+    pub(crate) async fn close_within(
+        &self,
+        connection: &Connection,
+        patience: Duration,
+    ) -> Result<(), Status> {
+        let mut client = NetworkServiceClient::new(self.channel.clone());
+        let mut call = self.call(connection.clone());
+        // Not by `set_timeout`: this side would give up first, and the answer would be its own.
+        let timeout = format!("{}m", patience.as_millis());
+        let timeout = timeout.parse().expect("ASCII");
+        call.metadata_mut().insert("grpc-timeout", timeout);
+        within(client.close(call)).await?;
+        Ok(())
+    }
+
     /// Follows the connections that pass this client, under whatever id.
     pub(crate) async fn monitor(&self) -> Watch {
         self.monitor_selected(MonitorScopeSelector {

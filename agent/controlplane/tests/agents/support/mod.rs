@@ -36,6 +36,7 @@ pub(crate) use self::{
     endpoint::Endpoint,
     kernel::{PORT, Standing},
     prober::Path,
+    process::apart,
     wire::Wire,
 };
 

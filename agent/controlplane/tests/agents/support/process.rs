@@ -1,5 +1,6 @@
 //! A process, as far as its peers can tell: tasks and sockets that go at once when it is killed.
 
+use nix::sched::{CloneFlags, unshare};
 use tokio::runtime::{Builder, Runtime};
 
 /// A runtime of one thread.
@@ -37,5 +38,18 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Does `work` on a thread in a network namespace of its own: its sockets are those of another pod.
+pub(crate) async fn apart(work: impl Future<Output = ()> + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
+        let runtime = Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(work);
+    });
+    let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+    if let Err(panic) = joined.expect("joining does not panic") {
+        std::panic::resume_unwind(panic);
     }
 }
