@@ -8,6 +8,7 @@ use std::{
 };
 
 use nsm_core::{
+    identity::Process,
     liveness::PathId,
     net::{PeerPlace, PeerUrl},
 };
@@ -43,7 +44,7 @@ const TIMEOUT_STEP: Duration = Duration::from_millis(10);
 pub(crate) struct Peer {
     pub(crate) url: PeerUrl,
     /// The socket behind an `inode://` URL. As long as it is held no other file has its inode.
-    socket: Option<Passed>,
+    socket: Option<PassedSocket>,
     /// What the peer passes beside its answers, and what we pass it.
     pub(crate) descriptors: Arc<Descriptors>,
     channel: OnceCell<Channel>,
@@ -81,10 +82,23 @@ impl Peer {
     async fn dial(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
         match &self.socket {
             Some(socket) => {
-                dial::dial_passed(socket, &self.url, &self.descriptors, dial_timeout).await
+                let dialed = dial::dial_passed(
+                    &socket.socket,
+                    socket.registrant,
+                    &self.url,
+                    &self.descriptors,
+                    dial_timeout,
+                );
+                dialed.await
             }
             None => dial::dial_with(&self.url, &self.descriptors, dial_timeout).await,
         }
+    }
+
+    /// Whether a process may register the socket that was passed for this peer; none is one that may connect anywhere.
+    pub(crate) fn is_open_to(&self, process: Option<&Process>) -> bool {
+        let socket = self.socket.as_ref();
+        socket.is_some_and(|socket| socket.is_open_to(process))
     }
 
     /// Whether it is an endpoint of this node.
@@ -155,6 +169,25 @@ impl Peer {
     }
 }
 
+/// A socket whose descriptor was passed.
+#[derive(Debug)]
+pub(crate) struct PassedSocket {
+    pub(crate) socket: Passed,
+    /// Who passed it, and alone may listen there; none where that is who may connect anywhere.
+    pub(crate) registrant: Option<Process>,
+}
+
+impl PassedSocket {
+    /// Whether `other` may register the socket too.
+    fn is_open_to(&self, other: Option<&Process>) -> bool {
+        match (&self.registrant, other) {
+            (Some(registrant), Some(other)) => registrant.is_fellow_of(other),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        }
+    }
+}
+
 /// Every peer of this agent.
 #[derive(Debug)]
 pub(crate) struct Peers {
@@ -206,7 +239,7 @@ impl Peers {
     }
 
     /// The peer whose socket was passed under the name `url`: there as long as the caller holds it.
-    pub(crate) fn get_passed(&self, url: &PeerUrl, socket: Passed) -> Arc<Peer> {
+    pub(crate) fn get_passed(&self, url: &PeerUrl, socket: PassedSocket) -> Arc<Peer> {
         let mut passed = lock(&self.passed);
         if let Some(known) = passed.get(url).and_then(Weak::upgrade) {
             return known;
@@ -217,7 +250,7 @@ impl Peers {
         peer
     }
 
-    fn fresh(&self, url: &PeerUrl, socket: Option<Passed>) -> Arc<Peer> {
+    fn fresh(&self, url: &PeerUrl, socket: Option<PassedSocket>) -> Arc<Peer> {
         Arc::new(Peer {
             url: url.clone(),
             socket,

@@ -30,7 +30,7 @@ use tokio::time::Instant;
 use crate::{
     convert,
     error::RequestError,
-    peer::peers::{Peer, Peers},
+    peer::peers::{PassedSocket, Peer, Peers},
     registry::{DomainRegistry, remote::Remote},
     route::{
         addresses::{Addresses, Crossing},
@@ -393,6 +393,10 @@ impl Router {
             method: "Find",
             fault: format!("an endpoint has the url {url}, and {missing}"),
         })?;
+        let socket = PassedSocket {
+            socket,
+            registrant: None,
+        };
         Ok(Some(peers.get_passed(url, socket)))
     }
 

@@ -15,7 +15,10 @@ use std::{
 
 use http::uri::{Authority, Uri};
 use hyper_util::rt::TokioIo;
-use nsm_core::net::{PeerPlace, PeerUrl, PeerUrlError};
+use nsm_core::{
+    identity::Process,
+    net::{PeerPlace, PeerUrl, PeerUrlError},
+};
 use socket2::TcpKeepalive;
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tonic::transport::{Channel, Endpoint};
@@ -109,13 +112,17 @@ pub async fn dial_with(
 }
 
 /// Connects to the socket that `socket` is a descriptor of, wherever its path may be; `url` is what it is called.
+///
+/// Where there is a `registrant`, it or one of its pod must listen there. The agent may connect to sockets that the registrant may not,
+/// and a descriptor shows only that its file could be looked up; the agent's own socket could be passed, too.
 pub(crate) async fn dial_passed(
     socket: &Passed,
+    registrant: Option<Process>,
     url: &PeerUrl,
     descriptors: &Arc<Descriptors>,
     dial_timeout: Duration,
 ) -> Result<Channel, DialError> {
-    let peer = UnixPeer::Passed(socket.clone());
+    let peer = UnixPeer::Passed(socket.clone(), registrant);
     dial_unix(peer, descriptors, url, dial_timeout).await
 }
 
@@ -143,8 +150,30 @@ async fn dial_tcp(
 #[derive(Clone)]
 enum UnixPeer {
     At(PathBuf),
-    /// Held as long as the channel, so that its number means no other file.
-    Passed(Passed),
+    /// Held as long as the channel, so that its number means no other file. And who alone may listen there.
+    Passed(Passed, Option<Process>),
+}
+
+impl UnixPeer {
+    async fn connect(&self, descriptors: Arc<Descriptors>) -> io::Result<UnixStream> {
+        match self {
+            Self::At(path) => UnixStream::connect(path, descriptors).await,
+            Self::Passed(socket, registrant) => {
+                let path = socket.path();
+                let stream = UnixStream::connect(Path::new(&path), Arc::clone(&descriptors)).await?;
+                let listener = descriptors.peer();
+                match registrant {
+                    Some(registrant) if !listener.is_fellow_of(registrant) => {
+                        Err(io::Error::new(
+                            io::ErrorKind::PermissionDenied,
+                            "whoever listens there is not of the user and pod that registered it",
+                        ))
+                    }
+                    _ => Ok(stream),
+                }
+            }
+        }
+    }
 }
 
 async fn dial_unix(
@@ -157,12 +186,7 @@ async fn dial_unix(
     let connector = tower::service_fn(move |_: Uri| {
         let (peer, descriptors) = (peer.clone(), Arc::clone(&descriptors));
         async move {
-            let stream = match &peer {
-                UnixPeer::At(path) => UnixStream::connect(path, descriptors).await?,
-                UnixPeer::Passed(socket) => {
-                    UnixStream::connect(Path::new(&socket.path()), descriptors).await?
-                }
-            };
+            let stream = peer.connect(descriptors).await?;
             Ok::<_, io::Error>(TokioIo::new(stream))
         }
     });
@@ -254,6 +278,35 @@ mod tests {
             text.contains("unix:///nowhere/nsm.sock") && text.contains("No such file"),
             "{text}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_passed_socket_is_only_dialled_where_its_registrant_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("peer.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let accepting = tokio::spawn(async move {
+            loop {
+                let accepted = listener.accept().await;
+                drop(accepted);
+            }
+        });
+        let own = tokio::net::UnixStream::pair().unwrap().0;
+        let own = crate::transport::unix::PeerProcess::of(&own).look();
+        let other = Process {
+            user: own.user.map(|user| user + 1),
+            ..own
+        };
+        let at = |registrant| {
+            let flags = rustix::fs::OFlags::PATH;
+            let socket = rustix::fs::open(&path, flags, rustix::fs::Mode::empty());
+            UnixPeer::Passed(Passed::new(socket.unwrap()), registrant)
+        };
+        for (registrant, wanted) in [(None, true), (Some(own), true), (Some(other), false)] {
+            let connected = at(registrant).connect(Arc::default()).await;
+            assert_eq!(connected.is_ok(), wanted, "{registrant:?}");
+        }
+        accepting.abort();
     }
 
     #[tokio::test]

@@ -110,6 +110,12 @@ pub enum Refusal {
         /// The name.
         name: String,
     },
+    /// A socket that is known is registered by who passed its descriptor.
+    #[error("the socket {url} is registered by another: serve on a socket of your own, and pass its descriptor")]
+    SocketOfAnother {
+        /// What was named.
+        url: String,
+    },
     /// The agent connects as root: a path would lead it where the caller cannot go.
     #[error(
         "only root of the node may register an endpoint by the path of its socket ({url}): pass the socket's descriptor beside the call, \

@@ -104,6 +104,16 @@ impl Process {
         }
     }
 
+    /// Whether another process is of the same user in the same pod: what one registers, the other may serve.
+    #[must_use]
+    pub fn is_fellow_of(&self, other: &Self) -> bool {
+        let pod = |process: &Self| {
+            let facts = process.facts?;
+            Some((facts.surroundings.user, facts.net))
+        };
+        self.user == other.user && pod(self) == pod(other)
+    }
+
     /// The number of its user namespace.
     #[must_use]
     pub fn user_namespace(&self) -> Option<NamespaceId> {

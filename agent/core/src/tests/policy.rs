@@ -117,6 +117,24 @@ fn an_administrator_is_root_or_the_agents_user_beside_process_1_or_the_agent() {
 }
 
 #[test]
+fn fellows_are_of_one_user_in_one_pod() {
+    let of = |user, place, net| process(user, place, net, false);
+    let own = of(1000, CONTAINER, POD);
+    for (other, wanted) in [
+        (process(1000, CONTAINER, POD, true), true),
+        // Another container of the pod.
+        (of(1000, [12, 25, 3], POD), true),
+        (of(1001, CONTAINER, POD), false),
+        (of(1000, MAPPED, POD), false),
+        (of(1000, CONTAINER, NEIGHBOUR), false),
+        (Process::seen(Some(1000), None, None, &node()), false),
+        (Process::unknown(), false),
+    ] {
+        assert_eq!(own.is_fellow_of(&other), wanted, "{other:?}");
+    }
+}
+
+#[test]
 fn every_caller_may_connect_monitor_and_find() {
     for caller in [root(), on_node(1000, CONTAINER), unseen(), peer(1)] {
         for action in [

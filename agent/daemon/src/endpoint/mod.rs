@@ -9,7 +9,6 @@
 
 use anyhow::Context as _;
 use nsm_controlplane::identity::token::TokenSource;
-use nsm_core::net::PeerUrl;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -77,7 +76,7 @@ async fn serve(args: &EndpointArgs, reporter: Reporter) -> anyhow::Result<()> {
         &args.services,
         &label_map(&args.labels),
         payload,
-        PeerUrl::unix(file.path()).to_string(),
+        file.path(),
     );
 
     let (end, ended) = oneshot::channel::<()>();

@@ -6,10 +6,18 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{backoff::Backoff, nsm::expiry::refresh_after};
+use nix::fcntl::OFlag;
+use nsm_core::{backoff::Backoff, net::PeerUrl, nsm::expiry::refresh_after};
 use nsm_proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceLabels,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient as Endpoints,
@@ -27,12 +35,25 @@ const SHORTEST_WAIT: Duration = Duration::from_millis(200);
 /// The longest: a registration lives for a minute, and a third of that is left when it fails.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
+/// A descriptor of the socket's file, and the name that goes with it.
+fn open(socket: &Path) -> io::Result<(String, OwnedFd)> {
+    // A socket's file can be opened in no other way.
+    let file = File::options()
+        .read(true)
+        .custom_flags(OFlag::O_PATH.bits())
+        .open(socket)?;
+    let metadata = file.metadata()?;
+    let url = format!("inode://{}/{}", metadata.dev(), metadata.ino());
+    Ok((url, file.into()))
+}
+
 /// The entry of the endpoint.
 #[derive(Debug)]
 pub(crate) struct Registration {
     agent: Agent,
     payload: &'static str,
     entry: NetworkServiceEndpoint,
+    socket: PathBuf,
 }
 
 impl Registration {
@@ -43,7 +64,7 @@ impl Registration {
         services: &[String],
         labels: &BTreeMap<String, String>,
         payload: &'static str,
-        url: String,
+        socket: &Path,
     ) -> Self {
         let labels = |service: &String| {
             let labels = NetworkServiceLabels {
@@ -55,10 +76,11 @@ impl Registration {
             name: name.to_owned(),
             network_service_names: services.to_vec(),
             network_service_labels: services.iter().map(labels).collect(),
-            url,
+            url: PeerUrl::unix(socket).to_string(),
             ..NetworkServiceEndpoint::default()
         };
         Self {
+            socket: socket.to_owned(),
             agent,
             payload,
             entry,
@@ -84,10 +106,17 @@ impl Registration {
         let mut endpoints = Endpoints::new(self.agent.channel.clone());
         // It lives as long as our token at most; the registry shortens that as it likes.
         let (_, expires) = self.agent.tokens.token(SystemTime::now());
-        let entry = NetworkServiceEndpoint {
+        let mut entry = NetworkServiceEndpoint {
             expiration_time: Some(Timestamp::from(expires)),
             ..self.entry.clone()
         };
+        // One that cannot be opened any more is refused as one that is only named.
+        if self.agent.wants_descriptor()
+            && let Ok((url, descriptor)) = open(&self.socket)
+        {
+            entry.url = url;
+            self.agent.pass(descriptor);
+        }
         let request = self.call(entry);
         let granted = self
             .agent

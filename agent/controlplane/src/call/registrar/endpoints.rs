@@ -8,7 +8,7 @@ use std::{
 use nsm_core::{
     identity::{
         Caller,
-        policy::{Action, Name, decide},
+        policy::{Action, Name, Refusal, decide},
     },
     net::{PeerPlace, PeerUrl, PeerUrlError},
 };
@@ -23,7 +23,7 @@ use crate::{
     call::Call,
     convert,
     error::RequestError,
-    peer::peers::Peer,
+    peer::peers::{PassedSocket, Peer},
     registry::{path_header::PathHeader, wire::Answers},
     route::{
         bypass::Way,
@@ -67,6 +67,9 @@ impl Registrar {
         };
         if behind.socket.is_none() {
             check_url(&behind.url, call.arrival)?;
+            if matches!(behind.url.place(), PeerPlace::Unix(_)) {
+                decide(&call.caller, Action::SocketPath(behind.url.as_str()))?;
+            }
         }
         if through_us {
             endpoint.url = self.url_in(&place);
@@ -167,12 +170,20 @@ impl Registrar {
         let (Some(id), Some(descriptors)) = (FileId::of(url), &call.descriptors) else {
             return Ok(None);
         };
+        // Administrators may connect anywhere, and what they name is not looked at.
+        let is_guarded = !call.caller.is_administrator();
+        let registrant = call.caller.process().filter(|_| is_guarded).copied();
         // One that is registered already: as long as we hold it nothing else has its inode.
         if let Some(known) = peers.known_passed(url) {
-            return Ok(Some(known));
+            if known.is_open_to(registrant.as_ref()) {
+                return Ok(Some(known));
+            }
+            let url = url.to_string();
+            return Err(Refusal::SocketOfAnother { url }.into());
         }
         let socket = descriptors.take(id, Kind::Socket, PATIENCE).await;
         let socket = socket.map_err(|missing| bad_url(url.as_str(), missing.to_string()))?;
+        let socket = PassedSocket { socket, registrant };
         Ok(Some(peers.get_passed(url, socket)))
     }
 

@@ -30,14 +30,14 @@ fn registrar() -> Registrar {
     Registrar::new(domain, None, Arc::new(lookup), drained)
 }
 
-/// A call of a process of this user, for the endpoint whose socket lies in its folder.
+/// A call of a process of this user, for an endpoint at an address of its own.
 fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
     let expires = SystemTime::now() + life;
     Call {
         message: NetworkServiceEndpoint {
             name: "nse-1".to_owned(),
             network_service_names: vec!["svc".to_owned()],
-            url: format!("unix:///run/user/{uid}/nse.sock"),
+            url: url_of(uid),
             ..NetworkServiceEndpoint::default()
         },
         arrival: Arrival::Local,
@@ -50,6 +50,10 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
         token: Some(("token".to_owned(), expires)),
         deadline: Instant::now() + Duration::from_secs(10),
     }
+}
+
+fn url_of(uid: u32) -> String {
+    format!("tcp://192.0.2.7:{}", 9000 + uid)
 }
 
 fn url_kept(registrar: &Registrar) -> Option<String> {
@@ -75,14 +79,13 @@ async fn an_endpoint_is_its_users_alone() {
             assert!(refused.contains(word), "{refused}");
         }
     }
-    let url = |uid: u32| Some(format!("unix:///run/user/{uid}/nse.sock"));
-    assert_eq!(url_kept(&registrar), url(1000));
+    assert_eq!(url_kept(&registrar), Some(url_of(1000)));
     // Its own user refreshes it and takes it out, and then it is whose who comes first; root may always.
     register(1000, MINUTE).await.expect("refreshed");
     unregister(1000).await.expect("unregistered");
     register(1001, MINUTE).await.expect("free");
     register(0, MINUTE).await.expect("root");
-    assert_eq!(url_kept(&registrar), url(0));
+    assert_eq!(url_kept(&registrar), Some(url_of(0)));
     unregister(0).await.expect("root");
     assert_eq!(url_kept(&registrar), None);
 }
@@ -111,4 +114,21 @@ async fn a_lapsed_endpoint_is_nobodys() {
         .register_endpoint(other, None)
         .await
         .expect("free");
+}
+
+/// The agent connects as root: a path would lead it to sockets that the caller cannot open.
+#[tokio::test]
+async fn a_socket_is_registered_by_its_path_by_administrators_only() {
+    let registrar = registrar();
+    let register = |uid| {
+        let mut call = call_of(uid, Duration::from_secs(60));
+        call.message.url = "unix:///run/priv.sock".to_owned();
+        registrar.register_endpoint(call, None)
+    };
+    let refused = register(1000).await.expect_err("not root");
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    let text = refused.to_string();
+    assert!(text.contains("/run/priv.sock") && text.contains("descriptor"), "{text}");
+    assert_eq!(url_kept(&registrar), None);
+    register(0).await.expect("root");
 }
