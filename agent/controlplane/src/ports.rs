@@ -135,6 +135,9 @@ pub enum ForwarderError {
     /// The agent lacks a capability.
     #[error("{0}")]
     NotPermitted(String),
+    /// The agent has no descriptors left, or the machine.
+    #[error("{0}: raise the agent's limit of open files (ulimit -n), or close unused connections")]
+    Exhausted(String),
     /// The kernel refused; its message is in the text.
     #[error("{0}")]
     Kernel(String),
@@ -144,7 +147,7 @@ impl ForwarderError {
     /// The gRPC code the error travels as.
     pub fn code(&self) -> Code {
         match self {
-            Self::VniTaken(_) => Code::ResourceExhausted,
+            Self::VniTaken(_) | Self::Exhausted(_) => Code::ResourceExhausted,
             Self::Invalid(_) => Code::InvalidArgument,
             Self::NotPermitted(_) | Self::Kernel(_) => Code::FailedPrecondition,
         }

@@ -187,6 +187,6 @@ fn serve(config: &Config, sockets: Sockets, observer: Observer) -> anyhow::Resul
     let routes = listeners
         .common_services()?
         .add_service(admin::service(config, observer));
-    listeners.serve("admin", sockets.admin, routes);
+    listeners.serve_admin("admin", sockets.admin, routes);
     Ok(listeners)
 }

@@ -3,7 +3,13 @@
 //! The callers are this workspace's own client behind util-linux's `unshare` and `setpriv`, which give it another user, other
 //! namespaces and fewer rights, as a container runtime does.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{
+    io::{ErrorKind, Read as _},
+    os::unix::net::UnixStream,
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use nsm_e2e::{CIDR, PATIENCE, SERVICE, close, endpoint_address, ping, started};
@@ -164,4 +170,40 @@ fn every_user_has_a_link_in_its_own_namespace() -> Result<()> {
     }
     // Root of the node may name any pod's.
     node.serves(&["env"], &node.tenant.netns())
+}
+
+/// More than an agent may have open at the usual limit.
+const FLOOD: usize = 1_100;
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn idle_sockets_of_one_user_stop_nobody_else() -> Result<()> {
+    let node = Node::start("flood", |_| {})?;
+    let pid = node.agent.process.pid().to_string();
+    let usual = Command::new("prlimit")
+        .args(["--pid", &pid, "--nofile=1024:1024"])
+        .status()?;
+    ensure!(
+        usual.success(),
+        "cannot set the agent's limit of open files"
+    );
+    let url = node.agent.nsmgr_url();
+    let path = url.strip_prefix("unix://").context("a socket")?;
+    // All from the network namespace of this test: one source.
+    let mut idle: Vec<_> = (0..FLOOD)
+        .map(|_| UnixStream::connect(path))
+        .collect::<Result<_, _>>()?;
+    node.agent.status()?;
+    node.serves(NOBODY, Path::new("/proc/self/ns/net"))?;
+    // Those that were kept are closed, too: they never began.
+    for stream in &mut idle {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        match stream.read(&mut [0; 64]) {
+            // The server's own settings come before anything of ours.
+            Ok(count) => ensure!(count < 64 && stream.read(&mut [0; 64])? == 0, "it goes on"),
+            Err(error) => ensure!(error.kind() == ErrorKind::ConnectionReset, "{error}"),
+        }
+    }
+    node.agent.status()?;
+    Ok(())
 }

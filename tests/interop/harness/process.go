@@ -39,7 +39,10 @@ func startProcess(t testing.TB, name string, command *exec.Cmd) *Process {
 	}
 	defer func() { _ = log.Close() }()
 	command.Stdout, command.Stderr = log, log
-	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if command.SysProcAttr == nil {
+		command.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	command.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	p := &Process{t: t, name: name, command: command, logPath: logPath, exited: make(chan struct{})}
 	started := make(chan error)
 	go func() {

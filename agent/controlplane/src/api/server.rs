@@ -28,7 +28,7 @@ use nsm_proto::{
     },
 };
 use tokio::{
-    net::{TcpListener, UnixListener},
+    net::{TcpListener, TcpStream, UnixListener},
     time::Instant,
 };
 use tokio_stream::{
@@ -52,6 +52,7 @@ use crate::{
     registry::{path_header::PathHeader, wire::Answers},
     route::router::Arrival,
     transport::{
+        clients::{Clients, Occasional, Source},
         coalesce::Coalesced,
         dial::MAX_SEGMENT,
         unix::{NodePeer, UnixStream},
@@ -85,8 +86,10 @@ pub mod facts {
 }
 
 /// What bounds one listener.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ListenerLimits {
+    /// The connections that it keeps, perhaps together with other listeners.
+    pub clients: Clients,
     /// The largest message that is read, in bytes.
     pub max_message_bytes: usize,
     /// Calls and streams that one client connection may have open.
@@ -177,7 +180,7 @@ impl Front {
 
     /// The NSM v1 services of this front, beside what is in `routes`.
     #[must_use]
-    pub fn add_to(self, routes: Routes, limits: ListenerLimits) -> Routes {
+    pub fn add_to(self, routes: Routes, limits: &ListenerLimits) -> Routes {
         let size = limits.max_message_bytes;
         let routes = routes
             .add_service(NetworkServiceServer::new(self.clone()).max_decoding_message_size(size))
@@ -205,7 +208,7 @@ impl Front {
 pub async fn serve(
     socket: Socket,
     routes: Routes,
-    limits: ListenerLimits,
+    limits: &ListenerLimits,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let router = Server::builder()
@@ -213,21 +216,33 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_routes(routes);
+    let clients = limits.clients.clone();
     match socket {
         Socket::Unix(listener) => {
-            let incoming = paused_by_errors(UnixListenerStream::new(listener))
-                .map(|stream| stream.map(UnixStream::accepted));
+            let incoming = paused_by_errors(UnixListenerStream::new(listener));
+            let incoming = incoming.filter_map(move |stream| {
+                let kept = |stream: UnixStream| {
+                    let source = stream.process().source();
+                    clients.keep(source, stream)
+                };
+                stream.map(UnixStream::accepted).map(kept).transpose()
+            });
             router
                 .serve_with_incoming_shutdown(incoming, shutdown)
                 .await
         }
         Socket::Tcp(listener) => {
             // The builder's own `tcp_nodelay` does not reach sockets that come from outside.
-            let incoming = paused_by_errors(TcpListenerStream::new(listener)).map(|stream| {
-                if let Ok(stream) = &stream {
+            let incoming = paused_by_errors(TcpListenerStream::new(listener));
+            let incoming = incoming.filter_map(move |stream| {
+                let kept = |stream: TcpStream| {
+                    // Gone already where it has no address.
+                    let address = stream.peer_addr().ok()?.ip().to_canonical();
                     let _ = stream.set_nodelay(true);
-                }
-                stream.map(Coalesced::new)
+                    let source = Source::Address(address);
+                    clients.keep(source, Coalesced::new(stream))
+                };
+                stream.map(kept).transpose()
             });
             router
                 .serve_with_incoming_shutdown(incoming, shutdown)
@@ -240,12 +255,18 @@ pub async fn serve(
 fn paused_by_errors<T>(
     accepted: impl Stream<Item = std::io::Result<T>>,
 ) -> impl Stream<Item = std::io::Result<T>> {
-    accepted.then(async |stream| {
-        if let Err(error) = &stream {
-            tracing::warn!(%error, "cannot accept a connection: if files are too many, raise the agent's limit (ulimit -n)");
-            tokio::time::sleep(ACCEPT_PAUSE).await;
+    let failures = Occasional::default();
+    accepted.then(move |stream| {
+        let failures = failures.clone();
+        async move {
+            if let Err(error) = &stream {
+                if failures.is_due() {
+                    tracing::warn!(%error, "cannot accept connections: if files are too many, raise the agent's limit (ulimit -n)");
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            stream
         }
-        stream
     })
 }
 

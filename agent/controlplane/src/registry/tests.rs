@@ -25,6 +25,7 @@ use crate::{
     liveness::Reachability,
     peer::peers::Peers,
     plane::{ControlPlane, Settings},
+    transport::clients::Clients,
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -155,6 +156,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         VniPool::default(),
     );
     let limits = ListenerLimits {
+        clients: Clients::at_most(100, 100),
         max_message_bytes: 1 << 20,
         max_streams: 100,
     };
@@ -164,8 +166,8 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         panic!("made as TCP")
     };
     let url = PeerUrl::from(listener.local_addr().unwrap());
-    let routes = plane.network_front().add_to(Routes::default(), limits);
-    tokio::spawn(serve(socket, routes, limits, std::future::pending()));
+    let routes = plane.network_front().add_to(Routes::default(), &limits);
+    tokio::spawn(async move { serve(socket, routes, &limits, std::future::pending()).await });
     (plane, url)
 }
 

@@ -160,15 +160,14 @@ impl UnixPeer {
             Self::At(path) => UnixStream::connect(path, descriptors).await,
             Self::Passed(socket, registrant) => {
                 let path = socket.path();
-                let stream = UnixStream::connect(Path::new(&path), Arc::clone(&descriptors)).await?;
+                let stream =
+                    UnixStream::connect(Path::new(&path), Arc::clone(&descriptors)).await?;
                 let listener = descriptors.peer();
                 match registrant {
-                    Some(registrant) if !listener.is_fellow_of(registrant) => {
-                        Err(io::Error::new(
-                            io::ErrorKind::PermissionDenied,
-                            "whoever listens there is not of the user and pod that registered it",
-                        ))
-                    }
+                    Some(registrant) if !listener.is_fellow_of(registrant) => Err(io::Error::new(
+                        io::ErrorKind::PermissionDenied,
+                        "whoever listens there is not of the user and pod that registered it",
+                    )),
                     _ => Ok(stream),
                 }
             }

@@ -1,5 +1,6 @@
 //! Bytes between processes: dialing, unix sockets that carry descriptors, and the coalescing of writes.
 
+pub mod clients;
 pub(crate) mod coalesce;
 pub mod dial;
 pub mod unix;

@@ -111,7 +111,9 @@ pub enum Refusal {
         name: String,
     },
     /// A socket that is known is registered by who passed its descriptor.
-    #[error("the socket {url} is registered by another: serve on a socket of your own, and pass its descriptor")]
+    #[error(
+        "the socket {url} is registered by another: serve on a socket of your own, and pass its descriptor"
+    )]
     SocketOfAnother {
         /// What was named.
         url: String,

@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
+use nix::errno::Errno;
 use nsm_controlplane::{
     ports::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
     transport::unix::Passed,
@@ -308,6 +309,10 @@ fn namespace(error: &NetnsError) -> ForwarderError {
         NetnsError::OpenDenied { .. } | NetnsError::EnterDenied { .. } => {
             ForwarderError::NotPermitted(error.to_string())
         }
+        NetnsError::Failed {
+            errno: Errno::EMFILE | Errno::ENFILE,
+            ..
+        } => ForwarderError::Exhausted(error.to_string()),
         NetnsError::Failed { .. } => ForwarderError::Kernel(error.to_string()),
         _ => ForwarderError::Invalid(error.to_string()),
     }

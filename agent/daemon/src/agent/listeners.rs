@@ -3,7 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use nsm_controlplane::api::server::{Front, ListenerLimits, Socket, serve};
+use nix::sys::resource::{Resource, getrlimit};
+use nsm_controlplane::{
+    api::server::{Front, ListenerLimits, Socket, serve},
+    transport::clients::Clients,
+};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tonic::service::Routes;
 
@@ -16,6 +20,12 @@ const OPEN_TO_ALL: u32 = 0o666;
 
 /// The mode of the admin socket, and of the forwarder's, because an NSMgr is root and may name any namespace.
 const OWN_USER_ONLY: u32 = 0o600;
+
+/// Connections to the admin socket at one time: `status` in some terminals, and what scrapes it.
+const ADMIN_CLIENTS: usize = 64;
+
+/// Open files where the limit is not known: the usual one.
+const USUAL_OPEN_FILES: u64 = 1024;
 
 /// What readiness waits for.
 pub(crate) const GUARD: &str = "the listeners";
@@ -82,6 +92,7 @@ impl Listeners {
         Self {
             servers: JoinSet::new(),
             limits: ListenerLimits {
+                clients: clients(config),
                 max_message_bytes: config.limits.max_message_bytes,
                 max_streams: config.limits.max_streams_per_client,
             },
@@ -97,16 +108,31 @@ impl Listeners {
         socket: Socket,
         front: Front,
     ) -> anyhow::Result<()> {
-        let routes = front.add_to(self.common_services()?, self.limits);
-        self.serve(name, socket, routes);
+        let limits = self.limits.clone();
+        let routes = front.add_to(self.common_services()?, &limits);
+        self.serve(name, socket, routes, limits);
         Ok(())
     }
 
-    /// Serves gRPC.
-    pub(crate) fn serve(&mut self, name: &'static str, socket: Socket, routes: Routes) {
-        let (stopped, readiness, limits) = (self.stopped(), self.readiness.clone(), self.limits);
+    /// Serves the administrators of the node, whose connections count apart: nobody else's take their place.
+    pub(crate) fn serve_admin(&mut self, name: &'static str, socket: Socket, routes: Routes) {
+        let limits = ListenerLimits {
+            clients: Clients::at_most(ADMIN_CLIENTS, ADMIN_CLIENTS),
+            ..self.limits.clone()
+        };
+        self.serve(name, socket, routes, limits);
+    }
+
+    fn serve(
+        &mut self,
+        name: &'static str,
+        socket: Socket,
+        routes: Routes,
+        limits: ListenerLimits,
+    ) {
+        let (stopped, readiness) = (self.stopped(), self.readiness.clone());
         self.servers.spawn(async move {
-            if let Err(error) = serve(socket, routes, limits, stopped).await {
+            if let Err(error) = serve(socket, routes, &limits, stopped).await {
                 tracing::error!(listener = name, %error, "a listener broke");
                 readiness.wait_for(format!(
                     "the {name} listener, which broke: restart the agent"
@@ -148,6 +174,15 @@ impl Listeners {
             let _ = stop.wait_for(|stop| *stop).await;
         }
     }
+}
+
+/// The connections of all listeners but the administrator's: half of what may be open, so that the agent's own work has the rest. A
+/// source has at most a quarter of them, whatever is configured.
+fn clients(config: &Config) -> Clients {
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(USUAL_OPEN_FILES, |(soft, _)| soft);
+    let all = usize::try_from(files / 2).unwrap_or(usize::MAX);
+    let of_one_source = usize::try_from(config.limits.max_clients_per_source).unwrap_or(usize::MAX);
+    Clients::at_most(all, of_one_source.min(all / 4))
 }
 
 /// Binds a socket whose file, if it has one, has this mode and is removed at the end.

@@ -187,6 +187,8 @@ Limits {
     max_message_bytes: usize = 1 << 20 => message_size();
     /// The most connections open at once
     max_connections: usize = 16384 => count();
+    /// The most transport connections of one user of a pod, or of one address; at most an eighth of the open files
+    max_clients_per_source: u32 = 256 => count();
     /// The most streams of one client's transport connection
     max_streams_per_client: u32 = 1024 => count();
 }

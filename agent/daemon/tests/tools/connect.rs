@@ -44,7 +44,8 @@ async fn a_connection_is_asked_for_shown_and_closed() {
     assert_eq!(parameters["name"], "nsm-9");
     // Who is not root passes a descriptor.
     // Whoever is not root of the node passes the namespace's descriptor.
-    let named = ["file:///proc/", "inode://"].map(|scheme| parameters["inodeURL"].starts_with(scheme));
+    let named =
+        ["file:///proc/", "inode://"].map(|scheme| parameters["inodeURL"].starts_with(scheme));
     assert!(named.contains(&true), "{parameters:?}");
     assert!(parameters["netnsInode"].parse::<u64>().is_ok());
 

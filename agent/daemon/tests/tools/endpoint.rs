@@ -76,7 +76,11 @@ impl Served {
         );
         // Whoever is not root of the node passes the socket's descriptor.
         let path = format!("unix://{}", socket.display());
-        assert!(entry.url == path || entry.url.starts_with("inode://"), "{}", entry.url);
+        assert!(
+            entry.url == path || entry.url.starts_with("inode://"),
+            "{}",
+            entry.url
+        );
         assert!(metadata.contains_key("nsm-client-token"));
         let path = metadata.get("path").unwrap().to_str().unwrap();
         assert!(

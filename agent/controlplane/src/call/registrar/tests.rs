@@ -128,7 +128,10 @@ async fn a_socket_is_registered_by_its_path_by_administrators_only() {
     let refused = register(1000).await.expect_err("not root");
     assert_eq!(refused.code(), Code::PermissionDenied);
     let text = refused.to_string();
-    assert!(text.contains("/run/priv.sock") && text.contains("descriptor"), "{text}");
+    assert!(
+        text.contains("/run/priv.sock") && text.contains("descriptor"),
+        "{text}"
+    );
     assert_eq!(url_kept(&registrar), None);
     register(0).await.expect("root");
 }

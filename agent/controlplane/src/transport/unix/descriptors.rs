@@ -221,8 +221,8 @@ impl Descriptors {
     }
 
     /// We have connected to `peer`.
-    pub(super) fn connected(&self, peer: PeerProcess) {
-        *lock(&self.peer) = Some(Arc::new(peer));
+    pub(super) fn connected(&self, peer: Arc<PeerProcess>) {
+        *lock(&self.peer) = Some(peer);
     }
 
     /// The process that listens at the other end; unknown where nothing is connected.

@@ -36,6 +36,7 @@ const MAX_SENT_AT_ONCE: usize = 64;
 #[derive(Debug)]
 pub(crate) struct UnixStream {
     stream: tokio::net::UnixStream,
+    process: Arc<PeerProcess>,
     descriptors: Arc<Descriptors>,
 }
 
@@ -52,17 +53,25 @@ impl UnixStream {
     /// A stream that somebody has accepted.
     pub(crate) fn accepted(stream: tokio::net::UnixStream) -> Self {
         Self {
+            process: Arc::new(PeerProcess::of(&stream)),
             stream,
             descriptors: Arc::default(),
         }
     }
 
+    /// Who is at the other end.
+    pub(crate) fn process(&self) -> &PeerProcess {
+        &self.process
+    }
+
     /// Connects to the socket at `path`; its descriptors are those of `descriptors`.
     pub(crate) async fn connect(path: &Path, descriptors: Arc<Descriptors>) -> io::Result<Self> {
         let stream = tokio::net::UnixStream::connect(path).await?;
-        descriptors.connected(PeerProcess::of(&stream));
+        let process = Arc::new(PeerProcess::of(&stream));
+        descriptors.connected(Arc::clone(&process));
         Ok(Self {
             stream,
+            process,
             descriptors,
         })
     }
@@ -184,7 +193,7 @@ impl Connected for UnixStream {
 
     fn connect_info(&self) -> NodePeer {
         NodePeer {
-            process: Arc::new(PeerProcess::of(&self.stream)),
+            process: Arc::clone(&self.process),
             descriptors: Arc::clone(&self.descriptors),
         }
     }

@@ -32,7 +32,7 @@ use rustix::{
     time::Timespec,
 };
 
-use crate::sync::lock;
+use crate::{sync::lock, transport::clients::Source};
 
 /// The number of the network namespace that a socket is in (socket(7)).
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +75,11 @@ impl PeerProcess {
             held: Mutex::new(held.or_else(opened)),
             seen: OnceLock::new(),
         }
+    }
+
+    /// Where its connection is counted.
+    pub(crate) fn source(&self) -> Source {
+        Source::Process(self.user, self.home)
     }
 
     /// The process as it was at the first look.

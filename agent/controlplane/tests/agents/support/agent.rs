@@ -18,6 +18,7 @@ use nsm_controlplane::{
         backend::Backend,
         memory::{Limits, Memory},
     },
+    transport::clients::Clients,
 };
 use nsm_core::{mechanism::vni_pool::VniPool, nsm::name::Domain};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
@@ -237,13 +238,15 @@ async fn run(
         VniPool::default(),
     );
     let limits = ListenerLimits {
+        clients: Clients::at_most(1000, 1000),
         max_message_bytes: MAX_MESSAGE,
         max_streams: 1000,
     };
     let fronts = [(network, plane.network_front()), (node, plane.node_front())];
     for (socket, front) in fronts {
-        let routes = front.add_to(Routes::default(), limits);
-        tokio::spawn(serve(socket, routes, limits, std::future::pending()));
+        let limits = limits.clone();
+        let routes = front.add_to(Routes::default(), &limits);
+        tokio::spawn(async move { serve(socket, routes, &limits, std::future::pending()).await });
     }
     (plane, registry, address)
 }
