@@ -158,7 +158,7 @@ async fn what_stood_at_first_is_told_as_it_is_when_it_is_read() {
     set(&monitors, left[0], Some(Arc::clone(&now))).await;
     monitors.publish_answered(ConnectionEventType::Update, &now);
     set(&monitors, left[1], None).await;
-    monitors.publish_answered(ConnectionEventType::Delete, &left[1]);
+    monitors.publish_answered(ConnectionEventType::Delete, left[1]);
     let told = rest(&monitors, events).await;
     assert_eq!(kinds(&told), [ConnectionEventType::Update]);
     let only = (now.view.id.clone(), now.view.clone());
