@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use nsm_core::{
     identity::policy::Refusal,
+    link::admission::Inadmissible,
     mechanism::{MechanismError, vni_pool::VniPoolError},
     net::PeerUrl,
     nsm::{name::NameError, path::PathError},
@@ -145,6 +146,17 @@ pub enum RequestError {
         /// What was wrong.
         fault: String,
     },
+    /// The peer's answer would put something into a pod that is not admitted there.
+    #[error("{url} granted the connection, but {refusal}")]
+    Inadmissible {
+        /// The peer's URL.
+        url: String,
+        /// The rule that refused it.
+        refusal: Inadmissible,
+    },
+    /// The caller's connection is more than one may be, or asks for what is not admitted.
+    #[error("the connection is refused: {0}")]
+    Excessive(#[from] Inadmissible),
     /// Every endpoint that was tried failed.
     #[error("all {} endpoints of `{service}` failed: {}", causes.len(), causes.join("; "))]
     AllFailed {
@@ -236,6 +248,7 @@ impl RequestError {
             | Self::Field { .. }
             | Self::Missing(_)
             | Self::Token(_)
+            | Self::Excessive(_)
             | Self::Mechanism(_) => Code::InvalidArgument,
             Self::Expired { .. } => Code::Unauthenticated,
             Self::Registry(error) => error.code(),
@@ -249,7 +262,7 @@ impl RequestError {
             Self::Silent { .. } | Self::Busy { .. } => Code::DeadlineExceeded,
             Self::BadAnswer { .. } | Self::Internal => Code::Internal,
             Self::Forwarder(error) => error.code(),
-            Self::NoForwarder(_) => Code::FailedPrecondition,
+            Self::NoForwarder(_) | Self::Inadmissible { .. } => Code::FailedPrecondition,
             Self::Vni(_) | Self::VniTaken { .. } | Self::TooManyConnections(_) => {
                 Code::ResourceExhausted
             }
@@ -280,6 +293,7 @@ impl RequestError {
         match self {
             Self::Dial(_)
             | Self::BadAnswer { .. }
+            | Self::Inadmissible { .. }
             | Self::VniTaken { .. }
             | Self::Unproven { .. } => true,
             Self::Refused { code, .. } => !matches!(

@@ -5,8 +5,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use ipnet::IpNet;
 use nsm_core::{
     address::ipmap::IpMap,
+    link::admission,
     liveness::{Health, PathId},
     mechanism::vni_pool::VniPool,
     net::PeerUrl,
@@ -18,7 +20,7 @@ use tokio::sync::watch;
 
 use crate::{
     api::server::{Front, Services},
-    call::{Call, CallConfig, Calls, registrar::Registrar},
+    call::{Call, CallConfig, Calls, admission::Admission, registrar::Registrar},
     connection::{Held, model::Established},
     error::RequestError,
     identity::token::TokenSource,
@@ -60,6 +62,8 @@ pub struct Settings {
     pub max_message_bytes: usize,
     /// Whether paths are proved before connections are granted.
     pub reachability: Reachability,
+    /// What other parties may put into pods.
+    pub admission: admission::Rules,
 }
 
 impl Settings {
@@ -84,6 +88,7 @@ impl Settings {
             name: self.name.clone(),
             domain: self.domain.clone(),
             request_timeout: self.request_timeout,
+            admission: Admission::new(self.admission.clone()),
         }
     }
 }
@@ -224,6 +229,11 @@ impl ControlPlane {
     /// [`Settings::advertise_url`] too.
     pub fn set_public_url(&self, url: Option<String>) {
         self.parts.lookup.addresses.set_public_url(url);
+    }
+
+    /// Replaces the prefixes of the cluster that no other party may use, beside those of [`Settings::admission`].
+    pub fn protect(&self, found: Vec<IpNet>) {
+        self.parts.services.calls.protect(found);
     }
 
     /// Sets whether this node's public address is known as far as it can be: until then Requests from and to other domains wait a

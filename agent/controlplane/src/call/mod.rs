@@ -1,5 +1,6 @@
 //! What a call does: Request, Close, and the calls to the registry.
 
+pub(crate) mod admission;
 mod case;
 mod close;
 mod ends;
@@ -14,10 +15,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use ipnet::IpNet;
 use nsm_core::{identity::Caller, nsm::name::Domain};
 use nsm_proto::connection::Connection;
 use tokio::time::Instant;
 
+use self::admission::Admission;
 use crate::{
     connection::Held,
     error::RequestError,
@@ -67,6 +70,8 @@ pub(crate) struct CallConfig {
     pub(crate) domain: Domain,
     /// How long a Request, and each call it makes, may take.
     pub(crate) request_timeout: Duration,
+    /// What other parties may put into pods.
+    pub(crate) admission: Admission,
 }
 
 /// Requests and Closes.
@@ -99,6 +104,11 @@ impl Calls {
             held,
             liveness,
         })
+    }
+
+    /// Protects these prefixes of the cluster beside the configured ones.
+    pub(crate) fn protect(&self, found: Vec<IpNet>) {
+        self.config.admission.protect(found);
     }
 
     fn forwarder(&self) -> Result<&dyn Forwarder, RequestError> {

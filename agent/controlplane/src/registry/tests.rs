@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{mechanism::vni_pool::VniPool, net::PeerUrl};
+use nsm_core::{link::admission::Rules, mechanism::vni_pool::VniPool, net::PeerUrl};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::{Instant, timeout};
@@ -143,6 +143,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         max_connections: 1,
         max_message_bytes: 1 << 20,
         reachability: Reachability::Off,
+        admission: Rules::default(),
     };
     let plane = ControlPlane::start(
         settings,

@@ -1,5 +1,6 @@
 //! Tests of the rules that other crates call, one file a module.
 
+mod admission;
 mod card;
 mod expiry;
 mod heal;

@@ -12,7 +12,7 @@ use nsm_controlplane::{
         memory::{Limits, Memory},
     },
 };
-use nsm_core::mechanism::vni_pool::VniPool;
+use nsm_core::{link::admission, mechanism::vni_pool::VniPool};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 
 use super::forwarder::NodeForwarder;
@@ -41,6 +41,7 @@ pub(crate) async fn build(
         max_connections: config.limits.max_connections,
         max_message_bytes: config.limits.max_message_bytes,
         reachability: config.reachability,
+        admission: admission(config),
     };
     Ok(ControlPlane::start(
         settings,
@@ -50,6 +51,18 @@ pub(crate) async fn build(
         forwarder.map(|forwarder| Arc::clone(forwarder) as Arc<dyn Forwarder>),
         VniPool::new(config.tunnel.management_vni),
     ))
+}
+
+/// What other domains may put into pods.
+fn admission(config: &Config) -> admission::Rules {
+    let mut dns_domains = config.admission.dns_domains.clone();
+    dns_domains.push(config.domain.clone());
+    admission::Rules {
+        prefixes: config.admission.prefixes.clone(),
+        of_domain: config.admission.domains.clone(),
+        protected: config.admission.protected.clone(),
+        dns_domains,
+    }
 }
 
 /// The resolver's configuration, which a reload replaces.

@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
+    link::admission::{cluster_domains, private_ranges},
     net::{IfName, PeerUrl, Vni},
     nsm::name::Domain,
 };
@@ -22,6 +24,7 @@ use nsm_discovery::{
 
 use super::{
     kinds::*,
+    prefixes::{domain_prefixes, prefix},
     table::{Field, Key, Section, Settings, settings},
     value::ListenUrl,
 };
@@ -74,6 +77,8 @@ Config {
     request_timeout: Duration = Duration::from_secs(15) => duration();
     /// The longest time to connect to a peer
     dial_timeout: Duration = Duration::from_secs(5) => duration();
+    /// What another domain may put into a pod
+    admission: Admission = Admission::default() => Section;
     /// What a client may cost
     limits: Limits = Limits::default() => Section;
     /// What is logged, and how
@@ -175,6 +180,22 @@ Token {
     spiffe_id: Option<String> = None => spiffe_id().optional();
     /// The SPIFFE ids of the peers that tokens are for (`aud`); by default tokens name none
     audience: Vec<String> = Vec::new() => spiffe_id().list();
+}
+}
+
+settings! {
+/// What another domain may put into a pod.
+Admission {
+    /// Prefixes of addresses and routes that any domain may give to a pod
+    prefixes: Vec<IpNet> = private_ranges() => prefix().list();
+    /// Prefixes that a domain may give to a pod, in place of these
+    domains: BTreeMap<Domain, Vec<IpNet>> = BTreeMap::new() => domain_prefixes();
+    /// Prefixes that no domain may give to a pod: those of the cluster's pods and services
+    protected: Vec<IpNet> = Vec::new() => prefix().list();
+    /// NSM's file of prefixes that are protected too, followed while the agent runs
+    excluded_prefixes_file: PathBuf = "/var/lib/networkservicemesh/config/excluded_prefixes.yaml".into() => file();
+    /// DNS domains of the cluster, which no other domain may resolve; this agent's domain is one too
+    dns_domains: Vec<Domain> = cluster_domains() => text("DOMAIN").list();
 }
 }
 

@@ -12,6 +12,7 @@ use nsm_core::{mechanism::RemoteMechanism, nsm::path::Path};
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::time::Instant;
 
+use super::admit::Around;
 use crate::{
     call::{case::Case, pod::PassedNetns},
     connection::{model::Established, store::Turn},
@@ -62,6 +63,8 @@ pub(super) struct Attempt<'a> {
     pub(super) route: &'a Route,
     pub(super) peer: Arc<Peer>,
     pub(super) case: Case,
+    /// What is around the client's pod, where that is on this node.
+    pub(super) around_client: Option<Around>,
     /// What stands of the connection.
     pub(super) prior: Option<&'a Established>,
     /// A path that cannot be proved makes it fail.

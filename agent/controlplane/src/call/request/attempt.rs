@@ -46,11 +46,19 @@ impl Calls {
         {
             Ends::parse(self.alias(&ask.connection.id)?, context)?.check()?;
         }
+        let around_client = match &case {
+            Case::LocalPair(client) | Case::Initiate(client, _) => {
+                let alias = self.alias(&ask.connection.id)?;
+                Some(self.around(&client.pod, &alias).await?)
+            }
+            Case::Terminate(_) | Case::Through => None,
+        };
         Ok(Attempt {
             ask,
             route,
             peer: self.lookup.peers.get(&route.url),
             case,
+            around_client,
             prior,
             strict,
         })

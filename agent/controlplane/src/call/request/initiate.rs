@@ -30,6 +30,7 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let server = granted.server;
+        self.admit_client(attempt, context, Some(server.address))?;
         let underlay = self.forwarder()?.underlay(Some(server.address)).await?;
         let own_mtu = remote.mtu(underlay.mtu, underlay.ip);
         let agreed_mtu = if granted.watches_path {

@@ -19,7 +19,7 @@ use nsm_controlplane::{
         memory::{Limits, Memory},
     },
 };
-use nsm_core::{mechanism::vni_pool::VniPool, nsm::name::Domain};
+use nsm_core::{link::admission::Rules, mechanism::vni_pool::VniPool, nsm::name::Domain};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tempfile::TempDir;
 use tonic::service::Routes;
@@ -44,6 +44,8 @@ pub(crate) struct Setup {
     pub(crate) shares_registry: bool,
     /// The URL of another agent that has the domain's registry.
     pub(crate) registry: Option<String>,
+    /// What others may put into pods.
+    pub(crate) admission: Rules,
 }
 
 impl Setup {
@@ -60,6 +62,7 @@ impl Setup {
             probes: true,
             shares_registry: false,
             registry: None,
+            admission: Rules::default(),
         }
     }
 
@@ -218,6 +221,7 @@ async fn run(
             max_connections: setup.max_connections,
             max_message_bytes: MAX_MESSAGE,
             reachability: setup.reachability,
+            admission: setup.admission.clone(),
         },
         Arc::new(TokenSource::hs256(
             &format!("spiffe://{}/{}", setup.domain, setup.name),
