@@ -8,11 +8,12 @@ mod registry;
 use std::time::Duration;
 
 use nsm_core::{
-    identity::policy::Refusal,
+    identity::{policy::Refusal, relay::NotServed},
     link::admission::Inadmissible,
     mechanism::{MechanismError, vni_pool::VniPoolError},
     net::PeerUrl,
     nsm::{name::NameError, path::PathError},
+    text::Shown,
 };
 use nsm_discovery::dns::ResolveError;
 use tonic::{Code, Status};
@@ -214,6 +215,16 @@ pub enum RequestError {
     /// The agent is draining.
     #[error("this agent is shutting down: ask another, or again in a moment")]
     Draining,
+    /// The caller may not use this agent for that. One text for all reasons: the log has them.
+    #[error(
+        "this agent does not serve that for you: its own domain's names are for everybody, the rest is for callers that its operator has          named; the agent's log has the reason"
+    )]
+    NotServed(#[from] NotServed),
+    /// A next hop cannot be dialled, and the caller may not know why.
+    #[error(
+        "the endpoint cannot be reached now: the log of the agent of its domain has the reason"
+    )]
+    Unreachable,
     /// The policy refuses the call.
     #[error(transparent)]
     Forbidden(#[from] Refusal),
@@ -253,7 +264,9 @@ impl RequestError {
             Self::Expired { .. } => Code::Unauthenticated,
             Self::Registry(error) => error.code(),
             Self::Resolve(error) => resolve_code(error),
-            Self::Dial(_) | Self::Draining | Self::Unproven { .. } => Code::Unavailable,
+            Self::Dial(_) | Self::Unreachable | Self::Draining | Self::Unproven { .. } => {
+                Code::Unavailable
+            }
             Self::NoService { .. }
             | Self::NoEndpoint { .. }
             | Self::NoSuchEndpoint { .. }
@@ -266,7 +279,7 @@ impl RequestError {
             Self::Vni(_) | Self::VniTaken { .. } | Self::TooManyConnections(_) => {
                 Code::ResourceExhausted
             }
-            Self::Forbidden(_) => Code::PermissionDenied,
+            Self::Forbidden(_) | Self::NotServed(_) => Code::PermissionDenied,
         }
     }
 
@@ -292,6 +305,7 @@ impl RequestError {
     pub(crate) fn is_about_the_endpoint(&self) -> bool {
         match self {
             Self::Dial(_)
+            | Self::Unreachable
             | Self::BadAnswer { .. }
             | Self::Inadmissible { .. }
             | Self::VniTaken { .. }
@@ -307,7 +321,8 @@ impl RequestError {
 
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
-        let mut text = error.to_string();
+        // What others wrote is in it, and it is shown by whoever gets it.
+        let mut text = Shown(&error.to_string()).to_string();
         if text.len() > MAX_TEXT {
             text.truncate(text.floor_char_boundary(MAX_TEXT));
             text.push('…');

@@ -8,6 +8,7 @@ use std::{
 use ipnet::IpNet;
 use nsm_core::{
     address::ipmap::IpMap,
+    identity::relay::Relays,
     link::admission,
     liveness::{Health, PathId},
     mechanism::vni_pool::VniPool,
@@ -36,6 +37,7 @@ use crate::{
         router::{Arrival, Lookup, Router, RouterConfig},
         upstream::{ForwarderEntry, Upstream},
     },
+    transport::guard::DialGuard,
 };
 
 /// What an agent is called and how long it waits; fixed for its life.
@@ -64,6 +66,12 @@ pub struct Settings {
     pub reachability: Reachability,
     /// What other parties may put into pods.
     pub admission: admission::Rules,
+    /// UDP ports of tunnels that other nodes may choose beside this node's own.
+    pub peer_ports: Vec<u16>,
+    /// Which callers of the network may use this agent to reach others.
+    pub relays: Relays,
+    /// Ranges of loopback, link-local and own addresses that may be dialled although others named them.
+    pub dial_inside: Vec<IpNet>,
 }
 
 impl Settings {
@@ -73,6 +81,13 @@ impl Settings {
             upstream_nsmgr_url: self.upstream_nsmgr_url.clone(),
             registry_proxy_url: self.registry_proxy_url.clone(),
         }
+    }
+
+    /// What the operator has named is dialled, wherever it leads.
+    fn guard(&self, registry: &Backend) -> DialGuard {
+        let urls = [&self.upstream_nsmgr_url, &self.registry_proxy_url];
+        let configured = urls.into_iter().flatten().chain(registry.url());
+        DialGuard::new(self.dial_inside.clone(), configured.cloned())
     }
 
     fn liveness(&self) -> LivenessConfig {
@@ -89,6 +104,7 @@ impl Settings {
             domain: self.domain.clone(),
             request_timeout: self.request_timeout,
             admission: Admission::new(self.admission.clone()),
+            peer_ports: self.peer_ports.clone(),
         }
     }
 }
@@ -120,16 +136,20 @@ impl ControlPlane {
         forwarder: Option<Arc<dyn Forwarder>>,
         vnis: VniPool,
     ) -> Self {
-        let peers = Arc::new(Peers::connecting_with(
-            Arc::clone(&tokens),
-            settings.dial_timeout,
-            settings.max_message_bytes,
-        ));
+        let peers = Arc::new(
+            Peers::connecting_with(
+                Arc::clone(&tokens),
+                settings.dial_timeout,
+                settings.max_message_bytes,
+            )
+            .guarded_by(settings.guard(&registry)),
+        );
         let lookup = Arc::new(Lookup {
             registry: registry.open(&peers),
             resolver,
             peers: Arc::clone(&peers),
             addresses: Addresses::new(settings.advertise_url.clone()),
+            relays: settings.relays.clone(),
             bypass: Bypass::default(),
             local_endpoints: LocalEndpoints::default(),
         });

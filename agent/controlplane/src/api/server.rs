@@ -14,6 +14,7 @@ use std::{
 use nsm_core::identity::{
     Caller, User,
     policy::{Action, decide},
+    relay::Source,
 };
 use nsm_proto::{
     connection::{
@@ -282,6 +283,10 @@ impl Front {
         let caller = self.caller(&request);
         let peer = request.extensions().get::<NodePeer>();
         let descriptors = peer.map(|peer| Arc::clone(&peer.descriptors));
+        let source = match self.arrival {
+            Arrival::Local | Arrival::Forwarder => Source::Node,
+            Arrival::Network => Source::Network(request.remote_addr().map(|it| it.ip())),
+        };
         let token = token::read(request.metadata()).map(Some).or_else(|error| {
             if matches!(error, TokenError::Missing(_)) {
                 Ok(None)
@@ -293,6 +298,7 @@ impl Front {
         let timeout = caller_timeout(request.metadata()).map_or(limit, |asked| asked.min(limit));
         Ok(Call {
             arrival: self.arrival,
+            source,
             descriptors,
             caller,
             token,

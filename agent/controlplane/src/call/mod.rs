@@ -16,7 +16,10 @@ use std::{
 };
 
 use ipnet::IpNet;
-use nsm_core::{identity::Caller, nsm::name::Domain};
+use nsm_core::{
+    identity::{Caller, relay::Source},
+    nsm::name::Domain,
+};
 use nsm_proto::connection::Connection;
 use tokio::time::Instant;
 
@@ -38,6 +41,8 @@ pub struct Call<T> {
     pub message: T,
     /// The listener it came in by.
     pub arrival: Arrival,
+    /// Where it comes from.
+    pub source: Source,
     /// What the caller passes beside its calls, where its connection can carry descriptors.
     pub descriptors: Option<Arc<Descriptors>>,
     /// Who calls.
@@ -72,6 +77,8 @@ pub(crate) struct CallConfig {
     pub(crate) request_timeout: Duration,
     /// What other parties may put into pods.
     pub(crate) admission: Admission,
+    /// UDP ports of tunnels that a server may choose beside that of this node.
+    pub(crate) peer_ports: Vec<u16>,
 }
 
 /// Requests and Closes.

@@ -28,6 +28,7 @@ use crate::{
     sync::lock,
     transport::{
         dial::{self, DialError},
+        guard::DialGuard,
         unix::{Descriptors, Passed},
     },
 };
@@ -54,6 +55,7 @@ pub(crate) struct Peer {
     /// What is watched of where tunnels to it went last.
     tunnel: Mutex<Option<PathId>>,
     max_message_bytes: usize,
+    guard: Arc<DialGuard>,
 }
 
 impl Peer {
@@ -83,7 +85,10 @@ impl Peer {
             Some(socket) => {
                 dial::dial_passed(socket, &self.url, &self.descriptors, dial_timeout).await
             }
-            None => dial::dial_with(&self.url, &self.descriptors, dial_timeout).await,
+            None => {
+                let guard = Some(&self.guard).filter(|guard| !guard.is_configured(&self.url));
+                dial::dial_guarded(&self.url, &self.descriptors, guard, dial_timeout).await
+            }
         }
     }
 
@@ -164,6 +169,7 @@ pub(crate) struct Peers {
     dial_timeout: Duration,
     max_message_bytes: usize,
     tokens: Arc<TokenSource>,
+    guard: Arc<DialGuard>,
 }
 
 impl Peers {
@@ -179,7 +185,19 @@ impl Peers {
             dial_timeout,
             max_message_bytes,
             tokens,
+            guard: Arc::default(),
         }
+    }
+
+    /// Dials only what this guard admits.
+    pub(crate) fn guarded_by(mut self, guard: DialGuard) -> Self {
+        self.guard = Arc::new(guard);
+        self
+    }
+
+    /// What decides on the addresses that are dialled.
+    pub(crate) fn guard(&self) -> &DialGuard {
+        &self.guard
     }
 
     /// The peer behind `url`.
@@ -228,6 +246,7 @@ impl Peers {
             emptied: Notify::new(),
             tunnel: Mutex::default(),
             max_message_bytes: self.max_message_bytes,
+            guard: Arc::clone(&self.guard),
         })
     }
 

@@ -2,4 +2,5 @@
 
 pub(crate) mod coalesce;
 pub mod dial;
+pub(crate) mod guard;
 pub mod unix;

@@ -152,6 +152,7 @@ async fn an_event_waits_for_the_one_before_no_longer_than_it_can() {
         let close = |patience| Call {
             descriptors: None,
             message: closing.clone(),
+            source: nsm_core::identity::relay::Source::Node,
             arrival: Arrival::Network,
             caller: nsm_core::identity::Caller::over_network(),
             token: None,

@@ -17,6 +17,7 @@ mod monitor;
 mod node;
 mod reasons;
 mod refused;
+mod relay;
 mod selection;
 mod support;
 mod told;

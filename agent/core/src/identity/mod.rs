@@ -2,5 +2,6 @@
 
 mod caller;
 pub mod policy;
+pub mod relay;
 
 pub use caller::{Caller, Transport, User};

@@ -16,6 +16,7 @@ mod policy;
 mod prefix;
 mod public_address;
 mod registry;
+mod relay;
 mod sbfd;
 mod select;
 mod users;

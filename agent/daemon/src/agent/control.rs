@@ -12,7 +12,7 @@ use nsm_controlplane::{
         memory::{Limits, Memory},
     },
 };
-use nsm_core::{link::admission, mechanism::vni_pool::VniPool};
+use nsm_core::{identity::relay::Relays, link::admission, mechanism::vni_pool::VniPool};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 
 use super::forwarder::NodeForwarder;
@@ -42,6 +42,12 @@ pub(crate) async fn build(
         max_message_bytes: config.limits.max_message_bytes,
         reachability: config.reachability,
         admission: admission(config),
+        relays: Relays {
+            relay_for: config.relay_for.clone(),
+            registrants: config.registrants.clone(),
+        },
+        dial_inside: config.dial_inside.clone(),
+        peer_ports: config.tunnel.peer_ports.clone(),
     };
     Ok(ControlPlane::start(
         settings,

@@ -50,6 +50,13 @@ Config {
     registry_url: Option<PeerUrl> = None => peer_url().optional();
     /// The registry proxy for names of other domains; by default DNS leads to their registries
     registry_proxy_url: Option<PeerUrl> = None => peer_url().optional();
+    /// Address ranges of this domain's own systems, which may ask over the network for names of other domains: NSMgrs and registries
+    relay_for: Vec<IpNet> = Vec::new() => prefix().list();
+    /// Address ranges that may register over the network, beside `relay_for`; without any all may
+    registrants: Vec<IpNet> = Vec::new() => prefix().list();
+    /// Ranges of loopback, link-local and own addresses that are dialled although DNS or other domains named them; the configured URLs
+    /// and hosts need none
+    dial_inside: Vec<IpNet> = Vec::new() => prefix().list();
     /// Whether this agent makes links on this node
     forwarder: bool = true => boolean();
     /// The service by which the upstream NSMgr finds its forwarders
@@ -146,6 +153,8 @@ Tunnel {
     ip: Option<IpAddr> = None => host_address().optional();
     /// The UDP port of VXLAN
     port: u16 = 4789 => port();
+    /// UDP ports of VXLAN that other nodes may choose beside this node's: each is opened here when one does
+    peer_ports: Vec<u16> = Vec::new() => port().list();
     /// The MTU of the underlay; 0 takes that of its link
     mtu: u32 = 0 => mtu();
     /// The VNI of the probes between nodes, which no connection gets; peers may have another

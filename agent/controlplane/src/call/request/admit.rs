@@ -41,6 +41,13 @@ pub(super) struct Around {
     pod: Vec<Holding>,
 }
 
+impl Around {
+    /// Whether an address is one of the node's own.
+    pub(super) fn is_nodes(&self, address: IpAddr) -> bool {
+        self.node.iter().any(|own| own.addr() == address)
+    }
+}
+
 /// Whether a Request is of a size that may be kept.
 pub(super) fn check_sizes(
     connection: &Connection,

@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use nsm_core::{mechanism::RemoteMechanism, nsm::path::Path};
+use nsm_core::{identity::relay::Source, mechanism::RemoteMechanism, nsm::path::Path};
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::time::Instant;
 
@@ -25,6 +25,7 @@ use crate::{
 /// A Request in the terms of its next hop's side.
 pub(super) struct Ask {
     pub(super) arrival: Arrival,
+    pub(super) source: Source,
     /// The namespaces that the caller's mechanisms name, with the descriptors that came with them.
     pub(super) passed: PassedNetns,
     /// As it came, but for `id` and `path`, which are those of our segment.

@@ -82,6 +82,7 @@ impl Calls {
         };
         let mut ask = Ask {
             arrival: call.arrival,
+            source: call.source,
             passed,
             connection,
             path,

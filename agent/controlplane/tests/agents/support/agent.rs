@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use nsm_controlplane::{
     api::server::{ListenerLimits, Socket, serve},
     identity::token::TokenSource,
@@ -19,7 +20,10 @@ use nsm_controlplane::{
         memory::{Limits, Memory},
     },
 };
-use nsm_core::{link::admission::Rules, mechanism::vni_pool::VniPool, nsm::name::Domain};
+use nsm_core::{
+    identity::relay::Relays, link::admission::Rules, mechanism::vni_pool::VniPool,
+    nsm::name::Domain,
+};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tempfile::TempDir;
 use tonic::service::Routes;
@@ -46,6 +50,12 @@ pub(crate) struct Setup {
     pub(crate) registry: Option<String>,
     /// What others may put into pods.
     pub(crate) admission: Rules,
+    /// Who may relay over the network: by default everybody on loopback, where all agents of these tests are.
+    pub(crate) relays: Relays,
+    /// What is dialled although it is of this node: loopback.
+    pub(crate) dial_inside: Vec<IpNet>,
+    /// Ports of tunnels beside the usual one.
+    pub(crate) peer_ports: Vec<u16>,
 }
 
 impl Setup {
@@ -63,11 +73,29 @@ impl Setup {
             shares_registry: false,
             registry: None,
             admission: Rules::default(),
+            relays: Relays {
+                relay_for: vec![loopback()],
+                registrants: Vec::new(),
+            },
+            dial_inside: vec![loopback()],
+            peer_ports: Vec::new(),
         }
     }
 
     pub(crate) fn reachability(mut self, policy: Reachability) -> Self {
         self.reachability = policy;
+        self
+    }
+
+    /// No caller of the network may relay.
+    pub(crate) fn without_relays(mut self) -> Self {
+        self.relays = Relays::default();
+        self
+    }
+
+    /// Loopback is dialled only where the configuration leads there.
+    pub(crate) fn dialling_outside_only(mut self) -> Self {
+        self.dial_inside.clear();
         self
     }
 
@@ -112,6 +140,11 @@ impl Setup {
         self.shares_registry = true;
         self
     }
+}
+
+/// The addresses of all agents of these tests.
+pub(crate) fn loopback() -> IpNet {
+    "127.0.0.0/8".parse().expect("a prefix")
 }
 
 /// A running agent.
@@ -222,6 +255,9 @@ async fn run(
             max_message_bytes: MAX_MESSAGE,
             reachability: setup.reachability,
             admission: setup.admission.clone(),
+            relays: setup.relays.clone(),
+            dial_inside: setup.dial_inside.clone(),
+            peer_ports: setup.peer_ports.clone(),
         },
         Arc::new(TokenSource::hs256(
             &format!("spiffe://{}/{}", setup.domain, setup.name),
