@@ -8,10 +8,12 @@ mod registry;
 use std::time::Duration;
 
 use nsm_core::{
-    identity::policy::Refusal,
+    identity::{policy::Refusal, relay::NotServed},
+    link::admission::Inadmissible,
     mechanism::{MechanismError, vni_pool::VniPoolError},
     net::PeerUrl,
     nsm::{name::NameError, path::PathError},
+    text::Shown,
 };
 use nsm_discovery::dns::ResolveError;
 use tonic::{Code, Status};
@@ -145,6 +147,17 @@ pub enum RequestError {
         /// What was wrong.
         fault: String,
     },
+    /// The peer's answer would put something into a pod that is not admitted there.
+    #[error("{url} granted the connection, but {refusal}")]
+    Inadmissible {
+        /// The peer's URL.
+        url: String,
+        /// The rule that refused it.
+        refusal: Inadmissible,
+    },
+    /// The caller's connection is more than one may be, or asks for what is not admitted.
+    #[error("the connection is refused: {0}")]
+    Excessive(#[from] Inadmissible),
     /// Every endpoint that was tried failed.
     #[error("all {} endpoints of `{service}` failed: {}", causes.len(), causes.join("; "))]
     AllFailed {
@@ -202,6 +215,16 @@ pub enum RequestError {
     /// The agent is draining.
     #[error("this agent is shutting down: ask another, or again in a moment")]
     Draining,
+    /// The caller may not use this agent for that. One text for all reasons: the log has them.
+    #[error(
+        "this agent does not serve that for you: its own domain's names are for everybody, the rest is for callers that its operator has          named; the agent's log has the reason"
+    )]
+    NotServed(#[from] NotServed),
+    /// A next hop cannot be dialled, and the caller may not know why.
+    #[error(
+        "the endpoint cannot be reached now: the log of the agent of its domain has the reason"
+    )]
+    Unreachable,
     /// The policy refuses the call.
     #[error(transparent)]
     Forbidden(#[from] Refusal),
@@ -236,11 +259,14 @@ impl RequestError {
             | Self::Field { .. }
             | Self::Missing(_)
             | Self::Token(_)
+            | Self::Excessive(_)
             | Self::Mechanism(_) => Code::InvalidArgument,
             Self::Expired { .. } => Code::Unauthenticated,
             Self::Registry(error) => error.code(),
             Self::Resolve(error) => resolve_code(error),
-            Self::Dial(_) | Self::Draining | Self::Unproven { .. } => Code::Unavailable,
+            Self::Dial(_) | Self::Unreachable | Self::Draining | Self::Unproven { .. } => {
+                Code::Unavailable
+            }
             Self::NoService { .. }
             | Self::NoEndpoint { .. }
             | Self::NoSuchEndpoint { .. }
@@ -249,11 +275,11 @@ impl RequestError {
             Self::Silent { .. } | Self::Busy { .. } => Code::DeadlineExceeded,
             Self::BadAnswer { .. } | Self::Internal => Code::Internal,
             Self::Forwarder(error) => error.code(),
-            Self::NoForwarder(_) => Code::FailedPrecondition,
+            Self::NoForwarder(_) | Self::Inadmissible { .. } => Code::FailedPrecondition,
             Self::Vni(_) | Self::VniTaken { .. } | Self::TooManyConnections(_) => {
                 Code::ResourceExhausted
             }
-            Self::Forbidden(_) => Code::PermissionDenied,
+            Self::Forbidden(_) | Self::NotServed(_) => Code::PermissionDenied,
         }
     }
 
@@ -279,7 +305,9 @@ impl RequestError {
     pub(crate) fn is_about_the_endpoint(&self) -> bool {
         match self {
             Self::Dial(_)
+            | Self::Unreachable
             | Self::BadAnswer { .. }
+            | Self::Inadmissible { .. }
             | Self::VniTaken { .. }
             | Self::Unproven { .. } => true,
             Self::Refused { code, .. } => !matches!(
@@ -293,7 +321,8 @@ impl RequestError {
 
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
-        let mut text = error.to_string();
+        // What others wrote is in it, and it is shown by whoever gets it.
+        let mut text = Shown(&error.to_string()).to_string();
         if text.len() > MAX_TEXT {
             text.truncate(text.floor_char_boundary(MAX_TEXT));
             text.push('…');

@@ -5,8 +5,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use ipnet::IpNet;
 use nsm_core::{
     address::ipmap::IpMap,
+    identity::relay::Relays,
+    link::admission,
     liveness::{Health, PathId},
     mechanism::vni_pool::VniPool,
     net::PeerUrl,
@@ -18,7 +21,7 @@ use tokio::sync::watch;
 
 use crate::{
     api::server::{Front, Services},
-    call::{CallConfig, Calls, registrar::Registrar},
+    call::{CallConfig, Calls, admission::Admission, registrar::Registrar},
     connection::{Held, model::Established},
     identity::token::TokenSource,
     liveness::{Liveness, LivenessConfig, Reachability},
@@ -33,6 +36,7 @@ use crate::{
         router::{Arrival, Lookup, Router, RouterConfig},
         upstream::{ForwarderEntry, Upstream},
     },
+    transport::guard::DialGuard,
 };
 
 /// What an agent is called and how long it waits; fixed for its life.
@@ -61,6 +65,14 @@ pub struct Settings {
     pub reachability: Reachability,
     /// Whether administrators of the node may have links in its own network namespaces.
     pub node_namespace: bool,
+    /// What other parties may put into pods.
+    pub admission: admission::Rules,
+    /// UDP ports of tunnels that other nodes may choose beside this node's own.
+    pub peer_ports: Vec<u16>,
+    /// Which callers of the network may use this agent to reach others.
+    pub relays: Relays,
+    /// Ranges of loopback, link-local and own addresses that may be dialled although others named them.
+    pub dial_inside: Vec<IpNet>,
 }
 
 impl Settings {
@@ -70,6 +82,13 @@ impl Settings {
             upstream_nsmgr_url: self.upstream_nsmgr_url.clone(),
             registry_proxy_url: self.registry_proxy_url.clone(),
         }
+    }
+
+    /// What the operator has named is dialled, wherever it leads.
+    fn guard(&self, registry: &Backend) -> DialGuard {
+        let urls = [&self.upstream_nsmgr_url, &self.registry_proxy_url];
+        let configured = urls.into_iter().flatten().chain(registry.url());
+        DialGuard::new(self.dial_inside.clone(), configured.cloned())
     }
 
     fn liveness(&self) -> LivenessConfig {
@@ -86,6 +105,8 @@ impl Settings {
             domain: self.domain.clone(),
             request_timeout: self.request_timeout,
             node_namespace: self.node_namespace,
+            admission: Admission::new(self.admission.clone()),
+            peer_ports: self.peer_ports.clone(),
         }
     }
 }
@@ -117,16 +138,20 @@ impl ControlPlane {
         forwarder: Option<Arc<dyn Forwarder>>,
         vnis: VniPool,
     ) -> Self {
-        let peers = Arc::new(Peers::connecting_with(
-            Arc::clone(&tokens),
-            settings.dial_timeout,
-            settings.max_message_bytes,
-        ));
+        let peers = Arc::new(
+            Peers::connecting_with(
+                Arc::clone(&tokens),
+                settings.dial_timeout,
+                settings.max_message_bytes,
+            )
+            .guarded_by(settings.guard(&registry)),
+        );
         let lookup = Arc::new(Lookup {
             registry: registry.open(&peers),
             resolver,
             peers: Arc::clone(&peers),
             addresses: Addresses::new(settings.advertise_url.clone()),
+            relays: settings.relays.clone(),
             bypass: Bypass::default(),
             local_endpoints: LocalEndpoints::default(),
         });
@@ -218,6 +243,11 @@ impl ControlPlane {
     /// [`Settings::advertise_url`] too.
     pub fn set_public_url(&self, url: Option<String>) {
         self.parts.lookup.addresses.set_public_url(url);
+    }
+
+    /// Replaces the prefixes of the cluster that no other party may use, beside those of [`Settings::admission`].
+    pub fn protect(&self, found: Vec<IpNet>) {
+        self.parts.services.calls.protect(found);
     }
 
     /// Sets whether this node's public address is known as far as it can be: until then Requests from and to other domains wait a

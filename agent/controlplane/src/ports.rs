@@ -4,11 +4,12 @@
 //! A [`Plan`] is the whole of what one connection needs on this node. `up` is all or nothing and
 //! idempotent; `down` of a plan that is not up is a success.
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use nsm_core::{
     identity::UserNamespace,
-    link::{LinkSpec, VxlanSpec},
+    link::{LinkAlias, LinkSpec, VxlanSpec, admission::Holding},
     liveness::{Health, PathEvent, PathId, PeerReport, Reflector},
     net::NetnsUrl,
 };
@@ -166,6 +167,22 @@ pub trait Forwarder: Send + Sync + 'static {
     /// # Errors
     /// No route leads there, or the node's links cannot be read.
     async fn underlay(&self, remote: Option<IpAddr>) -> Result<Underlay, ForwarderError>;
+
+    /// The addresses and routes that a pod has on links which are not of the connection `alias`.
+    ///
+    /// # Errors
+    /// The namespace cannot be opened or read.
+    async fn holdings(
+        &self,
+        pod: &PodNetns,
+        alias: &LinkAlias,
+    ) -> Result<Vec<Holding>, ForwarderError>;
+
+    /// The node's own addresses, each with the length of its network.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    async fn own_addresses(&self) -> Result<Arc<[IpNet]>, ForwarderError>;
 
     /// Makes the plan real, or leaves nothing behind. Later calls may name the same namespaces
     /// without their descriptors.

@@ -1,6 +1,31 @@
 //! Text from other hosts: as a terminal may show it, and as a number.
 
-use std::fmt::Write as _;
+use std::fmt;
+
+/// Foreign text as it may be shown anywhere: in a line of the log, an error, a table. Control characters, and characters that hide or
+/// reorder others, are escaped; nothing is cut off.
+///
+/// ```
+/// # use nsm_core::text::Shown;
+/// assert_eq!(Shown("nse\nERROR all is lost").to_string(), "nse\\nERROR all is lost");
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct Shown<'a>(pub &'a str);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|char| escape(char, f))
+    }
+}
+
+/// Writes a character, escaped where it is not plain text.
+fn escape(char: char, to: &mut impl fmt::Write) -> fmt::Result {
+    match char {
+        // What `escape_debug` escapes for the sake of string literals.
+        '\'' | '"' | '\\' => to.write_char(char),
+        _ => write!(to, "{}", char.escape_debug()),
+    }
+}
 
 /// Foreign text as a terminal may show it: on one line, without control characters and without characters that hide or reorder
 /// others, and of at most `longest` characters, the last of them `…` where something was cut off.
@@ -17,11 +42,7 @@ pub fn printable(text: &str, longest: usize) -> String {
     let mut room = longest;
     for char in text.chars() {
         let start = shown.len();
-        match char {
-            // What `escape_debug` escapes for the sake of string literals.
-            '\'' | '"' | '\\' => shown.push(char),
-            _ => write!(shown, "{}", char.escape_debug()).expect("a String takes every text"),
-        }
+        escape(char, &mut shown).expect("a String takes every text");
         let width = shown[start..].chars().count();
         if width > room {
             shown.truncate(start);
@@ -50,7 +71,7 @@ pub(crate) fn decimal(text: &str) -> Option<u64> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::printable;
+    use super::{Shown, printable};
 
     proptest! {
         #[test]
@@ -59,6 +80,13 @@ mod tests {
             prop_assert!(shown.chars().count() <= longest);
             prop_assert!(!shown.chars().any(char::is_control));
             prop_assert_eq!(printable(&shown, longest), shown);
+        }
+
+        #[test]
+        fn what_is_shown_is_one_line(text: String) {
+            let shown = Shown(&text).to_string();
+            prop_assert!(!shown.chars().any(char::is_control));
+            prop_assert_eq!(Shown(&shown).to_string(), shown);
         }
 
         #[test]

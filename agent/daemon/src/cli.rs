@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use nsm_core::{
+    link::admission::DEFAULT_ROUTE_LABEL,
     net::{IfName, PeerUrl},
     nsm::name::InterdomainName,
 };
@@ -154,6 +155,10 @@ pub(crate) struct ConnectArgs {
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     pub(crate) labels: Vec<(String, String)>,
 
+    /// Lets the endpoint route everything over the connection; what is more specific in the namespace keeps its way
+    #[arg(long)]
+    pub(crate) default_route: bool,
+
     /// The client's name on the path [default: nsc- and a random number]
     #[arg(long, value_parser = name)]
     pub(crate) name: Option<String>,
@@ -228,6 +233,17 @@ pub(crate) struct StatusArgs {
     pub(crate) admin: PeerUrl,
 }
 
+impl ConnectArgs {
+    /// The client's labels as the wire has them.
+    pub(crate) fn labels(&self) -> BTreeMap<String, String> {
+        let mut labels = label_map(&self.labels);
+        if self.default_route {
+            labels.insert(DEFAULT_ROUTE_LABEL.to_owned(), "true".to_owned());
+        }
+        labels
+    }
+}
+
 /// Labels as the wire has them; of a key that was given twice the last value counts.
 pub(crate) fn label_map(labels: &[(String, String)]) -> BTreeMap<String, String> {
     labels.iter().cloned().collect()
@@ -289,10 +305,20 @@ mod tests {
         };
         assert_eq!(args.service.to_string(), "icmp-responder@cluster-2.example");
         assert_eq!(args.interface.as_str(), "nsm-7");
-        assert_eq!(label_map(&args.labels)["b"], "x=y");
+        assert_eq!(args.labels()["b"], "x=y");
+        assert!(!args.labels().contains_key(DEFAULT_ROUTE_LABEL));
         assert_eq!(args.client.timeout, Duration::from_millis(500));
         assert_eq!(args.client.max_token_lifetime, Duration::from_secs(600));
         assert!(args.client.json);
+    }
+
+    #[test]
+    fn a_default_route_is_asked_for_by_a_label() {
+        let Ok(Command::Connect(args)) = parse("proxy-nsmgr connect a --netns 1 --default-route")
+        else {
+            panic!("no connect")
+        };
+        assert_eq!(args.labels()[DEFAULT_ROUTE_LABEL], "true");
     }
 
     #[test]

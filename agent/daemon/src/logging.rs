@@ -1,8 +1,18 @@
 //! The log: one line an event, to standard error, its level changeable while the program runs.
 
 use anyhow::Context as _;
+use nsm_core::text::Shown;
+use tracing::field::Field;
 use tracing_subscriber::{
-    EnvFilter, Registry, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+    EnvFilter, Registry,
+    field::MakeExt as _,
+    fmt::{
+        self,
+        format::{self, FormatFields, Writer},
+    },
+    layer::SubscriberExt as _,
+    reload,
+    util::SubscriberInitExt as _,
 };
 
 use crate::config::{Log, LogFormat};
@@ -35,12 +45,28 @@ pub(crate) fn start(log: &Log) -> anyhow::Result<LogHandle> {
     let lines = fmt::layer().with_writer(std::io::stderr);
     match log.format {
         LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
-        LogFormat::Text => registry
-            .with(lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())))
-            .try_init(),
+        LogFormat::Text => {
+            let lines = lines.fmt_fields(escaped_fields());
+            registry
+                .with(lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())))
+                .try_init()
+        }
     }
     .context("cannot start the log")?;
     Ok(LogHandle(handle))
+}
+
+/// Fields as text, each value on the event's own line whatever it holds: names, addresses and errors come from other domains, too. JSON
+/// escapes them by itself.
+fn escaped_fields() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static {
+    let field = |writer: &mut Writer<'_>, field: &Field, value: &dyn std::fmt::Debug| {
+        let value = format!("{value:?}");
+        match field.name() {
+            "message" => write!(writer, "{}", Shown(&value)),
+            name => write!(writer, "{name}={}", Shown(&value)),
+        }
+    };
+    format::debug_fn(field).delimited(" ")
 }
 
 fn filter(level: &str) -> anyhow::Result<EnvFilter> {
@@ -51,7 +77,67 @@ fn filter(level: &str) -> anyhow::Result<EnvFilter> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::Write,
+        sync::{Arc, Mutex},
+    };
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// What the log wrote.
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The log's text of one event with foreign text in its message, its fields and its span.
+    fn logged(text: &str) -> String {
+        let written = Written::default();
+        let writer = written.clone();
+        let lines = fmt::layer()
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .fmt_fields(escaped_fields());
+        let subscriber = tracing_subscriber::registry().with(lines);
+        tracing::subscriber::with_default(subscriber, || {
+            let span = tracing::info_span!("call", peer = text);
+            let _entered = span.enter();
+            tracing::info!(name = %text, debug = ?text, plain = text, "refused {text}");
+        });
+        let bytes = written.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn a_name_cannot_write_a_line_of_its_own() {
+        let forged = "nse\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J";
+        let text = logged(forged);
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(
+            text.contains("nse\\n2026") && text.contains("\\u{1b}[2J"),
+            "{text}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn an_event_is_one_line_without_control_characters(text: String) {
+            let logged = logged(&text);
+            let line = logged.strip_suffix('\n').unwrap();
+            prop_assert!(!line.chars().any(char::is_control), "{line:?}");
+        }
+    }
 
     #[test]
     fn the_level_changes_while_the_log_runs() {

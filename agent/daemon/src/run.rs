@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     agent::{
-        control,
+        cluster, control,
         forwarder::NodeForwarder,
         hooks,
         ip_map::{self, IpMapFile, IpMaps},
@@ -82,6 +82,8 @@ impl Agent {
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(map_file.follow(Arc::clone(&maps)));
+        let prefixes_file = config.admission.excluded_prefixes_file.clone();
+        tasks.spawn(cluster::follow(prefixes_file, plane.clone()));
         plane.set_public_address_known(false);
         tasks.spawn(observer.public_address.clone().watch(
             config,

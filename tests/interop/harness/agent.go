@@ -29,6 +29,9 @@ const (
 // ReadyDeadline bounds the start of an agent; a free machine needs a fraction of a second.
 const ReadyDeadline = 30 * time.Second
 
+// everywhere are all addresses.
+var everywhere = []string{"0.0.0.0/0", "::/0"}
+
 // AgentConfig is what a test tells an agent. The rest is set so that the agent touches nothing but
 // loopback and its own directory: no BPF programs and no links unless Extra switches them on.
 type AgentConfig struct {
@@ -159,6 +162,9 @@ func (a *Agent) configuration(config AgentConfig) map[string]any {
 		"resolver":    resolver,
 		"tunnel":      map[string]any{"ip": a.IP},
 		"map_ip_file": a.MapIPFile(),
+		// NSM's components of the agent's own domain ask over TCP, and all that they lead to is on this machine.
+		"relay_for":   everywhere,
+		"dial_inside": everywhere,
 		// On a cloud's machine its public address would stand in for the loopback one.
 		"public_address": map[string]any{"metadata": "off", "kubernetes": "off"},
 		"log":            map[string]any{"level": "info", "format": "json"},

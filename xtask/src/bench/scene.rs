@@ -99,6 +99,9 @@ impl Pair {
             fs::write(&config, configuration(&node, name, ip))
                 .with_context(|| format!("write {}", config.display()))?;
             deafen(&mut command);
+            // Both agents and the load are on one node. Variables, because agents of earlier revisions do not have these keys.
+            command.env("NSM_RELAY_FOR", EVERYWHERE);
+            command.env("NSM_DIAL_INSIDE", EVERYWHERE);
             command.arg("agent").arg("--config").arg(&config);
             Ok(world.spawn(name, command)?)
         };
@@ -177,6 +180,9 @@ pub(super) struct Pairs {
     pub(super) pair_p99_ms: f64,
     pub(super) endpoint_holds: u64,
 }
+
+/// All addresses.
+const EVERYWHERE: &str = "0.0.0.0/0,::/0";
 
 /// Our caller's own configuration would override the file's.
 fn deafen(command: &mut Command) {

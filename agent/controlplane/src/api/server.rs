@@ -8,6 +8,7 @@ use std::{net::SocketAddr, os::unix::fs::FileTypeExt as _, path::Path, sync::Arc
 use nsm_core::identity::{
     Caller, Process,
     policy::{Action, decide},
+    relay::Source,
 };
 use nsm_proto::{
     connection::{
@@ -52,7 +53,7 @@ use crate::{
     registry::{path_header::PathHeader, wire::Answers},
     route::router::Arrival,
     transport::{
-        clients::{Clients, Occasional, Source},
+        clients::{Clients, Occasional, Origin},
         coalesce::Coalesced,
         dial::MAX_SEGMENT,
         unix::{NodePeer, UnixStream},
@@ -222,8 +223,8 @@ pub async fn serve(
             let incoming = paused_by_errors(UnixListenerStream::new(listener));
             let incoming = incoming.filter_map(move |stream| {
                 let kept = |stream: UnixStream| {
-                    let source = stream.process().source();
-                    clients.keep(source, stream)
+                    let origin = stream.process().origin();
+                    clients.keep(origin, stream)
                 };
                 stream.map(UnixStream::accepted).map(kept).transpose()
             });
@@ -239,8 +240,8 @@ pub async fn serve(
                     // Gone already where it has no address.
                     let address = stream.peer_addr().ok()?.ip().to_canonical();
                     let _ = stream.set_nodelay(true);
-                    let source = Source::Address(address);
-                    clients.keep(source, Coalesced::new(stream))
+                    let origin = Origin::Address(address);
+                    clients.keep(origin, Coalesced::new(stream))
                 };
                 stream.map(kept).transpose()
             });
@@ -301,6 +302,10 @@ impl Front {
         let caller = self.caller(&request);
         let peer = request.extensions().get::<NodePeer>();
         let descriptors = peer.map(|peer| Arc::clone(&peer.descriptors));
+        let source = match self.arrival {
+            Arrival::Local | Arrival::Forwarder => Source::Node,
+            Arrival::Network => Source::Network(request.remote_addr().map(|it| it.ip())),
+        };
         let token = token::read(request.metadata()).map(Some).or_else(|error| {
             if matches!(error, TokenError::Missing(_)) {
                 Ok(None)
@@ -312,6 +317,7 @@ impl Front {
         let timeout = caller_timeout(request.metadata()).map_or(limit, |asked| asked.min(limit));
         Ok(Call {
             arrival: self.arrival,
+            source,
             descriptors,
             caller,
             token,

@@ -1,5 +1,6 @@
 //! What a call does: Request, Close, and the calls to the registry.
 
+pub(crate) mod admission;
 mod case;
 mod close;
 mod ends;
@@ -14,10 +15,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{identity::Caller, nsm::name::Domain};
+use ipnet::IpNet;
+use nsm_core::{
+    identity::{Caller, relay::Source},
+    nsm::name::Domain,
+};
 use nsm_proto::connection::Connection;
 use tokio::time::Instant;
 
+use self::admission::Admission;
 use crate::{
     connection::Held,
     error::RequestError,
@@ -35,6 +41,8 @@ pub struct Call<T> {
     pub message: T,
     /// The listener it came in by.
     pub arrival: Arrival,
+    /// Where it comes from.
+    pub source: Source,
     /// What the caller passes beside its calls, where its connection can carry descriptors.
     pub descriptors: Option<Arc<Descriptors>>,
     /// Who calls.
@@ -69,6 +77,10 @@ pub(crate) struct CallConfig {
     pub(crate) request_timeout: Duration,
     /// Whether administrators of the node may name its own network namespaces.
     pub(crate) node_namespace: bool,
+    /// What other parties may put into pods.
+    pub(crate) admission: Admission,
+    /// UDP ports of tunnels that a server may choose beside that of this node.
+    pub(crate) peer_ports: Vec<u16>,
 }
 
 /// Requests and Closes.
@@ -101,6 +113,11 @@ impl Calls {
             held,
             liveness,
         })
+    }
+
+    /// Protects these prefixes of the cluster beside the configured ones.
+    pub(crate) fn protect(&self, found: Vec<IpNet>) {
+        self.config.admission.protect(found);
     }
 
     fn forwarder(&self) -> Result<&dyn Forwarder, RequestError> {

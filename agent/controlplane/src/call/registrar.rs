@@ -13,7 +13,10 @@ mod tests;
 use std::sync::Arc;
 
 use nsm_core::{
-    identity::policy::{Action, Name, decide},
+    identity::{
+        policy::{Action, Name, decide},
+        relay::Source,
+    },
     net::PeerUrl,
     nsm::name::Domain,
 };
@@ -79,9 +82,13 @@ impl Registrar {
         }
     }
 
-    async fn place(&self, entry: &impl Named) -> Result<Place, RequestError> {
+    /// Which registry has the entry. Names of other domains are for callers that may relay.
+    async fn place(&self, entry: &impl Named, source: Source) -> Result<Place, RequestError> {
         let domain = entry.domain()?;
         let is_ours = domain.as_ref().is_none_or(|domain| *domain == self.domain);
+        if !is_ours {
+            self.lookup.check_relay(source)?;
+        }
         if let (false, Some(url)) = (is_ours, &self.proxy_url) {
             return Ok(Place {
                 registry: Arc::new(Remote::at(&self.lookup.peers, [url.clone()])),
@@ -92,7 +99,7 @@ impl Registrar {
         }
         let registry = match &domain {
             Some(domain) if !is_ours => {
-                let resolved = self.lookup.resolver.resolve(domain).await?;
+                let resolved = self.lookup.resolve(domain).await?;
                 Arc::new(self.lookup.registry_of(&resolved))
             }
             _ => Arc::clone(&self.lookup.registry),
@@ -113,8 +120,10 @@ impl Registrar {
     ) -> Result<NetworkService, RequestError> {
         decide(&call.caller, Action::Register(name_of(&call.message)))?;
         let terms = terms(&call, path);
+        let source = call.source;
         let mut service = call.message;
-        let place = self.place(&service).await?;
+        let place = self.place(&service, source).await?;
+        self.lookup.check_registrant(source)?;
         place.strip(&mut service)?;
         let mut registered = place.registry.services().register(service, terms).await?;
         registered.join(place.domain.as_ref())?;
@@ -129,8 +138,10 @@ impl Registrar {
     ) -> Result<(), RequestError> {
         decide(&call.caller, Action::Unregister(name_of(&call.message)))?;
         let terms = terms(&call, path);
+        let source = call.source;
         let mut service = call.message;
-        let place = self.place(&service).await?;
+        let place = self.place(&service, source).await?;
+        self.lookup.check_registrant(source)?;
         place.strip(&mut service)?;
         place.registry.services().unregister(service, terms).await
     }
@@ -152,7 +163,7 @@ impl Registrar {
         call: Call<E::Query>,
     ) -> Result<(Place, Events<E>), RequestError> {
         let (mut wanted, watch) = E::from_query(call.message);
-        let place = self.place(&wanted).await?;
+        let place = self.place(&wanted, call.source).await?;
         place.strip(&mut wanted)?;
         let entries = E::part_of(&*place.registry);
         let found = if watch {

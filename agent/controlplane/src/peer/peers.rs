@@ -29,6 +29,7 @@ use crate::{
     sync::lock,
     transport::{
         dial::{self, DialError},
+        guard::DialGuard,
         unix::{Descriptors, Passed},
     },
 };
@@ -55,6 +56,7 @@ pub(crate) struct Peer {
     /// What is watched of where tunnels to it went last.
     tunnel: Mutex<Option<PathId>>,
     max_message_bytes: usize,
+    guard: Arc<DialGuard>,
 }
 
 impl Peer {
@@ -91,7 +93,10 @@ impl Peer {
                 );
                 dialed.await
             }
-            None => dial::dial_with(&self.url, &self.descriptors, dial_timeout).await,
+            None => {
+                let guard = Some(&self.guard).filter(|guard| !guard.is_configured(&self.url));
+                dial::dial_guarded(&self.url, &self.descriptors, guard, dial_timeout).await
+            }
         }
     }
 
@@ -197,6 +202,7 @@ pub(crate) struct Peers {
     dial_timeout: Duration,
     max_message_bytes: usize,
     tokens: Arc<TokenSource>,
+    guard: Arc<DialGuard>,
 }
 
 impl Peers {
@@ -212,7 +218,19 @@ impl Peers {
             dial_timeout,
             max_message_bytes,
             tokens,
+            guard: Arc::default(),
         }
+    }
+
+    /// Dials only what this guard admits.
+    pub(crate) fn guarded_by(mut self, guard: DialGuard) -> Self {
+        self.guard = Arc::new(guard);
+        self
+    }
+
+    /// What decides on the addresses that are dialled.
+    pub(crate) fn guard(&self) -> &DialGuard {
+        &self.guard
     }
 
     /// The peer behind `url`.
@@ -261,6 +279,7 @@ impl Peers {
             emptied: Notify::new(),
             tunnel: Mutex::default(),
             max_message_bytes: self.max_message_bytes,
+            guard: Arc::clone(&self.guard),
         })
     }
 

@@ -17,6 +17,14 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// Where it is, if it is another.
+    pub(crate) fn url(&self) -> Option<&PeerUrl> {
+        match self {
+            Self::Memory(_) => None,
+            Self::Remote(url) => Some(url),
+        }
+    }
+
     /// The registry behind it; `peers` dials one that is elsewhere.
     pub(crate) fn open(self, peers: &Arc<Peers>) -> Arc<dyn DomainRegistry> {
         match self {

@@ -6,7 +6,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_core::{mechanism::vni_pool::VniPool, net::PeerUrl};
+use nsm_core::{
+    identity::relay::Relays, link::admission::Rules, mechanism::vni_pool::VniPool, net::PeerUrl,
+};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::{Instant, timeout};
@@ -146,6 +148,10 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         max_message_bytes: 1 << 20,
         reachability: Reachability::Off,
         node_namespace: false,
+        admission: Rules::default(),
+        relays: Relays::default(),
+        dial_inside: Vec::new(),
+        peer_ports: Vec::new(),
     };
     let plane = ControlPlane::start(
         settings,

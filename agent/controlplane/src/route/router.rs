@@ -17,6 +17,7 @@ use std::{
 };
 
 use nsm_core::{
+    identity::relay::{NotServed, Relays, Source},
     net::{PeerUrl, PeerUrlError},
     nsm::{
         name::{Domain, InterdomainName},
@@ -112,6 +113,14 @@ pub(crate) struct RouterConfig {
     pub(crate) registry_proxy_url: Option<PeerUrl>,
 }
 
+/// A Request as the router needs it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) arrival: Arrival,
+    pub(crate) source: Source,
+    pub(crate) connection: &'a Connection,
+}
+
 /// What names are looked up in: shared by the router and the registry services.
 pub(crate) struct Lookup {
     /// The registry of our own domain.
@@ -119,11 +128,33 @@ pub(crate) struct Lookup {
     pub(crate) resolver: Resolver,
     pub(crate) peers: Arc<Peers>,
     pub(crate) addresses: Addresses,
+    /// Which callers of the network may use us to reach others.
+    pub(crate) relays: Relays,
     pub(crate) bypass: Bypass,
     pub(crate) local_endpoints: LocalEndpoints,
 }
 
 impl Lookup {
+    /// Where another domain's services are. What the operator has configured of it may be dialled, wherever it leads.
+    pub(crate) async fn resolve(&self, domain: &Domain) -> Result<Arc<Resolved>, RequestError> {
+        let resolved = self.resolver.resolve(domain).await?;
+        if self.resolver.is_configured(domain) {
+            let places = resolved.registry.iter().chain(&resolved.proxy);
+            self.peers.guard().permit(places.copied());
+        }
+        Ok(resolved)
+    }
+
+    /// Whether a caller may ask for names of other domains. Only the log has the reason.
+    pub(crate) fn check_relay(&self, source: Source) -> Result<(), RequestError> {
+        logged(source, self.relays.check_relay(source))
+    }
+
+    /// Whether a caller may register. Only the log has the reason.
+    pub(crate) fn check_registrant(&self, source: Source) -> Result<(), RequestError> {
+        logged(source, self.relays.check_registrant(source))
+    }
+
     /// The registry of another domain.
     pub(crate) fn registry_of(&self, resolved: &Resolved) -> Remote {
         let urls = resolved.registry.iter().copied().map(PeerUrl::from);
@@ -151,10 +182,14 @@ impl Router {
     /// The ways to a service or endpoint, best first; never empty.
     pub(crate) async fn routes(
         &self,
-        arrival: Arrival,
-        connection: &Connection,
+        asked: Asked<'_>,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
+        let Asked {
+            arrival,
+            source,
+            connection,
+        } = asked;
         if let Arrival::Forwarder = arrival {
             let nsmgr = self.config.upstream_nsmgr_url.as_ref();
             let nsmgr = nsmgr.ok_or(RequestError::Missing("NSMgr that the forwarder works for"))?;
@@ -174,6 +209,9 @@ impl Router {
             (Arrival::Network, Some(_))
                 if let Some(way) = self.way(&connection.network_service_endpoint_name) =>
             {
+                if !way.registered_here {
+                    self.lookup.check_relay(source)?;
+                }
                 Ok(vec![Route {
                     url: way.url,
                     crossing: if way.registered_here {
@@ -196,7 +234,7 @@ impl Router {
                 self.routes_as_named(proxy, connection, deadline).await
             }
             (Arrival::Local, Some(domain)) if domain != self.config.domain => {
-                let resolved = self.lookup.resolver.resolve(&domain).await?;
+                let resolved = self.lookup.resolve(&domain).await?;
                 // Our own domain by another name, such as our address.
                 if resolved
                     .proxy
@@ -462,6 +500,13 @@ impl Router {
         }
         Ok(chosen.into_iter().map(|at| &*found.endpoints[at]).collect())
     }
+}
+
+fn logged(source: Source, outcome: Result<(), NotServed>) -> Result<(), RequestError> {
+    outcome.inspect_err(
+        |reason| tracing::info!(%reason, ?source, "refused a caller of the network"),
+    )?;
+    Ok(())
 }
 
 /// The first URL of a registry's answer that is none. The endpoint is left out; where none is left, it is the error.

@@ -34,7 +34,7 @@ const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Where a connection comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Source {
+pub(crate) enum Origin {
     /// A user of this node, in one network namespace.
     Process(Option<u32>, Option<NetnsCookie>),
     /// An address of the network.
@@ -52,7 +52,7 @@ pub struct Clients {
 
 #[derive(Debug, Default)]
 struct Counts {
-    of_sources: HashMap<Source, usize>,
+    of_sources: HashMap<Origin, usize>,
     of_network: usize,
     all: usize,
 }
@@ -70,10 +70,10 @@ impl Clients {
     }
 
     /// Counts a connection in; none where there is no place for it.
-    fn admit(&self, source: Source) -> Option<Place> {
+    fn admit(&self, origin: Origin) -> Option<Place> {
         let mut counts = lock(&self.counts);
-        let of_source = counts.of_sources.get(&source).copied().unwrap_or_default();
-        let is_far = matches!(source, Source::Address(_));
+        let of_source = counts.of_sources.get(&origin).copied().unwrap_or_default();
+        let is_far = matches!(origin, Origin::Address(_));
         let is_full = counts.all >= self.all
             || of_source >= self.of_one_source
             || (is_far && counts.of_network >= self.all - self.all / 4);
@@ -81,7 +81,7 @@ impl Clients {
             drop(counts);
             if self.refusals.is_due() {
                 tracing::warn!(
-                    ?source,
+                    ?origin,
                     limit = self.of_one_source,
                     limit.all = self.all,
                     "too many connections: new ones are closed at once (`limits.max_clients_per_source`, and half of the open files)"
@@ -89,19 +89,19 @@ impl Clients {
             }
             return None;
         }
-        counts.of_sources.insert(source, of_source + 1);
+        counts.of_sources.insert(origin, of_source + 1);
         counts.of_network += usize::from(is_far);
         counts.all += 1;
         Some(Place {
-            source,
+            origin,
             counts: Arc::clone(&self.counts),
         })
     }
 
     /// A connection that was accepted, unless there is no place for it.
-    pub(crate) fn keep<S>(&self, source: Source, stream: S) -> Option<Kept<S>> {
+    pub(crate) fn keep<S>(&self, origin: Origin, stream: S) -> Option<Kept<S>> {
         Some(Kept {
-            place: self.admit(source)?,
+            place: self.admit(origin)?,
             stream,
             received: 0,
             opening: Some(Box::pin(sleep(OPENING))),
@@ -112,7 +112,7 @@ impl Clients {
 /// A connection in the counts, until it is dropped.
 #[derive(Debug)]
 struct Place {
-    source: Source,
+    origin: Origin,
     counts: Arc<Mutex<Counts>>,
 }
 
@@ -120,11 +120,11 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut counts = lock(&self.counts);
         counts.all -= 1;
-        counts.of_network -= usize::from(matches!(self.source, Source::Address(_)));
-        if let Some(count) = counts.of_sources.get_mut(&self.source) {
+        counts.of_network -= usize::from(matches!(self.origin, Origin::Address(_)));
+        if let Some(count) = counts.of_sources.get_mut(&self.origin) {
             *count -= 1;
             if *count == 0 {
-                counts.of_sources.remove(&self.source);
+                counts.of_sources.remove(&self.origin);
             }
         }
     }
@@ -176,7 +176,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Kept<S> {
         }
         match opening.as_mut().poll(context) {
             Poll::Ready(()) => {
-                tracing::debug!(source = ?this.place.source, "a connection that does not begin is closed");
+                tracing::debug!(origin = ?this.place.origin, "a connection that does not begin is closed");
                 Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
             }
             Poll::Pending => read,
@@ -228,12 +228,12 @@ mod tests {
 
     use super::*;
 
-    fn user(user: u32) -> Source {
-        Source::Process(Some(user), Some(NetnsCookie(1)))
+    fn user(user: u32) -> Origin {
+        Origin::Process(Some(user), Some(NetnsCookie(1)))
     }
 
-    fn address(last: u8) -> Source {
-        Source::Address([192, 0, 2, last].into())
+    fn address(last: u8) -> Origin {
+        Origin::Address([192, 0, 2, last].into())
     }
 
     #[test]

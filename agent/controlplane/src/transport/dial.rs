@@ -25,6 +25,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::transport::{
     coalesce::Coalesced,
+    guard::DialGuard,
     unix::{Descriptors, Passed, UnixStream},
 };
 
@@ -78,6 +79,18 @@ pub enum DialError {
     },
 }
 
+impl DialError {
+    /// Whether it is about a socket of this node.
+    pub(crate) fn is_local(&self) -> bool {
+        match self {
+            Self::Url(_) => false,
+            Self::Connect { url, .. } | Self::Timeout { url, .. } | Self::Released(url) => {
+                url.is_local()
+            }
+        }
+    }
+}
+
 /// What a Unix connection's HTTP/2 requests call the other end, as gRPC does.
 const UNIX_AUTHORITY: &str = "http://localhost";
 
@@ -101,12 +114,26 @@ pub async fn dial_with(
     descriptors: &Arc<Descriptors>,
     dial_timeout: Duration,
 ) -> Result<Channel, DialError> {
+    dial_guarded(url, descriptors, None, dial_timeout).await
+}
+
+/// As [`dial_with`]; with a guard, what it does not admit is not connected to.
+///
+/// # Errors
+///
+/// The peer cannot be connected to in time, or the guard does not admit where it is.
+pub(crate) async fn dial_guarded(
+    url: &PeerUrl,
+    descriptors: &Arc<Descriptors>,
+    guard: Option<&Arc<DialGuard>>,
+    dial_timeout: Duration,
+) -> Result<Channel, DialError> {
     match url.place() {
         PeerPlace::Unix(path) => {
             let peer = UnixPeer::At(path.clone());
             dial_unix(peer, descriptors, url, dial_timeout).await
         }
-        PeerPlace::Tcp { host, port } => dial_tcp(url, host, *port, dial_timeout).await,
+        PeerPlace::Tcp { host, port } => dial_tcp(url, (host, *port), guard, dial_timeout).await,
         PeerPlace::Passed { .. } => Err(DialError::Released(url.clone())),
     }
 }
@@ -128,8 +155,8 @@ pub(crate) async fn dial_passed(
 
 async fn dial_tcp(
     url: &PeerUrl,
-    host: &str,
-    port: u16,
+    (host, port): (&str, u16),
+    guard: Option<&Arc<DialGuard>>,
     dial_timeout: Duration,
 ) -> Result<Channel, DialError> {
     let authority = match host.contains(':') {
@@ -142,7 +169,9 @@ async fn dial_tcp(
         cause: root_cause(&error),
     })?;
     let endpoint = endpoint.connect_timeout(dial_timeout);
-    let connecting = endpoint.connect_with_connector(tower::service_fn(connect_tcp));
+    let guard = guard.cloned();
+    let connect = move |uri| connect_tcp(uri, guard.clone());
+    let connecting = endpoint.connect_with_connector(tower::service_fn(connect));
     in_time(url, dial_timeout, connecting).await
 }
 
@@ -213,9 +242,12 @@ async fn in_time(
 }
 
 /// A TCP connection on which a dead peer is noticed by the kernel.
-async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
+async fn connect_tcp(
+    uri: Uri,
+    guard: Option<Arc<DialGuard>>,
+) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
     let authority = uri.authority().map(Authority::as_str).unwrap_or_default();
-    let stream = connect_to_one(authority).await?;
+    let stream = connect_to_one(authority, guard.as_deref()).await?;
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(&stream);
     socket.set_tcp_keepalive(
@@ -230,9 +262,13 @@ async fn connect_tcp(uri: Uri) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
 
 /// Connects to the first of a name's addresses that takes the connection. A segment's size is a matter of the handshake, so it is
 /// said before.
-async fn connect_to_one(authority: &str) -> io::Result<TcpStream> {
+async fn connect_to_one(authority: &str, guard: Option<&DialGuard>) -> io::Result<TcpStream> {
     let mut refused = None;
     for address in lookup_host(authority).await? {
+        if let Some(Err(error)) = guard.map(|guard| guard.check(address)) {
+            refused = Some(error);
+            continue;
+        }
         let socket = match address {
             SocketAddr::V4(_) => TcpSocket::new_v4()?,
             SocketAddr::V6(_) => TcpSocket::new_v6()?,

@@ -3,4 +3,5 @@
 pub mod clients;
 pub(crate) mod coalesce;
 pub mod dial;
+pub(crate) mod guard;
 pub mod unix;

@@ -137,6 +137,21 @@ async fn wrong_answers() {
             |it| set(it, "dst_port", "-1"),
             &["dst_port = `-1`"],
         ),
+        (
+            "another service's port",
+            |it| set(it, "dst_port", "53"),
+            &["dst_port = `53`", "tunnel.peer_ports"],
+        ),
+        (
+            "our loopback",
+            |it| set(it, "dst_ip", "127.0.0.1"),
+            &["dst_ip = `127.0.0.1`"],
+        ),
+        (
+            "our own address",
+            |it| set(it, "dst_ip", "192.0.2.1"),
+            &["dst_ip = `192.0.2.1`", "would send to it"],
+        ),
         ("a bad MTU", |it| set(it, "MTU", "much"), &["MTU = `much`"]),
         (
             "a bad client address",

@@ -3,6 +3,7 @@
 //! Every scenario compares what is held on all sides before and after: connections, VNIs, monitor
 //! streams, links in the kernels, registry entries, and the endpoints' own connections.
 
+mod admission;
 mod claims;
 mod finding;
 mod flow;
@@ -17,6 +18,7 @@ mod node;
 mod owners;
 mod reasons;
 mod refused;
+mod relay;
 mod selection;
 mod support;
 mod told;

@@ -4,6 +4,7 @@ mod caller;
 mod owner;
 pub mod policy;
 mod process;
+pub mod relay;
 
 pub use caller::{Caller, Transport};
 pub use owner::Owner;

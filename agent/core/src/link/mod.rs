@@ -7,6 +7,7 @@
 //!
 //! A link is ours only when its alias parses as a [`LinkAlias`]. No other link is ever changed or deleted, whatever its name.
 
+pub mod admission;
 mod alias;
 #[cfg(test)]
 mod model;

@@ -216,13 +216,35 @@ pub enum MechanismError {
     },
     /// An address that no tunnel can end at.
     #[error(
-        "mechanism parameter {key} = `{value}` is no address of one host: send the node's unicast address"
+        "mechanism parameter {key} = `{value}` is no address of one host that other nodes reach: send the node's unicast address"
     )]
     NotUnicast {
         /// The parameter.
         key: &'static str,
         /// What it holds.
         value: String,
+    },
+    /// A tunnel to this node itself.
+    #[error(
+        "mechanism parameter {key} = `{value}` is an address of the node that would send to it: send the address of the other node"
+    )]
+    OwnAddress {
+        /// The parameter.
+        key: &'static str,
+        /// The address.
+        value: IpAddr,
+    },
+    /// A UDP port that the node opens for no tunnel.
+    #[error(
+        "mechanism parameter {key} = `{value}` is no UDP port of tunnels on this node, which has {own}: the other end chooses none of ours;          add it to `tunnel.peer_ports` to admit it"
+    )]
+    ForeignPort {
+        /// The parameter.
+        key: &'static str,
+        /// The port.
+        value: u16,
+        /// The port of this node's tunnels.
+        own: u16,
     },
     /// No UDP port.
     #[error(

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use super::MechanismError;
-use crate::{liveness::sbfd::Discriminator, net::Vni, text::decimal};
+use crate::{address::special::of_address, liveness::sbfd::Discriminator, net::Vni, text::decimal};
 
 /// A mechanism's parameters as on the wire.
 pub type Parameters = BTreeMap<String, String>;
@@ -107,9 +107,9 @@ pub(super) fn parse_address(
         value: text.to_owned(),
     })?;
     let address = address.to_canonical();
-    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
-    // To the kernel an unspecified remote is no remote, and a multicast one floods.
-    if address.is_unspecified() || address.is_multicast() || broadcast {
+    // To the kernel an unspecified remote is no remote, and a multicast one floods. Loopback and link-local addresses mean another host
+    // on each node: packets to them would reach what listens on ours.
+    if of_address(address).is_some() {
         return Err(MechanismError::NotUnicast {
             key,
             value: text.to_owned(),

@@ -1,5 +1,6 @@
 //! Tests of the rules that other crates call, one file a module.
 
+mod admission;
 mod card;
 mod expiry;
 mod heal;
@@ -15,6 +16,7 @@ mod policy;
 mod prefix;
 mod public_address;
 mod registry;
+mod relay;
 mod sbfd;
 mod select;
 mod users;

@@ -12,7 +12,7 @@ use nsm_controlplane::{
         memory::{Limits, Memory},
     },
 };
-use nsm_core::mechanism::vni_pool::VniPool;
+use nsm_core::{identity::relay::Relays, link::admission, mechanism::vni_pool::VniPool};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 
 use super::forwarder::NodeForwarder;
@@ -42,6 +42,13 @@ pub(crate) async fn build(
         max_message_bytes: config.limits.max_message_bytes,
         reachability: config.reachability,
         node_namespace: config.node_namespace,
+        admission: admission(config),
+        relays: Relays {
+            relay_for: config.relay_for.clone(),
+            registrants: config.registrants.clone(),
+        },
+        dial_inside: config.dial_inside.clone(),
+        peer_ports: config.tunnel.peer_ports.clone(),
     };
     Ok(ControlPlane::start(
         settings,
@@ -51,6 +58,18 @@ pub(crate) async fn build(
         forwarder.map(|forwarder| Arc::clone(forwarder) as Arc<dyn Forwarder>),
         VniPool::new(config.tunnel.management_vni),
     ))
+}
+
+/// What other domains may put into pods.
+fn admission(config: &Config) -> admission::Rules {
+    let mut dns_domains = config.admission.dns_domains.clone();
+    dns_domains.push(config.domain.clone());
+    admission::Rules {
+        prefixes: config.admission.prefixes.clone(),
+        of_domain: config.admission.domains.clone(),
+        protected: config.admission.protected.clone(),
+        dns_domains,
+    }
 }
 
 /// The resolver's configuration, which a reload replaces.

@@ -6,10 +6,11 @@ use std::{
     net::IpAddr,
     os::fd::AsFd as _,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt as _, stream};
+use ipnet::IpNet;
 use nix::errno::Errno;
 use nsm_controlplane::{
     ports::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
@@ -17,7 +18,7 @@ use nsm_controlplane::{
 };
 use nsm_core::{
     identity::UserNamespace,
-    link::{LinkAlias, VxlanSpec},
+    link::{LinkAlias, VxlanSpec, admission::Holding},
     net::NetnsUrl,
 };
 use nsm_dataplane::{
@@ -25,6 +26,7 @@ use nsm_dataplane::{
     liveness::{Preflights, Report},
     netns::{Netns, NetnsError},
 };
+use tokio::sync::Mutex;
 
 use super::{
     namespaces::Namespaces,
@@ -43,6 +45,9 @@ const USUAL_MTU: u32 = 1500;
 /// Namespaces whose links' counters are read at one time: each takes a thread of those that Requests need.
 const AT_ONCE: usize = 4;
 
+/// How long the node's own addresses are taken as they were read: connections come by the thousand, addresses by the day.
+const OWN_ADDRESSES_LIFE: Duration = Duration::from_secs(1);
+
 /// What the links of tunnels have counted.
 pub(crate) type LinkCounters = HashMap<LinkAlias, Counters>;
 
@@ -55,6 +60,8 @@ pub(crate) struct NodeForwarder {
     probing: Arc<Probing>,
     tunnel: config::Tunnel,
     underlays: Underlays,
+    /// The node's addresses, and when they were read.
+    own_addresses: Mutex<Option<(Instant, Arc<[IpNet]>)>>,
 }
 
 impl NodeForwarder {
@@ -84,6 +91,7 @@ impl NodeForwarder {
             probing,
             tunnel: config.tunnel.clone(),
             underlays: Underlays::default(),
+            own_addresses: Mutex::default(),
         })))
     }
 
@@ -225,6 +233,30 @@ impl Forwarder for NodeForwarder {
         let underlay = Underlay { ip, port, mtu };
         self.underlays.keep(remote, underlay, Instant::now());
         Ok(underlay)
+    }
+
+    async fn holdings(
+        &self,
+        pod: &PodNetns,
+        alias: &LinkAlias,
+    ) -> Result<Vec<Holding>, ForwarderError> {
+        let netns = self.open(pod, alias).await?;
+        self.links.holdings(&netns, alias).await.map_err(refusal)
+    }
+
+    async fn own_addresses(&self) -> Result<Arc<[IpNet]>, ForwarderError> {
+        let mut known = self.own_addresses.lock().await;
+        match &*known {
+            Some((read, addresses)) if read.elapsed() < OWN_ADDRESSES_LIFE => {
+                Ok(Arc::clone(addresses))
+            }
+            _ => {
+                let addresses: Arc<[IpNet]> =
+                    self.links.own_addresses().await.map_err(refusal)?.into();
+                *known = Some((Instant::now(), Arc::clone(&addresses)));
+                Ok(addresses)
+            }
+        }
     }
 
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError> {

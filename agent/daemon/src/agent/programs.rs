@@ -18,6 +18,8 @@ pub(crate) struct Programs {
     /// None without rights or by configuration, and once the agent has released the programs.
     bpf: Mutex<Option<Arc<Bpf>>>,
     slots: Mutex<HashMap<Vni, Slot>>,
+    /// Tunnels whose port is not the usual one: BPF forgets a port with its last tunnel.
+    peer_ports: Mutex<HashMap<Vni, u16>>,
     /// The tunnels' own port, which the programs know from the start.
     port: u16,
     pin_dir: String,
@@ -78,6 +80,7 @@ impl Programs {
         Self {
             bpf: Mutex::new(bpf.map(Arc::new)),
             slots: Mutex::default(),
+            peer_ports: Mutex::default(),
             port: config.tunnel.port,
             pin_dir: config.bpf.pin_dir.display().to_string(),
             degraded,
@@ -144,8 +147,9 @@ impl Programs {
     /// same, uncounted.
     pub(crate) fn count(&self, spec: &VxlanSpec) {
         let added = self.with(|bpf| {
-            // The peer chooses its port.
+            // The peer chooses its port, among those that are configured.
             if spec.port != self.port {
+                self.peer_ports().insert(spec.vni, spec.port);
                 bpf.add_port(spec.port)?;
             }
             bpf.add_tunnel(spec.vni, spec.remote)
@@ -164,7 +168,17 @@ impl Programs {
     /// Counts a tunnel no longer.
     pub(crate) fn uncount(&self, spec: &VxlanSpec) {
         self.slots().remove(&spec.vni);
-        let removed = self.with(|bpf| bpf.remove_tunnel(spec.vni, spec.remote));
+        let is_left = {
+            let mut ports = self.peer_ports();
+            let port = ports.remove(&spec.vni);
+            port.is_some_and(|port| !ports.values().any(|other| *other == port))
+        };
+        let removed = self.with(|bpf| {
+            if is_left {
+                bpf.remove_port(spec.port)?;
+            }
+            bpf.remove_tunnel(spec.vni, spec.remote)
+        });
         if let Some(Err(error)) = removed {
             tracing::warn!(tunnel.vni = spec.vni.get(), %error, "the tunnel's slot is not freed");
         }
@@ -199,6 +213,11 @@ impl Programs {
     fn with<T>(&self, use_it: impl FnOnce(&Bpf) -> T) -> Option<T> {
         let bpf = self.bpf.lock().unwrap_or_else(PoisonError::into_inner);
         bpf.as_deref().map(use_it)
+    }
+
+    fn peer_ports(&self) -> MutexGuard<'_, HashMap<Vni, u16>> {
+        let ports = self.peer_ports.lock();
+        ports.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<Vni, Slot>> {

@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
+    link::admission::{cluster_domains, private_ranges},
     net::{IfName, PeerUrl, Vni},
     nsm::name::Domain,
 };
@@ -22,6 +24,7 @@ use nsm_discovery::{
 
 use super::{
     kinds::*,
+    prefixes::{domain_prefixes, prefix},
     table::{Field, Key, Section, Settings, settings},
     value::ListenUrl,
 };
@@ -47,6 +50,13 @@ Config {
     registry_url: Option<PeerUrl> = None => peer_url().optional();
     /// The registry proxy for names of other domains; by default DNS leads to their registries
     registry_proxy_url: Option<PeerUrl> = None => peer_url().optional();
+    /// Address ranges of this domain's own systems, which may ask over the network for names of other domains: NSMgrs and registries
+    relay_for: Vec<IpNet> = Vec::new() => prefix().list();
+    /// Address ranges that may register over the network, beside `relay_for`; without any all may
+    registrants: Vec<IpNet> = Vec::new() => prefix().list();
+    /// Ranges of loopback, link-local and own addresses that are dialled although DNS or other domains named them; the configured URLs
+    /// and hosts need none
+    dial_inside: Vec<IpNet> = Vec::new() => prefix().list();
     /// Whether this agent makes links on this node
     forwarder: bool = true => boolean();
     /// Whether root of the node may have links in the node's own network namespace; nobody else may ever
@@ -76,6 +86,8 @@ Config {
     request_timeout: Duration = Duration::from_secs(15) => duration();
     /// The longest time to connect to a peer
     dial_timeout: Duration = Duration::from_secs(5) => duration();
+    /// What another domain may put into a pod
+    admission: Admission = Admission::default() => Section;
     /// What a client may cost
     limits: Limits = Limits::default() => Section;
     /// What is logged, and how
@@ -143,6 +155,8 @@ Tunnel {
     ip: Option<IpAddr> = None => host_address().optional();
     /// The UDP port of VXLAN
     port: u16 = 4789 => port();
+    /// UDP ports of VXLAN that other nodes may choose beside this node's: each is opened here when one does
+    peer_ports: Vec<u16> = Vec::new() => port().list();
     /// The MTU of the underlay; 0 takes that of its link
     mtu: u32 = 0 => mtu();
     /// The VNI of the probes between nodes, which no connection gets; peers may have another
@@ -177,6 +191,22 @@ Token {
     spiffe_id: Option<String> = None => spiffe_id().optional();
     /// The SPIFFE ids of the peers that tokens are for (`aud`); by default tokens name none
     audience: Vec<String> = Vec::new() => spiffe_id().list();
+}
+}
+
+settings! {
+/// What another domain may put into a pod.
+Admission {
+    /// Prefixes of addresses and routes that any domain may give to a pod
+    prefixes: Vec<IpNet> = private_ranges() => prefix().list();
+    /// Prefixes that a domain may give to a pod, in place of these
+    domains: BTreeMap<Domain, Vec<IpNet>> = BTreeMap::new() => domain_prefixes();
+    /// Prefixes that no domain may give to a pod: those of the cluster's pods and services
+    protected: Vec<IpNet> = Vec::new() => prefix().list();
+    /// NSM's file of prefixes that are protected too, followed while the agent runs
+    excluded_prefixes_file: PathBuf = "/var/lib/networkservicemesh/config/excluded_prefixes.yaml".into() => file();
+    /// DNS domains of the cluster, which no other domain may resolve; this agent's domain is one too
+    dns_domains: Vec<Domain> = cluster_domains() => text("DOMAIN").list();
 }
 }
 

@@ -19,6 +19,7 @@ mod keys;
 mod kinds;
 mod names;
 mod node;
+mod prefixes;
 mod print;
 mod table;
 mod value;

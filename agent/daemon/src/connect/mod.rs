@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tonic::Code;
 
 use crate::{
-    cli::{ConnectArgs, label_map},
+    cli::ConnectArgs,
     netns::Netns,
     tool::{Agent, CallError, Stop, goodbye, random_name},
 };
@@ -106,7 +106,7 @@ impl Client {
         reporter.asking(&service, &agent.url, netns.path(), &args.interface)?;
         let wanted = Wanted {
             service,
-            labels: label_map(&args.labels),
+            labels: args.labels(),
             interface: args.interface.clone(),
             netns,
         };

@@ -89,13 +89,14 @@ impl Reporter {
 
     /// The connection is lost.
     pub(crate) fn down(self, reason: &str) -> anyhow::Result<()> {
-        self.print(|| format!("down       {reason}"), &Event::Down { reason })
+        let words = || format!("down       {}", shown(reason));
+        self.print(words, &Event::Down { reason })
     }
 
     /// A try that failed; another follows.
     pub(crate) fn error(self, message: &str) -> anyhow::Result<()> {
         self.print(
-            || format!("failed     {message}"),
+            || format!("failed     {}", shown(message)),
             &Event::Error { message },
         )
     }
@@ -115,7 +116,7 @@ impl Reporter {
         self.print(
             || match error {
                 None => "closed".to_owned(),
-                Some(error) => format!("closed     not by the agent: {error}"),
+                Some(error) => format!("closed     not by the agent: {}", shown(error)),
             },
             &Event::Closed { error },
         )

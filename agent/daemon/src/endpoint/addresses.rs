@@ -96,6 +96,9 @@ impl Addresses {
             }
             self.release_changed(held, Some(&lease));
         }
+        // This end's addresses and routes are its own choice: a client could route anything into its namespace.
+        context.dst_ip_addrs.clear();
+        context.dst_routes.clear();
         for pair in &lease.0 {
             write(context, pair);
         }
@@ -147,9 +150,7 @@ fn write(context: &mut IpContext, pair: &Pair) {
 fn withdraw(context: &mut IpContext, pair: &Pair) {
     let (src, dst) = (pair.src.to_string(), pair.dst.to_string());
     context.src_routes.retain(|route| route.prefix != dst);
-    context.dst_routes.retain(|route| route.prefix != src);
     context.src_ip_addrs.retain(|address| *address != src);
-    context.dst_ip_addrs.retain(|address| *address != dst);
 }
 
 fn add(addresses: &mut Vec<String>, address: String) {
@@ -228,7 +229,7 @@ mod tests {
         let lease = addresses.assign(None, &mut context).unwrap();
         context.excluded_prefixes = vec!["172.16.1.0/28".to_owned()];
         let lease = addresses.assign(Some(&lease), &mut context).unwrap();
-        assert_eq!(context.dst_ip_addrs, ["fd00::1/128", "172.16.1.16/32"]);
+        assert_eq!(context.dst_ip_addrs, ["172.16.1.16/32", "fd00::1/128"]);
         assert_eq!(context.src_ip_addrs, ["fd00::2/128", "172.16.1.17/32"]);
         assert_eq!(context.src_routes.len(), 2);
         assert_eq!(addresses.in_use(), [1, 1]);
@@ -276,7 +277,24 @@ mod tests {
         // Somebody else has them now.
         let mut context = before.clone();
         addresses.assign(None, &mut context).unwrap();
-        assert_eq!(context.dst_ip_addrs, ["172.16.1.8/32", "172.16.1.1/32"]);
+        assert_eq!(context.dst_ip_addrs, ["172.16.1.1/32"]);
+    }
+
+    #[test]
+    fn a_client_chooses_nothing_of_this_end() {
+        let mut addresses = pools(&["172.16.1.0/24"]);
+        let foreign = |prefix: &str| Route {
+            prefix: prefix.to_owned(),
+            next_hop: String::new(),
+        };
+        let mut context = IpContext {
+            dst_ip_addrs: vec!["10.96.0.1/32".to_owned()],
+            dst_routes: vec![foreign("0.0.0.0/1"), foreign("128.0.0.0/1")],
+            ..IpContext::default()
+        };
+        addresses.assign(None, &mut context).unwrap();
+        assert_eq!(context.dst_ip_addrs, ["172.16.1.1/32"]);
+        assert_eq!(context.dst_routes, [foreign("172.16.1.2/32")]);
     }
 
     #[test]

@@ -120,7 +120,7 @@ impl Reporter {
         self.print(
             || match error {
                 None => "unregistered".to_owned(),
-                Some(error) => format!("unregistered not by the registry: {error}"),
+                Some(error) => format!("unregistered not by the registry: {}", shown(error)),
             },
             &Event::Unregistered { error },
         );
@@ -129,7 +129,7 @@ impl Reporter {
     /// Something failed and is tried again.
     pub(crate) fn error(self, message: &str) {
         self.print(
-            || format!("failed       {message}"),
+            || format!("failed       {}", shown(message)),
             &Event::Error { message },
         );
     }

@@ -93,7 +93,7 @@ fn no_agent(admin: &PeerUrl) -> String {
 fn render(status: &Status) -> String {
     let mut text = String::new();
     let mut line = |words: String| {
-        text.push_str(&words);
+        text.push_str(&shown(&words));
         text.push('\n');
     };
     let ready = if status.ready { "ready" } else { "NOT READY" };

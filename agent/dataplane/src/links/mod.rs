@@ -14,6 +14,7 @@
 
 mod basics;
 mod error;
+mod holdings;
 mod message;
 mod observe;
 mod place;
@@ -26,8 +27,9 @@ mod underlay;
 
 use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use nsm_core::{
-    link::{Link, LinkAlias, LinkSpec, VxlanSpec},
+    link::{Link, LinkAlias, LinkSpec, VxlanSpec, admission::Holding},
     net::{IfName, MacAddr},
 };
 use tokio::sync::oneshot;
@@ -201,6 +203,29 @@ impl Links {
     pub async fn observe(&self, pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, LinkError> {
         let (pod, alias) = (pod.clone(), alias.clone());
         self.read(move || session::observe(&pod, &alias)).await
+    }
+
+    /// The addresses and routes of the pod's links, but for the link with this alias: what a new connection may not take from it.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered or read.
+    pub async fn holdings(
+        &self,
+        pod: &Netns,
+        alias: &LinkAlias,
+    ) -> Result<Vec<Holding>, LinkError> {
+        let (pod, alias) = (pod.clone(), alias.clone());
+        self.read(move || holdings::of_pod(&pod, &alias)).await
+    }
+
+    /// The node's own addresses, each with the length of its network; those of loopback and of single links are left out.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be read.
+    pub async fn own_addresses(&self) -> Result<Vec<IpNet>, LinkError> {
+        self.on_node(holdings::own_addresses).await
     }
 
     /// The traffic of each of our links in the pod's namespace. All are read at once: a pod may have thousands, and finding one takes as

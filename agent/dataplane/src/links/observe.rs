@@ -134,15 +134,18 @@ fn vxlan_of(data: Vec<InfoVxlan>) -> LinkKind {
 }
 
 fn address_of(message: RouteNetlinkMessage, index: u32) -> Option<IpNet> {
+    let (found, address) = any_address(message)?;
+    (found == index).then_some(address)
+}
+
+/// An address, and the index of its link.
+pub(super) fn any_address(message: RouteNetlinkMessage) -> Option<(u32, IpNet)> {
     let RouteNetlinkMessage::NewAddress(AddressMessage {
         header, attributes, ..
     }) = message
     else {
         return None;
     };
-    if header.index != index {
-        return None;
-    }
     let (mut local, mut address) = (None, None);
     for attribute in attributes {
         match attribute {
@@ -152,7 +155,8 @@ fn address_of(message: RouteNetlinkMessage, index: u32) -> Option<IpNet> {
         }
     }
     // IPv6 has no LOCAL; on IPv4 ADDRESS is the peer's where there is one.
-    IpNet::new(local.or(address)?, header.prefix_len).ok()
+    let address = IpNet::new(local.or(address)?, header.prefix_len).ok()?;
+    Some((header.index, address))
 }
 
 fn neighbour_of(message: RouteNetlinkMessage, index: u32) -> Option<(IpAddr, MacAddr)> {
@@ -182,6 +186,12 @@ fn neighbour_of(message: RouteNetlinkMessage, index: u32) -> Option<(IpAddr, Mac
 }
 
 fn route_of(message: RouteNetlinkMessage, index: u32) -> Option<Route> {
+    let (out, route) = any_route(message)?;
+    (out == index).then_some(route)
+}
+
+/// A unicast route of the main table, and the index of the link that it leads over.
+pub(super) fn any_route(message: RouteNetlinkMessage) -> Option<(u32, Route)> {
     let RouteNetlinkMessage::NewRoute(RouteMessage {
         header, attributes, ..
     }) = message
@@ -208,10 +218,11 @@ fn route_of(message: RouteNetlinkMessage, index: u32) -> Option<Route> {
         IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)
     };
     let prefix = IpNet::new(destination.unwrap_or(any), header.destination_prefix_length).ok()?;
-    (out == Some(index)).then_some(Route {
+    let route = Route {
         spec: RouteSpec { prefix, via },
         ours: header.protocol == message::ROUTE_PROTOCOL,
-    })
+    };
+    Some((out?, route))
 }
 
 /// The number by which a namespace is known, when it has one.

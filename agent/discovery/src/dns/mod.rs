@@ -240,6 +240,15 @@ impl Setup {
     }
 }
 
+impl Resolver {
+    /// Whether the operator has configured where this domain is.
+    #[must_use]
+    pub fn is_configured(&self, domain: &Domain) -> bool {
+        let setup = self.setup.read().unwrap_or_else(PoisonError::into_inner);
+        setup.config.hosts.contains_key(domain)
+    }
+}
+
 impl Resolved {
     fn new(found: Found, now: Instant) -> Self {
         Self {

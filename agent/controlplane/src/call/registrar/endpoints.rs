@@ -53,7 +53,8 @@ impl Registrar {
     ) -> Result<NetworkServiceEndpoint, RequestError> {
         let terms = terms(&call, path);
         let mut endpoint = call.message.clone();
-        let place = self.place(&endpoint).await?;
+        let place = self.place(&endpoint, call.source).await?;
+        self.lookup.check_registrant(call.source)?;
         place.strip(&mut endpoint)?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Register)?;
@@ -195,7 +196,8 @@ impl Registrar {
     ) -> Result<(), RequestError> {
         let terms = terms(&call, path);
         let mut endpoint = call.message.clone();
-        let place = self.place(&endpoint).await?;
+        let place = self.place(&endpoint, call.source).await?;
+        self.lookup.check_registrant(call.source)?;
         place.strip(&mut endpoint)?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Unregister)?;
@@ -223,7 +225,7 @@ impl Registrar {
         let (place, found) = self.find(call).await?;
         let proxy = match &place.domain {
             Some(domain) if !place.is_ours => {
-                let resolved = self.lookup.resolver.resolve(domain).await?;
+                let resolved = self.lookup.resolve(domain).await?;
                 resolved.proxy.first().copied().map(PeerUrl::from)
             }
             _ => None,

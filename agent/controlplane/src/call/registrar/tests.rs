@@ -1,6 +1,6 @@
 use std::time::{Duration, SystemTime};
 
-use nsm_core::identity::{Caller, Process};
+use nsm_core::identity::{Caller, Process, relay::Relays};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use nsm_proto::registry::NetworkServiceEndpoint;
 use tokio::time::Instant;
@@ -21,6 +21,7 @@ fn registrar() -> Registrar {
         registry: Arc::new(Memory::new(Limits::default())),
         resolver: Resolver::new(ResolverConfig::default()),
         peers: Arc::new(Peers::connecting_with(Arc::new(tokens), second, 1 << 16)),
+        relays: Relays::default(),
         addresses: Addresses::new("tcp://192.0.2.1:5006".to_owned()),
         bypass: Bypass::default(),
         local_endpoints: LocalEndpoints::default(),
@@ -41,6 +42,7 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
             ..NetworkServiceEndpoint::default()
         },
         arrival: Arrival::Local,
+        source: Source::Node,
         descriptors: None,
         caller: Caller::on_node(Process {
             user: Some(uid),

@@ -9,7 +9,7 @@ use nsm_proto::{
     connectioncontext::ConnectionContext,
 };
 
-use super::{ask::Attempt, reply::check};
+use super::{admit::restore_exclusions, ask::Attempt, reply::check};
 use crate::{
     call::{
         Calls,
@@ -59,9 +59,13 @@ impl Calls {
         let granted = next_mechanism
             .as_ref()
             .map_or(&none, |mechanism| &mechanism.parameters);
+        restore_exclusions(attempt, reply);
         let context = reply.context.get_or_insert_default();
         let made = match &attempt.case {
-            Case::Through => self.pass_through(attempt, next_mechanism.clone()).await?,
+            Case::Through => {
+                self.admit_passing(attempt, context)?;
+                self.pass_through(attempt, next_mechanism.clone()).await?
+            }
             Case::LocalPair(client) => self.make_pair(attempt, client, granted, context).await?,
             Case::Initiate(client, remote) => {
                 let granted = remote.granted(granted);
@@ -102,6 +106,9 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let endpoint = self.endpoint_pod(attempt.route, granted).await?;
+        self.admit_client(attempt, context, None)?;
+        self.admit_endpoint(attempt, context, &endpoint, None)
+            .await?;
         End::Endpoint.set_mac(context, id);
         let name = interface(&client.pod.kernel, id);
         let endpoint_name = interface(&endpoint.kernel, id);

@@ -8,10 +8,15 @@ use std::{
     time::SystemTime,
 };
 
-use nsm_core::{identity::Owner, mechanism::RemoteMechanism, nsm::path::Path};
+use nsm_core::{
+    identity::{Owner, relay::Source},
+    mechanism::RemoteMechanism,
+    nsm::path::Path,
+};
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::time::Instant;
 
+use super::admit::Around;
 use crate::{
     call::{case::Case, pod::NamedNetns},
     connection::{model::Established, store::Turn},
@@ -24,6 +29,7 @@ use crate::{
 /// A Request in the terms of its next hop's side.
 pub(super) struct Ask {
     pub(super) arrival: Arrival,
+    pub(super) source: Source,
     /// Who will own the connection.
     pub(super) owner: Owner,
     /// The namespaces that the caller's mechanisms name.
@@ -64,6 +70,8 @@ pub(super) struct Attempt<'a> {
     pub(super) route: &'a Route,
     pub(super) peer: Arc<Peer>,
     pub(super) case: Case,
+    /// What is around the client's pod, where that is on this node.
+    pub(super) around_client: Option<Around>,
     /// What stands of the connection.
     pub(super) prior: Option<&'a Established>,
     /// A path that cannot be proved makes it fail.

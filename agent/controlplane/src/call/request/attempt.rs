@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use nsm_core::link::LinkAlias;
+use nsm_core::{
+    link::LinkAlias,
+    mechanism::{MechanismError, SRC_IP},
+};
 use nsm_proto::connection::{Connection, Mechanism};
 
 use super::{
@@ -11,7 +14,11 @@ use super::{
     reply::{source, undo_connection},
 };
 use crate::{
-    call::{Calls, case::Case, ends::Ends},
+    call::{
+        Calls,
+        case::{Case, Terminated},
+        ends::Ends,
+    },
     connection::model::Established,
     error::RequestError,
     ports::ForwarderError,
@@ -46,14 +53,40 @@ impl Calls {
         {
             Ends::parse(self.alias(&ask.connection.id)?, context)?.check()?;
         }
+        let around_client = match &case {
+            Case::LocalPair(client) | Case::Initiate(client, _) => {
+                let alias = self.alias(&ask.connection.id)?;
+                Some(self.around(&client.pod, &alias).await?)
+            }
+            Case::Terminate(tunnel) => {
+                self.check_client(tunnel).await?;
+                None
+            }
+            Case::Through => None,
+        };
         Ok(Attempt {
             ask,
             route,
             peer: self.lookup.peers.get(&route.url),
             case,
+            around_client,
             prior,
             strict,
         })
+    }
+
+    /// A tunnel whose other end is this node would reach what listens here.
+    async fn check_client(&self, tunnel: &Terminated) -> Result<(), RequestError> {
+        let client = tunnel.asked.client.address;
+        let own = self.forwarder()?.own_addresses().await?;
+        if own.iter().any(|own| own.addr() == client) {
+            return Err(MechanismError::OwnAddress {
+                key: SRC_IP,
+                value: client,
+            }
+            .into());
+        }
+        Ok(())
     }
 
     /// Asks one next hop, and makes our part of what it grants; again where it chooses a key that another tunnel of this node has.

@@ -1,6 +1,10 @@
 //! The client's end of a tunnel: its path is proved, its key claimed, its link made.
 
-use nsm_core::mechanism::{Granted, RemoteMechanism, lower_mtu};
+use std::net::IpAddr;
+
+use nsm_core::mechanism::{
+    DST_IP, DST_PORT, Granted, MechanismError, RemoteMechanism, TunnelEnd, lower_mtu,
+};
 use nsm_proto::connectioncontext::ConnectionContext;
 
 use super::{
@@ -30,7 +34,11 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let server = granted.server;
+        self.admit_client(attempt, context, Some(server.address))?;
         let underlay = self.forwarder()?.underlay(Some(server.address)).await?;
+        self.check_server(&server, underlay.port)
+            .and_then(|()| self.check_not_own(DST_IP, server.address, attempt))
+            .map_err(|error| attempt.bad_answer(error))?;
         let own_mtu = remote.mtu(underlay.mtu, underlay.ip);
         let agreed_mtu = if granted.watches_path {
             // A server that watches the path agrees in the mechanism; its context has what the path carries now.
@@ -62,6 +70,34 @@ impl Calls {
                 self.liveness.leave(id, &path);
                 Err(error)
             }
+        }
+    }
+
+    /// A tunnel's port is opened on this node, too: only those that the operator has named.
+    fn check_server(&self, server: &TunnelEnd, own: u16) -> Result<(), MechanismError> {
+        if server.port == own || self.config.peer_ports.contains(&server.port) {
+            return Ok(());
+        }
+        Err(MechanismError::ForeignPort {
+            key: DST_PORT,
+            value: server.port,
+            own,
+        })
+    }
+
+    fn check_not_own(
+        &self,
+        key: &'static str,
+        address: IpAddr,
+        attempt: &Attempt<'_>,
+    ) -> Result<(), MechanismError> {
+        let around = attempt.around_client.as_ref();
+        match around.is_some_and(|around| around.is_nodes(address)) {
+            true => Err(MechanismError::OwnAddress {
+                key,
+                value: address,
+            }),
+            false => Ok(()),
         }
     }
 

@@ -5,10 +5,12 @@
 //! 3. [route](mod@route): the next hops, in the order in which they are tried;
 //! 4. [attempt]: one next hop, with
 //!    1. [offer]: the Request to it,
-//!    2. [accept]: its reply, checked and made real; [initiate] and [terminate] make the ends of a tunnel;
+//!    2. [accept]: its reply, checked and made real; [admit] decides what it may put into a pod, [initiate] and [terminate] make the
+//!       ends of a tunnel;
 //! 5. [commit]: the connection is stored, published and answered.
 
 mod accept;
+mod admit;
 mod ask;
 mod attempt;
 mod commit;
@@ -65,6 +67,7 @@ impl Calls {
             .connection
             .ok_or(RequestError::Missing("connection"))?;
         let preferences = call.message.mechanism_preferences;
+        admit::check_sizes(&connection, &preferences)?;
         let asked_id = connection.id.clone();
         let Entered { path, hop, expires } = self.enter(&mut connection, call.token)?;
         let admitted = self.held.connections.admit(&hop.id, call.deadline);
@@ -78,6 +81,7 @@ impl Calls {
         let named = self.named_netns(call.caller, descriptors, mechanisms).await;
         let mut ask = Ask {
             arrival: call.arrival,
+            source: call.source,
             owner: call.caller.owner(),
             named,
             connection,

@@ -36,12 +36,14 @@ impl Calls {
             Case::Through => attempt.ask.preferences.clone(),
             Case::LocalPair(_) => {
                 let context = context.get_or_insert_default();
+                self.exclude(attempt, context);
                 context.mtu = pair_mtu(context);
                 End::Client.set_mac(context, id);
                 vec![convert::mechanism(LOCAL, KERNEL, [].into())]
             }
             Case::Initiate(_, remote) => {
                 let context = context.get_or_insert_default();
+                self.exclude(attempt, context);
                 End::Client.set_mac(context, id);
                 let standing = standing.as_mut();
                 vec![

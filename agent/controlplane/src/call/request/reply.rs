@@ -1,6 +1,7 @@
 //! What a next hop may answer, and what is closed there when we do not take the answer.
 
 use nsm_core::{
+    link::admission::check_size,
     mechanism::{KERNEL, LOCAL, ORIG_SRC_IP, REMOTE, SRC_IP},
     nsm::path::check_reply_of,
 };
@@ -8,6 +9,7 @@ use nsm_proto::{
     connection::{Connection, Mechanism},
     networkservice::NetworkServiceRequest,
 };
+use prost::Message as _;
 
 use super::ask::Attempt;
 use crate::{call::case::Case, convert, error::RequestError};
@@ -31,6 +33,7 @@ pub(super) fn source(request: &NetworkServiceRequest) -> Option<String> {
 /// What a next hop must not change.
 pub(super) fn check(attempt: &Attempt<'_>, reply: &Connection) -> Result<(), RequestError> {
     let ask = attempt.ask;
+    check_size(reply.encoded_len()).map_err(|refusal| attempt.inadmissible(refusal))?;
     if reply.id != ask.connection.id {
         return Err(attempt.bad_answer(format_args!(
             "the connection's id is `{}`, we sent `{}`",

@@ -7,8 +7,11 @@ use tonic::Code;
 
 use super::ask::Ask;
 use crate::{
-    call::Calls, connection::model::Established, error::RequestError, liveness::Reachability,
-    route::router::Route,
+    call::Calls,
+    connection::model::Established,
+    error::RequestError,
+    liveness::Reachability,
+    route::router::{Asked, Route},
 };
 
 /// Endpoints tried for one Request. Each may cost a dial timeout; the deadline bounds them all.
@@ -27,12 +30,18 @@ impl Calls {
             let strict = self.liveness.policy() == Reachability::Require;
             let attempt = self.attempt(ask, &prior.route, Some(prior), strict).await?;
             match self.try_route(&attempt).await {
-                Err(error) if error.is_about_the_endpoint() => failures.push(error),
+                Err(error) if error.is_about_the_endpoint() => {
+                    failures.push(self.as_shown(ask, error));
+                }
                 outcome => return outcome,
             }
         }
-        let arrival = ask.arrival;
-        let routes = self.router.routes(arrival, &ask.connection, ask.deadline);
+        let asked = Asked {
+            arrival: ask.arrival,
+            source: ask.source,
+            connection: &ask.connection,
+        };
+        let routes = self.router.routes(asked, ask.deadline);
         let mut routes = match routes.await {
             Ok(routes) => routes,
             // A registry forgets the endpoints of an agent that is away. The agent is away all the same, and the connection stands.
@@ -77,7 +86,7 @@ impl Calls {
                     if matches!(error, RequestError::Unproven { .. }) {
                         unproven.get_or_insert(*route);
                     }
-                    failures.push(error);
+                    failures.push(self.as_shown(ask, error));
                 }
                 outcome => return outcome,
             }
@@ -87,6 +96,21 @@ impl Calls {
             return self.try_route(&attempt).await;
         }
         Err(all_failed(&ask.connection.network_service, failures))
+    }
+
+    /// A failure as the caller gets it. A stranger learns nothing of what lies behind this agent: whether an address of ours answers,
+    /// refuses or stays silent is one to it.
+    fn as_shown(&self, ask: &Ask, error: RequestError) -> RequestError {
+        if !self.lookup.relays.is_stranger(ask.source) {
+            return error;
+        }
+        match error {
+            RequestError::Dial(cause) if !cause.is_local() => {
+                tracing::info!(error = %cause, "a next hop cannot be dialled for a caller of another domain");
+                RequestError::Unreachable
+            }
+            other => other,
+        }
     }
 
     /// How little is expected of a route: the one whose loss made the client ask again comes last, one whose path is down before it.

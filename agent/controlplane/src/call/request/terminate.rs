@@ -40,8 +40,10 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let endpoint = self.endpoint_pod(attempt.route, granted).await?;
-        End::Endpoint.set_mac(context, id);
         let client = tunnel.asked.client;
+        self.admit_endpoint(attempt, context, &endpoint, Some(client.address))
+            .await?;
+        End::Endpoint.set_mac(context, id);
         let underlay = self.forwarder()?.underlay(Some(client.address)).await?;
         let agreed_mtu = tunnel_mtu(tunnel.remote, context, &underlay, tunnel.asked.mtu);
         let own_mtu = tunnel.remote.mtu(underlay.mtu, underlay.ip);

@@ -32,7 +32,7 @@ use rustix::{
     time::Timespec,
 };
 
-use crate::{sync::lock, transport::clients::Source};
+use crate::{sync::lock, transport::clients::Origin};
 
 /// The number of the network namespace that a socket is in (socket(7)).
 #[derive(Debug, Clone, Copy)]
@@ -78,8 +78,8 @@ impl PeerProcess {
     }
 
     /// Where its connection is counted.
-    pub(crate) fn source(&self) -> Source {
-        Source::Process(self.user, self.home)
+    pub(crate) fn origin(&self) -> Origin {
+        Origin::Process(self.user, self.home)
     }
 
     /// The process as it was at the first look.

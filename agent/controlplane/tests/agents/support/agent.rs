@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use nsm_controlplane::{
     api::server::{ListenerLimits, Socket, serve},
     identity::token::TokenSource,
@@ -20,7 +21,10 @@ use nsm_controlplane::{
     },
     transport::clients::Clients,
 };
-use nsm_core::{mechanism::vni_pool::VniPool, nsm::name::Domain};
+use nsm_core::{
+    identity::relay::Relays, link::admission::Rules, mechanism::vni_pool::VniPool,
+    nsm::name::Domain,
+};
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use tempfile::TempDir;
 use tonic::service::Routes;
@@ -45,6 +49,14 @@ pub(crate) struct Setup {
     pub(crate) shares_registry: bool,
     /// The URL of another agent that has the domain's registry.
     pub(crate) registry: Option<String>,
+    /// What others may put into pods.
+    pub(crate) admission: Rules,
+    /// Who may relay over the network: by default everybody on loopback, where all agents of these tests are.
+    pub(crate) relays: Relays,
+    /// What is dialled although it is of this node: loopback.
+    pub(crate) dial_inside: Vec<IpNet>,
+    /// Ports of tunnels beside the usual one.
+    pub(crate) peer_ports: Vec<u16>,
 }
 
 impl Setup {
@@ -61,11 +73,30 @@ impl Setup {
             probes: true,
             shares_registry: false,
             registry: None,
+            admission: Rules::default(),
+            relays: Relays {
+                relay_for: vec![loopback()],
+                registrants: Vec::new(),
+            },
+            dial_inside: vec![loopback()],
+            peer_ports: Vec::new(),
         }
     }
 
     pub(crate) fn reachability(mut self, policy: Reachability) -> Self {
         self.reachability = policy;
+        self
+    }
+
+    /// No caller of the network may relay.
+    pub(crate) fn without_relays(mut self) -> Self {
+        self.relays = Relays::default();
+        self
+    }
+
+    /// Loopback is dialled only where the configuration leads there.
+    pub(crate) fn dialling_outside_only(mut self) -> Self {
+        self.dial_inside.clear();
         self
     }
 
@@ -110,6 +141,11 @@ impl Setup {
         self.shares_registry = true;
         self
     }
+}
+
+/// The addresses of all agents of these tests.
+pub(crate) fn loopback() -> IpNet {
+    "127.0.0.0/8".parse().expect("a prefix")
 }
 
 /// A running agent.
@@ -220,6 +256,10 @@ async fn run(
             max_message_bytes: MAX_MESSAGE,
             reachability: setup.reachability,
             node_namespace: false,
+            admission: setup.admission.clone(),
+            relays: setup.relays.clone(),
+            dial_inside: setup.dial_inside.clone(),
+            peer_ports: setup.peer_ports.clone(),
         },
         Arc::new(TokenSource::hs256(
             &format!("spiffe://{}/{}", setup.domain, setup.name),

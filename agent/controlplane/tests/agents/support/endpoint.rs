@@ -42,6 +42,9 @@ use super::{process::Process, registry::Served};
 /// What becomes of a right answer before it is sent.
 pub(crate) type Twist = fn(Connection) -> Result<Connection, Status>;
 
+/// Counts pairs of addresses: no two endpoints have one in common, so that a pod can use both.
+static NEXT_ADDRESS: AtomicU32 = AtomicU32::new(0);
+
 type Events = mpsc::Sender<Result<ConnectionEvent, Status>>;
 
 /// An endpoint, or what an agent takes for the proxy of another domain.
@@ -58,7 +61,6 @@ struct State {
     name: String,
     netns: String,
     serves_monitors: bool,
-    next_address: AtomicU32,
     /// Requests and Closes wait while it is false.
     open: watch::Sender<bool>,
     /// One after the other, in the order of their arrival.
@@ -217,7 +219,6 @@ impl State {
             name: name.to_owned(),
             netns: format!("inode://4/{}", 2_000_000 + super::unique()),
             serves_monitors,
-            next_address: AtomicU32::new(0),
             open: watch::Sender::new(true),
             queue: tokio::sync::Mutex::default(),
             table: Mutex::default(),
@@ -267,12 +268,13 @@ impl State {
         if table.mtu != 0 {
             context.mtu = table.mtu;
         }
-        if let (None, Some(standing)) = (&context.ip_context, table.standing.get(&id)) {
-            context.ip_context = standing.context.clone().unwrap_or_default().ip_context;
-        }
         let ip = context.ip_context.get_or_insert_default();
+        if let (true, Some(standing)) = (ip.src_ip_addrs.is_empty(), table.standing.get(&id)) {
+            let standing = standing.context.clone().unwrap_or_default().ip_context;
+            *ip = standing.unwrap_or_default();
+        }
         if ip.src_ip_addrs.is_empty() {
-            let n = self.next_address.fetch_add(1, Ordering::Relaxed);
+            let n = NEXT_ADDRESS.fetch_add(1, Ordering::Relaxed);
             let (hi, lo) = (n / 100, n % 100);
             ip.src_ip_addrs = vec![format!("172.16.{hi}.{}/32", 2 * lo + 1)];
             ip.dst_ip_addrs = vec![format!("172.16.{hi}.{}/32", 2 * lo)];

@@ -4,16 +4,24 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
     net::IpAddr,
     sync::{
-        Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
+use ipnet::IpNet;
 use nsm_controlplane::{
-    ports::{Forwarder, ForwarderError, Plan, Prober, Underlay},
+    ports::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
     transport::unix::Passed,
 };
-use nsm_core::{identity::UserNamespace, link::LinkSpec, net::NetnsUrl};
+use nsm_core::{
+    identity::UserNamespace,
+    link::{
+        LinkAlias, LinkSpec,
+        admission::{Holding, HoldingKind},
+    },
+    net::NetnsUrl,
+};
 
 use super::prober::FakeProber;
 
@@ -41,6 +49,8 @@ struct Table {
     refused: Vec<u32>,
     faults: VecDeque<ForwarderError>,
     blind: bool,
+    /// What pods have beside connections.
+    holdings: Vec<Holding>,
     ups: usize,
     downs: usize,
 }
@@ -141,6 +151,11 @@ impl FakeKernel {
         self.asked.load(Ordering::SeqCst)
     }
 
+    /// Gives every pod something beside its connections.
+    pub(crate) fn give(&self, holding: Holding) {
+        self.table().holdings.push(holding);
+    }
+
     /// Lets every question for the underlay fail.
     pub(crate) fn lose_underlay(&self) {
         self.table().blind = true;
@@ -158,6 +173,45 @@ impl Forwarder for FakeKernel {
             port: PORT,
             mtu: self.mtu,
         })
+    }
+
+    async fn holdings(
+        &self,
+        pod: &PodNetns,
+        alias: &LinkAlias,
+    ) -> Result<Vec<Holding>, ForwarderError> {
+        let table = self.table();
+        let connections = table
+            .standing
+            .values()
+            .flat_map(|standing| match &standing.plan {
+                Plan::Vxlan { netns, spec } => vec![(netns, &spec.link)],
+                Plan::Veth { client, endpoint } => {
+                    vec![(&client.0, &client.1), (&endpoint.0, &endpoint.1)]
+                }
+            });
+        let others = connections.filter(|(netns, link)| *netns == pod && link.alias != *alias);
+        let of_link = |(_, link): (_, &LinkSpec)| {
+            let held = |prefix, kind| Holding {
+                prefix,
+                kind,
+                link: link.name.to_string(),
+                is_connection: true,
+            };
+            let addresses = link.addresses.iter();
+            let routes = link.routes.iter();
+            addresses
+                .map(|net| held(net.addr().into(), HoldingKind::Address))
+                .chain(routes.map(|route| held(route.prefix, HoldingKind::Route)))
+                .collect::<Vec<_>>()
+        };
+        let mut holdings: Vec<Holding> = others.flat_map(of_link).collect();
+        holdings.extend(table.holdings.iter().cloned());
+        Ok(holdings)
+    }
+
+    async fn own_addresses(&self) -> Result<Arc<[IpNet]>, ForwarderError> {
+        Ok(Arc::new([IpNet::from(self.ip)]))
     }
 
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError> {

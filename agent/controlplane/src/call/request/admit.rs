@@ -1,0 +1,253 @@
+//! Step: what the other party may put into the pods of this node is decided, by the rules of [`nsm_core::link::admission`].
+//!
+//! The client's pod gets `src_*` of the answer, the endpoint's pod `dst_*`. What the pod has already is read before the Request goes on,
+//! and travels with it as `excluded_prefixes`, so that an endpoint can choose other addresses.
+
+use std::{net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+use nsm_core::{
+    link::{
+        LinkAlias,
+        admission::{
+            Dns, Holding, HoldingKind, Inadmissible, Proposal, Side, Surroundings, check_size,
+            wants_default_route,
+        },
+    },
+    nsm::name::Domain,
+};
+use nsm_proto::{
+    connection::{Connection, Mechanism},
+    connectioncontext::{ConnectionContext, IpContext},
+};
+use prost::Message as _;
+
+use super::ask::Attempt;
+use crate::{
+    call::{Calls, pod::Pod},
+    convert,
+    error::RequestError,
+    route::addresses::Crossing,
+};
+
+/// Prefixes that we exclude beside the client's own. They are aggregates; a node with more networks than that has them in a few ranges,
+/// and what is not excluded is refused when it is answered.
+const MAX_EXCLUDED: usize = 256;
+
+/// What is around a pod: nothing of it may be taken by a connection.
+#[derive(Debug)]
+pub(super) struct Around {
+    node: Arc<[IpNet]>,
+    pod: Vec<Holding>,
+}
+
+impl Around {
+    /// Whether an address is one of the node's own.
+    pub(super) fn is_nodes(&self, address: IpAddr) -> bool {
+        self.node.iter().any(|own| own.addr() == address)
+    }
+}
+
+/// Whether a Request is of a size that may be kept.
+pub(super) fn check_sizes(
+    connection: &Connection,
+    preferences: &[Mechanism],
+) -> Result<(), RequestError> {
+    let preferences: usize = preferences.iter().map(Mechanism::encoded_len).sum();
+    check_size(connection.encoded_len() + preferences)?;
+    Ok(())
+}
+
+/// The prefixes that we excluded are ours: the client goes on with its own, so that it does not exclude for ever what its pod had once.
+pub(super) fn restore_exclusions(attempt: &Attempt<'_>, reply: &mut Connection) {
+    let answered = reply.context.as_mut();
+    let Some(answered) = answered.and_then(|context| context.ip_context.as_mut()) else {
+        return;
+    };
+    if attempt.around_client.is_some() {
+        let asked = attempt.ask.connection.context.as_ref();
+        let asked = asked.and_then(|context| context.ip_context.as_ref());
+        answered.excluded_prefixes = asked
+            .map(|ip| ip.excluded_prefixes.clone())
+            .unwrap_or_default();
+    }
+}
+
+impl Calls {
+    /// What is around a pod, without the connection `alias`.
+    pub(super) async fn around(
+        &self,
+        pod: &Pod,
+        alias: &LinkAlias,
+    ) -> Result<Around, RequestError> {
+        let forwarder = self.forwarder()?;
+        Ok(Around {
+            node: forwarder.own_addresses().await?,
+            pod: forwarder.holdings(&pod.netns, alias).await?,
+        })
+    }
+
+    /// Excludes what the client's pod, the node and the cluster have from what the endpoint may choose.
+    pub(super) fn exclude(&self, attempt: &Attempt<'_>, context: &mut ConnectionContext) {
+        let Some(around) = &attempt.around_client else {
+            return;
+        };
+        let rules = self.config.admission.rules();
+        let pod = around.pod.iter().filter(|held| {
+            held.prefix.prefix_len() > 0 && !matches!(held.kind, HoldingKind::Gateway)
+        });
+        let mut taken: Vec<IpNet> = pod
+            .map(|held| held.prefix.trunc())
+            .chain(around.node.iter().map(IpNet::trunc))
+            .chain(rules.protected.iter().copied())
+            .collect();
+        taken = IpNet::aggregate(&taken);
+        taken.truncate(MAX_EXCLUDED);
+        let ip = context.ip_context.get_or_insert_default();
+        for prefix in taken.iter().map(IpNet::to_string) {
+            if !ip.excluded_prefixes.contains(&prefix) {
+                ip.excluded_prefixes.push(prefix);
+            }
+        }
+    }
+
+    /// Decides on what the client's pod on this node would get; `peer` is the other end of its tunnel.
+    pub(super) fn admit_client(
+        &self,
+        attempt: &Attempt<'_>,
+        context: &ConnectionContext,
+        peer: Option<IpAddr>,
+    ) -> Result<(), RequestError> {
+        let around = attempt.around_client.as_ref();
+        self.admit(attempt, Side::Client, context, around, peer)
+    }
+
+    /// Decides on what the endpoint's pod on this node would get; `peer` is the other end of its tunnel.
+    pub(super) async fn admit_endpoint(
+        &self,
+        attempt: &Attempt<'_>,
+        context: &ConnectionContext,
+        pod: &Pod,
+        peer: Option<IpAddr>,
+    ) -> Result<(), RequestError> {
+        let around = self.around(pod, &self.alias(attempt.id())?).await?;
+        self.admit(attempt, Side::Endpoint, context, Some(&around), peer)
+    }
+
+    /// Decides on what passes through this node into our domain: the answer of another domain to a client, and what a client of another
+    /// domain sends to an endpoint.
+    pub(super) fn admit_passing(
+        &self,
+        attempt: &Attempt<'_>,
+        answered: &ConnectionContext,
+    ) -> Result<(), RequestError> {
+        let side = match attempt.route.crossing {
+            Crossing::Inside => return Ok(()),
+            Crossing::Out => Side::Client,
+            Crossing::In => Side::Endpoint,
+        };
+        self.admit(attempt, side, answered, None, None)
+    }
+
+    fn admit(
+        &self,
+        attempt: &Attempt<'_>,
+        side: Side,
+        context: &ConnectionContext,
+        around: Option<&Around>,
+        peer: Option<IpAddr>,
+    ) -> Result<(), RequestError> {
+        let domain = other_domain(attempt);
+        let around = Surroundings {
+            domain: domain.as_ref(),
+            wants_default_route: side == Side::Client
+                && wants_default_route(&attempt.ask.connection.labels),
+            peer,
+            node: around.map_or(&[], |around| &around.node),
+            pod: around.map_or(&[], |around| &around.pod),
+        };
+        let none = IpContext::default();
+        let ip = context.ip_context.as_ref().unwrap_or(&none);
+        self.admit_ip(side, ip, &around)
+            .and_then(|admitted| {
+                if side == Side::Client {
+                    self.admit_dns(context, &around)
+                } else {
+                    Ok(admitted)
+                }
+            })
+            .map_err(|error| match error {
+                RequestError::Excessive(refusal) => attempt.inadmissible(refusal),
+                unreadable => attempt.bad_answer(unreadable),
+            })
+    }
+
+    fn admit_ip(
+        &self,
+        side: Side,
+        ip: &IpContext,
+        around: &Surroundings<'_>,
+    ) -> Result<(), RequestError> {
+        let src = convert::addresses("src_ip_addrs", &ip.src_ip_addrs)?;
+        let dst = convert::addresses("dst_ip_addrs", &ip.dst_ip_addrs)?;
+        let neighbours = ip.ip_neighbors.iter().map(|neighbour| {
+            let parsed = neighbour.ip.parse();
+            parsed.map_err(|_| Inadmissible::NotAnAddress {
+                field: "ip_neighbors",
+                value: neighbour.ip.clone(),
+            })
+        });
+        let neighbours = neighbours.collect::<Result<Vec<IpAddr>, _>>()?;
+        let (addresses, others, routes) = match side {
+            Side::Client => (&src, &dst, convert::routes("src_routes", &ip.src_routes)?),
+            Side::Endpoint => (&dst, &src, convert::routes("dst_routes", &ip.dst_routes)?),
+        };
+        let proposal = Proposal {
+            side,
+            addresses,
+            routes: &routes,
+            others,
+            neighbours: &neighbours,
+        };
+        Ok(self.config.admission.rules().admit(&proposal, around)?)
+    }
+
+    fn admit_dns(
+        &self,
+        context: &ConnectionContext,
+        around: &Surroundings<'_>,
+    ) -> Result<(), RequestError> {
+        let Some(dns) = &context.dns_context else {
+            return Ok(());
+        };
+        let configs = || dns.configs.iter();
+        let servers: Vec<&str> = configs()
+            .flat_map(|config| config.dns_server_ips.iter().map(String::as_str))
+            .collect();
+        let search: Vec<&str> = configs()
+            .flat_map(|config| config.search_domains.iter().map(String::as_str))
+            .collect();
+        let dns = Dns {
+            servers: &servers,
+            search: &search,
+        };
+        Ok(self.config.admission.rules().admit_dns(dns, around)?)
+    }
+}
+
+impl Attempt<'_> {
+    /// The answer of this hop would put something into a pod that is not admitted there.
+    pub(super) fn inadmissible(&self, refusal: Inadmissible) -> RequestError {
+        RequestError::Inadmissible {
+            url: self.route.url.to_string(),
+            refusal,
+        }
+    }
+}
+
+/// The domain of the endpoint, where it is another than ours.
+fn other_domain(attempt: &Attempt<'_>) -> Option<Domain> {
+    let named = [&attempt.route.endpoint, &attempt.route.service];
+    let mut domains = named.into_iter().filter_map(|name| name.split_once('@'));
+    domains.find_map(|(_, domain)| domain.parse().ok())
+}

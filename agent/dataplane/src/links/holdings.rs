@@ -1,0 +1,70 @@
+//! What a pod has beside a connection, and what the node has: a connection must leave it alone.
+
+use std::collections::HashMap;
+
+use ipnet::IpNet;
+use nsm_core::{
+    address::special::of_address,
+    link::{
+        Link, LinkAlias,
+        admission::{Holding, HoldingKind},
+    },
+};
+
+use super::{LinkError, basics::open_in, message, observe};
+use crate::{
+    netlink::{Netlink, NetlinkError},
+    netns::Netns,
+};
+
+/// The addresses and routes of a pod's links other than the one with this alias. Special ranges are left out: each link has link-local
+/// addresses, and no connection gets any of them.
+pub(super) fn of_pod(pod: &Netns, alias: &LinkAlias) -> Result<Vec<Holding>, LinkError> {
+    let mut netlink = open_in(pod)?;
+    let links: HashMap<u32, Link> = observe::links(&mut netlink)?
+        .into_iter()
+        .filter(|link| link.alias.as_ref() != Some(alias))
+        .map(|link| (link.index, link))
+        .collect();
+    let mut holdings = Vec::new();
+    let mut add = |index: u32, prefix: IpNet, kind: HoldingKind| {
+        if let Some(link) = links.get(&index) {
+            holdings.push(Holding {
+                prefix,
+                kind,
+                link: link.name.clone(),
+                is_connection: link.alias.is_some(),
+            });
+        }
+    };
+    for (index, address) in addresses(&mut netlink)? {
+        add(index, address.addr().into(), HoldingKind::Address);
+    }
+    let routes = netlink.dump(&message::get_routes(None))?;
+    for (index, route) in routes.into_iter().filter_map(observe::any_route) {
+        let prefix = route.spec.prefix;
+        if prefix.prefix_len() == 0 || of_address(prefix.addr()).is_none() {
+            add(index, prefix, HoldingKind::Route);
+        }
+        if let Some(via) = route.spec.via.filter(|via| of_address(*via).is_none()) {
+            add(index, via.into(), HoldingKind::Gateway);
+        }
+    }
+    Ok(holdings)
+}
+
+/// The addresses of the node, with the lengths of their networks.
+pub(super) fn own_addresses(netlink: &mut Netlink) -> Result<Vec<IpNet>, LinkError> {
+    let found = addresses(netlink)?;
+    Ok(found.into_iter().map(|(_, address)| address).collect())
+}
+
+/// Every address outside of special ranges, with the index of its link.
+fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNet)>, NetlinkError> {
+    let found = netlink.dump(&message::get_addresses(0))?;
+    Ok(found
+        .into_iter()
+        .filter_map(observe::any_address)
+        .filter(|(_, address)| of_address(address.addr()).is_none())
+        .collect())
+}
