@@ -12,7 +12,7 @@ use nsm_core::{identity::relay::Source, mechanism::RemoteMechanism, nsm::path::P
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::time::Instant;
 
-use super::admit::Around;
+use super::around::Around;
 use crate::{
     call::{case::Case, pod::PassedNetns},
     connection::{model::Established, store::Turn},
