@@ -21,7 +21,7 @@ use thiserror::Error;
 
 use super::RouteSpec;
 use crate::{
-    address::special::{Special, in_prefix, overlap},
+    net::special::{Special, in_prefix, overlap},
     nsm::name::Domain,
 };
 

@@ -3,7 +3,11 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use super::MechanismError;
-use crate::{address::special::of_address, liveness::sbfd::Discriminator, net::Vni, text::decimal};
+use crate::{
+    liveness::sbfd::Discriminator,
+    net::{Vni, special::of_address},
+    text::decimal,
+};
 
 /// A mechanism's parameters as on the wire.
 pub type Parameters = BTreeMap<String, String>;

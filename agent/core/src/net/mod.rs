@@ -1,9 +1,10 @@
-//! Types of the network that cannot hold an illegal value.
+//! Types of the network that cannot hold an illegal value, and special address ranges.
 
 mod if_name;
 mod mac;
 mod netns_url;
 mod peer_url;
+pub mod special;
 mod vni;
 
 pub use if_name::{IfName, IfNameError};

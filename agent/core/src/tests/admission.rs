@@ -6,7 +6,6 @@ use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*};
 
 use crate::{
-    address::special::{in_prefix, overlap},
     link::{
         RouteSpec,
         admission::{
@@ -14,6 +13,7 @@ use crate::{
             Side, Surroundings, check_size,
         },
     },
+    net::special::{in_prefix, overlap},
     nsm::name::Domain,
 };
 

@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context as _;
 use ipnet::IpNet;
 use nsm_controlplane::plane::ControlPlane;
-use nsm_core::address::special::of_address;
+use nsm_core::net::special::of_address;
 
 /// How soon a change is noticed.
 const INTERVAL: Duration = Duration::from_secs(1);

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 
 use ipnet::IpNet;
 use nsm_core::{
-    address::special::of_address,
     link::{
         Link, LinkAlias,
         admission::{Holding, HoldingKind},
     },
+    net::special::of_address,
 };
 
 use super::{LinkError, basics::open_in, message, observe};

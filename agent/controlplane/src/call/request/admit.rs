@@ -3,14 +3,14 @@
 //! The client's pod gets `src_*` of the answer, the endpoint's pod `dst_*`. What the pod has already is read before the Request goes on,
 //! and travels with it as `excluded_prefixes`, so that an endpoint can choose other addresses.
 
-use std::{net::IpAddr, sync::Arc};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nsm_core::{
     link::{
         LinkAlias,
         admission::{
-            Dns, Holding, HoldingKind, Inadmissible, Proposal, Side, Surroundings, check_size,
+            Dns, HoldingKind, Inadmissible, Proposal, Side, Surroundings, check_size,
             wants_default_route,
         },
     },
@@ -22,7 +22,7 @@ use nsm_proto::{
 };
 use prost::Message as _;
 
-use super::ask::Attempt;
+use super::{around::Around, ask::Attempt};
 use crate::{
     call::{Calls, pod::Pod},
     convert,
@@ -33,20 +33,6 @@ use crate::{
 /// Prefixes that we exclude beside the client's own. They are aggregates; a node with more networks than that has them in a few ranges,
 /// and what is not excluded is refused when it is answered.
 const MAX_EXCLUDED: usize = 256;
-
-/// What is around a pod: nothing of it may be taken by a connection.
-#[derive(Debug)]
-pub(super) struct Around {
-    node: Arc<[IpNet]>,
-    pod: Vec<Holding>,
-}
-
-impl Around {
-    /// Whether an address is one of the node's own.
-    pub(super) fn is_nodes(&self, address: IpAddr) -> bool {
-        self.node.iter().any(|own| own.addr() == address)
-    }
-}
 
 /// Whether a Request is of a size that may be kept.
 pub(super) fn check_sizes(

@@ -16,7 +16,7 @@ use nsm_core::{
 use nsm_proto::connection::{Connection, Mechanism};
 use tokio::time::Instant;
 
-use super::admit::Around;
+use super::around::Around;
 use crate::{
     call::{case::Case, pod::NamedNetns},
     connection::{model::Established, store::Turn},

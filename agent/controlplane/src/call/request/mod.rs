@@ -11,6 +11,7 @@
 
 mod accept;
 mod admit;
+mod around;
 mod ask;
 mod attempt;
 mod commit;

@@ -92,7 +92,7 @@ const RANGES: [(Special, IpNet); 16] = [
 /// What the address is for, where it lies in a special range. IPv4 in IPv6's spelling counts as the IPv4 address.
 ///
 /// ```
-/// # use nsm_core::address::special::{Special, of_address};
+/// # use nsm_core::net::special::{Special, of_address};
 /// assert_eq!(of_address("127.1.2.3".parse().unwrap()), Some(Special::Loopback));
 /// assert_eq!(of_address("::ffff:127.0.0.1".parse().unwrap()), Some(Special::Loopback));
 /// assert_eq!(of_address("172.16.1.1".parse().unwrap()), None);
