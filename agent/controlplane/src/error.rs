@@ -10,7 +10,7 @@ use std::time::Duration;
 use nsm_core::{
     identity::{policy::Refusal, relay::NotServed},
     link::admission::Inadmissible,
-    mechanism::{MechanismError, vni_pool::VniPoolError},
+    mechanism::{MechanismError, TunnelKey, vni_pool::VniPoolError},
     net::PeerUrl,
     nsm::{name::NameError, path::PathError},
     text::Shown,
@@ -189,15 +189,15 @@ pub enum RequestError {
     /// No VNI could be had.
     #[error(transparent)]
     Vni(#[from] VniPoolError),
-    /// The servers kept choosing VNIs that are taken here.
+    /// The servers kept choosing keys of tunnels that are taken here.
     #[error(
-        "{url} chose VNI {vni}, which is in use on this node, {tries} times in a row: close unused tunnels, or ask again"
+        "{url} chose {key}, which is in use on this node, {tries} times in a row: close unused tunnels, or ask again"
     )]
-    VniTaken {
+    KeyTaken {
         /// The peer's URL.
         url: String,
-        /// The last VNI.
-        vni: u32,
+        /// The last key.
+        key: TunnelKey,
         /// How often we asked.
         tries: u32,
     },
@@ -243,12 +243,9 @@ impl RequestError {
         }
     }
 
-    /// The VNI, where the error is that this node has another tunnel with it.
-    pub(crate) fn taken_vni(&self) -> Option<u32> {
-        match self {
-            Self::Forwarder(ForwarderError::VniTaken(vni)) => Some(*vni),
-            _ => None,
-        }
+    /// Whether the error is that this node has another tunnel with the key.
+    pub(crate) fn is_key_taken(&self) -> bool {
+        matches!(self, Self::Forwarder(ForwarderError::KeyTaken(_)))
     }
 
     /// The gRPC code the error travels as.
@@ -276,7 +273,7 @@ impl RequestError {
             Self::BadAnswer { .. } | Self::Internal => Code::Internal,
             Self::Forwarder(error) => error.code(),
             Self::NoForwarder(_) | Self::Inadmissible { .. } => Code::FailedPrecondition,
-            Self::Vni(_) | Self::VniTaken { .. } | Self::TooManyConnections(_) => {
+            Self::Vni(_) | Self::KeyTaken { .. } | Self::TooManyConnections(_) => {
                 Code::ResourceExhausted
             }
             Self::Forbidden(_) | Self::NotServed(_) => Code::PermissionDenied,
@@ -308,7 +305,7 @@ impl RequestError {
             | Self::Unreachable
             | Self::BadAnswer { .. }
             | Self::Inadmissible { .. }
-            | Self::VniTaken { .. }
+            | Self::KeyTaken { .. }
             | Self::Unproven { .. } => true,
             Self::Refused { code, .. } => !matches!(
                 code,

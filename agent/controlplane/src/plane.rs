@@ -39,6 +39,8 @@ use crate::{
     transport::guard::DialGuard,
 };
 
+pub use crate::{connection::DownReason, peer::peers::PeerView};
+
 /// What an agent is called and how long it waits; fixed for its life.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -157,15 +159,15 @@ impl ControlPlane {
         });
         let held = Held::new(settings.max_connections, vnis);
         let liveness = Liveness::new(settings.liveness(), forwarder.clone(), held.clone());
-        let calls = Calls::new(
-            settings.calls(),
-            Arc::clone(&tokens),
+        let calls = Arc::new(Calls {
+            config: settings.calls(),
+            tokens: Arc::clone(&tokens),
             forwarder,
-            Arc::clone(&lookup),
-            Router::new(settings.router(), Arc::clone(&lookup)),
-            held.clone(),
-            Arc::clone(&liveness),
-        );
+            lookup: Arc::clone(&lookup),
+            router: Router::new(settings.router(), Arc::clone(&lookup)),
+            held: held.clone(),
+            liveness: Arc::clone(&liveness),
+        });
         let drained = watch::Sender::new(false);
         let registrar = Registrar::new(
             settings.domain.clone(),
@@ -282,27 +284,21 @@ impl ControlPlane {
         self.parts.liveness.health_of(&view.established)
     }
 
-    /// Why a connection is DOWN, as a sentence; none where it is not.
-    pub fn down_reason(&self, view: &ConnectionView) -> Option<String> {
+    /// Why a connection is DOWN; none where it is not.
+    pub fn down_reason(&self, view: &ConnectionView) -> Option<DownReason> {
         view.established.down_reason(self.health_now(view))
     }
 
-    /// URL and number of connections of every peer that carries some.
-    pub fn peers(&self) -> Vec<(String, usize)> {
+    /// Every peer that carries connections, ordered by URL.
+    pub fn peers(&self) -> Vec<PeerView> {
         let mut peers = self.parts.lookup.peers.in_use();
-        peers.sort();
+        peers.sort_by(|a, b| a.url.cmp(&b.url));
         peers
     }
 
     /// Whether the connection of our segment `id` is established or at work.
     pub fn holds(&self, id: &str) -> bool {
         self.parts.held.connections.has(id)
-    }
-
-    /// URLs of peers that carry connections and whose monitor stream is lost: no report of them comes until the next Request
-    /// through them.
-    pub fn unmonitored_peers(&self) -> Vec<String> {
-        self.parts.lookup.peers.unmonitored()
     }
 
     /// What the registry of this agent holds; none where another one is the domain's.

@@ -11,6 +11,7 @@ use nsm_core::{
     identity::UserNamespace,
     link::{LinkAlias, LinkSpec, VxlanSpec, admission::Holding},
     liveness::{Health, PathEvent, PathId, PeerReport, Reflector},
+    mechanism::TunnelKey,
     net::NetnsUrl,
 };
 use tonic::Code;
@@ -111,6 +112,29 @@ impl Plan {
         }
     }
 
+    /// The tunnel of the plan; none of a pair of pods.
+    pub fn tunnel(&self) -> Option<PlannedTunnel<'_>> {
+        match self {
+            Self::Vxlan { netns, spec } => Some(PlannedTunnel {
+                netns,
+                link: &spec.link,
+                key: TunnelKey::Vni(spec.vni),
+                local: spec.local,
+                remote: spec.remote,
+                port: spec.port,
+            }),
+            Self::Veth { .. } => None,
+        }
+    }
+
+    /// The link of its tunnel, to change it.
+    pub(crate) fn tunnel_link_mut(&mut self) -> Option<&mut LinkSpec> {
+        match self {
+            Self::Vxlan { spec, .. } => Some(&mut spec.link),
+            Self::Veth { .. } => None,
+        }
+    }
+
     /// The plan as it is kept: a descriptor would keep the namespace of a pod that is gone.
     pub(crate) fn without_descriptors(mut self) -> Self {
         match &mut self {
@@ -124,12 +148,29 @@ impl Plan {
     }
 }
 
+/// One end of a tunnel, whatever its mechanism.
+#[derive(Debug, Clone, Copy)]
+pub struct PlannedTunnel<'a> {
+    /// The pod's namespace.
+    pub netns: &'a PodNetns,
+    /// The link in it.
+    pub link: &'a LinkSpec,
+    /// What distinguishes it from the node's other tunnels.
+    pub key: TunnelKey,
+    /// Our address on the underlay.
+    pub local: IpAddr,
+    /// The peer's address on the underlay.
+    pub remote: IpAddr,
+    /// The UDP port of both sides.
+    pub port: u16,
+}
+
 /// Why the dataplane refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwarderError {
-    /// The VNI and port exist on this node already: ask for another VNI.
-    #[error("VNI {0} is in use on this node")]
-    VniTaken(u32),
+    /// Another tunnel of this node has the key: ask for another key.
+    #[error("{0} is in use on this node")]
+    KeyTaken(TunnelKey),
     /// The request names something that is not there or not allowed.
     #[error("{0}")]
     Invalid(String),
@@ -148,7 +189,7 @@ impl ForwarderError {
     /// The gRPC code the error travels as.
     pub fn code(&self) -> Code {
         match self {
-            Self::VniTaken(_) | Self::Exhausted(_) => Code::ResourceExhausted,
+            Self::KeyTaken(_) | Self::Exhausted(_) => Code::ResourceExhausted,
             Self::Invalid(_) => Code::InvalidArgument,
             Self::NotPermitted(_) | Self::Kernel(_) => Code::FailedPrecondition,
         }
@@ -188,7 +229,7 @@ pub trait Forwarder: Send + Sync + 'static {
     /// without their descriptors.
     ///
     /// # Errors
-    /// [`ForwarderError::VniTaken`] where another tunnel has the VNI; nothing of the plan stands after any error.
+    /// [`ForwarderError::KeyTaken`] where another tunnel has the key; nothing of the plan stands after any error.
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError>;
 
     /// Takes the plan's links away; a success when they are not there.

@@ -73,7 +73,12 @@ fn paths(c: &mut Criterion) {
     });
     let (sent, reply) = (path(5, 4), path(8, 4));
     group.bench_function("check_reply", |b| {
-        b.iter(|| check_reply(black_box(&sent), black_box(&reply)));
+        let check = |sent: &Path, reply: &Path| {
+            let segments = reply.segments.iter();
+            let names = segments.map(|segment| (segment.name.as_str(), segment.id.as_str()));
+            check_reply(sent, reply.index, names)
+        };
+        b.iter(|| check(black_box(&sent), black_box(&reply)));
     });
     group.finish();
 }

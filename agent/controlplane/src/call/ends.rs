@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nsm_core::{
+    identity::policy::End,
     link::{LinkAlias, LinkSpec, VxlanSpec},
     mechanism::{Kernel, TunnelKey},
     net::{IfName, MacAddr},
@@ -21,36 +22,25 @@ use crate::{
 /// The MTU of a veth pair for which nobody asked for another.
 const VETH_MTU: u32 = 1500;
 
-/// Which end of a connection.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum End {
-    /// The client's.
-    Client,
-    /// The endpoint's.
-    Endpoint,
+/// The MAC address of an end of connection `id`: the same for every refresh, without keeping it.
+fn mac(end: End, id: &str) -> MacAddr {
+    let end = match end {
+        End::Client => "client",
+        End::Endpoint => "endpoint",
+    };
+    let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{end}/{id}").as_bytes());
+    let mut bytes = [0; 6];
+    bytes.copy_from_slice(&hash.as_bytes()[..6]);
+    MacAddr::local_random(bytes)
 }
 
-impl End {
-    /// The MAC address of this end of connection `id`: the same for every refresh, without keeping it.
-    fn mac(self, id: &str) -> MacAddr {
-        let end = match self {
-            Self::Client => "client",
-            Self::Endpoint => "endpoint",
-        };
-        let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{end}/{id}").as_bytes());
-        let mut bytes = [0; 6];
-        bytes.copy_from_slice(&hash.as_bytes()[..6]);
-        MacAddr::local_random(bytes)
-    }
-
-    /// Writes the MAC address of this end of connection `id` into its context.
-    pub(crate) fn set_mac(self, context: &mut ConnectionContext, id: &str) {
-        let ethernet = context.ethernet_context.get_or_insert_default();
-        let mac = self.mac(id).to_string();
-        match self {
-            Self::Client => ethernet.src_mac = mac,
-            Self::Endpoint => ethernet.dst_mac = mac,
-        }
+/// Writes the MAC address of an end of connection `id` into its context.
+pub(crate) fn set_mac(context: &mut ConnectionContext, end: End, id: &str) {
+    let ethernet = context.ethernet_context.get_or_insert_default();
+    let mac = mac(end, id).to_string();
+    match end {
+        End::Client => ethernet.src_mac = mac,
+        End::Endpoint => ethernet.dst_mac = mac,
     }
 }
 
@@ -230,7 +220,7 @@ mod tests {
         assert_eq!(name, interface(&unnamed, "one"));
         assert_ne!(name, interface(&unnamed, "two"));
         assert_eq!(name.as_str().len(), 12);
-        assert_eq!(End::Client.mac("one"), End::Client.mac("one"));
-        assert_ne!(End::Client.mac("one"), End::Endpoint.mac("one"));
+        assert_eq!(mac(End::Client, "one"), mac(End::Client, "one"));
+        assert_ne!(mac(End::Client, "one"), mac(End::Endpoint, "one"));
     }
 }

@@ -85,36 +85,16 @@ pub(crate) struct CallConfig {
 
 /// Requests and Closes.
 pub(crate) struct Calls {
-    config: CallConfig,
-    tokens: Arc<TokenSource>,
-    forwarder: Option<Arc<dyn Forwarder>>,
-    lookup: Arc<Lookup>,
-    router: Router,
-    held: Held,
-    liveness: Arc<Liveness>,
+    pub(crate) config: CallConfig,
+    pub(crate) tokens: Arc<TokenSource>,
+    pub(crate) forwarder: Option<Arc<dyn Forwarder>>,
+    pub(crate) lookup: Arc<Lookup>,
+    pub(crate) router: Router,
+    pub(crate) held: Held,
+    pub(crate) liveness: Arc<Liveness>,
 }
 
 impl Calls {
-    pub(crate) fn new(
-        config: CallConfig,
-        tokens: Arc<TokenSource>,
-        forwarder: Option<Arc<dyn Forwarder>>,
-        lookup: Arc<Lookup>,
-        router: Router,
-        held: Held,
-        liveness: Arc<Liveness>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            config,
-            tokens,
-            forwarder,
-            lookup,
-            router,
-            held,
-            liveness,
-        })
-    }
-
     /// Protects these prefixes of the cluster beside the configured ones.
     pub(crate) fn protect(&self, found: Vec<IpNet>) {
         self.config.admission.protect(found);

@@ -1,5 +1,6 @@
 //! The connections of this agent: the store, when they expire, who monitors them, and the keys of their tunnels.
 
+mod down;
 pub(crate) mod expiry;
 mod index;
 pub(crate) mod keys;
@@ -9,6 +10,7 @@ pub(crate) mod store;
 
 use nsm_core::mechanism::vni_pool::VniPool;
 
+pub use self::down::DownReason;
 use self::{expiry::Expiries, keys::TunnelKeys, monitor::Monitors, store::Connections};
 
 /// What this agent holds of its connections. Cheap to clone; clones are the same.

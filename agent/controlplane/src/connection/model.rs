@@ -11,7 +11,7 @@ use std::{net::IpAddr, time::SystemTime};
 
 use nsm_core::{
     identity::{Caller, Owner, policy},
-    liveness::{ForeignVnis, Health, LostHop, PathId, Published, Verdict},
+    liveness::{ForeignVnis, Health, LostHop, PathId, Published},
     mechanism::TunnelKey,
     net::Vni,
     nsm::path::Path,
@@ -92,10 +92,8 @@ impl Established {
 
     /// The other end of the tunnel: address and UDP port.
     pub(crate) fn remote(&self) -> Option<(IpAddr, u16)> {
-        match self.plan.as_deref()? {
-            Plan::Vxlan { spec, .. } => Some((spec.remote, spec.port)),
-            Plan::Veth { .. } => None,
-        }
+        let tunnel = self.plan.as_ref()?.tunnel()?;
+        Some((tunnel.remote, tunnel.port))
     }
 
     /// Whether packets are known not to pass.
@@ -134,32 +132,6 @@ impl Established {
             changed.view.set_state(state);
         }
         Some(changed)
-    }
-
-    /// Why it is DOWN, as a sentence, with `path` the health of its path now; none where it is not DOWN.
-    pub(crate) fn down_reason(&self, path: Option<Health>) -> Option<String> {
-        if self.view.state() != State::Down {
-            return None;
-        }
-        if let Some(health) = path.filter(Health::is_down) {
-            return Some(health.to_string());
-        }
-        if let Some(lost) = &self.path.lost_hop {
-            let path = match path.map(|health| health.verdict()) {
-                Some(Verdict::Up) => "the path is good",
-                _ => "of the path nothing is known",
-            };
-            return Some(format!("{}; {path}", lost.reason));
-        }
-        let reported = below(&self.view).iter().find_map(|hop| {
-            let down = Some(Published::read(&hop.metrics)).filter(Published::is_down);
-            let lost = || Some(LostHop::read(&hop.metrics)?.reason.to_string());
-            Some((&hop.name, down.and_then(|it| it.reason).or_else(lost)?))
-        });
-        Some(match reported {
-            Some((name, reason)) => format!("{name} says: {reason}"),
-            None => format!("{} says so, or has it no more", self.route.url),
-        })
     }
 
     /// Brings the view up to date: the state, and the metrics of our own segment.

@@ -71,13 +71,11 @@ fn wanted(established: &Established, path_mtu: u32) -> Option<(u32, Box<Plan>)> 
         return None;
     }
     let mut plan = established.plan.clone()?;
-    let Plan::Vxlan { spec, .. } = &mut *plan else {
-        return None;
-    };
+    let link = plan.tunnel_link_mut()?;
     let mtu = lower_mtu(established.path.agreed_mtu, path_mtu);
-    if mtu == 0 || spec.link.mtu == mtu {
+    if mtu == 0 || link.mtu == mtu {
         return None;
     }
-    spec.link.mtu = mtu;
+    link.mtu = mtu;
     Some((mtu, plan))
 }

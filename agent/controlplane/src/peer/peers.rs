@@ -40,6 +40,41 @@ const IDLE_PEERS: usize = 256;
 /// What the timeouts of calls to peers are rounded to.
 const TIMEOUT_STEP: Duration = Duration::from_millis(10);
 
+/// The monitor stream from a peer.
+#[derive(Debug)]
+struct Monitor {
+    /// What follows the stream; none before the first connection, and after the stream has ended.
+    task: Option<AbortHandle>,
+    /// When the stream began or ended.
+    since: Instant,
+}
+
+impl Monitor {
+    fn is_running(&self) -> bool {
+        self.task.as_ref().is_some_and(|task| !task.is_finished())
+    }
+
+    fn set(&mut self, task: Option<AbortHandle>) {
+        *self = Self {
+            task,
+            since: Instant::now(),
+        };
+    }
+}
+
+/// A peer that carries connections, for showing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerView {
+    /// Its URL.
+    pub url: String,
+    /// Connections through it.
+    pub connections: usize,
+    /// Whether its monitor stream is open. Where it is lost, no report of the connections comes until the next Request through it.
+    pub is_monitored: bool,
+    /// Since when the stream is open or lost.
+    pub since: Instant,
+}
+
 /// A next hop.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -50,7 +85,7 @@ pub(crate) struct Peer {
     pub(crate) descriptors: Arc<Descriptors>,
     channel: OnceCell<Channel>,
     users: Mutex<HashSet<String>>,
-    monitor: Mutex<Option<AbortHandle>>,
+    monitor: Mutex<Monitor>,
     /// Notified when the last connection has left.
     emptied: Notify,
     /// What is watched of where tunnels to it went last.
@@ -131,23 +166,21 @@ impl Peer {
         let mut users = lock(&self.users);
         users.insert(id.to_owned());
         let mut monitor = lock(&self.monitor);
-        if monitor.as_ref().is_none_or(AbortHandle::is_finished) {
-            *monitor = Some(start_monitor());
+        if !monitor.is_running() {
+            monitor.set(Some(start_monitor()));
         }
     }
 
     /// The monitor stream has broken. Returns the connections that it watched over; the next one that joins starts another stream.
     pub(crate) fn monitor_ended(&self) -> Vec<String> {
         let users = lock(&self.users);
-        *lock(&self.monitor) = None;
+        lock(&self.monitor).set(None);
         users.iter().cloned().collect()
     }
 
     /// Whether a monitor watches over the connections.
     pub(crate) fn is_monitored(&self) -> bool {
-        lock(&self.monitor)
-            .as_ref()
-            .is_some_and(|monitor| !monitor.is_finished())
+        lock(&self.monitor).is_running()
     }
 
     /// Counts a connection out. The monitor ends some time after the last one.
@@ -168,7 +201,7 @@ impl Peer {
     pub(crate) fn end_idle_monitor(&self) -> bool {
         let users = lock(&self.users);
         if users.is_empty() {
-            *lock(&self.monitor) = None;
+            lock(&self.monitor).set(None);
         }
         users.is_empty()
     }
@@ -275,7 +308,10 @@ impl Peers {
             descriptors: Arc::default(),
             channel: OnceCell::new(),
             users: Mutex::default(),
-            monitor: Mutex::default(),
+            monitor: Mutex::new(Monitor {
+                task: None,
+                since: Instant::now(),
+            }),
             emptied: Notify::new(),
             tunnel: Mutex::default(),
             max_message_bytes: self.max_message_bytes,
@@ -283,22 +319,20 @@ impl Peers {
         })
     }
 
-    /// Every peer that carries connections, with their number.
-    pub(crate) fn in_use(&self) -> Vec<(String, usize)> {
-        self.all()
-            .into_iter()
-            .map(|peer| (peer.url.to_string(), peer.user_count()))
-            .filter(|(_, users)| *users > 0)
-            .collect()
-    }
-
-    /// Peers that carry connections and that no monitor stream watches.
-    pub(crate) fn unmonitored(&self) -> Vec<String> {
-        self.all()
-            .into_iter()
-            .filter(|peer| peer.user_count() > 0 && !peer.is_monitored())
-            .map(|peer| peer.url.to_string())
-            .collect()
+    /// Every peer that carries connections.
+    pub(crate) fn in_use(&self) -> Vec<PeerView> {
+        let all = self.all().into_iter();
+        let views = all.map(|peer| {
+            let connections = peer.user_count();
+            let monitor = lock(&peer.monitor);
+            PeerView {
+                url: peer.url.to_string(),
+                connections,
+                is_monitored: monitor.is_running(),
+                since: monitor.since,
+            }
+        });
+        views.filter(|view| view.connections > 0).collect()
     }
 
     fn all(&self) -> Vec<Arc<Peer>> {

@@ -6,9 +6,9 @@
 //! every packet wakes the peer. [`Coalesced`] keeps what is written and lets a flush wait until the
 //! other tasks that can run have run; what they add goes into the same write.
 //!
-//! A flush that waits is told as done. That is sound because the task is woken again by itself, asks
-//! for another flush when it runs (as every HTTP/2 connection does), and nothing but a later flush,
-//! write or shutdown could tell an error of the socket to it anyway.
+//! A flush that waits is reported as done. That is sound because the task is woken again by itself, asks
+//! for another flush when it runs (as every HTTP/2 connection does), and gets an error of the socket from a
+//! later flush, write or shutdown in any case.
 
 use std::{
     io::{self, IoSlice},

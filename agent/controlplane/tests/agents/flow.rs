@@ -6,7 +6,7 @@ use nsm_proto::{connection::State, networkservice::NetworkServiceRequest};
 
 use crate::support::{
     Client, Endpoint, PORT, Standing, World, client_side, endpoint_side, eventually, names,
-    parameter,
+    parameter, peers,
 };
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
@@ -97,7 +97,7 @@ async fn a_client_consumes_a_service_of_another_domain() {
     );
     assert_eq!(granted.fact(facts::REMOTE_MECHANISM), "VXLAN");
     assert_eq!(granted.fact(facts::VNI), ours.vni.to_string());
-    assert_eq!(a.plane.peers(), [(b.url.clone(), 1)]);
+    assert_eq!(peers(a), [(b.url.clone(), 1)]);
 
     client.close(connection).await.expect("closed");
     let closes = endpoint.closes();
@@ -365,7 +365,7 @@ async fn ten_clients_at_once_share_one_peer() {
     }
     let granted =
         futures_util::future::join_all(clients.iter().map(|client| client.ask(SERVICE))).await;
-    assert_eq!(a.plane.peers(), [(b.url.clone(), 10)]);
+    assert_eq!(peers(a), [(b.url.clone(), 10)]);
     for agent in [a, b] {
         assert_eq!(agent.kernel().links().len(), 10);
         let holdings = agent.plane.holdings();

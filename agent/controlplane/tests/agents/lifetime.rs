@@ -13,7 +13,8 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::{
-    Client, World, assert_refusal, client_side, endpoint_side, eventually, stamp, within,
+    Client, World, assert_refusal, client_side, endpoint_side, eventually, peers, stamp, taken,
+    within,
 };
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
@@ -220,7 +221,7 @@ async fn a_storm_of_events_leaves_nothing() {
             11 => b
                 .kernel()
                 .fail_next_up(ForwarderError::Kernel("busy".to_owned())),
-            13 => a.kernel().fail_next_up(ForwarderError::VniTaken(9)),
+            13 => a.kernel().fail_next_up(taken(9)),
             15 => two.mend(),
             17 => tokio::task::yield_now().await,
             _ => {}
@@ -269,7 +270,7 @@ async fn a_close_is_quick_when_the_peer_is_gone_or_silent() {
         holdings.connections + holdings.vnis + a.kernel().links().len()
     })
     .await;
-    assert_eq!(a.plane.peers(), []);
+    assert_eq!(peers(a), []);
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use nsm_controlplane::ports::ForwarderError;
 use tonic::Code;
 
-use crate::support::{Client, World, assert_refusal};
+use crate::support::{Client, World, assert_refusal, taken};
 
 const SERVICE: &str = "svc@peer.example";
 const HONEST: &str = "icmp-responder@cluster-2.example";
@@ -47,14 +47,14 @@ async fn a_vni_that_is_taken_at_the_server_is_chosen_again() {
     let before = world.held();
     let client = Client::on_node(a).await;
     for _ in 0..3 {
-        b.kernel().fail_next_up(ForwarderError::VniTaken(5));
+        b.kernel().fail_next_up(taken(5));
     }
     let granted = client.ask(HONEST).await;
     assert_eq!(endpoint.requests().len(), 1);
     assert_eq!(a.kernel().only().tunnel, b.kernel().only().tunnel);
     client.close(&granted.connection).await.expect("closed");
     for _ in 0..4 {
-        b.kernel().fail_next_up(ForwarderError::VniTaken(5));
+        b.kernel().fail_next_up(taken(5));
     }
     let status = client.refused(client.request_for(HONEST)).await;
     assert_refusal(&status, Code::ResourceExhausted, &["VNI 5 is in use"]);

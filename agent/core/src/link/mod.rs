@@ -13,6 +13,7 @@ mod alias;
 mod model;
 mod observed;
 mod plan;
+mod traffic;
 mod wanted;
 
 /// The UDP port of VXLAN (RFC 7348 section 8) where the mechanism has none.
@@ -22,5 +23,6 @@ pub use self::{
     alias::{LinkAlias, LinkAliasError},
     observed::{Link, LinkKind, Route},
     plan::{Operation, diff, must_create},
+    traffic::{Count, Traffic},
     wanted::{LinkSpec, RouteSpec, VxlanSpec, Wanted, vxlan_overhead},
 };

@@ -334,13 +334,11 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// The share of probes without answer, 0 to 1.
+    /// The share of probes without answer, 0 to 1; `None` without probes.
     #[must_use]
-    pub fn loss(&self) -> f64 {
-        if self.probes == 0 {
-            return 0.0;
-        }
-        1.0 - f64::from(self.answers.min(self.probes)) / f64::from(self.probes)
+    pub fn loss(&self) -> Option<f64> {
+        let answered = f64::from(self.answers.min(self.probes)) / f64::from(self.probes);
+        (self.probes > 0).then_some(1.0 - answered)
     }
 }
 

@@ -27,7 +27,7 @@ impl Kernel {
         })
     }
 
-    /// Writes the parameters and leaves those it does not know alone. What is absent is removed.
+    /// Writes the parameters and leaves all others alone. What is absent is removed.
     pub fn write(&self, params: &mut Parameters) {
         set(params, NAME, self.name.as_ref());
         set(params, INODE_URL, self.netns.as_ref());

@@ -12,7 +12,7 @@ mod parameters;
 pub mod vni_pool;
 mod vxlan;
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 use self::parameters::{MAX_MTU, MIN_MTU};
 pub use self::{
@@ -123,7 +123,7 @@ impl RemoteMechanism {
         }
     }
 
-    /// Writes the answer of the server's end at `own`, for a tunnel that is told from others by `key`.
+    /// Writes the answer of the server's end at `own`, for a tunnel that `key` distinguishes from others.
     ///
     /// # Errors
     /// As for [`Self::asked`].
@@ -161,7 +161,7 @@ pub struct TunnelEnd {
     pub reflector: Option<Reflector>,
 }
 
-/// What tells a tunnel from the others of its node. A connection holds it from its Request to its Close.
+/// What distinguishes a tunnel from the others of its node. A connection holds it from its Request to its Close.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TunnelKey {
     /// VXLAN: the network identifier, of which a node has one a tunnel.
@@ -177,12 +177,20 @@ impl TunnelKey {
     }
 }
 
+impl fmt::Display for TunnelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vni(vni) => write!(f, "VNI {vni}"),
+        }
+    }
+}
+
 /// What a client's end asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Asked {
     /// The client's end.
     pub client: TunnelEnd,
-    /// The largest packet that it sends, bytes, where it knows that.
+    /// The largest packet that it sends, bytes, where it states that.
     pub mtu: Option<u32>,
     /// The key of its tunnel that stands, and the server's address where the client still has that.
     pub standing: Option<(TunnelKey, Option<IpAddr>)>,
@@ -195,7 +203,7 @@ pub struct Granted {
     pub server: TunnelEnd,
     /// Whether the server watches the path: its context then has the MTU that the path carries now, and not the agreed one.
     pub watches_path: bool,
-    /// The largest packet that both ends agreed on, bytes, where the server said.
+    /// The largest packet that both ends agreed on, bytes, where the server states that.
     pub mtu: Option<u32>,
     /// The key that the server has chosen.
     pub key: TunnelKey,

@@ -121,7 +121,7 @@ impl VniPool {
 
     /// Marks a VNI that the peer picked as used.
     ///
-    /// One in quarantine may be claimed: its link is gone, the peer chose it and knows its own side, and a Request that is repeated after
+    /// One in quarantine may be claimed: its link is gone, the peer chose it and has checked its own side, and a Request that is repeated after
     /// a failure gets the same VNI from the peer again.
     ///
     /// # Errors

@@ -74,7 +74,7 @@ impl Vxlan {
         })
     }
 
-    /// Writes the parameters and leaves those it does not know alone. What is absent is removed. A port is written with its
+    /// Writes the parameters and leaves all others alone. What is absent is removed. A port is written with its
     /// address: a side without address has a port only where that is not the default.
     pub fn write(&self, params: &mut Parameters) {
         let port =

@@ -264,23 +264,11 @@ impl Path {
 
 /// Checks what a downstream hop answered to `sent`: the index, names and ids down to our own segment are what we sent, for they are ours
 /// and our senders' to give. The segments behind are the downstream's: more than before, or fewer where an endpoint trimmed the path.
+/// The answer is its index, and the names and ids of its segments.
 ///
 /// # Errors
 /// One variant for each fault; the caller closes the connection downstream.
-pub fn check_reply(sent: &Path, reply: &Path) -> Result<(), PathError> {
-    let segments = reply.segments.iter();
-    check_reply_of(
-        sent,
-        reply.index,
-        segments.map(|segment| (segment.name.as_str(), segment.id.as_str())),
-    )
-}
-
-/// As [`check_reply`], of a reply's index, and its segments' names and ids.
-///
-/// # Errors
-/// As [`check_reply`].
-pub fn check_reply_of<'a>(
+pub fn check_reply<'a>(
     sent: &Path,
     index: u32,
     segments: impl ExactSizeIterator<Item = (&'a str, &'a str)>,

@@ -18,11 +18,12 @@ use nsm_controlplane::{
 };
 use nsm_core::{
     identity::UserNamespace,
-    link::{LinkAlias, VxlanSpec, admission::Holding},
+    link::{LinkAlias, Traffic, admission::Holding},
+    mechanism::TunnelKey,
     net::NetnsUrl,
 };
 use nsm_dataplane::{
-    links::{LinkError, LinkStatistics, Links},
+    links::{LinkError, LinkReading, Links},
     liveness::{Preflights, Report},
     netns::{Netns, NetnsError},
 };
@@ -32,7 +33,7 @@ use super::{
     namespaces::Namespaces,
     prober::NodeProber,
     probing::Probing,
-    programs::{Counters, Facts, Programs},
+    programs::{Facts, Programs},
     readiness::Readiness,
     underlays::Underlays,
 };
@@ -48,8 +49,8 @@ const AT_ONCE: usize = 4;
 /// How long the node's own addresses are taken as they were read: connections come by the thousand, addresses by the day.
 const OWN_ADDRESSES_LIFE: Duration = Duration::from_secs(1);
 
-/// What the links of tunnels have counted.
-pub(crate) type LinkCounters = HashMap<LinkAlias, Counters>;
+/// The links of tunnels as the kernel shows them.
+pub(crate) type LinkReadings = HashMap<LinkAlias, LinkReading>;
 
 /// The dataplane of this node.
 pub(crate) struct NodeForwarder {
@@ -128,38 +129,33 @@ impl NodeForwarder {
         self.programs.drops()
     }
 
-    /// What BPF has counted of a tunnel at the cards; none where it does not.
-    pub(crate) fn card_counters(&self, spec: &VxlanSpec) -> Option<Counters> {
-        self.programs.counters(spec.vni)
+    /// What passed a tunnel at the cards; none where nothing counts that.
+    pub(crate) fn card_traffic(&self, plan: &Plan) -> Option<Traffic> {
+        match plan {
+            Plan::Vxlan { spec, .. } => self.programs.traffic(spec.vni),
+            Plan::Veth { .. } => None,
+        }
     }
 
-    /// What the links of tunnels have counted. Each namespace is entered once, however many links it has: that takes a fraction of a
-    /// millisecond, and an agent may have thousands of pods.
-    pub(crate) async fn link_counters(&self, plans: impl Iterator<Item = &Plan>) -> LinkCounters {
+    /// The links of tunnels as the kernel shows them. Each namespace is entered once, however many links it has: that takes a fraction of
+    /// a millisecond, and an agent may have thousands of pods.
+    pub(crate) async fn link_readings(&self, plans: impl Iterator<Item = &Plan>) -> LinkReadings {
         let mut places = HashMap::new();
-        for plan in plans {
-            if let Plan::Vxlan { netns, spec } = plan {
-                places
-                    .entry(&netns.url)
-                    .or_insert_with(|| (netns.clone(), spec.link.alias.clone()));
-            }
+        for tunnel in plans.filter_map(Plan::tunnel) {
+            places
+                .entry(&tunnel.netns.url)
+                .or_insert_with(|| (tunnel.netns.clone(), tunnel.link.alias.clone()));
         }
         let places: Vec<_> = places.into_values().collect();
-        let counted: Vec<_> = stream::iter(places)
+        let read: Vec<_> = stream::iter(places)
             .map(|(pod, alias)| async move {
                 let netns = self.namespaces.open(&pod, &alias).await.ok()?;
-                self.links.statistics(&netns).await.ok()
+                self.links.readings(&netns).await.ok()
             })
             .buffer_unordered(AT_ONCE)
             .collect()
             .await;
-        let counters = |(alias, counted): (_, LinkStatistics)| (alias, counted.into());
-        counted
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(counters)
-            .collect()
+        read.into_iter().flatten().flatten().collect()
     }
 
     /// What every session has measured.
@@ -352,7 +348,7 @@ fn namespace(error: &NetnsError) -> ForwarderError {
 
 fn refusal(error: LinkError) -> ForwarderError {
     match &error {
-        LinkError::VniTaken { vni, .. } => ForwarderError::VniTaken(*vni),
+        LinkError::VniTaken { vni, .. } => ForwarderError::KeyTaken(TunnelKey::Vni(*vni)),
         LinkError::Namespace(cause) => namespace(cause),
         LinkError::NotPermitted { .. } => ForwarderError::NotPermitted(error.to_string()),
         LinkError::NameTaken { .. }

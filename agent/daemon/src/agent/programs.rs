@@ -5,11 +5,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use nsm_core::{link::VxlanSpec, net::Vni};
-use nsm_dataplane::{
-    bpf::{Bpf, BpfConfig, BpfError, Hook, KnownTunnel, Slot},
-    links::LinkStatistics,
+use nsm_core::{
+    link::{Traffic, VxlanSpec},
+    net::Vni,
 };
+use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Hook, KnownTunnel, Slot};
 
 use crate::config::{self, Config};
 
@@ -36,26 +36,6 @@ pub(crate) struct Facts {
     pub(crate) object_sha256: &'static str,
     pub(crate) pin_dir: String,
     pub(crate) interfaces: Vec<String>,
-}
-
-/// Packets and bytes that passed a stage, seen from the pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Counters {
-    pub(crate) tx_packets: u64,
-    pub(crate) tx_bytes: u64,
-    pub(crate) rx_packets: u64,
-    pub(crate) rx_bytes: u64,
-}
-
-impl From<LinkStatistics> for Counters {
-    fn from(counted: LinkStatistics) -> Self {
-        Self {
-            tx_packets: counted.tx_packets,
-            tx_bytes: counted.tx_bytes,
-            rx_packets: counted.rx_packets,
-            rx_bytes: counted.rx_bytes,
-        }
-    }
 }
 
 impl Programs {
@@ -127,15 +107,9 @@ impl Programs {
     }
 
     /// What was counted of a tunnel at the cards; none where nothing counts it.
-    pub(crate) fn counters(&self, vni: Vni) -> Option<Counters> {
+    pub(crate) fn traffic(&self, vni: Vni) -> Option<Traffic> {
         let slot = self.slots().get(&vni).copied()?;
-        let counted = self.with(|bpf| bpf.counters(slot).ok())??;
-        Some(Counters {
-            tx_packets: counted.tx_packets,
-            tx_bytes: counted.tx_bytes,
-            rx_packets: counted.rx_packets,
-            rx_bytes: counted.rx_bytes,
-        })
+        self.with(|bpf| bpf.counters(slot).ok())?
     }
 
     /// Whether a tunnel of this VNI has been counted in.

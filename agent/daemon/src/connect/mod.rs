@@ -182,8 +182,8 @@ impl Client {
                     return Ok(Some(failure.loss()));
                 }
                 // The monitor has the cause, perhaps a moment later: the endpoint is gone, or an agent on the way.
-                let told = tokio::time::timeout(SHORTEST_WAIT, watch.next_loss());
-                match unless_stopped(&mut self.stop, told).await? {
+                let next = tokio::time::timeout(SHORTEST_WAIT, watch.next_loss());
+                match unless_stopped(&mut self.stop, next).await? {
                     Ok((loss, reason)) => {
                         self.reporter.down(&reason)?;
                         Ok(Some(loss))
@@ -195,7 +195,7 @@ impl Client {
     }
 
     /// Asks until there is a connection again, in place of one that lived for so long. As long as it is the same that is asked for,
-    /// what is told of it counts; after that the news are about what is being replaced.
+    /// news of it count; after that the news are about what is being replaced.
     async fn recover(
         &mut self,
         loss: Loss,

@@ -60,7 +60,7 @@ pub(crate) struct Session {
     wanted: Wanted,
     /// What was answered last; until then, and after a Close, what is asked for.
     connection: Connection,
-    /// Whether somebody behind us may hold something of this connection.
+    /// Whether a next hop may hold something of this connection.
     is_open: bool,
 }
 

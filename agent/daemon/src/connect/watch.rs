@@ -223,7 +223,7 @@ mod tests {
             let heard = interpret(&event, "nsc-id");
             assert_eq!(heard, Some(lost), "{inward:?}, {outward:?}");
         }
-        // What those behind the lost hop said once says nothing of now.
+        // Old reports of the hops behind the lost one are no evidence.
         tell(&mut event, &unheard);
         let connection = event.connections.values_mut().next().expect("one");
         let path = connection.path.as_mut().expect("a path");
@@ -237,12 +237,12 @@ mod tests {
         path.path_segments[2].metrics.clear();
         // Whatever stands there: an endpoint that is gone is gone, and what is up is up.
         event.set_type(ConnectionEventType::Delete);
-        let told = interpret(&event, "nsc-id");
-        assert!(matches!(told, Some(News::Lost(Loss::Endpoint, _))));
+        let news = interpret(&event, "nsc-id");
+        assert!(matches!(news, Some(News::Lost(Loss::Endpoint, _))));
         event.set_type(ConnectionEventType::Update);
         tell(&mut event, &[("sbfd_state_out", "up")]);
-        let told = interpret(&event, "nsc-id");
-        assert!(matches!(told, Some(News::Lost(Loss::Endpoint, _))));
+        let news = interpret(&event, "nsc-id");
+        assert!(matches!(news, Some(News::Lost(Loss::Endpoint, _))));
         let connection = event.connections.values_mut().next().expect("one");
         connection.set_state(State::Up);
         assert_eq!(interpret(&event, "nsc-id"), Some(News::PathUp));

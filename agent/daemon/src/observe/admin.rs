@@ -5,11 +5,16 @@ use std::{net::IpAddr, time::Duration};
 use nsm_controlplane::api::server::node_caller;
 use nsm_core::{
     address::public::Finding,
+    clock::Monotonic,
     identity::policy::{Action, decide},
+    link::Count,
+    liveness::Direction,
+    net::Vni,
 };
+use nsm_dataplane::links::LinkReading;
 use nsm_proto::admin::{
-    AddressFinding, Bpf, ConnectionStatus, Counters, Listener, PathHealth, Peer, PublicAddress,
-    Status as AgentStatus, StatusRequest, Tunnel, WayHealth,
+    AddressFinding, Bpf, ConnectionStatus, Counters, DnsAnswer, Link, Listener, PathHealth, Peer,
+    PublicAddress, Status as AgentStatus, StatusRequest, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
 use tonic::{Request, Response, Status};
@@ -17,8 +22,8 @@ use tonic::{Request, Response, Status};
 use super::{
     Observer,
     evidence::{
-        ConnectionEvidence, Count, DirectionEvidence, PathEvidence, PeerEvidence, TunnelEvidence,
-        WayEvidence,
+        ConnectionEvidence, DirectionEvidence, DnsEvidence, Evidence, PathEvidence, PeerEvidence,
+        TunnelEvidence,
     },
 };
 use crate::{
@@ -66,9 +71,15 @@ impl Admin for AdminService {
     ) -> Result<Response<AgentStatus>, Status> {
         decide(&node_caller(&request), Action::Status)
             .map_err(|refusal| Status::permission_denied(refusal.to_string()))?;
-        let evidence = self.observer.evidence().await;
+        Ok(Response::new(self.status(self.observer.evidence().await)))
+    }
+}
+
+impl AdminService {
+    fn status(&self, evidence: Evidence) -> AgentStatus {
+        let view = View { at: evidence.at };
         let drops = evidence.drops.into_iter();
-        Ok(Response::new(AgentStatus {
+        AgentStatus {
             name: self.name.clone(),
             domain: self.domain.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -76,14 +87,23 @@ impl Admin for AdminService {
             waiting_for: evidence.waiting_for,
             degraded: [evidence.degraded, evidence.degraded_paths].concat(),
             bpf: evidence.programs.map(bpf),
-            connections: evidence.connections.into_iter().map(connection).collect(),
-            peers: evidence.peers.into_iter().map(peer).collect(),
+            connections: evidence
+                .connections
+                .into_iter()
+                .map(|connection| view.connection(connection))
+                .collect(),
+            peers: evidence
+                .peers
+                .into_iter()
+                .map(|peer| view.peer(peer))
+                .collect(),
             drops: drops
                 .map(|(reason, count)| (reason.to_owned(), count))
                 .collect(),
             listeners: self.listeners.clone(),
             public_address: Some(public_address(&evidence.public_address)),
-        }))
+            dns: evidence.dns.into_iter().map(|it| view.dns(it)).collect(),
+        }
     }
 }
 
@@ -98,92 +118,150 @@ fn bpf(facts: Facts) -> Bpf {
     }
 }
 
-fn peer(evidence: PeerEvidence) -> Peer {
-    let state = if evidence.is_lost { "lost" } else { "watched" };
-    Peer {
-        url: evidence.url,
-        state: state.to_owned(),
-        connections: u32::try_from(evidence.connections).unwrap_or(u32::MAX),
+/// Evidence as messages, with the ages of its parts.
+struct View {
+    /// When the evidence was gathered.
+    at: Monotonic,
+}
+
+impl View {
+    /// How long ago something was.
+    fn age(&self, then: Monotonic) -> u64 {
+        millis(self.at.since(then))
+    }
+
+    fn peer(&self, evidence: PeerEvidence) -> Peer {
+        let state = if evidence.is_lost { "lost" } else { "watched" };
+        Peer {
+            url: evidence.url,
+            state: state.to_owned(),
+            connections: u32::try_from(evidence.connections).unwrap_or(u32::MAX),
+            state_for_ms: self.age(evidence.since),
+        }
+    }
+
+    fn dns(&self, evidence: DnsEvidence) -> DnsAnswer {
+        let answer = DnsAnswer {
+            domain: evidence.domain.to_string(),
+            age_ms: self.age(evidence.answered),
+            expires_in_ms: millis(evidence.expires.since(self.at)),
+            ..DnsAnswer::default()
+        };
+        match evidence.outcome {
+            Ok(resolved) => DnsAnswer {
+                question: resolved.question.clone(),
+                answer: resolved.answer.clone(),
+                server: resolved.server.clone(),
+                ..answer
+            },
+            Err(error) => DnsAnswer {
+                trouble: error.to_string(),
+                ..answer
+            },
+        }
+    }
+
+    fn connection(&self, evidence: ConnectionEvidence) -> ConnectionStatus {
+        let ConnectionEvidence {
+            inward, outward, ..
+        } = &evidence;
+        let down_reason = evidence.down_reason.as_ref();
+        let tunnel = evidence.tunnel.as_ref();
+        let path = evidence.path.as_ref();
+        ConnectionStatus {
+            tunnel: tunnel.map(|it| self.tunnel(it, inward, outward)),
+            health: path.map(|it| self.path(it, inward, outward)),
+            down_reason: down_reason.map_or_else(String::new, ToString::to_string),
+            id: evidence.id,
+            network_service: evidence.service,
+            endpoint: evidence.endpoint,
+            state: evidence.state.as_str_name().to_owned(),
+            path: evidence.hops,
+            expires_in_seconds: evidence.token_expires.since(self.at).as_secs(),
+            client_mechanism: evidence.client_mechanism,
+            endpoint_mechanism: evidence.endpoint_mechanism,
+            src_addresses: evidence.src_addresses,
+            dst_addresses: evidence.dst_addresses,
+            mtu: evidence.mtu,
+        }
+    }
+
+    fn tunnel(
+        &self,
+        evidence: &TunnelEvidence,
+        inward: &DirectionEvidence,
+        outward: &DirectionEvidence,
+    ) -> Tunnel {
+        let link = self.counters(inward.link, outward.link);
+        Tunnel {
+            vni: evidence.key.vni().map_or(0, Vni::get),
+            port: evidence.port.into(),
+            local: evidence.local.to_string(),
+            remote: evidence.remote.to_string(),
+            interface: evidence.interface.to_string(),
+            netns: evidence.netns.clone(),
+            counters: self.counters(inward.card, outward.card).or(link),
+            observed: evidence.observed.as_ref().map(observed),
+            link,
+        }
+    }
+
+    fn counters(&self, received: Option<Count>, sent: Option<Count>) -> Option<Counters> {
+        let (rx, tx) = received.zip(sent)?;
+        Some(Counters {
+            tx_packets: tx.packets,
+            tx_bytes: tx.bytes,
+            rx_packets: rx.packets,
+            rx_bytes: rx.bytes,
+            tx_idle_ms: tx.last.map(|last| self.age(last)),
+            rx_idle_ms: rx.last.map(|last| self.age(last)),
+        })
+    }
+
+    fn path(
+        &self,
+        PathEvidence { health, measured }: &PathEvidence,
+        inward: &DirectionEvidence,
+        outward: &DirectionEvidence,
+    ) -> PathHealth {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let way = |direction, evidence: &DirectionEvidence| {
+            let finding = health.finding(direction);
+            Some(WayHealth {
+                state: finding.verdict.to_string(),
+                reason: health.sentence(direction),
+                reason_code: finding.reason.code().to_owned(),
+                last_heard_ms: evidence.proved.map(|proved| self.age(proved)),
+            })
+        };
+        PathHealth {
+            state: health.verdict().to_string(),
+            peer: health.peer.to_string(),
+            port: health.port.into(),
+            r#in: way(Direction::In, inward),
+            out: way(Direction::Out, outward),
+            round_trip_p50_ns: measured.and_then(|it| it.rtt_p50).map(nanos),
+            round_trip_p99_ns: measured.and_then(|it| it.rtt_p99).map(nanos),
+            loss: measured.and_then(|it| it.loss()),
+            path_mtu: health.path_mtu.map(u32::from),
+        }
     }
 }
 
-fn connection(evidence: ConnectionEvidence) -> ConnectionStatus {
-    let ConnectionEvidence {
-        inward, outward, ..
-    } = &evidence;
-    ConnectionStatus {
-        tunnel: evidence
-            .tunnel
-            .as_ref()
-            .map(|it| tunnel(it, inward, outward)),
-        health: evidence.path.as_ref().map(|it| path(it, inward, outward)),
-        id: evidence.id,
-        network_service: evidence.service,
-        endpoint: evidence.endpoint,
-        state: evidence.state.as_str_name().to_owned(),
-        path: evidence.hops,
-        expires_in_seconds: evidence.expires_in.as_secs(),
-        client_mechanism: evidence.client_mechanism,
-        endpoint_mechanism: evidence.endpoint_mechanism,
-        src_addresses: evidence.src_addresses,
-        dst_addresses: evidence.dst_addresses,
-        mtu: evidence.mtu,
-        down_reason: evidence.down_reason.unwrap_or_default(),
+fn observed(reading: &LinkReading) -> Link {
+    Link {
+        name: reading.link.name.clone(),
+        kind: reading.link.kind.as_str().to_owned(),
+        mtu: reading.link.mtu,
+        up: reading.link.up,
+        rx_dropped: reading.rx_dropped,
+        tx_dropped: reading.tx_dropped,
+        tx_errors: reading.tx_errors,
     }
 }
 
-fn tunnel(
-    evidence: &TunnelEvidence,
-    inward: &DirectionEvidence,
-    outward: &DirectionEvidence,
-) -> Tunnel {
-    let link = counters(inward.link, outward.link);
-    Tunnel {
-        vni: evidence.vni.get(),
-        port: evidence.port.into(),
-        local: evidence.local.to_string(),
-        remote: evidence.remote.to_string(),
-        interface: evidence.interface.to_string(),
-        netns: evidence.netns.clone(),
-        counters: counters(inward.card, outward.card).or(link),
-        link,
-    }
-}
-
-fn counters(received: Option<Count>, sent: Option<Count>) -> Option<Counters> {
-    let (rx, tx) = received.zip(sent)?;
-    Some(Counters {
-        tx_packets: tx.packets,
-        tx_bytes: tx.bytes,
-        rx_packets: rx.packets,
-        rx_bytes: rx.bytes,
-    })
-}
-
-fn path(
-    evidence: &PathEvidence,
-    inward: &DirectionEvidence,
-    outward: &DirectionEvidence,
-) -> PathHealth {
-    let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-    let way = |evidence: &WayEvidence| WayHealth {
-        state: evidence.verdict.to_string(),
-        reason: evidence.reason.clone(),
-        last_heard_ms: evidence
-            .proved_ago
-            .map(|ago| u64::try_from(ago.as_millis()).unwrap_or(u64::MAX)),
-    };
-    PathHealth {
-        state: evidence.verdict.to_string(),
-        peer: evidence.peer.to_string(),
-        port: evidence.port.into(),
-        r#in: inward.way.as_ref().map(way),
-        out: outward.way.as_ref().map(way),
-        round_trip_p50_ns: evidence.round_trip_p50.map(nanos),
-        round_trip_p99_ns: evidence.round_trip_p99.map(nanos),
-        loss: evidence.loss,
-        path_mtu: evidence.mtu.map(u32::from),
-    }
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn public_address(findings: &Findings) -> PublicAddress {

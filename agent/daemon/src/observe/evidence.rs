@@ -1,33 +1,35 @@
 //! What is known of an agent, its connections and their two directions at one moment: gathered once, typed, and shown by views.
 //!
-//! `status` ([`super::admin`]) and metrics ([`super::metrics`]) are such views. Nothing here is text that a view would have to parse.
+//! `status` ([`super::admin`]) and metrics ([`super::metrics`]) are such views: sentences and units are made there. All times are of the
+//! clock of [`Evidence::at`], so the age of each part is `at` less its time, and what expires has a time after `at`.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Display,
-    net::IpAddr,
-    time::{Duration, SystemTime},
+use std::{collections::BTreeMap, net::IpAddr, time::SystemTime};
+
+use nsm_controlplane::{
+    plane::{ConnectionView, DownReason},
+    registry::Counts,
 };
-
-use nsm_controlplane::{plane::ConnectionView, ports::Plan, registry::Counts};
 use nsm_core::{
     clock::Monotonic,
-    liveness::{Direction, Health, PathId, Verdict},
-    net::{IfName, Vni},
+    link::{Count, Traffic},
+    liveness::{Health, PathId, sbfd::Statistics},
+    mechanism::TunnelKey,
+    net::IfName,
     nsm::name::{Domain, InterdomainName},
 };
-use nsm_dataplane::liveness::{Preflights, Report};
-use nsm_proto::connection::State;
-use serde::{Serialize, Serializer};
-
-use crate::agent::{
-    forwarder::LinkCounters,
-    programs::{Counters, Facts},
-    public_address::Findings,
+use nsm_dataplane::{
+    links::LinkReading,
+    liveness::{Preflights, Report},
 };
+use nsm_discovery::dns::Outcome;
+use nsm_proto::connection::State;
+
+use crate::agent::{forwarder::LinkReadings, programs::Facts, public_address::Findings};
 
 /// What is known of one agent.
 pub(crate) struct Evidence {
+    /// When it was gathered.
+    pub(crate) at: Monotonic,
     /// What keeps it from being ready; ready without.
     pub(crate) waiting_for: Vec<String>,
     /// What works less well than it could.
@@ -41,6 +43,8 @@ pub(crate) struct Evidence {
     pub(crate) sessions: Vec<Report>,
     /// The peers that carry connections.
     pub(crate) peers: Vec<PeerEvidence>,
+    /// The answers of DNS that are remembered.
+    pub(crate) dns: Vec<DnsEvidence>,
     /// Packets of the underlay that were dropped or passed uncounted, by reason.
     pub(crate) drops: BTreeMap<&'static str, u64>,
     pub(crate) public_address: Findings,
@@ -56,25 +60,36 @@ pub(crate) struct PeerEvidence {
     pub(crate) connections: usize,
     /// Whether its monitor stream broke, and no Request through it has succeeded since.
     pub(crate) is_lost: bool,
+    /// Since when its monitor stream is open or lost.
+    pub(crate) since: Monotonic,
+}
+
+/// What DNS answered about one domain.
+pub(crate) struct DnsEvidence {
+    pub(crate) domain: Domain,
+    pub(crate) outcome: Outcome,
+    /// When the answer came.
+    pub(crate) answered: Monotonic,
+    /// Until when the answer is used.
+    pub(crate) expires: Monotonic,
 }
 
 /// One connection.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub(crate) struct ConnectionEvidence {
     /// The id of our segment.
     pub(crate) id: String,
     pub(crate) service: String,
     /// The domain of the service.
-    #[serde(serialize_with = "text")]
     pub(crate) domain: Domain,
     pub(crate) endpoint: String,
-    #[serde(serialize_with = "state")]
     pub(crate) state: State,
     /// Why it is DOWN.
-    pub(crate) down_reason: Option<String>,
+    pub(crate) down_reason: Option<DownReason>,
     /// Names of the path's segments.
     pub(crate) hops: Vec<String>,
-    pub(crate) expires_in: Duration,
+    /// When the previous hop's token expires, and with it the connection.
+    pub(crate) token_expires: Monotonic,
     pub(crate) client_mechanism: String,
     pub(crate) endpoint_mechanism: String,
     pub(crate) src_addresses: Vec<String>,
@@ -91,96 +106,68 @@ pub(crate) struct ConnectionEvidence {
 }
 
 /// A tunnel that ends on this node.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug)]
 pub(crate) struct TunnelEvidence {
-    #[serde(serialize_with = "text")]
-    pub(crate) vni: Vni,
+    /// What distinguishes it from the node's other tunnels.
+    pub(crate) key: TunnelKey,
     pub(crate) port: u16,
     pub(crate) local: IpAddr,
     pub(crate) remote: IpAddr,
-    /// The link in the pod.
-    #[serde(serialize_with = "text")]
+    /// The link in the pod, as it was made.
     pub(crate) interface: IfName,
     pub(crate) netns: String,
+    /// The link in the pod as the kernel shows it at [`Evidence::at`]; none where it is not there.
+    pub(crate) observed: Option<LinkReading>,
 }
 
-/// The path between this node and a tunnel's peer, both directions together.
-#[derive(Debug, Clone, Serialize)]
+/// The path between this node and a tunnel's peer.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct PathEvidence {
-    #[serde(serialize_with = "text")]
-    pub(crate) verdict: Verdict,
-    pub(crate) peer: IpAddr,
-    pub(crate) port: u16,
-    /// The largest inner IP packet that it is known to carry, bytes.
-    pub(crate) mtu: Option<u16>,
-    /// Round trips of the last minute.
-    pub(crate) round_trip_p50: Option<Duration>,
-    pub(crate) round_trip_p99: Option<Duration>,
-    /// The share of the last minute's probes that stayed unanswered, 0 to 1.
-    pub(crate) loss: Option<f64>,
+    /// Both directions, each with its reason.
+    pub(crate) health: Health,
+    /// What its session measured in the last minute; none where there is no session.
+    pub(crate) measured: Option<Statistics>,
 }
 
-/// One direction of a connection whose tunnel ends on this node: each stage that its packets pass, and what its path's session proves.
-#[derive(Debug, Default, Serialize)]
+/// One direction of a connection whose tunnel ends on this node: each stage that its packets pass, and the last proof of its path.
+#[derive(Debug, Default)]
 pub(crate) struct DirectionEvidence {
     /// At the link in the pod.
     pub(crate) link: Option<Count>,
     /// At the node's cards, where BPF counts.
     pub(crate) card: Option<Count>,
-    /// What is known of the way.
-    pub(crate) way: Option<WayEvidence>,
-}
-
-/// Packets and bytes that passed a stage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(crate) struct Count {
-    pub(crate) packets: u64,
-    pub(crate) bytes: u64,
-}
-
-/// One way between this node and a peer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct WayEvidence {
-    #[serde(serialize_with = "text")]
-    pub(crate) verdict: Verdict,
-    /// Why, and what to do, as a sentence.
-    pub(crate) reason: String,
-    /// Since its last proof: in, a packet of the peer; out, an answer to a probe.
-    pub(crate) proved_ago: Option<Duration>,
+    /// The last proof: in, a packet of the peer; out, an answer to a probe.
+    pub(crate) proved: Option<Monotonic>,
 }
 
 /// What the parts of an agent know of one connection.
 pub(super) struct Sources<'a> {
     pub(super) view: &'a ConnectionView,
     pub(super) health: Option<Health>,
-    pub(super) down_reason: Option<String>,
+    pub(super) down_reason: Option<DownReason>,
     pub(super) own_domain: &'a Domain,
-    /// Of all links.
-    pub(super) links: &'a LinkCounters,
+    /// All links.
+    pub(super) links: &'a LinkReadings,
     /// At the cards.
-    pub(super) card: Option<Counters>,
-    /// Of all sessions.
+    pub(super) card: Option<Traffic>,
+    /// All sessions.
     pub(super) sessions: &'a [Report],
-    pub(super) now: Monotonic,
+    pub(super) at: Monotonic,
 }
 
 impl ConnectionEvidence {
     pub(super) fn of(sources: Sources<'_>) -> Self {
         let view = sources.view;
         let wire = view.connection();
-        let ip = wire
-            .context
-            .as_ref()
-            .and_then(|context| context.ip_context.clone());
-        let ip = ip.unwrap_or_default();
+        let context = wire.context.clone().unwrap_or_default();
+        let ip = context.ip_context.unwrap_or_default();
         let name: Option<InterdomainName> = wire.network_service.parse().ok();
         let domain = name.as_ref().and_then(InterdomainName::domain);
         let hops = wire.path.iter().flat_map(|path| &path.path_segments);
-        let client_mechanism = wire
-            .mechanism
-            .as_ref()
-            .map(|mechanism| mechanism.r#type.clone());
-        let (inward, outward) = sources.directions();
+        let client_mechanism = wire.mechanism.as_ref();
+        let expires_in = view.expires().duration_since(SystemTime::now());
+        let tunnel = sources.tunnel();
+        let (inward, outward) = sources.directions(tunnel.as_ref());
         Self {
             id: view.id().to_owned(),
             service: wire.network_service.clone(),
@@ -188,17 +175,14 @@ impl ConnectionEvidence {
             endpoint: wire.network_service_endpoint_name.clone(),
             state: wire.state(),
             hops: hops.map(|segment| segment.name.clone()).collect(),
-            expires_in: view
-                .expires()
-                .duration_since(SystemTime::now())
-                .unwrap_or_default(),
-            client_mechanism: client_mechanism.unwrap_or_default(),
+            token_expires: sources.at + expires_in.unwrap_or_default(),
+            client_mechanism: client_mechanism.map_or_else(String::new, |it| it.r#type.clone()),
             endpoint_mechanism: view.next_mechanism().to_owned(),
             src_addresses: ip.src_ip_addrs,
             dst_addresses: ip.dst_ip_addrs,
-            mtu: wire.context.as_ref().map_or(0, |context| context.mtu),
-            tunnel: view.plan().and_then(TunnelEvidence::of),
+            mtu: context.mtu,
             path: sources.path(),
+            tunnel,
             inward,
             outward,
             down_reason: sources.down_reason,
@@ -206,23 +190,20 @@ impl ConnectionEvidence {
     }
 }
 
-impl TunnelEvidence {
-    fn of(plan: &Plan) -> Option<Self> {
-        let Plan::Vxlan { netns, spec } = plan else {
-            return None;
-        };
-        Some(Self {
-            vni: spec.vni,
-            port: spec.port,
-            local: spec.local,
-            remote: spec.remote,
-            interface: spec.link.name.clone(),
-            netns: netns.to_string(),
+impl Sources<'_> {
+    fn tunnel(&self) -> Option<TunnelEvidence> {
+        let tunnel = self.view.plan()?.tunnel()?;
+        Some(TunnelEvidence {
+            key: tunnel.key,
+            port: tunnel.port,
+            local: tunnel.local,
+            remote: tunnel.remote,
+            interface: tunnel.link.name.clone(),
+            netns: tunnel.netns.to_string(),
+            observed: self.links.get(&tunnel.link.alias).cloned(),
         })
     }
-}
 
-impl Sources<'_> {
     /// The session of the connection's very path: one address may have several reflectors.
     fn session(&self) -> Option<&Report> {
         let path: PathId = self.view.watched()?.canonical();
@@ -231,70 +212,32 @@ impl Sources<'_> {
     }
 
     fn path(&self) -> Option<PathEvidence> {
-        let health = self.health.as_ref()?;
-        let measured = self.session().map(|report| report.statistics);
         Some(PathEvidence {
-            verdict: health.verdict(),
-            peer: health.peer,
-            port: health.port,
-            mtu: health.path_mtu,
-            round_trip_p50: measured.and_then(|it| it.rtt_p50),
-            round_trip_p99: measured.and_then(|it| it.rtt_p99),
-            loss: measured.filter(|it| it.probes > 0).map(|it| it.loss()),
+            health: self.health?,
+            measured: self.session().map(|report| report.statistics),
         })
     }
 
     /// Both directions, in and out.
-    fn directions(&self) -> (DirectionEvidence, DirectionEvidence) {
-        let link = match self.view.plan() {
-            Some(Plan::Vxlan { spec, .. }) => self.links.get(&spec.link.alias).copied(),
-            _ => None,
-        };
+    fn directions(
+        &self,
+        tunnel: Option<&TunnelEvidence>,
+    ) -> (DirectionEvidence, DirectionEvidence) {
+        let observed = tunnel.and_then(|tunnel| tunnel.observed.as_ref());
+        let link = observed.map(|observed| observed.traffic);
         let snapshot = self.session().map(|report| &report.snapshot);
         let answered = snapshot.and_then(|snapshot| snapshot.last_answer);
         let probed = snapshot.and_then(|snapshot| snapshot.peer.map(|probe| probe.at));
-        let way = |direction, proved: Option<Monotonic>| {
-            let health = self.health.as_ref()?;
-            Some(WayEvidence {
-                verdict: health.finding(direction).verdict,
-                reason: health.sentence(direction),
-                proved_ago: proved.map(|at| self.now.since(at)),
-            })
-        };
         let inward = DirectionEvidence {
-            link: link.map(Counters::received),
-            card: self.card.map(Counters::received),
-            way: way(Direction::In, answered.max(probed)),
+            link: link.map(|it| it.received),
+            card: self.card.map(|it| it.received),
+            proved: answered.max(probed),
         };
         let outward = DirectionEvidence {
-            link: link.map(Counters::sent),
-            card: self.card.map(Counters::sent),
-            way: way(Direction::Out, answered),
+            link: link.map(|it| it.sent),
+            card: self.card.map(|it| it.sent),
+            proved: answered,
         };
         (inward, outward)
     }
-}
-
-impl Counters {
-    fn received(self) -> Count {
-        Count {
-            packets: self.rx_packets,
-            bytes: self.rx_bytes,
-        }
-    }
-
-    fn sent(self) -> Count {
-        Count {
-            packets: self.tx_packets,
-            bytes: self.tx_bytes,
-        }
-    }
-}
-
-fn text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(value)
-}
-
-fn state<S: Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(state.as_str_name())
 }

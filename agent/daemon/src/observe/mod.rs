@@ -2,16 +2,15 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use nsm_controlplane::{
-    plane::{ConnectionView, ControlPlane},
-    ports::Plan,
-};
-use nsm_core::nsm::name::Domain;
-use nsm_dataplane::bpf;
+use nsm_controlplane::plane::{ConnectionView, ControlPlane, PeerView};
+use nsm_core::{clock::Monotonic, nsm::name::Domain};
+use nsm_dataplane::{bpf, liveness::Report};
+use nsm_discovery::dns::Remembered;
+use tokio::time::Instant;
 
-use self::evidence::{ConnectionEvidence, Evidence, PeerEvidence, Sources};
+use self::evidence::{ConnectionEvidence, DnsEvidence, Evidence, PeerEvidence, Sources};
 use crate::agent::{
-    forwarder::{LinkCounters, NodeForwarder},
+    forwarder::{LinkReadings, NodeForwarder},
     public_address::PublicAddress,
     readiness::Readiness,
 };
@@ -45,20 +44,19 @@ impl Observer {
         let links = match forwarder {
             Some(forwarder) => {
                 let plans = views.iter().filter_map(ConnectionView::plan);
-                forwarder.link_counters(plans).await
+                forwarder.link_readings(plans).await
             }
             None => HashMap::new(),
         };
+        let at = bpf::now();
         let mut connections = Vec::with_capacity(views.len());
         for views in views.chunks(BETWEEN_OTHERS) {
-            connections.extend(
-                views
-                    .iter()
-                    .map(|view| self.connection(view, &links, &sessions)),
-            );
+            let of = |view| self.connection(view, &links, &sessions, at);
+            connections.extend(views.iter().map(of));
             tokio::task::yield_now().await;
         }
         Evidence {
+            at,
             waiting_for: self.readiness.waiting(),
             degraded: self.readiness.degradations(),
             degraded_paths: forwarder
@@ -67,7 +65,8 @@ impl Observer {
             programs: forwarder.map(NodeForwarder::program_facts),
             connections,
             sessions,
-            peers: self.peers(),
+            peers: self.peers(at),
+            dns: self.dns(at),
             drops: forwarder.map(NodeForwarder::drops).unwrap_or_default(),
             public_address: self.public_address.findings(),
             registry: self.plane.registry_counts(),
@@ -78,34 +77,42 @@ impl Observer {
     fn connection(
         &self,
         view: &ConnectionView,
-        links: &LinkCounters,
-        sessions: &[nsm_dataplane::liveness::Report],
+        links: &LinkReadings,
+        sessions: &[Report],
+        at: Monotonic,
     ) -> ConnectionEvidence {
-        let card = match (view.plan(), &self.forwarder) {
-            (Some(Plan::Vxlan { spec, .. }), Some(forwarder)) => forwarder.card_counters(spec),
-            _ => None,
-        };
+        let forwarder = self.forwarder.as_ref();
         ConnectionEvidence::of(Sources {
             view,
             health: self.plane.health_now(view),
             down_reason: self.plane.down_reason(view),
             own_domain: self.domain(),
             links,
-            card,
+            card: forwarder.and_then(|it| it.card_traffic(view.plan()?)),
             sessions,
-            now: bpf::now(),
+            at,
         })
     }
 
-    fn peers(&self) -> Vec<PeerEvidence> {
-        let lost = self.plane.unmonitored_peers();
-        let peers = self.plane.peers().into_iter();
-        let evidence = |(url, connections)| PeerEvidence {
-            is_lost: lost.contains(&url),
-            url,
-            connections,
+    fn peers(&self, at: Monotonic) -> Vec<PeerEvidence> {
+        let evidence = |peer: PeerView| PeerEvidence {
+            url: peer.url,
+            connections: peer.connections,
+            is_lost: !peer.is_monitored,
+            since: at - peer.since.elapsed(),
         };
-        peers.map(evidence).collect()
+        self.plane.peers().into_iter().map(evidence).collect()
+    }
+
+    fn dns(&self, at: Monotonic) -> Vec<DnsEvidence> {
+        let evidence = |known: Remembered| DnsEvidence {
+            domain: known.domain,
+            outcome: known.outcome,
+            answered: at - known.answered.elapsed(),
+            expires: at + known.expires.saturating_duration_since(Instant::now()),
+        };
+        let remembered = self.plane.resolver().remembered().into_iter();
+        remembered.map(evidence).collect()
     }
 
     fn domain(&self) -> &Domain {

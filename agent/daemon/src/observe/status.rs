@@ -6,7 +6,9 @@ use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets};
 use nsm_controlplane::transport::dial::dial;
 use nsm_core::net::PeerUrl;
-use nsm_proto::admin::{ConnectionStatus, Status, StatusRequest, admin_client::AdminClient};
+use nsm_proto::admin::{
+    ConnectionStatus, DnsAnswer, Status, StatusRequest, admin_client::AdminClient,
+};
 use tonic::Code;
 
 use crate::{
@@ -145,6 +147,10 @@ fn render(status: &Status) -> String {
         );
     }
     section(&mut text, "PEERS", peers);
+    let dns = dns(&status.dns);
+    if !dns.is_empty() {
+        section(&mut text, "DNS", dns);
+    }
     let mut drops = table(&["REASON", "PACKETS"], &[1]);
     for (reason, packets) in status.drops.iter().filter(|(_, packets)| **packets > 0) {
         add(&mut drops, [reason.clone(), packets.to_string()]);
@@ -267,6 +273,26 @@ fn tunnels(connections: &[ConnectionStatus]) -> Table {
             count(|counters| counters.tx_bytes),
             count(|counters| counters.rx_packets),
             count(|counters| counters.rx_bytes),
+        ];
+        add(&mut table, cells);
+    }
+    table
+}
+
+/// What DNS answered about other domains.
+fn dns(answers: &[DnsAnswer]) -> Table {
+    let mut table = table(&["DOMAIN", "ANSWER", "BY", "AGE", "EXPIRES"], &[3, 4]);
+    for answer in answers {
+        let (outcome, server) = match answer.trouble.as_str() {
+            "" => (&answer.answer, answer.server.as_str()),
+            _ => (&answer.trouble, "-"),
+        };
+        let cells = [
+            answer.domain.clone(),
+            outcome.clone(),
+            server.to_owned(),
+            seconds(answer.age_ms / 1000),
+            seconds(answer.expires_in_ms / 1000),
         ];
         add(&mut table, cells);
     }

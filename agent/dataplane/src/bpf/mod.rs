@@ -43,7 +43,7 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 use nix::time::{ClockId, clock_gettime};
-use nsm_core::{clock::Monotonic, net::Vni};
+use nsm_core::{clock::Monotonic, link::Traffic, net::Vni};
 use nsm_ebpf_common::VXLAN_PORT;
 use sha2::{Digest as _, Sha256};
 
@@ -137,24 +137,6 @@ impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
-}
-
-/// What passed through a tunnel on the underlay, since its slot was taken: packets of the wire and bytes of whole outer
-/// frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TunnelCounters {
-    /// Packets to the peer.
-    pub tx_packets: u64,
-    /// Bytes to the peer.
-    pub tx_bytes: u64,
-    /// Packets from the peer.
-    pub rx_packets: u64,
-    /// Bytes from the peer.
-    pub rx_bytes: u64,
-    /// When the last packet was sent, to a timer tick (1 to 10 ms); `None` = never.
-    pub last_tx: Option<Monotonic>,
-    /// When the last packet was received, likewise.
-    pub last_rx: Option<Monotonic>,
 }
 
 /// Now, on the clock of the kernel's stamps.
@@ -357,12 +339,13 @@ impl Bpf {
         self.state().tables.slots_in_use()
     }
 
-    /// What passed through the tunnel of a slot, of all CPUs together.
+    /// What passed through the tunnel of a slot on the underlay since the slot was taken, of all CPUs together: packets of the wire, and
+    /// bytes of whole outer frames.
     ///
     /// # Errors
     ///
     /// When the slot is not in use.
-    pub fn counters(&self, slot: Slot) -> Result<TunnelCounters, BpfError> {
+    pub fn counters(&self, slot: Slot) -> Result<Traffic, BpfError> {
         self.state().tables.counters(slot)
     }
 

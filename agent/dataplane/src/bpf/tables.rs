@@ -15,13 +15,16 @@ use aya::{
     maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
     util::nr_cpus,
 };
-use nsm_core::clock::Monotonic;
+use nsm_core::{
+    clock::Monotonic,
+    link::{Count, Traffic},
+};
 use nsm_ebpf_common::{
     Address, Counters, Foreign, LAYOUT, MAX_SLOTS, PEER_MARKER, Reason, Tunnel, TunnelKey,
     UNSPECIFIED, mapped, port_bit,
 };
 
-use super::{BpfError, ForeignVni, KnownTunnel, Slot, TunnelCounters, slots::Slots};
+use super::{BpfError, ForeignVni, KnownTunnel, Slot, slots::Slots};
 
 pub(super) struct Tables {
     tunnels: BpfHashMap<MapData, TunnelKey, Tunnel>,
@@ -303,7 +306,7 @@ impl Tables {
         self.known.len()
     }
 
-    pub(super) fn counters(&self, slot: Slot) -> Result<TunnelCounters, BpfError> {
+    pub(super) fn counters(&self, slot: Slot) -> Result<Traffic, BpfError> {
         if !self.used.contains(&slot.0) {
             return Err(BpfError::NoSlot(slot));
         }
@@ -350,12 +353,12 @@ impl CounterReader {
     }
 
     /// As [`super::Bpf::counters`]; of a slot that is not in use, what its last tunnel had.
-    pub(crate) fn read(&self, slot: Slot) -> Result<TunnelCounters, BpfError> {
+    pub(crate) fn read(&self, slot: Slot) -> Result<Traffic, BpfError> {
         read(&self.0, slot)
     }
 }
 
-fn read(counters: &PerCpuArray<MapData, Counters>, slot: Slot) -> Result<TunnelCounters, BpfError> {
+fn read(counters: &PerCpuArray<MapData, Counters>, slot: Slot) -> Result<Traffic, BpfError> {
     let cpus = counters
         .get(&slot.0, 0)
         .map_err(of_map("COUNTERS", "read"))?;
@@ -368,14 +371,14 @@ fn read(counters: &PerCpuArray<MapData, Counters>, slot: Slot) -> Result<TunnelC
         sum.last_in_ns = sum.last_in_ns.max(cpu.last_in_ns);
         sum.last_out_ns = sum.last_out_ns.max(cpu.last_out_ns);
     }
-    let when = |ns: u64| (ns != 0).then(|| Monotonic::from_nanos(ns));
-    Ok(TunnelCounters {
-        tx_packets: sum.out_packets,
-        tx_bytes: sum.out_bytes,
-        rx_packets: sum.in_packets,
-        rx_bytes: sum.in_bytes,
-        last_tx: when(sum.last_out_ns),
-        last_rx: when(sum.last_in_ns),
+    let count = |packets, bytes, last_ns: u64| Count {
+        packets,
+        bytes,
+        last: (last_ns != 0).then(|| Monotonic::from_nanos(last_ns)),
+    };
+    Ok(Traffic {
+        sent: count(sum.out_packets, sum.out_bytes, sum.last_out_ns),
+        received: count(sum.in_packets, sum.in_bytes, sum.last_in_ns),
     })
 }
 

@@ -1,4 +1,4 @@
-//! Looking after the hooks of the underlay.
+//! Repair of the hooks of the underlay.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -8,9 +8,9 @@ use std::{
 use super::{Bpf, BpfError, Role, State};
 
 impl Bpf {
-    /// Whether the programs hang where they should, each in its direction, on every interface of [`Self::interfaces`]. What somebody
-    /// took off or displaced is put back, and the log says so. The result is what could not be mended, and what does not stay mended:
-    /// empty when all is well.
+    /// Checks that the programs hang on every interface of [`Self::interfaces`], each in its direction. A program that was taken off or
+    /// displaced is attached again, with a log line. The result is what could not be repaired, and what does not stay repaired: empty
+    /// when all is well.
     ///
     /// Takes some 50 µs an interface while nothing is to be mended. An interface that is gone is a fault only where the configuration
     /// names it; one that comes back under its name gets the programs.

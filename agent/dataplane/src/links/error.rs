@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nsm_core::{
     identity::NamespaceId,
     link::{Link, LinkAlias, LinkAliasError, RouteSpec},
+    net::Vni,
 };
 
 use crate::{
@@ -36,7 +37,7 @@ pub enum LinkError {
     #[error("VNI {vni} on UDP port {port} is taken on this node [{kernel}]: another VNI is needed")]
     VniTaken {
         /// The VNI that was wanted.
-        vni: u32,
+        vni: Vni,
         /// Its UDP port.
         port: u16,
         /// The kernel's answer.
@@ -333,7 +334,7 @@ mod tests {
         };
         assert!(
             LinkError::VniTaken {
-                vni: 1,
+                vni: Vni::MANAGEMENT,
                 port: 4789,
                 kernel: kernel.clone()
             }

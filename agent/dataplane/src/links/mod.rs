@@ -29,7 +29,7 @@ use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{Link, LinkAlias, LinkSpec, VxlanSpec, admission::Holding},
+    link::{Link, LinkAlias, LinkSpec, Traffic, VxlanSpec, admission::Holding},
     net::{IfName, MacAddr},
 };
 use tokio::sync::oneshot;
@@ -82,17 +82,13 @@ pub struct UpLink {
     pub operations: usize,
 }
 
-/// The traffic of a link since it was created, as seen from the pod.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct LinkStatistics {
-    /// Packets that the pod received.
-    pub rx_packets: u64,
-    /// Bytes of those, with their Ethernet headers.
-    pub rx_bytes: u64,
-    /// Packets that the pod sent.
-    pub tx_packets: u64,
-    /// Bytes of those, with their Ethernet headers.
-    pub tx_bytes: u64,
+/// A link of ours as the kernel shows it, without what lies on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkReading {
+    /// The link; addresses, routes and neighbours are left out.
+    pub link: Link,
+    /// Its traffic since it was created: frames with their Ethernet headers, as seen from the pod.
+    pub traffic: Traffic,
     /// Received packets that the link dropped.
     pub rx_dropped: u64,
     /// Sent packets that the link dropped.
@@ -228,18 +224,18 @@ impl Links {
         self.on_node(holdings::own_addresses).await
     }
 
-    /// The traffic of each of our links in the pod's namespace. All are read at once: a pod may have thousands, and finding one takes as
-    /// long as reading all.
+    /// Each of our links in the pod's namespace, with its traffic. All are read at once: a pod may have thousands, and finding one takes
+    /// as long as reading all.
     ///
     /// # Errors
     ///
     /// The namespace cannot be entered or read.
-    pub async fn statistics(
+    pub async fn readings(
         &self,
         pod: &Netns,
-    ) -> Result<HashMap<LinkAlias, LinkStatistics>, LinkError> {
+    ) -> Result<HashMap<LinkAlias, LinkReading>, LinkError> {
         let pod = pod.clone();
-        self.read(move || session::statistics(&pod)).await
+        self.read(move || session::readings(&pod)).await
     }
 
     /// Every connection's link of this domain's agents in all namespaces that can be found, each with where it is: after a restart, links

@@ -6,7 +6,9 @@ use ipnet::IpNet;
 use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{
+        InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64,
+    },
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     nsid::NsidAttribute,
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
@@ -94,6 +96,19 @@ pub(super) fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
     }
     link.kind = kind_of(infos, peer, peer_netns);
     Some(link)
+}
+
+/// What a link has counted since it was created.
+pub(super) fn counted(message: &RouteNetlinkMessage) -> Option<Stats64> {
+    let RouteNetlinkMessage::NewLink(link) = message else {
+        return None;
+    };
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Stats64(counted) => Some(*counted),
+            _ => None,
+        })
 }
 
 fn kind_of(infos: Vec<LinkInfo>, peer: u32, peer_netns: Option<i32>) -> LinkKind {

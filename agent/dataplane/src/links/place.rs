@@ -49,7 +49,7 @@ impl<'a> Maker<'a> {
             // The kernel's error is the same for a name and a VNI in use.
             return Err(match kernel.errno {
                 Errno::EEXIST if place.name_is_free()? => LinkError::VniTaken {
-                    vni: spec.vni.get(),
+                    vni: spec.vni,
                     port: spec.port,
                     kernel,
                 },

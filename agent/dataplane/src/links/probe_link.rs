@@ -183,7 +183,7 @@ fn create(netlink: &mut Netlink, spec: &ProbeLinkSpec, name: &str) -> Result<u32
     if let Err(kernel) = netlink.ask(request, NLM_F_CREATE | NLM_F_EXCL)? {
         return Err(match kernel.errno {
             Errno::EEXIST => LinkError::VniTaken {
-                vni: spec.vni.get(),
+                vni: spec.vni,
                 port: spec.port,
                 kernel,
             },

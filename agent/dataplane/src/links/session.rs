@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkAttribute};
 use nix::errno::Errno;
-use nsm_core::link::{Link, LinkAlias, LinkSpec, VxlanSpec, Wanted, must_create};
+use nsm_core::link::{Count, Link, LinkAlias, LinkSpec, Traffic, VxlanSpec, Wanted, must_create};
 
 use super::{
-    LinkError, LinkStatistics, UpLink,
+    LinkError, LinkReading, UpLink,
     basics::{delete, open_in},
     message, observe,
     place::{Maker, Place},
@@ -166,38 +166,30 @@ pub(super) fn observe(pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, Li
     Ok(link)
 }
 
-pub(super) fn statistics(pod: &Netns) -> Result<HashMap<LinkAlias, LinkStatistics>, LinkError> {
+pub(super) fn readings(pod: &Netns) -> Result<HashMap<LinkAlias, LinkReading>, LinkError> {
     let links = open_in(pod)?.dump(&message::get_links(true))?;
-    let counted = links.into_iter().filter_map(|message| {
-        let RouteNetlinkMessage::NewLink(link) = message else {
-            return None;
-        };
-        let alias = link
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                LinkAttribute::IfAlias(text) => text.parse().ok(),
-                _ => None,
-            })?;
-        let counted = link.attributes.into_iter().find_map(statistics_of)?;
-        Some((alias, counted))
-    });
-    Ok(counted.collect())
+    Ok(links.into_iter().filter_map(reading).collect())
 }
 
-fn statistics_of(attribute: LinkAttribute) -> Option<LinkStatistics> {
-    let LinkAttribute::Stats64(kernel) = attribute else {
-        return None;
+fn reading(message: RouteNetlinkMessage) -> Option<(LinkAlias, LinkReading)> {
+    let counted = observe::counted(&message)?;
+    let link = observe::link_of(message)?;
+    let count = |packets, bytes| Count {
+        packets,
+        bytes,
+        last: None,
     };
-    Some(LinkStatistics {
-        rx_packets: kernel.rx_packets,
-        rx_bytes: kernel.rx_bytes,
-        tx_packets: kernel.tx_packets,
-        tx_bytes: kernel.tx_bytes,
-        rx_dropped: kernel.rx_dropped,
-        tx_dropped: kernel.tx_dropped,
-        tx_errors: kernel.tx_errors,
-    })
+    let reading = LinkReading {
+        traffic: Traffic {
+            sent: count(counted.tx_packets, counted.tx_bytes),
+            received: count(counted.rx_packets, counted.rx_bytes),
+        },
+        rx_dropped: counted.rx_dropped,
+        tx_dropped: counted.tx_dropped,
+        tx_errors: counted.tx_errors,
+        link,
+    };
+    Some((reading.link.alias.clone()?, reading))
 }
 
 pub(super) fn find_ours(domain: &str) -> Vec<(Netns, Link)> {

@@ -20,7 +20,7 @@
 //! [`Report`]s, never as an error.
 //!
 //! Cancellation and time: a dropped future of [`Health`] or [`Peer`] leaves nothing behind. A request that was sent is carried out, and
-//! a [`Peer`] that nobody receives leaves its path at once. The calls have no timeout of their own. Those to `nsm-peers` wait for its
+//! a [`Peer`] without a receiver leaves its path at once. The calls have no timeout of their own. Those to `nsm-peers` wait for its
 //! system calls, some 30 ms each at most; [`Peer::prove`] waits for probes, 0.6 s on a silent path.
 
 mod error;
@@ -284,7 +284,7 @@ impl Health {
         self.shared.realtime
     }
 
-    /// How often each [`nsm_ebpf_common::Reason`] occurred on the probe link, by name, where this process looks at its packets
+    /// How often each [`nsm_ebpf_common::Reason`] occurred on the probe link, by name, where this process handles its packets
     /// ([`Plane::UserSpace`]). What the programs drop is in [`Bpf::drops`].
     #[must_use]
     pub fn drops(&self) -> BTreeMap<&'static str, u64> {

@@ -378,11 +378,11 @@ impl PeerSession {
             link_out: session.sent.load() + session.reflected.load(),
             card_out: underlay
                 .filter(|_| self.entry.counts_out)
-                .map(|counters| counters.tx_packets),
+                .map(|counters| counters.sent.packets),
             // The card counts the node's own probes by their source, the link on the answer path.
             card_in: underlay
                 .filter(|_| self.owns_probes)
-                .map(|counters| counters.rx_packets),
+                .map(|counters| counters.received.packets),
             link_in: session.arrived.load(),
         }
     }

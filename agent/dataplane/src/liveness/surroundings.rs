@@ -8,6 +8,7 @@ use std::{
     },
 };
 
+use nsm_core::link::Traffic;
 use nsm_ebpf_common::{
     Reason,
     management::{self, Verdict},
@@ -20,9 +21,7 @@ use tokio::sync::mpsc as tokio_mpsc;
 
 use super::{Event, Plane, random::Jitter, request::Request, socket::PacketSocket};
 use crate::{
-    bpf::{
-        CounterReader, LocalSessions, PinnedSessions, Sessions, Slot, TunnelCounters, now as clock,
-    },
+    bpf::{CounterReader, LocalSessions, PinnedSessions, Sessions, Slot, now as clock},
     links::Family,
 };
 
@@ -122,7 +121,7 @@ impl Surroundings<'_> {
     }
 
     /// The underlay's counts.
-    pub(super) fn underlay(&self, slot: Slot) -> Option<TunnelCounters> {
+    pub(super) fn underlay(&self, slot: Slot) -> Option<Traffic> {
         self.counters?.read(slot).ok()
     }
 }

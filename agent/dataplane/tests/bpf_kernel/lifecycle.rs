@@ -126,7 +126,11 @@ fn the_next_agent_adopts_maps_and_replaces_programs() {
             .with(|f| f.port = 8472)
             .bytes();
         assert_eq!(verdict(&programs, Direction::In, &over_8472), NEXT);
-        assert_eq!(bpf.counters(slot).unwrap().rx_packets, 2, "counters go on");
+        assert_eq!(
+            bpf.counters(slot).unwrap().received.packets,
+            2,
+            "counters go on"
+        );
         let stranger = Frame::new("203.0.113.9", "192.0.2.1", 42).bytes();
         assert_eq!(verdict(&programs, Direction::In, &stranger), DROP);
         let next = bpf.add_tunnel(vni(9), addr(PEER)).unwrap();
@@ -425,7 +429,7 @@ fn tunnels_are_added_from_many_threads() {
                     for n in 0..500 {
                         let vni = vni(1 + worker * 500 + n);
                         let slot = bpf.add_tunnel(vni, addr(PEER)).unwrap();
-                        assert_eq!(bpf.counters(slot).unwrap().rx_packets, 0);
+                        assert_eq!(bpf.counters(slot).unwrap().received.packets, 0);
                         if n % 2 == 0 {
                             assert!(bpf.remove_tunnel(vni, addr(PEER)).unwrap());
                         }

@@ -11,7 +11,8 @@ use std::{
 
 use super::support::{Frame, addr, config, drops, for_each_hook, ip, run, sandbox, vni};
 use nix::sched::{CloneFlags, setns, unshare};
-use nsm_dataplane::bpf::{Bpf, BpfConfig, Hook, Slot, TunnelCounters, now};
+use nsm_core::link::{Count, Traffic};
+use nsm_dataplane::bpf::{Bpf, BpfConfig, Hook, Slot, now};
 
 /// A network namespace; gone with the last descriptor.
 struct Netns(File);
@@ -51,7 +52,7 @@ struct Node {
 }
 
 impl Node {
-    fn counters(&self) -> TunnelCounters {
+    fn counters(&self) -> Traffic {
         self.bpf.counters(self.slot).expect("counters")
     }
 }
@@ -104,8 +105,9 @@ fn assert_balanced(nodes: &[Node; 2]) {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let [a, b] = [nodes[0].counters(), nodes[1].counters()];
-        let sent = [(a.tx_packets, a.tx_bytes), (b.tx_packets, b.tx_bytes)];
-        let received = [(b.rx_packets, b.rx_bytes), (a.rx_packets, a.rx_bytes)];
+        let both = |count: Count| (count.packets, count.bytes);
+        let sent = [both(a.sent), both(b.sent)];
+        let received = [both(b.received), both(a.received)];
         if sent == received {
             return;
         }
@@ -137,7 +139,7 @@ fn wrong_source_is_dropped(nodes: [Node; 2]) {
     assert!(!ping().status.success(), "the tunnel must not carry it");
     let dropped = nodes[1].bpf.drops().expect("drops")["wrong_source"];
     assert!(dropped >= 3, "{dropped}");
-    assert_eq!(nodes[1].counters().rx_packets, before.rx_packets);
+    assert_eq!(nodes[1].counters().received, before.received);
     remove(nodes);
 }
 
@@ -160,9 +162,9 @@ fn what_a_ping_through_a_tunnel_sends_is_counted() {
         assert_balanced(&nodes);
         let counters = nodes[0].counters();
         // Five echoes and an ARP request or two.
-        assert!((6..=8).contains(&counters.tx_packets), "{counters:?}");
-        assert_eq!(counters.tx_packets, counters.rx_packets);
-        let last = counters.last_rx.expect("heard of");
+        assert!((6..=8).contains(&counters.sent.packets), "{counters:?}");
+        assert_eq!(counters.sent.packets, counters.received.packets);
+        let last = counters.received.last.expect("heard of");
         assert!(
             last <= now() && now().since(last) < Duration::from_secs(5),
             "{last:?}"
@@ -222,11 +224,11 @@ fn large_packets_count_as_what_the_wire_sees() {
         let whole = nodes[0].counters();
         let segments = BYTES as u64 / 1398;
         assert!(
-            whole.tx_packets > segments,
+            whole.sent.packets > segments,
             "{whole:?}: at least {segments} segments"
         );
         assert!(
-            whole.tx_bytes > BYTES as u64 + segments * 104,
+            whole.sent.bytes > BYTES as u64 + segments * 104,
             "{whole:?}: and their headers"
         );
 
@@ -339,18 +341,18 @@ fn headers_outside_the_linear_part_are_read() {
             send_scattered("a0", &frame);
             let counters = bpf.counters(slot).expect("counters");
             assert_eq!(
-                (counters.tx_packets, counters.tx_bytes),
+                (counters.sent.packets, counters.sent.bytes),
                 (1, frame.len() as u64)
             );
             // From the peer: the other way round.
             send_scattered("a0", &scattered(peer, us));
             let deadline = Instant::now() + Duration::from_secs(5);
-            while bpf.counters(slot).expect("counters").rx_packets == 0 {
+            while bpf.counters(slot).expect("counters").received.packets == 0 {
                 assert!(Instant::now() < deadline, "{:?}", drops(&bpf));
                 thread::sleep(Duration::from_millis(2));
             }
             assert_eq!(
-                bpf.counters(slot).expect("counters").rx_bytes,
+                bpf.counters(slot).expect("counters").received.bytes,
                 frame.len() as u64
             );
         }

@@ -7,7 +7,8 @@ use nix::{
     sched::{CpuSet, sched_getcpu, sched_setaffinity},
     unistd::Pid,
 };
-use nsm_dataplane::bpf::{Bpf, Direction, Slot, TunnelCounters};
+use nsm_core::link::Traffic;
+use nsm_dataplane::bpf::{Bpf, Direction, Slot};
 
 const US: &str = "192.0.2.1";
 const PEER: &str = "198.51.100.7";
@@ -26,17 +27,11 @@ fn world() -> (Bpf, Programs, Slot, Slot) {
 }
 
 fn counted(bpf: &Bpf, slot: Slot) -> [u64; 4] {
-    let TunnelCounters {
-        tx_packets,
-        tx_bytes,
-        rx_packets,
-        rx_bytes,
-        last_tx,
-        last_rx,
-    } = bpf.counters(slot).expect("counters");
-    assert_eq!(last_tx.is_some(), tx_packets > 0);
-    assert_eq!(last_rx.is_some(), rx_packets > 0);
-    [tx_packets, tx_bytes, rx_packets, rx_bytes]
+    let Traffic { sent, received } = bpf.counters(slot).expect("counters");
+    for count in [sent, received] {
+        assert_eq!(count.last.is_some(), count.packets > 0);
+    }
+    [sent.packets, sent.bytes, received.packets, received.bytes]
 }
 
 /// Each of these is attributed to the tunnel, whatever surrounds its VXLAN header.

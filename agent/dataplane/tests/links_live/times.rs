@@ -31,7 +31,7 @@ async fn links_are_quick() {
         assert_eq!(same.unwrap().operations, 0);
         spec.remote = "192.0.2.3".parse().unwrap();
         change.push(timed(links.up_vxlan(&pod, &spec)).await.0);
-        look.push(timed(links.statistics(&pod)).await.0);
+        look.push(timed(links.readings(&pod)).await.0);
         delete.push(timed(links.down(&pod, &spec.link.alias)).await.0);
     }
     let create = report("create", create);

@@ -88,16 +88,14 @@ async fn pods_talk_through_vxlan() {
         echo(&pod, &pod_b, "172.16.1.2:7000", 100);
         echo(&pod_b, &pod, "[fd00:1::1]:7000", 100);
 
-        let statistics = links.statistics(&pod).await.unwrap()[&spec.link.alias];
-        assert!(
-            statistics.tx_packets >= 2 && statistics.rx_packets >= 2,
-            "{statistics:?}"
-        );
-        assert!(
-            statistics.tx_bytes >= 2 * 128 && statistics.rx_bytes >= 2 * 128,
-            "{statistics:?}"
-        );
-        assert_eq!((statistics.rx_dropped, statistics.tx_errors), (0, 0));
+        let reading = &links.readings(&pod).await.unwrap()[&spec.link.alias];
+        let Traffic { sent, received } = reading.traffic;
+        for count in [sent, received] {
+            assert!(count.packets >= 2 && count.bytes >= 2 * 128, "{count:?}");
+        }
+        assert_eq!((reading.rx_dropped, reading.tx_errors), (0, 0));
+        assert!(reading.link.up, "{reading:?}");
+        assert_eq!(reading.link.mtu, spec.link.mtu);
         let mtu = links.underlay_mtu(spec.remote).await.unwrap()
             - nsm_core::link::vxlan_overhead(spec.remote);
         assert_eq!(mtu, if spec.remote.is_ipv4() { 1450 } else { 1430 });
@@ -112,7 +110,7 @@ async fn pods_talk_through_vxlan() {
         echo(&pod, &pod_b, "172.16.1.2:7001", mtu as usize - 28);
 
         assert!(links.down(&pod, &spec.link.alias).await.unwrap());
-        assert!(links.statistics(&pod).await.unwrap().is_empty());
+        assert!(links.readings(&pod).await.unwrap().is_empty());
     }
 }
 

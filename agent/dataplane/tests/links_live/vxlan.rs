@@ -364,7 +364,7 @@ async fn goes_with_its_pod() {
         );
         // Only our handle holds it now; what was made in it can still be changed and counted.
         assert_eq!(links.up_vxlan(&pod, &spec).await.unwrap().operations, 0);
-        let counted = links.statistics(&pod).await.unwrap();
+        let counted = links.readings(&pod).await.unwrap();
         assert!(counted.contains_key(&spec.link.alias));
     }
     let other = netns();

@@ -12,7 +12,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{Resolved, error::ResolveError};
 
 /// What resolving a domain came to.
-pub(super) type Outcome = Result<Arc<Resolved>, ResolveError>;
+pub type Outcome = Result<Arc<Resolved>, ResolveError>;
 
 /// Domains remembered: a proxy talks to tens or hundreds.
 pub(super) const MAX_ANSWERS: usize = 4096;
@@ -28,7 +28,21 @@ pub(super) struct Cache {
 
 struct Kept {
     outcome: Outcome,
+    answered: Instant,
     expires: Instant,
+}
+
+/// What is remembered of one domain.
+#[derive(Clone, Debug)]
+pub struct Remembered {
+    /// The domain.
+    pub domain: Domain,
+    /// What resolving it came to.
+    pub outcome: Outcome,
+    /// When that was.
+    pub answered: Instant,
+    /// Until when it is used.
+    pub expires: Instant,
 }
 
 /// What is known about a domain.
@@ -84,7 +98,27 @@ impl Cache {
         if self.answers.len() >= MAX_ANSWERS && !self.answers.contains_key(&domain) {
             self.make_room(now);
         }
-        self.answers.insert(domain, Kept { outcome, expires });
+        let kept = Kept {
+            outcome,
+            answered: now,
+            expires,
+        };
+        self.answers.insert(domain, kept);
+    }
+
+    /// Everything that still holds, ordered by domain.
+    pub(super) fn remembered(&self, now: Instant) -> Vec<Remembered> {
+        let valid = self.answers.iter().filter(|(_, kept)| kept.expires > now);
+        let mut all: Vec<_> = valid
+            .map(|(domain, kept)| Remembered {
+                domain: domain.clone(),
+                outcome: kept.outcome.clone(),
+                answered: kept.answered,
+                expires: kept.expires,
+            })
+            .collect();
+        all.sort_by(|a, b| a.domain.cmp(&b.domain));
+        all
     }
 
     fn make_room(&mut self, now: Instant) {

@@ -41,12 +41,13 @@ use nsm_core::nsm::name::Domain;
 use tokio::{sync::watch, time::Instant};
 
 use self::{
-    cache::{Cache, Known, MAX_FLIGHTS, Outcome},
+    cache::{Cache, Known, MAX_FLIGHTS},
     metrics::{By, DnsMetrics},
     rules::{Found, Refusal},
     upstream::Upstream,
 };
 pub use self::{
+    cache::{Outcome, Remembered},
     error::ResolveError,
     hosts::{HostEntry, HostError, HostTarget},
 };
@@ -144,13 +145,19 @@ impl Resolver {
         *self.setup.write().unwrap_or_else(PoisonError::into_inner) = setup;
     }
 
+    /// The answers that are remembered, also those that are refusals, ordered by domain.
+    #[must_use]
+    pub fn remembered(&self) -> Vec<Remembered> {
+        self.setup().cache().remembered(Instant::now())
+    }
+
     /// Resolves a domain within [`ResolverConfig::timeout`]. Must be called in a tokio runtime.
     ///
     /// # Errors
     ///
     /// The domain does not exist or has no address, or no server answered.
     pub async fn resolve(&self, domain: &Domain) -> Result<Arc<Resolved>, ResolveError> {
-        let setup = Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner));
+        let setup = self.setup();
         let now = Instant::now();
         if let Some(found) = rules::known(&setup.config, domain) {
             self.metrics.looked_up(By::Configuration);
@@ -184,6 +191,10 @@ impl Resolver {
                 domain: domain.to_string(),
             })
         })
+    }
+
+    fn setup(&self) -> Arc<Setup> {
+        Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

@@ -60,7 +60,7 @@ impl StunServer {
         let socket = UdpSocket::bind(SocketAddr::new(local, 0))
             .await
             .map_err(text)?;
-        // Connected: the kernel then drops what comes from anybody else.
+        // Connected: the kernel then drops packets from other addresses.
         socket.connect(server).await.map_err(text)?;
         let id: stun::TransactionId = rand::random();
         let request = stun::binding_request(&id);

@@ -1,6 +1,7 @@
 //! Step: the next hop's reply is checked, and this node's part of the connection is made real.
 
 use nsm_core::{
+    identity::policy::End,
     mechanism::{Kernel, Parameters, TunnelKey},
     net::IfName,
 };
@@ -14,7 +15,7 @@ use crate::{
     call::{
         Calls,
         case::{Case, Client},
-        ends::{End, Ends, interface},
+        ends::{Ends, interface, set_mac},
     },
     connection::model::Established,
     error::RequestError,
@@ -109,7 +110,7 @@ impl Calls {
         self.admit_client(attempt, context, None)?;
         self.admit_endpoint(attempt, context, &endpoint, None)
             .await?;
-        End::Endpoint.set_mac(context, id);
+        set_mac(context, End::Endpoint, id);
         let name = interface(&client.pod.kernel, id);
         let endpoint_name = interface(&endpoint.kernel, id);
         let plan = Ends::parse(self.alias(id)?, context)

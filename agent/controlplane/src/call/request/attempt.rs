@@ -95,22 +95,24 @@ impl Calls {
         attempt: &Attempt<'_>,
     ) -> Result<Established, RequestError> {
         let mut standing = attempt.standing();
-        let mut taken = 0;
-        for _ in 0..MAX_KEYS {
+        let mut tries = 0;
+        loop {
+            tries += 1;
             match self.try_once(attempt, standing.take()).await {
-                Err(RequestError::Forwarder(ForwarderError::VniTaken(vni)))
+                Err(RequestError::Forwarder(ForwarderError::KeyTaken(key)))
                     if matches!(attempt.case, Case::Initiate(..)) =>
                 {
-                    taken = vni;
+                    if tries == MAX_KEYS {
+                        return Err(RequestError::KeyTaken {
+                            url: attempt.route.url.to_string(),
+                            key,
+                            tries,
+                        });
+                    }
                 }
                 outcome => return outcome,
             }
         }
-        Err(RequestError::VniTaken {
-            url: attempt.route.url.to_string(),
-            vni: taken,
-            tries: MAX_KEYS,
-        })
     }
 
     async fn try_once(
@@ -162,7 +164,7 @@ impl Calls {
         error: &RequestError,
     ) {
         let is_refresh = stands && attempt.is_same_route();
-        if !is_refresh || error.taken_vni().is_some() {
+        if !is_refresh || error.is_key_taken() {
             let undone = self.undo(attempt, reply);
             let _ = tokio::time::timeout_at(attempt.ask.deadline, undone).await;
         }

@@ -2,8 +2,9 @@
 
 use std::net::IpAddr;
 
-use nsm_core::mechanism::{
-    DST_IP, DST_PORT, Granted, MechanismError, RemoteMechanism, TunnelEnd, lower_mtu,
+use nsm_core::{
+    identity::policy::End,
+    mechanism::{DST_IP, DST_PORT, Granted, MechanismError, RemoteMechanism, TunnelEnd, lower_mtu},
 };
 use nsm_proto::connectioncontext::ConnectionContext;
 
@@ -16,7 +17,7 @@ use crate::{
     call::{
         Calls,
         case::Client,
-        ends::{End, Ends, Tunnel, interface},
+        ends::{Ends, Tunnel, interface},
     },
     error::RequestError,
     ports::{ForwarderError, Plan},
@@ -141,8 +142,7 @@ impl Calls {
     ) -> Result<(), RequestError> {
         let held = attempt.prior.and_then(|prior| prior.key);
         if held != Some(end.key) && self.held.keys.claim(end.key).is_err() {
-            let vni = end.key.vni().map_or(0, |vni| vni.get());
-            return Err(ForwarderError::VniTaken(vni).into());
+            return Err(ForwarderError::KeyTaken(end.key).into());
         }
         let outcome = self.bring_up(plan, attempt.prior).await;
         outcome.inspect_err(|_| self.held.keys.release_unless_held(end.key, held))

@@ -1,7 +1,10 @@
 //! Step: the Request to the next hop: names as it knows them, the mechanism we want towards it, and what this node can promise of the
 //! connection's context.
 
-use nsm_core::mechanism::{KERNEL, LOCAL, REMOTE, RemoteMechanism, TunnelEnd, lower_mtu};
+use nsm_core::{
+    identity::policy::End,
+    mechanism::{KERNEL, LOCAL, REMOTE, RemoteMechanism, TunnelEnd, lower_mtu},
+};
 use nsm_proto::{
     connection::{Connection, Mechanism},
     connectioncontext::ConnectionContext,
@@ -13,7 +16,7 @@ use crate::{
     call::{
         Calls,
         case::Case,
-        ends::{End, pair_mtu},
+        ends::{pair_mtu, set_mac},
         next_hop::without_inode,
     },
     convert,
@@ -38,13 +41,13 @@ impl Calls {
                 let context = context.get_or_insert_default();
                 self.exclude(attempt, context);
                 context.mtu = pair_mtu(context);
-                End::Client.set_mac(context, id);
+                set_mac(context, End::Client, id);
                 vec![convert::mechanism(LOCAL, KERNEL, [].into())]
             }
             Case::Initiate(_, remote) => {
                 let context = context.get_or_insert_default();
                 self.exclude(attempt, context);
-                End::Client.set_mac(context, id);
+                set_mac(context, End::Client, id);
                 let standing = standing.as_mut();
                 vec![
                     self.offer_tunnel(attempt, *remote, context, standing)
@@ -56,7 +59,7 @@ impl Calls {
                 let underlay = self.forwarder()?.underlay(remote).await?;
                 let context = context.get_or_insert_default();
                 context.mtu = tunnel_mtu(tunnel.remote, context, &underlay, tunnel.asked.mtu);
-                End::Endpoint.set_mac(context, id);
+                set_mac(context, End::Endpoint, id);
                 vec![convert::mechanism(LOCAL, KERNEL, [].into())]
             }
         };

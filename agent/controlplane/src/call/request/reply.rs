@@ -3,7 +3,7 @@
 use nsm_core::{
     link::admission::check_size,
     mechanism::{KERNEL, LOCAL, ORIG_SRC_IP, REMOTE, SRC_IP},
-    nsm::path::check_reply_of,
+    nsm::path::check_reply,
 };
 use nsm_proto::{
     connection::{Connection, Mechanism},
@@ -45,7 +45,7 @@ pub(super) fn check(attempt: &Attempt<'_>, reply: &Connection) -> Result<(), Req
         .as_ref()
         .map_or((0, &[][..]), |path| (path.index, &path.path_segments));
     let segments = segments.iter();
-    check_reply_of(
+    check_reply(
         &ask.path,
         index,
         segments.map(|segment| (segment.name.as_str(), segment.id.as_str())),

@@ -1,6 +1,9 @@
 //! The server's end of a tunnel: its path is joined, its key chosen, its link made, and the answer to the client written.
 
-use nsm_core::mechanism::{Parameters, TunnelKey, lower_mtu};
+use nsm_core::{
+    identity::policy::End,
+    mechanism::{Parameters, TunnelKey, lower_mtu},
+};
 use nsm_proto::{connection::Mechanism, connectioncontext::ConnectionContext};
 
 use super::{
@@ -13,7 +16,7 @@ use crate::{
     call::{
         Calls,
         case::Terminated,
-        ends::{End, Ends, Tunnel, interface},
+        ends::{Ends, Tunnel, interface, set_mac},
         pod::Pod,
     },
     error::RequestError,
@@ -43,7 +46,7 @@ impl Calls {
         let client = tunnel.asked.client;
         self.admit_endpoint(attempt, context, &endpoint, Some(client.address))
             .await?;
-        End::Endpoint.set_mac(context, id);
+        set_mac(context, End::Endpoint, id);
         let underlay = self.forwarder()?.underlay(Some(client.address)).await?;
         let agreed_mtu = tunnel_mtu(tunnel.remote, context, &underlay, tunnel.asked.mtu);
         let own_mtu = tunnel.remote.mtu(underlay.mtu, underlay.ip);
@@ -102,7 +105,7 @@ impl Calls {
                 Err(error) => error,
             };
             self.held.keys.release_unless_held(key, held);
-            if error.taken_vni().is_none() || tries >= MAX_KEYS {
+            if !error.is_key_taken() || tries >= MAX_KEYS {
                 return Err(error);
             }
             tries += 1;

@@ -20,10 +20,16 @@ use nsm_core::{
         LinkAlias, LinkSpec,
         admission::{Holding, HoldingKind},
     },
+    mechanism::TunnelKey,
     net::NetnsUrl,
 };
 
 use super::prober::FakeProber;
+
+/// The refusal of a VNI that another tunnel has.
+pub(crate) fn taken(vni: u32) -> ForwarderError {
+    ForwarderError::KeyTaken(TunnelKey::Vni(vni.try_into().expect("a VNI")))
+}
 
 /// The port of tunnels in these tests.
 pub(crate) const PORT: u16 = 4789;
@@ -231,7 +237,7 @@ impl Forwarder for FakeKernel {
             && table.foreign.contains(&vni)
         {
             table.refused.push(vni);
-            return Err(ForwarderError::VniTaken(vni));
+            return Err(taken(vni));
         }
         for (other, theirs) in &table.standing {
             if *other == alias {
@@ -245,7 +251,7 @@ impl Forwarder for FakeKernel {
             if let Some((vni, _)) = wanted.tunnel
                 && wanted.tunnel == theirs.tunnel
             {
-                return Err(ForwarderError::VniTaken(vni));
+                return Err(taken(vni));
             }
             if let Some((netns, name)) = wanted.names.intersection(&theirs.names).next() {
                 return Err(ForwarderError::Invalid(format!(

@@ -34,7 +34,7 @@ pub(crate) use self::{
     client::{Client, Granted, Watch, mechanism, names, parameter, stamp},
     dns::Zone,
     endpoint::Endpoint,
-    kernel::{PORT, Standing},
+    kernel::{PORT, Standing, taken},
     prober::Path,
     process::apart,
     wire::Wire,
@@ -260,6 +260,12 @@ impl World {
     }
 }
 
+/// URL and number of connections of each peer that carries some.
+pub(crate) fn peers(agent: &Agent) -> Vec<(String, usize)> {
+    let peers = agent.plane.peers().into_iter();
+    peers.map(|peer| (peer.url, peer.connections)).collect()
+}
+
 fn holds(agent: &Agent) -> AgentHolds {
     AgentHolds {
         holdings: agent.plane.holdings(),
@@ -269,7 +275,7 @@ fn holds(agent: &Agent) -> AgentHolds {
             Vec::new()
         },
         registry: agent.registry.counts(),
-        peers: agent.plane.peers(),
+        peers: peers(agent),
         watched: if agent.has_kernel() {
             agent.kernel().watched()
         } else {

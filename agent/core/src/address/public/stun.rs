@@ -55,7 +55,7 @@ pub enum StunError {
     #[error("the STUN server refused with error {0}")]
     Refused(u16),
     /// An answer without XOR-MAPPED-ADDRESS, as servers of RFC 3489 give: a NAT may have rewritten their MAPPED-ADDRESS.
-    #[error("the STUN server does not tell XOR-MAPPED-ADDRESS: use one of RFC 5389 or later")]
+    #[error("the STUN server sends no XOR-MAPPED-ADDRESS: use one of RFC 5389 or later")]
     NoAddress,
     /// An attribute that must be understood and is not.
     #[error("the STUN answer has an attribute {0:#06x} that must be understood and is not")]

@@ -219,7 +219,7 @@ mod tests {
         minute.advance(start + Duration::from_secs(60));
         let left = minute.statistics();
         assert_eq!((left.probes, left.answers, left.rtt_p50), (2, 0, None));
-        assert!((left.loss() - 1.0).abs() < f64::EPSILON);
+        assert_eq!(left.loss(), Some(1.0));
         minute.advance(start + Duration::from_secs(100_000));
         assert_eq!(minute.statistics(), Statistics::default());
     }

@@ -221,7 +221,7 @@ fn statistics_tell_the_last_minute() {
     );
     simulation.run(90_000 * MS);
     let told = simulation.session.statistics();
-    assert!((0.07..0.13).contains(&told.loss()), "{told:?}");
+    assert!((0.07..0.13).contains(&told.loss().unwrap()), "{told:?}");
     assert!(told.probes > 1000, "{told:?}");
     let p50 = told.rtt_p50.expect("there are answers");
     assert!((95..=105).contains(&p50.as_micros()), "{p50:?}");

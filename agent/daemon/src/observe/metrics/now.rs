@@ -1,6 +1,6 @@
 //! Metrics of the present state and of the kernel's counters.
 
-use nsm_core::liveness::Verdict;
+use nsm_core::{link::Count, liveness::Verdict};
 use nsm_dataplane::bpf::Bpf;
 use nsm_proto::connection::State as ConnectionState;
 use prometheus_client::{
@@ -9,7 +9,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::observe::evidence::{ConnectionEvidence, Count, Evidence, PeerEvidence};
+use crate::observe::evidence::{ConnectionEvidence, Evidence, PeerEvidence};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct State {
@@ -135,7 +135,7 @@ fn connections(connections: &[ConnectionEvidence], registry: &mut Registry) {
         drop(unproved.get_or_create(&OfPath::from(path)));
     }
     for connection in connections {
-        let path = connection.path.as_ref().map(|path| path.verdict);
+        let path = connection.path.as_ref().map(|path| path.health.verdict());
         if let Some(path) = path.filter(|path| *path != Verdict::Up)
             && connection.state == ConnectionState::Up
         {
@@ -174,7 +174,7 @@ struct Stage {
 
 impl Stage {
     fn add(&self, labels: &OfConnection, count: Option<Count>) {
-        if let Some(Count { packets, bytes }) = count {
+        if let Some(Count { packets, bytes, .. }) = count {
             self.packets.get_or_create(labels).inc_by(packets);
             self.bytes.get_or_create(labels).inc_by(bytes);
         }

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::AtomicU64;
 
-use nsm_core::liveness::Verdict;
+use nsm_core::{
+    clock::Monotonic,
+    liveness::{Direction, Verdict},
+};
 use nsm_dataplane::liveness::Preflights;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -11,7 +14,7 @@ use prometheus_client::{
 };
 
 use super::now::OfConnection;
-use crate::observe::evidence::{ConnectionEvidence, Evidence};
+use crate::observe::evidence::{ConnectionEvidence, Evidence, PathEvidence};
 
 type Number = Gauge<f64, AtomicU64>;
 
@@ -47,7 +50,7 @@ pub(super) fn register(evidence: &Evidence, registry: &mut Registry) {
     if evidence.programs.is_none() {
         return;
     }
-    let paths = Paths::default();
+    let paths = Paths::of(evidence.at);
     for connection in &evidence.connections {
         if let Some(labels) = OfConnection::of(connection) {
             paths.add(&labels, connection);
@@ -112,8 +115,9 @@ fn preflights(count: Preflights, registry: &mut Registry) {
     );
 }
 
-#[derive(Default)]
 struct Paths {
+    /// When the evidence was gathered.
+    at: Monotonic,
     up: Family<OfWay, Gauge>,
     silence: Family<OfWay, Number>,
     round_trip: Family<OfQuantile, Number>,
@@ -122,28 +126,43 @@ struct Paths {
 }
 
 impl Paths {
+    fn of(at: Monotonic) -> Self {
+        Self {
+            at,
+            up: Family::default(),
+            silence: Family::default(),
+            round_trip: Family::default(),
+            loss: Family::default(),
+            mtu: Family::default(),
+        }
+    }
+
     fn add(&self, of: &OfConnection, evidence: &ConnectionEvidence) {
-        let Some(path) = &evidence.path else { return };
-        for (way, direction) in [("in", &evidence.inward), ("out", &evidence.outward)] {
-            let Some(known) = &direction.way else {
-                continue;
-            };
+        let Some(PathEvidence { health, measured }) = &evidence.path else {
+            return;
+        };
+        for (way, direction, known) in [
+            ("in", Direction::In, &evidence.inward),
+            ("out", Direction::Out, &evidence.outward),
+        ] {
             let of = OfWay {
                 connection: of.connection.clone(),
                 peer: of.peer.clone(),
                 domain: of.domain.clone(),
                 way,
             };
-            match known.verdict {
+            match health.finding(direction).verdict {
                 Verdict::Up => drop(self.up.get_or_create(&of).set(1)),
                 Verdict::Down => drop(self.up.get_or_create(&of).set(0)),
                 Verdict::Unknown | Verdict::Unverified => {}
             }
-            if let Some(ago) = known.proved_ago {
-                self.silence.get_or_create(&of).set(ago.as_secs_f64());
+            if let Some(proved) = known.proved {
+                let silence = self.at.since(proved).as_secs_f64();
+                self.silence.get_or_create(&of).set(silence);
             }
         }
-        for (quantile, time) in [("0.5", path.round_trip_p50), ("0.99", path.round_trip_p99)] {
+        let measured = measured.unwrap_or_default();
+        for (quantile, time) in [("0.5", measured.rtt_p50), ("0.99", measured.rtt_p99)] {
             let of = OfQuantile {
                 connection: of.connection.clone(),
                 peer: of.peer.clone(),
@@ -154,10 +173,10 @@ impl Paths {
                 self.round_trip.get_or_create(&of).set(time.as_secs_f64());
             }
         }
-        if let Some(loss) = path.loss {
+        if let Some(loss) = measured.loss() {
             self.loss.get_or_create(of).set(loss);
         }
-        if let Some(mtu) = path.mtu {
+        if let Some(mtu) = health.path_mtu {
             self.mtu.get_or_create(of).set(mtu.into());
         }
     }

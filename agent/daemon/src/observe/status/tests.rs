@@ -36,7 +36,9 @@ fn full() -> Status {
             tx_bytes: 2680,
             rx_packets: 19,
             rx_bytes: 2546,
+            ..Counters::default()
         }),
+        observed: None,
         link: Some(Counters {
             tx_packets: 21,
             rx_packets: 0,
@@ -70,7 +72,24 @@ fn full() -> Status {
             url: "tcp://203.0.113.2:5006".to_owned(),
             state: "watched".to_owned(),
             connections: 2,
+            state_for_ms: 61_000,
         }],
+        dns: vec![
+            DnsAnswer {
+                domain: "cluster-2.example".to_owned(),
+                answer: "203.0.113.2:5005".to_owned(),
+                server: "192.0.2.53:53".to_owned(),
+                age_ms: 1_500,
+                expires_in_ms: 58_500,
+                ..DnsAnswer::default()
+            },
+            DnsAnswer {
+                domain: "nowhere.example".to_owned(),
+                trouble: "no such domain".to_owned(),
+                expires_in_ms: 5_000,
+                ..DnsAnswer::default()
+            },
+        ],
         drops: [("wrong source".to_owned(), 3), ("malformed".to_owned(), 0)].into(),
         listeners: vec![Listener {
             role: "proxy".to_owned(),
@@ -115,6 +134,11 @@ PEERS
   PEER                    STATE    CONNECTIONS
   tcp://203.0.113.2:5006  watched            2
 
+DNS
+  DOMAIN             ANSWER            BY             AGE  EXPIRES
+  cluster-2.example  203.0.113.2:5005  192.0.2.53:53   1s      58s
+  nowhere.example    no such domain    -               0s       5s
+
 DROPS
   REASON        PACKETS
   wrong source        3
@@ -129,6 +153,7 @@ fn the_ways_to_a_peer_are_shown_with_their_evidence() {
         state: state.to_owned(),
         reason: reason.to_owned(),
         last_heard_ms,
+        reason_code: String::new(),
     };
     let health = PathHealth {
         state: "down".to_owned(),

@@ -2,8 +2,8 @@
 //!
 //! A node sends its probes from one Ethernet address (tag [`SPEAKER`] and its discriminator), on all its paths to us. The programs see
 //! only that address: the probe link is an ordinary VXLAN device, which does not show the outer source, and the inner source is the
-//! address as the node itself knows it, which a NAT does not change. So neither the session that a probe is counted to nor the outer
-//! destination of its answer follows from the probe. Both follow from the path that we know to be good, the answer path.
+//! address as the node itself has it, which a NAT does not change. So neither the session that a probe is counted to nor the outer
+//! destination of its answer follows from the probe. Both follow from the path that is known to be good, the answer path.
 //!
 //! An answer path is kept while our own probes on it are answered: the node's probes are then answered, too. As soon as answers are
 //! overdue, long before the session is down, a path whose probes are answered replaces it. The node's own probes arrive by whichever
