@@ -1,4 +1,4 @@
-//! The demo as a test: without a fault it shows what it claims, with one the agent tells this fault and no other.
+//! The demo as a test: without a fault it shows what it claims, with one the agent reports this fault and no other.
 //!
 //! Faults are shown by a process of their own, as people run it: what is judged is the JSON that it prints.
 
@@ -8,13 +8,13 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum as _;
 use serde_json::Value;
 
-use super::{Arguments, CloudShape, tell};
+use super::{Arguments, CloudShape, run_on};
 use crate::{
     cargo::{Programs, THIS_PROGRAM},
     steps::Steps,
 };
 
-/// How a fault must be told.
+/// How a fault must be reported.
 #[derive(Debug)]
 struct Expected {
     kind: &'static str,
@@ -72,7 +72,7 @@ const FAULTS: [Expected; 6] = [
 /// Runs the demo with programs that are built already.
 pub(crate) fn check(cloud: &str, programs: &Programs) -> Result<()> {
     let cloud = CloudShape::from_str(cloud, true).map_err(anyhow::Error::msg)?;
-    tell(
+    run_on(
         &Arguments {
             cloud,
             keep: false,
@@ -84,7 +84,7 @@ pub(crate) fn check(cloud: &str, programs: &Programs) -> Result<()> {
     .map(drop)
 }
 
-/// Shows each fault, and judges how it was told; each is a step.
+/// Shows each fault, and checks how it was reported; each is a step.
 pub(crate) fn check_faults(steps: &mut Steps, programs: &Programs) -> Result<()> {
     for expected in &FAULTS {
         let name = format!("the demo, --fault {}", expected.kind);
@@ -110,30 +110,30 @@ impl Expected {
             output.status
         );
         let report = serde_json::from_slice(&output.stdout).with_context(|| {
-            let said = String::from_utf8_lossy(&output.stdout);
-            format!("the demo of {kind} printed {said:?}, which is no JSON")
+            let printed = String::from_utf8_lossy(&output.stdout);
+            format!("the demo of {kind} printed {printed:?}, which is no JSON")
         })?;
         self.judge(&report)
     }
 
     fn judge(&self, report: &Value) -> Result<()> {
-        let told = &report["fault"];
+        let reported = &report["fault"];
         for (key, wanted) in [
             ("kind", self.kind),
             ("state", self.state),
             ("direction", self.direction),
         ] {
             ensure!(
-                told[key] == wanted,
-                "{}: the {key} should be {wanted}: {told}",
+                reported[key] == wanted,
+                "{}: the {key} should be {wanted}: {reported}",
                 self.kind
             );
         }
-        let reason = told["reason"].as_str().unwrap_or_default();
+        let reason = reported["reason"].as_str().unwrap_or_default();
         for word in self.words {
             ensure!(
                 reason.contains(word),
-                "{}: the reason does not say {word:?}: {told}",
+                "{}: the reason lacks {word:?}: {reported}",
                 self.kind
             );
         }

@@ -1,4 +1,4 @@
-//! `cargo xtask demo --fault KIND`: a fault on the way while a ping runs, and when and how the client's agent tells it.
+//! `cargo xtask demo --fault KIND`: a fault on the way while a ping runs, and when and how the client's agent reports it.
 
 use std::{
     str::FromStr,
@@ -17,7 +17,7 @@ pub(crate) use self::forget::forget_tunnel;
 use super::{
     Scene,
     report::{FaultReport, Ping},
-    story::Story,
+    transcript::Transcript,
 };
 
 /// The port of tunnels.
@@ -50,7 +50,7 @@ pub(super) enum Kind {
     OneWay,
     /// Packets above [`NARROW`] bytes vanish, in both directions and without a word.
     Mtu,
-    /// The endpoint's node has lost its end of the tunnel, and gets packets of a VNI that it does not know.
+    /// The endpoint's node has lost its end of the tunnel, and gets packets of a VNI that is no tunnel there.
     VniMismatch,
     /// The client's node itself does not let tunnel packets in.
     Firewall4789,
@@ -107,7 +107,7 @@ impl Kind {
             Self::Blackhole => "everything between the nodes is lost".to_owned(),
             Self::OneWay => "tunnel packets from node-1 to node-2 are lost".to_owned(),
             Self::Mtu => format!("packets above {NARROW} bytes are lost without a word"),
-            Self::VniMismatch => "node-2 does not know the tunnel's VNI any more".to_owned(),
+            Self::VniMismatch => "node-2 has the tunnel's VNI no more".to_owned(),
             Self::Firewall4789 => format!("node-1's own firewall drops UDP {VXLAN_PORT}"),
             Self::NatRepliesOnly => "only replies reach node-1".to_owned(),
             Self::Loss(percent) => {
@@ -150,10 +150,10 @@ impl Kind {
         }
     }
 
-    /// Whether a status tells this fault, and not just any.
+    /// Whether a status shows this fault, and not just any.
     fn is_shown(self, health: &Health, before: &Health) -> bool {
         match self {
-            // Nothing of the peer comes in; what becomes of our own packets only the peer could tell.
+            // Nothing of the peer comes in; only the peer has evidence of our own packets.
             Self::Blackhole => health.inward.is_down(),
             Self::OneWay => health.out.is_down(),
             Self::VniMismatch => health.out.is_down() && health.out.reason.contains("VNI"),
@@ -201,12 +201,12 @@ impl Kind {
     }
 }
 
-/// Breaks the way while a ping runs, waits until the client's agent tells it, and mends the way.
+/// Breaks the way while a ping runs, waits until the client's agent reports it, and repairs the path.
 pub(super) fn show(
     kind: Kind,
     scene: &Scene,
     address: &str,
-    story: &mut Story,
+    transcript: &mut Transcript,
 ) -> Result<FaultReport> {
     let near = &scene.client_agent;
     let mut before = None;
@@ -218,26 +218,26 @@ pub(super) fn show(
         })
     })
     .with_context(|| format!("the agent's status before the fault: {before:?}"))?;
-    let before = before.context("the agent tells no health of the path")?;
+    let before = before.context("the agent reports no health of the path")?;
     let ping = start_ping(kind, scene, address)?;
 
     let injected_at = rfc3339(SystemTime::now());
     let start = Instant::now();
     let guards = kind.inject(&scene.world, near, &scene.endpoint_agent, before.vni)?;
-    story.step(&format!("fault {kind}: {}", kind.words()));
+    transcript.step(&format!("fault {kind}: {}", kind.words()));
     let (health, detected_ms) = wait_shown(kind, near, &before, start)?;
     let (direction, reason) = kind.account(&health);
-    story.step(&format!(
+    transcript.step(&format!(
         "shown after {detected_ms:.0} ms: {} ({direction}): {reason}",
         health.state
     ));
     for agent in [near, &scene.endpoint_agent] {
-        story.text(&agent.status_table()?);
+        transcript.text(&agent.status_table()?);
     }
 
     drop(guards);
     let mended = Instant::now();
-    story.step(match kind {
+    transcript.step(match kind {
         Kind::VniMismatch => "the client's next Request mends it",
         _ => "the fault is gone",
     });
@@ -247,7 +247,7 @@ pub(super) fn show(
     })?;
     let recovered_ms = milliseconds(mended.elapsed());
     let ping = end_ping(&ping)?;
-    story.step(&format!(
+    transcript.step(&format!(
         "both ways are up again after {recovered_ms:.0} ms; {} of {} pings were answered meanwhile",
         ping.received, ping.sent
     ));
@@ -276,7 +276,7 @@ fn wait_shown(kind: Kind, near: &Agent, before: &Health, start: Instant) -> Resu
         }
         if elapsed > kind.deadline() {
             bail!(
-                "the agent did not tell {kind} within {:?}; it says {last:?}",
+                "the agent did not report {kind} within {:?}; it reports {last:?}",
                 kind.deadline()
             );
         }
@@ -300,12 +300,13 @@ fn start_ping(kind: Kind, scene: &Scene, address: &str) -> Result<Process> {
     Ok(ping)
 }
 
-/// What came of it; ping tells on SIGINT.
+/// The result, which ping prints on SIGINT.
 fn end_ping(ping: &Process) -> Result<Ping> {
     ping.signal(Signal::SIGINT);
     ping.wait(TOLD_DEADLINE)?;
-    let said = ping.stdout();
-    Ping::parse(&said).with_context(|| format!("ping said neither sent nor received: {said}"))
+    let printed = ping.stdout();
+    Ping::parse(&printed)
+        .with_context(|| format!("ping printed neither sent nor received: {printed}"))
 }
 
 /// The health of a connection's path as `status --json` has it.

@@ -7,7 +7,7 @@
 mod check;
 mod fault;
 mod report;
-mod story;
+mod transcript;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -25,7 +25,7 @@ use crate::{
     packages,
 };
 use report::{Bpf, Connection, Counters, Dns, Leaked, Ping, Report};
-use story::Story;
+use transcript::Transcript;
 
 const CLIENT_DOMAIN: &str = "cluster-1.example";
 const ENDPOINT_DOMAIN: &str = "cluster-2.example";
@@ -42,7 +42,7 @@ const END_DEADLINE: Duration = Duration::from_secs(10);
 /// Counters are per packet, but read after the ping has ended.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What `cargo xtask demo` can be told.
+/// The arguments of `cargo xtask demo`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Arguments {
     /// How nodes come by public addresses: directly on their link, or by 1:1 NAT in front of a private one.
@@ -51,11 +51,11 @@ pub(crate) struct Arguments {
     /// Leave everything running, with the commands to look around, until Ctrl-C.
     #[arg(long)]
     keep: bool,
-    /// Break the way between the nodes while a ping runs, and show how the agent tells it: blackhole, one-way, mtu,
+    /// Break the way between the nodes while a ping runs, and show how the agent reports it: blackhole, one-way, mtu,
     /// vni-mismatch, firewall-4789, nat-replies-only, loss=PERCENT.
     #[arg(long, value_name = "KIND")]
     fault: Option<fault::Kind>,
-    /// Print what was found as JSON on standard output; the story goes to standard error.
+    /// Print what was found as JSON on standard output; the transcript goes to standard error.
     #[arg(long)]
     json: bool,
 }
@@ -66,7 +66,7 @@ enum CloudShape {
     Aws,
 }
 
-/// Builds what is needed, tells the story and checks its end.
+/// Builds what is needed, runs the demo and checks what is left at its end.
 ///
 /// # Errors
 /// When something is missing, a step fails, a ping is lost, counters do not show it, or anything is left behind.
@@ -77,7 +77,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     );
     packages::ensure(packages::DEMO)?;
     let programs = programs()?;
-    let report = tell(arguments, &programs)?;
+    let report = run_on(arguments, &programs)?;
     if arguments.json {
         println!("{}", serde_json::to_string(&report)?);
     }
@@ -115,27 +115,27 @@ struct Scene {
     world: World,
 }
 
-fn tell(arguments: &Arguments, programs: &Programs) -> Result<Report> {
-    let mut story = Story::begin(arguments.json);
-    let (scene, connected) = raise_curtain(arguments, programs, &mut story)?;
-    let shown = show(&scene, &connected, &mut story).inspect_err(|_| {
+fn run_on(arguments: &Arguments, programs: &Programs) -> Result<Report> {
+    let mut transcript = Transcript::begin(arguments.json);
+    let (scene, connected) = set_up(arguments, programs, &mut transcript)?;
+    let shown = show(&scene, &connected, &mut transcript).inspect_err(|_| {
         eprintln!("the last lines of each process:\n{}", scene.world.logs());
     })?;
     let fault = match arguments.fault {
         Some(kind) => {
-            let told = fault::show(kind, &scene, &shown.address, &mut story);
-            Some(told.inspect_err(|_| {
+            let reported = fault::show(kind, &scene, &shown.address, &mut transcript);
+            Some(reported.inspect_err(|_| {
                 eprintln!("the last lines of each process:\n{}", scene.world.logs());
             })?)
         }
         None => None,
     };
     if arguments.keep {
-        story.text(&ways_to_look_around(&scene, programs, &shown.address));
+        transcript.text(&ways_to_look_around(&scene, programs, &shown.address));
         let signal = interrupt::wait();
-        story.step(&format!("{signal}: tearing down"));
+        transcript.step(&format!("{signal}: tearing down"));
     }
-    let leaked = lower_curtain(scene, &mut story)?;
+    let leaked = tear_down(scene, &mut transcript)?;
     let report = Report {
         connection: shown.connection,
         setup_ms: report::setup_ms(&connected)?,
@@ -147,7 +147,7 @@ fn tell(arguments: &Arguments, programs: &Programs) -> Result<Report> {
         leaked,
     };
     report.check(PINGS)?;
-    story.step("done");
+    transcript.step("done");
     Ok(report)
 }
 
@@ -162,12 +162,12 @@ struct Shown {
     bpf: Bpf,
 }
 
-fn show(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Shown> {
-    let dns = dns_answer(&scene.world, connected, story)?;
-    let connection = connection(connected, story)?;
+fn show(scene: &Scene, connected: &Value, transcript: &mut Transcript) -> Result<Shown> {
+    let dns = dns_answer(&scene.world, connected, transcript)?;
+    let connection = connection(connected, transcript)?;
     let address = report::endpoint_address(connected)?;
     let ping = ping(&scene.client_pod, &address)?;
-    story.step(&format!(
+    transcript.step(&format!(
         "ping {address}: {} of {} answered, round trip {} µs (p50)",
         ping.received, ping.sent, ping.rtt_us_p50
     ));
@@ -182,11 +182,11 @@ fn show(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Shown> {
     ];
     for (agent, counters) in sides {
         let node = agent.node().name();
-        story.step(&format!(
+        transcript.step(&format!(
             "BPF ({}) on {node}: {} packets out, {} in",
             bpf.hook, counters.tx_packets, counters.rx_packets
         ));
-        story.text(&agent.status_table()?);
+        transcript.text(&agent.status_table()?);
     }
     Ok(Shown {
         connection,
@@ -199,10 +199,10 @@ fn show(scene: &Scene, connected: &Value, story: &mut Story) -> Result<Shown> {
 }
 
 /// World, agents, endpoint and client; with the client's own words about its connection.
-fn raise_curtain(
+fn set_up(
     arguments: &Arguments,
     programs: &Programs,
-    story: &mut Story,
+    transcript: &mut Transcript,
 ) -> Result<(Scene, Value)> {
     let cloud = match arguments.cloud {
         CloudShape::Packet => Cloud::Packet,
@@ -218,7 +218,7 @@ fn raise_curtain(
             domain.node("node-2").pod("endpoint").srv(5005, 5006)
         })
         .build()?;
-    story.step("two domains and an internet with DNS stand:");
+    transcript.step("two domains and an internet with DNS stand:");
     for node in world.nodes() {
         let address = if node.private_ip() == node.public_ip() {
             node.public_ip().to_string()
@@ -230,7 +230,7 @@ fn raise_curtain(
             .iter()
             .map(|pod| pod.name().to_owned())
             .collect();
-        story.detail(&format!(
+        transcript.detail(&format!(
             "{}: {} at {address}, with pod {}",
             node.domain(),
             node.name(),
@@ -243,7 +243,7 @@ fn raise_curtain(
     let (client_agent, endpoint_agent) = (start_agent("node-1")?, start_agent("node-2")?);
     for agent in [&client_agent, &endpoint_agent] {
         agent.wait_ready()?;
-        story.step(&format!(
+        transcript.step(&format!(
             "agent on {} is ready (pid {})",
             agent.node().name(),
             agent.process.pid()
@@ -253,12 +253,12 @@ fn raise_curtain(
     let (client_pod, endpoint_pod) = (world.pod("client")?, world.pod("endpoint")?);
     let endpoint =
         endpoint_agent.endpoint(&world, &endpoint_pod, SERVICE, ENDPOINT_CIDR, |_| {})?;
-    story.step(&format!(
+    transcript.step(&format!(
         "endpoint for {SERVICE} is registered in {ENDPOINT_DOMAIN}, with {ENDPOINT_CIDR}"
     ));
 
     let service = format!("{SERVICE}@{ENDPOINT_DOMAIN}");
-    story.step(&format!("client in {CLIENT_DOMAIN} asks for {service}"));
+    transcript.step(&format!("client in {CLIENT_DOMAIN} asks for {service}"));
     let client = client_agent.connect(&world, &client_pod, &service, |_| {})?;
     let connected = client.wait_for_event("connected", CONNECT_DEADLINE)?;
     let scene = Scene {
@@ -273,8 +273,8 @@ fn raise_curtain(
     Ok((scene, connected))
 }
 
-/// What the client was told about DNS; and that the world's server, by its own log, was really asked.
-fn dns_answer(world: &World, connected: &Value, story: &mut Story) -> Result<Dns> {
+/// The DNS answer that the client reports. The log of the world's server must have the question.
+fn dns_answer(world: &World, connected: &Value, transcript: &mut Transcript) -> Result<Dns> {
     let queries = world.dns().queries()?;
     let mut answered = false;
     for query in queries
@@ -287,24 +287,24 @@ fn dns_answer(world: &World, connected: &Value, story: &mut Story) -> Result<Dns
         } else {
             query.answer.join(" ")
         };
-        story.detail(&format!("DNS: {} {} is {answer}", query.name, query.kind));
+        transcript.detail(&format!("DNS: {} {} is {answer}", query.name, query.kind));
     }
     ensure!(
         answered,
-        "nobody got an answer from DNS about {ENDPOINT_DOMAIN}"
+        "the DNS server answered no question about {ENDPOINT_DOMAIN}"
     );
     report::dns(connected)
 }
 
-/// The connection, as the client was told.
-fn connection(connected: &Value, story: &mut Story) -> Result<Connection> {
+/// The connection as the client reports it.
+fn connection(connected: &Value, transcript: &mut Transcript) -> Result<Connection> {
     let connection = report::connection(connected)?;
     let setup = report::setup_ms(connected)?;
-    story.step(&format!(
+    transcript.step(&format!(
         "connected to {} within {setup} ms: {} VNI {}, MTU {}",
         connection.endpoint, connection.mechanism, connection.vni, connection.mtu
     ));
-    story.detail(&format!("path: {}", connection.path.join(" → ")));
+    transcript.detail(&format!("path: {}", connection.path.join(" → ")));
     Ok(connection)
 }
 
@@ -316,8 +316,9 @@ fn ping(pod: &Pod, address: &str) -> Result<Ping> {
         .output();
     let output = output.context("cannot start ping")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let said = String::from_utf8_lossy(&output.stderr);
-    Ping::parse(&text).with_context(|| format!("ping said neither sent nor received: {text}{said}"))
+    let printed = String::from_utf8_lossy(&output.stderr);
+    Ping::parse(&text)
+        .with_context(|| format!("ping printed neither sent nor received: {text}{printed}"))
 }
 
 /// Packets of the tunnel as BPF counted them on an agent's node, once they cover the ping.
@@ -342,7 +343,7 @@ fn counters_of(agent: &Agent, vni: u32, ping: &Ping) -> Result<report::NodeCount
 }
 
 /// Ends everything in order, counts what the processes left behind, tears the world down and counts again.
-fn lower_curtain(scene: Scene, story: &mut Story) -> Result<Leaked> {
+fn tear_down(scene: Scene, transcript: &mut Transcript) -> Result<Leaked> {
     let Scene {
         client,
         endpoint,
@@ -352,7 +353,7 @@ fn lower_curtain(scene: Scene, story: &mut Story) -> Result<Leaked> {
         ..
     } = scene;
     client.close(END_DEADLINE).context("close the connection")?;
-    story.step("client has closed its connection");
+    transcript.step("client has closed its connection");
     endpoint.stop(END_DEADLINE).context("end the endpoint")?;
     for agent in [&client_agent, &endpoint_agent] {
         agent
@@ -370,12 +371,12 @@ fn lower_curtain(scene: Scene, story: &mut Story) -> Result<Leaked> {
         netns: left_at_all.netns.len(),
         processes: left_at_all.processes.len(),
     };
-    story.step(&format!(
+    transcript.step(&format!(
         "torn down; left behind: {} links, {} pins, {} namespaces, {} processes",
         leaked.links, leaked.pins, leaked.netns, leaked.processes
     ));
     if !left_by_processes.links.is_empty() || !left_by_processes.pins.is_empty() {
-        story.detail(&format!(
+        transcript.detail(&format!(
             "{:?} {:?}",
             left_by_processes.links, left_by_processes.pins
         ));
@@ -403,7 +404,7 @@ fn ways_to_look_around(scene: &Scene, programs: &Programs, address: &str) -> Str
     for agent in [&scene.client_agent, &scene.endpoint_agent] {
         let node = agent.node();
         line(
-            &format!("what the agent on {} knows", node.name()),
+            &format!("what the agent on {} has", node.name()),
             format!(
                 "{} status --admin {}",
                 programs.agent.display(),

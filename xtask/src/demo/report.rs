@@ -149,9 +149,10 @@ impl NodeCounters {
 
 /// The connection of the client's `connected` event.
 pub(super) fn connection(connected: &Value) -> Result<Connection> {
-    let told = &connected["connection"];
-    let connection: Connection = serde_json::from_value(told.clone())
-        .with_context(|| format!("the client's connection is not what the demo expects: {told}"))?;
+    let reported = &connected["connection"];
+    let connection: Connection = serde_json::from_value(reported.clone()).with_context(|| {
+        format!("the client's connection is not what the demo expects: {reported}")
+    })?;
     ensure!(
         connection.mechanism == "VXLAN",
         "the tunnel is {}, not VXLAN",
@@ -160,18 +161,18 @@ pub(super) fn connection(connected: &Value) -> Result<Connection> {
     Ok(connection)
 }
 
-/// What the client was told about DNS.
+/// The DNS answer that the client reports.
 pub(super) fn dns(connected: &Value) -> Result<Dns> {
-    let told = &connected["dns"];
-    serde_json::from_value(told.clone())
-        .with_context(|| format!("the client was not told what DNS was asked: {told}"))
+    let reported = &connected["dns"];
+    serde_json::from_value(reported.clone())
+        .with_context(|| format!("the client reports no question to DNS: {reported}"))
 }
 
 /// How long the client waited for its connection, by its own clock, in milliseconds.
 pub(super) fn setup_ms(connected: &Value) -> Result<f64> {
     connected["setup_ms"]
         .as_f64()
-        .context("the client did not tell how long it waited")
+        .context("the client does not report how long it waited")
 }
 
 /// The endpoint's address, without the prefix length.

@@ -1,14 +1,14 @@
-//! The demo's voice: what happens, and when.
+//! What the demo prints: each step with its time.
 
 use std::time::Instant;
 
-/// Tells steps with the time since the beginning; on standard error where standard output is for JSON.
-pub(super) struct Story {
+/// Prints steps with the time since the beginning; on standard error where standard output is for JSON.
+pub(super) struct Transcript {
     start: Instant,
     to_stderr: bool,
 }
 
-impl Story {
+impl Transcript {
     pub(super) fn begin(to_stderr: bool) -> Self {
         Self {
             start: Instant::now(),
@@ -19,20 +19,20 @@ impl Story {
     /// A step, with the time at which it was done.
     pub(super) fn step(&mut self, what: &str) {
         let ms = self.start.elapsed().as_secs_f64() * 1e3;
-        self.say(&format!("{ms:9.1} ms  {what}"));
+        self.print(&format!("{ms:9.1} ms  {what}"));
     }
 
     /// More about the last step.
     pub(super) fn detail(&mut self, what: &str) {
-        self.say(&format!("{:14}{what}", ""));
+        self.print(&format!("{:14}{what}", ""));
     }
 
     /// A text of several lines, as it is.
     pub(super) fn text(&mut self, what: &str) {
-        self.say(&format!("\n{}\n", what.trim_end()));
+        self.print(&format!("\n{}\n", what.trim_end()));
     }
 
-    fn say(&self, line: &str) {
+    fn print(&self, line: &str) {
         if self.to_stderr {
             eprintln!("{line}");
         } else {

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use nsm_world::Node;
 use serde_json::Value;
 
-/// Deletes the link in the pod, and what BPF knows of its VNI.
+/// Deletes the link in the pod, and what the BPF maps hold of its VNI.
 pub(crate) fn forget_tunnel(node: &Node, vni: u64) -> Result<()> {
     for pod in node.pods() {
         let lost = pod
@@ -22,11 +22,7 @@ pub(crate) fn forget_tunnel(node: &Node, vni: u64) -> Result<()> {
         .into_iter()
         .filter(|entry| entry["formatted"]["key"]["vni"] == vni)
         .collect();
-    ensure!(
-        !known.is_empty(),
-        "BPF on {} does not know VNI {vni}",
-        node.name()
-    );
+    ensure!(!known.is_empty(), "BPF on {} has no VNI {vni}", node.name());
     for entry in &known {
         bpftool("delete", &tunnels, &[("key", bytes(&entry["key"])?)])?;
     }
