@@ -66,7 +66,7 @@ impl fmt::Display for DownReason {
             Self::Path(health) => health.fmt(f),
             Self::LostHop { lost, path } => {
                 let path = match path {
-                    Some(Verdict::Up) => "the path is up",
+                    Some(Verdict::Up) => "the path is good",
                     _ => "of the path nothing is known",
                 };
                 write!(f, "{}; {path}", lost.reason)

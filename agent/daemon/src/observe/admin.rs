@@ -288,3 +288,70 @@ fn public_address(findings: &Findings) -> PublicAddress {
             .collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nsm_discovery::dns::ResolveError;
+
+    use super::*;
+
+    const VIEW: View = View {
+        at: Monotonic::from_nanos(10_000_000_000),
+    };
+
+    fn ago(millis: u64) -> Monotonic {
+        VIEW.at - Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn counters_have_the_time_since_the_last_packet() {
+        let count = |packets, last| Count {
+            packets,
+            bytes: 100 * packets,
+            last,
+        };
+        let shown = VIEW.counters(Some(count(3, Some(ago(1500)))), Some(count(0, None)));
+        let expected = Counters {
+            rx_packets: 3,
+            rx_bytes: 300,
+            rx_idle_ms: Some(1500),
+            ..Counters::default()
+        };
+        assert_eq!(shown, Some(expected));
+        assert_eq!(VIEW.counters(Some(count(3, None)), None), None);
+    }
+
+    #[test]
+    fn a_peer_is_shown_with_the_age_of_its_state() {
+        let peer = |is_lost| {
+            VIEW.peer(PeerEvidence {
+                url: "tcp://192.0.2.2:5006".to_owned(),
+                connections: 2,
+                is_lost,
+                since: ago(61_000),
+            })
+        };
+        // A stream that is older than the clock began with it.
+        assert_eq!(
+            (peer(true).state.as_str(), peer(true).state_for_ms),
+            ("lost", 10_000)
+        );
+        assert_eq!(peer(false).state, "watched");
+    }
+
+    #[test]
+    fn a_refusal_of_dns_is_shown_with_its_cause_and_expiry() {
+        let error = ResolveError::Interrupted {
+            domain: "cluster-2.example".to_owned(),
+        };
+        let cause = error.to_string();
+        let shown = VIEW.dns(DnsEvidence {
+            domain: "cluster-2.example".parse().unwrap(),
+            outcome: Err(error),
+            answered: ago(250),
+            expires: VIEW.at + Duration::from_millis(750),
+        });
+        assert_eq!((shown.age_ms, shown.expires_in_ms), (250, 750));
+        assert_eq!((shown.trouble, shown.answer), (cause, String::new()));
+    }
+}

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::link::VxlanSpec;
+use nsm_core::link::{Traffic, VxlanSpec};
 use nsm_dataplane::{links::Links, netns::Netns};
 
 use crate::support::{add_address, eventually, inside, ip, link, net, netns, two_nodes, vxlan};

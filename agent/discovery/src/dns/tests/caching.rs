@@ -126,3 +126,25 @@ async fn the_cache_is_bounded() {
     cache.land(name(0), failed(), long_after, long_after);
     assert_eq!(cache.len().0, 1);
 }
+
+#[tokio::test]
+async fn what_is_remembered_is_listed_until_it_expires() {
+    let server = Zone::new()
+        .negative_ttl(3600)
+        .a(X, 30, "192.0.2.2")
+        .serve()
+        .await;
+    let resolver = resolver(&server);
+    assert_eq!(resolver.remembered().len(), 0);
+    let found = resolver.resolve(&domain(X)).await.unwrap();
+    pass(Duration::from_secs(10)).await;
+    let all = resolver.remembered();
+    let [known] = all.as_slice() else {
+        panic!("{all:?}");
+    };
+    assert_eq!((&known.domain, known.expires), (&domain(X), found.expires));
+    assert!(known.answered.elapsed() >= Duration::from_secs(10));
+    assert_eq!(known.outcome.as_ref().unwrap().registry, found.registry);
+    pass(Duration::from_secs(21)).await;
+    assert_eq!(resolver.remembered().len(), 0);
+}
