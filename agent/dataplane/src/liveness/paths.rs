@@ -142,7 +142,7 @@ impl Paths {
     }
 
     /// Takes the report of the peer's agent that a connection has brought just now; `None` withdraws it. The path is judged with it
-    /// within [`JUDGE_AGAIN`] where it is not up.
+    /// within 250 ms where it is not up.
     pub fn set_report(&self, user: &str, path: &PathId, report: Option<PeerReport>) {
         if let Some(used) = self.used().get_mut(&path.canonical()) {
             used.users.set_report(user, report, now());
