@@ -1,8 +1,6 @@
 //! Running cargo, and finding what it built.
 
 use std::{
-    env,
-    ffi::OsString,
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -56,9 +54,7 @@ impl Tree {
 
     /// A cargo command in the tree's root.
     fn cargo(&self, arguments: &[&str]) -> Command {
-        // Cargo names itself to what it runs; `cargo` alone might be another version.
-        let mut command =
-            Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
+        let mut command = nsm_world::cargo();
         command
             .current_dir(&self.root)
             .args(arguments)

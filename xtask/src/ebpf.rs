@@ -333,7 +333,7 @@ fn bpf_linker() -> Result<PathBuf> {
         install_debian_packages()?;
     }
     let features = format!("llvm-{LLVM}");
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = nsm_world::cargo();
     command.env("LLVM_PREFIX", DEBIAN_LLVM).args([
         "install",
         "bpf-linker",

@@ -32,14 +32,35 @@ pub fn binary(package: &str) -> Result<PathBuf, WorldError> {
     Ok(path)
 }
 
+/// Cargo, as it names itself to what it runs; `cargo` alone might be another version.
+///
+/// What it states about the package that it runs is not passed on: build scripts ask cargo to compare such variables (ring's does), and
+/// crates would be built again whenever a build by hand follows one by a test, or the reverse.
+#[must_use]
+pub fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(is_of_a_package) {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// Whether cargo sets a variable of this name for the package that it runs.
+fn is_of_a_package(name: &str) -> bool {
+    name.starts_with("CARGO_PKG_")
+        || name.starts_with("CARGO_MANIFEST_")
+        || matches!(name, "CARGO_BIN_NAME" | "CARGO_CRATE_NAME" | "CARGO_PRIMARY_PACKAGE")
+}
+
 fn build(package: &str) -> Result<PathBuf, WorldError> {
     let failed = |message: String| WorldError::Build {
         package: package.to_owned(),
         message,
     };
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let mut command = Command::new(cargo);
+    let mut command = cargo();
     command.args([
         "build",
         "--quiet",
@@ -75,6 +96,24 @@ fn executable(messages: &str, name: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cargo_states_of_a_package_is_not_passed_on() {
+        // Cargo sets it for every test.
+        assert!(env::var_os("CARGO_MANIFEST_DIR").is_some());
+        let command = cargo();
+        let removed: Vec<_> = command
+            .get_envs()
+            .filter(|(_, value)| value.is_none())
+            .map(|(name, _)| name.to_str().unwrap())
+            .collect();
+        for name in ["CARGO_MANIFEST_DIR", "CARGO_PKG_VERSION"] {
+            assert!(removed.contains(&name), "{removed:?}");
+        }
+        for name in ["CARGO_BUILD_JOBS", "CARGO_TARGET_DIR", "CARGO_HOME"] {
+            assert!(!is_of_a_package(name), "{name}");
+        }
+    }
 
     #[test]
     fn the_executable_is_found_among_messages() {

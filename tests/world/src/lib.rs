@@ -37,7 +37,7 @@ mod remove;
 mod wait;
 mod world;
 
-pub use binaries::binary;
+pub use binaries::{binary, cargo};
 pub use builder::{Builder, DomainBuilder};
 pub use dns::{Dns, NameFault, Query, proxy_name, registry_name};
 pub use error::WorldError;
