@@ -46,6 +46,13 @@ pub(crate) fn timed(work: impl FnOnce(&mut Steps) -> Result<()>) -> Result<()> {
     outcome
 }
 
+/// The command as somebody would type it, without its environment.
+fn as_typed(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    words.join(" ")
+}
+
 impl Steps {
     fn begin() -> Self {
         Self {
@@ -62,8 +69,12 @@ impl Steps {
         self.run(name, || {
             let status = command
                 .status()
-                .with_context(|| format!("{name}: cannot start {command:?}"))?;
-            ensure!(status.success(), "{name} failed ({status}): {command:?}");
+                .with_context(|| format!("{name}: cannot start {}", as_typed(&command)))?;
+            ensure!(
+                status.success(),
+                "{name} failed ({status}): {}",
+                as_typed(&command)
+            );
             Ok(())
         })
     }
