@@ -217,7 +217,8 @@ pub enum RequestError {
     Draining,
     /// The caller may not use this agent for that. One text for all reasons: the log has them.
     #[error(
-        "this agent does not serve that for you: its own domain's names are for everybody, the rest is for callers that its operator has          named; the agent's log has the reason"
+        "this agent does not serve that for you: its own domain's names are for everybody, the rest is for callers that its operator \
+         has named (`relay_for`, `registrants`); the agent's log has the reason"
     )]
     NotServed(#[from] NotServed),
     /// A next hop cannot be dialled, and the caller may not know why.

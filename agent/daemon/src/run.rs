@@ -182,7 +182,7 @@ fn serve(config: &Config, sockets: Sockets, observer: Observer) -> anyhow::Resul
         listeners.serve_nsm("nsmgr", socket, plane.node_front())?;
     }
     if let Some(socket) = sockets.forwarder {
-        listeners.serve_nsm("forwarder", socket, plane.forwarder_front())?;
+        listeners.serve_forwarder(socket, plane.forwarder_front())?;
     }
     listeners.serve_nsm("proxy", sockets.proxy, plane.network_front())?;
     listeners.serve_nsm("registry", sockets.registry, plane.network_front())?;

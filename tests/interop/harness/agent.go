@@ -165,6 +165,10 @@ func (a *Agent) configuration(config AgentConfig) map[string]any {
 		// NSM's components of the agent's own domain ask over TCP, and all that they lead to is on this machine.
 		"relay_for":   everywhere,
 		"dial_inside": everywhere,
+		// Scenes use addresses of documentation as well as private ones.
+		"admission": map[string]any{"prefixes": []string{
+			"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "192.0.2.0/24", "fc00::/7", "2001:db8::/32",
+		}},
 		// On a cloud's machine its public address would stand in for the loopback one.
 		"public_address": map[string]any{"metadata": "off", "kubernetes": "off"},
 		"log":            map[string]any{"level": "info", "format": "json"},

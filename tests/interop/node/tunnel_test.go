@@ -36,9 +36,9 @@ func remoteRequest(
 func TestVNIParityAcrossDomains(t *testing.T) {
 	harness.NeedsRoot(t)
 	const (
-		internal = "127.255.1.5"
+		internal = "10.255.1.5"
 		// The agent's own address lies between the first two.
-		low, high, higher = "127.0.1.1", "127.252.0.1", "127.253.0.1"
+		low, high, higher = "10.0.1.1", "198.51.100.1", "203.0.113.1"
 	)
 	for _, test := range []struct {
 		name           string
@@ -99,7 +99,7 @@ func TestTunnelMTU(t *testing.T) {
 		{"large on both sides", "9000", 0, 9000},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			request := remoteRequest(t, pair, map[string]string{"src_ip": "127.0.1.1", "MTU": test.client})
+			request := remoteRequest(t, pair, map[string]string{"src_ip": "10.0.1.1", "MTU": test.client})
 			request.Connection.Context.MTU = test.context
 			client := pair.Client(t.Context())
 			connection, err := client.Request(t.Context(), request)

@@ -28,14 +28,24 @@ const insideVariable = "WIRE_TUNNEL_INSIDE"
 func TestTunnel(t *testing.T) {
 	harness.NeedsRoot(t)
 	if os.Getenv(insideVariable) != "" {
+		fixNameserver(t)
 		tunnelScene(t)
 		return
 	}
 	inside := exec.Command("/proc/self/exe", "-test.run=^TestTunnel$", "-test.v")
 	inside.Env = append(os.Environ(), insideVariable+"=1", harness.AgentVariable+"="+harness.Program(t))
-	inside.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	inside.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	output, err := inside.CombinedOutput()
 	require.NoError(t, err, "%s", output)
+}
+
+// fixNameserver gives this mount namespace a resolver's file of its own: agents exclude the addresses of the node's servers.
+func fixNameserver(t *testing.T) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "resolv.conf")
+	require.NoError(t, os.WriteFile(file, []byte("nameserver 192.0.2.53\n"), 0o644))
+	require.NoError(t, syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""))
+	require.NoError(t, syscall.Mount(file, "/etc/resolv.conf", "", syscall.MS_BIND, ""))
 }
 
 // The nodes of the two agents.

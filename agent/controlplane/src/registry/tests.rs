@@ -27,7 +27,7 @@ use crate::{
     liveness::Reachability,
     peer::peers::Peers,
     plane::{ControlPlane, Settings},
-    transport::clients::Clients,
+    transport::{clients::Clients, guard::DialGuard},
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -131,7 +131,8 @@ fn tokens() -> Arc<TokenSource> {
 }
 
 fn peers() -> Arc<Peers> {
-    Arc::new(Peers::connecting_with(tokens(), PATIENCE, 1 << 20))
+    let loopback = DialGuard::new(vec!["127.0.0.0/8".parse().unwrap()], []);
+    Arc::new(Peers::connecting_with(tokens(), PATIENCE, 1 << 20).guarded_by(loopback))
 }
 
 /// An agent whose registry is `memory`, on loopback, and its URL. Its watches end with the plane.

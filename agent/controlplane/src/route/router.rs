@@ -11,7 +11,7 @@
 use std::{
     net::IpAddr,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -40,6 +40,7 @@ use crate::{
         local::LocalEndpoints,
     },
     transport::{
+        clients::Occasional,
         dial::DialError,
         unix::{FileId, Kind, PATIENCE},
     },
@@ -503,9 +504,13 @@ impl Router {
 }
 
 fn logged(source: Source, outcome: Result<(), NotServed>) -> Result<(), RequestError> {
-    outcome.inspect_err(
-        |reason| tracing::info!(%reason, ?source, "refused a caller of the network"),
-    )?;
+    // A flood of refused calls must not flood the log.
+    static REFUSALS: LazyLock<Occasional> = LazyLock::new(Occasional::default);
+    outcome.inspect_err(|reason| {
+        if REFUSALS.is_due() {
+            tracing::info!(%reason, ?source, "refused a caller of the network; others within a minute are not logged");
+        }
+    })?;
     Ok(())
 }
 

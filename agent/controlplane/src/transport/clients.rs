@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use nsm_core::identity::NetnsCookie;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -46,6 +47,8 @@ pub(crate) enum Origin {
 pub struct Clients {
     all: usize,
     of_one_source: usize,
+    /// Addresses that may have more.
+    exempt: Arc<[IpNet]>,
     counts: Arc<Mutex<Counts>>,
     refusals: Occasional,
 }
@@ -64,8 +67,24 @@ impl Clients {
         Self {
             all,
             of_one_source,
+            exempt: Arc::default(),
             counts: Arc::default(),
             refusals: Occasional::default(),
+        }
+    }
+
+    /// The same, but addresses in these ranges have no limit of their own: an NSMgr of ours opens a connection for each of its clients
+    /// (`common/dial` of NSM's sdk).
+    #[must_use]
+    pub fn exempting(mut self, ranges: &[IpNet]) -> Self {
+        self.exempt = ranges.into();
+        self
+    }
+
+    fn limit_of(&self, origin: Origin) -> usize {
+        match origin {
+            Origin::Address(ip) if self.exempt.iter().any(|range| range.contains(&ip)) => self.all,
+            _ => self.of_one_source,
         }
     }
 
@@ -75,7 +94,7 @@ impl Clients {
         let of_source = counts.of_sources.get(&origin).copied().unwrap_or_default();
         let is_far = matches!(origin, Origin::Address(_));
         let is_full = counts.all >= self.all
-            || of_source >= self.of_one_source
+            || of_source >= self.limit_of(origin)
             || (is_far && counts.of_network >= self.all - self.all / 4);
         if is_full {
             drop(counts);
@@ -257,6 +276,14 @@ mod tests {
             (counts.all, counts.of_network, counts.of_sources.len()),
             (0, 0, 0)
         );
+    }
+
+    #[test]
+    fn an_nsmgr_of_ours_has_more_than_a_stranger() {
+        let clients = Clients::at_most(8, 1).exempting(&["192.0.2.1/32".parse().unwrap()]);
+        let _ours = [(); 5].map(|()| clients.admit(address(1)).unwrap());
+        let _strangers = clients.admit(address(2)).unwrap();
+        assert!(clients.admit(address(2)).is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -327,6 +327,12 @@ pub enum Inadmissible {
         /// What it holds.
         value: String,
     },
+    /// A search domain that is no name.
+    #[error("the search domain {name:?} is no DNS name: it has blanks or control characters")]
+    DnsName {
+        /// The search domain.
+        name: String,
+    },
     /// A search domain that takes names of the cluster.
     #[error(
         "the DNS search domain `{name}` is not admitted: it takes names of `{domain}`, which are the cluster's own"

@@ -18,7 +18,7 @@ use crate::config::{Config, ListenUrl};
 /// it may name. The socket's folder can narrow that.
 const OPEN_TO_ALL: u32 = 0o666;
 
-/// The mode of the admin socket, and of the forwarder's, because an NSMgr is root and may name any namespace.
+/// The mode of the admin socket, and of the forwarder's: an NSMgr passes on the namespaces of its clients, and is believed.
 const OWN_USER_ONLY: u32 = 0o600;
 
 /// Connections to the admin socket at one time: `status` in some terminals, and what scrapes it.
@@ -114,6 +114,19 @@ impl Listeners {
         Ok(())
     }
 
+    /// Serves the NSMgr whose forwarder this agent is. It is one source and opens a connection for each of its clients, so that its
+    /// connections count apart and have no limit a source.
+    pub(crate) fn serve_forwarder(&mut self, socket: Socket, front: Front) -> anyhow::Result<()> {
+        let all = open_files() / 4;
+        let limits = ListenerLimits {
+            clients: Clients::at_most(all, all),
+            ..self.limits.clone()
+        };
+        let routes = front.add_to(self.common_services()?, &limits);
+        self.serve("forwarder", socket, routes, limits);
+        Ok(())
+    }
+
     /// Serves the administrators of the node, whose connections count apart: nobody else's take their place.
     pub(crate) fn serve_admin(&mut self, name: &'static str, socket: Socket, routes: Routes) {
         let limits = ListenerLimits {
@@ -176,13 +189,18 @@ impl Listeners {
     }
 }
 
-/// The connections of all listeners but the administrator's: half of what may be open, so that the agent's own work has the rest. A
-/// source has at most a quarter of them, whatever is configured.
+/// The connections of all listeners but the administrator's and the forwarder's: half of what may be open. The agent's own work has a
+/// quarter at least. A source has at most a quarter of the connections, whatever is configured, unless it is an NSMgr of ours.
 fn clients(config: &Config) -> Clients {
-    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(USUAL_OPEN_FILES, |(soft, _)| soft);
-    let all = usize::try_from(files / 2).unwrap_or(usize::MAX);
+    let all = open_files() / 2;
     let of_one_source = usize::try_from(config.limits.max_clients_per_source).unwrap_or(usize::MAX);
-    Clients::at_most(all, of_one_source.min(all / 4))
+    Clients::at_most(all, of_one_source.min(all / 4)).exempting(&config.relay_for)
+}
+
+/// How many files this process may have open.
+fn open_files() -> usize {
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(USUAL_OPEN_FILES, |(soft, _)| soft);
+    usize::try_from(files).unwrap_or(usize::MAX)
 }
 
 /// Binds a socket whose file, if it has one, has this mode and is removed at the end.

@@ -1,6 +1,6 @@
 //! Step: the next hops of a Request, in the order in which they are tried.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use nsm_proto::connection::Connection;
 use tonic::Code;
@@ -12,6 +12,7 @@ use crate::{
     error::RequestError,
     liveness::Reachability,
     route::router::{Asked, Route},
+    transport::clients::Occasional,
 };
 
 /// Endpoints tried for one Request. Each may cost a dial timeout; the deadline bounds them all.
@@ -106,7 +107,10 @@ impl Calls {
         }
         match error {
             RequestError::Dial(cause) if !cause.is_local() => {
-                tracing::info!(error = %cause, "a next hop cannot be dialled for a caller of another domain");
+                static FAILURES: LazyLock<Occasional> = LazyLock::new(Occasional::default);
+                if FAILURES.is_due() {
+                    tracing::info!(error = %cause, "a next hop cannot be dialled for a caller of another domain; others within a minute are not logged");
+                }
                 RequestError::Unreachable
             }
             other => other,

@@ -9,7 +9,6 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::MetadataExt as _,
@@ -19,6 +18,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     libc,
     sys::socket::{
         getsockopt,
@@ -65,14 +65,17 @@ impl PeerProcess {
     pub(crate) fn of(stream: &tokio::net::UnixStream) -> Self {
         let credentials = getsockopt(stream, PeerCredentials).ok();
         let pid = credentials.and_then(|it| Pid::from_raw(it.pid()));
-        let held = getsockopt(stream, PeerPidfd).ok();
-        let opened = || pidfd_open(pid?, PidfdFlags::empty()).ok();
+        let held = match getsockopt(stream, PeerPidfd) {
+            // Only a kernel before 6.5: with any other error the process is gone, and its number may be another one's.
+            Err(Errno::ENOPROTOOPT) => pid.and_then(|it| pidfd_open(it, PidfdFlags::empty()).ok()),
+            held => held.ok(),
+        };
         Self {
             user: credentials.map(|it| it.uid()),
             // An accepted socket is in the network namespace of the socket that connected to it.
             home: getsockopt(stream, SocketNetns).ok().map(NetnsCookie),
             pid,
-            held: Mutex::new(held.or_else(opened)),
+            held: Mutex::new(held),
             seen: OnceLock::new(),
         }
     }
@@ -87,8 +90,14 @@ impl PeerProcess {
         *self.seen.get_or_init(|| {
             let held = lock(&self.held).take();
             let facts = self.pid.zip(held).and_then(|(pid, held)| {
-                let found = facts(&format!("/proc/{}", pid.as_raw_nonzero()))?;
-                is_alive(&held).then_some(found)
+                let process = format!("/proc/{}", pid.as_raw_nonzero());
+                let found = facts(&process)?;
+                // A process that has become another user since, by a set-user-ID program, is that user's: its rights are not the caller's.
+                let is_same = status(&process)?
+                    .users
+                    .iter()
+                    .all(|user| Some(*user) == self.user);
+                (is_same && is_alive(&held)).then_some(found)
             });
             Process::seen(self.user, self.home, facts, node())
         })
@@ -128,15 +137,26 @@ fn facts(process: &str) -> Option<Facts> {
             user: namespace("user")?,
         },
         net: namespace("net")?,
-        has_sys_admin: effective_capabilities(process)? & SYS_ADMIN != 0,
+        has_sys_admin: status(process)?.effective_capabilities & SYS_ADMIN != 0,
     })
 }
 
-fn effective_capabilities(process: &str) -> Option<u64> {
-    let status = BufReader::new(fs::File::open(format!("{process}/status")).ok()?);
-    let mut lines = status.lines().map_while(Result::ok);
-    let bits = lines.find_map(|line| Some(line.strip_prefix("CapEff:")?.trim().to_owned()))?;
-    u64::from_str_radix(&bits, 16).ok()
+/// What `status` of a process shows (proc_pid_status(5)).
+struct Status {
+    /// The real, effective, saved and file system user.
+    users: Vec<u32>,
+    /// A bit a capability.
+    effective_capabilities: u64,
+}
+
+fn status(process: &str) -> Option<Status> {
+    let text = fs::read_to_string(format!("{process}/status")).ok()?;
+    let value = |name| text.lines().find_map(|line: &str| line.strip_prefix(name));
+    let users = value("Uid:")?.split_whitespace().map(str::parse);
+    Some(Status {
+        users: users.collect::<Result<_, _>>().ok()?,
+        effective_capabilities: u64::from_str_radix(value("CapEff:")?.trim(), 16).ok()?,
+    })
 }
 
 /// A descriptor of a process can be read once that has ended.
@@ -151,6 +171,8 @@ fn is_alive(process: &impl AsFd) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt as _;
+
     use super::*;
 
     #[tokio::test]
@@ -184,5 +206,35 @@ mod tests {
         let process = peer.look();
         assert_eq!((process.user, process.facts), (node().own_user, None));
         assert!(!process.is_administrator);
+    }
+
+    /// As a set-user-ID program is after its start: the socket still shows who connected, and `/proc` the rights of another.
+    #[tokio::test]
+    #[ignore = "needs root: changes the user"]
+    async fn what_has_become_another_user_is_not_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let mut child = std::process::Command::new("python3")
+            .args([
+                "-c",
+                "import os, socket, sys\n\
+                 peer = socket.socket(socket.AF_UNIX)\n\
+                 peer.connect(sys.argv[1])\n\
+                 os.setresuid(65534, 65534, 0)\n\
+                 peer.send(b'.')\n\
+                 peer.recv(1)",
+            ])
+            .arg(&path)
+            .spawn()
+            .unwrap();
+        let (mut accepted, _) = listener.accept().await.unwrap();
+        let peer = PeerProcess::of(&accepted);
+        accepted.read_exact(&mut [0]).await.unwrap();
+        let process = peer.look();
+        assert_eq!((process.user, process.facts), (Some(0), None));
+        assert!(!process.is_administrator);
+        drop(accepted);
+        child.wait().unwrap();
     }
 }

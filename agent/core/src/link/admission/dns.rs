@@ -49,6 +49,12 @@ impl Rules {
             .dns_domains
             .iter()
             .find(|domain| takes(domain.as_str().trim_matches('.')));
+        // A resolver's file separates names by blanks and entries by lines.
+        if name.chars().any(|it| it.is_whitespace() || it.is_control()) {
+            return Err(Inadmissible::DnsName {
+                name: name.to_owned(),
+            });
+        }
         match taken {
             Some(domain) => Err(Inadmissible::DnsDomain {
                 name: name.to_owned(),
