@@ -122,9 +122,7 @@ impl Calls {
         self.held.expiries.remove(turn.id());
         let peer = self.lookup.peers.get(&established.route.url);
         // While our own handle of the namespace is still there.
-        let returned = self
-            .returned_netns(&peer, established.next_mechanism.as_ref())
-            .await;
+        let returned = self.returned_netns(&peer, &established).await;
         let deadline = deadline.min(Instant::now() + CLOSE_TIMEOUT);
         let view = downstream_view(&established);
         tokio::join!(

@@ -7,7 +7,7 @@ use nsm_proto::connection::{Connection, Mechanism};
 use tokio::{task::JoinHandle, time::Instant};
 
 use crate::{
-    call::Calls,
+    call::{Calls, pod::passed_netns},
     connection::{model::Established, store::Turn},
     peer::peers::Peer,
     transport::unix::Passed,
@@ -53,8 +53,7 @@ impl Calls {
         let (calls, peer, turn) = (Arc::clone(self), Arc::clone(peer), Arc::clone(turn));
         tokio::spawn(async move {
             let deadline = Instant::now() + UNDO_TIMEOUT;
-            let mechanism = connection.mechanism.as_ref();
-            let returned = calls.returned_netns(&peer, mechanism).await;
+            let returned = passed_netns(&peer, connection.mechanism.as_ref()).await;
             calls.close_at(&peer, connection, returned, deadline).await;
             drop(turn);
         })

@@ -18,9 +18,10 @@ use nsm_proto::connection::Mechanism;
 
 use crate::{
     call::Calls,
+    connection::model::Established,
     error::RequestError,
     peer::peers::Peer,
-    ports::{Forwarder, PodNetns},
+    ports::{Forwarder, Plan, PodNetns},
     route::router::Route,
     transport::unix::{
         Descriptors, FileId, Kind, MissingDescriptor, PATIENCE, Passed, namespace_at, node,
@@ -206,23 +207,45 @@ impl Calls {
 }
 
 impl Calls {
-    /// The descriptor of the namespace that an endpoint of this node named as its own, to go back to
-    /// it with a Close: NSM's endpoints take the mechanism that they answered for their own,
-    /// and wait for the descriptor of each inode in it.
+    /// The descriptor of an endpoint's namespace, to go back to it with the Close of a connection that stood. One that is not held any
+    /// more is opened, but only that of the namespace which the endpoint was proved to have.
     pub(crate) async fn returned_netns(
         &self,
         peer: &Peer,
-        mechanism: Option<&Mechanism>,
+        established: &Established,
     ) -> Option<Passed> {
-        let kernel = Kernel::parse(&mechanism?.parameters).ok()?;
-        let url = kernel.netns.filter(|_| peer.is_local())?;
-        let id = file_id(&url)?;
-        let held = peer.descriptors.take(id, Kind::Namespace, Duration::ZERO);
-        match held.await {
-            Ok(held) => Some(held),
-            Err(_) => self.forwarder().ok()?.netns(&url).await,
+        let mechanism = established.next_mechanism.as_ref();
+        if let Some(held) = passed_netns(peer, mechanism).await {
+            return Some(held);
         }
+        let proved = match established.plan.as_deref()? {
+            Plan::Veth { endpoint, .. } => &endpoint.0.url,
+            Plan::Vxlan { netns, .. } => &netns.url,
+        };
+        let (url, _) = answered_netns(peer, mechanism)?;
+        if url != *proved {
+            return None;
+        }
+        self.forwarder().ok()?.netns(&url).await
     }
+}
+
+/// The descriptor of the namespace that an endpoint of this node named as its own, if it has passed that itself. It goes back with a
+/// Close: NSM's endpoints take the mechanism that they answered for their own, and wait for the descriptor of each inode in it.
+///
+/// The answer may be one that was refused. To open a namespace that is only named would give an endpoint that of any pod.
+pub(crate) async fn passed_netns(peer: &Peer, mechanism: Option<&Mechanism>) -> Option<Passed> {
+    let (_, id) = answered_netns(peer, mechanism)?;
+    let held = peer.descriptors.take(id, Kind::Namespace, Duration::ZERO);
+    held.await.ok()
+}
+
+/// The namespace that an endpoint of this node named by its inode.
+fn answered_netns(peer: &Peer, mechanism: Option<&Mechanism>) -> Option<(NetnsUrl, FileId)> {
+    let mechanism = mechanism.filter(|it| it.r#type == KERNEL && peer.is_local())?;
+    let url = Kernel::parse(&mechanism.parameters).ok()?.netns?;
+    let id = file_id(&url)?;
+    Some((url, id))
 }
 
 /// Why a namespace is not taken.

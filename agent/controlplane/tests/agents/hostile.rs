@@ -1,7 +1,11 @@
 //! Peers that do wrong: refuse, stay silent, answer nonsense.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::unix::fs::MetadataExt as _,
+    time::{Duration, Instant},
+};
 
+use nsm_controlplane::ports::Plan;
 use nsm_proto::{connection::Connection, connectioncontext::Route};
 use tokio::net::TcpListener;
 use tonic::{Code, Status};
@@ -225,6 +229,36 @@ async fn wrong_answers() {
     let status = client.refused(client.request_for(SERVICE)).await;
     assert_refusal(&status, Code::OutOfRange, &[&peer.url, "too large"]);
     eventually(closed + 1, || peer.closes().len()).await;
+    world.settles(&before).await;
+}
+
+/// What an endpoint names and may not have is not given to it with the Close that undoes its answer.
+#[tokio::test]
+async fn a_refused_namespace_is_not_opened_for_the_endpoint() {
+    let world = World::two().await;
+    let [a, _] = world.agents();
+    let endpoint = world.endpoint(a, "nse-1", "local").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    endpoint.twist(|it| {
+        let own = std::fs::metadata("/proc/self/ns/net").expect("our namespace");
+        let url = format!("inode://{}/{}", own.dev(), own.ino());
+        set(it, "inodeURL", &url)
+    });
+    let status = client.refused(client.request_for("local")).await;
+    assert_refusal(&status, Code::Internal, &[&endpoint.url, "the node's own"]);
+    eventually(1, || endpoint.closes().len()).await;
+    assert_eq!(a.kernel().opened(), []);
+    world.settles(&before).await;
+
+    // That of a connection which stood goes back, although nobody has passed it.
+    endpoint.mend();
+    let granted = client.ask("local").await;
+    let Plan::Veth { endpoint: pod, .. } = a.kernel().only().plan else {
+        panic!("no pair: {:?}", a.kernel().only());
+    };
+    client.close(&granted.connection).await.expect("closed");
+    assert_eq!(a.kernel().opened(), [pod.0.url]);
     world.settles(&before).await;
 }
 

@@ -57,6 +57,8 @@ struct Table {
     blind: bool,
     /// What pods have beside connections.
     holdings: Vec<Holding>,
+    /// Namespaces whose descriptor was asked for.
+    opened: Vec<NetnsUrl>,
     ups: usize,
     downs: usize,
 }
@@ -160,6 +162,11 @@ impl FakeKernel {
     /// Gives every pod something beside its connections.
     pub(crate) fn give(&self, holding: Holding) {
         self.table().holdings.push(holding);
+    }
+
+    /// Namespaces of which a descriptor was asked for, to be given to a peer.
+    pub(crate) fn opened(&self) -> Vec<NetnsUrl> {
+        self.table().opened.clone()
     }
 
     /// Lets every question for the underlay fail.
@@ -283,7 +290,8 @@ impl Forwarder for FakeKernel {
         Vec::new()
     }
 
-    async fn netns(&self, _: &NetnsUrl) -> Option<Passed> {
+    async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {
+        self.table().opened.push(url.clone());
         None
     }
 
