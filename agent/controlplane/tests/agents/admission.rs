@@ -3,11 +3,11 @@
 use nsm_core::link::admission::{Holding, HoldingKind, MAX_CONNECTION};
 use nsm_proto::{
     connection::Connection,
-    connectioncontext::{DnsConfig, DnsContext, IpContext, IpNeighbor, Route},
+    connectioncontext::{DnsConfig, DnsContext, IpContext, IpNeighbor, PolicyRoute, Route},
 };
 use tonic::{Code, Status};
 
-use crate::support::{Client, World, assert_refusal};
+use crate::support::{Client, World, assert_refusal, client_side, endpoint_side};
 
 const SERVICE: &str = "svc@peer.example";
 const LOCAL_SERVICE: &str = "icmp-responder";
@@ -137,6 +137,77 @@ async fn a_peer_takes_nothing_of_the_pod_or_the_node() {
     let granted = client.ask(SERVICE).await;
     client.close(&granted.connection).await.expect("closed");
     world.settles(&before).await;
+}
+
+/// Routes of a policy, which NSM's forwarders put into a table of their own.
+fn steered(mut connection: Connection, prefixes: &[&str]) -> Result<Connection, Status> {
+    let routes = prefixes.iter().map(|prefix| Route {
+        prefix: (*prefix).to_owned(),
+        next_hop: String::new(),
+    });
+    ip(&mut connection).policies.push(PolicyRoute {
+        proto: "6".to_owned(),
+        dst_port: "443".to_owned(),
+        routes: routes.collect(),
+        ..PolicyRoute::default()
+    });
+    Ok(connection)
+}
+
+fn delegated(mut connection: Connection, prefix: &str) -> Result<Connection, Status> {
+    ip(&mut connection).extra_prefixes.push(prefix.to_owned());
+    Ok(connection)
+}
+
+/// Where another forwarder makes the links, the answer of another domain is checked all the same, with what only that forwarder applies.
+#[tokio::test]
+async fn a_peer_takes_nothing_by_policies_and_extra_prefixes() {
+    type Twist = fn(Connection) -> Result<Connection, Status>;
+    let cases: &[(Twist, &[&str])] = &[
+        (|it| steered(it, &["0.0.0.0/0"]), &["--default-route"]),
+        // NSM's forwarders make a default route of it.
+        (|it| steered(it, &[]), &["--default-route"]),
+        (
+            |it| steered(it, &["169.254.169.254/32"]),
+            &["169.254.169.254/32", "metadata"],
+        ),
+        (
+            |it| {
+                let all: Vec<String> = (0..64).map(|n| format!("10.31.{n}.0/24")).collect();
+                steered(it, &all.iter().map(String::as_str).collect::<Vec<_>>())
+            },
+            &["routes", "64"],
+        ),
+        (
+            |it| delegated(it, "169.254.0.0/16"),
+            &["the extra prefix 169.254.0.0/16"],
+        ),
+        (
+            |it| delegated(it, "203.0.113.0/24"),
+            &["the extra prefix 203.0.113.0/24", "admission.prefixes"],
+        ),
+    ];
+    for setup in [client_side().without_forwarder(), client_side()] {
+        let world = World::of([setup, endpoint_side()]).await;
+        let [a, _] = world.agents();
+        let peer = world.foreign_domain("peer.example", "svc").await;
+        let before = world.held();
+        let client = Client::on_node(a).await;
+        for (at, (twist, words)) in cases.iter().enumerate() {
+            peer.twist(*twist);
+            let status = client.refused(client.request_for(SERVICE)).await;
+            assert_refusal(&status, Code::FailedPrecondition, &[&peer.url]);
+            assert_refusal(&status, Code::FailedPrecondition, words);
+            assert_eq!(peer.closes().len(), at + 1, "{words:?}");
+            world.settles(&before).await;
+        }
+        peer.twist(|it| {
+            steered(it, &["10.31.0.0/24"]).and_then(|it| delegated(it, "10.32.0.0/24"))
+        });
+        let granted = client.ask(SERVICE).await;
+        client.close(&granted.connection).await.expect("closed");
+        world.settles(&before).await;
+    }
 }
 
 #[tokio::test]

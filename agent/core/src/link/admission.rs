@@ -38,6 +38,9 @@ pub const MAX_ADDRESSES: usize = 16;
 /// Routes of one end. A service that has more networks has them in few prefixes.
 pub const MAX_ROUTES: usize = 64;
 
+/// Prefixes that one end may give to others.
+pub const MAX_EXTRA: usize = 16;
+
 /// Neighbours beside the other end's addresses.
 pub const MAX_NEIGHBOURS: usize = 32;
 
@@ -111,8 +114,10 @@ pub struct Proposal<'a> {
     pub side: Side,
     /// Addresses of its link, with the length of their network.
     pub addresses: &'a [IpNet],
-    /// Routes over its link.
+    /// Routes over its link, those of policies too.
     pub routes: &'a [RouteSpec],
+    /// Prefixes that it may give to others.
+    pub extra: &'a [IpNet],
     /// Addresses of the other end.
     pub others: &'a [IpNet],
     /// Neighbours beside the other end.
@@ -184,13 +189,15 @@ pub enum Part {
     Neighbour(IpAddr),
     /// A DNS server.
     DnsServer(IpAddr),
+    /// A prefix that the pod may give to others.
+    Extra(IpNet),
 }
 
 impl Part {
     /// The addresses that it takes from the pod: of an address, those of its network.
     fn prefix(self) -> IpNet {
         match self {
-            Self::Address(net) | Self::Route(net) => net.trunc(),
+            Self::Address(net) | Self::Route(net) | Self::Extra(net) => net.trunc(),
             Self::Other(net) => net.addr().into(),
             Self::NextHop(ip) | Self::Neighbour(ip) | Self::DnsServer(ip) => ip.into(),
         }
@@ -206,6 +213,7 @@ impl fmt::Display for Part {
             Self::Other(net) => write!(f, "the other end's address {net}"),
             Self::Neighbour(ip) => write!(f, "the neighbour {ip}"),
             Self::DnsServer(ip) => write!(f, "the DNS server {ip}"),
+            Self::Extra(net) => write!(f, "the extra prefix {net}"),
         }
     }
 }
@@ -402,6 +410,7 @@ impl Rules {
             MAX_ADDRESSES,
         )?;
         check_count("routes", proposal.routes.len(), MAX_ROUTES)?;
+        check_count("extra prefixes", proposal.extra.len(), MAX_EXTRA)?;
         check_count("neighbours", proposal.neighbours.len(), MAX_NEIGHBOURS)?;
         if !around.wants_default_route {
             check_cover(proposal)?;
@@ -423,6 +432,14 @@ impl Rules {
             if let Some(via) = route.via {
                 self.check(Part::NextHop(via), proposal.side, around)?;
             }
+        }
+        // What the pod has of them already, it may have given to those on its other links.
+        let outside = Surroundings {
+            pod: &[],
+            ..*around
+        };
+        for &extra in proposal.extra {
+            self.check(Part::Extra(extra), proposal.side, &outside)?;
         }
         check_neighbours(proposal)
     }

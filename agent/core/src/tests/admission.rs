@@ -9,8 +9,8 @@ use crate::{
     link::{
         RouteSpec,
         admission::{
-            Dns, Holding, HoldingKind, Inadmissible, MAX_CONNECTION, MAX_ROUTES, Proposal, Rules,
-            Side, Surroundings, check_size,
+            Dns, Holding, HoldingKind, Inadmissible, MAX_CONNECTION, MAX_EXTRA, MAX_ROUTES,
+            Proposal, Rules, Side, Surroundings, check_size,
         },
     },
     net::special::{in_prefix, overlap},
@@ -107,8 +107,21 @@ impl Place {
             side: self.side,
             addresses,
             routes,
+            extra: &[],
             others,
             neighbours,
+        };
+        self.rules.admit(&proposal, &self.around())
+    }
+
+    fn admit_extra(&self, extra: &[IpNet]) -> Result<(), Inadmissible> {
+        let proposal = Proposal {
+            side: self.side,
+            addresses: &[],
+            routes: &[],
+            extra,
+            others: &[],
+            neighbours: &[],
         };
         self.rules.admit(&proposal, &self.around())
     }
@@ -391,6 +404,30 @@ fn names_of_the_cluster_are_not_resolved_elsewhere() {
         assert!(text.contains(server), "{text}");
     }
     assert!(admit(&["172.17.9.1"; 17], &[]).is_err());
+}
+
+#[test]
+fn an_extra_prefix_is_of_those_that_the_domain_may_use() {
+    let mut place = Place::new();
+    place.pod.push(held(HoldingKind::Route, "172.17.3.9/32"));
+    // A service of its own in the pod has given an address of it to a client.
+    assert_eq!(place.admit_extra(&nets(&["172.17.3.0/24"])), Ok(()));
+    for (prefix, words) in [
+        ("0.0.0.0/0", "the extra prefix 0.0.0.0/0"),
+        ("169.254.0.0/16", "metadata"),
+        ("10.0.0.0/28", "this node"),
+        ("10.244.3.0/24", "the cluster"),
+        ("10.9.9.0/24", "own tunnel"),
+        ("203.0.113.0/24", "admission.prefixes"),
+    ] {
+        let text = place.admit_extra(&nets(&[prefix])).unwrap_err().to_string();
+        assert!(text.contains(words), "{prefix}: {text}");
+    }
+    place.wants_default_route = true;
+    assert!(place.admit_extra(&nets(&["0.0.0.0/0"])).is_err());
+    let text = place.admit_extra(&[net("172.17.3.0/24"); MAX_EXTRA + 1]);
+    let text = text.unwrap_err().to_string();
+    assert!(text.contains("17 extra prefixes"), "{text}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use nsm_core::{
     link::{
-        LinkAlias,
+        LinkAlias, RouteSpec,
         admission::{
             Dns, HoldingKind, Inadmissible, Proposal, Side, Surroundings, check_size,
             wants_default_route,
@@ -18,7 +18,7 @@ use nsm_core::{
 };
 use nsm_proto::{
     connection::{Connection, Mechanism},
-    connectioncontext::{ConnectionContext, IpContext},
+    connectioncontext::{ConnectionContext, IpContext, PolicyRoute, Route},
 };
 use prost::Message as _;
 
@@ -154,7 +154,8 @@ impl Calls {
         };
         let none = IpContext::default();
         let ip = context.ip_context.as_ref().unwrap_or(&none);
-        self.admit_ip(side, ip, &around)
+        let steers = side == Side::Client && attempt.route.crossing != Crossing::Inside;
+        self.admit_ip(side, ip, steers, &around)
             .and_then(|admitted| {
                 if side == Side::Client {
                     self.admit_dns(context, &around)
@@ -168,10 +169,12 @@ impl Calls {
             })
     }
 
+    /// `steers` where policies and extra prefixes count: they are the client's, and another domain's.
     fn admit_ip(
         &self,
         side: Side,
         ip: &IpContext,
+        steers: bool,
         around: &Surroundings<'_>,
     ) -> Result<(), RequestError> {
         let src = convert::addresses("src_ip_addrs", &ip.src_ip_addrs)?;
@@ -184,14 +187,20 @@ impl Calls {
             })
         });
         let neighbours = neighbours.collect::<Result<Vec<IpAddr>, _>>()?;
-        let (addresses, others, routes) = match side {
+        let (addresses, others, mut routes) = match side {
             Side::Client => (&src, &dst, convert::routes("src_routes", &ip.src_routes)?),
             Side::Endpoint => (&dst, &src, convert::routes("dst_routes", &ip.dst_routes)?),
         };
+        let mut extra = Vec::new();
+        if steers {
+            routes.extend(policy_routes(&ip.policies)?);
+            extra = convert::addresses("extra_prefixes", &ip.extra_prefixes)?;
+        }
         let proposal = Proposal {
             side,
             addresses,
             routes: &routes,
+            extra: &extra,
             others,
             neighbours: &neighbours,
         };
@@ -229,6 +238,24 @@ impl Attempt<'_> {
             refusal,
         }
     }
+}
+
+/// The routes of a client's policies. This agent makes none of them, but a forwarder before it may.
+fn policy_routes(policies: &[PolicyRoute]) -> Result<Vec<RouteSpec>, RequestError> {
+    let mut all = Vec::new();
+    for policy in policies {
+        if policy.routes.is_empty() {
+            // NSM's forwarders make a default route of a policy without routes.
+            let everything = Route {
+                prefix: "0.0.0.0/0".to_owned(),
+                next_hop: String::new(),
+            };
+            all.extend(convert::routes("policies", &[everything])?);
+        } else {
+            all.extend(convert::routes("policies", &policy.routes)?);
+        }
+    }
+    Ok(all)
 }
 
 /// The domain of the endpoint, where it is another than ours.
