@@ -1,6 +1,6 @@
 //! What a pod has beside a connection, and what the node has: a connection must leave it alone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use ipnet::IpNet;
 use nsm_core::{
@@ -53,10 +53,21 @@ pub(super) fn of_pod(pod: &Netns, alias: &LinkAlias) -> Result<Vec<Holding>, Lin
     Ok(holdings)
 }
 
-/// The addresses of the node, with the lengths of their networks.
+/// The addresses of the node, with the lengths of their networks. Those on links of connections are not the node's, also where a
+/// connection ends in the node's own namespace.
 pub(super) fn own_addresses(netlink: &mut Netlink) -> Result<Vec<IpNet>, LinkError> {
     let found = addresses(netlink)?;
-    Ok(found.into_iter().map(|(_, address)| address).collect())
+    // Read after the addresses: no connection's address is then without its link.
+    let connections: HashSet<u32> = observe::links(netlink)?
+        .into_iter()
+        .filter(|link| link.alias.is_some())
+        .map(|link| link.index)
+        .collect();
+    Ok(found
+        .into_iter()
+        .filter(|(index, _)| !connections.contains(index))
+        .map(|(_, address)| address)
+        .collect())
 }
 
 /// Every address outside of special ranges, with the index of its link.

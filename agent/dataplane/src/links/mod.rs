@@ -215,7 +215,7 @@ impl Links {
         self.read(move || holdings::of_pod(&pod, &alias)).await
     }
 
-    /// The node's own addresses, each with the length of its network; those of loopback and of single links are left out.
+    /// The node's own addresses, each with the length of its network; those of loopback, of single links and of connections are left out.
     ///
     /// # Errors
     ///

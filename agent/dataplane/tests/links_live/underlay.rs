@@ -2,7 +2,9 @@
 
 use nsm_dataplane::links::{LinkError, Links};
 
-use crate::support::{add_route, inside, ip, net, netns, two_nodes};
+use crate::support::{
+    add_address, add_foreign_link, add_route, inside, ip, net, netns, set_up, two_nodes, vxlan,
+};
 
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
@@ -58,4 +60,22 @@ async fn a_node_without_links_has_no_way() {
         links.underlay_mtu(ip("192.0.2.2")).await,
         Err(LinkError::NoRoute { .. })
     ));
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_connection_in_the_nodes_own_namespace_is_no_network_of_the_node() {
+    let node = netns();
+    add_foreign_link(&node, "eth0");
+    let eth0 = inside(&node, || nix::net::if_::if_nametoindex("eth0").unwrap());
+    set_up(&node, eth0, true);
+    add_address(&node, eth0, net("192.0.2.1/24"));
+    let links = Links::in_namespace(node.clone());
+    let spec = vxlan(100);
+    links.up_vxlan(&node, &spec).await.unwrap();
+    assert_eq!(
+        links.own_addresses().await.unwrap(),
+        [net("192.0.2.1/24")],
+        "a refresh would find its own address taken"
+    );
 }
