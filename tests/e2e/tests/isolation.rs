@@ -172,6 +172,16 @@ fn every_user_has_a_link_in_its_own_namespace() -> Result<()> {
     node.serves(&["env"], &node.tenant.netns())
 }
 
+/// Sets how many files a process may have open.
+fn limit_files(pid: u32, files: usize) -> Result<()> {
+    let set = Command::new("prlimit")
+        .arg(format!("--pid={pid}"))
+        .arg(format!("--nofile={files}:{files}"))
+        .status()?;
+    ensure!(set.success(), "cannot let process {pid} open {files} files");
+    Ok(())
+}
+
 /// More than an agent may have open at the usual limit.
 const FLOOD: usize = 1_100;
 
@@ -179,14 +189,8 @@ const FLOOD: usize = 1_100;
 #[ignore = "needs root: namespaces, links, BPF"]
 fn idle_sockets_of_one_user_stop_nobody_else() -> Result<()> {
     let node = Node::start("flood", |_| {})?;
-    let pid = node.agent.process.pid().to_string();
-    let usual = Command::new("prlimit")
-        .args(["--pid", &pid, "--nofile=1024:1024"])
-        .status()?;
-    ensure!(
-        usual.success(),
-        "cannot set the agent's limit of open files"
-    );
+    limit_files(node.agent.process.pid(), 1024)?;
+    limit_files(std::process::id(), 2 * FLOOD)?;
     let url = node.agent.nsmgr_url();
     let path = url.strip_prefix("unix://").context("a socket")?;
     // All from the network namespace of this test: one source.
