@@ -319,7 +319,7 @@ impl RequestError {
 
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
-        // What others wrote is in it, and it is shown by whoever gets it.
+        // It has text of other parties in it, and callers print it.
         let mut text = Shown(&error.to_string()).to_string();
         if text.len() > MAX_TEXT {
             text.truncate(text.floor_char_boundary(MAX_TEXT));

@@ -30,7 +30,7 @@ const OPENING: Duration = Duration::from_secs(5);
 /// The length of HTTP/2's preface, in bytes (RFC 9113 section 3.4).
 const PREFACE: usize = 24;
 
-/// How often a refusal is logged at most: whoever floods a socket must not flood the log.
+/// The least time between two lines about refusals: a flood of connections must not become a flood of lines.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Where a connection comes from.

@@ -195,7 +195,7 @@ impl UnixPeer {
                 match registrant {
                     Some(registrant) if !listener.is_fellow_of(registrant) => Err(io::Error::new(
                         io::ErrorKind::PermissionDenied,
-                        "whoever listens there is not of the user and pod that registered it",
+                        "the process that listens there is not of the user and pod that registered it: serve the endpoint from the pod that registers it",
                     )),
                     _ => Ok(stream),
                 }

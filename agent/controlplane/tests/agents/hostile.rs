@@ -251,7 +251,7 @@ async fn a_refused_namespace_is_not_opened_for_the_endpoint() {
     assert_eq!(a.kernel().opened(), []);
     world.settles(&before).await;
 
-    // That of a connection which stood goes back, although nobody has passed it.
+    // The undo of a connection that stood returns its namespace, although the endpoint has not passed one.
     endpoint.mend();
     let granted = client.ask("local").await;
     let Plan::Veth { endpoint: pod, .. } = a.kernel().only().plan else {

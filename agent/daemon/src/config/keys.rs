@@ -59,7 +59,7 @@ Config {
     dial_inside: Vec<IpNet> = Vec::new() => prefix().list();
     /// Whether this agent makes links on this node
     forwarder: bool = true => boolean();
-    /// Whether root of the node may have links in the node's own network namespace; nobody else may ever
+    /// Whether root of the node may have links in the node's own network namespace; other callers may not in any case
     node_namespace: bool = false => boolean();
     /// The service by which the upstream NSMgr finds its forwarders
     forwarder_service: String = "forwarder".to_owned() => name(), variable_is("NSM_NSNAME");
@@ -99,7 +99,7 @@ settings! {
 /// Where each role listens.
 Listen {
     /// The socket for local clients and endpoints
-    nsmgr: ListenUrl = unix("/var/lib/networkservicemesh/nsm.io.sock") => text("URL");
+    nsmgr: ListenUrl = unix("/var/lib/networkservicemesh/nsm.io.sock") => socket("its callers count as processes of this node");
     /// The socket where the upstream NSMgr reaches this agent's forwarder
     forwarder: ListenUrl = unix("/run/proxy-nsmgr/forwarder.sock") => socket("namespaces' descriptors travel over sockets only");
     /// Where proxies of other domains connect

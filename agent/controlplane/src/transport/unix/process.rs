@@ -171,13 +171,18 @@ fn is_alive(process: &impl AsFd) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt as _;
+    use std::process::{Child, Command};
+
+    use tokio::{
+        io::AsyncReadExt as _,
+        net::{UnixListener, UnixStream},
+    };
 
     use super::*;
 
     #[tokio::test]
     async fn the_other_end_of_a_pair_is_this_process() {
-        let (one, _other) = tokio::net::UnixStream::pair().unwrap();
+        let (one, _other) = UnixStream::pair().unwrap();
         let process = PeerProcess::of(&one).look();
         let own = facts("/proc/self").unwrap();
         assert_eq!(process.facts, Some(own));
@@ -187,20 +192,25 @@ mod tests {
         assert!(node().networks.contains(&own.net));
     }
 
-    #[tokio::test]
-    async fn what_has_ended_is_not_seen() {
+    /// A process that runs these lines of Python once it has connected as `peer`, and our end.
+    async fn connected(then: &str) -> (Child, UnixStream) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("sock");
-        let listener = tokio::net::UnixListener::bind(&path).unwrap();
-        let mut child = std::process::Command::new("python3")
-            .args([
-                "-c",
-                "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])",
-            ])
-            .arg(&path)
-            .spawn()
-            .unwrap();
-        let (accepted, _) = listener.accept().await.unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        let script = format!(
+            "import os, socket, sys\n\
+             peer = socket.socket(socket.AF_UNIX)\n\
+             peer.connect(sys.argv[1])\n\
+             {then}"
+        );
+        let mut python = Command::new("python3");
+        let child = python.args(["-c", &script]).arg(&path).spawn().unwrap();
+        (child, listener.accept().await.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn what_has_ended_is_not_seen() {
+        let (mut child, accepted) = connected("").await;
         let peer = PeerProcess::of(&accepted);
         child.wait().unwrap();
         let process = peer.look();
@@ -212,23 +222,10 @@ mod tests {
     #[tokio::test]
     #[ignore = "needs root: changes the user"]
     async fn what_has_become_another_user_is_not_seen() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("sock");
-        let listener = tokio::net::UnixListener::bind(&path).unwrap();
-        let mut child = std::process::Command::new("python3")
-            .args([
-                "-c",
-                "import os, socket, sys\n\
-                 peer = socket.socket(socket.AF_UNIX)\n\
-                 peer.connect(sys.argv[1])\n\
-                 os.setresuid(65534, 65534, 0)\n\
-                 peer.send(b'.')\n\
-                 peer.recv(1)",
-            ])
-            .arg(&path)
-            .spawn()
-            .unwrap();
-        let (mut accepted, _) = listener.accept().await.unwrap();
+        let then = "os.setresuid(65534, 65534, 0)\n\
+                    peer.send(b'.')\n\
+                    peer.recv(1)";
+        let (mut child, mut accepted) = connected(then).await;
         let peer = PeerProcess::of(&accepted);
         accepted.read_exact(&mut [0]).await.unwrap();
         let process = peer.look();

@@ -323,6 +323,7 @@ fn a_bad_value_names_file_line_key_value_and_what_is_allowed() {
         ("token: {spiffe_id: me}", "token.spiffe_id"),
         ("token: {audience: [spiffe://a/b, me]}", "token.audience"),
         ("forwarder_labels: {p2p: [a, b]}", "forwarder_labels"),
+        ("listen: {nsmgr: 'tcp://:1'}", "listen.nsmgr"),
         ("listen: {forwarder: 'tcp://:1'}", "listen.forwarder"),
         ("limits: {max_connections: 0}", "limits.max_connections"),
         ("limits: {max_message_bytes: 1}", "limits.max_message_bytes"),
