@@ -2,6 +2,7 @@ package wire
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -47,8 +48,13 @@ func (r *Recording) Omit(methodsAndFields ...string) {
 }
 
 // Step begins a part of the scene: what is recorded from here on stands below its title. All that the
-// former step caused has to be waited for before, see [Recording.Await].
+// former step caused has to be waited for before, see [Recording.Await]; the status that follows an
+// answer is waited for here.
 func (r *Recording) Step(title string, arguments ...any) {
+	r.t.Helper()
+	r.eventually(func() bool { return len(r.withoutStatus()) == 0 }, func() string {
+		return fmt.Sprintf("calls that have an answer and no status: %v", r.withoutStatus())
+	})
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
 	r.steps = append(r.steps, fmt.Sprintf(title, arguments...))
@@ -122,15 +128,27 @@ func (r *Recording) count(edge, method string, kind entryKind) int {
 }
 
 func (r *Recording) open() []string {
+	return r.unended(func(*call) bool { return true })
+}
+
+// withoutStatus are the calls that have had their only answer and are open.
+func (r *Recording) withoutStatus() []string {
+	return r.unended(func(c *call) bool {
+		isStream := c.is("MonitorConnections") || c.is("Find")
+		return !isStream && slices.ContainsFunc(c.entries, func(e entry) bool { return e.kind == answerEntry })
+	})
+}
+
+func (r *Recording) unended(which func(*call) bool) []string {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
-	var open []string
+	var unended []string
 	for _, call := range r.calls {
-		if !call.ended {
-			open = append(open, call.edge+" "+call.method)
+		if !call.ended && which(call) {
+			unended = append(unended, call.edge+" "+call.method)
 		}
 	}
-	return open
+	return unended
 }
 
 // entryKind is what an entry of a call is.
