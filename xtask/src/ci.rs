@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::{
     cargo::{self, BPF_PROGRAMS, cargo},
-    dependencies, ebpf, interop, packages,
+    deny, dependencies, ebpf, interop, packages,
     steps::{Steps, timed},
     test, vm,
 };
@@ -38,6 +38,7 @@ fn sources(steps: &mut Steps) -> Result<()> {
         cargo(&["fmt", "--manifest-path", BPF_PROGRAMS, "--check"]),
     )?;
     steps.run("dependency rules", dependencies::check)?;
+    deny::check(steps)?;
 
     let deny = ["--", "-D", "warnings"];
     let clippy = ["clippy", "--locked", "--all-targets"];
@@ -57,7 +58,7 @@ fn sources(steps: &mut Steps) -> Result<()> {
 /// The demo and the source check on other kernels than this machine's.
 fn kernels(steps: &mut Steps) -> Result<()> {
     if !packages::is_root() {
-        eprintln!("==> not root: the demo and the source check on each kernel are left out");
+        steps.leave_out("the demo and the source check on each kernel: not root");
         return Ok(());
     }
     let (programs, bpf_tests) = steps.run("the programs that kernels run", || {

@@ -5,6 +5,7 @@ mod cache;
 mod cargo;
 mod ci;
 mod demo;
+mod deny;
 mod dependencies;
 mod digest;
 mod ebpf;
@@ -33,6 +34,8 @@ enum Command {
     },
     /// Check that no crate imports what it must not.
     CheckDependencies,
+    /// Check bans, licences, sources and advisories of all dependencies, by the rules of deny.toml.
+    Deny,
     /// Show a client of one domain that pings an endpoint of another.
     Demo(demo::Arguments),
     /// Test our agents against the real Network Service Mesh (needs Go).
@@ -49,7 +52,7 @@ enum Command {
     /// The first process of that machine.
     #[command(hide = true)]
     VmGuest,
-    /// What CI does: format, lints, documentation, dependency rules, the BPF object, all tests, the demo and the source check on each kernel.
+    /// What CI does: format, lints, documentation, dependency rules, `cargo deny`, the BPF object, all tests, the demo and the source check on each kernel.
     Ci,
 }
 
@@ -58,6 +61,7 @@ fn main() -> Result<ExitCode> {
         Command::BuildEbpf => ebpf::build(),
         Command::CheckEbpf { rebuild } => ebpf::check(rebuild),
         Command::CheckDependencies => dependencies::check(),
+        Command::Deny => deny::run(),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Interop { pattern } => interop::run(pattern.as_deref()),
         Command::Test => test::run(),

@@ -15,6 +15,8 @@ const SHORTEST_PART: Duration = Duration::from_secs(1);
 pub(crate) struct Steps {
     began: Instant,
     steps: Vec<Step>,
+    /// What could not be done here, each with its reason.
+    left_out: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -58,7 +60,14 @@ impl Steps {
         Self {
             began: Instant::now(),
             steps: Vec::new(),
+            left_out: Vec::new(),
         }
+    }
+
+    /// Records what a command leaves out and why: said at once and again at its end, so that nobody takes it for done.
+    pub(crate) fn leave_out(&mut self, what: &str) {
+        eprintln!("==> LEFT OUT: {what}");
+        self.left_out.push(what.to_owned());
     }
 
     /// Runs a command as a step, its output going where ours goes.
@@ -112,7 +121,7 @@ impl Steps {
         outcome
     }
 
-    /// A line for each step, the longest parts of a step below it, and the time of the whole.
+    /// A line for each step, the longest parts of a step below it, the time of the whole, and what was left out.
     fn table(&self) -> String {
         let mut lines = vec!["==> what took how long".to_owned()];
         let mut line = |took: Duration, indent: &str, text: &str| {
@@ -129,6 +138,9 @@ impl Steps {
             }
         }
         line(self.began.elapsed(), "", "all");
+        for what in &self.left_out {
+            lines.push(format!("==> LEFT OUT: {what}"));
+        }
         lines.join("\n") + "\n"
     }
 }
@@ -155,6 +167,18 @@ mod tests {
         assert!(lines[1].ends_with(" s  fine"), "{table}");
         assert!(lines[2].ends_with(" s  broken (failed)"), "{table}");
         assert!(lines[3].ends_with(" s  all"), "{table}");
+    }
+
+    #[test]
+    fn what_was_left_out_ends_the_table() {
+        let mut steps = Steps::begin();
+        steps.leave_out("the moon: no rocket");
+        steps.command("fine", Command::new("true")).unwrap();
+        assert!(
+            steps
+                .table()
+                .ends_with(" s  all\n==> LEFT OUT: the moon: no rocket\n")
+        );
     }
 
     #[test]
