@@ -1,6 +1,6 @@
 //! What the health plane asks of the programs and maps.
 
-use std::{net::IpAddr, time::Instant};
+use std::net::IpAddr;
 
 use aya::maps::MapData;
 use nsm_core::net::Vni;
@@ -23,25 +23,26 @@ pub(crate) enum Hooked {
 impl Bpf {
     /// Hooks the programs of the underlay to an interface that packets to a peer leave by, unless they hang there, or are not to.
     pub(crate) fn hook_underlay(&self, interface: &str) -> Result<Hooked, BpfError> {
+        let state = &mut *self.state();
+        let attached = state.attachments.interfaces(Role::Underlay);
+        if attached.iter().any(|known| known == interface) {
+            let was_gone = state.put_back(interface)?;
+            return Ok(if was_gone {
+                Hooked::Now
+            } else {
+                Hooked::Before
+            });
+        }
+        if !self.finds_interfaces {
+            return Ok(Hooked::Never);
+        }
         let State {
             ebpf,
             attachments,
             pins,
-            repairs,
             ..
-        } = &mut *self.state();
-        let attached = attachments.interfaces(Role::Underlay);
-        let known = attached.iter().any(|known| known == interface);
-        if !known && !self.finds_interfaces {
-            return Ok(Hooked::Never);
-        }
-        if known && attachments.hangs(ebpf, Role::Underlay, interface)? {
-            return Ok(Hooked::Before);
-        }
+        } = state;
         attachments.attach(ebpf, pins, Role::Underlay, interface)?;
-        if known {
-            repairs.note(interface, Instant::now());
-        }
         Ok(Hooked::Now)
     }
 

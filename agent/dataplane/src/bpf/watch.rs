@@ -29,29 +29,43 @@ impl Bpf {
 }
 
 fn tend(state: &mut State, interface: &str) -> Result<(), BpfError> {
-    let State {
-        ebpf,
-        pins,
-        attachments,
-        repairs,
-        ..
-    } = state;
-    if !attachments.hangs(ebpf, Role::Underlay, interface)? {
-        attachments.attach(ebpf, pins, Role::Underlay, interface)?;
-        repairs.note(interface, Instant::now());
-        if !repairs.are_frequent(interface, Instant::now()) {
-            tracing::warn!(
-                interface,
-                "the BPF programs were gone from an interface of the underlay, and hang there again"
-            );
-        }
-    }
-    if repairs.are_frequent(interface, Instant::now()) {
+    let was_gone = state.put_back(interface)?;
+    if state.repairs.are_frequent(interface, Instant::now()) {
         return Err(BpfError::TakenOff {
             interface: interface.to_owned(),
         });
     }
+    if was_gone {
+        tracing::warn!(
+            interface,
+            "the BPF programs were gone from an interface of the underlay, and hang there again"
+        );
+    }
+    let State {
+        ebpf, attachments, ..
+    } = state;
     attachments.check_order(ebpf, Role::Underlay, interface)
+}
+
+impl State {
+    /// Attaches the programs to an interface of the underlay from which they were taken off; whether that was so.
+    ///
+    /// What cannot be attached is tried again at each look, for as long as the source of what comes in is not checked there.
+    pub(super) fn put_back(&mut self, interface: &str) -> Result<bool, BpfError> {
+        let Self {
+            ebpf,
+            pins,
+            attachments,
+            repairs,
+            ..
+        } = self;
+        if attachments.hangs(ebpf, Role::Underlay, interface)? {
+            return Ok(false);
+        }
+        attachments.attach(ebpf, pins, Role::Underlay, interface)?;
+        repairs.note(interface, Instant::now());
+        Ok(true)
+    }
 }
 
 /// This many repairs of one interface within [`Repairs::PERIOD`] are a fault of its own.
@@ -68,7 +82,7 @@ impl Repairs {
     const PERIOD: Duration = Duration::from_secs(60);
 
     /// The programs were put back.
-    pub(super) fn note(&mut self, interface: &str, now: Instant) {
+    fn note(&mut self, interface: &str, now: Instant) {
         let times = self.of.entry(interface.to_owned()).or_default();
         if times.len() == FREQUENT {
             times.pop_front();

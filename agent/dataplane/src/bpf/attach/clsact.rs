@@ -32,7 +32,6 @@ const PRIORITY: u16 = 47;
 /// Handle of our filter at that priority: "nsm".
 const HANDLE: TcHandle = TcHandle::new(0x006e, 0x736d);
 
-const CLSACT: &str = "clsact";
 const INGRESS: &str = "ingress";
 const BPF: &str = "bpf";
 
@@ -102,17 +101,23 @@ pub(super) fn detach(name: &str, interface: &str, direction: Direction) -> Resul
 
 /// Whether the program hangs on an interface of the calling thread's network namespace: at our place, and where packets of this
 /// direction pass.
+///
+/// An `ingress` qdisc lists its filters for both directions, so a program of the way out that is listed for the way in does not hang
+/// where it should. Only filters of this interface are read: the kernel lists qdiscs of all interfaces or none, and a node has thousands.
 pub(super) fn hangs(interface: &str, direction: Direction, program: u32) -> Result<bool, BpfError> {
-    match (qdisc(interface)?.as_deref(), direction) {
-        (Some(CLSACT), _) | (Some(INGRESS), Direction::In) => {}
-        _ => return Ok(false),
-    }
+    let is_listed = |direction| -> Result<bool, BpfError> {
+        let filters = filters(interface, direction)?;
+        Ok(filters.iter().any(|filter| is_ours(filter, program)))
+    };
+    Ok(is_listed(direction)? && (direction == Direction::In || !is_listed(Direction::In)?))
+}
+
+/// Whether a filter is at our place and runs the program.
+fn is_ours(filter: &TcMessage, program: u32) -> bool {
     let ours = TcFilterBpfOption::ProgId(program);
-    Ok(filters(interface, direction)?.iter().any(|filter| {
-        is_at_our_priority(filter)
-            && u32::from(filter.header.handle) == u32::from(HANDLE)
-            && options(filter).any(|option| matches!(option, TcOption::Bpf(it) if *it == ours))
-    }))
+    is_at_our_priority(filter)
+        && u32::from(filter.header.handle) == u32::from(HANDLE)
+        && options(filter).any(|option| matches!(option, TcOption::Bpf(it) if *it == ours))
 }
 
 /// The kind of the filters at our priority, if there are any.
