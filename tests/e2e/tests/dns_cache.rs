@@ -1,6 +1,9 @@
 //! A domain's addresses are asked for once per TTL, and a changed address is noticed.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use nsm_e2e::{PATIENCE, Pair, Served, close};
@@ -31,7 +34,8 @@ fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
         "target.example",
     )?;
     dns.set_addresses("target.example", &[pair.far.node().public_ip().into()])?;
-    let ttl = Duration::from_secs(2);
+    // Two clients connect within it, on an emulated processor as well.
+    let ttl = Duration::from_secs(5);
     for name in [
         "target.example",
         "cluster-2.example",
@@ -42,6 +46,7 @@ fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
     }
     let pair = Served::by(pair)?;
 
+    let before_first = Instant::now();
     let (first, _) = pair.connect(0)?;
     let after_first = questions(&pair)?;
     let (second, connected) = pair.connect(1)?;
@@ -52,22 +57,22 @@ fn a_second_client_asks_nothing_until_the_ttl_has_passed() -> Result<()> {
     );
     pair.assert_pings(1, &connected, 1)?;
 
-    // Close and connect again until the cache has aged: no sooner than the TTL, no later than a test may take.
+    // Close and connect again until the cache has aged.
     let srv = (
         nsm_world::registry_name("cluster-2.example"),
         "SRV".to_owned(),
     );
-    let start = std::time::Instant::now();
     wait_until("the question to be asked again", PATIENCE, || {
         let asked = |pair: &Pair| questions(pair).map(|count| count.get(&srv).copied());
         pair.connect(2)
             .is_ok_and(|(client, _)| close(&client).is_ok())
             && asked(&pair).is_ok_and(|count| count > after_first.get(&srv).copied())
     })?;
+    // The first question came after this, so that the time since is never less than the age of its answer.
+    let since = before_first.elapsed();
     assert!(
-        start.elapsed() > ttl / 2,
-        "asked again after {:?} of {ttl:?}",
-        start.elapsed()
+        since >= ttl,
+        "asked again {since:?} after the first question, whose answer held for {ttl:?}"
     );
 
     pair.close([first, second])
