@@ -25,6 +25,11 @@ pub(super) fn kernel(pin: &Pin) -> Result<Kernel> {
     let dir = directory()?;
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let pinned = dir.join(entry_name(&pin.package(), pin.version));
+    ensure!(
+        pinned.is_dir() || !pinned.exists(),
+        "{} is no directory: remove it, and the kernel is fetched",
+        pinned.display()
+    );
     if pinned.is_dir() {
         return Kernel::of_package(&pinned);
     }

@@ -23,12 +23,15 @@ use nix::{
     unistd::{Pid, getppid},
 };
 
+/// How much of a process's standard error is kept, in bytes: its end.
+const KEPT: usize = 64 * 1024;
+
 /// A process that is killed when this process ends, by whatever, and when this is dropped.
 #[derive(Debug)]
 pub(super) struct Child {
     name: &'static str,
     process: process::Child,
-    /// Its standard error so far, if that is piped.
+    /// The end of its standard error so far, if that is piped.
     written: Arc<Mutex<Vec<u8>>>,
 }
 
@@ -78,6 +81,8 @@ impl Child {
                 while let Ok(n @ 1..) = stderr.read(&mut buffer) {
                     let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
                     written.extend(&buffer[..n]);
+                    let too_much = written.len().saturating_sub(KEPT);
+                    written.drain(..too_much);
                 }
             });
         }

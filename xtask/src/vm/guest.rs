@@ -6,20 +6,19 @@ use std::{
     env,
     fs::{self, File, OpenOptions},
     io::{self, Read},
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     errno::Errno,
-    sys::{
-        signal::{Signal, kill},
-        wait::{WaitStatus, wait},
-    },
+    libc,
+    sys::signal::{Signal, kill},
     unistd::{Pid, pause},
 };
 use serde::{Deserialize, Serialize};
@@ -54,10 +53,21 @@ impl Task {
     pub(super) fn of_caller(command: &[String], accelerator: Accelerator) -> Result<Self> {
         Ok(Self {
             command: command.to_owned(),
-            dir: env::current_dir().context("find the current directory")?,
+            dir: current_directory()?,
             environment: environment::for_guest(accelerator),
         })
     }
+}
+
+/// The current directory, whose name goes to the guest as text.
+fn current_directory() -> Result<PathBuf> {
+    let dir = env::current_dir().context("find the current directory")?;
+    ensure!(
+        dir.to_str().is_some(),
+        "the name of the current directory {} is not UTF-8: run the command in another one",
+        dir.display()
+    );
+    Ok(dir)
 }
 
 /// This program as the guest has it.
@@ -165,16 +175,27 @@ fn forward(
 /// Waits for the command's end and returns its status; other processes that end meanwhile are orphans.
 fn wait_for(pid: u32) -> Result<u8> {
     loop {
-        match wait() {
-            Ok(WaitStatus::Exited(ended, code)) if ended.as_raw().unsigned_abs() == pid => {
-                return Ok(u8::try_from(code & 0xff).unwrap_or(u8::MAX));
-            }
-            Ok(WaitStatus::Signaled(ended, signal, _)) if ended.as_raw().unsigned_abs() == pid => {
-                return Ok(status_of_number(signal as i32));
-            }
+        match wait_for_any() {
+            Ok((ended, status)) if ended.cast_unsigned() == pid => return Ok(status_of(status)),
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error).context("wait for the command"),
         }
+    }
+}
+
+/// Waits for the end of one child. nix's `wait` fails for one that a real-time signal has ended.
+fn wait_for_any() -> Result<(libc::pid_t, ExitStatus), Errno> {
+    let mut status = 0;
+    // SAFETY: the kernel writes the status to the variable, which outlives the call.
+    let pid = unsafe { libc::wait(&raw mut status) };
+    Errno::result(pid).map(|pid| (pid, ExitStatus::from_raw(status)))
+}
+
+/// As shells have it.
+fn status_of(ended: ExitStatus) -> u8 {
+    match (ended.code(), ended.signal()) {
+        (Some(code), _) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),
+        (None, signal) => status_of_number(signal.unwrap_or_default()),
     }
 }
 
@@ -240,6 +261,14 @@ mod tests {
             not_started("dir", &task, &denied),
             Frame::NotStarted(126, _)
         ));
+    }
+
+    #[test]
+    fn the_end_by_any_signal_is_a_status() {
+        for (end, status) in [("exit 3", 3), ("kill -9 $$", 137), ("kill -34 $$", 162)] {
+            let ended = Command::new("sh").args(["-c", end]).status().unwrap();
+            assert_eq!(status_of(ended), status, "{end}");
+        }
     }
 
     #[test]

@@ -1,11 +1,15 @@
 //! A kernel to boot: its image, and its modules if it has any.
 
 use std::{
-    fmt, fs,
+    fmt,
+    fs::{self, File},
+    io::Read as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, ensure};
+
+const FETCH_AGAIN: &str = "remove it, to have it fetched again";
 
 /// A kernel on this machine's disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +18,8 @@ pub(super) struct Kernel {
     pub(super) image: PathBuf,
     /// Its modules, laid out as `/lib/modules/VERSION`.
     pub(super) modules: Option<PathBuf>,
+    /// The unpacked package that it is of.
+    package: Option<PathBuf>,
 }
 
 impl Kernel {
@@ -25,20 +31,28 @@ impl Kernel {
         let release = release_in(files)?;
         let image = files.join(format!("boot/vmlinuz-{release}"));
         let modules = files.join("lib/modules").join(release);
-        Self::of_image(&image, Some(&modules)).with_context(|| {
-            format!(
-                "{} is not whole: remove it, to have it fetched again",
-                files.display()
-            )
+        let kernel = Self::of_image(&image, Some(&modules))
+            .with_context(|| format!("{} is not whole: {}", files.display(), FETCH_AGAIN))?;
+        Ok(Self {
+            package: Some(files.to_owned()),
+            ..kernel
+        })
+    }
+
+    /// What can be done about a kernel whose files cannot be used.
+    pub(super) fn remedy(&self) -> String {
+        self.package.as_ref().map_or_else(String::new, |package| {
+            format!("; if {} is not whole, {FETCH_AGAIN}", package.display())
         })
     }
 
     /// A kernel that the user named.
     ///
     /// # Errors
-    /// When the image or `modules.dep` is not there.
+    /// When the image or `modules.dep` is not there, or the image is not a whole bzImage.
     pub(super) fn of_image(image: &Path, modules: Option<&Path>) -> Result<Self> {
         ensure!(image.is_file(), "there is no kernel {}", image.display());
+        check_image(image).with_context(|| format!("{} is no kernel to boot", image.display()))?;
         let modules = modules.map(|dir| {
             let index = dir.join("modules.dep");
             ensure!(
@@ -52,6 +66,7 @@ impl Kernel {
         Ok(Self {
             image: image.to_owned(),
             modules: modules.transpose()?,
+            package: None,
         })
     }
 }
@@ -60,6 +75,28 @@ impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.image.display())
     }
+}
+
+/// Reads of a bzImage's header how long the file must be (the kernel's Documentation/arch/x86/boot.rst): `setup_sects` sectors of 512
+/// bytes, one for the boot sector, and `syssize` units of 16 bytes.
+fn check_image(image: &Path) -> Result<()> {
+    let mut header = [0; 0x206];
+    let mut file = File::open(image)?;
+    file.read_exact(&mut header)
+        .context("it is shorter than the header of a bzImage")?;
+    ensure!(&header[0x202..] == b"HdrS", "it is no bzImage");
+    let sectors = match header[0x1f1] {
+        0 => 4,
+        some => u64::from(some),
+    };
+    let [a, b, c, d] = [0, 1, 2, 3].map(|byte| header[0x1f4 + byte]);
+    let whole = (sectors + 1) * 512 + u64::from(u32::from_le_bytes([a, b, c, d])) * 16;
+    let length = file.metadata()?.len();
+    ensure!(
+        length >= whole,
+        "it has {length} bytes, and its header asks for {whole}"
+    );
+    Ok(())
 }
 
 /// The kernel release (`uname -r`) whose modules an unpacked package has.
@@ -82,6 +119,36 @@ pub(super) fn release_in(files: &Path) -> Result<String> {
 mod tests {
     use super::*;
 
+    /// The header of a bzImage, and as many bytes as it asks for.
+    fn image() -> Vec<u8> {
+        let mut image = vec![0; 2 * 512 + 16];
+        image[0x1f1] = 1;
+        image[0x1f4] = 1;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image
+    }
+
+    #[test]
+    fn what_is_no_whole_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let refusal = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            let refused = Kernel::of_image(&path, None).map(drop);
+            refused.map_err(|error| format!("{error:#}"))
+        };
+        let whole = image();
+        assert_eq!(refusal(&whole), Ok(()));
+        for (bytes, word) in [
+            (&whole[..whole.len() - 1], "asks for 1040"),
+            (&[], "shorter"),
+            (&[7; 4096], "no bzImage"),
+        ] {
+            let refused = refusal(bytes).unwrap_err();
+            assert!(refused.contains(word), "no {word}: {refused}");
+        }
+    }
+
     #[test]
     fn the_parts_of_a_package_are_found() {
         let dir = tempfile::tempdir().unwrap();
@@ -90,7 +157,7 @@ mod tests {
         let modules = files.join("lib/modules/6.1.0-1-x");
         fs::create_dir_all(&modules).unwrap();
         fs::create_dir(files.join("boot")).unwrap();
-        fs::write(files.join("boot/vmlinuz-6.1.0-1-x"), "").unwrap();
+        fs::write(files.join("boot/vmlinuz-6.1.0-1-x"), image()).unwrap();
         let error = format!("{:#}", Kernel::of_package(files).unwrap_err());
         assert!(error.contains("modules.dep"), "{error}");
         fs::write(modules.join("modules.dep"), "").unwrap();

@@ -35,7 +35,7 @@ mod modules;
 mod pin;
 mod session;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -59,6 +59,9 @@ use crate::packages;
 /// A week, in seconds.
 const LONGEST_TIMEOUT: u64 = 7 * 24 * 3600;
 
+/// Debian's kernels and the initramfs do not start in less than the first.
+const MEMORY_MIB: RangeInclusive<u32> = 256..=1 << 20;
+
 /// The arguments of `cargo xtask vm`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Arguments {
@@ -73,7 +76,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DIR", requires = "image")]
     modules: Option<PathBuf>,
     /// The guest's memory in MiB; half of it may hold files that the command writes.
-    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    #[arg(long, value_name = "MIB", default_value_t = 2048,
+        value_parser = clap::value_parser!(u32).range(i64::from(*MEMORY_MIB.start())..=i64::from(*MEMORY_MIB.end())))]
     memory: u32,
     /// End the machine and fail after this many seconds, the start included.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600,
@@ -120,7 +124,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let files = HostFiles::choose(arguments.files)?;
     let task = Task::of_caller(&arguments.command, accelerator)?;
     let initramfs = initramfs::build(&kernel, &files, &task)
-        .with_context(|| format!("make the initramfs for {kernel}"))?;
+        .with_context(|| format!("make the initramfs for {kernel}{}", kernel.remedy()))?;
     let machine = Machine {
         kernel: &kernel,
         initramfs,

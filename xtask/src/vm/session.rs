@@ -3,9 +3,10 @@
 use std::{
     collections::VecDeque,
     fmt::Write as _,
-    io::{self, BufRead as _, BufReader},
-    os::unix::net::UnixStream,
-    process::{ChildStdout, ExitCode},
+    fs::File,
+    io::{self, BufRead as _, BufReader, Read as _},
+    os::{fd::AsFd, unix::net::UnixStream},
+    process::ExitCode,
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
@@ -25,6 +26,9 @@ use super::{
 
 /// How many of the console's last lines are kept: a panic's trace with what led to it.
 const CONSOLE_LINES: usize = 80;
+
+/// What is kept of a line of the console, in bytes. A guest can write without an end.
+const CONSOLE_LINE: u64 = 4096;
 
 /// QEMU ends soon after its guest; its last output is waited for no longer.
 const QEMU_END: Duration = Duration::from_secs(2);
@@ -55,6 +59,7 @@ pub(super) fn run(machine: &Machine<'_>, terms: Terms, signals: SigSet) -> Resul
     let (sender, events) = mpsc::channel();
     let on_signal = sender.clone();
     interruption::on_signal(signals, move |signal| {
+        interruption::end_at_last(interruption::status_of(signal));
         let _ = on_signal.send((Origin::Signals, Event::End(End::Signal(signal))));
     });
     let deadline = Instant::now() + terms.limit;
@@ -64,9 +69,9 @@ pub(super) fn run(machine: &Machine<'_>, terms: Terms, signals: SigSet) -> Resul
         match session.wait(&events, deadline) {
             Ok(status) => return Ok(ExitCode::from(status)),
             Err(error) if session.may_start_again && start < STARTS => {
-                eprintln!(
+                say(&format!(
                     "==> {error:#}\n==> the emulated machine did not come up: starting it again"
-                );
+                ));
                 start += 1;
             }
             Err(error) => return Err(error),
@@ -173,17 +178,21 @@ impl Session {
         loop {
             let until = if started { deadline } else { start_deadline };
             match next_event(events, self.start, until) {
+                // Root in the guest can send it again.
+                Ok(Event::Started(_)) if started => {}
                 Ok(Event::Started(release)) => {
                     started = true;
                     self.may_start_again = false;
-                    eprintln!(
-                        "==> kernel {release} ({}) is up after {:.1} s",
+                    say(&format!(
+                        "==> kernel {} ({}) is up after {:.1} s",
+                        printable(&release),
                         self.accelerator,
                         self.begin.elapsed().as_secs_f64()
-                    );
+                    ));
                 }
                 Ok(Event::End(end)) => return self.end(end),
                 Err(_) if started => {
+                    interruption::end_at_last(1);
                     return Err(self.failure(&format!(
                         "the command still ran after {} s and was ended; --timeout sets the limit",
                         self.limit.as_secs()
@@ -210,12 +219,15 @@ impl Session {
                 Ok(status)
             }
             End::NotStarted(status, reason) => {
-                eprintln!("{reason}");
+                say(&printable(&reason));
                 Ok(status)
             }
             End::Failed(reason) => {
                 self.may_start_again = false;
-                Err(self.failure(&format!("the guest cannot run the command: {reason}")))
+                Err(self.failure(&format!(
+                    "the guest cannot run the command: {}",
+                    printable(&reason)
+                )))
             }
             End::Lost(error) => {
                 let error = error.map_or_else(String::new, |error| format!(" ({error})"));
@@ -225,7 +237,7 @@ impl Session {
             }
             End::OutputClosed(error) => Err(error).context("cannot pass on the command's output"),
             End::Signal(signal) => {
-                eprintln!("==> {signal}: the virtual machine is ended");
+                say(&format!("==> {signal}: the virtual machine is ended"));
                 Ok(interruption::status_of(signal))
             }
         }
@@ -235,7 +247,7 @@ impl Session {
     fn say_if_out_of_memory(&self) {
         let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
         if console.iter().any(|line| line.contains(OUT_OF_MEMORY.0)) {
-            eprintln!("==> {}", OUT_OF_MEMORY.1);
+            say(&format!("==> {}", OUT_OF_MEMORY.1));
         }
     }
 
@@ -307,17 +319,29 @@ fn hints<'a>(console: impl Iterator<Item = &'a str>) -> Vec<&'static str> {
         .collect()
 }
 
+/// Writes a line to standard error, in one piece, so that it stays whole beside the command's output. One that cannot be written is lost.
+fn say(line: &str) {
+    let _ = io::Write::write_all(&mut io::stderr(), format!("{line}\n").as_bytes());
+}
+
+/// Text of the guest, without what controls a terminal: the firmware alone resets it at each start.
+fn printable(text: &str) -> String {
+    text.chars()
+        .filter(|it| !it.is_control() || *it == '\t')
+        .collect()
+}
+
 /// Passes the command's output on, and reports the rest, until the command ends or the stream does.
 fn read_frames(channel: UnixStream, start: u32, events: &Sender<(Origin, Event)>) {
     let origin = Origin::Start(start);
     let mut channel = BufReader::new(channel);
     loop {
         let end = match Frame::read_from(&mut channel) {
-            Ok(Some(Frame::Stdout(bytes))) => match write(&mut io::stdout().lock(), &bytes) {
+            Ok(Some(Frame::Stdout(bytes))) => match write(io::stdout(), &bytes) {
                 Ok(()) => continue,
                 Err(error) => End::OutputClosed(error),
             },
-            Ok(Some(Frame::Stderr(bytes))) => match write(&mut io::stderr().lock(), &bytes) {
+            Ok(Some(Frame::Stderr(bytes))) => match write(io::stderr(), &bytes) {
                 Ok(()) => continue,
                 Err(error) => End::OutputClosed(error),
             },
@@ -337,23 +361,33 @@ fn read_frames(channel: UnixStream, start: u32, events: &Sender<(Origin, Event)>
     }
 }
 
-fn write(to: &mut impl io::Write, bytes: &[u8]) -> io::Result<()> {
-    to.write_all(bytes)?;
-    to.flush()
+/// Writes to a stream of this process past the lock that its own lines take: a reader that stalls stops the command's output, and not
+/// the thread that ends the machine.
+fn write(to: impl AsFd, bytes: &[u8]) -> io::Result<()> {
+    let to = to.as_fd().try_clone_to_owned()?;
+    io::Write::write_all(&mut File::from(to), bytes)
 }
 
 /// Keeps the console's last lines.
-fn read_console(stream: ChildStdout, kept: &Mutex<VecDeque<String>>, show: bool) {
-    for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
-        let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+fn read_console(stream: impl io::Read, kept: &Mutex<VecDeque<String>>, show: bool) {
+    let mut stream = BufReader::new(stream);
+    let mut line = Vec::new();
+    while let Ok(1..) = stream
+        .by_ref()
+        .take(CONSOLE_LINE)
+        .read_until(b'\n', &mut line)
+    {
+        let text = String::from_utf8_lossy(&line);
+        let text = printable(text.trim_end());
+        line.clear();
         if show {
-            eprintln!("console: {line}");
+            say(&format!("console: {text}"));
         }
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == CONSOLE_LINES {
             kept.pop_front();
         }
-        kept.push_back(line);
+        kept.push_back(text);
     }
 }
 
@@ -392,6 +426,18 @@ mod tests {
         assert!(matches!(event, Event::End(End::Signal(_))), "{event:?}");
         let nothing = next_event(&events, 3, Instant::now());
         assert!(nothing.is_err(), "{nothing:?}");
+    }
+
+    #[test]
+    fn the_console_is_kept_in_bounds_and_without_what_controls_a_terminal() {
+        let kept = Mutex::new(VecDeque::new());
+        let long = vec![b'a'; 3 * CONSOLE_LINE as usize];
+        let written = [b"\x1bc\x1b[2JSeaBIOS\r\n", long.as_slice(), b"\nend"].concat();
+        read_console(written.as_slice(), &kept, false);
+        let kept = kept.into_inner().unwrap();
+        assert_eq!(kept[0], "c[2JSeaBIOS");
+        assert_eq!(kept.back().map(String::as_str), Some("end"));
+        assert!(kept.iter().all(|line| line.len() <= CONSOLE_LINE as usize));
     }
 
     #[test]
