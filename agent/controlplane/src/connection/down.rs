@@ -15,7 +15,7 @@ use super::model::{Established, below};
 pub enum DownReason {
     /// The path of its packets is down.
     Path(Health),
-    /// The monitor stream from the next hop is lost.
+    /// The monitor stream from the next hop is lost, or the last refresh was refused.
     LostHop {
         /// Which hop, and how that was noticed.
         lost: LostHop,
@@ -42,7 +42,7 @@ impl Established {
         if let Some(health) = path.filter(Health::is_down) {
             return Some(DownReason::Path(health));
         }
-        if let Some(lost) = &self.path.lost_hop {
+        if let Some(lost) = self.missed_hop() {
             return Some(DownReason::LostHop {
                 lost: lost.clone(),
                 path: path.map(|health| health.verdict()),

@@ -1,8 +1,9 @@
 //! A connection as this agent holds it: the view that monitors get, the next hop, the links on this node, and what is known of its path.
 //!
 //! Three things decide a connection's state, and any of them that is bad makes it DOWN: the verdict on its path, a peer that has no
-//! tunnel for its VNI, and what the next hop reports. A next hop whose monitor stream is lost makes it DOWN too; that is published
-//! beside the path's health, because packets pass without the agents and the client may keep the tunnel.
+//! tunnel for its VNI, and what the next hop reports. A next hop whose monitor stream is lost makes it DOWN too, and so does a refresh
+//! that is refused; both are published beside the path's health, because packets pass without the agents and the client may keep the
+//! tunnel.
 //!
 //! A connection that was granted although its path was known to be down (`prefer`) is UP until the path has been up once: DOWN would
 //! only trigger a retry that changes nothing, and the metrics carry the health.
@@ -52,6 +53,8 @@ pub(crate) struct PathState {
     pub(crate) reported: State,
     /// Set while the monitor stream from the next hop is lost.
     pub(crate) lost_hop: Option<LostHop>,
+    /// Set after a refresh was refused, until a Request succeeds: events of the next hop may be older than the refusal.
+    pub(crate) refused: Option<LostHop>,
     /// It was granted although the path was down.
     pub(crate) granted_down: bool,
     /// The MTU that both sides agreed on, whatever the path carries.
@@ -65,6 +68,7 @@ impl Default for PathState {
             health: None,
             reported: State::Up,
             lost_hop: None,
+            refused: None,
             granted_down: false,
             agreed_mtu: 0,
         }
@@ -102,21 +106,57 @@ impl Established {
     }
 
     /// Whether its packets may still pass although it is DOWN, or may pass again later: its path is down by our verdict or by that of
-    /// a hop behind us (which may notice first), or an agent on the path is lost. Its tunnel stays until another one stands.
+    /// a hop behind us (which may notice first), an agent on the path is lost, or a refresh was refused. Its tunnel stays until another
+    /// one stands.
     pub(crate) fn is_left_standing(&self) -> bool {
         let is_reported = |hop: &PathSegment| {
             Published::read(&hop.metrics).is_down() || LostHop::read(&hop.metrics).is_some()
         };
         self.path_is_down()
-            || self.path.lost_hop.is_some()
+            || self.missed_hop().is_some()
             || below(&self.view).iter().any(is_reported)
+    }
+
+    /// Why the next hop takes no part in it, although packets may pass: it is lost, or it refused the last Request and has not
+    /// reported the connection's end.
+    pub(crate) fn missed_hop(&self) -> Option<&LostHop> {
+        let path = &self.path;
+        let refused = path.refused.as_ref();
+        path.lost_hop
+            .as_ref()
+            .or(refused.filter(|_| path.reported != State::Down))
     }
 
     /// Writes into our own segment's metrics that the next hop is lost, or is back.
     pub(crate) fn set_lost_hop(&mut self, lost: Option<LostHop>) {
         self.path.lost_hop = lost;
+        self.write_missed_hop();
+    }
+
+    fn write_missed_hop(&mut self) {
+        let missed = self.missed_hop().cloned();
         if let Some(own) = own_segment_mut(&mut self.view) {
-            LostHop::write(self.path.lost_hop.as_ref(), &mut own.metrics);
+            LostHop::write(missed.as_ref(), &mut own.metrics);
+        }
+    }
+
+    /// The connection after a refresh of it was refused.
+    pub(crate) fn with_refused(&self, refused: LostHop) -> Self {
+        let mut changed = self.clone();
+        changed.path.refused = Some(refused);
+        changed.view.set_state(changed.state());
+        changed.write_missed_hop();
+        changed
+    }
+
+    /// What is published of its state.
+    fn state(&self) -> State {
+        // A path that is down stays so, whatever is reported.
+        let is_down = self.path_is_down() && !self.path.granted_down;
+        if is_down || self.path.refused.is_some() {
+            State::Down
+        } else {
+            self.path.reported
         }
     }
 
@@ -127,27 +167,18 @@ impl Established {
         }
         let mut changed = self.clone();
         changed.path.reported = state;
-        // A path that is down stays so, whatever is reported.
-        if !changed.path_is_down() || changed.path.granted_down {
-            changed.view.set_state(state);
-        }
+        changed.view.set_state(changed.state());
         Some(changed)
     }
 
     /// Brings the view up to date: the state, and the metrics of our own segment.
     pub(crate) fn settle(&mut self, foreign: &ForeignVnis) {
-        let is_down = self.path_is_down();
-        self.path.granted_down &= is_down;
-        let state = if is_down && !self.path.granted_down {
-            State::Down
-        } else {
-            self.path.reported
-        };
-        self.view.set_state(state);
+        self.path.granted_down &= self.path_is_down();
+        self.view.set_state(self.state());
         if let Some(own) = own_segment_mut(&mut self.view) {
             Published::write(self.path.health.as_ref(), foreign, &mut own.metrics);
-            LostHop::write(self.path.lost_hop.as_ref(), &mut own.metrics);
         }
+        self.write_missed_hop();
     }
 
     /// Whether `other` publishes the same state and the same health. Another kind of reason is another health: it may name the

@@ -17,6 +17,7 @@ mod monitor;
 mod node;
 mod owners;
 mod reasons;
+mod refresh;
 mod refused;
 mod relay;
 mod selection;

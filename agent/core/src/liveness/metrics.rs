@@ -10,7 +10,7 @@
 //! | `sbfd_reason` | one or two sentences for people; a reader takes at most 1,000 characters | while a direction is not `up` |
 //! | `sbfd_path_mtu` | the largest inner IP packet that the path is known to carry, bytes, decimal | once a search has found it |
 //! | `vxlan_foreign_vnis` | decimal VNIs, separated by commas, at most 16: packets of these arrived from the peer, and the node has no tunnel for them | while there are any |
-//! | `next_hop` | `lost`: the monitor stream from the publishing node's next hop is broken | while it is |
+//! | `next_hop` | `lost`: the monitor stream from the publishing node's next hop is broken, or the last refresh was refused | until a Request succeeds |
 //! | `next_hop_reason` | a sentence for people, which names the next hop and the cause | with `next_hop` |
 //!
 //! A reader treats a value that does not parse as absent: other components may use the same keys. A publisher leaves all other keys
@@ -71,7 +71,8 @@ impl ForeignVnis {
     }
 }
 
-/// The monitor stream from the publishing hop's next hop is broken. That is a loss of the control plane; the path may be good.
+/// The monitor stream from the publishing hop's next hop is broken, or the last Request was refused. That is a loss of the control
+/// plane; the path may be good.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LostHop {
     /// Which hop was lost and how that was noticed: a sentence that is safe to print.
@@ -79,6 +80,15 @@ pub struct LostHop {
 }
 
 impl LostHop {
+    /// The last Request of a connection that stands was refused.
+    #[must_use]
+    pub fn refused(error: &str) -> Self {
+        let error = printable(error, LONGEST_REASON);
+        Self {
+            reason: format!("the last refresh failed: {error}").into(),
+        }
+    }
+
     /// Reads a segment's metrics.
     #[must_use]
     pub fn read(metrics: &BTreeMap<String, String>) -> Option<Self> {

@@ -6,10 +6,11 @@
 //! | the control plane behind it, the path is good | the same endpoint is asked for again, within [`PATIENCE`]; traffic goes on meanwhile |
 //! | the control plane behind it, nothing is known of the path | the same, within [`BLIND_PATIENCE`] |
 //! | the path | another endpoint is asked for; the old tunnel is kept until the new one exists |
+//! | nothing but a refresh, which was refused | the same |
 //! | the endpoint | what there was is closed, and another endpoint is asked for |
 //!
-//! Whatever is asked for again, a tunnel whose packets may pass is not closed before another exists: only the endpoint's own end, or a
-//! refusal that cannot be waited out, makes it useless.
+//! Whatever is asked for again, a tunnel whose packets may pass is not closed before another exists: only the endpoint's own end makes it
+//! useless. A refresh that fails proves nothing of the packets.
 //!
 //! The first loss is repaired at once, and so is that of a connection that was stable ([`STABLE`]); other tries are spaced by
 //! [`Backoff`].
@@ -53,7 +54,9 @@ pub enum Loss {
     },
     /// Packets do not pass.
     Path,
-    /// The endpoint is gone, or refused to go on.
+    /// A hop refused to go on. Packets may pass all the same.
+    Refused,
+    /// The endpoint is gone.
     Endpoint,
 }
 
@@ -73,16 +76,16 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// What is lost where a refresh fails so and there is no other evidence. The streams of the agents on the path are open, so the
-    /// unreachable hop is the endpoint.
+    /// What is lost where a refresh fails so and there is no other evidence. An unreachable hop may be reached by the next try, and a
+    /// registry that was started again has the endpoint soon.
     #[must_use]
     pub const fn loss(self) -> Loss {
         match self {
             Self::Agent => Loss::Agent,
-            Self::Silence => Loss::ControlPlane {
+            Self::Silence | Self::Unavailable | Self::Unknown => Loss::ControlPlane {
                 is_path_good: false,
             },
-            Self::Unavailable | Self::Unknown | Self::Refused => Loss::Endpoint,
+            Self::Refused => Loss::Refused,
         }
     }
 }
@@ -132,7 +135,7 @@ impl Phase {
                 until: now + patience(is_path_good),
                 unknown: None,
             },
-            Loss::Path => Self::Another { closes: false },
+            Loss::Path | Loss::Refused => Self::Another { closes: false },
             Loss::Endpoint => Self::Another { closes: true },
         }
     }
@@ -142,7 +145,7 @@ impl Phase {
             (Self::Another { .. }, _) => self,
             (Self::Agent, Failure::Agent | Failure::Silence) => self,
             (Self::Agent | Self::ControlPlane { .. }, Failure::Refused) => {
-                Self::Another { closes: true }
+                Self::begin(Loss::Refused, now)
             }
             // It is back, and what was lost with it may be on its way.
             (Self::Agent, _) => {
@@ -231,7 +234,7 @@ impl Healer {
             phase.look_again(is_path_good, now);
         }
         let is_more = matches!(self.phase, Some(Phase::ControlPlane { .. }))
-            && matches!(loss, Loss::Path | Loss::Endpoint);
+            && matches!(loss, Loss::Path | Loss::Refused | Loss::Endpoint);
         is_more.then(|| self.phase.insert(Phase::begin(loss, now)).step())
     }
 

@@ -7,7 +7,14 @@ const BLIND: Loss = Loss::ControlPlane {
     is_path_good: false,
 };
 
-const LOSSES: [Loss; 5] = [Loss::Agent, UNHEARD, BLIND, Loss::Path, Loss::Endpoint];
+const LOSSES: [Loss; 6] = [
+    Loss::Agent,
+    UNHEARD,
+    BLIND,
+    Loss::Path,
+    Loss::Refused,
+    Loss::Endpoint,
+];
 
 const FAILURES: [Failure; 5] = [
     Failure::Agent,
@@ -38,6 +45,7 @@ fn what_is_lost_decides_what_is_asked_for() {
         (UNHEARD, Step::Same),
         (BLIND, Step::Same),
         (Loss::Path, KEEPING),
+        (Loss::Refused, KEEPING),
         (Loss::Endpoint, CLOSING),
     ] {
         let step = Healer::default().handle_loss(loss, STABLE, start(), 0.5);
@@ -53,12 +61,13 @@ fn what_a_failed_try_means_depends_on_what_was_lost() {
         for failure in FAILURES {
             for is_late in [false, true] {
                 let expected = match (loss, failure, is_late) {
-                    (Loss::Path, _, _) => KEEPING,
+                    (Loss::Path | Loss::Refused, _, _) => KEEPING,
                     (Loss::Endpoint, _, _) => CLOSING,
                     (Loss::Agent, Agent | Silence, _) => Step::Same,
                     // It is back: from now on what lies behind it is waited for.
                     (Loss::Agent, Unavailable | Unknown, _) => Step::Same,
-                    (Loss::Agent | Loss::ControlPlane { .. }, Refused, _) => CLOSING,
+                    // A refusal is no proof that packets do not pass.
+                    (Loss::Agent | Loss::ControlPlane { .. }, Refused, _) => KEEPING,
                     (Loss::ControlPlane { .. }, _, false) => Step::Same,
                     (Loss::ControlPlane { .. }, _, true) => KEEPING,
                 };
@@ -145,7 +154,7 @@ fn news_count_while_the_control_plane_is_waited_for() {
     for loss in LOSSES {
         for news in LOSSES {
             let expected = match (loss, news) {
-                (Loss::ControlPlane { .. }, Loss::Path) => Some(KEEPING),
+                (Loss::ControlPlane { .. }, Loss::Path | Loss::Refused) => Some(KEEPING),
                 (Loss::ControlPlane { .. }, Loss::Endpoint) => Some(CLOSING),
                 _ => None,
             };
@@ -168,11 +177,25 @@ fn a_refresh_that_fails_says_what_is_lost() {
     for (failure, loss) in [
         (Failure::Agent, Loss::Agent),
         (Failure::Silence, BLIND),
-        (Failure::Unavailable, Loss::Endpoint),
-        (Failure::Unknown, Loss::Endpoint),
-        (Failure::Refused, Loss::Endpoint),
+        (Failure::Unavailable, BLIND),
+        (Failure::Unknown, BLIND),
+        (Failure::Refused, Loss::Refused),
     ] {
         assert_eq!(failure.loss(), loss);
+    }
+}
+
+/// Only the endpoint's own end closes what stands: a refresh that fails, for whatever reason and how often, does not.
+#[test]
+fn a_refresh_that_fails_closes_nothing() {
+    for failure in FAILURES {
+        let mut healer = Healer::default();
+        let mut step = healer.handle_loss(failure.loss(), STABLE, start(), 0.5).0;
+        for (seconds, next) in (0..).step_by(7).zip(FAILURES.into_iter().cycle().take(20)) {
+            assert_ne!(step, CLOSING, "{failure:?}");
+            let at = start() + Duration::from_secs(seconds);
+            step = healer.handle_failure(next, at, 0.5).0;
+        }
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use nsm_core::{net::Vni, nsm::path::Hop};
+use nsm_core::{liveness::LostHop, net::Vni, nsm::path::Hop};
 use nsm_proto::connection::{ConnectionEventType, State};
 
 use super::ask::Ask;
 use crate::{
     call::{Answer, Calls, next_hop::downstream_view},
     connection::{model::Established, store::Turn},
+    error::RequestError,
     peer::{peers::Peer, stream},
 };
 
@@ -70,25 +71,31 @@ impl Calls {
         )
     }
 
-    /// A Request has failed. What stood before stands and ends with the token of this Request, because the client is alive; where the
-    /// next hop does not have it any more, nothing passes until another Request succeeds.
-    pub(super) fn keep_prior(&self, ask: &Ask) {
+    /// A Request has failed. What stood before stands and ends with the token of this Request, because the client is alive. It is
+    /// DOWN for its monitors, as in NSM, so that clients heal: with the reason beside it where packets may still pass, and without one
+    /// where the next hop does not have it any more.
+    pub(super) fn keep_prior(&self, ask: &Ask, error: &RequestError) {
         let turn = &ask.turn;
         let Some(current) = turn.current() else {
             return;
         };
-        if ask.is_moved() {
-            if let Some(changed) = current.with_reported(State::Down) {
-                let changed = Arc::new(changed);
-                turn.set(Some(Arc::clone(&changed)));
-                let monitors = &self.held.monitors;
-                monitors.publish(ConnectionEventType::Update, &changed);
+        let changed = if ask.is_moved() {
+            let changed = current.with_reported(State::Down);
+            changed.unwrap_or_else(|| (*current).clone())
+        } else {
+            let mut changed = current.with_refused(LostHop::refused(&error.to_string()));
+            if changed.expires < ask.expires {
+                changed.expires = ask.expires;
+                self.held.expiries.set(turn.id(), ask.expires);
             }
-        } else if current.expires < ask.expires {
-            let mut changed = (*current).clone();
-            changed.expires = ask.expires;
-            turn.set(Some(Arc::new(changed)));
-            self.held.expiries.set(turn.id(), ask.expires);
+            changed
+        };
+        let changed = Arc::new(changed);
+        turn.set(Some(Arc::clone(&changed)));
+        // A connection that was DOWN before is being healed already.
+        if changed.view.state() != current.view.state() {
+            let monitors = &self.held.monitors;
+            monitors.publish_answered(ConnectionEventType::Update, &changed);
         }
     }
 }

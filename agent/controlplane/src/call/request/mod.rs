@@ -101,7 +101,7 @@ impl Calls {
         match self.establish(&ask, prior.as_deref()).await {
             Ok(established) => Ok(self.commit(&ask.turn, prior, established, &hop, asked_id)),
             Err(error) => {
-                self.keep_prior(&ask);
+                self.keep_prior(&ask, &error);
                 Err(error)
             }
         }

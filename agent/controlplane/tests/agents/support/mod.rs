@@ -33,7 +33,7 @@ pub(crate) use self::{
     agent::{Agent, MAX_MESSAGE, Setup},
     client::{Client, Granted, Watch, mechanism, names, parameter, stamp},
     dns::Zone,
-    endpoint::Endpoint,
+    endpoint::{Endpoint, Twist},
     kernel::{PORT, Standing, taken},
     prober::Path,
     process::apart,
