@@ -5,6 +5,7 @@ mod owner;
 pub mod policy;
 mod process;
 pub mod relay;
+pub mod share;
 
 pub use caller::{Caller, Transport};
 pub use owner::Owner;

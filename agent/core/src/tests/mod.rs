@@ -19,6 +19,7 @@ mod registry;
 mod relay;
 mod sbfd;
 mod select;
+mod share;
 mod users;
 mod vni_pool;
 
