@@ -19,7 +19,7 @@ use nsm_discovery::dns::ResolveError;
 use tonic::{Code, Status};
 
 pub use self::registry::RegistryError;
-use crate::{ports::ForwarderError, transport::dial::DialError};
+use crate::{places::NoPlace, ports::ForwarderError, transport::dial::DialError};
 
 /// The longest text of a refusal, in bytes. It travels in an HTTP/2 header, where each byte may
 /// become three: headers of more than 16 KiB make the other side close the whole connection, and
@@ -201,9 +201,9 @@ pub enum RequestError {
         /// How often we asked.
         tries: u32,
     },
-    /// The agent holds as many connections as it may.
-    #[error("this agent holds {0} connections, its limit: raise `limits.max_connections`")]
-    TooManyConnections(usize),
+    /// A limit is reached.
+    #[error(transparent)]
+    NoPlace(#[from] NoPlace),
     /// An earlier event of the same connection takes too long.
     #[error("an earlier Request or Close of connection `{id}` is still at work after {after:?}")]
     Busy {
@@ -274,9 +274,7 @@ impl RequestError {
             Self::BadAnswer { .. } | Self::Internal => Code::Internal,
             Self::Forwarder(error) => error.code(),
             Self::NoForwarder(_) | Self::Inadmissible { .. } => Code::FailedPrecondition,
-            Self::Vni(_) | Self::KeyTaken { .. } | Self::TooManyConnections(_) => {
-                Code::ResourceExhausted
-            }
+            Self::Vni(_) | Self::KeyTaken { .. } | Self::NoPlace(_) => Code::ResourceExhausted,
             Self::Forbidden(_) | Self::NotServed(_) => Code::PermissionDenied,
         }
     }

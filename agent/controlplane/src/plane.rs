@@ -27,6 +27,7 @@ use crate::{
     liveness::{Liveness, LivenessConfig, Reachability},
     metrics::CallMetrics,
     peer::peers::Peers,
+    places::Budget,
     ports::{Forwarder, Plan},
     registry::{Counts, backend::Backend},
     route::{
@@ -59,8 +60,8 @@ pub struct Settings {
     pub request_timeout: Duration,
     /// How long a connection to a peer may take to stand.
     pub dial_timeout: Duration,
-    /// Connections at one time; more are refused.
-    pub max_connections: usize,
+    /// What callers may hold; what they ask for beyond that is refused.
+    pub budget: Budget,
     /// The largest message that is read, in bytes.
     pub max_message_bytes: usize,
     /// Whether paths are proved before connections are granted.
@@ -126,6 +127,7 @@ struct Parts {
     liveness: Arc<Liveness>,
     services: Arc<Services>,
     upstream: Upstream,
+    budget: Budget,
     /// True once every connection has been closed for the agent's end.
     drained: watch::Sender<bool>,
 }
@@ -140,6 +142,7 @@ impl ControlPlane {
         forwarder: Option<Arc<dyn Forwarder>>,
         vnis: VniPool,
     ) -> Self {
+        let budget = settings.budget.clone();
         let peers = Arc::new(
             Peers::connecting_with(
                 Arc::clone(&tokens),
@@ -151,13 +154,14 @@ impl ControlPlane {
         let lookup = Arc::new(Lookup {
             registry: registry.open(&peers),
             resolver,
+            questions: budget.questions.clone(),
             peers: Arc::clone(&peers),
             addresses: Addresses::new(settings.advertise_url.clone()),
             relays: settings.relays.clone(),
             bypass: Bypass::default(),
             local_endpoints: LocalEndpoints::default(),
         });
-        let held = Held::new(settings.max_connections, vnis);
+        let held = Held::new(&budget, vnis);
         let liveness = Liveness::new(settings.liveness(), forwarder.clone(), held.clone());
         let calls = Arc::new(Calls {
             config: settings.calls(),
@@ -173,6 +177,7 @@ impl ControlPlane {
             settings.domain.clone(),
             settings.registry_proxy_url,
             Arc::clone(&lookup),
+            budget.clone(),
             drained.clone(),
         );
         let upstream = Upstream::new(
@@ -199,6 +204,7 @@ impl ControlPlane {
                 liveness,
                 services,
                 upstream,
+                budget,
                 drained,
             }),
         }
@@ -309,7 +315,14 @@ impl ControlPlane {
     /// Adds what the control plane counts to a metrics registry.
     pub fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
         self.parts.services.metrics.register(registry);
+        self.parts.budget.register_metrics(registry);
+        self.parts.held.monitors.register_metrics(registry);
         self.parts.lookup.resolver.register_metrics(registry);
+    }
+
+    /// What callers may hold.
+    pub fn budget(&self) -> &Budget {
+        &self.parts.budget
     }
 
     /// What is held now, to compare before and after.

@@ -174,7 +174,7 @@ impl Agent {
 /// Which service is on which socket.
 fn serve(config: &Config, sockets: Sockets, observer: Observer) -> anyhow::Result<Listeners> {
     let plane = observer.plane.clone();
-    let mut listeners = Listeners::new(config, observer.readiness.clone());
+    let mut listeners = Listeners::new(config, plane.budget(), observer.readiness.clone());
     if let Some(listener) = sockets.metrics {
         listeners.run(Metrics::new(observer.clone()).serve(listener));
     }

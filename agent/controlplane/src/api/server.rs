@@ -9,6 +9,7 @@ use nsm_core::identity::{
     Caller, Process,
     policy::{Action, decide},
     relay::Source,
+    share::Holder,
 };
 use nsm_proto::{
     connection::{
@@ -45,15 +46,16 @@ use tonic::{
 
 use crate::{
     call::{Answer, Call, Calls, registrar::Registrar},
-    connection::monitor::{Events, Monitors},
+    connection::monitor::{Events, Monitors, Reader},
     error::RequestError,
     identity::token::{self, TokenError, TokenSource},
     metrics::CallMetrics,
+    occasional::Occasional,
     peer::stream::SKIP_ANSWERED,
     registry::{path_header::PathHeader, wire::Answers},
     route::router::Arrival,
     transport::{
-        clients::{Clients, Occasional, Origin},
+        clients::{Clients, Origin},
         coalesce::Coalesced,
         dial::MAX_SEGMENT,
         unix::{NodePeer, UnixStream},
@@ -291,6 +293,10 @@ impl Front {
         }
     }
 
+    fn holder(&self, caller: &Caller) -> Holder {
+        Holder::of(caller, &self.services.calls.lookup.relays)
+    }
+
     /// The call of a request that the policy admits. What depends on the message is decided where the message is read.
     fn admit<T>(&self, request: Request<T>, action: Action<'_>) -> Result<Call<T>, RequestError> {
         let call = self.call(request)?;
@@ -319,6 +325,7 @@ impl Front {
             arrival: self.arrival,
             source,
             descriptors,
+            holder: self.holder(&caller),
             caller,
             token,
             deadline: Instant::now() + timeout,
@@ -387,13 +394,16 @@ impl MonitorConnection for Front {
     ) -> Result<Response<Events>, Status> {
         let caller = self.caller(&request);
         decide(&caller, Action::Monitor).map_err(RequestError::from)?;
-        let skip_answered = request.metadata().contains_key(SKIP_ANSWERED);
-        let selector = request.into_inner();
+        let reader = Reader {
+            owner: caller.owner(),
+            holder: self.holder(&caller),
+            skips_answered: request.metadata().contains_key(SKIP_ANSWERED),
+        };
         let events = self
             .services
             .monitors
-            .subscribe(caller.owner(), selector, skip_answered);
-        Ok(Response::new(events))
+            .subscribe(reader, request.into_inner());
+        Ok(Response::new(events.map_err(RequestError::from)?))
     }
 }
 

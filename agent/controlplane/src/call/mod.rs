@@ -17,7 +17,7 @@ use std::{
 
 use ipnet::IpNet;
 use nsm_core::{
-    identity::{Caller, relay::Source},
+    identity::{Caller, relay::Source, share::Holder},
     nsm::name::Domain,
 };
 use nsm_proto::connection::Connection;
@@ -47,6 +47,8 @@ pub struct Call<T> {
     pub descriptors: Option<Arc<Descriptors>>,
     /// Who calls.
     pub caller: Caller,
+    /// Who is charged for what the call leaves here.
+    pub holder: Holder,
     /// The previous hop's token and its expiry, from the call's metadata.
     pub token: Option<(String, SystemTime)>,
     /// When the caller stops waiting.

@@ -16,11 +16,13 @@ use nsm_core::{
     identity::{
         policy::{Action, Name, decide},
         relay::Source,
+        share::Holder,
     },
     net::PeerUrl,
     nsm::name::Domain,
 };
 use nsm_proto::registry::{NetworkService, NetworkServiceQuery};
+use prost::Message;
 use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
 
@@ -28,8 +30,10 @@ use self::names::Named;
 use crate::{
     call::Call,
     error::RequestError,
+    places::Budget,
     registry::{
-        DomainRegistry, Events, Terms,
+        Asker, DomainRegistry, Events, Terms,
+        memory::STREAM,
         path_header::PathHeader,
         remote::Remote,
         wire::{Answers, Wire},
@@ -63,6 +67,7 @@ pub(crate) struct Registrar {
     /// The registry proxy that is asked for names of other domains; without one this agent is its own.
     proxy_url: Option<PeerUrl>,
     lookup: Arc<Lookup>,
+    budget: Budget,
     /// True once the drain has closed all connections: watches end then.
     drained: watch::Sender<bool>,
 }
@@ -72,18 +77,25 @@ impl Registrar {
         domain: Domain,
         proxy_url: Option<PeerUrl>,
         lookup: Arc<Lookup>,
+        budget: Budget,
         drained: watch::Sender<bool>,
     ) -> Self {
         Self {
             domain,
             proxy_url,
             lookup,
+            budget,
             drained,
         }
     }
 
     /// Which registry has the entry. Names of other domains are for callers that may relay.
-    async fn place(&self, entry: &impl Named, source: Source) -> Result<Place, RequestError> {
+    async fn place(
+        &self,
+        entry: &impl Named,
+        source: Source,
+        holder: Holder,
+    ) -> Result<Place, RequestError> {
         let domain = entry.domain()?;
         let is_ours = domain.as_ref().is_none_or(|domain| *domain == self.domain);
         if !is_ours {
@@ -99,7 +111,7 @@ impl Registrar {
         }
         let registry = match &domain {
             Some(domain) if !is_ours => {
-                let resolved = self.lookup.resolve(domain).await?;
+                let resolved = self.lookup.resolve(domain, holder).await?;
                 Arc::new(self.lookup.registry_of(&resolved))
             }
             _ => Arc::clone(&self.lookup.registry),
@@ -120,9 +132,9 @@ impl Registrar {
     ) -> Result<NetworkService, RequestError> {
         decide(&call.caller, Action::Register(name_of(&call.message)))?;
         let terms = terms(&call, path);
-        let source = call.source;
+        let (source, holder) = (call.source, call.holder);
         let mut service = call.message;
-        let place = self.place(&service, source).await?;
+        let place = self.place(&service, source, holder).await?;
         self.lookup.check_registrant(source)?;
         place.strip(&mut service)?;
         let mut registered = place.registry.services().register(service, terms).await?;
@@ -138,9 +150,9 @@ impl Registrar {
     ) -> Result<(), RequestError> {
         decide(&call.caller, Action::Unregister(name_of(&call.message)))?;
         let terms = terms(&call, path);
-        let source = call.source;
+        let (source, holder) = (call.source, call.holder);
         let mut service = call.message;
-        let place = self.place(&service, source).await?;
+        let place = self.place(&service, source, holder).await?;
         self.lookup.check_registrant(source)?;
         place.strip(&mut service)?;
         place.registry.services().unregister(service, terms).await
@@ -158,21 +170,26 @@ impl Registrar {
     }
 
     /// Finds or watches what a query asks for, in the registry that its names belong to. A watch ends with the agent.
-    async fn find<E: Named>(
+    async fn find<E: Named + Message>(
         &self,
         call: Call<E::Query>,
     ) -> Result<(Place, Events<E>), RequestError> {
+        let (holder, deadline) = (call.holder, call.deadline);
+        let stream = self.budget.streams.take(holder, 1)?;
         let (mut wanted, watch) = E::from_query(call.message);
-        let place = self.place(&wanted, call.source).await?;
+        let place = self.place(&wanted, call.source, holder).await?;
         place.strip(&mut wanted)?;
         let entries = E::part_of(&*place.registry);
-        let found = if watch {
-            let found = entries.watch(wanted, call.deadline).await?;
-            found.until(self.drained())
-        } else {
-            entries.find(wanted, call.deadline).await?
-        };
-        Ok((place, found))
+        if watch {
+            let asker = Asker { holder, deadline };
+            let found = entries.watch(wanted, asker).await?.holding([stream]);
+            return Ok((place, found.until(self.drained())));
+        }
+        let found = entries.find(wanted, deadline).await?;
+        // Whoever does not read them keeps them from being freed.
+        let bytes: usize = found.here().iter().map(|entry| entry.encoded_len()).sum();
+        let bytes = self.budget.bytes.take(holder, bytes + STREAM)?;
+        Ok((place, found.holding([stream, bytes])))
     }
 
     /// Returns when the drain has closed all connections.
@@ -184,7 +201,7 @@ impl Registrar {
     }
 }
 
-/// A network service has no owner: its endpoints have.
+/// Whose a network service is the registry knows that has it.
 fn name_of(service: &NetworkService) -> Name<'_> {
     Name {
         full: &service.name,
@@ -195,6 +212,7 @@ fn name_of(service: &NetworkService) -> Name<'_> {
 fn terms<T>(call: &Call<T>, owner: Option<PathHeader>) -> Terms {
     Terms {
         caller: call.caller,
+        holder: call.holder,
         deadline: call.deadline,
         owner,
         expires: call.token.as_ref().map(|(_, expires)| *expires),

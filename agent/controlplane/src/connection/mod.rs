@@ -12,6 +12,7 @@ use nsm_core::mechanism::vni_pool::VniPool;
 
 pub use self::down::DownReason;
 use self::{expiry::Expiries, keys::TunnelKeys, monitor::Monitors, store::Connections};
+use crate::places::Budget;
 
 /// What this agent holds of its connections. Cheap to clone; clones are the same.
 #[derive(Debug, Clone)]
@@ -23,11 +24,11 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// No connections yet, and at most `limit`; `vnis` are those of this node.
-    pub(crate) fn new(limit: usize, vnis: VniPool) -> Self {
-        let connections = Connections::with_limit(limit);
+    /// No connections yet; `vnis` are those of this node.
+    pub(crate) fn new(budget: &Budget, vnis: VniPool) -> Self {
+        let connections = Connections::new(budget);
         Self {
-            monitors: Monitors::of(connections.clone()),
+            monitors: Monitors::of(connections.clone(), budget),
             connections,
             expiries: Expiries::default(),
             keys: TunnelKeys::of(vnis),

@@ -19,16 +19,21 @@ use std::{
     task::{Context, Poll},
 };
 
-use nsm_core::{identity::Owner, nsm::path::selector_matches};
+use nsm_core::{
+    identity::{Owner, share::Holder},
+    nsm::path::selector_matches,
+};
 use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector,
 };
+use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use prost::Message as _;
 use tonic::Status;
 
-use self::backlog::{Backlog, Item};
+use self::backlog::{Backlog, CutOff, STREAM, Waiting};
 use crate::{
     connection::{model::Established, store::Connections},
+    places::{Budget, NoPlace, Place, Places},
     sync::lock,
 };
 
@@ -45,27 +50,35 @@ struct Subscriber {
     backlog: Arc<Mutex<Backlog>>,
 }
 
+/// Who opens a stream.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reader {
+    /// Whose connections it shows.
+    pub(crate) owner: Owner,
+    /// Who is charged for it.
+    pub(crate) holder: Holder,
+    /// Whether a hop gets no events of what it is answered.
+    pub(crate) skips_answered: bool,
+}
+
 impl Subscriber {
     /// Queues an event; whether the subscriber keeps up. One that does not is dropped: its stream ends after what waits, and it subscribes
     /// anew.
     fn queue(&self, kind: ConnectionEventType, connection: &Connection) -> bool {
         let mut backlog = lock(&self.backlog);
-        let keeps_up = match kind {
+        let queued = match kind {
             ConnectionEventType::Delete => backlog.end(connection),
             ConnectionEventType::Update | ConnectionEventType::InitialStateTransfer => {
-                backlog.change(&connection.id);
-                true
+                backlog.change(&connection.id).map_err(CutOff::from)
             }
         };
+        backlog.cut_off = queued.err();
         let reader = backlog.reader.take();
         drop(backlog);
         if let Some(reader) = reader {
             reader.wake();
         }
-        if !keeps_up {
-            tracing::debug!("a monitor does not read its events: cut off");
-        }
-        keeps_up
+        queued.is_ok()
     }
 }
 
@@ -93,6 +106,9 @@ pub(crate) struct Monitors {
     subscribers: Arc<Mutex<Subscribers>>,
     next: Arc<AtomicU64>,
     connections: Connections,
+    streams: Places,
+    bytes: Places,
+    cut_off: Counter,
 }
 
 /// A stream of events; dropped, the subscription is gone.
@@ -107,12 +123,13 @@ pub struct Events {
     backlog: Arc<Mutex<Backlog>>,
     monitors: Monitors,
     key: (String, u64),
+    _place: Place,
 }
 
 impl Events {
     /// An event with as many of the changed connections as it may hold, none if there are none. Each is read after it was taken from the
     /// backlog, so that a later change is queued again.
-    fn changes(&self, kind: ConnectionEventType) -> ConnectionEvent {
+    fn changes(&self, kind: ConnectionEventType) -> Result<ConnectionEvent, NoPlace> {
         let mut connections = BTreeMap::new();
         let mut size = 0;
         loop {
@@ -126,47 +143,75 @@ impl Events {
             };
             size += now.view.encoded_len();
             if size > TOGETHER && !connections.is_empty() {
-                lock(&self.backlog).put_back(id);
+                lock(&self.backlog).put_back(id)?;
                 break;
             }
             connections.insert(now.view.id.clone(), now.view.clone());
         }
-        ConnectionEvent {
+        let event = ConnectionEvent {
             r#type: kind.into(),
             connections,
+        };
+        lock(&self.backlog).hand_over(&event)?;
+        Ok(event)
+    }
+
+    /// The next event; none as long as nothing happens, and an end.
+    fn poll_event(&mut self, context: &Context<'_>) -> Result<Poll<Option<Item>>, NoPlace> {
+        if let Some(kind) = self.initial.take() {
+            return Ok(Poll::Ready(Some(Ok(self.changes(kind)?))));
+        }
+        loop {
+            let event = self.changes(ConnectionEventType::Update)?;
+            if !event.connections.is_empty() {
+                return Ok(Poll::Ready(Some(Ok(event))));
+            }
+            let mut backlog = lock(&self.backlog);
+            match backlog.take() {
+                Some(Waiting::Gone(gone)) => {
+                    let event = ConnectionEvent {
+                        r#type: ConnectionEventType::Delete.into(),
+                        connections: BTreeMap::from([(gone.id.clone(), *gone)]),
+                    };
+                    backlog.hand_over(&event)?;
+                    return Ok(Poll::Ready(Some(Ok(event))));
+                }
+                // It was queued a moment ago.
+                Some(Waiting::Changed(id)) => backlog.put_back(id)?,
+                None if backlog.is_ended => {
+                    let cut_off = backlog.cut_off.take();
+                    return Ok(Poll::Ready(cut_off.map(|why| Err(why.into()))));
+                }
+                None => {
+                    backlog.is_sent();
+                    backlog.reader = Some(context.waker().clone());
+                    return Ok(Poll::Pending);
+                }
+            }
         }
     }
 }
 
-impl tokio_stream::Stream for Events {
-    type Item = Result<ConnectionEvent, Status>;
+type Item = Result<ConnectionEvent, Status>;
 
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if let Some(kind) = self.initial.take() {
-            return Poll::Ready(Some(Ok(self.changes(kind))));
-        }
-        loop {
-            let event = self.changes(ConnectionEventType::Update);
-            if !event.connections.is_empty() {
-                return Poll::Ready(Some(Ok(event)));
-            }
-            let mut backlog = lock(&self.backlog);
-            match backlog.take() {
-                Some(Item::Gone(gone)) => {
-                    return Poll::Ready(Some(Ok(ConnectionEvent {
-                        r#type: ConnectionEventType::Delete.into(),
-                        connections: BTreeMap::from([(gone.id.clone(), *gone)]),
-                    })));
-                }
-                // It was queued a moment ago.
-                Some(Item::Changed(id)) => backlog.put_back(id),
-                None if backlog.is_ended => return Poll::Ready(None),
-                None => {
-                    backlog.reader = Some(context.waker().clone());
-                    return Poll::Pending;
-                }
+impl tokio_stream::Stream for Events {
+    type Item = Item;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Item>> {
+        match self.poll_event(context) {
+            Ok(polled) => polled,
+            Err(full) => {
+                self.monitors.cut_off.inc();
+                self.monitors.remove(&self.key);
+                Poll::Ready(Some(Err(CutOff::from(full).into())))
             }
         }
+    }
+}
+
+impl From<CutOff> for Status {
+    fn from(cut_off: CutOff) -> Self {
+        Self::resource_exhausted(cut_off.to_string())
     }
 }
 
@@ -178,23 +223,43 @@ impl Drop for Events {
 
 impl Monitors {
     /// Of these connections.
-    pub(crate) fn of(connections: Connections) -> Self {
+    pub(crate) fn of(connections: Connections, budget: &Budget) -> Self {
         Self {
             subscribers: Arc::default(),
             next: Arc::default(),
             connections,
+            streams: budget.streams.clone(),
+            bytes: budget.bytes.clone(),
+            cut_off: Counter::default(),
         }
+    }
+
+    /// Counts how often a stream was cut off.
+    pub(crate) fn register_metrics(&self, registry: &mut Registry) {
+        registry.register(
+            "monitors_cut_off",
+            "Monitor streams that were ended because their events were not read",
+            self.cut_off.clone(),
+        );
     }
 
     /// Subscribes, with the matching connections that there are as the first events.
     ///
     /// They are found while no event can be published, so nothing is missed between them and the events that follow.
+    ///
+    /// # Errors
+    /// The holder has as many streams, or as many bytes, as it may.
     pub(crate) fn subscribe(
         &self,
-        owner: Owner,
+        reader: Reader,
         selector: MonitorScopeSelector,
-        skip_answered: bool,
-    ) -> Events {
+    ) -> Result<Events, NoPlace> {
+        let Reader { owner, holder, .. } = reader;
+        let place = self.streams.take(holder, 1)?;
+        // The selector is kept twice: for the events that come, and for what is read.
+        let bytes = self
+            .bytes
+            .take(holder, 2 * selector.encoded_len() + STREAM)?;
         let segment = selector
             .path_segments
             .iter()
@@ -203,17 +268,17 @@ impl Monitors {
             .unwrap_or_default()
             .to_owned();
         let hop = match selector.path_segments.as_slice() {
-            [hop] if skip_answered => Some(hop.name.clone()),
+            [hop] if reader.skips_answered => Some(hop.name.clone()),
             _ => None,
         };
         let key = (segment, self.next.fetch_add(1, Ordering::Relaxed));
-        let backlog = Arc::<Mutex<Backlog>>::default();
+        let backlog = Arc::new(Mutex::new(Backlog::new(bytes)));
         let mut subscribers = lock(&self.subscribers);
         {
             let mut backlog = lock(&backlog);
             for established in self.connections.candidates(&selector) {
                 if matches(&selector, owner, &established) {
-                    backlog.change(&established.view.id);
+                    backlog.change(&established.view.id)?;
                 }
             }
         }
@@ -231,14 +296,15 @@ impl Monitors {
                 },
             );
         drop(subscribers);
-        Events {
+        Ok(Events {
             initial: Some(ConnectionEventType::InitialStateTransfer),
             owner,
             selector,
             backlog,
             monitors: self.clone(),
             key,
-        }
+            _place: place,
+        })
     }
 
     /// Publishes what became of a connection.
@@ -291,7 +357,11 @@ impl Monitors {
                 if has_the_answer || !matches(&subscriber.selector, subscriber.owner, established) {
                     return true;
                 }
-                subscriber.queue(kind, connection)
+                let keeps_up = subscriber.queue(kind, connection);
+                if !keeps_up {
+                    self.cut_off.inc();
+                }
+                keeps_up
             });
             if of_segment.is_empty() {
                 subscribers.by_segment.remove(segment);

@@ -4,6 +4,9 @@
 //! expiry at a time, in order of arrival; readers (status, monitors) look at the established state
 //! without queueing. A slot without an established connection and without a waiter is forgotten,
 //! so refused Requests leave nothing behind.
+//!
+//! A slot holds the place of its connection, and the bytes of what is established in it. A Request brings bytes for the largest
+//! connection that it may lead to, so that what the next hop has granted always finds room.
 
 use std::{
     collections::HashMap,
@@ -15,8 +18,9 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::liveness::PathId;
+use nsm_core::{identity::share::Holder, link::admission::MAX_CONNECTION, liveness::PathId};
 use nsm_proto::connection::MonitorScopeSelector;
+use prost::Message as _;
 use tokio::{sync::OwnedMutexGuard, time::Instant};
 
 use crate::{
@@ -25,8 +29,13 @@ use crate::{
         model::Established,
     },
     error::RequestError,
+    places::{Budget, Place, Places},
     sync::lock,
 };
+
+/// What a connection takes beside its bytes on the wire: its place in the indexes, the names of its route, the plan of its links. Measured
+/// with ten thousand of them.
+const FIXED: usize = 2 << 10;
 
 /// What an event makes of an established connection; `None` when it changes nothing.
 pub(crate) type Change = Box<dyn FnOnce(&Established) -> Option<Established> + Send>;
@@ -44,12 +53,12 @@ pub(crate) enum News {
 }
 
 /// One connection's place in the store.
-#[derive(Default)]
 pub(crate) struct Slot {
     queue: Arc<tokio::sync::Mutex<()>>,
     current: Mutex<Current>,
     /// The news that came while a Request or Close was at work, at most one: see [`Connections::on_event`].
     missed: Mutex<Option<News>>,
+    _place: Place,
 }
 
 /// What is established in a slot.
@@ -58,9 +67,20 @@ struct Current {
     established: Option<Arc<Established>>,
     /// Its number in the indexes.
     number: Option<Number>,
+    /// What it is charged.
+    bytes: Option<Place>,
 }
 
 impl Slot {
+    fn new(place: Place) -> Self {
+        Self {
+            queue: Arc::default(),
+            current: Mutex::default(),
+            missed: Mutex::default(),
+            _place: place,
+        }
+    }
+
     /// What is established now.
     pub(crate) fn current(&self) -> Option<Arc<Established>> {
         lock(&self.current).established.clone()
@@ -112,6 +132,8 @@ impl Drop for SlotUse {
 pub(crate) struct Turn {
     _queue: OwnedMutexGuard<()>,
     held: SlotUse,
+    /// Bytes for what a Request establishes.
+    reserved: Mutex<Option<Place>>,
 }
 
 impl Turn {
@@ -125,6 +147,23 @@ impl Turn {
         self.held.slot().current()
     }
 
+    /// Whether what is established is charged so many bytes or more.
+    fn is_charged(&self, bytes: usize) -> bool {
+        let current = lock(&self.held.slot().current);
+        current
+            .bytes
+            .as_ref()
+            .is_some_and(|place| place.amount() >= bytes + FIXED)
+    }
+
+    fn of(queue: OwnedMutexGuard<()>, held: SlotUse) -> Self {
+        Self {
+            _queue: queue,
+            held,
+            reserved: Mutex::default(),
+        }
+    }
+
     /// Replaces what is established.
     pub(crate) fn set(&self, established: Option<Arc<Established>>) {
         let SlotUse { id, store, .. } = &self.held;
@@ -133,7 +172,17 @@ impl Turn {
         let Current {
             established: old,
             number,
+            bytes,
         } = &mut *current;
+        match (&established, &mut *lock(&self.reserved)) {
+            (None, _) => *bytes = None,
+            (Some(new), Some(reserved)) => {
+                // Given back first: a connection that is refreshed is not charged twice.
+                *bytes = None;
+                *bytes = Some(reserved.split(new.view.encoded_len() + FIXED));
+            }
+            (Some(_), None) => {}
+        }
         indexes.replace(id, number, old.as_deref(), established.as_deref());
         // What was before is dropped without the locks.
         let old = std::mem::replace(old, established);
@@ -153,44 +202,63 @@ struct Store {
 #[derive(Debug, Clone)]
 pub(crate) struct Connections {
     store: Arc<Store>,
-    limit: usize,
+    places: Places,
+    bytes: Places,
+}
+
+/// What asks for a turn.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Claim {
+    /// Who asks.
+    pub(crate) holder: Holder,
+    /// The bytes of the connection in the call.
+    pub(crate) bytes: usize,
+    /// When the caller stops waiting.
+    pub(crate) deadline: Instant,
 }
 
 impl Connections {
-    /// An empty store of at most `limit` connections.
-    pub(crate) fn with_limit(limit: usize) -> Self {
+    /// An empty store.
+    pub(crate) fn new(budget: &Budget) -> Self {
         Self {
             store: Arc::default(),
-            limit,
+            places: budget.connections.clone(),
+            bytes: budget.bytes.clone(),
         }
     }
 
     /// Queues for the connection, making its slot when it has none.
     ///
     /// # Errors
-    /// When the store is full, when the agent drains and nothing is established, or when the queue
-    /// did not move until `deadline`.
-    pub(crate) async fn admit(&self, id: &str, deadline: Instant) -> Result<Turn, RequestError> {
+    /// When there is no place for the connection, when the agent drains and nothing is established, or when the queue
+    /// did not move until the deadline.
+    pub(crate) async fn admit(&self, id: &str, claim: Claim) -> Result<Turn, RequestError> {
+        let reserved = self.bytes.take(claim.holder, MAX_CONNECTION + FIXED);
         let held = {
             let mut slots = lock(&self.store.slots);
             let known = slots.get_key_value(id);
-            let known = known.map(|(id, slot)| (Arc::clone(id), Arc::clone(slot)));
-            if known.is_none() {
-                if self.store.draining.load(Ordering::Acquire) {
-                    return Err(RequestError::Draining);
+            let (id, slot) = match known {
+                Some((id, slot)) => (Arc::clone(id), Arc::clone(slot)),
+                None if self.is_draining() => return Err(RequestError::Draining),
+                None => {
+                    if let Err(full) = reserved {
+                        return Err(full.into());
+                    }
+                    let place = self.places.take(claim.holder, 1)?;
+                    let (id, slot) = (ConnectionId::from(id), Arc::new(Slot::new(place)));
+                    slots.insert(Arc::clone(&id), Arc::clone(&slot));
+                    (id, slot)
                 }
-                if slots.len() >= self.limit {
-                    return Err(RequestError::TooManyConnections(self.limit));
-                }
-            }
-            let (id, slot) = known.unwrap_or_else(|| {
-                let (id, slot) = (ConnectionId::from(id), Arc::<Slot>::default());
-                slots.insert(Arc::clone(&id), Arc::clone(&slot));
-                (id, slot)
-            });
+            };
             self.hold(id, slot)
         };
-        let turn = queue(held, deadline).await?;
+        let mut turn = queue(held, claim.deadline).await?;
+        turn.reserved = match reserved {
+            Ok(place) => Mutex::new(Some(place)),
+            // A connection that stands is refreshed all the same, as long as it does not grow.
+            Err(_) if turn.is_charged(claim.bytes) => Mutex::default(),
+            Err(full) => return Err(full.into()),
+        };
         // The drain was ahead in the queue: what it closed does not come back.
         if self.is_draining() && turn.current().is_none() {
             return Err(RequestError::Draining);
@@ -242,10 +310,7 @@ impl Connections {
             return;
         };
         if let Ok(guard) = Arc::clone(&held.slot().queue).try_lock_owned() {
-            let turn = Turn {
-                _queue: guard,
-                held,
-            };
+            let turn = Turn::of(guard, held);
             apply(&turn, news);
             return;
         }
@@ -271,10 +336,7 @@ impl Connections {
             let guard = tokio::time::timeout(patience, queue.lock_owned()).await;
             let missed = lock(&held.slot().missed).take();
             if let (Ok(guard), Some(news)) = (guard, missed) {
-                let turn = Turn {
-                    _queue: guard,
-                    held,
-                };
+                let turn = Turn::of(guard, held);
                 apply(&turn, news);
             }
         });
@@ -350,10 +412,7 @@ async fn queue(held: SlotUse, deadline: Instant) -> Result<Turn, RequestError> {
     let began = Instant::now();
     let queue = Arc::clone(&held.slot().queue);
     match tokio::time::timeout_at(deadline, queue.lock_owned()).await {
-        Ok(guard) => Ok(Turn {
-            _queue: guard,
-            held,
-        }),
+        Ok(guard) => Ok(Turn::of(guard, held)),
         Err(_) => Err(RequestError::Busy {
             id: held.id.to_string(),
             after: began.elapsed(),
@@ -368,6 +427,7 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::*;
+    use crate::places::Limits;
 
     type Make = fn() -> News;
 
@@ -396,9 +456,14 @@ mod tests {
             (lost, path, lost),
             (path, lost, lost),
         ] {
-            let connections = Connections::with_limit(1);
+            let connections = Connections::new(&Budget::new(&Limits::wide()));
             let patience = Duration::from_secs(60);
-            let turn = connections.admit("id", Instant::now() + patience).await;
+            let claim = Claim {
+                holder: Holder::our_own(),
+                bytes: 0,
+                deadline: Instant::now() + patience,
+            };
+            let turn = connections.admit("id", claim).await;
             let turn = turn.expect("nobody else is at work");
             let (sender, applied) = oneshot::channel();
             // The first is the one that waits for the turn.

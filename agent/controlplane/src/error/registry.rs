@@ -6,6 +6,8 @@ use nsm_core::identity::policy::Refusal;
 use thiserror::Error;
 use tonic::Code;
 
+use crate::places::NoPlace;
+
 /// Why the registry refused a call or ended a watch.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RegistryError {
@@ -69,29 +71,13 @@ pub enum RegistryError {
         /// How long ago, in milliseconds.
         ago_ms: u128,
     },
-    /// The registry is full.
-    #[error(
-        "the registry holds {limit} {kind}s, its limit, and has no room for {name}; unregister some \
-         or raise the limit"
-    )]
-    Full {
-        /// `network service` or `network service endpoint`.
-        kind: &'static str,
-        /// The name that found no room.
-        name: String,
-        /// What is allowed.
-        limit: usize,
-    },
-    /// Every watch that is allowed is open.
-    #[error("{limit} watches are open, the limit; close some or raise the limit")]
-    TooManyWatchers {
-        /// What is allowed.
-        limit: usize,
-    },
+    /// A limit is reached.
+    #[error(transparent)]
+    NoPlace(#[from] NoPlace),
     /// The watcher did not take its events in time and was dropped.
     #[error(
-        "the watcher fell {depth} events behind and was dropped, so that it does not hold memory \
-         without bound; watch again and read faster"
+        "the watcher was dropped because it does not read its events, of which {depth} may wait, or fewer where its source holds much \
+         already; watch again and read faster"
     )]
     Lagged {
         /// How many events wait at most.
@@ -111,9 +97,7 @@ impl RegistryError {
             | Self::TooManyServices { .. }
             | Self::TooLarge { .. }
             | Self::Expired { .. } => Code::InvalidArgument,
-            Self::Full { .. } | Self::TooManyWatchers { .. } | Self::Lagged { .. } => {
-                Code::ResourceExhausted
-            }
+            Self::NoPlace(_) | Self::Lagged { .. } => Code::ResourceExhausted,
             Self::Closed => Code::Unavailable,
             Self::Forbidden(_) => Code::PermissionDenied,
         }

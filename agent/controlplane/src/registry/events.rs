@@ -10,7 +10,7 @@ use std::{
 use tokio_stream::{Stream, StreamExt as _};
 
 use super::entry::Event;
-use crate::error::RequestError;
+use crate::{error::RequestError, places::Place};
 
 type Item<E> = Result<Event<E>, RequestError>;
 
@@ -18,6 +18,7 @@ type Item<E> = Result<Event<E>, RequestError>;
 pub struct Events<E> {
     at_hand: vec::IntoIter<Arc<E>>,
     later: Option<Pin<Box<dyn Stream<Item = Item<E>> + Send>>>,
+    _held: Vec<Place>,
 }
 
 impl<E: Send + Sync + 'static> Events<E> {
@@ -26,6 +27,7 @@ impl<E: Send + Sync + 'static> Events<E> {
         Self {
             at_hand: entries.into_iter(),
             later: None,
+            _held: Vec::new(),
         }
     }
 
@@ -34,7 +36,19 @@ impl<E: Send + Sync + 'static> Events<E> {
         Self {
             at_hand: Vec::new().into_iter(),
             later: Some(Box::pin(later)),
+            _held: Vec::new(),
         }
+    }
+
+    /// The entries that are here already.
+    pub(crate) fn here(&self) -> &[Arc<E>] {
+        self.at_hand.as_slice()
+    }
+
+    /// The same, which holds these places as long as it is read.
+    pub(crate) fn holding(mut self, places: impl IntoIterator<Item = Place>) -> Self {
+        self._held.extend(places);
+        self
     }
 
     /// The same, until `end` resolves.

@@ -2,15 +2,16 @@
 //!
 //! Invariants:
 //! - An endpoint is gone at its expiry, to the tick: every call first drops what is due, so that
-//!   the timer task only serves the watchers of a quiet registry. There is one such task, not one
-//!   an entry; it ends with the last handle.
+//!   the timer task only serves the watchers of a quiet registry. There is one such task for each kind, not one
+//!   an entry; it ends with the last handle. A network service stays while an endpoint offers it, and a day after.
 //! - Expiry is granted in wall-clock time (that is what the wire carries) and kept in monotonic
 //!   time, so that a step of the clock does not empty the registry.
-//! - Nothing grows without bound: entries, their sizes, watchers and each watcher's queue have
-//!   limits ([`Limits`]). A watcher that does not keep up is dropped, with an error.
+//! - Nothing grows without bound: the size of an entry and the queue of a watcher have limits ([`Limits`]), and who registers or
+//!   watches is charged for it ([`Budget`]). A watcher that does not keep up is dropped, with an error.
 //! - An entry is shared, not copied: Find and every watcher hold the same `Arc`.
 
 mod admission;
+mod ownership;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -18,30 +19,38 @@ mod watch;
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::SystemTime,
 };
 
 use nsm_core::identity::{
-    Caller, Owner,
-    policy::{Action, Name, decide},
+    Owner,
+    policy::{Action, Name, Refusal, decide},
+    share::Holder,
 };
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::{sync::Notify, time::Instant};
 
-use self::table::{Counted, Table};
 pub use self::{
     admission::{DEFAULT_PAYLOAD, Limits, Stored},
     watch::Watch,
 };
-use super::{Counts, DomainRegistry, Entries, Events, Terms, entry::Entry};
+use self::{
+    ownership::Registered,
+    table::{Charged, Table},
+};
+use super::{Asker, Counts, DomainRegistry, Entries, Events, Terms};
 use crate::{
     deadlines::Deadlines,
     error::{RegistryError, RequestError},
+    places::{Budget, Limits as Wide, NoPlace},
 };
+
+/// What an entry takes beside its bytes on the wire: its places in the indexes, its deadline and its owner.
+const FIXED: usize = 512;
+
+/// What a watch takes while nothing waits in it: its queue, and the stream behind it.
+pub(crate) const STREAM: usize = 4 << 10;
 
 /// A registry in this process; clones share it.
 #[derive(Clone)]
@@ -61,17 +70,18 @@ struct Inner<E> {
     limits: Arc<Limits>,
     /// Wakes the expiry task: the earliest deadline moved, or the last handle is gone.
     wake: Arc<Notify>,
-    /// Watches of the whole registry, which share one limit.
-    watchers: Arc<AtomicUsize>,
+    budget: Budget,
+    /// Where the endpoints are that offer what is here.
+    offered_by: Option<Weak<Inner<NetworkServiceEndpoint>>>,
     state: Mutex<State<E>>,
 }
 
 struct State<E> {
     table: Table<E>,
-    /// When each entry expires that does.
+    /// When each entry expires.
     deadlines: Deadlines,
-    /// Who registered each entry that has an owner.
-    owners: HashMap<String, Owner>,
+    /// Who registered each entry.
+    registered: HashMap<String, Registered>,
     is_closed: bool,
 }
 
@@ -83,27 +93,37 @@ impl Memory {
     /// Outside of a tokio runtime.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
+        Self::charging(limits, &Budget::new(&Wide::wide()))
+    }
+
+    /// The same, with what its callers may hold of the agent.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    #[must_use]
+    pub fn charging(limits: Limits, budget: &Budget) -> Self {
         let limits = Arc::new(limits.with_ceiling());
-        let watchers = Arc::default();
-        let memory = Self {
-            services: Store::new(&limits, &watchers),
-            endpoints: Store::new(&limits, &watchers),
-        };
-        let endpoints = &memory.endpoints.inner;
-        tokio::spawn(expire(
-            Arc::downgrade(endpoints),
-            Arc::clone(&endpoints.wake),
-        ));
-        memory
+        let endpoints = Store::new(&limits, budget, None);
+        let offered_by = Arc::downgrade(&endpoints.inner);
+        let services = Store::new(&limits, budget, Some(offered_by));
+        services.keep_time();
+        endpoints.keep_time();
+        Self {
+            services,
+            endpoints,
+        }
     }
 
     /// What the registry holds now.
     #[must_use]
     pub fn counts(&self) -> Counts {
+        let (services, of_services) = self.services.counts();
+        let (endpoints, of_endpoints) = self.endpoints.counts();
         Counts {
-            services: self.services.inner.lock().table.len(),
-            endpoints: self.endpoints.inner.lock().table.len(),
-            watchers: self.services.inner.watchers.load(Ordering::Relaxed),
+            services,
+            endpoints,
+            watchers: of_services + of_endpoints,
         }
     }
 
@@ -138,13 +158,17 @@ impl<E: Stored> Entries<E> for Store<E> {
     async fn register(&self, entry: E, terms: Terms) -> Result<E, RequestError> {
         let bounds = terms.expires.as_slice();
         let now = SystemTime::now();
-        Ok(self.register_of(Some(&terms.caller), entry, now, bounds)?)
+        Ok(self.register_for(Some(&terms), entry, now, bounds)?)
     }
 
     async fn unregister(&self, entry: E, terms: Terms) -> Result<(), RequestError> {
         let mut state = self.inner.lock();
         let name = entry.name();
-        decide(&terms.caller, Action::Unregister(state.name(name)))?;
+        let owner = self.inner.owner(&state, name);
+        decide(
+            &terms.caller,
+            Action::Unregister(Name { full: name, owner }),
+        )?;
         state.remove(name);
         Ok(())
     }
@@ -153,8 +177,8 @@ impl<E: Stored> Entries<E> for Store<E> {
         Ok(Events::at_hand(self.find(&query)))
     }
 
-    async fn watch(&self, query: E, _: Instant) -> Result<Events<E>, RequestError> {
-        let watch = self.watch(query)?;
+    async fn watch(&self, query: E, asker: Asker) -> Result<Events<E>, RequestError> {
+        let watch = self.watch_for(asker.holder, query)?;
         Ok(Events::arriving(tokio_stream::StreamExt::map(
             watch,
             |event| Ok(event?),
@@ -163,21 +187,38 @@ impl<E: Stored> Entries<E> for Store<E> {
 }
 
 impl<E: Stored> Store<E> {
-    fn new(limits: &Arc<Limits>, watchers: &Arc<AtomicUsize>) -> Self {
+    fn new(
+        limits: &Arc<Limits>,
+        budget: &Budget,
+        offered_by: Option<Weak<Inner<NetworkServiceEndpoint>>>,
+    ) -> Self {
         let state = State {
             table: Table::new(),
             deadlines: Deadlines::default(),
-            owners: HashMap::new(),
+            registered: HashMap::new(),
             is_closed: false,
         };
         Self {
             inner: Arc::new(Inner {
                 limits: Arc::clone(limits),
                 wake: Arc::default(),
-                watchers: Arc::clone(watchers),
+                budget: budget.clone(),
+                offered_by,
                 state: Mutex::new(state),
             }),
         }
+    }
+
+    /// Starts the task that drops entries as they expire.
+    fn keep_time(&self) {
+        let wake = Arc::clone(&self.inner.wake);
+        tokio::spawn(expire(Arc::downgrade(&self.inner), wake));
+    }
+
+    /// How many entries there are, and how many watch them.
+    fn counts(&self) -> (usize, usize) {
+        let state = self.inner.lock();
+        (state.table.len(), state.table.watchers())
     }
 
     /// Registers an entry or replaces the one of that name. Gives what is registered, completed by [`Stored::admit`]: `bounds` are
@@ -192,42 +233,32 @@ impl<E: Stored> Store<E> {
         now: SystemTime,
         bounds: &[SystemTime],
     ) -> Result<E, RegistryError> {
-        self.register_of(None, entry, now, bounds)
+        self.register_for(None, entry, now, bounds)
     }
 
-    /// The same for a caller, who owns the entry where its kind has owners.
-    fn register_of(
+    /// The same for a caller, who then owns the entry and is charged for it.
+    fn register_for(
         &self,
-        caller: Option<&Caller>,
+        terms: Option<&Terms>,
         mut entry: E,
         now: SystemTime,
         bounds: &[SystemTime],
     ) -> Result<E, RegistryError> {
         let limits = &self.inner.limits;
         limits.check(&entry)?;
-        let life = entry.admit(limits, now, bounds)?;
         let mut state = self.inner.open()?;
-        if let Some(caller) = caller {
-            decide(caller, Action::Register(state.name(entry.name())))?;
+        if let Some(present) = self.inner.as_another_has_it(&state, &entry, terms)? {
+            return Ok(present);
         }
-        let known = state.table.get(entry.name());
-        if known.is_none() && state.table.len() >= E::limit(limits) {
-            return Err(RegistryError::Full {
-                kind: E::KIND,
-                name: entry.name().to_owned(),
-                limit: E::limit(limits),
-            });
+        let life = entry.admit(limits, now, bounds)?;
+        entry.succeed(state.table.get(entry.name()).map(Arc::as_ref), now);
+        if let Some(terms) = terms {
+            self.inner.charge(&mut state, &entry, terms)?;
         }
-        entry.succeed(known.map(Arc::as_ref), now);
-        if let Some(life) = life
-            && state.deadlines.set(entry.name(), Instant::now() + life)
-        {
+        if state.deadlines.set(entry.name(), Instant::now() + life) {
             self.inner.wake.notify_one();
         }
         state.table.put(Arc::new(entry.clone()));
-        if let (Some(caller), true) = (caller, E::HAS_OWNER) {
-            state.owners.insert(entry.name().to_owned(), caller.owner());
-        }
         Ok(entry)
     }
 
@@ -248,10 +279,15 @@ impl<E: Stored> Store<E> {
     ///
     /// When too many watches are open or the registry is closing.
     pub fn watch(&self, query: E) -> Result<Watch<E>, RegistryError> {
+        self.watch_for(Holder::our_own(), query)
+    }
+
+    fn watch_for(&self, holder: Holder, query: E) -> Result<Watch<E>, RegistryError> {
         let depth = self.inner.limits.watch_depth;
+        let bytes = &self.inner.budget.bytes;
+        let bytes = bytes.take(holder, STREAM + query.encoded_len())?;
         let mut state = self.inner.open()?;
-        let counted = Counted::one_of(&self.inner.watchers, self.inner.limits.watchers)?;
-        let admission = state.table.watch(query, depth, counted);
+        let admission = state.table.watch(query, depth, Charged::to(bytes))?;
         Ok(Watch::new(&self.inner, depth, admission))
     }
 
@@ -262,36 +298,32 @@ impl<E: Stored> Store<E> {
     }
 }
 
-impl<E: Entry> State<E> {
-    /// A name with its owner.
-    fn name<'a>(&self, name: &'a str) -> Name<'a> {
-        Name {
-            full: name,
-            owner: self.owners.get(name).copied(),
-        }
-    }
-
+impl<E: Stored> State<E> {
     fn remove(&mut self, name: &str) -> bool {
         self.deadlines.clear(name);
-        self.owners.remove(name);
+        self.registered.remove(name);
         self.table.remove(name).is_some()
-    }
-
-    fn drop_expired(&mut self, now: Instant) {
-        while let Some(name) = self.deadlines.pop_due(now) {
-            tracing::debug!(entry.kind = E::KIND, entry.name = %name, "an entry has expired");
-            self.owners.remove(&*name);
-            self.table.remove(&name);
-        }
     }
 }
 
-impl<E: Entry> Inner<E> {
-    /// The state, without what has expired.
+impl State<NetworkServiceEndpoint> {
+    /// Who has registered endpoints of a service, who has for longest first.
+    fn offering(&self, service: &str) -> Vec<Owner> {
+        let names = self.table.of_service(service);
+        let mut offering: Vec<_> = names
+            .filter_map(|name| self.registered.get(&**name))
+            .collect();
+        offering.sort_by_key(|registered| registered.first);
+        offering.iter().map(|registered| registered.owner).collect()
+    }
+}
+
+impl<E: Stored> Inner<E> {
+    /// The state, without what has expired. Who holds the state of the services may lock that of the endpoints, not the reverse.
     fn lock(&self) -> MutexGuard<'_, State<E>> {
         // A panic under the lock leaves at worst a stale index entry, which every reader tolerates.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.drop_expired(Instant::now());
+        self.drop_expired(&mut state, Instant::now());
         state
     }
 
@@ -301,6 +333,86 @@ impl<E: Entry> Inner<E> {
             return Err(RegistryError::Closed);
         }
         Ok(state)
+    }
+
+    fn drop_expired(&self, state: &mut State<E>, now: Instant) {
+        while let Some(name) = state.deadlines.pop_due(now) {
+            if self.is_offered(&name) {
+                // Whether it is the earliest does not matter: the timer asks for the next one anyway.
+                let _ = state.deadlines.set(&name, now + self.limits.service_life);
+                continue;
+            }
+            tracing::debug!(entry.kind = E::KIND, entry.name = %name, "an entry has expired");
+            state.registered.remove(&*name);
+            state.table.remove(&name);
+        }
+    }
+
+    /// Whether an endpoint offers the service of this name.
+    fn is_offered(&self, service: &str) -> bool {
+        let endpoints = self.offered_by.as_ref().and_then(Weak::upgrade);
+        endpoints
+            .is_some_and(|endpoints| endpoints.lock().table.of_service(service).next().is_some())
+    }
+
+    /// Whose an entry is, when somebody has it.
+    fn owner(&self, state: &State<E>, name: &str) -> Option<Owner> {
+        let registered = state.registered.get(name)?;
+        let Some(endpoints) = &self.offered_by else {
+            return Some(registered.owner);
+        };
+        let offering = endpoints.upgrade().map(|it| it.lock().offering(name));
+        registered.owner_among(&offering.unwrap_or_default(), Instant::now())
+    }
+
+    /// The entry as it is registered, where another has it and this registration would change nothing of it.
+    ///
+    /// # Errors
+    /// It would, and the caller may not.
+    fn as_another_has_it(
+        &self,
+        state: &State<E>,
+        entry: &E,
+        terms: Option<&Terms>,
+    ) -> Result<Option<E>, Refusal> {
+        let (name, known) = (entry.name(), state.table.get(entry.name()));
+        let (Some(terms), Some(known)) = (terms, known) else {
+            return Ok(None);
+        };
+        let owner = self.owner(state, name);
+        let is_anothers = owner.is_some_and(|owner| owner != terms.caller.owner());
+        if is_anothers && entry.is_present_as(known) {
+            return Ok(Some(E::clone(known)));
+        }
+        decide(&terms.caller, Action::Register(Name { full: name, owner }))?;
+        Ok(None)
+    }
+
+    /// Charges the caller for an entry that is registered by it, and makes it the owner.
+    fn charge(&self, state: &mut State<E>, entry: &E, terms: &Terms) -> Result<(), NoPlace> {
+        let size = entry.encoded_len() + FIXED;
+        let (owner, now) = (terms.caller.owner(), Instant::now());
+        if let Some(registered) = state.registered.get_mut(entry.name()) {
+            let bytes = &mut registered.bytes;
+            bytes.grow(size.saturating_sub(bytes.amount()))?;
+            bytes.shrink(bytes.amount().saturating_sub(size));
+            if registered.owner != owner {
+                (registered.owner, registered.first) = (owner, now);
+            }
+            registered.last = now;
+            return Ok(());
+        }
+        let place = self.budget.entries.take(terms.holder, 1)?;
+        let bytes = self.budget.bytes.take(terms.holder, size)?;
+        let registered = Registered {
+            owner,
+            first: now,
+            last: now,
+            _place: place,
+            bytes,
+        };
+        state.registered.insert(entry.name().to_owned(), registered);
+        Ok(())
     }
 }
 
@@ -319,7 +431,7 @@ impl<E> Drop for Inner<E> {
 }
 
 /// Drops entries as they expire, until the registry is gone.
-async fn expire<E: Entry>(store: Weak<Inner<E>>, wake: Arc<Notify>) {
+async fn expire<E: Stored>(store: Weak<Inner<E>>, wake: Arc<Notify>) {
     loop {
         let next = match store.upgrade() {
             Some(store) => store.lock().deadlines.next(),

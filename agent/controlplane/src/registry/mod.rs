@@ -25,7 +25,7 @@ pub(crate) mod wire;
 
 use std::time::SystemTime;
 
-use nsm_core::identity::Caller;
+use nsm_core::identity::{Caller, share::Holder};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::Instant;
 
@@ -35,7 +35,7 @@ use crate::error::RequestError;
 
 /// The registry of one domain, wherever its entries are.
 pub trait DomainRegistry: Send + Sync {
-    /// Its network services. They stay until they are unregistered.
+    /// Its network services. They stay until they are unregistered; one that no endpoint offers may lapse.
     fn services(&self) -> &dyn Entries<NetworkService>;
 
     /// Its endpoints. Each is gone at its expiry unless it is registered again.
@@ -78,7 +78,16 @@ pub trait Entries<E: Entry>: Send + Sync {
     /// watcher does not keep up, and without one when the registry closes. A stream that is dropped leaves no watcher behind.
     ///
     /// Returns before the registry has answered where that may take long: a refusal is then the first item.
-    async fn watch(&self, query: E, deadline: Instant) -> Result<Events<E>, RequestError>;
+    async fn watch(&self, query: E, asker: Asker) -> Result<Events<E>, RequestError>;
+}
+
+/// Who watches.
+#[derive(Debug, Clone, Copy)]
+pub struct Asker {
+    /// Who is charged for what waits to be read.
+    pub holder: Holder,
+    /// When the caller stops waiting for the watch to stand.
+    pub deadline: Instant,
 }
 
 /// What a registration has beside the entry.
@@ -86,6 +95,8 @@ pub trait Entries<E: Entry>: Send + Sync {
 pub struct Terms {
     /// Who calls. A registry that sees its callers keeps what one has registered from the others.
     pub caller: Caller,
+    /// Who is charged for the entry.
+    pub holder: Holder,
     /// When the caller stops waiting.
     pub deadline: Instant,
     /// The owner: the tokens of the hops that the call came through, where the caller sent any. A registry that guards names takes the

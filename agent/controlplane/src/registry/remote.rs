@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Code, Request, Streaming, transport::Channel};
 
-use super::{DomainRegistry, Entries, Events, Terms, entry::Event, wire::Wire};
+use super::{Asker, DomainRegistry, Entries, Events, Terms, entry::Event, wire::Wire};
 use crate::{
     error::RequestError,
     peer::peers::{Peers, call, refused},
@@ -111,8 +111,8 @@ impl<E: Wire> Entries<E> for Remote {
 
     /// A registry may send no headers before the first entry (gRPC for Go does so). The call is therefore made by the first poll of
     /// the stream.
-    async fn watch(&self, query: E, deadline: Instant) -> Result<Events<E>, RequestError> {
-        let (url, channel) = self.reached(deadline).await?;
+    async fn watch(&self, query: E, asker: Asker) -> Result<Events<E>, RequestError> {
+        let (url, channel) = self.reached(asker.deadline).await?;
         let request = self.peers.outgoing(query.into_query(true), None);
         let source = Source {
             url: url.clone(),

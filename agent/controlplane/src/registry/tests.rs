@@ -7,7 +7,10 @@ use std::{
 };
 
 use nsm_core::{
-    identity::relay::Relays, link::admission::Rules, mechanism::vni_pool::VniPool, net::PeerUrl,
+    identity::{relay::Relays, share::Holder},
+    link::admission::Rules,
+    mechanism::vni_pool::VniPool,
+    net::PeerUrl,
 };
 use nsm_discovery::dns::{Resolver, ResolverConfig};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
@@ -16,7 +19,7 @@ use tokio_stream::StreamExt as _;
 use tonic::{Code, service::Routes};
 
 use super::{
-    DomainRegistry, Events, Terms,
+    Asker, DomainRegistry, Events, Terms,
     backend::Backend,
     memory::{Limits, Memory},
     remote::Remote,
@@ -26,6 +29,7 @@ use crate::{
     identity::token::TokenSource,
     liveness::Reachability,
     peer::peers::Peers,
+    places::{Budget, Limits as Wide},
     plane::{ControlPlane, Settings},
     transport::{clients::Clients, guard::DialGuard},
 };
@@ -34,10 +38,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 fn terms() -> Terms {
     Terms {
+        holder: Holder::our_own(),
         caller: nsm_core::identity::Caller::over_network(),
         deadline: Instant::now() + PATIENCE,
         owner: None,
         expires: None,
+    }
+}
+
+fn asker() -> Asker {
+    Asker {
+        holder: terms().holder,
+        deadline: terms().deadline,
     }
 }
 
@@ -87,7 +99,7 @@ async fn register_find_watch_unregister(registry: &dyn DomainRegistry) {
     assert_eq!(all.len(), 2);
     assert_eq!(all[0].name, "a");
 
-    let mut watch = endpoints.watch(endpoint("a"), deadline).await.unwrap();
+    let mut watch = endpoints.watch(endpoint("a"), asker()).await.unwrap();
     assert_eq!(next(&mut watch).await, "+a");
     endpoints.unregister(endpoint("b"), terms()).await.unwrap();
     endpoints.unregister(endpoint("a"), terms()).await.unwrap();
@@ -113,10 +125,7 @@ async fn a_dropped_watch_leaves_no_watcher(registry: &dyn DomainRegistry, memory
     endpoints.register(endpoint("a"), terms()).await.unwrap();
     let mut watches = Vec::new();
     for _ in 0..50 {
-        let mut watch = endpoints
-            .watch(endpoint("a"), terms().deadline)
-            .await
-            .unwrap();
+        let mut watch = endpoints.watch(endpoint("a"), asker()).await.unwrap();
         assert_eq!(next(&mut watch).await, "+a");
         watches.push(watch);
     }
@@ -145,7 +154,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         registry_proxy_url: None,
         request_timeout: PATIENCE,
         dial_timeout: PATIENCE,
-        max_connections: 1,
+        budget: Budget::new(&Wide::wide()),
         max_message_bytes: 1 << 20,
         reachability: Reachability::Off,
         node_namespace: false,
@@ -163,7 +172,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         VniPool::default(),
     );
     let limits = ListenerLimits {
-        clients: Clients::at_most(100, 100),
+        clients: Clients::of_our_own(Budget::new(&Wide::wide()).clients),
         max_message_bytes: 1 << 20,
         max_streams: 100,
     };

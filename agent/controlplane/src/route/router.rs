@@ -17,7 +17,10 @@ use std::{
 };
 
 use nsm_core::{
-    identity::relay::{NotServed, Relays, Source},
+    identity::{
+        relay::{NotServed, Relays, Source},
+        share::Holder,
+    },
     net::{PeerUrl, PeerUrlError},
     nsm::{
         name::{Domain, InterdomainName},
@@ -31,7 +34,9 @@ use tokio::time::Instant;
 use crate::{
     convert,
     error::RequestError,
+    occasional::Occasional,
     peer::peers::{PassedSocket, Peer, Peers},
+    places::Places,
     registry::{DomainRegistry, remote::Remote},
     route::{
         addresses::{Addresses, Crossing},
@@ -40,7 +45,6 @@ use crate::{
         local::LocalEndpoints,
     },
     transport::{
-        clients::Occasional,
         dial::DialError,
         unix::{FileId, Kind, PATIENCE},
     },
@@ -119,6 +123,7 @@ pub(crate) struct RouterConfig {
 pub(crate) struct Asked<'a> {
     pub(crate) arrival: Arrival,
     pub(crate) source: Source,
+    pub(crate) holder: Holder,
     pub(crate) connection: &'a Connection,
 }
 
@@ -127,6 +132,8 @@ pub(crate) struct Lookup {
     /// The registry of our own domain.
     pub(crate) registry: Arc<dyn DomainRegistry>,
     pub(crate) resolver: Resolver,
+    /// Questions to DNS that callers wait for.
+    pub(crate) questions: Places,
     pub(crate) peers: Arc<Peers>,
     pub(crate) addresses: Addresses,
     /// Which callers of the network may use us to reach others.
@@ -137,8 +144,13 @@ pub(crate) struct Lookup {
 
 impl Lookup {
     /// Where another domain's services are. What the operator has configured of it may be dialled, wherever it leads.
-    pub(crate) async fn resolve(&self, domain: &Domain) -> Result<Arc<Resolved>, RequestError> {
-        let resolved = self.resolver.resolve(domain).await?;
+    pub(crate) async fn resolve(
+        &self,
+        domain: &Domain,
+        holder: Holder,
+    ) -> Result<Arc<Resolved>, RequestError> {
+        let place = self.questions.take(holder, 1)?;
+        let resolved = self.resolver.resolve_holding(domain, place).await?;
         if self.resolver.is_configured(domain) {
             let places = resolved.registry.iter().chain(&resolved.proxy);
             self.peers.guard().permit(places.copied());
@@ -189,6 +201,7 @@ impl Router {
         let Asked {
             arrival,
             source,
+            holder,
             connection,
         } = asked;
         if let Arrival::Forwarder = arrival {
@@ -235,7 +248,7 @@ impl Router {
                 self.routes_as_named(proxy, connection, deadline).await
             }
             (Arrival::Local, Some(domain)) if domain != self.config.domain => {
-                let resolved = self.lookup.resolve(&domain).await?;
+                let resolved = self.lookup.resolve(&domain, holder).await?;
                 // Our own domain by another name, such as our address.
                 if resolved
                     .proxy

@@ -17,7 +17,7 @@ use std::{
 
 use nsm_core::{
     backoff::Backoff,
-    identity::{Caller, Process},
+    identity::{Caller, Process, share::Holder},
     net::PeerUrl,
     nsm::expiry::refresh_after,
 };
@@ -32,7 +32,7 @@ use crate::{
     error::RequestError,
     identity::token::TokenSource,
     peer::peers::Peers,
-    registry::{DomainRegistry as _, Terms, path_header::PathHeader, remote::Remote},
+    registry::{Asker, DomainRegistry as _, Terms, path_header::PathHeader, remote::Remote},
     transport::unix::{FileId, Passed},
 };
 
@@ -170,7 +170,11 @@ impl Upstream {
             ..NetworkServiceEndpoint::default()
         };
         let entries = nsmgr.registry.endpoints();
-        let mut events = match entries.watch(query, nsmgr.terms.deadline).await {
+        let asker = Asker {
+            holder: nsmgr.terms.holder,
+            deadline: nsmgr.terms.deadline,
+        };
+        let mut events = match entries.watch(query, asker).await {
             Ok(events) => events,
             Err(error) => return error.to_string(),
         };
@@ -203,6 +207,7 @@ impl Upstream {
             url,
             registry: Remote::at(&self.peers, [url.clone()]),
             terms: Terms {
+                holder: Holder::our_own(),
                 caller: Caller::on_node(Process::unknown()),
                 deadline: Instant::now() + self.request_timeout,
                 owner: Some(PathHeader::begin(token)),

@@ -4,6 +4,7 @@
 //! streams, links in the kernels, registry entries, and the endpoints' own connections.
 
 mod admission;
+mod bounds;
 mod claims;
 mod finding;
 mod flow;

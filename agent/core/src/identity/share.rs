@@ -42,7 +42,7 @@ impl Holder {
     #[must_use]
     pub fn of(caller: &Caller, relays: &Relays) -> Self {
         match caller.transport {
-            Transport::Forwarder(_) => Self::nsmgr(),
+            Transport::Forwarder(_) => Self::our_own(),
             Transport::Tcp(address) => Self::at(address, relays),
             Transport::Unix(process) => Self {
                 owner: caller.owner(),
@@ -55,9 +55,9 @@ impl Holder {
         }
     }
 
-    /// The NSMgr that our forwarder works for.
+    /// Our own systems where they need no distinction, as the NSMgr that our forwarder works for.
     #[must_use]
-    pub const fn nsmgr() -> Self {
+    pub const fn our_own() -> Self {
         Self {
             owner: Owner::Nsmgr,
             rank: Rank::Own,

@@ -60,8 +60,8 @@ fn a_few_of_the_network_leave_room_for_others_for_the_node_and_for_our_own() {
     assert_eq!(shares.take(near(1), 10, LIMIT), Ok(()));
     let left = 128 - shares.all();
     assert!(left > 16);
-    assert_eq!(take_all(&mut shares, Holder::nsmgr(), LIMIT), left);
-    assert_eq!(shares.take(Holder::nsmgr(), 1, LIMIT), Err(NoShare::All));
+    assert_eq!(take_all(&mut shares, Holder::our_own(), LIMIT), left);
+    assert_eq!(shares.take(Holder::our_own(), 1, LIMIT), Err(NoShare::All));
     assert_eq!(shares.take(far(6), 1, LIMIT), Err(NoShare::All));
 }
 

@@ -3,20 +3,29 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use nix::sys::resource::{Resource, getrlimit};
 use nsm_controlplane::{
     identity::token::{Es256Key, TokenSource},
+    places::{Budget, Limits},
     plane::{ControlPlane, Settings},
     ports::Forwarder,
     registry::{
         backend::Backend,
-        memory::{Limits, Memory},
+        memory::{self, Memory},
     },
 };
-use nsm_core::{identity::relay::Relays, link::admission, mechanism::vni_pool::VniPool};
-use nsm_discovery::dns::{Resolver, ResolverConfig};
+use nsm_core::{
+    identity::{relay::Relays, share::Limit},
+    link::admission,
+    mechanism::vni_pool::VniPool,
+};
+use nsm_discovery::dns::{MAX_FLIGHTS, Resolver, ResolverConfig};
 
 use super::forwarder::NodeForwarder;
 use crate::config::{Config, ListenUrl, TokenAlgorithm};
+
+/// Open files where the limit is not known: the usual one.
+const USUAL_OPEN_FILES: u64 = 1024;
 
 /// The control plane of an agent.
 ///
@@ -26,9 +35,10 @@ pub(crate) async fn build(
     config: &Config,
     forwarder: Option<&Arc<NodeForwarder>>,
 ) -> anyhow::Result<ControlPlane> {
+    let budget = Budget::new(&limits(config));
     let registry = match &config.registry_url {
         Some(url) => Backend::Remote(url.clone()),
-        None => Backend::Memory(Memory::new(Limits::default())),
+        None => Backend::Memory(Memory::charging(memory::Limits::default(), &budget)),
     };
     let settings = Settings {
         name: config.name.clone(),
@@ -38,15 +48,12 @@ pub(crate) async fn build(
         registry_proxy_url: config.registry_proxy_url.clone(),
         request_timeout: config.request_timeout,
         dial_timeout: config.dial_timeout,
-        max_connections: config.limits.max_connections,
+        budget,
         max_message_bytes: config.limits.max_message_bytes,
         reachability: config.reachability,
         node_namespace: config.node_namespace,
         admission: admission(config),
-        relays: Relays {
-            relay_for: config.relay_for.clone(),
-            registrants: config.registrants.clone(),
-        },
+        relays: relays(config),
         dial_inside: config.dial_inside.clone(),
         peer_ports: config.tunnel.peer_ports.clone(),
     };
@@ -58,6 +65,37 @@ pub(crate) async fn build(
         forwarder.map(|forwarder| Arc::clone(forwarder) as Arc<dyn Forwarder>),
         VniPool::new(config.tunnel.management_vni),
     ))
+}
+
+/// The callers of the network that the configuration names.
+pub(super) fn relays(config: &Config) -> Relays {
+    Relays {
+        relay_for: config.relay_for.clone(),
+        registrants: config.registrants.clone(),
+    }
+}
+
+/// What callers may hold.
+fn limits(config: &Config) -> Limits {
+    let limits = &config.limits;
+    let each = |all, of_one| Limit { all, of_one };
+    let of_one = usize::try_from(limits.max_clients_per_source).unwrap_or(usize::MAX);
+    // Half of the open files are for connections from outside, so that links, peers and the administrator's socket have the other half.
+    let clients = open_files() / 2;
+    Limits {
+        connections: each(limits.max_connections, limits.max_connections_per_source),
+        clients: each(clients, of_one.min(clients / 4)),
+        streams: each(limits.max_streams, limits.max_streams_per_source),
+        entries: each(limits.max_entries, limits.max_entries_per_source),
+        bytes: each(limits.max_bytes, limits.max_bytes_per_source),
+        questions: each(MAX_FLIGHTS, limits.max_questions_per_source),
+    }
+}
+
+/// How many files this process may have open.
+pub(super) fn open_files() -> usize {
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(USUAL_OPEN_FILES, |(soft, _)| soft);
+    usize::try_from(files).unwrap_or(usize::MAX)
 }
 
 /// What other domains may put into pods.

@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use nix::sys::resource::{Resource, getrlimit};
 use nsm_controlplane::{
     api::server::{Front, ListenerLimits, Socket, serve},
+    places::Budget,
     transport::clients::Clients,
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tonic::service::Routes;
 
-use super::readiness::Readiness;
+use super::{control, readiness::Readiness};
 use crate::config::{Config, ListenUrl};
 
 /// Every pod of the node may connect to the NSMgr's socket, whatever user it runs as; who a client is and what it passes decides what
@@ -23,9 +23,6 @@ const OWN_USER_ONLY: u32 = 0o600;
 
 /// Connections to the admin socket at one time: `status` in some terminals, and what scrapes it.
 const ADMIN_CLIENTS: usize = 64;
-
-/// Open files where the limit is not known: the usual one.
-const USUAL_OPEN_FILES: u64 = 1024;
 
 /// What readiness waits for.
 pub(crate) const GUARD: &str = "the listeners";
@@ -81,6 +78,7 @@ impl Sockets {
 /// The servers behind the sockets.
 pub(crate) struct Listeners {
     servers: JoinSet<()>,
+    budget: Budget,
     limits: ListenerLimits,
     readiness: Readiness,
     /// Set at the end; the servers watch it.
@@ -88,11 +86,12 @@ pub(crate) struct Listeners {
 }
 
 impl Listeners {
-    pub(crate) fn new(config: &Config, readiness: Readiness) -> Self {
+    pub(crate) fn new(config: &Config, budget: &Budget, readiness: Readiness) -> Self {
         Self {
             servers: JoinSet::new(),
+            budget: budget.clone(),
             limits: ListenerLimits {
-                clients: clients(config),
+                clients: Clients::of_all(budget.clients.clone(), control::relays(config)),
                 max_message_bytes: config.limits.max_message_bytes,
                 max_streams: config.limits.max_streams_per_client,
             },
@@ -117,9 +116,9 @@ impl Listeners {
     /// Serves the NSMgr whose forwarder this agent is. It is one source and opens a connection for each of its clients, so that its
     /// connections count apart and have no limit a source.
     pub(crate) fn serve_forwarder(&mut self, socket: Socket, front: Front) -> anyhow::Result<()> {
-        let all = open_files() / 4;
+        let places = self.budget.clients_apart(control::open_files() / 4);
         let limits = ListenerLimits {
-            clients: Clients::at_most(all, all),
+            clients: Clients::of_our_own(places),
             ..self.limits.clone()
         };
         let routes = front.add_to(self.common_services()?, &limits);
@@ -130,7 +129,7 @@ impl Listeners {
     /// Serves the administrators of the node, whose connections count apart: nobody else's take their place.
     pub(crate) fn serve_admin(&mut self, name: &'static str, socket: Socket, routes: Routes) {
         let limits = ListenerLimits {
-            clients: Clients::at_most(ADMIN_CLIENTS, ADMIN_CLIENTS),
+            clients: Clients::of_our_own(self.budget.clients_apart(ADMIN_CLIENTS)),
             ..self.limits.clone()
         };
         self.serve(name, socket, routes, limits);
@@ -187,20 +186,6 @@ impl Listeners {
             let _ = stop.wait_for(|stop| *stop).await;
         }
     }
-}
-
-/// The connections of all listeners but the administrator's and the forwarder's: half of what may be open. The agent's own work has a
-/// quarter at least. A source has at most a quarter of the connections, whatever is configured, unless it is an NSMgr of ours.
-fn clients(config: &Config) -> Clients {
-    let all = open_files() / 2;
-    let of_one_source = usize::try_from(config.limits.max_clients_per_source).unwrap_or(usize::MAX);
-    Clients::at_most(all, of_one_source.min(all / 4)).exempting(&config.relay_for)
-}
-
-/// How many files this process may have open.
-fn open_files() -> usize {
-    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(USUAL_OPEN_FILES, |(soft, _)| soft);
-    usize::try_from(files).unwrap_or(usize::MAX)
 }
 
 /// Binds a socket whose file, if it has one, has this mode and is removed at the end.

@@ -215,9 +215,26 @@ settings! {
 Limits {
     /// The largest message that is accepted
     max_message_bytes: usize = 1 << 20 => message_size();
-    /// The most connections open at once
-    max_connections: usize = 16384 => count();
-    /// The most transport connections of one user of a pod, or of one address; at most an eighth of the open files
+    /// The most connections open at once. The limits a source are for one user of a pod, or one address, an IPv6 network being one; the
+    /// node's administrators, the upstream NSMgr and `relay_for` have none, and an eighth of everything for themselves
+    max_connections: usize = 32768 => count();
+    /// The most connections of one source
+    max_connections_per_source: usize = 16384 => count();
+    /// The most monitor and Find streams open at once
+    max_streams: usize = 16384 => count();
+    /// The most monitor and Find streams of one source
+    max_streams_per_source: usize = 4096 => count();
+    /// The most entries of this agent's registry, and endpoints that are reached through the agent
+    max_entries: usize = 65536 => count();
+    /// The most of these from one source
+    max_entries_per_source: usize = 8192 => count();
+    /// The most memory for connections, registrations and events that wait to be read
+    max_bytes: usize = 256 << 20 => memory_size();
+    /// The most of it for one source
+    max_bytes_per_source: usize = 64 << 20 => memory_size();
+    /// The most questions to DNS at once for one source
+    max_questions_per_source: usize = 64 => count();
+    /// The most transport connections of one source; at most an eighth of the open files
     max_clients_per_source: u32 = 256 => count();
     /// The most streams of one client's transport connection
     max_streams_per_client: u32 = 1024 => count();

@@ -328,6 +328,17 @@ pub(super) fn message_size() -> Kind<usize> {
     Kind::one("BYTES", Shape::Size, parse, |size| show_size(*size))
 }
 
+/// Below 1 MiB not even a few connections fit.
+pub(super) fn memory_size() -> Kind<usize> {
+    let parse = |text: &str| {
+        let size = parse_size(text)?;
+        Some(size)
+            .filter(|size| *size >= 1 << 20)
+            .ok_or("1MiB or more")
+    };
+    Kind::one("BYTES", Shape::Size, parse, |size| show_size(*size))
+}
+
 pub(super) fn file() -> Kind<PathBuf> {
     path("FILE", |_| true, "the path of a file")
 }

@@ -18,7 +18,7 @@ pub type Outcome = Result<Arc<Resolved>, ResolveError>;
 pub(super) const MAX_ANSWERS: usize = 4096;
 
 /// Domains being resolved at once: a bound on sockets and tasks.
-pub(super) const MAX_FLIGHTS: usize = 512;
+pub const MAX_FLIGHTS: usize = 512;
 
 #[derive(Default)]
 pub(super) struct Cache {

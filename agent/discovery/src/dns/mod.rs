@@ -41,13 +41,13 @@ use nsm_core::nsm::name::Domain;
 use tokio::{sync::watch, time::Instant};
 
 use self::{
-    cache::{Cache, Known, MAX_FLIGHTS},
+    cache::{Cache, Known},
     metrics::{By, DnsMetrics},
     rules::{Found, Refusal},
     upstream::Upstream,
 };
 pub use self::{
-    cache::{Outcome, Remembered},
+    cache::{MAX_FLIGHTS, Outcome, Remembered},
     error::ResolveError,
     hosts::{HostEntry, HostError, HostTarget},
 };
@@ -157,6 +157,20 @@ impl Resolver {
     ///
     /// The domain does not exist or has no address, or no server answered.
     pub async fn resolve(&self, domain: &Domain) -> Result<Arc<Resolved>, ResolveError> {
+        self.resolve_holding(domain, ()).await
+    }
+
+    /// The same; `held` is dropped when the question is answered that is asked for this caller, which may be after the caller has given
+    /// up. That bounds the questions that one caller starts.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::resolve`].
+    pub async fn resolve_holding(
+        &self,
+        domain: &Domain,
+        held: impl Send + 'static,
+    ) -> Result<Arc<Resolved>, ResolveError> {
         let setup = self.setup();
         let now = Instant::now();
         if let Some(found) = rules::known(&setup.config, domain) {
@@ -175,7 +189,11 @@ impl Resolver {
             }
             Known::Unknown(sender, flight) => {
                 self.metrics.looked_up(By::Question);
-                tokio::spawn(setup.fly(domain.clone(), sender, self.metrics.clone()));
+                let question = setup.fly(domain.clone(), sender, self.metrics.clone());
+                tokio::spawn(async move {
+                    question.await;
+                    drop(held);
+                });
                 flight
             }
             Known::Full => {

@@ -53,7 +53,7 @@ impl Registrar {
     ) -> Result<NetworkServiceEndpoint, RequestError> {
         let terms = terms(&call, path);
         let mut endpoint = call.message.clone();
-        let place = self.place(&endpoint, call.source).await?;
+        let place = self.place(&endpoint, call.source, call.holder).await?;
         self.lookup.check_registrant(call.source)?;
         place.strip(&mut endpoint)?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
@@ -196,7 +196,7 @@ impl Registrar {
     ) -> Result<(), RequestError> {
         let terms = terms(&call, path);
         let mut endpoint = call.message.clone();
-        let place = self.place(&endpoint, call.source).await?;
+        let place = self.place(&endpoint, call.source, call.holder).await?;
         self.lookup.check_registrant(call.source)?;
         place.strip(&mut endpoint)?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
@@ -222,10 +222,11 @@ impl Registrar {
         &self,
         call: Call<NetworkServiceEndpointQuery>,
     ) -> Result<Answers<NetworkServiceEndpoint>, RequestError> {
+        let holder = call.holder;
         let (place, found) = self.find(call).await?;
         let proxy = match &place.domain {
             Some(domain) if !place.is_ours => {
-                let resolved = self.lookup.resolve(domain).await?;
+                let resolved = self.lookup.resolve(domain, holder).await?;
                 resolved.proxy.first().copied().map(PeerUrl::from)
             }
             _ => None,

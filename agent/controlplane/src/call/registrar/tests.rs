@@ -10,6 +10,7 @@ use super::*;
 use crate::{
     identity::token::TokenSource,
     peer::peers::Peers,
+    places::Limits as Wide,
     registry::memory::{Limits, Memory},
     route::{addresses::Addresses, bypass::Bypass, local::LocalEndpoints, router::Arrival},
 };
@@ -17,9 +18,11 @@ use crate::{
 fn registrar() -> Registrar {
     let second = Duration::from_secs(1);
     let tokens = TokenSource::hs256("spiffe://cluster-1.example/agent-1", b"test", 60 * second);
+    let budget = Budget::new(&Wide::wide());
     let lookup = Lookup {
         registry: Arc::new(Memory::new(Limits::default())),
         resolver: Resolver::new(ResolverConfig::default()),
+        questions: budget.questions.clone(),
         peers: Arc::new(Peers::connecting_with(Arc::new(tokens), second, 1 << 16)),
         relays: Relays::default(),
         addresses: Addresses::new("tcp://192.0.2.1:5006".to_owned()),
@@ -28,7 +31,7 @@ fn registrar() -> Registrar {
     };
     let domain = "cluster-1.example".parse().expect("a domain");
     let drained = watch::Sender::new(false);
-    Registrar::new(domain, None, Arc::new(lookup), drained)
+    Registrar::new(domain, None, Arc::new(lookup), budget, drained)
 }
 
 /// A call of a process of this user, for an endpoint at an address of its own.
@@ -44,6 +47,7 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
         arrival: Arrival::Local,
         source: Source::Node,
         descriptors: None,
+        holder: Holder::our_own(),
         caller: Caller::on_node(Process {
             user: Some(uid),
             is_administrator: uid == 0,

@@ -34,14 +34,15 @@ use crate::{
 /// and what is not excluded is refused when it is answered.
 const MAX_EXCLUDED: usize = 256;
 
-/// Whether a Request is of a size that may be kept.
+/// The size of a connection in a Request, where the Request is of a size that may be kept.
 pub(super) fn check_sizes(
     connection: &Connection,
     preferences: &[Mechanism],
-) -> Result<(), RequestError> {
+) -> Result<usize, RequestError> {
     let preferences: usize = preferences.iter().map(Mechanism::encoded_len).sum();
-    check_size(connection.encoded_len() + preferences)?;
-    Ok(())
+    let connection = connection.encoded_len();
+    check_size(connection + preferences)?;
+    Ok(connection)
 }
 
 /// The prefixes that we excluded are ours: the client goes on with its own, so that it does not exclude for ever what its pod had once.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use nsm_core::{
-    identity::{Owner, relay::Source},
+    identity::{Owner, relay::Source, share::Holder},
     mechanism::RemoteMechanism,
     nsm::path::Path,
 };
@@ -30,6 +30,8 @@ use crate::{
 pub(super) struct Ask {
     pub(super) arrival: Arrival,
     pub(super) source: Source,
+    /// Who is charged for it.
+    pub(super) holder: Holder,
     /// Who will own the connection.
     pub(super) owner: Owner,
     /// The namespaces that the caller's mechanisms name.

@@ -33,7 +33,7 @@ use tokio::time::Instant;
 use self::ask::Ask;
 use crate::{
     call::{Answer, Call, Calls, close::Cause, enter::Entered},
-    connection::store::Turn,
+    connection::store::{Claim, Turn},
     error::RequestError,
     route::router::Route,
 };
@@ -68,11 +68,15 @@ impl Calls {
             .connection
             .ok_or(RequestError::Missing("connection"))?;
         let preferences = call.message.mechanism_preferences;
-        admit::check_sizes(&connection, &preferences)?;
+        let bytes = admit::check_sizes(&connection, &preferences)?;
         let asked_id = connection.id.clone();
         let Entered { path, hop, expires } = self.enter(&mut connection, call.token)?;
-        let admitted = self.held.connections.admit(&hop.id, call.deadline);
-        let turn = admitted.await?;
+        let claim = Claim {
+            holder: call.holder,
+            bytes,
+            deadline: call.deadline,
+        };
+        let turn = self.held.connections.admit(&hop.id, claim).await?;
         if let Some(current) = turn.current() {
             current.is_open_to(&call.caller, &path)?;
         }
@@ -83,6 +87,7 @@ impl Calls {
         let mut ask = Ask {
             arrival: call.arrival,
             source: call.source,
+            holder: call.holder,
             owner: call.caller.owner(),
             named,
             connection,

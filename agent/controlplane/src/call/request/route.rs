@@ -11,8 +11,8 @@ use crate::{
     connection::model::Established,
     error::RequestError,
     liveness::Reachability,
+    occasional::Occasional,
     route::router::{Asked, Route},
-    transport::clients::Occasional,
 };
 
 /// Endpoints tried for one Request. Each may cost a dial timeout; the deadline bounds them all.
@@ -40,6 +40,7 @@ impl Calls {
         let asked = Asked {
             arrival: ask.arrival,
             source: ask.source,
+            holder: ask.holder,
             connection: &ask.connection,
         };
         let routes = self.router.routes(asked, ask.deadline);

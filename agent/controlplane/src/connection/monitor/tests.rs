@@ -1,12 +1,17 @@
 use std::time::{Duration, SystemTime};
 
+use nsm_core::identity::share::Limit;
 use nsm_proto::connection::{Path, PathSegment, State};
 use tokio::time::Instant;
 use tokio_stream::StreamExt as _;
 
 use super::{backlog::BACKLOG, *};
 use crate::{
-    connection::model::{Established, PathState},
+    connection::{
+        model::{Established, PathState},
+        store::Claim,
+    },
+    places::Limits,
     route::{addresses::Crossing, router::Route},
 };
 
@@ -47,7 +52,11 @@ fn established(number: usize, labels: usize) -> Arc<Established> {
 
 /// Monitors of connections that stand.
 async fn standing(connections: &[Arc<Established>]) -> Monitors {
-    let monitors = Monitors::of(Connections::with_limit(10_000));
+    standing_in(&Budget::new(&Limits::wide()), connections).await
+}
+
+async fn standing_in(budget: &Budget, connections: &[Arc<Established>]) -> Monitors {
+    let monitors = Monitors::of(Connections::new(budget), budget);
     for established in connections {
         set(&monitors, established, Some(Arc::clone(established))).await;
     }
@@ -55,12 +64,16 @@ async fn standing(connections: &[Arc<Established>]) -> Monitors {
 }
 
 async fn set(monitors: &Monitors, which: &Established, to: Option<Arc<Established>>) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let turn = monitors.connections.admit(&which.view.id, deadline).await;
+    let claim = Claim {
+        holder: Holder::our_own(),
+        bytes: 0,
+        deadline: Instant::now() + Duration::from_secs(60),
+    };
+    let turn = monitors.connections.admit(&which.view.id, claim).await;
     turn.expect("nobody else is at work").set(to);
 }
 
-fn follow(monitors: &Monitors, skip_answered: bool) -> Events {
+fn follow(monitors: &Monitors, skips_answered: bool) -> Events {
     let selector = MonitorScopeSelector {
         path_segments: vec![PathSegment {
             name: "client".to_owned(),
@@ -68,7 +81,12 @@ fn follow(monitors: &Monitors, skip_answered: bool) -> Events {
         }],
         network_services: Vec::new(),
     };
-    monitors.subscribe(Owner::Nsmgr, selector, skip_answered)
+    let reader = Reader {
+        owner: Owner::Nsmgr,
+        holder: Holder::our_own(),
+        skips_answered,
+    };
+    monitors.subscribe(reader, selector).expect("a place")
 }
 
 /// The events until the stream ends.
@@ -212,5 +230,92 @@ async fn who_lets_too_many_ends_lie_is_cut_off() {
     monitors.publish(ConnectionEventType::Delete, &gone);
     assert_eq!(monitors.len(), 0);
     let events: Vec<_> = events.collect().await;
-    assert_eq!(events.len(), 1 + BACKLOG);
+    assert_eq!(events.len(), 1 + BACKLOG + 1);
+    let last = events.last().expect("some").as_ref().expect_err("cut off");
+    assert_eq!(last.code(), tonic::Code::ResourceExhausted);
+    assert!(last.message().contains("read faster"), "{last}");
+    assert_eq!(monitors.cut_off.get(), 1);
+}
+
+/// The bytes that one source may hold, and a stream of it.
+fn narrow() -> (Budget, Reader) {
+    let budget = Budget::new(&Limits {
+        bytes: Limit {
+            all: 1 << 20,
+            of_one: 64 << 10,
+        },
+        ..Limits::wide()
+    });
+    let reader = Reader {
+        owner: Owner::Nsmgr,
+        holder: Holder::process(Some(1), None),
+        skips_answered: false,
+    };
+    (budget, reader)
+}
+
+/// Streams of one source share its bytes: what all of them let lie is bounded, and the bytes are free again when they have ended.
+#[tokio::test]
+async fn what_a_source_lets_lie_is_bounded_in_bytes() {
+    let (budget, reader) = narrow();
+    let monitors = standing_in(&budget, &[]).await;
+    let gone = established(1, 4 << 10);
+    let all = MonitorScopeSelector::default;
+    let unread: Vec<_> = (0..4)
+        .map(|_| monitors.subscribe(reader, all()).expect("a place"))
+        .collect();
+    let ours = follow(&monitors, false);
+    for _ in 0..100 {
+        monitors.publish(ConnectionEventType::Delete, &gone);
+        assert!(budget.bytes.taken() < 1 << 20);
+    }
+    assert_eq!(monitors.len(), 1);
+    assert_eq!(monitors.cut_off.get(), 4);
+    assert_eq!(rest(&monitors, ours).await.len(), 1 + 100);
+    let mut of_one = 0;
+    for events in unread {
+        let events: Vec<_> = events.collect().await;
+        let last = events.last().expect("some").as_ref().expect_err("cut off");
+        assert!(
+            last.message().contains("limits.max_bytes_per_source"),
+            "{last}"
+        );
+        of_one += events.len() - 2;
+    }
+    assert!((8..16).contains(&of_one), "{of_one}");
+    assert_eq!(budget.bytes.taken(), 0);
+    assert_eq!(budget.streams.taken(), 0);
+}
+
+/// A selector is kept as long as its stream, and counts.
+#[tokio::test]
+async fn a_selector_counts() {
+    let (budget, reader) = narrow();
+    let monitors = standing_in(&budget, &[]).await;
+    let selector = MonitorScopeSelector {
+        network_services: vec!["x".repeat(40 << 10)],
+        ..MonitorScopeSelector::default()
+    };
+    let refused = monitors.subscribe(reader, selector).expect_err("too much");
+    assert!(refused.to_string().contains("max_bytes"), "{refused}");
+    assert_eq!((budget.bytes.taken(), budget.streams.taken()), (0, 0));
+}
+
+/// An event that the transport may still have counts until the transport has sent all.
+#[tokio::test]
+async fn what_is_read_and_not_sent_counts() {
+    let (budget, reader) = narrow();
+    let connections: Vec<_> = (0..10).map(|number| established(number, 4 << 10)).collect();
+    let monitors = standing_in(&budget, &connections).await;
+    let before = budget.bytes.taken();
+    let all = MonitorScopeSelector::default();
+    let mut events = monitors.subscribe(reader, all).expect("a place");
+    let first = events.next().await.expect("one").expect("an event");
+    assert_eq!(first.connections.len(), 10);
+    assert!(budget.bytes.taken() - before > 40 << 10);
+    let more = tokio::time::timeout(Duration::ZERO, events.next()).await;
+    assert!(more.is_err(), "{more:?}");
+    assert_eq!(budget.bytes.taken() - before, STREAM);
+    drop(events);
+    assert_eq!(budget.bytes.taken(), before);
 }

@@ -19,12 +19,8 @@ const EXPIRY_CEILING: Duration = Duration::from_secs(366 * 24 * 3600);
 pub struct Limits {
     /// The longest time an endpoint stays without being registered again.
     pub max_expiry: Duration,
-    /// How many network services there may be.
-    pub services: usize,
-    /// How many endpoints there may be.
-    pub endpoints: usize,
-    /// How many watches may be open, of both kinds together.
-    pub watchers: usize,
+    /// How long a network service stays that no endpoint offers.
+    pub service_life: Duration,
     /// How many events wait for one watcher before it is dropped.
     pub watch_depth: usize,
     /// The longest name, in bytes.
@@ -40,9 +36,8 @@ impl Default for Limits {
         Self {
             // NSM's own bound: a dead endpoint is not offered for longer than a minute.
             max_expiry: Duration::from_secs(60),
-            services: 16_384,
-            endpoints: 65_536,
-            watchers: 16_384,
+            // NSM's registry keeps it for ever. What is registered beforehand, with its matches, must outlive a night without endpoints.
+            service_life: Duration::from_secs(24 * 3600),
             // A burst of a thousand changes between two polls of a reader is not its fault.
             watch_depth: 1024,
             name_bytes: 512,
@@ -55,6 +50,7 @@ impl Default for Limits {
 impl Limits {
     pub(super) fn with_ceiling(mut self) -> Self {
         self.max_expiry = self.max_expiry.min(EXPIRY_CEILING);
+        self.service_life = self.service_life.min(EXPIRY_CEILING);
         self
     }
 
@@ -87,13 +83,7 @@ impl Limits {
 
 /// An entry that the registry in this process can hold.
 pub trait Stored: Entry + Message {
-    /// Whether an entry is of who registered it. What several callers offer together has no owner.
-    const HAS_OWNER: bool;
-
-    /// How many there may be.
-    fn limit(limits: &Limits) -> usize;
-
-    /// Completes an entry that asks to be registered at `now`, and gives how long it stays; `None` is until it is unregistered.
+    /// Completes an entry that asks to be registered at `now`, and gives how long it stays.
     ///
     /// # Errors
     /// The entry breaks a limit of its kind, or has expired already.
@@ -102,30 +92,32 @@ pub trait Stored: Entry + Message {
         limits: &Limits,
         now: SystemTime,
         bounds: &[SystemTime],
-    ) -> Result<Option<Duration>, RegistryError>;
+    ) -> Result<Duration, RegistryError>;
+
+    /// Whether a registration of this entry changes nothing of `known`, so that it is no attempt on what another has registered.
+    fn is_present_as(&self, known: &Self) -> bool;
 
     /// Takes over what outlives a registration under the same name.
     fn succeed(&mut self, known: Option<&Self>, now: SystemTime);
 }
 
-/// A service without a payload gets [`DEFAULT_PAYLOAD`].
+/// A service without a payload gets [`DEFAULT_PAYLOAD`]. Who offers a service registers it, mostly by its name alone.
 impl Stored for NetworkService {
-    const HAS_OWNER: bool = false;
-
-    fn limit(limits: &Limits) -> usize {
-        limits.services
-    }
-
     fn admit(
         &mut self,
-        _: &Limits,
+        limits: &Limits,
         _: SystemTime,
         _: &[SystemTime],
-    ) -> Result<Option<Duration>, RegistryError> {
+    ) -> Result<Duration, RegistryError> {
         if self.payload.is_empty() {
             DEFAULT_PAYLOAD.clone_into(&mut self.payload);
         }
-        Ok(None)
+        Ok(limits.service_life)
+    }
+
+    fn is_present_as(&self, known: &Self) -> bool {
+        (self.payload.is_empty() || self.payload == known.payload)
+            && (self.matches.is_empty() || self.matches == known.matches)
     }
 
     fn succeed(&mut self, _: Option<&Self>, _: SystemTime) {}
@@ -134,18 +126,12 @@ impl Stored for NetworkService {
 /// An endpoint's expiry is the earliest of what it asks, every bound and `now` plus [`Limits::max_expiry`]. Its initial registration
 /// time is that of its first registration.
 impl Stored for NetworkServiceEndpoint {
-    const HAS_OWNER: bool = true;
-
-    fn limit(limits: &Limits) -> usize {
-        limits.endpoints
-    }
-
     fn admit(
         &mut self,
         limits: &Limits,
         now: SystemTime,
         bounds: &[SystemTime],
-    ) -> Result<Option<Duration>, RegistryError> {
+    ) -> Result<Duration, RegistryError> {
         if self.network_service_names.len() > limits.services_per_endpoint {
             return Err(RegistryError::TooManyServices {
                 name: self.name.clone(),
@@ -161,7 +147,11 @@ impl Stored for NetworkServiceEndpoint {
             return Err(RegistryError::expired(self.name.clone(), earliest, now));
         }
         self.expiration_time = Some(expiry.into());
-        Ok(Some(life))
+        Ok(life)
+    }
+
+    fn is_present_as(&self, _: &Self) -> bool {
+        false
     }
 
     fn succeed(&mut self, known: Option<&Self>, now: SystemTime) {

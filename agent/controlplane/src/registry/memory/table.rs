@@ -11,16 +11,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
     },
 };
 
+use prost::Message;
 use tokio::sync::mpsc;
 
+use super::Stored;
 use crate::{
-    error::RegistryError,
+    places::{NoPlace, Place},
     registry::entry::{Entry, Event},
+    sync::lock,
 };
 
 /// Names a watcher of one table.
@@ -34,33 +37,32 @@ pub(super) struct Admission<T> {
     pub(super) events: mpsc::Receiver<Event<T>>,
     /// Set when the watcher was dropped because it did not keep up.
     pub(super) lagged: Arc<AtomicBool>,
+    pub(super) charged: Charged,
 }
 
 struct Watcher<T> {
     query: T,
     events: mpsc::Sender<Event<T>>,
     lagged: Arc<AtomicBool>,
-    _counted: Counted,
+    charged: Charged,
 }
 
-/// A watcher in the count of the registry, until it is dropped.
-pub(super) struct Counted(Arc<AtomicUsize>);
+/// What a watcher is charged for: the entries that it keeps from being freed. Both ends of its queue share it.
+#[derive(Clone)]
+pub(super) struct Charged(Arc<Mutex<Place>>);
 
-impl Counted {
-    /// Counts one more in, unless `limit` are.
-    pub(super) fn one_of(count: &Arc<AtomicUsize>, limit: usize) -> Result<Self, RegistryError> {
-        count
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
-                (count < limit).then_some(count + 1)
-            })
-            .map_err(|_| RegistryError::TooManyWatchers { limit })?;
-        Ok(Self(Arc::clone(count)))
+impl Charged {
+    pub(super) fn to(place: Place) -> Self {
+        Self(Arc::new(Mutex::new(place)))
     }
-}
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+    fn keep(&self, entry: &impl Message) -> Result<(), NoPlace> {
+        lock(&self.0).grow(entry.encoded_len())
+    }
+
+    /// The watcher has taken an entry.
+    pub(super) fn release(&self, entry: &impl Message) {
+        lock(&self.0).shrink(entry.encoded_len());
     }
 }
 
@@ -92,7 +94,7 @@ pub(super) struct Table<T> {
     next_watcher: WatcherId,
 }
 
-impl<T: Entry> Table<T> {
+impl<T: Stored> Table<T> {
     pub(super) fn new() -> Self {
         Self {
             entries: BTreeMap::new(),
@@ -160,8 +162,19 @@ impl<T: Entry> Table<T> {
 
     /// Admits a watcher whose queue holds `depth` events; what matches now is in the answer, and
     /// every later change will be in its queue.
-    pub(super) fn watch(&mut self, query: T, depth: usize, counted: Counted) -> Admission<T> {
+    ///
+    /// # Errors
+    /// What matches now is more than the watcher may hold.
+    pub(super) fn watch(
+        &mut self,
+        query: T,
+        depth: usize,
+        charged: Charged,
+    ) -> Result<Admission<T>, NoPlace> {
         let current = self.find(&query);
+        for entry in &current {
+            charged.keep(&**entry)?;
+        }
         let (sender, events) = mpsc::channel(depth);
         let lagged = Arc::new(AtomicBool::new(false));
         let id = self.next_watcher;
@@ -176,15 +189,16 @@ impl<T: Entry> Table<T> {
                 query,
                 events: sender,
                 lagged: Arc::clone(&lagged),
-                _counted: counted,
+                charged: charged.clone(),
             },
         );
-        Admission {
+        Ok(Admission {
             id,
             current,
             events,
             lagged,
-        }
+            charged,
+        })
     }
 
     /// Forgets a watcher; one that is unknown is forgotten already.
@@ -205,6 +219,16 @@ impl<T: Entry> Table<T> {
     pub(super) fn unwatch_all(&mut self) {
         self.watchers.clear();
         self.by_scope.clear();
+    }
+
+    /// How many watch.
+    pub(super) fn watchers(&self) -> usize {
+        self.watchers.len()
+    }
+
+    /// The entries of a service.
+    pub(super) fn of_service(&self, service: &str) -> impl Iterator<Item = &Arc<str>> {
+        self.by_service.get(service).into_iter().flatten()
     }
 
     #[cfg(test)]
@@ -248,12 +272,19 @@ impl<T: Entry> Table<T> {
                 },
                 (None, None) => continue,
             };
-            if let Err(error) = watcher.events.try_send(event) {
-                if matches!(error, mpsc::error::TrySendError::Full(_)) {
-                    watcher.lagged.store(true, Ordering::Release);
+            let is_full = match watcher.events.try_reserve() {
+                Ok(permit) => {
+                    let kept = watcher.charged.keep(&*event.entry);
+                    if kept.is_ok() {
+                        permit.send(event);
+                        continue;
+                    }
+                    true
                 }
-                too_slow.push(id);
-            }
+                Err(error) => matches!(error, mpsc::error::TrySendError::Full(())),
+            };
+            watcher.lagged.store(is_full, Ordering::Release);
+            too_slow.push(id);
         }
         for id in too_slow {
             self.unwatch(id);

@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, time::Duration};
 use nsm_proto::registry::{Destination, Match, NetworkServiceLabels};
 use tokio_stream::StreamExt as _;
 
+use nsm_core::identity::{Caller, Process, relay::Relays, share::Limit};
+
 use super::*;
 
 /// Some time in the middle of an epoch.
@@ -55,6 +57,12 @@ fn registry() -> Memory {
 impl Memory {
     fn add(&self, endpoint: NetworkServiceEndpoint) -> NetworkServiceEndpoint {
         self.endpoints.register(endpoint, now(), &[]).unwrap()
+    }
+
+    /// Drops the endpoints that expire until `now`.
+    fn pass(&self, now: Instant) {
+        let inner = &self.endpoints.inner;
+        inner.drop_expired(&mut inner.state.lock().unwrap(), now);
     }
 
     fn names(&self, query: &NetworkServiceEndpoint) -> Vec<String> {
@@ -257,21 +265,9 @@ async fn what_is_due_is_not_found_even_before_the_timer_ran() {
     // No await between the step of the clock and the question: the task had no turn.
     let due = Instant::now() + Duration::from_secs(60);
     assert_eq!(registry.counts().endpoints, 1);
-    registry
-        .endpoints
-        .inner
-        .state
-        .lock()
-        .unwrap()
-        .drop_expired(due - Duration::from_nanos(1));
+    registry.pass(due - Duration::from_nanos(1));
     assert_eq!(registry.counts().endpoints, 1);
-    registry
-        .endpoints
-        .inner
-        .state
-        .lock()
-        .unwrap()
-        .drop_expired(due);
+    registry.pass(due);
     assert!(registry.names(&endpoint("a", &[])).is_empty());
     assert!(!registry.endpoints.unregister("a"));
 }
@@ -435,9 +431,6 @@ async fn closing_ends_watches_and_refuses_news() {
 #[tokio::test]
 async fn limits_are_told() {
     let registry = Memory::new(Limits {
-        services: 1,
-        endpoints: 1,
-        watchers: 1,
         name_bytes: 40,
         services_per_endpoint: 2,
         entry_bytes: 200,
@@ -466,35 +459,163 @@ async fn limits_are_told() {
     let large = "v".repeat(200);
     let error = refused(labelled("a", "s", &[("key", &large)]));
     assert!(matches!(error, RegistryError::TooLarge { .. }), "{error}");
+}
 
-    registry.add(endpoint("a", &["s"]));
-    let error = refused(endpoint("b", &["s"]));
-    assert!(error.to_string().contains('b'), "{error}");
+/// What a caller of the network registers.
+fn terms(last: u8) -> Terms {
+    let caller = Caller::from_address(Some([192, 0, 2, last].into()));
+    Terms {
+        holder: Holder::of(&caller, &Relays::default()),
+        caller,
+        deadline: Instant::now() + PATIENCE,
+        owner: None,
+        expires: None,
+    }
+}
+
+/// The same of a pod of this node.
+fn terms_of(user: u32) -> Terms {
+    let caller = Caller::on_node(Process {
+        user: Some(user),
+        ..Process::unknown()
+    });
+    Terms {
+        holder: Holder::of(&caller, &Relays::default()),
+        caller,
+        ..terms(1)
+    }
+}
+
+/// A service with a rule of its own.
+fn ruled(name: &str, rule: &str) -> NetworkService {
+    let routes = vec![Destination {
+        destination_selector: BTreeMap::from([("rule".to_owned(), rule.to_owned())]),
+        ..Destination::default()
+    }];
+    NetworkService {
+        matches: vec![Match {
+            routes,
+            ..Match::default()
+        }],
+        ..service(name)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_is_of_who_registered_it_first() {
+    let registry = registry();
+    let services = &registry.services;
+    let register = async |service: NetworkService, terms| {
+        let registered = Entries::register(services, service, terms).await;
+        registered
+            .map(|it| it.matches)
+            .map_err(|error| error.code())
+    };
+    let denied = tonic::Code::PermissionDenied;
+    let one = ruled("s", "one").matches;
+    assert_eq!(
+        register(ruled("s", "one"), terms_of(1)).await,
+        Ok(one.clone())
+    );
+    // Who offers it too registers it as it is, and changes nothing.
+    assert_eq!(register(service("s"), terms_of(2)).await, Ok(one.clone()));
+    assert_eq!(register(ruled("s", "one"), terms(1)).await, Ok(one.clone()));
+    assert_eq!(register(ruled("s", "two"), terms_of(2)).await, Err(denied));
+    assert_eq!(register(ruled("s", "two"), terms(1)).await, Err(denied));
+    let payload = NetworkService {
+        payload: "ETHERNET".to_owned(),
+        ..service("s")
+    };
+    assert_eq!(register(payload, terms_of(2)).await, Err(denied));
+    for terms in [terms_of(2), terms(1)] {
+        let error = Entries::unregister(services, service("s"), terms).await;
+        assert_eq!(error.unwrap_err().code(), denied);
+    }
+    let two = ruled("s", "two").matches;
+    assert_eq!(register(ruled("s", "two"), terms_of(1)).await, Ok(two));
+
+    // Its owner is gone, and so it is of who offers it.
+    let mut offer = endpoint("nse", &["s"]);
+    offer.expiration_time = None;
+    Entries::register(&registry.endpoints, offer, terms_of(2))
+        .await
+        .unwrap();
+    tokio::time::advance(Duration::from_secs(59)).await;
+    assert_eq!(register(ruled("s", "one"), terms_of(2)).await, Err(denied));
+    tokio::time::advance(ownership::CLAIM).await;
+    Entries::register(&registry.endpoints, endpoint("nse", &["s"]), terms_of(2))
+        .await
+        .unwrap();
+    assert_eq!(
+        register(ruled("s", "three"), terms_of(3)).await,
+        Err(denied)
+    );
+    assert_eq!(register(ruled("s", "one"), terms_of(2)).await, Ok(one));
+    Entries::unregister(services, service("s"), terms_of(2))
+        .await
+        .unwrap();
+    assert_eq!(registry.counts().services, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_stays_while_an_endpoint_offers_it() {
+    let registry = Memory::new(Limits {
+        service_life: Duration::from_secs(100),
+        ..Limits::default()
+    });
+    let mut watch = registry.services.watch(service("")).unwrap();
+    for name in ["s", "alone"] {
+        registry
+            .services
+            .register(service(name), now(), &[])
+            .unwrap();
+    }
+    let start = Instant::now();
+    registry.add(endpoint("nse", &["s"]));
+    tokio::time::advance(Duration::from_secs(50)).await;
+    // It is there until 110 s.
+    registry
+        .endpoints
+        .register(endpoint("nse", &["s"]), after(50), &[])
+        .unwrap();
+    let mut gone = async || loop {
+        let event = watch.next().await.unwrap().unwrap();
+        if event.deleted {
+            break (event.entry.name.clone(), start.elapsed().as_secs());
+        }
+    };
+    assert_eq!(gone().await, ("alone".to_owned(), 100));
+    assert_eq!(gone().await, ("s".to_owned(), 200));
+}
+
+#[tokio::test]
+async fn one_source_does_not_fill_the_registry() {
+    let budget = Budget::new(&Wide {
+        entries: Limit { all: 64, of_one: 4 },
+        ..Wide::wide()
+    });
+    let registry = Memory::charging(Limits::default(), &budget);
+    let register = async |name: &str, last| {
+        Entries::register(&registry.services, service(name), terms(last)).await
+    };
+    for name in ["a", "b", "c", "d"] {
+        register(name, 1).await.unwrap();
+    }
+    let error = register("e", 1).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::ResourceExhausted);
-    // A refresh finds its place.
-    registry.add(endpoint("a", &["s"]));
-    registry.endpoints.unregister("a");
-    registry.add(endpoint("b", &["s"]));
-
-    registry
-        .services
-        .register(service("s"), now(), &[])
+    assert!(
+        error.to_string().contains("max_entries_per_source"),
+        "{error}"
+    );
+    // A refresh finds its place, others have theirs, and what is given back is free again.
+    register("a", 1).await.unwrap();
+    register("e", 2).await.unwrap();
+    Entries::unregister(&registry.services, service("a"), terms(1))
+        .await
         .unwrap();
-    registry
-        .services
-        .register(service("s"), now(), &[])
-        .unwrap();
-    let error = registry
-        .services
-        .register(service("t"), now(), &[])
-        .unwrap_err();
-    assert!(matches!(error, RegistryError::Full { .. }));
-
-    let watch = registry.services.watch(service("")).unwrap();
-    let error = registry.endpoints.watch(endpoint("", &[])).err().unwrap();
-    assert_eq!(error, RegistryError::TooManyWatchers { limit: 1 });
-    drop(watch);
-    assert!(registry.endpoints.watch(endpoint("", &[])).is_ok());
+    register("f", 1).await.unwrap();
+    registry.services.unregister("f");
+    assert_eq!(budget.entries.taken(), 4);
 }
 
 #[tokio::test(start_paused = true)]
@@ -531,7 +652,7 @@ async fn the_expiry_task_ends_with_the_registry() {
     registry.add(endpoint("a", &["s"]));
     let mut watch = registry.endpoints.watch(endpoint("", &["s"])).unwrap();
     tokio::task::yield_now().await;
-    assert_eq!(tasks(), before + 1);
+    assert_eq!(tasks(), before + 2);
     drop(registry);
     assert_eq!(next(&mut watch).await, "+a");
     assert!(watch.next().await.is_none());

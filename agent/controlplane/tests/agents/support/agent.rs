@@ -13,6 +13,7 @@ use nsm_controlplane::{
     api::server::{ListenerLimits, Socket, serve},
     identity::token::TokenSource,
     liveness::Reachability,
+    places::{self, Budget},
     plane::{ControlPlane, Settings},
     ports::Forwarder,
     registry::{
@@ -22,7 +23,9 @@ use nsm_controlplane::{
     transport::clients::Clients,
 };
 use nsm_core::{
-    identity::relay::Relays, link::admission::Rules, mechanism::vni_pool::VniPool,
+    identity::{relay::Relays, share::Limit},
+    link::admission::Rules,
+    mechanism::vni_pool::VniPool,
     nsm::name::Domain,
 };
 use nsm_discovery::dns::{Resolver, ResolverConfig};
@@ -40,7 +43,7 @@ pub(crate) struct Setup {
     pub(crate) kernel: Option<(IpAddr, u32)>,
     pub(crate) request_timeout: Duration,
     pub(crate) dial_timeout: Duration,
-    pub(crate) max_connections: usize,
+    pub(crate) limits: places::Limits,
     pub(crate) token_lifetime: Duration,
     pub(crate) reachability: Reachability,
     /// Whether the node has a prober.
@@ -67,7 +70,7 @@ impl Setup {
             kernel: Some((ip.parse().expect("an address"), 1500)),
             request_timeout: Duration::from_secs(10),
             dial_timeout: Duration::from_secs(2),
-            max_connections: 1000,
+            limits: places::Limits::wide(),
             token_lifetime: Duration::from_secs(600),
             reachability: Reachability::default(),
             probes: true,
@@ -132,7 +135,10 @@ impl Setup {
     }
 
     pub(crate) fn max_connections(mut self, limit: usize) -> Self {
-        self.max_connections = limit;
+        self.limits.connections = Limit {
+            all: limit,
+            of_one: limit,
+        };
         self
     }
 
@@ -242,7 +248,8 @@ async fn run(
     };
     let address = listener.local_addr().expect("bound");
     let node = Socket::unix(&socket).expect("a socket");
-    let registry = Memory::new(Limits::default());
+    let budget = Budget::new(&setup.limits);
+    let registry = Memory::charging(Limits::default(), &budget);
     let plane = ControlPlane::start(
         Settings {
             name: setup.name.clone(),
@@ -252,7 +259,7 @@ async fn run(
             registry_proxy_url: None,
             request_timeout: setup.request_timeout,
             dial_timeout: setup.dial_timeout,
-            max_connections: setup.max_connections,
+            budget: budget.clone(),
             max_message_bytes: MAX_MESSAGE,
             reachability: setup.reachability,
             node_namespace: false,
@@ -278,7 +285,7 @@ async fn run(
         VniPool::default(),
     );
     let limits = ListenerLimits {
-        clients: Clients::at_most(1000, 1000),
+        clients: Clients::of_all(budget.clients, setup.relays.clone()),
         max_message_bytes: MAX_MESSAGE,
         max_streams: 1000,
     };

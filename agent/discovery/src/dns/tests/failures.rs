@@ -169,3 +169,28 @@ async fn garbage_is_no_answer() {
     assert!(matches!(error, ResolveError::BadAnswer { .. }), "{error}");
     assert!(error.to_string().contains(&address.to_string()), "{error}");
 }
+
+/// Who gives up and asks again has not ended its question.
+#[tokio::test]
+async fn a_question_is_held_until_it_is_answered() {
+    let server = Zone::new().fault_all(X, Fault::Silent).serve().await;
+    let mut config = config(&[server.address]);
+    config.timeout = Duration::from_millis(300);
+    let resolver = Resolver::new(config);
+    let held = Arc::new(());
+    let domain = domain(X);
+    {
+        let asked = resolver.resolve_holding(&domain, Arc::clone(&held));
+        let outcome = tokio::time::timeout(Duration::from_millis(20), asked).await;
+        assert!(outcome.is_err(), "{outcome:?}");
+    }
+    assert_eq!(Arc::strong_count(&held), 2);
+    // Another one that asks for the same waits for this answer, and holds nothing longer.
+    let outcome = resolver
+        .resolve_holding(&domain, Arc::clone(&held))
+        .await;
+    assert!(outcome.is_err());
+    while Arc::strong_count(&held) > 1 {
+        tokio::task::yield_now().await;
+    }
+}
