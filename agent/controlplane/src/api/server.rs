@@ -43,6 +43,7 @@ use tonic::{
     service::Routes,
     transport::Server,
 };
+use tower::util::MapRequestLayer;
 
 use crate::{
     call::{Answer, Call, Calls, registrar::Registrar},
@@ -52,12 +53,14 @@ use crate::{
     metrics::CallMetrics,
     occasional::Occasional,
     peer::stream::SKIP_ANSWERED,
+    places::Places,
     registry::{path_header::PathHeader, wire::Answers},
     route::router::Arrival,
     transport::{
         clients::{Clients, Origin},
         coalesce::Coalesced,
         dial::MAX_SEGMENT,
+        incoming::Incoming,
         unix::{NodePeer, UnixStream},
     },
 };
@@ -93,6 +96,8 @@ pub mod facts {
 pub struct ListenerLimits {
     /// The connections that it keeps, perhaps together with other listeners.
     pub clients: Clients,
+    /// What is kept of messages that are not whole yet.
+    pub bytes: Places,
     /// The largest message that is read, in bytes.
     pub max_message_bytes: usize,
     /// Calls and streams that one client connection may have open.
@@ -214,7 +219,11 @@ pub async fn serve(
     limits: &ListenerLimits,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
+    let incoming = Incoming::of(limits.clients.clone(), limits.bytes.clone());
     let router = Server::builder()
+        .layer(MapRequestLayer::new(move |request| {
+            incoming.charge(request)
+        }))
         .max_concurrent_streams(limits.max_streams)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))

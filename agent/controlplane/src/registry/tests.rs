@@ -171,8 +171,10 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         None,
         VniPool::default(),
     );
+    let budget = Budget::new(&Wide::wide());
     let limits = ListenerLimits {
-        clients: Clients::of_our_own(Budget::new(&Wide::wide()).clients),
+        clients: Clients::of_our_own(budget.clients),
+        bytes: budget.bytes,
         max_message_bytes: 1 << 20,
         max_streams: 100,
     };

@@ -16,7 +16,7 @@ use nsm_core::{
     net::PeerUrl,
 };
 
-use crate::{peer::peers::Peer, sync::lock};
+use crate::{peer::peers::Peer, places::Place, sync::lock};
 
 /// Longer than the longest life of a path token (10 minutes): a connection that is refreshed
 /// without a new Find keeps its route.
@@ -27,6 +27,9 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Names kept at one time; beyond it the entry that lapses first makes room.
 const CAPACITY: usize = 65_536;
+
+/// The longest name with its domain, in bytes: names have 512 in our registry, and domains 253 (RFC 1035).
+const LONGEST_NAME: usize = 768;
 
 #[derive(Debug, Default)]
 pub(crate) struct Bypass {
@@ -59,6 +62,8 @@ pub(crate) struct Way {
     pub(crate) registrant: Caller,
     /// Keeps the descriptor of its socket, when it has passed one in the place of a path.
     pub(crate) _socket: Option<Arc<Peer>>,
+    /// Its place among those of its registrant; none where we found it.
+    pub(crate) place: Option<Arc<Place>>,
 }
 
 #[derive(Debug)]
@@ -77,8 +82,12 @@ impl Entry {
 }
 
 impl Bypass {
-    /// Learns where the endpoint `name` (with its domain) is served, until `ends` at most.
+    /// Learns where the endpoint `name` (with its domain) is served, until `ends` at most. What another registry answers under a name that
+    /// none of ours would have is not kept.
     pub(crate) fn learn(&self, name: &str, way: Way, ends: Option<Instant>, now: Instant) {
+        if name.len() > LONGEST_NAME {
+            return;
+        }
         let name = key(name);
         let mut ways = lock(&self.ways);
         let is_registered = |known: &Entry| known.way.registered_here && known.lapses > now;
@@ -158,6 +167,7 @@ mod tests {
             registered_here,
             registrant: Caller::over_network(),
             _socket: None,
+            place: None,
         }
     }
 

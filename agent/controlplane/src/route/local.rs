@@ -11,7 +11,7 @@ use nsm_core::{
     net::PeerUrl,
 };
 
-use crate::{peer::peers::Peer, sync::lock};
+use crate::{peer::peers::Peer, places::Place, sync::lock};
 
 /// An endpoint of this node.
 #[derive(Debug, Clone)]
@@ -24,6 +24,8 @@ pub(crate) struct LocalEndpoint {
     pub(crate) expires: SystemTime,
     /// Keeps the descriptor of its socket, where it has passed one in the place of a path.
     pub(crate) _socket: Option<Arc<Peer>>,
+    /// Its place among those of its registrant, where that is not the registry's.
+    pub(crate) place: Option<Arc<Place>>,
 }
 
 /// The endpoints of this node, by name.

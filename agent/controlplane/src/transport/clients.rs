@@ -63,18 +63,20 @@ impl Clients {
         }
     }
 
-    fn holder(&self, origin: Origin) -> Holder {
+    /// Who is charged for what comes from there; an address may be gone already.
+    pub(crate) fn holder(&self, origin: Option<Origin>) -> Holder {
         match (origin, &self.relays) {
             (_, None) => Holder::our_own(),
-            (Origin::Process(user, home), Some(_)) => Holder::process(user, home),
-            (Origin::Address(address), Some(relays)) => Holder::at(Some(address), relays),
+            (Some(Origin::Process(user, home)), Some(_)) => Holder::process(user, home),
+            (Some(Origin::Address(address)), Some(relays)) => Holder::at(Some(address), relays),
+            (None, Some(relays)) => Holder::at(None, relays),
         }
     }
 
     /// A connection that was accepted, unless there is no place for it.
     pub(crate) fn keep<S>(&self, origin: Origin, stream: S) -> Option<Kept<S>> {
         Some(Kept {
-            _place: self.places.take(self.holder(origin), 1).ok()?,
+            _place: self.places.take(self.holder(Some(origin)), 1).ok()?,
             origin,
             stream,
             received: 0,

@@ -4,4 +4,5 @@ pub mod clients;
 pub(crate) mod coalesce;
 pub mod dial;
 pub(crate) mod guard;
+pub(crate) mod incoming;
 pub mod unix;

@@ -26,13 +26,13 @@ use tonic_reflection::pb::v1::{
 use crate::support::{PATIENCE, command, soon};
 
 /// An agent's process and its log.
-struct Agent {
+pub(crate) struct Agent {
     child: Child,
     log: Lines<BufReader<ChildStderr>>,
 }
 
 impl Agent {
-    async fn start(config: &Path) -> Self {
+    pub(crate) async fn start(config: &Path) -> Self {
         let mut child = command(&["agent", "--config", config.to_str().unwrap()])
             .stderr(Stdio::piped())
             .kill_on_drop(true)
@@ -57,13 +57,16 @@ impl Agent {
         .await
     }
 
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id().unwrap()).unwrap())
+    }
+
     fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id().unwrap()).unwrap();
-        kill(Pid::from_raw(pid), signal).unwrap();
+        kill(self.pid(), signal).unwrap();
     }
 }
 
-fn config(folder: &Path, ports: [u16; 2], more: &str) -> String {
+pub(crate) fn config(folder: &Path, ports: [u16; 2], more: &str) -> String {
     let folder = folder.display();
     let [proxy, registry] = ports;
     format!(
@@ -75,7 +78,7 @@ fn config(folder: &Path, ports: [u16; 2], more: &str) -> String {
 }
 
 /// Ports that are free now; the agent refuses port 0.
-fn free_ports() -> [u16; 2] {
+pub(crate) fn free_ports() -> [u16; 2] {
     let listeners = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
     listeners.map(|listener| listener.local_addr().unwrap().port())
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod agent;
+mod bounds;
 mod command_line;
 mod connect;
 mod endpoint;

@@ -9,6 +9,7 @@ use nsm_core::{
     identity::{
         Caller,
         policy::{Action, Name, Refusal, decide},
+        share::Holder,
     },
     net::{PeerPlace, PeerUrl, PeerUrlError},
 };
@@ -24,6 +25,7 @@ use crate::{
     convert,
     error::RequestError,
     peer::peers::{PassedSocket, Peer},
+    places::{NoPlace, Place as Held},
     registry::{path_header::PathHeader, wire::Answers},
     route::{
         bypass::Way,
@@ -42,6 +44,8 @@ struct Behind {
     registrant: Caller,
     /// Holds the descriptor of its socket, when it has passed one in the place of a path.
     socket: Option<Arc<Peer>>,
+    /// Its place among those of its registrant, where that is not the registry's.
+    place: Option<Arc<Held>>,
 }
 
 impl Registrar {
@@ -61,10 +65,11 @@ impl Registrar {
         let through_us = call.arrival == Arrival::Local || !place.is_ours;
         let url = endpoint.url.parse();
         let url = url.map_err(|error: PeerUrlError| bad_url(&endpoint.url, error.to_string()))?;
-        let behind = Behind {
+        let mut behind = Behind {
             socket: self.passed_socket(&url, &call).await?,
             url,
             registrant: call.caller,
+            place: None,
         };
         if behind.socket.is_none() {
             check_url(&behind.url, call.arrival)?;
@@ -74,6 +79,7 @@ impl Registrar {
         }
         if through_us {
             endpoint.url = self.url_in(&place);
+            behind.place = self.place_of(&place, &endpoint.name, call.holder)?;
         }
         let endpoints = place.registry.endpoints();
         let mut registered = endpoints.register(endpoint, terms).await?;
@@ -117,6 +123,7 @@ impl Registrar {
                     registrant: behind.registrant,
                     expires: expires.unwrap_or_else(SystemTime::now),
                     _socket: behind.socket,
+                    place: behind.place,
                 },
             );
         } else {
@@ -125,8 +132,36 @@ impl Registrar {
                 registered_here: true,
                 registrant: behind.registrant,
                 _socket: behind.socket,
+                place: behind.place,
             };
             self.keep_way(&joined(bare_name, place.domain.as_ref()), way, expires);
+        }
+    }
+
+    /// A place for an endpoint that is registered elsewhere: the registry in this process counts its own entries.
+    fn place_of(
+        &self,
+        place: &Place,
+        bare_name: &str,
+        holder: Holder,
+    ) -> Result<Option<Arc<Held>>, NoPlace> {
+        let is_here = place.is_ours && !place.by_proxy;
+        if is_here && self.lookup.registry.counts().is_some() {
+            return Ok(None);
+        }
+        let known = if is_here {
+            self.lookup
+                .local_endpoints
+                .get(bare_name)
+                .and_then(|known| known.place)
+        } else {
+            let full_name = joined(bare_name, place.domain.as_ref());
+            let way = self.lookup.bypass.way(&full_name, Instant::now());
+            way.and_then(|known| known.place)
+        };
+        match known {
+            Some(known) => Ok(Some(known)),
+            None => Ok(Some(Arc::new(self.budget.entries.take(holder, 1)?))),
         }
     }
 
@@ -272,6 +307,7 @@ fn learn_way(lookup: &Lookup, name: &str, url: Option<PeerUrl>) {
             registered_here: false,
             registrant: Caller::over_network(),
             _socket: None,
+            place: None,
         };
         lookup.bypass.learn(name, way, None, Instant::now());
     }

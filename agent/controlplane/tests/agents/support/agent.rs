@@ -286,6 +286,7 @@ async fn run(
     );
     let limits = ListenerLimits {
         clients: Clients::of_all(budget.clients, setup.relays.clone()),
+        bytes: budget.bytes,
         max_message_bytes: MAX_MESSAGE,
         max_streams: 1000,
     };

@@ -186,9 +186,7 @@ async fn a_question_is_held_until_it_is_answered() {
     }
     assert_eq!(Arc::strong_count(&held), 2);
     // Another one that asks for the same waits for this answer, and holds nothing longer.
-    let outcome = resolver
-        .resolve_holding(&domain, Arc::clone(&held))
-        .await;
+    let outcome = resolver.resolve_holding(&domain, Arc::clone(&held)).await;
     assert!(outcome.is_err());
     while Arc::strong_count(&held) > 1 {
         tokio::task::yield_now().await;
