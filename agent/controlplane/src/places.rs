@@ -30,6 +30,8 @@ pub enum Kind {
     Entries,
     /// Bytes of all that is kept for callers.
     Bytes,
+    /// Bytes of messages that have not arrived as a whole. They count apart: a refresh must arrive before anything can be given back.
+    Messages,
     /// Questions of DNS that wait for an answer.
     Questions,
 }
@@ -42,6 +44,7 @@ impl Kind {
             Self::Streams => "streams",
             Self::Entries => "entries",
             Self::Bytes => "bytes",
+            Self::Messages => "messages",
             Self::Questions => "questions",
         }
     }
@@ -53,6 +56,7 @@ impl Kind {
             Self::Streams => "monitor and Find streams",
             Self::Entries => "registry entries",
             Self::Bytes => "bytes of connections, registrations and events",
+            Self::Messages => "bytes of messages that have not arrived as a whole",
             Self::Questions => "questions to DNS",
         }
     }
@@ -64,7 +68,7 @@ impl Kind {
             Self::Clients => "limits.max_clients_per_source",
             Self::Streams => "limits.max_streams_per_source",
             Self::Entries => "limits.max_entries_per_source",
-            Self::Bytes => "limits.max_bytes_per_source",
+            Self::Bytes | Self::Messages => "limits.max_bytes_per_source",
             Self::Questions => "limits.max_questions_per_source",
         }
     }
@@ -76,7 +80,7 @@ impl Kind {
             Self::Clients => "raise the agent's limit of open files (`ulimit -n`)",
             Self::Streams => "raise `limits.max_streams`",
             Self::Entries => "raise `limits.max_entries`",
-            Self::Bytes => "raise `limits.max_bytes`",
+            Self::Bytes | Self::Messages => "raise `limits.max_bytes`",
             Self::Questions => "ask again in a moment",
         }
     }
@@ -273,7 +277,7 @@ pub struct Limits {
     pub streams: Limit,
     /// Registry entries.
     pub entries: Limit,
-    /// Bytes of all that is kept.
+    /// Bytes of all that is kept; the same for messages that have not arrived as a whole.
     pub bytes: Limit,
     /// Questions of DNS.
     pub questions: Limit,
@@ -310,6 +314,8 @@ pub struct Budget {
     pub entries: Places,
     /// Bytes of all that is kept.
     pub bytes: Places,
+    /// Bytes of messages that have not arrived as a whole.
+    pub messages: Places,
     /// Questions of DNS.
     pub questions: Places,
     refusals: Refusals,
@@ -326,6 +332,7 @@ impl Budget {
             streams: Places::new(Kind::Streams, limits.streams, &refusals),
             entries: Places::new(Kind::Entries, limits.entries, &refusals),
             bytes: Places::new(Kind::Bytes, limits.bytes, &refusals),
+            messages: Places::new(Kind::Messages, limits.bytes, &refusals),
             questions: Places::new(Kind::Questions, limits.questions, &refusals),
             refusals,
         }

@@ -97,7 +97,7 @@ pub struct ListenerLimits {
     /// The connections that it keeps, perhaps together with other listeners.
     pub clients: Clients,
     /// What is kept of messages that are not whole yet.
-    pub bytes: Places,
+    pub messages: Places,
     /// The largest message that is read, in bytes.
     pub max_message_bytes: usize,
     /// Calls and streams that one client connection may have open.
@@ -219,7 +219,7 @@ pub async fn serve(
     limits: &ListenerLimits,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let incoming = Incoming::of(limits.clients.clone(), limits.bytes.clone());
+    let incoming = Incoming::of(limits.clients.clone(), limits.messages.clone());
     let router = Server::builder()
         .layer(MapRequestLayer::new(move |request| {
             incoming.charge(request)

@@ -174,7 +174,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
     let budget = Budget::new(&Wide::wide());
     let limits = ListenerLimits {
         clients: Clients::of_our_own(budget.clients),
-        bytes: budget.bytes,
+        messages: budget.messages,
         max_message_bytes: 1 << 20,
         max_streams: 100,
     };

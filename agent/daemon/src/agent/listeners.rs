@@ -92,7 +92,7 @@ impl Listeners {
             budget: budget.clone(),
             limits: ListenerLimits {
                 clients: Clients::of_all(budget.clients.clone(), control::relays(config)),
-                bytes: budget.bytes.clone(),
+                messages: budget.messages.clone(),
                 max_message_bytes: config.limits.max_message_bytes,
                 max_streams: config.limits.max_streams_per_client,
             },

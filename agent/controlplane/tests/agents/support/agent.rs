@@ -286,7 +286,7 @@ async fn run(
     );
     let limits = ListenerLimits {
         clients: Clients::of_all(budget.clients, setup.relays.clone()),
-        bytes: budget.bytes,
+        messages: budget.messages,
         max_message_bytes: MAX_MESSAGE,
         max_streams: 1000,
     };
