@@ -15,6 +15,7 @@ use std::{
 };
 
 mod dmi;
+pub mod kubernetes;
 pub mod metadata;
 mod routable;
 pub mod stun;

@@ -18,7 +18,7 @@
 //!
 //! /etc/hosts is not read: it cannot carry ports, and [`ResolverConfig::hosts`] can.
 
-mod answer;
+pub mod answer;
 mod attempt;
 mod cache;
 mod error;

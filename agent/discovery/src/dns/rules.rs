@@ -13,16 +13,15 @@ use std::{
 };
 
 use futures_util::future::{Either, FutureExt as _, join_all, select, try_join};
-use hickory_resolver::proto::rr::{Name, RData, Record, RecordType, rdata::SRV};
+use hickory_resolver::proto::rr::{Name, RecordType, rdata::SRV};
 use nsm_core::nsm::name::{Domain, DomainTarget};
 use tokio::time::{Instant, timeout};
 
 use super::{
     HostTarget, ResolverConfig,
-    answer::Question,
+    answer::{Question, ips, min_ttl, targets},
     error::ResolveError,
     hosts::Place,
-    srv,
     upstream::{Nothing, Records, Reply, Upstream},
 };
 
@@ -263,7 +262,7 @@ impl Asker<'_> {
                 });
             }
         };
-        let targets = targets(&records.answers);
+        let targets = targets(&records.answers, |highest| rand::random_range(0..=highest));
         if targets.is_empty() {
             return Ok(Service::NotOffered {
                 question: question.to_string(),
@@ -450,36 +449,4 @@ impl Addresses {
             ttl: self.ttl,
         }
     }
-}
-
-/// The targets in the order in which they are tried; none when the service is not offered.
-fn targets(answers: &[Record]) -> Vec<SRV> {
-    let records = answers
-        .iter()
-        .filter_map(|record| match &record.data {
-            RData::SRV(srv) if !srv.target.is_root() && srv.port != 0 => Some(srv.clone()),
-            _ => None,
-        })
-        .collect();
-    srv::order(records, |highest| rand::random_range(0..=highest))
-}
-
-/// The addresses in records, IPv4 first, without those that no host has.
-fn ips(records: &[Record]) -> Vec<IpAddr> {
-    let mut ips: Vec<_> = records
-        .iter()
-        .filter_map(|record| match &record.data {
-            RData::A(a) => Some(IpAddr::V4(a.0)),
-            RData::AAAA(aaaa) => Some(IpAddr::V6(aaaa.0)),
-            _ => None,
-        })
-        .filter(|ip| !ip.is_unspecified() && !ip.is_multicast())
-        .collect();
-    ips.sort_by_key(IpAddr::is_ipv6);
-    ips
-}
-
-fn min_ttl(records: &[Record]) -> Duration {
-    let seconds = records.iter().map(|record| record.ttl).min().unwrap_or(0);
-    Duration::from_secs(seconds.into())
 }

@@ -5,12 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ::http::{Method, StatusCode, header::AUTHORIZATION};
-use serde::Deserialize;
+use ::http::{Method, header::AUTHORIZATION};
+use nsm_core::address::public::kubernetes::external_ip;
 
 use super::{
     LookupError,
-    http::{Answer, BaseUrl, Trust},
+    http::{BaseUrl, Trust},
 };
 
 /// Where a pod finds its service account.
@@ -25,25 +25,6 @@ pub struct KubernetesNode {
     pub name: String,
     /// The directory with `token` and `ca.crt`.
     pub account: PathBuf,
-}
-
-#[derive(Debug, Deserialize)]
-struct Node {
-    #[serde(default)]
-    status: NodeStatus,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct NodeStatus {
-    #[serde(default)]
-    addresses: Vec<NodeAddress>,
-}
-
-#[derive(Debug, Deserialize)]
-struct NodeAddress {
-    #[serde(rename = "type")]
-    kind: String,
-    address: String,
 }
 
 impl KubernetesNode {
@@ -65,47 +46,12 @@ impl KubernetesNode {
             .api
             .exchange(Method::GET, &path, &headers, &trust)
             .await?;
-        self.external_ip_in(&answer, local)
-            .map_err(|cause| LookupError::Answer {
+        external_ip(answer.status.as_u16(), &answer.body, &self.name, local).map_err(|cause| {
+            LookupError::Answer {
                 url: self.api.at(&path),
-                cause,
-            })
-    }
-
-    fn external_ip_in(
-        &self,
-        answer: &Answer,
-        local: Option<IpAddr>,
-    ) -> Result<Option<IpAddr>, String> {
-        match answer.status {
-            StatusCode::OK => {}
-            StatusCode::UNAUTHORIZED => {
-                return Err("the API server does not take the service account's token".to_owned());
+                cause: cause.to_string(),
             }
-            StatusCode::FORBIDDEN => {
-                return Err(
-                    "the service account may not read nodes: grant it `get` on `nodes`".to_owned(),
-                );
-            }
-            StatusCode::NOT_FOUND => {
-                return Err(format!(
-                    "the cluster has no node {}: set `public_address.node_name`",
-                    self.name
-                ));
-            }
-            status => return Err(format!("the API server answered {}", status.as_u16())),
-        }
-        let node: Node = serde_json::from_str(&answer.body)
-            .map_err(|error| format!("the answer is no Node: {error}"))?;
-        let mut external = node
-            .status
-            .addresses
-            .iter()
-            .filter(|address| address.kind == "ExternalIP")
-            .filter_map(|address| address.address.parse::<IpAddr>().ok());
-        Ok(external.find(|address| {
-            local.is_none_or(|local| local.to_canonical().is_ipv4() == address.is_ipv4())
-        }))
+        })
     }
 }
 

@@ -10,10 +10,9 @@ use nsm_core::address::public::{
     Provider,
     metadata::{
         AWS_TOKEN_HEADER, AWS_TOKEN_LIFETIME, AWS_TOKEN_PATH, AZURE_LOAD_BALANCER, AnswerError,
-        Question,
+        Question, front_of_load_balancer,
     },
 };
-use serde::Deserialize;
 
 use super::{
     LookupError,
@@ -34,7 +33,8 @@ pub(super) async fn ask(
     match read(provider, base, question, &answer)? {
         None if provider == Provider::Azure => {
             let answer = get(base, AZURE_LOAD_BALANCER, None, trust).await?;
-            front_of_load_balancer(base, &answer)
+            front_of_load_balancer(answer.status.as_u16(), &answer.body)
+                .map_err(|error| wrong(base, AZURE_LOAD_BALANCER.path, error))
         }
         found => Ok(found),
     }
@@ -104,48 +104,4 @@ fn wrong(base: &BaseUrl, path: &str, cause: impl ToString) -> LookupError {
         url: base.at(path),
         cause: cause.to_string(),
     }
-}
-
-/// Azure's answer about the addresses before this machine. A machine without any has an answer of 400 or 404.
-#[derive(Debug, Deserialize)]
-struct LoadBalancers {
-    loadbalancer: LoadBalancer,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct LoadBalancer {
-    #[serde(default)]
-    public_ip_addresses: Vec<PublicIp>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct PublicIp {
-    #[serde(default)]
-    frontend_ip_address: String,
-}
-
-fn front_of_load_balancer(base: &BaseUrl, answer: &Answer) -> Result<Option<IpAddr>, LookupError> {
-    let path = AZURE_LOAD_BALANCER.path;
-    match answer.status {
-        StatusCode::OK => {}
-        StatusCode::BAD_REQUEST | StatusCode::NOT_FOUND => return Ok(None),
-        status => {
-            let status = status.as_u16();
-            return Err(wrong(base, path, AnswerError::Status { status }));
-        }
-    }
-    let told: LoadBalancers =
-        serde_json::from_str(&answer.body).map_err(|error| wrong(base, path, error))?;
-    let Some(first) = told.loadbalancer.public_ip_addresses.first() else {
-        return Ok(None);
-    };
-    first.frontend_ip_address.parse().map(Some).map_err(|_| {
-        wrong(
-            base,
-            path,
-            AnswerError::NoAddress(first.frontend_ip_address.clone()),
-        )
-    })
 }

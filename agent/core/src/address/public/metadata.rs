@@ -6,6 +6,8 @@
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
+use serde::Deserialize;
+
 /// A cloud with a supported metadata service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Provider {
@@ -40,6 +42,9 @@ pub enum AnswerError {
     /// The body is no address.
     #[error("it answered {0:?}, which is no IP address: is another service listening there?")]
     NoAddress(String),
+    /// The body is no JSON of the service's form.
+    #[error("its answer is not what the service sends: {0}")]
+    Form(String),
     /// The answer is not the provider's.
     #[error("its answer lacks the header `{0}` that {1} sends: another service is listening there")]
     NotTheService(&'static str, Provider),
@@ -122,12 +127,50 @@ impl Provider {
         }
         match body.trim() {
             "" => Ok(None),
-            text => text
-                .parse()
-                .map(Some)
-                .map_err(|_| AnswerError::NoAddress(text.chars().take(SHOWN).collect())),
+            text => address(text).map(Some),
         }
     }
+}
+
+/// Azure's answer about the addresses before this machine.
+#[derive(Debug, Deserialize)]
+struct LoadBalancers {
+    loadbalancer: LoadBalancer,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct LoadBalancer {
+    #[serde(default)]
+    public_ip_addresses: Vec<FrontendIp>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct FrontendIp {
+    #[serde(default)]
+    frontend_ip_address: String,
+}
+
+/// Reads the answer to [`AZURE_LOAD_BALANCER`]: the first address. A machine without any has an answer of 400 or 404.
+///
+/// # Errors
+/// When it is a refusal, or not of the service's form.
+pub fn front_of_load_balancer(status: u16, body: &str) -> Result<Option<IpAddr>, AnswerError> {
+    match status {
+        200 => {}
+        400 | 404 => return Ok(None),
+        status => return Err(AnswerError::Status { status }),
+    }
+    let answer: LoadBalancers =
+        serde_json::from_str(body).map_err(|error| AnswerError::Form(error.to_string()))?;
+    let first = answer.loadbalancer.public_ip_addresses.first();
+    first.map(|ip| address(&ip.frontend_ip_address)).transpose()
+}
+
+fn address(text: &str) -> Result<IpAddr, AnswerError> {
+    text.parse()
+        .map_err(|_| AnswerError::NoAddress(text.chars().take(SHOWN).collect()))
 }
 
 fn hint(status: u16) -> &'static str {
