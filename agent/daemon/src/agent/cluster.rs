@@ -5,7 +5,6 @@
 //! the IP map is, because a ConfigMap changes behind symbolic links.
 
 use std::{
-    collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -15,6 +14,8 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use nsm_controlplane::plane::ControlPlane;
 use nsm_core::net::special::of_address;
+
+use crate::files;
 
 /// How soon a change is noticed.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -75,26 +76,9 @@ fn addresses(api: Option<&str>, resolv_conf: &str) -> Vec<IpNet> {
         .collect()
 }
 
-/// The list below the file's only key, `prefixes` in any case.
 fn parse(file: &Path, text: &str) -> anyhow::Result<Vec<IpNet>> {
-    let named = || format!("the excluded prefixes of {}", file.display());
-    if text.trim().is_empty() {
-        return Ok(Vec::new());
-    }
-    let lists: BTreeMap<String, Option<Vec<String>>> =
-        serde_saphyr::from_str(text).with_context(named)?;
-    let is_meant = |key: &str| key.eq_ignore_ascii_case("prefixes");
-    let lists = lists.into_iter().filter(|(key, _)| is_meant(key));
-    lists
-        .flat_map(|(_, list)| list.unwrap_or_default())
-        .map(|text| {
-            let net: IpNet = text
-                .parse()
-                .with_context(|| format!("`{text}` is no prefix"))?;
-            Ok(net.trunc())
-        })
-        .collect::<anyhow::Result<_>>()
-        .with_context(named)
+    files::excluded_prefixes(text)
+        .with_context(|| format!("the excluded prefixes of {}", file.display()))
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@
 //! hundred bytes a second sees every way of changing it.
 
 use std::{
-    collections::BTreeMap,
     io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -19,7 +18,7 @@ use nsm_controlplane::plane::ControlPlane;
 use nsm_core::address::ipmap::{IpMap, IpMapError};
 use tokio::sync::Notify;
 
-use crate::config::MapIpFile;
+use crate::{config::MapIpFile, files};
 
 /// How soon a change is noticed.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -163,23 +162,7 @@ fn apply(path: &Path, text: &str, maps: &IpMaps) {
 }
 
 fn parse(path: &Path, text: &str) -> anyhow::Result<IpMap> {
-    let file = || format!("the IP map {}", path.display());
-    if text.trim().is_empty() {
-        return Ok(IpMap::default());
-    }
-    let pairs: BTreeMap<String, String> = serde_saphyr::from_str(text)
-        .with_context(|| format!("{} is not a list of `internal: external`", file()))?;
-    let pairs = pairs
-        .iter()
-        .map(|(internal, external)| Ok((address(internal)?, address(external)?)))
-        .collect::<anyhow::Result<Vec<_>>>()
-        .with_context(file)?;
-    IpMap::from_pairs(pairs).with_context(file)
-}
-
-fn address(text: &str) -> anyhow::Result<IpAddr> {
-    text.parse()
-        .with_context(|| format!("`{text}` is no IP address"))
+    files::ip_map(text).with_context(|| format!("the IP map {}", path.display()))
 }
 
 #[cfg(test)]

@@ -172,6 +172,22 @@ impl Loaded {
     }
 }
 
+/// Reads the text of a configuration file over the defaults; nothing else is read.
+///
+/// # Errors
+/// The text is no YAML; else every wrong key and value.
+pub(crate) fn of_text(text: &str) -> Result<Loaded, ConfigError> {
+    let path = PathBuf::new();
+    let mut layers = Layers::default();
+    let root = parse_yaml(text).map_err(|(line, cause)| ConfigError::Yaml {
+        path: path.clone(),
+        line,
+        cause,
+    })?;
+    layers.file(&path, root);
+    layers.finish()
+}
+
 /// The JSON schema of the configuration file, for editors and checks before a deployment.
 pub(crate) fn schema() -> String {
     format!("{:#}", print::to_schema())

@@ -1,0 +1,63 @@
+//! The files that an agent reads, as functions of their text.
+//!
+//! Each reader gives what the file says, or an error for people that does not name the file: the caller has its path.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use nsm_core::address::ipmap::IpMap;
+
+use crate::config;
+
+/// Reads a configuration file over the defaults, and gives the configuration as such a file.
+///
+/// # Errors
+/// The text is no YAML, or has wrong keys or values: all of them, each with its line.
+pub fn configuration(text: &str) -> anyhow::Result<String> {
+    Ok(config::of_text(text)?.to_yaml())
+}
+
+/// Reads NSM's `excluded_prefixes.yaml`: the list below its only key, `prefixes` in any case.
+///
+/// # Errors
+/// The text is no such list, or a prefix is none.
+pub fn excluded_prefixes(text: &str) -> anyhow::Result<Vec<IpNet>> {
+    if text.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    let lists: BTreeMap<String, Option<Vec<String>>> = serde_saphyr::from_str(text)?;
+    let is_meant = |key: &str| key.eq_ignore_ascii_case("prefixes");
+    let lists = lists.into_iter().filter(|(key, _)| is_meant(key));
+    lists
+        .flat_map(|(_, list)| list.unwrap_or_default())
+        .map(|text| {
+            let net: IpNet = text
+                .parse()
+                .with_context(|| format!("`{text}` is no prefix"))?;
+            Ok(net.trunc())
+        })
+        .collect()
+}
+
+/// Reads NSM's `map-ip.yaml`: a line `internal: external` for each node.
+///
+/// # Errors
+/// The text is no such map, an address is none, or two nodes have one external address.
+pub fn ip_map(text: &str) -> anyhow::Result<IpMap> {
+    if text.trim().is_empty() {
+        return Ok(IpMap::default());
+    }
+    let pairs: BTreeMap<String, String> =
+        serde_saphyr::from_str(text).context("it is not a list of `internal: external`")?;
+    let pairs = pairs
+        .iter()
+        .map(|(internal, external)| Ok((address(internal)?, address(external)?)))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(IpMap::from_pairs(pairs)?)
+}
+
+fn address(text: &str) -> anyhow::Result<IpAddr> {
+    text.parse()
+        .with_context(|| format!("`{text}` is no IP address"))
+}
