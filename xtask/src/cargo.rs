@@ -41,6 +41,8 @@ pub(crate) struct Tree {
     pub(crate) root: PathBuf,
     /// Where its builds go, unless where they always go.
     pub(crate) target: Option<PathBuf>,
+    /// What cargo runs in place of rustc for the crates of the workspace; those of others are compiled as always.
+    pub(crate) wrapper: Option<PathBuf>,
 }
 
 impl Tree {
@@ -49,6 +51,7 @@ impl Tree {
         Self {
             root: root(),
             target: None,
+            wrapper: None,
         }
     }
 
@@ -61,6 +64,9 @@ impl Tree {
             .stdin(Stdio::null());
         if let Some(target) = &self.target {
             command.env("CARGO_TARGET_DIR", target);
+        }
+        if let Some(wrapper) = &self.wrapper {
+            command.env("RUSTC_WORKSPACE_WRAPPER", wrapper);
         }
         command
     }

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::{
     cargo::{self, BPF_PROGRAMS, cargo},
-    deny, dependencies, ebpf, interop, packages,
+    deny, dependencies, ebpf, fuzz, interop, packages,
     steps::{Steps, timed},
     test, vm,
 };
@@ -26,6 +26,7 @@ pub(crate) fn run() -> Result<()> {
         sources(steps)?;
         steps.run("the BPF object, rebuilt and compared", || ebpf::check(true))?;
         test::all(steps, test::WithoutGo::Fail)?;
+        fuzz::briefly(steps)?;
         kernels(steps)
     })
 }

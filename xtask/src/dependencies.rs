@@ -98,6 +98,20 @@ const RULES: &[Rule] = &[
         &[],
     ),
     rule(
+        "nsm-fuzz",
+        &[
+            "nsm-controlplane",
+            "nsm-core",
+            "nsm-discovery",
+            "nsm-ebpf-common",
+            "nsm-ebpf-programs",
+            "nsm-proto",
+            "proxy-nsmgr",
+        ],
+        &[],
+        &[],
+    ),
+    rule(
         "nsm-load",
         &["nsm-controlplane", "nsm-core", "nsm-proto", "nsm-stats"],
         &[],

@@ -9,6 +9,7 @@ mod deny;
 mod dependencies;
 mod digest;
 mod ebpf;
+mod fuzz;
 mod interop;
 mod packages;
 mod steps;
@@ -38,6 +39,8 @@ enum Command {
     Deny,
     /// Show a client of one domain that pings an endpoint of another.
     Demo(demo::Arguments),
+    /// Fuzz the parsers of bytes that others choose, or replay an input (needs a C++ compiler).
+    Fuzz(fuzz::Arguments),
     /// Test our agents against the real Network Service Mesh (needs Go).
     Interop {
         /// Only tests whose names match, as `go test -run` takes it.
@@ -52,7 +55,7 @@ enum Command {
     /// The first process of that machine.
     #[command(hide = true)]
     VmGuest,
-    /// What CI does: format, lints, documentation, dependency rules, `cargo deny`, the BPF object, all tests, the demo and the source check on each kernel.
+    /// What CI does: format, lints, documentation, dependency rules, `cargo deny`, the BPF object, all tests, fuzzing, the demo and the source check on each kernel.
     Ci,
 }
 
@@ -63,6 +66,7 @@ fn main() -> Result<ExitCode> {
         Command::CheckDependencies => dependencies::check(),
         Command::Deny => deny::run(),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Interop { pattern } => interop::run(pattern.as_deref()),
         Command::Test => test::run(),
         Command::Bench(arguments) => bench::run(&arguments),

@@ -41,6 +41,9 @@ pub(crate) const THROUGHPUT: &[Tool] = &[tool("iperf3", "iperf3")];
 /// What changing the maps of an agent's BPF programs needs.
 pub(crate) const MAPS: &[Tool] = &[tool("bpftool", "bpftool")];
 
+/// What the fuzzing engine is compiled by.
+pub(crate) const CPLUSPLUS: &[Tool] = &[tool("c++", "g++")];
+
 /// What virtual machines need.
 pub(crate) const VM: &[Tool] = &[
     tool("qemu-system-x86_64", "qemu-system-x86"),

@@ -21,7 +21,7 @@ use prost_types::Timestamp;
 use crate::error::RequestError;
 
 /// A wire timestamp as system time; `None` for one before 1970 or beyond what the clock can hold.
-pub(crate) fn time(stamp: &Timestamp) -> Option<SystemTime> {
+pub fn time(stamp: &Timestamp) -> Option<SystemTime> {
     let seconds = u64::try_from(stamp.seconds).ok()?;
     let nanos = u32::try_from(stamp.nanos)
         .ok()
@@ -35,7 +35,7 @@ pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
 }
 
 /// The wire path as typed path.
-pub(crate) fn path(path: wire::Path) -> Path {
+pub fn path(path: wire::Path) -> Path {
     Path {
         index: path.index,
         segments: path
@@ -84,7 +84,10 @@ pub(crate) fn mechanism(
 }
 
 /// Addresses with prefix lengths; an address without one is a host's.
-pub(crate) fn addresses(field: &'static str, texts: &[String]) -> Result<Vec<IpNet>, RequestError> {
+///
+/// # Errors
+/// One is no address; `field` names it.
+pub fn addresses(field: &'static str, texts: &[String]) -> Result<Vec<IpNet>, RequestError> {
     texts.iter().map(|text| address(field, text)).collect()
 }
 
@@ -99,10 +102,10 @@ fn address(field: &'static str, text: &str) -> Result<IpNet, RequestError> {
 }
 
 /// The routes of an IP context. A next hop that is the prefix itself means "on the link".
-pub(crate) fn routes(
-    field: &'static str,
-    routes: &[Route],
-) -> Result<Vec<RouteSpec>, RequestError> {
+///
+/// # Errors
+/// A prefix or a next hop is no address; `field` names it.
+pub fn routes(field: &'static str, routes: &[Route]) -> Result<Vec<RouteSpec>, RequestError> {
     routes
         .iter()
         .map(|route| {
@@ -124,7 +127,10 @@ pub(crate) fn routes(
 }
 
 /// A MAC address of the Ethernet context; empty is none.
-pub(crate) fn mac(field: &'static str, text: &str) -> Result<Option<MacAddr>, RequestError> {
+///
+/// # Errors
+/// The text is no MAC address; `field` names it.
+pub fn mac(field: &'static str, text: &str) -> Result<Option<MacAddr>, RequestError> {
     if text.is_empty() {
         return Ok(None);
     }
@@ -136,7 +142,7 @@ pub(crate) fn mac(field: &'static str, text: &str) -> Result<Option<MacAddr>, Re
 }
 
 /// The matches of a registered service as selection rules.
-pub(crate) fn matches(service: &registry::NetworkService) -> Vec<select::Match> {
+pub fn matches(service: &registry::NetworkService) -> Vec<select::Match> {
     service
         .matches
         .iter()

@@ -9,7 +9,7 @@
 pub mod api;
 pub mod call;
 mod connection;
-mod convert;
+pub mod convert;
 mod deadlines;
 pub mod error;
 pub mod identity;

@@ -10,12 +10,36 @@ use nsm_core::address::ipmap::IpMap;
 
 use crate::config;
 
-/// Reads a configuration file over the defaults, and gives the configuration as such a file.
+/// What a configuration file says, over the defaults.
+#[derive(Debug, Clone)]
+pub struct Configuration(config::Loaded);
+
+impl Configuration {
+    /// The configuration as a file that gives the same one, but for a secret, which is hidden.
+    #[must_use]
+    pub fn to_yaml(&self) -> String {
+        self.0.to_yaml()
+    }
+}
+
+impl PartialEq for Configuration {
+    /// Whether both have the same values, wherever those stand. That a file names the default of the IP map makes no difference here.
+    fn eq(&self, other: &Self) -> bool {
+        let named = |of: &Self| {
+            let mut config = of.0.config.clone();
+            config.map_ip_file.is_required = true;
+            config
+        };
+        named(self) == named(other)
+    }
+}
+
+/// Reads a configuration file.
 ///
 /// # Errors
 /// The text is no YAML, or has wrong keys or values: all of them, each with its line.
-pub fn configuration(text: &str) -> anyhow::Result<String> {
-    Ok(config::of_text(text)?.to_yaml())
+pub fn configuration(text: &str) -> anyhow::Result<Configuration> {
+    Ok(Configuration(config::of_text(text)?))
 }
 
 /// Reads NSM's `excluded_prefixes.yaml`: the list below its only key, `prefixes` in any case.

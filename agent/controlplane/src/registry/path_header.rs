@@ -39,7 +39,10 @@ impl PathHeader {
     }
 
     /// Reads the caller's path and takes our step on it; `None` when the caller sends none.
-    pub(crate) fn descend(
+    ///
+    /// # Errors
+    /// The path is not what NSM's components send, or too long.
+    pub fn descend(
         metadata: &MetadataMap,
         previous_token: Option<&str>,
         own_token: &str,
@@ -95,7 +98,7 @@ impl PathHeader {
     }
 
     /// Puts the path into the answer's metadata, as the caller counts it.
-    pub(crate) fn echo(mut self, metadata: &mut MetadataMap) {
+    pub fn echo(mut self, metadata: &mut MetadataMap) {
         self.index = self.index.saturating_sub(1);
         self.apply(metadata);
     }

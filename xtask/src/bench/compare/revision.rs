@@ -103,6 +103,7 @@ impl Revision {
         let tree = Tree {
             root: worktree.path.clone(),
             target: Some(cache.join("target")),
+            wrapper: None,
         };
         let built = Built::build(&tree, missing)
             .with_context(|| format!("{} does not build: choose a later revision", self.shown))?;
