@@ -135,7 +135,7 @@ fn tshark_reads_probes_and_answers_as_bfd() {
             assert_eq!(number(packet, "bfd.message_length"), 24);
             assert_eq!(
                 number(packet, "bfd.detect_time_multiplier"),
-                DETECT_MULTIPLIER.into()
+                u32::from(DETECT_MULTIPLIER)
             );
             for flag in ["bfd.flags.p", "bfd.flags.f", "bfd.flags.a", "bfd.flags.m"] {
                 assert!(matches!(packet[flag].as_str(), "0" | "False"), "{flag}");
@@ -144,14 +144,14 @@ fn tshark_reads_probes_and_answers_as_bfd() {
             assert_eq!(number(packet, "ip.ttl"), 255);
         }
         for probe in &probes {
-            assert_eq!(number(probe, "udp.dstport"), sbfd::PORT.into());
+            assert_eq!(number(probe, "udp.dstport"), u32::from(sbfd::PORT));
             assert_eq!(number(probe, "bfd.required_min_rx_interval"), 0);
             let interval = number(probe, "bfd.desired_min_tx_interval");
             assert!((49_152..=50_175).contains(&interval), "{interval} µs");
             assert!(reflectors.contains(&number(probe, "bfd.your_discriminator")));
         }
         for answer in &answers {
-            assert_eq!(number(answer, "udp.srcport"), sbfd::PORT.into());
+            assert_eq!(number(answer, "udp.srcport"), u32::from(sbfd::PORT));
             assert_eq!(
                 number(answer, "bfd.required_min_rx_interval"),
                 REQUIRED_MIN_RX_US
