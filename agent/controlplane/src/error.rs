@@ -221,7 +221,7 @@ pub enum RequestError {
          has named (`relay_for`, `registrants`); the agent's log has the reason"
     )]
     NotServed(#[from] NotServed),
-    /// A next hop cannot be dialled, and the caller may not know why.
+    /// A next hop has failed, and the caller may not know why.
     #[error(
         "the endpoint cannot be reached now: the log of the agent of its domain has the reason"
     )]

@@ -250,6 +250,9 @@ impl ControlPlane {
     /// Replaces the URL that other domains dial: behind NAT it is not the one that our own domain dials. None: it is
     /// [`Settings::advertise_url`] too.
     pub fn set_public_url(&self, url: Option<String>) {
+        let address = url.as_deref().and_then(|url| url.parse::<PeerUrl>().ok());
+        let guard = self.parts.lookup.peers.guard();
+        guard.set_public(address.and_then(|url| url.address()));
         self.parts.lookup.addresses.set_public_url(url);
     }
 

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use nsm_core::address::ipmap::IpMap;
 use nsm_proto::connection::Mechanism;
 use tokio::{sync::watch, time::Instant};
@@ -104,6 +105,13 @@ impl Addresses {
     /// The public address of an internal one; itself where there is none.
     pub(crate) fn public_of(&self, internal: IpAddr) -> IpAddr {
         self.map().external(internal)
+    }
+
+    /// Whether `address` leads to one of these own addresses: it is one, or the public address of one.
+    pub(crate) fn is_one_of(&self, own: &[IpNet], address: IpAddr) -> bool {
+        let map = self.map();
+        let mut own = own.iter().map(IpNet::addr);
+        own.any(|own| own == address || map.external(own) == address)
     }
 
     /// Swaps the addresses of a Request's mechanisms on their way to the next hop.

@@ -79,18 +79,6 @@ pub enum DialError {
     },
 }
 
-impl DialError {
-    /// Whether it is about a socket of this node.
-    pub(crate) fn is_local(&self) -> bool {
-        match self {
-            Self::Url(_) => false,
-            Self::Connect { url, .. } | Self::Timeout { url, .. } | Self::Released(url) => {
-                url.is_local()
-            }
-        }
-    }
-}
-
 /// What a Unix connection's HTTP/2 requests call the other end, as gRPC does.
 const UNIX_AUTHORITY: &str = "http://localhost";
 

@@ -21,6 +21,8 @@ pub(crate) struct DialGuard {
     configured: HashSet<PeerUrl>,
     /// Where the resolver's hosts lead, as far as they were asked for.
     hosts: Mutex<HashSet<SocketAddr>>,
+    /// This node's public address: a gateway leads from it to here, and no interface has it.
+    public: Mutex<Option<IpAddr>>,
 }
 
 impl DialGuard {
@@ -30,7 +32,13 @@ impl DialGuard {
             inside,
             configured: configured.into_iter().collect(),
             hosts: Mutex::default(),
+            public: Mutex::default(),
         }
+    }
+
+    /// Packets to this address come to this node.
+    pub(crate) fn set_public(&self, address: Option<IpAddr>) {
+        *lock(&self.public) = address;
     }
 
     /// The operator's hosts lead there.
@@ -48,7 +56,8 @@ impl DialGuard {
         if lock(&self.hosts).contains(&address) {
             return Ok(());
         }
-        check_dial(address.ip(), is_own(address), &self.inside)
+        let is_public = *lock(&self.public) == Some(address.ip());
+        check_dial(address.ip(), is_public || is_own(address), &self.inside)
             .map_err(|refusal| io::Error::new(io::ErrorKind::PermissionDenied, refusal))
     }
 }
@@ -83,6 +92,16 @@ mod tests {
         assert!(guard.check(at("127.0.0.1:8889")).is_err());
         let guard = DialGuard::new(vec!["127.0.0.0/8".parse().unwrap()], []);
         assert!(guard.check(at("127.0.0.1:1")).is_ok());
+    }
+
+    #[test]
+    fn the_public_address_is_the_nodes_own() {
+        let at = "192.0.2.50:22".parse().unwrap();
+        let guard = DialGuard::default();
+        guard.set_public(Some("192.0.2.50".parse().unwrap()));
+        assert!(guard.check(at).is_err());
+        guard.set_public(None);
+        assert!(guard.check(at).is_ok());
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Peers that do wrong: refuse, stay silent, answer nonsense.
 
 use std::{
+    net::IpAddr,
     os::unix::fs::MetadataExt as _,
     time::{Duration, Instant},
 };
 
 use nsm_controlplane::ports::Plan;
+use nsm_core::address::ipmap::IpMap;
 use nsm_proto::{connection::Connection, connectioncontext::Route};
 use tokio::net::TcpListener;
 use tonic::{Code, Status};
@@ -229,6 +231,37 @@ async fn wrong_answers() {
     let status = client.refused(client.request_for(SERVICE)).await;
     assert_refusal(&status, Code::OutOfRange, &[&peer.url, "too large"]);
     eventually(closed + 1, || peer.closes().len()).await;
+    world.settles(&before).await;
+}
+
+/// Behind a gateway the node's own address is the public one, too: no interface has it, and packets to it come back.
+#[tokio::test]
+async fn a_tunnel_does_not_end_at_our_public_address() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    for (agent, internal, public) in [(a, 1, 101), (b, 2, 102)] {
+        let at = |last: u8| IpAddr::from([192, 0, 2, last]);
+        let map = IpMap::from_pairs([(at(internal), at(public))]);
+        agent.plane.set_ip_map(map.expect("a map"));
+    }
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    peer.twist(|it| set(it, "dst_ip", "192.0.2.101"));
+    let status = client.refused(client.request_for(SERVICE)).await;
+    let words = ["dst_ip = `192.0.2.101`", "would send to it"];
+    assert_refusal(&status, Code::Internal, &words);
+    world.settles(&before).await;
+
+    // The same the other way round: a client that claims to be where the endpoint's node is.
+    let stranger = Client::over_network(b).await;
+    let mut request = stranger.request_for("icmp-responder");
+    let parameters = [("src_ip", "192.0.2.102"), ("src_port", "4789")];
+    request.mechanism_preferences = vec![mechanism("REMOTE", "VXLAN", &parameters)];
+    let status = stranger.refused(request).await;
+    let words = ["src_ip = `192.0.2.102`", "would send to it"];
+    assert_refusal(&status, Code::InvalidArgument, &words);
     world.settles(&before).await;
 }
 

@@ -73,6 +73,9 @@ impl Registrar {
         };
         if behind.socket.is_none() {
             check_url(&behind.url, call.arrival)?;
+            if call.arrival == Arrival::Local {
+                self.check_dialled(&behind.url)?;
+            }
             if matches!(behind.url.place(), PeerPlace::Unix(_)) {
                 decide(&call.caller, Action::SocketPath(behind.url.as_str()))?;
             }
@@ -94,6 +97,18 @@ impl Registrar {
         }
         registered.join(place.domain.as_ref())?;
         Ok(registered)
+    }
+
+    /// What the agent would not dial is no endpoint of this node. A name is checked when it leads somewhere.
+    fn check_dialled(&self, url: &PeerUrl) -> Result<(), RequestError> {
+        let PeerPlace::Tcp { port, .. } = url.place() else {
+            return Ok(());
+        };
+        let Some(address) = url.address() else {
+            return Ok(());
+        };
+        let checked = self.lookup.peers.guard().check((address, *port).into());
+        checked.map_err(|refusal| bad_url(url.as_str(), refusal.to_string()))
     }
 
     /// Decides a call about the endpoint `full`, which its registry has as `bare`. A name has an owner where it is registered with us, in our domain or another.

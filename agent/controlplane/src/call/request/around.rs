@@ -1,6 +1,6 @@
 //! What is around a pod of this node: nothing of it may be taken by a connection.
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use nsm_core::link::admission::Holding;
@@ -12,11 +12,4 @@ pub(super) struct Around {
     pub(super) node: Arc<[IpNet]>,
     /// What the pod has on other links.
     pub(super) pod: Vec<Holding>,
-}
-
-impl Around {
-    /// Whether an address is one of the node's own.
-    pub(super) fn is_nodes(&self, address: IpAddr) -> bool {
-        self.node.iter().any(|own| own.addr() == address)
-    }
 }

@@ -79,7 +79,7 @@ impl Calls {
     async fn check_client(&self, tunnel: &Terminated) -> Result<(), RequestError> {
         let client = tunnel.asked.client.address;
         let own = self.forwarder()?.own_addresses().await?;
-        if own.iter().any(|own| own.addr() == client) {
+        if self.lookup.addresses.is_one_of(&own, client) {
             return Err(MechanismError::OwnAddress {
                 key: SRC_IP,
                 value: client,

@@ -93,7 +93,8 @@ impl Calls {
         attempt: &Attempt<'_>,
     ) -> Result<(), MechanismError> {
         let around = attempt.around_client.as_ref();
-        match around.is_some_and(|around| around.is_nodes(address)) {
+        let addresses = &self.lookup.addresses;
+        match around.is_some_and(|around| addresses.is_one_of(&around.node, address)) {
             true => Err(MechanismError::OwnAddress {
                 key,
                 value: address,

@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock};
 use nsm_proto::connection::Connection;
 use tonic::Code;
 
-use super::ask::Ask;
+use super::ask::{Ask, Attempt};
 use crate::{
     call::Calls,
     connection::model::Established,
@@ -32,9 +32,9 @@ impl Calls {
             let attempt = self.attempt(ask, &prior.route, Some(prior), strict).await?;
             match self.try_route(&attempt).await {
                 Err(error) if error.is_about_the_endpoint() => {
-                    failures.push(self.as_shown(ask, error));
+                    failures.push(self.as_shown(&attempt, error));
                 }
-                outcome => return outcome,
+                outcome => return outcome.map_err(|error| self.as_shown(&attempt, error)),
             }
         }
         let asked = Asked {
@@ -88,34 +88,31 @@ impl Calls {
                     if matches!(error, RequestError::Unproven { .. }) {
                         unproven.get_or_insert(*route);
                     }
-                    failures.push(self.as_shown(ask, error));
+                    failures.push(self.as_shown(&attempt, error));
                 }
-                outcome => return outcome,
+                outcome => return outcome.map_err(|error| self.as_shown(&attempt, error)),
             }
         }
         if let Some(route) = unproven.filter(|_| policy == Reachability::Prefer) {
             let attempt = self.attempt(ask, route, prior, false).await?;
-            return self.try_route(&attempt).await;
+            let outcome = self.try_route(&attempt).await;
+            return outcome.map_err(|error| self.as_shown(&attempt, error));
         }
         Err(all_failed(&ask.connection.network_service, failures))
     }
 
-    /// A failure as the caller gets it. A stranger learns nothing of what lies behind this agent: whether an address of ours answers,
-    /// refuses or stays silent is one to it.
-    fn as_shown(&self, ask: &Ask, error: RequestError) -> RequestError {
-        if !self.lookup.relays.is_stranger(ask.source) {
+    /// A failure as the caller gets it. A stranger learns nothing of what lies behind this agent: anybody may register an endpoint, and
+    /// whether something at its URL answers, refuses, stays silent or is no peer at all is one to the stranger. An endpoint on a socket
+    /// of this node is one that a process of the node has registered, so that its reasons are shown.
+    fn as_shown(&self, attempt: &Attempt<'_>, error: RequestError) -> RequestError {
+        if attempt.route.is_local() || !self.lookup.relays.is_stranger(attempt.ask.source) {
             return error;
         }
-        match error {
-            RequestError::Dial(cause) if !cause.is_local() => {
-                static FAILURES: LazyLock<Occasional> = LazyLock::new(Occasional::default);
-                if FAILURES.is_due() {
-                    tracing::info!(error = %cause, "a next hop cannot be dialled for a caller of another domain; others within a minute are not logged");
-                }
-                RequestError::Unreachable
-            }
-            other => other,
+        static FAILURES: LazyLock<Occasional> = LazyLock::new(Occasional::default);
+        if FAILURES.is_due() {
+            tracing::info!(%error, "a Request of a caller of another domain failed at the next hop; others within a minute are not logged");
         }
+        RequestError::Unreachable
     }
 
     /// How little is expected of a route: the one whose loss made the client ask again comes last, one whose path is down before it.
