@@ -15,6 +15,7 @@ use nsm_core::{
     net::NetnsUrl,
 };
 use nsm_proto::connection::Mechanism;
+use tokio::time::Instant;
 
 use crate::{
     call::Calls,
@@ -63,11 +64,25 @@ impl NamedNetns {
         }
     }
 
-    /// Adds a namespace that the caller names, with its descriptor if that comes over `descriptors`.
+    /// Adds namespaces that the caller names, with the descriptors that come over `descriptors`. However many are late, they are waited for
+    /// together.
+    async fn add_all(
+        &mut self,
+        urls: Vec<NetnsUrl>,
+        descriptors: Option<&Descriptors>,
+        forwarder: Option<&dyn Forwarder>,
+    ) {
+        let until = Instant::now() + patience(&self.caller);
+        for url in urls {
+            self.add(url, descriptors, until, forwarder).await;
+        }
+    }
+
     async fn add(
         &mut self,
         url: NetnsUrl,
         descriptors: Option<&Descriptors>,
+        until: Instant,
         forwarder: Option<&dyn Forwarder>,
     ) {
         if self.found.contains_key(&url) {
@@ -79,8 +94,8 @@ impl NamedNetns {
                 evidence.id = Some(NamespaceId { device, inode });
                 if let Some(descriptors) = descriptors {
                     let id = FileId { device, inode };
-                    let patience = patience(&self.caller);
-                    let passed = descriptors.take(id, Kind::Namespace, patience);
+                    let left = until.saturating_duration_since(Instant::now());
+                    let passed = descriptors.take(id, Kind::Namespace, left);
                     evidence.passed = Some(passed.await);
                 }
             }
@@ -166,15 +181,11 @@ impl Calls {
         let Some(forwarder) = self.forwarder.as_deref() else {
             return named;
         };
-        for mechanism in mechanisms.filter(|mechanism| mechanism.r#type == KERNEL) {
-            // What cannot be parsed is an error where it is used.
-            if let Ok(Kernel {
-                netns: Some(url), ..
-            }) = Kernel::parse(&mechanism.parameters)
-            {
-                named.add(url, descriptors, Some(forwarder)).await;
-            }
-        }
+        let kernel = mechanisms.filter(|mechanism| mechanism.r#type == KERNEL);
+        // What cannot be parsed is an error where it is used.
+        let urls = kernel.filter_map(|mechanism| Kernel::parse(&mechanism.parameters).ok()?.netns);
+        let urls = urls.collect();
+        named.add_all(urls, descriptors, Some(forwarder)).await;
         named
     }
 
@@ -196,7 +207,9 @@ impl Calls {
         let endpoint = Caller::on_node(peer.descriptors.peer());
         let mut named = NamedNetns::none_of(endpoint, self.config.node_namespace);
         let (descriptors, forwarder) = (Some(&*peer.descriptors), self.forwarder.as_deref());
-        named.add(url.clone(), descriptors, forwarder).await;
+        named
+            .add_all(vec![url.clone()], descriptors, forwarder)
+            .await;
         let netns = named.prove(End::Endpoint, url);
         let netns = netns.map_err(|doubt| match doubt {
             Doubt::Refused(refusal) => wrong(refusal.to_string()),
@@ -386,6 +399,19 @@ mod tests {
         let outside = with(process(1000, elsewhere, false), SOME, Ok(descriptor()));
         let text = refusal(pod(&outside, &url(SOME)));
         assert!(text.contains("CAP_SYS_ADMIN"), "{text}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn descriptors_that_do_not_come_are_waited_for_together() {
+        let mut named = NamedNetns::none_of(process(1000, SOME, false), false);
+        let urls = (1..=16).map(|inode| url(NamespaceId { inode, ..SOME }));
+        let urls = urls.collect();
+        let start = Instant::now();
+        named
+            .add_all(urls, Some(&Descriptors::default()), None)
+            .await;
+        assert_eq!(named.found.len(), 16);
+        assert!(start.elapsed() < 2 * PATIENCE, "{:?}", start.elapsed());
     }
 
     #[test]

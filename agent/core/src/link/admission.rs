@@ -36,6 +36,9 @@ pub const MAX_CONNECTION: usize = 16 << 10;
 /// Addresses of one end. A service has one of each family, or a few.
 pub const MAX_ADDRESSES: usize = 16;
 
+/// Mechanisms that one Request offers beside that of the connection. A client has one for each kind of interface.
+pub const MAX_PREFERENCES: usize = 16;
+
 /// Routes of one end. A service that has more networks has them in few prefixes.
 pub const MAX_ROUTES: usize = 64;
 
@@ -341,6 +344,14 @@ pub const fn check_size(bytes: usize) -> Result<(), Inadmissible> {
         return Err(Inadmissible::TooLarge { bytes });
     }
     Ok(())
+}
+
+/// Whether a Request may offer so many mechanisms.
+///
+/// # Errors
+/// It may not.
+pub fn check_preferences(count: usize) -> Result<(), Inadmissible> {
+    check_count("mechanism preferences", count, MAX_PREFERENCES)
 }
 
 fn check_count(what: &'static str, count: usize, limit: usize) -> Result<(), Inadmissible> {

@@ -10,8 +10,8 @@ use nsm_core::{
     link::{
         LinkAlias, RouteSpec,
         admission::{
-            Dns, HoldingKind, Inadmissible, Proposal, Side, Surroundings, check_size,
-            wants_default_route,
+            Dns, HoldingKind, Inadmissible, Proposal, Side, Surroundings, check_preferences,
+            check_size, wants_default_route,
         },
     },
     nsm::name::Domain,
@@ -39,6 +39,7 @@ pub(super) fn check_sizes(
     connection: &Connection,
     preferences: &[Mechanism],
 ) -> Result<usize, RequestError> {
+    check_preferences(preferences.len())?;
     let preferences: usize = preferences.iter().map(Mechanism::encoded_len).sum();
     let connection = connection.encoded_len();
     check_size(connection + preferences)?;

@@ -26,6 +26,15 @@ async fn mechanisms_and_contexts_of_a_client() {
                 &["offers no mechanism", "LOCAL/KERNEL"],
             ),
             (
+                "seventeen offered",
+                |it| {
+                    let first = it.mechanism_preferences[0].clone();
+                    it.mechanism_preferences = vec![first; 17];
+                },
+                Code::InvalidArgument,
+                &["17 mechanism preferences", "more than the 16"],
+            ),
+            (
                 "nothing in common",
                 |it| {
                     it.mechanism_preferences = vec![
