@@ -224,6 +224,64 @@ async fn a_default_route_is_given_to_the_client_that_asked() {
     client.close(&granted.connection).await.expect("closed");
 }
 
+/// Every pod of a cluster has a default route of its own: it stays, and that of the connection comes before it.
+#[tokio::test]
+async fn a_default_route_beside_the_pods_own() {
+    let world = World::two().await;
+    let [a, _] = world.agents();
+    let peer = world.foreign_domain("peer.example", "svc").await;
+    a.kernel().give(Holding {
+        prefix: "0.0.0.0/0".parse().expect("a prefix"),
+        kind: HoldingKind::Route,
+        link: "eth0".to_owned(),
+        is_connection: false,
+    });
+    peer.twist(|it| routed(it, &["0.0.0.0/0", "10.30.0.0/24"]));
+    let client = Client::on_node(a).await;
+    let mut request = client.request_for(SERVICE);
+    let labels = &mut request.connection.as_mut().expect("one").labels;
+    labels.insert("nsm-default-route".to_owned(), "true".to_owned());
+    let granted = client.send(request).await.expect("granted");
+    let refreshed = client.refresh(&granted).await.expect("refreshed");
+    for it in [&granted, &refreshed] {
+        let context = it.connection.context.clone().unwrap_or_default();
+        let routes = context.ip_context.unwrap_or_default().src_routes;
+        let routes: Vec<_> = routes.iter().map(|route| route.prefix.as_str()).collect();
+        let [.., first, second, other] = routes[..] else {
+            panic!("{routes:?}")
+        };
+        assert_eq!(
+            [first, second, other],
+            ["0.0.0.0/1", "128.0.0.0/1", "10.30.0.0/24"]
+        );
+        assert!(!routes.contains(&"0.0.0.0/0"), "{routes:?}");
+    }
+    client.close(&granted.connection).await.expect("closed");
+}
+
+/// What is excluded beside the client's own does not make a Request larger than one may be.
+#[tokio::test]
+async fn exclusions_find_room() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "icmp-responder").await;
+    for number in 0..250 {
+        a.kernel().give(Holding {
+            prefix: format!("10.99.{number}.17/32").parse().expect("a prefix"),
+            kind: HoldingKind::Address,
+            link: "eth0".to_owned(),
+            is_connection: false,
+        });
+    }
+    let client = Client::on_node(a).await;
+    let mut request = client.request_for("icmp-responder@cluster-2.example");
+    let labels = &mut request.connection.as_mut().expect("one").labels;
+    labels.insert("text".to_owned(), "x".repeat(12 << 10));
+    let granted = client.send(request).await.expect("granted");
+    let granted = client.refresh(&granted).await.expect("refreshed");
+    client.close(&granted.connection).await.expect("closed");
+}
+
 /// The pod's own prefixes go to the endpoint, and do not come back to the client as its own.
 #[tokio::test]
 async fn the_endpoint_is_given_what_it_must_leave_out() {

@@ -279,6 +279,17 @@ pub enum Inadmissible {
         /// What the pod has.
         held: Holding,
     },
+    /// A pod has one default route of a connection.
+    #[error(
+        "{part} is not admitted: the pod has {held} already, and one connection of a pod has its default route: close that one, or ask \
+         without `connect --default-route`"
+    )]
+    SecondDefault {
+        /// What was proposed.
+        part: Part,
+        /// What the pod has.
+        held: Holding,
+    },
     /// A neighbour that is not the other end.
     #[error(
         "{part} is not admitted: it is neither an address of the other end nor a next hop of the connection"
@@ -393,7 +404,7 @@ impl Rules {
         for route in proposal.routes {
             let part = Part::Route(route.prefix);
             if around.wants_default_route && is_default(route.prefix) {
-                check_same(part, around.pod)?;
+                check_second(part, around.pod)?;
             } else {
                 self.check(part, proposal.side, around)?;
             }
@@ -542,16 +553,35 @@ fn check_pod(part: Part, side: Side, pod: &[Holding]) -> Result<(), Inadmissible
     }
 }
 
-/// A default route that was asked for may not take the place of another one.
-fn check_same(part: Part, pod: &[Holding]) -> Result<(), Inadmissible> {
+/// A default route that was asked for takes the place of no other one of a connection, and removes none of the pod.
+fn check_second(part: Part, pod: &[Holding]) -> Result<(), Inadmissible> {
     let prefix = part.prefix();
-    match pod.iter().find(|held| held.prefix == prefix) {
-        Some(held) => Err(Inadmissible::Overlap {
+    let is_in_the_way = |held: &&Holding| {
+        let is_default = held.is_connection && is_default(held.prefix);
+        let is_of_family = held.prefix.addr().is_ipv4() == prefix.addr().is_ipv4();
+        held.kind == HoldingKind::Route && (held.prefix == prefix || (is_default && is_of_family))
+    };
+    match pod.iter().find(is_in_the_way) {
+        Some(held) => Err(Inadmissible::SecondDefault {
             part,
             held: held.clone(),
         }),
         None => Ok(()),
     }
+}
+
+/// The two routes that stand for a default route in a pod that has one of its own: being longer they come before it, and when they go
+/// it is still there. None where `route` can be made as it is.
+#[must_use]
+pub fn beside_own_default(route: IpNet, pod: &[Holding]) -> Option<[IpNet; 2]> {
+    let is_own = |held: &Holding| {
+        held.kind == HoldingKind::Route && !held.is_connection && held.prefix == route
+    };
+    if route.prefix_len() > 0 || !pod.iter().any(is_own) {
+        return None;
+    }
+    let mut halves = route.subnets(1).ok()?;
+    Some([halves.next()?, halves.next()?])
 }
 
 fn check_neighbours(proposal: &Proposal<'_>) -> Result<(), Inadmissible> {

@@ -10,7 +10,7 @@ use crate::{
         RouteSpec,
         admission::{
             Dns, Holding, HoldingKind, Inadmissible, MAX_CONNECTION, MAX_EXTRA, MAX_ROUTES,
-            Proposal, Rules, Side, Surroundings, check_size,
+            Proposal, Rules, Side, Surroundings, beside_own_default, check_size,
         },
     },
     net::special::{in_prefix, overlap},
@@ -214,13 +214,45 @@ fn a_default_route_is_admitted_where_the_client_asked_for_it() {
     assert_eq!(admitted, Ok(()));
     // The pod's own default route stays, and what lies between is no default route.
     let error = place.admit(&[], &["0.0.0.0/0"], &[], &[]).unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("the route 0.0.0.0/0 on its link `eth0`"),
-        "{error}"
-    );
+    let text = error.to_string();
+    for words in ["the route 0.0.0.0/0 on its link `eth0`", "--default-route"] {
+        assert!(text.contains(words), "{text}");
+    }
     assert!(place.admit(&[], &["8.0.0.0/5"], &[], &[]).is_err());
+}
+
+#[test]
+fn a_default_route_beside_the_pods_own_is_two_halves() {
+    let held = |prefix: &str, is_connection| Holding {
+        prefix: net(prefix),
+        kind: HoldingKind::Route,
+        link: "eth0".to_owned(),
+        is_connection,
+    };
+    let own = [held("0.0.0.0/0", false), held("::/0", false)];
+    let halves = beside_own_default(net("0.0.0.0/0"), &own);
+    assert_eq!(halves, Some([net("0.0.0.0/1"), net("128.0.0.0/1")]));
+    let halves = beside_own_default(net("::/0"), &own);
+    assert_eq!(halves, Some([net("::/1"), net("8000::/1")]));
+    assert_eq!(beside_own_default(net("0.0.0.0/1"), &own), None);
+    assert_eq!(beside_own_default(net("0.0.0.0/0"), &own[1..]), None);
+    let anothers = [held("0.0.0.0/0", true)];
+    assert_eq!(beside_own_default(net("0.0.0.0/0"), &anothers), None);
+    // One connection of a pod has its default route.
+    for (held, proposed) in [
+        (held("0.0.0.0/1", true), "0.0.0.0/0"),
+        (held("0.0.0.0/0", true), "128.0.0.0/1"),
+        (held("128.0.0.0/1", true), "0.0.0.0/1"),
+    ] {
+        let mut place = Place::new();
+        place.wants_default_route = true;
+        place.pod = vec![held];
+        let error = place.admit(&[], &[proposed], &[], &[]).unwrap_err();
+        assert!(
+            matches!(error, Inadmissible::SecondDefault { .. }),
+            "{error}"
+        );
+    }
 }
 
 #[test]

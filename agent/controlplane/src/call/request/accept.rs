@@ -10,7 +10,11 @@ use nsm_proto::{
     connectioncontext::ConnectionContext,
 };
 
-use super::{admit::restore_exclusions, ask::Attempt, reply::check};
+use super::{
+    admit::{restore_exclusions, split_default_routes},
+    ask::Attempt,
+    reply::check,
+};
 use crate::{
     call::{
         Calls,
@@ -107,6 +111,7 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let endpoint = self.endpoint_pod(attempt.route, granted).await?;
+        split_default_routes(attempt, context);
         self.admit_client(attempt, context, None)?;
         self.admit_endpoint(attempt, context, &endpoint, None)
             .await?;

@@ -10,8 +10,8 @@ use nsm_core::{
     link::{
         LinkAlias, RouteSpec,
         admission::{
-            Dns, HoldingKind, Inadmissible, Proposal, Side, Surroundings, check_preferences,
-            check_size, wants_default_route,
+            Dns, HoldingKind, Inadmissible, MAX_CONNECTION, Proposal, Side, Surroundings,
+            beside_own_default, check_preferences, check_size, wants_default_route,
         },
     },
     nsm::name::Domain,
@@ -34,6 +34,12 @@ use crate::{
 /// and what is not excluded is refused when it is answered.
 const MAX_EXCLUDED: usize = 256;
 
+/// What a connection of the largest size must have left for the hops behind us: their path segments, the mechanism, the answer.
+const ROOM: usize = 4 << 10;
+
+/// Bytes of an excluded prefix on the wire beside its text: a field number and a length.
+const PER_PREFIX: usize = 2;
+
 /// The size of a connection in a Request, where the Request is of a size that may be kept.
 pub(super) fn check_sizes(
     connection: &Connection,
@@ -44,6 +50,32 @@ pub(super) fn check_sizes(
     let connection = connection.encoded_len();
     check_size(connection + preferences)?;
     Ok(connection)
+}
+
+/// A default route for a pod that has one of its own, as every pod of a cluster has, is made of two halves that come before it.
+pub(super) fn split_default_routes(attempt: &Attempt<'_>, context: &mut ConnectionContext) {
+    let (Some(around), Some(ip)) = (&attempt.around_client, &mut context.ip_context) else {
+        return;
+    };
+    if !wants_default_route(&attempt.ask.connection.labels) {
+        return;
+    }
+    let routes = std::mem::take(&mut ip.src_routes).into_iter();
+    let split = routes.flat_map(|route| {
+        let prefix = route.prefix.parse();
+        let halves = prefix
+            .ok()
+            .and_then(|prefix| beside_own_default(prefix, &around.pod));
+        let Some(halves) = halves else {
+            return vec![route];
+        };
+        let half = |prefix: IpNet| Route {
+            prefix: prefix.to_string(),
+            next_hop: route.next_hop.clone(),
+        };
+        halves.map(half).into()
+    });
+    ip.src_routes = split.collect();
 }
 
 /// The prefixes that we excluded are ours: the client goes on with its own, so that it does not exclude for ever what its pod had once.
@@ -92,8 +124,11 @@ impl Calls {
         taken = IpNet::aggregate(&taken);
         taken.truncate(MAX_EXCLUDED);
         let ip = context.ip_context.get_or_insert_default();
+        let mut room = MAX_CONNECTION.saturating_sub(attempt.ask.connection.encoded_len() + ROOM);
         for prefix in taken.iter().map(IpNet::to_string) {
-            if !ip.excluded_prefixes.contains(&prefix) {
+            let bytes = prefix.len() + PER_PREFIX;
+            if bytes <= room && !ip.excluded_prefixes.contains(&prefix) {
+                room -= bytes;
                 ip.excluded_prefixes.push(prefix);
             }
         }

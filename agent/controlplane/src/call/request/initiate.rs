@@ -10,6 +10,7 @@ use nsm_proto::connectioncontext::ConnectionContext;
 
 use super::{
     accept::{Made, MadeTunnel},
+    admit::split_default_routes,
     ask::Attempt,
     offer::tunnel_mtu,
 };
@@ -35,6 +36,7 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let server = granted.server;
+        split_default_routes(attempt, context);
         self.admit_client(attempt, context, Some(server.address))?;
         let underlay = self.forwarder()?.underlay(Some(server.address)).await?;
         self.check_server(&server, underlay.port)
