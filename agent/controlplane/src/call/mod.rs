@@ -30,7 +30,10 @@ use crate::{
     identity::token::TokenSource,
     liveness::Liveness,
     ports::Forwarder,
-    route::router::{Arrival, Lookup, Resolution, Router},
+    route::{
+        lookup::Lookup,
+        router::{Arrival, Resolution, Router},
+    },
     transport::unix::Descriptors,
 };
 

@@ -38,7 +38,7 @@ use crate::{
         remote::Remote,
         wire::{Answers, Wire},
     },
-    route::router::Lookup,
+    route::lookup::Lookup,
 };
 
 /// Which registry a message belongs to, and how its names change on the way there.

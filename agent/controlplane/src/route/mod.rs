@@ -4,5 +4,6 @@ pub(crate) mod addresses;
 pub(crate) mod bypass;
 pub(crate) mod directory;
 pub(crate) mod local;
+pub(crate) mod lookup;
 pub mod router;
 pub mod upstream;

@@ -11,38 +11,33 @@
 use std::{
     net::IpAddr,
     sync::{
-        Arc, LazyLock,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use nsm_core::{
-    identity::{
-        relay::{NotServed, Relays, Source},
-        share::Holder,
-    },
+    identity::{relay::Source, share::Holder},
     net::{PeerUrl, PeerUrlError},
     nsm::{
         name::{Domain, InterdomainName},
         select::{Candidate, select},
     },
 };
-use nsm_discovery::dns::{Resolved, Resolver};
+use nsm_discovery::dns::Resolved;
 use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
 use tokio::time::Instant;
 
 use crate::{
     convert,
     error::RequestError,
-    occasional::Occasional,
-    peer::peers::{PassedSocket, Peer, Peers},
-    places::Places,
-    registry::{DomainRegistry, remote::Remote},
+    peer::peers::{PassedSocket, Peer},
+    registry::remote::Remote,
     route::{
-        addresses::{Addresses, Crossing},
-        bypass::{Bypass, Way},
+        addresses::Crossing,
+        bypass::Way,
         directory::{Found, Wanted},
-        local::LocalEndpoints,
+        lookup::Lookup,
     },
     transport::{
         dial::DialError,
@@ -125,54 +120,6 @@ pub(crate) struct Asked<'a> {
     pub(crate) source: Source,
     pub(crate) holder: Holder,
     pub(crate) connection: &'a Connection,
-}
-
-/// What names are looked up in: shared by the router and the registry services.
-pub(crate) struct Lookup {
-    /// The registry of our own domain.
-    pub(crate) registry: Arc<dyn DomainRegistry>,
-    pub(crate) resolver: Resolver,
-    /// Questions to DNS that callers wait for.
-    pub(crate) questions: Places,
-    pub(crate) peers: Arc<Peers>,
-    pub(crate) addresses: Addresses,
-    /// Which callers of the network may use us to reach others.
-    pub(crate) relays: Relays,
-    pub(crate) bypass: Bypass,
-    pub(crate) local_endpoints: LocalEndpoints,
-}
-
-impl Lookup {
-    /// Where another domain's services are. What the operator has configured of it may be dialled, wherever it leads.
-    pub(crate) async fn resolve(
-        &self,
-        domain: &Domain,
-        holder: Holder,
-    ) -> Result<Arc<Resolved>, RequestError> {
-        let place = self.questions.take(holder, 1)?;
-        let resolved = self.resolver.resolve_holding(domain, place).await?;
-        if self.resolver.is_configured(domain) {
-            let places = resolved.registry.iter().chain(&resolved.proxy);
-            self.peers.guard().permit(places.copied());
-        }
-        Ok(resolved)
-    }
-
-    /// Whether a caller may ask for names of other domains. Only the log has the reason.
-    pub(crate) fn check_relay(&self, source: Source) -> Result<(), RequestError> {
-        logged(source, self.relays.check_relay(source))
-    }
-
-    /// Whether a caller may register. Only the log has the reason.
-    pub(crate) fn check_registrant(&self, source: Source) -> Result<(), RequestError> {
-        logged(source, self.relays.check_registrant(source))
-    }
-
-    /// The registry of another domain.
-    pub(crate) fn registry_of(&self, resolved: &Resolved) -> Remote {
-        let urls = resolved.registry.iter().copied().map(PeerUrl::from);
-        Remote::at(&self.peers, urls)
-    }
 }
 
 /// Decides where Requests go.
@@ -514,17 +461,6 @@ impl Router {
         }
         Ok(chosen.into_iter().map(|at| &*found.endpoints[at]).collect())
     }
-}
-
-fn logged(source: Source, outcome: Result<(), NotServed>) -> Result<(), RequestError> {
-    // A flood of refused calls must not flood the log.
-    static REFUSALS: LazyLock<Occasional> = LazyLock::new(Occasional::default);
-    outcome.inspect_err(|reason| {
-        if REFUSALS.is_due() {
-            tracing::info!(%reason, ?source, "refused a caller of the network; others within a minute are not logged");
-        }
-    })?;
-    Ok(())
 }
 
 /// The first URL of a registry's answer that is none. The endpoint is left out; where none is left, it is the error.

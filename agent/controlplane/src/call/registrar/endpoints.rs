@@ -27,11 +27,7 @@ use crate::{
     peer::peers::{PassedSocket, Peer},
     places::{NoPlace, Place as Held},
     registry::{path_header::PathHeader, wire::Answers},
-    route::{
-        bypass::Way,
-        local::LocalEndpoint,
-        router::{Arrival, Lookup},
-    },
+    route::{bypass::Way, local::LocalEndpoint, lookup::Lookup, router::Arrival},
     transport::unix::{FileId, Kind, PATIENCE},
 };
 

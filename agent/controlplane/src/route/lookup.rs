@@ -1,0 +1,81 @@
+//! What names are looked up in: the registries, DNS, and what was learnt of both. Callers that may not use it find out here.
+
+use std::sync::{Arc, LazyLock};
+
+use nsm_core::{
+    identity::{
+        relay::{NotServed, Relays, Source},
+        share::Holder,
+    },
+    net::PeerUrl,
+    nsm::name::Domain,
+};
+use nsm_discovery::dns::{Resolved, Resolver};
+
+use crate::{
+    error::RequestError,
+    occasional::Occasional,
+    peer::peers::Peers,
+    places::Places,
+    registry::{DomainRegistry, remote::Remote},
+    route::{addresses::Addresses, bypass::Bypass, local::LocalEndpoints},
+};
+
+/// What names are looked up in: shared by the router and the registry services.
+pub(crate) struct Lookup {
+    /// The registry of our own domain.
+    pub(crate) registry: Arc<dyn DomainRegistry>,
+    pub(crate) resolver: Resolver,
+    /// Questions to DNS that callers wait for.
+    pub(crate) questions: Places,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) addresses: Addresses,
+    /// Which callers of the network may use us to reach others.
+    pub(crate) relays: Relays,
+    pub(crate) bypass: Bypass,
+    pub(crate) local_endpoints: LocalEndpoints,
+}
+
+impl Lookup {
+    /// Where another domain's services are. What the operator has configured of it may be dialled, wherever it leads.
+    pub(crate) async fn resolve(
+        &self,
+        domain: &Domain,
+        holder: Holder,
+    ) -> Result<Arc<Resolved>, RequestError> {
+        let place = self.questions.take(holder, 1)?;
+        let resolved = self.resolver.resolve_holding(domain, place).await?;
+        if self.resolver.is_configured(domain) {
+            let places = resolved.registry.iter().chain(&resolved.proxy);
+            self.peers.guard().permit(places.copied());
+        }
+        Ok(resolved)
+    }
+
+    /// Whether a caller may ask for names of other domains. Only the log has the reason.
+    pub(crate) fn check_relay(&self, source: Source) -> Result<(), RequestError> {
+        logged(source, self.relays.check_relay(source))
+    }
+
+    /// Whether a caller may register. Only the log has the reason.
+    pub(crate) fn check_registrant(&self, source: Source) -> Result<(), RequestError> {
+        logged(source, self.relays.check_registrant(source))
+    }
+
+    /// The registry of another domain.
+    pub(crate) fn registry_of(&self, resolved: &Resolved) -> Remote {
+        let urls = resolved.registry.iter().copied().map(PeerUrl::from);
+        Remote::at(&self.peers, urls)
+    }
+}
+
+fn logged(source: Source, outcome: Result<(), NotServed>) -> Result<(), RequestError> {
+    // A flood of refused calls must not flood the log.
+    static REFUSALS: LazyLock<Occasional> = LazyLock::new(Occasional::default);
+    outcome.inspect_err(|reason| {
+        if REFUSALS.is_due() {
+            tracing::info!(%reason, ?source, "refused a caller of the network; others within a minute are not logged");
+        }
+    })?;
+    Ok(())
+}
