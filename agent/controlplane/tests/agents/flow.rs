@@ -5,11 +5,9 @@ use nsm_core::{address::ipmap::IpMap, link::VxlanSpec};
 use nsm_proto::{connection::State, networkservice::NetworkServiceRequest};
 
 use crate::support::{
-    Client, Endpoint, PORT, Standing, World, client_side, endpoint_side, eventually, names,
-    parameter, peers,
+    Client, Connected, Endpoint, PORT, SERVICE, Standing, World, client_side, endpoint_side,
+    eventually, names, parameter, peers,
 };
-
-const SERVICE: &str = "icmp-responder@cluster-2.example";
 
 fn tunnel(standing: &Standing) -> &VxlanSpec {
     match &standing.plan {
@@ -26,13 +24,8 @@ fn only_request(endpoint: &Endpoint) -> NetworkServiceRequest {
 
 #[tokio::test]
 async fn a_client_consumes_a_service_of_another_domain() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
 
     let connection = &granted.connection;
     assert_eq!(
@@ -57,7 +50,7 @@ async fn a_client_consumes_a_service_of_another_domain() {
     assert_eq!(parameter(connection, "inodeURL"), client.netns());
 
     // The endpoint knows nothing of domains.
-    let asked = only_request(&endpoint).connection.expect("a connection");
+    let asked = only_request(&it.endpoint).connection.expect("a connection");
     assert_eq!(asked.network_service, "icmp-responder");
     assert_eq!(asked.network_service_endpoint_name, "nse-1");
     assert_eq!(names(&asked), [client.name(), "agent-1", "agent-2"]);
@@ -100,10 +93,10 @@ async fn a_client_consumes_a_service_of_another_domain() {
     assert_eq!(peers(a), [(b.url.clone(), 1)]);
 
     client.close(connection).await.expect("closed");
-    let closes = endpoint.closes();
+    let closes = it.endpoint.closes();
     assert_eq!(closes.len(), 1, "{closes:#?}");
     assert_eq!(closes[0].network_service, "icmp-responder");
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 #[tokio::test]

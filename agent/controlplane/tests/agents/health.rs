@@ -11,11 +11,10 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::{
-    Agent, Client, Granted, Path, Setup, Watch, World, assert_refusal, client_side, endpoint_side,
-    eventually, parameter,
+    Agent, Client, Connected, Path, SERVICE, Setup, Watch, World, assert_refusal, client_side,
+    endpoint_side, eventually, parameter,
 };
 
-const SERVICE: &str = "icmp-responder@cluster-2.example";
 const NEAR: &str = "192.0.2.1";
 const FAR: &str = "192.0.2.2";
 const THIRD: &str = "192.0.2.3";
@@ -56,26 +55,10 @@ async fn all_told(watch: &mut Watch, count: usize, state: State) -> Vec<Connecti
 }
 
 /// What a client asks for whose path is lost.
-fn reselect(client: &Client, granted: &Granted) -> NetworkServiceRequest {
-    let mut connection = granted.connection.clone();
-    connection.set_state(State::ReselectRequested);
-    connection.network_service_endpoint_name.clear();
-    connection.mechanism = None;
-    connection.context = None;
-    NetworkServiceRequest {
-        connection: Some(connection),
-        mechanism_preferences: vec![client.kernel("nsm-1")],
-    }
-}
-
 #[tokio::test]
 async fn both_ends_know_each_others_reflector_and_the_clients_proves_the_path() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
     let (near, far) = (a.kernel().paths(), b.kernel().paths());
     let known = near.peer(FAR).expect("watched");
     assert_eq!(
@@ -95,13 +78,13 @@ async fn both_ends_know_each_others_reflector_and_the_clients_proves_the_path() 
     }
     // One session for all connections, as long as there is one.
     let other = client.ask(SERVICE).await;
-    client.refresh(&granted).await.expect("refreshed");
+    client.refresh(granted).await.expect("refreshed");
     assert_eq!(near.proofs().len(), 2, "a refresh proves nothing again");
     assert_eq!(near.watched()[&known_address(FAR)].len(), 2);
     client.close(&granted.connection).await.expect("closed");
     assert_eq!(near.watched()[&known_address(FAR)].len(), 1);
     client.close(&other.connection).await.expect("closed");
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 fn known_address(text: &str) -> std::net::IpAddr {
@@ -301,13 +284,9 @@ async fn what_becomes_of_a_path_is_told_of_every_connection_on_it() {
 /// The far side's word and our own: a connection is UP when both say so.
 #[tokio::test]
 async fn the_far_side_tells_what_it_sees() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
+    let mut watch = client.watch().await;
     b.kernel().paths().set(NEAR, Path::Down);
     let down = watch.one(Update).await;
     assert_eq!(down.state(), State::Down);
@@ -389,8 +368,7 @@ async fn a_closed_tunnels_last_packets_are_not_told() {
     let vni: u32 = closed.fact("nsm-vni").parse().expect("a VNI");
     let granted = client.ask(SERVICE).await;
     client.close(&closed.connection).await.expect("closed");
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let mut watch = client.watch().await;
     // Events come in order: had the first been told, it would be heard of first.
     b.kernel().paths().see_foreign(NEAR, vni);
     let other = if vni == 8000 { 8002 } else { 8000 };
@@ -408,15 +386,10 @@ async fn a_closed_tunnels_last_packets_are_not_told() {
 
 #[tokio::test]
 async fn the_mtu_follows_the_path_at_both_ends() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
     assert_eq!((mtu(a), mtu(b)), (1450, 1450));
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let mut watch = client.watch().await;
     a.kernel().paths().set_mtu(FAR, 1230);
     // First that the path is narrow, then that the link is.
     let mut context = watch.one(Update).await.context.expect("a context");
@@ -427,7 +400,7 @@ async fn the_mtu_follows_the_path_at_both_ends() {
     b.kernel().paths().set_mtu(NEAR, 1230);
     eventually(1230, || mtu(b)).await;
     // A refresh keeps what the path carries; a new connection has it from the start.
-    let again = client.refresh(&granted).await.expect("refreshed");
+    let again = client.refresh(granted).await.expect("refreshed");
     assert_eq!(
         again.connection.context.as_ref().map(|it| it.mtu),
         Some(1230)
@@ -447,5 +420,5 @@ async fn the_mtu_follows_the_path_at_both_ends() {
     }
     client.close(&refreshed.connection).await.expect("closed");
     drop(watch);
-    world.settles(&before).await;
+    it.settles().await;
 }

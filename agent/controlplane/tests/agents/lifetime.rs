@@ -13,11 +13,9 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::{
-    Client, World, assert_refusal, client_side, endpoint_side, eventually, peers, stamp, taken,
-    within,
+    Client, Connected, SERVICE, World, assert_refusal, client_side, endpoint_side, eventually,
+    peers, stamp, taken, within,
 };
-
-const SERVICE: &str = "icmp-responder@cluster-2.example";
 
 #[tokio::test]
 async fn a_connection_ends_with_the_clients_token() {
@@ -28,8 +26,7 @@ async fn a_connection_ends_with_the_clients_token() {
     let mut client = Client::on_node(a).await;
     client.lifetime = Some(Duration::from_millis(300));
     let kept = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let mut watch = client.watch().await;
     let forgotten = client.ask(SERVICE).await;
     assert_eq!(watch.one(Update).await.id, forgotten.agent_id());
     // Refreshed with a longer token: the first deadline counts no more.
@@ -70,16 +67,12 @@ async fn the_endpoints_side_ends_by_itself_when_the_clients_agent_dies() {
 /// Links are deleted slowly: the next hop is told meanwhile, and the answer waits for both.
 #[tokio::test]
 async fn the_next_hop_hears_of_a_close_while_the_link_is_deleted() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
     let kept = a.kernel().keep_links().await;
     let closing = client.close(&granted.connection);
     let told = async {
-        eventually(1, || endpoint.closes().len()).await;
+        eventually(1, || it.endpoint.closes().len()).await;
         eventually(0, || b.kernel().links().len()).await;
         assert_eq!(a.kernel().links().len(), 1);
         drop(kept);
@@ -87,7 +80,7 @@ async fn the_next_hop_hears_of_a_close_while_the_link_is_deleted() {
     let (closed, ()) = within(futures_util::future::join(closing, told)).await;
     closed.expect("closed");
     assert!(a.kernel().links().is_empty());
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 /// The client's process died between Request and answer: what it asked for stands until its token

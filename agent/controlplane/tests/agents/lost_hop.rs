@@ -1,6 +1,6 @@
 //! Agents on the path that die: which state the others publish, what stays in place, and how the connection is repaired.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use nsm_core::liveness::{LostHop, Published};
 use nsm_proto::{
@@ -10,35 +10,11 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::{
-    Agent, Client, Endpoint, Granted, Setup, Watch, World, assert_refusal, client_side,
+    Agent, Client, Connected, SERVICE, Setup, Watch, World, assert_refusal, client_side,
     endpoint_side, eventually, registration,
 };
 
-const SERVICE: &str = "icmp-responder@cluster-2.example";
-
-/// A client's connection through two agents to an endpoint.
-struct Connected {
-    world: World,
-    endpoint: Arc<Endpoint>,
-    client: Client,
-    granted: Granted,
-}
-
 impl Connected {
-    async fn new() -> Self {
-        let world = World::two().await;
-        let [a, b] = world.agents();
-        let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-        let client = Client::on_node(a).await;
-        let granted = client.ask(SERVICE).await;
-        Self {
-            world,
-            endpoint,
-            client,
-            granted,
-        }
-    }
-
     /// The client's monitor stream after its first event, once agent 1 monitors agent 2; and that event.
     async fn watched(&self) -> (Watch, Connection) {
         let [_, b] = self.world.agents();
@@ -86,18 +62,6 @@ fn lost(connection: &Connection, hop: &str) -> Option<String> {
             .reason
             .to_string(),
     )
-}
-
-fn reselect(client: &Client, granted: &Granted) -> NetworkServiceRequest {
-    let mut connection = granted.connection.clone();
-    connection.set_state(State::ReselectRequested);
-    connection.network_service_endpoint_name.clear();
-    connection.mechanism = None;
-    connection.context = None;
-    NetworkServiceRequest {
-        connection: Some(connection),
-        mechanism_preferences: vec![client.kernel("nsm-1")],
-    }
 }
 
 fn with_name(mut request: NetworkServiceRequest, client: &Client) -> NetworkServiceRequest {
@@ -363,8 +327,7 @@ async fn a_lost_agent_is_left_for_another_endpoint() {
         .send(with_name(client.request_for(SERVICE), &client))
         .await
         .expect("granted");
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let mut watch = client.watch().await;
     eventually(1, || c.plane.holdings().monitors).await;
     c.kill();
     let down = watch.one(Update).await;
@@ -380,13 +343,13 @@ async fn a_lost_agent_is_left_for_another_endpoint() {
     // In vain as long as there is no other.
     let link = a.kernel().only();
     let changes = a.kernel().changes();
-    let refused = client.send(reselect(&client, &granted)).await;
+    let refused = client.send(client.reselect(&granted)).await;
     refused.expect_err("nobody else is there");
     assert_eq!((a.kernel().only(), a.kernel().changes()), (link, changes));
 
     let other = world.endpoint(d, "nse-4", "icmp-responder").await;
     let again = client
-        .send(reselect(&client, &granted))
+        .send(client.reselect(&granted))
         .await
         .expect("granted");
     assert_eq!(again.agent_id(), granted.agent_id());

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use nsm_proto::connection::{ConnectionEventType::*, State};
 
-use crate::support::{Client, Setup, Watch, Wire, World, client_side, endpoint_side, eventually};
-
-const SERVICE: &str = "icmp-responder@cluster-2.example";
+use crate::support::{
+    Client, SERVICE, Setup, Watch, Wire, World, client_side, endpoint_side, eventually,
+};
 
 /// What the peer says of all of them is much more than one message may be.
 #[tokio::test]

@@ -2,9 +2,8 @@
 
 use nsm_controlplane::ports::Plan;
 
-use crate::support::{Client, World, eventually};
+use crate::support::{Client, SERVICE, World, eventually};
 
-const SERVICE: &str = "icmp-responder@cluster-2.example";
 const FAR: &str = "192.0.2.2";
 
 /// The link is asked for with the MTU that was known then. What the search finds next is told to the connections there are, and this

@@ -4,9 +4,9 @@ use nsm_proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType::*, MonitorScopeSelector, State,
 };
 
-use crate::support::{Client, Endpoint, World, eventually, names, registration};
-
-const SERVICE: &str = "icmp-responder@cluster-2.example";
+use crate::support::{
+    Client, Connected, Endpoint, SERVICE, World, eventually, names, registration,
+};
 
 /// An event as the one who holds the connection at `index` of its path tells it.
 fn update(connection: &Connection, index: u32, state: State) -> ConnectionEvent {
@@ -117,17 +117,13 @@ async fn a_broken_stream_is_down_all_the_way_up_until_a_refresh() {
 
 #[tokio::test]
 async fn a_dead_agent_is_down_and_its_connections_close_without_it() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
+    let mut watch = client.watch().await;
     eventually(1, || b.plane.holdings().monitors).await;
     b.kill();
     assert_eq!(watch.one(Update).await.state(), State::Down);
-    let refused = client.refresh(&granted).await.expect_err("nobody is there");
+    let refused = client.refresh(granted).await.expect_err("nobody is there");
     assert!(refused.message().contains(&b.url), "{refused:?}");
     client.close(&granted.connection).await.expect("closed");
     watch.one(Delete).await;
@@ -138,7 +134,7 @@ async fn a_dead_agent_is_down_and_its_connections_close_without_it() {
     })
     .await;
     assert!(a.kernel().links().is_empty());
-    assert_eq!(endpoint.closes().len(), 0);
+    assert_eq!(it.endpoint.closes().len(), 0);
 }
 
 #[tokio::test]
@@ -167,30 +163,27 @@ async fn an_endpoint_without_monitors_is_served_all_the_same() {
 
 #[tokio::test]
 async fn what_an_endpoint_tells_reaches_the_client() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let it = Connected::new().await;
+    let ([_, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
+    let mut watch = client.watch().await;
     eventually((1, 1), || {
-        (endpoint.monitors(), b.plane.holdings().monitors)
+        (it.endpoint.monitors(), b.plane.holdings().monitors)
     })
     .await;
     for state in [State::Down, State::Up, State::RefreshRequested] {
-        endpoint.tell(update(&granted.connection, 3, state)).await;
+        it.endpoint
+            .tell(update(&granted.connection, 3, state))
+            .await;
         assert_eq!(watch.one(Update).await.state(), state);
     }
     let mut gone = update(&granted.connection, 3, State::Up);
     gone.set_type(Delete);
-    endpoint.tell(gone).await;
+    it.endpoint.tell(gone).await;
     assert_eq!(watch.one(Update).await.state(), State::Down);
     client.close(&granted.connection).await.expect("closed");
     watch.one(Delete).await;
     drop(watch);
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 /// A peer speaks for its own connections only.
@@ -234,8 +227,7 @@ async fn a_peer_cannot_rewrite_who_came_before() {
     let before = world.held();
     let client = Client::on_node(a).await;
     let granted = client.ask("svc@peer.example").await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let mut watch = client.watch().await;
     eventually(1, || peer.monitors()).await;
     let mut event = update(&granted.connection, 2, State::Up);
     for told in event.connections.values_mut() {
@@ -327,30 +319,26 @@ async fn a_monitor_that_does_not_read_is_told_what_is_new_when_it_does() {
 /// The loss of a peer that comes while a Request is at work is told when the Request fails.
 #[tokio::test]
 async fn a_loss_during_a_refresh_is_told() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let it = Connected::new().await;
+    let ([_, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
+    let mut watch = client.watch().await;
     eventually((1, 1), || {
-        (endpoint.monitors(), b.plane.holdings().monitors)
+        (it.endpoint.monitors(), b.plane.holdings().monitors)
     })
     .await;
-    endpoint.hold(true);
-    let asked = endpoint.requests().len();
-    let (refused, ()) = tokio::join!(client.refresh(&granted), async {
-        eventually(asked + 1, || endpoint.requests().len()).await;
-        endpoint.end_monitors();
-        eventually(0, || endpoint.monitors()).await;
-        endpoint.twist(|_| Err(tonic::Status::unavailable("going")));
-        endpoint.hold(false);
+    it.endpoint.hold(true);
+    let asked = it.endpoint.requests().len();
+    let (refused, ()) = tokio::join!(client.refresh(granted), async {
+        eventually(asked + 1, || it.endpoint.requests().len()).await;
+        it.endpoint.end_monitors();
+        eventually(0, || it.endpoint.monitors()).await;
+        it.endpoint
+            .twist(|_| Err(tonic::Status::unavailable("going")));
+        it.endpoint.hold(false);
     });
     refused.expect_err("the endpoint is going");
     assert_eq!(watch.one(Update).await.state(), State::Down);
-    endpoint.mend();
+    it.endpoint.mend();
     client.close(&granted.connection).await.expect("closed");
     // The refusal and the loss are two causes of one state.
     loop {
@@ -362,30 +350,26 @@ async fn a_loss_during_a_refresh_is_told() {
         }
     }
     drop(watch);
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 /// News of the path that come after it do not hide it.
 #[tokio::test]
 async fn a_loss_during_a_refresh_is_told_whatever_comes_of_the_path() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
     let spared = client.ask(SERVICE).await;
     let mut watch = client.monitor().await;
     watch.next().await;
     eventually((1, 1), || {
-        (endpoint.monitors(), b.plane.holdings().monitors)
+        (it.endpoint.monitors(), b.plane.holdings().monitors)
     })
     .await;
-    endpoint.hold(true);
-    let asked = endpoint.requests().len();
-    let (refused, ()) = tokio::join!(client.refresh(&granted), async {
-        eventually(asked + 1, || endpoint.requests().len()).await;
-        endpoint.end_monitors();
+    it.endpoint.hold(true);
+    let asked = it.endpoint.requests().len();
+    let (refused, ()) = tokio::join!(client.refresh(granted), async {
+        eventually(asked + 1, || it.endpoint.requests().len()).await;
+        it.endpoint.end_monitors();
         // Both sides know of the loss: the connection that is not at work has told it.
         assert_eq!(watch.one(Update).await.state(), State::Down);
         for (agent, peer) in [(b, "192.0.2.1"), (a, "192.0.2.2")] {
@@ -397,8 +381,9 @@ async fn a_loss_during_a_refresh_is_told_whatever_comes_of_the_path() {
             })
             .await;
         }
-        endpoint.twist(|_| Err(tonic::Status::unavailable("going")));
-        endpoint.hold(false);
+        it.endpoint
+            .twist(|_| Err(tonic::Status::unavailable("going")));
+        it.endpoint.hold(false);
     });
     refused.expect_err("the endpoint is going");
     let id = granted.agent_id();
@@ -408,10 +393,10 @@ async fn a_loss_during_a_refresh_is_told_whatever_comes_of_the_path() {
         one.expect("it stands").connection().state()
     })
     .await;
-    endpoint.mend();
-    for one in [&granted, &spared] {
+    it.endpoint.mend();
+    for one in [granted, &spared] {
         client.close(&one.connection).await.expect("closed");
     }
     drop(watch);
-    world.settles(&before).await;
+    it.settles().await;
 }

@@ -7,9 +7,7 @@ use nsm_proto::{
 };
 use tonic::{Code, Status};
 
-use crate::support::{Client, World, apart, assert_refusal, eventually, registration};
-
-const SERVICE: &str = "icmp-responder@cluster-2.example";
+use crate::support::{Client, Connected, World, apart, assert_refusal, eventually, registration};
 
 fn again(connection: &Connection) -> NetworkServiceRequest {
     NetworkServiceRequest {
@@ -44,11 +42,8 @@ async fn reaches_nothing(thief: &Client, connection: &Connection) {
 
 #[tokio::test]
 async fn the_network_reaches_nothing_that_a_process_of_the_node_made() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
     let stranger = Client::over_network(a).await;
     let mut events = stranger
         .monitor_selected(MonitorScopeSelector::default())
@@ -57,11 +52,11 @@ async fn the_network_reaches_nothing_that_a_process_of_the_node_made() {
     reaches_nothing(&stranger, &granted.connection).await;
 
     // It stands, and whoever made it goes on.
-    assert_eq!(seen_by(&client).await, [granted.agent_id()]);
-    let granted = client.refresh(&granted).await.expect("refreshed");
+    assert_eq!(seen_by(client).await, [granted.agent_id()]);
+    let granted = client.refresh(granted).await.expect("refreshed");
     client.close(&granted.connection).await.expect("closed");
     // Neither the refresh nor the end was an event for the stranger: what comes next is of another connection, over the network.
-    world.endpoint(a, "nse-2", "other").await;
+    it.world.endpoint(a, "nse-2", "other").await;
     let far = Client::on_node(b).await;
     let last = far.ask("other@cluster-1.example").await;
     let path = last.connection.path.as_ref().expect("a path");
@@ -77,12 +72,8 @@ async fn the_network_reaches_nothing_that_a_process_of_the_node_made() {
 
 #[tokio::test]
 async fn a_process_of_the_node_reaches_nothing_that_came_over_the_network() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([_, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
     // At the second agent the same connection came from the first.
     let local = Client::on_node(b).await;
     let mut view = granted.connection.clone();
@@ -99,18 +90,14 @@ async fn a_process_of_the_node_reaches_nothing_that_came_over_the_network() {
     assert_anothers(&stranger.close(&forged).await.expect_err("another's"));
 
     client.close(&granted.connection).await.expect("closed");
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 #[tokio::test]
 #[ignore = "needs root: makes a network namespace"]
 async fn another_pod_reaches_nothing_of_the_same_user() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, _], granted) = (it.world.agents(), &it.granted);
     let (url, connection) = (a.node_url.clone(), granted.connection.clone());
     apart(async move {
         let neighbour = Client::at(&url).await;
@@ -119,9 +106,9 @@ async fn another_pod_reaches_nothing_of_the_same_user() {
     .await;
     // Another process of the same pod is the same owner.
     let later = Client::on_node(a).await;
-    let refreshed = later.refresh(&granted).await.expect("refreshed");
+    let refreshed = later.refresh(granted).await.expect("refreshed");
     later.close(&refreshed.connection).await.expect("closed");
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 #[tokio::test]

@@ -5,9 +5,8 @@ use std::time::Duration;
 use nsm_core::liveness::{Direction, Published};
 use nsm_proto::connection::{Connection, ConnectionEventType::*, State};
 
-use crate::support::{Client, Path, World, eventually};
+use crate::support::{Connected, Path, eventually};
 
-const SERVICE: &str = "icmp-responder@cluster-2.example";
 const NEAR: &str = "192.0.2.1";
 const FAR: &str = "192.0.2.2";
 
@@ -21,14 +20,9 @@ fn reason(connection: &Connection, hop: &str) -> String {
 /// What is learnt after the verdict names who is to blame: it is news here, and on the other side.
 #[tokio::test]
 async fn another_kind_of_reason_is_told() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
+    let mut watch = client.watch().await;
     for (agent, peer) in [(a, FAR), (b, NEAR)] {
         let name = if peer == FAR { "agent-1" } else { "agent-2" };
         for (path, words) in [
@@ -48,17 +42,14 @@ async fn another_kind_of_reason_is_told() {
     }
     client.close(&granted.connection).await.expect("closed");
     drop(watch);
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 /// An hour of silence is no event, and no answer to who asks may be an hour old.
 #[tokio::test]
 async fn how_long_a_silence_lasts_is_told_to_who_asks() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, _], client, granted) = (it.world.agents(), &it.client, &it.granted);
     let sentence = || {
         let connections = a.plane.connections();
         let health = a.plane.health_now(&connections[0]).expect("it is probed");

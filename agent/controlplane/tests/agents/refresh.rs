@@ -7,9 +7,7 @@ use nsm_proto::{
 };
 use tonic::Status;
 
-use crate::support::{Client, Granted, Twist, World, eventually};
-
-const SERVICE: &str = "icmp-responder@cluster-2.example";
+use crate::support::{Client, Connected, Granted, SERVICE, Twist, World, eventually};
 
 /// What NSM's heal sends: endpoint and mechanism cleared.
 fn reselect(client: &Client, granted: &Granted) -> NetworkServiceRequest {
@@ -32,23 +30,18 @@ fn reason(connection: &Connection, hop: &str) -> Option<String> {
 
 #[tokio::test]
 async fn a_refused_refresh_is_down_for_the_monitors_until_one_succeeds() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
-    let before = world.held();
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
-    let mut watch = client.monitor().await;
-    watch.one(InitialStateTransfer).await;
-    eventually(1, || endpoint.monitors()).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
+    let mut watch = client.watch().await;
+    eventually(1, || it.endpoint.monitors()).await;
     let links = (a.kernel().links(), b.kernel().links());
     let refusals: [Twist; 2] = [
         |_| Err(Status::permission_denied("not you")),
         |_| Err(Status::unavailable("not now")),
     ];
     for refusal in refusals {
-        endpoint.twist(refusal);
-        client.refresh(&granted).await.expect_err("refused");
+        it.endpoint.twist(refusal);
+        client.refresh(granted).await.expect_err("refused");
         let down = watch.one(Update).await;
         assert_eq!(
             (down.state(), down.id.clone()),
@@ -63,28 +56,25 @@ async fn a_refused_refresh_is_down_for_the_monitors_until_one_succeeds() {
             "{shown}"
         );
         // A second refusal is no news.
-        client.refresh(&granted).await.expect_err("refused");
+        client.refresh(granted).await.expect_err("refused");
         assert_eq!((a.kernel().links(), b.kernel().links()), links);
-        endpoint.mend();
-        client.refresh(&granted).await.expect("refreshed");
+        it.endpoint.mend();
+        client.refresh(granted).await.expect("refreshed");
         let up = watch.one(Update).await;
         assert_eq!((up.state(), reason(&up, "agent-1")), (State::Up, None));
     }
     client.close(&granted.connection).await.expect("closed");
     drop(watch);
-    world.settles(&before).await;
+    it.settles().await;
 }
 
 /// What the caller may not do is no fact about the connection.
 #[tokio::test]
 async fn a_strangers_request_is_no_refused_refresh() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, _], client, granted) = (it.world.agents(), &it.client, &it.granted);
     let stranger = Client::over_network(a).await;
-    stranger.refresh(&granted).await.expect_err("not its own");
+    stranger.refresh(granted).await.expect_err("not its own");
     assert_eq!(a.plane.connections()[0].connection().state(), State::Up);
     client.close(&granted.connection).await.expect("closed");
 }

@@ -12,8 +12,7 @@ use nsm_proto::{
 use tonic::Code;
 
 use crate::support::Client;
-
-const SERVICE: &str = "icmp-responder@cluster-2.example";
+use crate::support::SERVICE;
 
 /// What is wrong, the wrong Request, and the code and words of its refusal.
 type Case = (

@@ -8,9 +8,10 @@ use nsm_proto::connection::{
     ConnectionEventType::{self, Delete, Update},
 };
 
-use crate::support::{Client, Path, Setup, World, client_side, endpoint_side, eventually};
+use crate::support::{
+    Client, Connected, Path, SERVICE, Setup, World, client_side, endpoint_side, eventually,
+};
 
-const SERVICE: &str = "icmp-responder@cluster-2.example";
 const NEAR: &str = "192.0.2.1";
 const FAR: &str = "192.0.2.2";
 const NONE: [(Verdict, Verdict); 0] = [];
@@ -50,11 +51,8 @@ async fn each_connection_brings_the_far_sides_word() {
 
 #[tokio::test]
 async fn a_word_ends_with_the_stream_that_brought_it() {
-    let world = World::two().await;
-    let [a, b] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    let client = Client::on_node(a).await;
-    let granted = client.ask(SERVICE).await;
+    let it = Connected::new().await;
+    let ([a, b], client, granted) = (it.world.agents(), &it.client, &it.granted);
     let words = || a.kernel().paths().words(FAR);
     assert_eq!(words(), [(Up, Up)]);
     eventually(1, || b.plane.holdings().monitors).await;

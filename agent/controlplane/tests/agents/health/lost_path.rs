@@ -1,18 +1,30 @@
 //! A path that is lost: another endpoint is taken, or the tunnel stays.
 
-use super::*;
+use std::sync::Arc;
 
-#[tokio::test]
-async fn an_endpoint_whose_path_is_proved_comes_first() {
+use super::*;
+use crate::support::Endpoint;
+
+/// A domain of two agents with an endpoint each, and the client's; the endpoints with the addresses of their tunnels.
+async fn with_two_endpoints() -> (World, [(Arc<Endpoint>, &'static str); 2]) {
     let world = World::of([
         endpoint_side(),
         third().sharing_the_registry(),
         client_side(),
     ])
     .await;
-    let [b, c, a] = world.agents();
-    world.endpoint(b, "nse-1", "icmp-responder").await;
-    world.endpoint(c, "nse-2", "icmp-responder").await;
+    let [b, c, _] = world.agents();
+    let endpoints = [
+        (world.endpoint(b, "nse-1", "icmp-responder").await, FAR),
+        (world.endpoint(c, "nse-2", "icmp-responder").await, THIRD),
+    ];
+    (world, endpoints)
+}
+
+#[tokio::test]
+async fn an_endpoint_whose_path_is_proved_comes_first() {
+    let (world, _) = with_two_endpoints().await;
+    let [_, _, a] = world.agents();
     let before = world.held();
     a.kernel().paths().set(FAR, Path::Down);
     let client = Client::on_node(a).await;
@@ -33,29 +45,19 @@ async fn an_endpoint_whose_path_is_proved_comes_first() {
 /// The old tunnel stands until the new one does, and nobody waits for the old one's Close.
 #[tokio::test]
 async fn a_lost_path_is_left_for_another_endpoint() {
-    let world = World::of([
-        endpoint_side(),
-        third().sharing_the_registry(),
-        client_side(),
-    ])
-    .await;
-    let [b, c, a] = world.agents();
-    let endpoints = [
-        (world.endpoint(b, "nse-1", "icmp-responder").await, FAR),
-        (world.endpoint(c, "nse-2", "icmp-responder").await, THIRD),
-    ];
+    let (world, endpoints) = with_two_endpoints().await;
+    let [_, _, a] = world.agents();
     let before = world.held();
     let client = Client::on_node(a).await;
     let mut granted = client.ask(SERVICE).await;
     for _ in 0..4 {
         let old = remote(a);
-        let mut watch = client.monitor().await;
-        watch.one(InitialStateTransfer).await;
+        let mut watch = client.watch().await;
         a.kernel().paths().set(&old, Path::Down);
         assert_eq!(watch.one(Update).await.state(), State::Down);
         let (ups, downs) = a.kernel().changes();
         let again = client
-            .send(reselect(&client, &granted))
+            .send(client.reselect(&granted))
             .await
             .expect("granted");
         assert_eq!(again.agent_id(), granted.agent_id());
@@ -95,7 +97,7 @@ async fn a_loss_that_the_far_side_told_keeps_its_tunnel_until_another_stands() {
     })
     .await;
     let again = client
-        .send(reselect(&client, &granted))
+        .send(client.reselect(&granted))
         .await
         .expect("granted");
     assert_eq!(a.kernel().changes().1, downs, "the tunnel was taken down");
@@ -123,7 +125,7 @@ async fn a_lost_path_without_alternative_keeps_its_tunnel() {
     })
     .await;
     let again = client
-        .send(reselect(&client, &granted))
+        .send(client.reselect(&granted))
         .await
         .expect("granted");
     assert!(told(&again.connection, "agent-1").is_down());
@@ -150,7 +152,7 @@ async fn a_reselect_in_vain_at_the_same_proxy_is_taken_back() {
     let state = || a.plane.connections()[0].connection().state();
     a.kernel().paths().set(FAR, Path::Down);
     eventually(State::Down, state).await;
-    let refused = client.send(reselect(&client, &granted)).await;
+    let refused = client.send(client.reselect(&granted)).await;
     refused.expect_err("no path is proved");
     for endpoint in &endpoints {
         eventually(0, || endpoint.standing().len()).await;

@@ -6,7 +6,7 @@ use nsm_controlplane::{identity::token::TokenSource, transport::dial::dial};
 use nsm_proto::{
     connection::{
         Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, Path,
-        PathSegment, monitor_connection_client::MonitorConnectionClient,
+        PathSegment, State, monitor_connection_client::MonitorConnectionClient,
     },
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     registry::{
@@ -183,6 +183,26 @@ impl Client {
         call.metadata_mut().insert("grpc-timeout", timeout);
         within(client.close(call)).await?;
         Ok(())
+    }
+
+    /// What asks for another endpoint in place of the granted one, as NSM's healing does.
+    pub(crate) fn reselect(&self, granted: &Granted) -> NetworkServiceRequest {
+        let mut connection = granted.connection.clone();
+        connection.set_state(State::ReselectRequested);
+        connection.network_service_endpoint_name.clear();
+        connection.mechanism = None;
+        connection.context = None;
+        NetworkServiceRequest {
+            connection: Some(connection),
+            mechanism_preferences: vec![self.kernel("nsm-1")],
+        }
+    }
+
+    /// The events of the client's connections from now on: what stands has come already.
+    pub(crate) async fn watch(&self) -> Watch {
+        let mut watch = self.monitor().await;
+        watch.one(ConnectionEventType::InitialStateTransfer).await;
+        watch
     }
 
     /// Follows the connections that pass this client, under whatever id.

@@ -3,6 +3,7 @@
 
 mod agent;
 mod client;
+mod connected;
 mod dns;
 mod endpoint;
 mod kernel;
@@ -32,6 +33,7 @@ use tonic::{Code, Status};
 pub(crate) use self::{
     agent::{Agent, MAX_MESSAGE, Setup},
     client::{Client, Granted, Watch, mechanism, names, parameter, stamp},
+    connected::{Connected, SERVICE},
     dns::Zone,
     endpoint::{Endpoint, Twist},
     kernel::{PORT, Standing, taken},
