@@ -124,6 +124,19 @@ impl Registrar {
         })
     }
 
+    /// What each registration and its end begin with: the registry that has the entry, the entry as it is named there, and the terms.
+    async fn enter<E: Named>(
+        &self,
+        call: &Call<E>,
+        path: Option<PathHeader>,
+    ) -> Result<(Place, E, Terms), RequestError> {
+        let mut entry = call.message.clone();
+        let place = self.place(&entry, call.source, call.holder).await?;
+        self.lookup.check_registrant(call.source)?;
+        place.strip(&mut entry)?;
+        Ok((place, entry, terms(call, path)))
+    }
+
     /// Registers a network service.
     pub(crate) async fn register_service(
         &self,
@@ -131,12 +144,7 @@ impl Registrar {
         path: Option<PathHeader>,
     ) -> Result<NetworkService, RequestError> {
         decide(&call.caller, Action::Register(name_of(&call.message)))?;
-        let terms = terms(&call, path);
-        let (source, holder) = (call.source, call.holder);
-        let mut service = call.message;
-        let place = self.place(&service, source, holder).await?;
-        self.lookup.check_registrant(source)?;
-        place.strip(&mut service)?;
+        let (place, service, terms) = self.enter(&call, path).await?;
         let mut registered = place.registry.services().register(service, terms).await?;
         registered.join(place.domain.as_ref())?;
         Ok(registered)
@@ -149,12 +157,7 @@ impl Registrar {
         path: Option<PathHeader>,
     ) -> Result<(), RequestError> {
         decide(&call.caller, Action::Unregister(name_of(&call.message)))?;
-        let terms = terms(&call, path);
-        let (source, holder) = (call.source, call.holder);
-        let mut service = call.message;
-        let place = self.place(&service, source, holder).await?;
-        self.lookup.check_registrant(source)?;
-        place.strip(&mut service)?;
+        let (place, service, terms) = self.enter(&call, path).await?;
         place.registry.services().unregister(service, terms).await
     }
 

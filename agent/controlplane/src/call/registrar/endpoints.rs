@@ -18,7 +18,6 @@ use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceEndpointQuery};
 use super::{
     Place, Registrar, answers,
     names::{Named as _, joined},
-    terms,
 };
 use crate::{
     call::Call,
@@ -51,11 +50,7 @@ impl Registrar {
         call: Call<NetworkServiceEndpoint>,
         path: Option<PathHeader>,
     ) -> Result<NetworkServiceEndpoint, RequestError> {
-        let terms = terms(&call, path);
-        let mut endpoint = call.message.clone();
-        let place = self.place(&endpoint, call.source, call.holder).await?;
-        self.lookup.check_registrant(call.source)?;
-        place.strip(&mut endpoint)?;
+        let (place, mut endpoint, terms) = self.enter(&call, path).await?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Register)?;
         let through_us = call.arrival == Arrival::Local || !place.is_ours;
@@ -240,11 +235,7 @@ impl Registrar {
         call: Call<NetworkServiceEndpoint>,
         path: Option<PathHeader>,
     ) -> Result<(), RequestError> {
-        let terms = terms(&call, path);
-        let mut endpoint = call.message.clone();
-        let place = self.place(&endpoint, call.source, call.holder).await?;
-        self.lookup.check_registrant(call.source)?;
-        place.strip(&mut endpoint)?;
+        let (place, mut endpoint, terms) = self.enter(&call, path).await?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Unregister)?;
         let name = endpoint.name.clone();
