@@ -67,6 +67,13 @@ pub(crate) fn decimal(text: &str) -> Option<u64> {
     }
 }
 
+/// A TCP or UDP port in decimal, without sign and never 0.
+#[must_use]
+pub fn port_number(text: &str) -> Option<u16> {
+    let port = u16::try_from(decimal(text)?).ok()?;
+    (port != 0).then_some(port)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -6,7 +6,7 @@ use super::MechanismError;
 use crate::{
     liveness::sbfd::Discriminator,
     net::{Vni, special::of_address},
-    text::decimal,
+    text::{decimal, port_number},
 };
 
 /// A mechanism's parameters as on the wire.
@@ -130,13 +130,10 @@ pub(super) fn parse_port(
     let Some(text) = value(params, key) else {
         return Ok(default);
     };
-    match decimal(text).map(u16::try_from) {
-        Some(Ok(port)) if port != 0 => Ok(port),
-        _ => Err(MechanismError::Port {
-            key,
-            value: text.to_owned(),
-        }),
-    }
+    port_number(text).ok_or_else(|| MechanismError::Port {
+        key,
+        value: text.to_owned(),
+    })
 }
 
 /// The largest packet inside. NSM writes an MTU of 0 for one that is not known.

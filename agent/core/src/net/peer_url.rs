@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::NetnsUrl;
+use crate::text::port_number;
 
 /// Why a text is no URL of a peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -172,11 +173,7 @@ fn parse(text: &str) -> Result<PeerPlace, PeerUrlError> {
     let Some((host, port)) = authority.rsplit_once(':') else {
         return Err(PeerUrlError::Port(text.to_owned()));
     };
-    let port = port
-        .parse::<u16>()
-        .ok()
-        .filter(|&port| port != 0)
-        .ok_or_else(|| PeerUrlError::Port(text.to_owned()))?;
+    let port = port_number(port).ok_or_else(|| PeerUrlError::Port(text.to_owned()))?;
     let host = host_name(host).ok_or_else(|| PeerUrlError::Host(text.to_owned()))?;
     Ok(PeerPlace::Tcp {
         host: host.to_owned(),

@@ -117,6 +117,7 @@ fn what_is_no_url_is_an_error_with_its_cause() {
         "tcp://host:",
         "tcp://host:0",
         "tcp://host:65536",
+        "tcp://host:+5006",
     ] {
         assert_eq!(error(text), PeerUrlError::Port(own(text)));
     }

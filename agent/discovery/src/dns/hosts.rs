@@ -6,7 +6,10 @@ use std::{
     str::FromStr,
 };
 
-use nsm_core::nsm::name::{Domain, DomainTarget, NameError};
+use nsm_core::{
+    nsm::name::{Domain, DomainTarget, NameError},
+    text::port_number,
+};
 use thiserror::Error;
 
 /// Where a domain is; DNS is not asked.
@@ -103,14 +106,13 @@ impl FromStr for HostTarget {
             Err(NameError::PortOfName(_)) if !text.contains("://") => {
                 let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
                 let domain: Domain = host.parse()?;
-                let number = port.parse().ok().filter(|port| *port != 0);
-                let Some(number) = number else {
-                    return Err(HostError::Port {
+                match (domain.target(), port_number(port)) {
+                    (DomainTarget::Name(_), Some(port)) => Ok(named(&domain, Some(port))),
+                    _ => Err(HostError::Port {
                         text: text.to_owned(),
                         port: port.to_owned(),
-                    });
-                };
-                Ok(named(&domain, Some(number)))
+                    }),
+                }
             }
             Err(error) => Err(error.into()),
         }

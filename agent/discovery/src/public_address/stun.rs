@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use nsm_core::address::public::stun::{self, StunError};
+use nsm_core::{
+    address::public::stun::{self, StunError},
+    text::port_number,
+};
 use tokio::{
     net::{UdpSocket, lookup_host},
     time::{Instant, timeout_at},
@@ -118,14 +121,14 @@ impl FromStr for StunServer {
             });
         }
         let (host, port) = match text.rsplit_once(':') {
-            Some((host, port)) => (host, port.parse().map_err(|_| ALLOWED)?),
+            Some((host, port)) => (host, port_number(port).ok_or(ALLOWED)?),
             None => (text, stun::PORT),
         };
         let is_name = !host.is_empty()
             && host
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'));
-        if is_name && port != 0 {
+        if is_name {
             Ok(Self {
                 host: host.to_owned(),
                 port,

@@ -68,10 +68,17 @@ fn hosts_are_read_from_text() {
     for text in ["gw.example", "gw.example:7001", "192.0.2.1:7001"] {
         assert_eq!(text.parse::<HostTarget>().unwrap().to_string(), text);
     }
-    for text in ["gw.example:0", "gw.example:70000", "gw.example:x"] {
+    for text in [
+        "gw.example:0",
+        "gw.example:70000",
+        "gw.example:x",
+        "gw.example:+7",
+    ] {
         let error = text.parse::<HostTarget>().unwrap_err();
         assert!(matches!(error, HostError::Port { .. }), "{text}: {error}");
     }
     assert!("gw..example".parse::<HostTarget>().is_err());
+    // Where an IPv6 address ends and a port begins, brackets say.
+    assert!("2001:db8::1:+7".parse::<HostTarget>().is_err());
     assert!("".parse::<HostTarget>().is_err());
 }

@@ -159,6 +159,7 @@ fn servers_are_named_with_or_without_a_port() {
         "x:0",
         "x:y",
         "x:70000",
+        "x:+1",
         "a b",
         "http://x",
         "192.0.2.1:0",
