@@ -6,6 +6,7 @@
 mod admission;
 mod bounds;
 mod claims;
+mod deputy;
 mod finding;
 mod flow;
 mod health;
