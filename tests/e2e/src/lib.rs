@@ -417,7 +417,10 @@ pub fn ping(pod: &Pod, address: &str, count: u32, arguments: &[&str]) -> Result<
 }
 
 /// The entries of a pinned map, as bpftool shows them.
-fn map_entries(pin: &Path) -> Result<Vec<Value>> {
+///
+/// # Errors
+/// When bpftool cannot be run, or there is no such map.
+pub fn map_entries(pin: &Path) -> Result<Vec<Value>> {
     let mut command = Command::new("bpftool");
     let output = command
         .args(["--json", "map", "dump", "pinned"])

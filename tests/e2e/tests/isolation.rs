@@ -154,8 +154,10 @@ fn the_nodes_namespace_is_root_of_the_nodes_where_the_configuration_allows_it() 
     for wrapper in [NOBODY, CONTAINER_ROOT] {
         node.refuses(wrapper, &netns)?;
     }
-    let client = node.asks(&["env"], &netns)?;
+    let client = node.asks(&["env", "NSM_MAX_TOKEN_LIFETIME=3s"], &netns)?;
     client.wait_for_event("connected", PATIENCE)?;
+    // Its own link is one of the node's now, and is not in the way of a refresh.
+    client.wait_for_event("refreshed", PATIENCE)?;
     close(&client)
 }
 
