@@ -26,6 +26,7 @@ use tonic::{Code, Request, Response, Status, transport::Channel};
 use crate::{
     error::RequestError,
     identity::token::TokenSource,
+    places::Place,
     sync::lock,
     transport::{
         dial::{self, DialError},
@@ -213,6 +214,8 @@ pub(crate) struct PassedSocket {
     pub(crate) socket: Passed,
     /// Who passed it, and alone may listen there; none where that is who may connect anywhere.
     pub(crate) registrant: Option<Process>,
+    /// The open files that it costs, of those of who passed it; none of our own NSMgr's.
+    pub(crate) _place: Option<Place>,
 }
 
 impl PassedSocket {

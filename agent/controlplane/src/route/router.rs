@@ -395,6 +395,7 @@ impl Router {
         let socket = PassedSocket {
             socket,
             registrant: None,
+            _place: None,
         };
         Ok(Some(peers.get_passed(url, socket)))
     }

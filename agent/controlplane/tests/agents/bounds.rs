@@ -1,7 +1,25 @@
 //! What one source may hold of an agent, and that others still find room.
 
+use std::{
+    fs::File,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    sync::Arc,
+    time::Duration,
+};
+
+use nsm_controlplane::transport::{
+    dial::dial_with,
+    unix::{Descriptors, Passed},
+};
 use nsm_core::identity::share::Limit;
-use nsm_proto::{connection::MonitorScopeSelector, registry::NetworkServiceEndpoint};
+use nsm_proto::{
+    connection::MonitorScopeSelector,
+    registry::{
+        NetworkServiceEndpoint,
+        network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+    },
+};
+use tokio::net::UnixListener;
 use tonic::{Code, Status};
 
 use crate::support::{Client, Setup, World, assert_refusal, endpoint_side, eventually};
@@ -145,4 +163,42 @@ async fn a_stranger_has_a_part_of_the_registry() {
         .register(entry(4))
         .await
         .expect("there is room again");
+}
+
+/// A socket that is passed stays open as long as its endpoint is registered.
+#[tokio::test]
+async fn sockets_that_are_passed_count_as_open_files() {
+    let mut setup = endpoint_side();
+    setup.limits.clients = limit(12, 12);
+    let world = World::of([setup]).await;
+    let [agent] = world.agents();
+    let descriptors = Arc::<Descriptors>::default();
+    let url = agent.node_url.parse().expect("a URL");
+    let dialled = dial_with(&url, &descriptors, Duration::from_secs(5)).await;
+    let mut endpoints = NetworkServiceEndpointRegistryClient::new(dialled.expect("the agent"));
+    let mut sockets = Vec::new();
+    let status: Status = loop {
+        assert!(sockets.len() < 50, "no limit");
+        let path = agent.folder.path().join(format!("{}.sock", sockets.len()));
+        sockets.push(UnixListener::bind(&path).expect("a socket"));
+        let file = File::options()
+            .read(true)
+            .custom_flags(nix::libc::O_PATH)
+            .open(&path)
+            .expect("its file");
+        let metadata = file.metadata().expect("its inode");
+        descriptors.send(Passed::new(file.into()));
+        let entry = NetworkServiceEndpoint {
+            name: format!("nse-{}", sockets.len()),
+            url: format!("inode://{}/{}", metadata.dev(), metadata.ino()),
+            ..NetworkServiceEndpoint::default()
+        };
+        if let Err(status) = endpoints.register(entry).await {
+            break status;
+        }
+    };
+    let words = ["transport connections", "open files"];
+    assert_refusal(&status, Code::ResourceExhausted, &words);
+    // One of the twelve is this connection; each endpoint takes two.
+    assert_eq!(sockets.len(), 6);
 }

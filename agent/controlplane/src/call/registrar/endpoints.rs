@@ -33,6 +33,9 @@ use crate::{
 /// How long after its end a registration is removed: timers and the system's clock differ by less.
 const LAPSE_MARGIN: Duration = Duration::from_secs(1);
 
+/// Open files of an endpoint that has passed its socket: the descriptor, and the connection to it.
+const FILES: usize = 2;
+
 /// Where an endpoint that is reached through us really listens.
 struct Behind {
     url: PeerUrl,
@@ -223,9 +226,14 @@ impl Registrar {
             let url = url.to_string();
             return Err(Refusal::SocketOfAnother { url }.into());
         }
+        let place = self.budget.clients.take(call.holder, FILES)?;
         let socket = descriptors.take(id, Kind::Socket, PATIENCE).await;
         let socket = socket.map_err(|missing| bad_url(url.as_str(), missing.to_string()))?;
-        let socket = PassedSocket { socket, registrant };
+        let socket = PassedSocket {
+            socket,
+            registrant,
+            _place: Some(place),
+        };
         Ok(Some(peers.get_passed(url, socket)))
     }
 
