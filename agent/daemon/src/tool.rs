@@ -186,12 +186,12 @@ impl Agent {
 
     /// Our segment of a path, with a token that is valid now.
     pub(crate) fn segment(&self, name: &str, id: &str) -> PathSegment {
-        let (token, expires) = self.tokens.token(SystemTime::now());
+        let token = self.tokens.token(SystemTime::now());
         PathSegment {
             name: name.to_owned(),
             id: id.to_owned(),
-            token,
-            expires: Some(Timestamp::from(expires)),
+            token: token.text,
+            expires: Some(Timestamp::from(token.expires)),
             metrics: std::collections::BTreeMap::new(),
         }
     }

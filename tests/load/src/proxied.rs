@@ -204,7 +204,7 @@ impl Load {
     fn ask(&self, number: u64) -> NetworkServiceRequest {
         // Another run's connections may still be open in the agents.
         let id = format!("load-{}-{number}", std::process::id());
-        let (token, expires) = self.tokens.token(SystemTime::now());
+        let token = self.tokens.token(SystemTime::now());
         NetworkServiceRequest {
             connection: Some(Connection {
                 id: id.clone(),
@@ -215,8 +215,8 @@ impl Load {
                     path_segments: vec![PathSegment {
                         name: "load-client".to_owned(),
                         id,
-                        token,
-                        expires: Some(expires.into()),
+                        token: token.text,
+                        expires: Some(token.expires.into()),
                         ..PathSegment::default()
                     }],
                 }),

@@ -127,7 +127,7 @@ impl Client {
 
     pub(crate) fn ask(&self, number: u64) -> NetworkServiceRequest {
         let id = format!("setup-{}-{number}", std::process::id());
-        let (token, expires) = self.tokens.token(SystemTime::now());
+        let token = self.tokens.token(SystemTime::now());
         let parameters = [
             (INODE_URL, self.netns_url.clone()),
             (NETNS_INODE, self.netns_inode.to_string()),
@@ -142,8 +142,8 @@ impl Client {
                     path_segments: vec![PathSegment {
                         name: "setup-client".to_owned(),
                         id,
-                        token,
-                        expires: Some(expires.into()),
+                        token: token.text,
+                        expires: Some(token.expires.into()),
                         ..PathSegment::default()
                     }],
                 }),

@@ -370,9 +370,9 @@ impl Front {
     ) -> Result<(Call<T>, Option<PathHeader>), RequestError> {
         let metadata = request.metadata().clone();
         let call = self.call(request)?;
-        let (own_token, _) = self.services.tokens.token(std::time::SystemTime::now());
-        let previous = call.token.as_ref().map(|(token, _)| token.as_str());
-        let path = PathHeader::descend(&metadata, previous, &own_token)?;
+        let own = self.services.tokens.token(std::time::SystemTime::now());
+        let previous = call.token.as_ref().map(|token| token.text.as_str());
+        let path = PathHeader::descend(&metadata, previous, &own.text)?;
         Ok((call, path))
     }
 }

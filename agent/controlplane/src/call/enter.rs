@@ -6,7 +6,7 @@ use nsm_core::nsm::path::{Hop, Path};
 use nsm_proto::connection::Connection;
 use uuid::Uuid;
 
-use crate::{call::Calls, convert, error::RequestError};
+use crate::{call::Calls, convert, error::RequestError, identity::token::Token};
 
 /// The path of a call, with our own segment in it.
 pub(crate) struct Entered {
@@ -23,15 +23,15 @@ impl Calls {
     pub(crate) fn enter(
         &self,
         connection: &mut Connection,
-        token: Option<(String, SystemTime)>,
+        token: Option<Token>,
     ) -> Result<Entered, RequestError> {
         let mut path = convert::path(connection.path.take().unwrap_or_default());
         let now = SystemTime::now();
-        if let Some((token, expires)) = token
+        if let Some(token) = token
             && let Some(previous) = path.segments.get_mut(path.index as usize)
         {
-            previous.token = token;
-            previous.expires = Some(expires);
+            previous.token = token.text;
+            previous.expires = Some(token.expires);
         }
         let name = &self.config.name;
         let fresh_id = (!path.knows(name)).then(|| own_id(&path, name));
@@ -49,10 +49,10 @@ impl Calls {
                 ago,
             });
         }
-        let (own_token, own_expires) = self.tokens.token(now);
+        let ours = self.tokens.token(now);
         if let Some(own) = path.segments.get_mut(hop.index as usize) {
-            own.token = own_token;
-            own.expires = Some(own_expires);
+            own.token = ours.text;
+            own.expires = Some(ours.expires);
         }
         connection.id.clone_from(&hop.id);
         Ok(Entered {
@@ -60,7 +60,7 @@ impl Calls {
             hop,
             // A caller's clock or claim keeps nothing here beyond our own token, which is on the path too: a refresh in time for the
             // smallest expiry is in time for this one.
-            expires: expires.min(own_expires),
+            expires: expires.min(ours.expires),
         })
     }
 }

@@ -10,10 +10,7 @@ pub(crate) mod pod;
 pub(crate) mod registrar;
 mod request;
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use nsm_core::{
@@ -27,7 +24,7 @@ use self::admission::Admission;
 use crate::{
     connection::Held,
     error::RequestError,
-    identity::token::TokenSource,
+    identity::token::{Token, TokenSource},
     liveness::Liveness,
     ports::Forwarder,
     route::{
@@ -52,8 +49,8 @@ pub struct Call<T> {
     pub caller: Caller,
     /// Who is charged for what the call leaves here.
     pub holder: Holder,
-    /// The previous hop's token and its expiry, from the call's metadata.
-    pub token: Option<(String, SystemTime)>,
+    /// The previous hop's token, from the call's metadata.
+    pub token: Option<Token>,
     /// When the caller stops waiting.
     pub deadline: Instant,
 }

@@ -218,7 +218,7 @@ fn terms<T>(call: &Call<T>, owner: Option<PathHeader>) -> Terms {
         holder: call.holder,
         deadline: call.deadline,
         owner,
-        expires: call.token.as_ref().map(|(_, expires)| *expires),
+        expires: call.token.as_ref().map(|token| token.expires),
     }
 }
 

@@ -55,6 +55,15 @@ pub enum TokenError {
     BadExpiry(String),
 }
 
+/// A hop's token for the next one. Nothing in it is verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Token {
+    /// The JWT.
+    pub text: String,
+    /// When it expires, by the metadata beside it.
+    pub expires: SystemTime,
+}
+
 /// The claims of a path token (RFC 7519 section 4.1).
 #[derive(Serialize)]
 struct Claims<'a> {
@@ -124,11 +133,14 @@ impl TokenSource {
         &self.spiffe_id
     }
 
-    /// A token that is valid at `now`, and when it expires.
-    pub fn token(&self, now: SystemTime) -> (String, SystemTime) {
+    /// A token that is valid at `now`.
+    pub fn token(&self, now: SystemTime) -> Token {
         self.with_current(now, |signed| {
-            let token = signed.token.to_str().expect("a JWT is base64url and dots");
-            (token.to_owned(), signed.expires)
+            let text = signed.token.to_str().expect("a JWT is base64url and dots");
+            Token {
+                text: text.to_owned(),
+                expires: signed.expires,
+            }
         })
     }
 
@@ -212,9 +224,9 @@ impl Signed {
 /// # Errors
 ///
 /// Either piece is missing, is not text, or the expiry is no time of RFC 3339.
-pub fn read(metadata: &MetadataMap) -> Result<(String, SystemTime), TokenError> {
-    let token = text(metadata, TOKEN_KEY)?;
-    if token.is_empty() {
+pub fn read(metadata: &MetadataMap) -> Result<Token, TokenError> {
+    let jwt = text(metadata, TOKEN_KEY)?;
+    if jwt.is_empty() {
         return Err(TokenError::Empty);
     }
     let expires = text(metadata, EXPIRES_KEY)?;
@@ -222,7 +234,10 @@ pub fn read(metadata: &MetadataMap) -> Result<(String, SystemTime), TokenError> 
         .ok()
         .and_then(|time| SystemTime::try_from(time).ok())
         .ok_or_else(|| TokenError::BadExpiry(expires.to_owned()))?;
-    Ok((token.to_owned(), time))
+    Ok(Token {
+        text: jwt.to_owned(),
+        expires: time,
+    })
 }
 
 fn text<'m>(metadata: &'m MetadataMap, key: &'static str) -> Result<&'m str, TokenError> {
@@ -267,7 +282,10 @@ mod tests {
     #[test]
     fn a_token_names_the_caller_and_expires() {
         let source = TokenSource::hs256(ID, SECRET, LIFETIME);
-        let (token, expires) = source.token(at(0.5));
+        let Token {
+            text: token,
+            expires,
+        } = source.token(at(0.5));
         let claims = decode(&token);
         assert_eq!(claims.sub, ID);
         assert_eq!(claims.aud, None);
@@ -290,29 +308,29 @@ mod tests {
             let public = DecodingKey::from_ec_der(key.public_key_raw());
             jsonwebtoken::decode::<Decoded>(token, &public, &validation)
         };
-        let token = source.token(at(0.0)).0;
+        let token = source.token(at(0.0)).text;
         assert_eq!(check(&token, &first).unwrap().claims.sub, ID);
         assert!(check(&token, &second).is_err());
         // The key is rotated: the next token is signed with the new one.
         write(&second);
-        let token = source.token(at(300.0)).0;
+        let token = source.token(at(300.0)).text;
         assert_eq!(check(&token, &second).unwrap().claims.exp, 1_800_000_900);
         // A file that is being written leaves the key that was.
         std::fs::write(&file, "-----BEGIN").unwrap();
-        assert!(check(&source.token(at(600.0)).0, &second).is_ok());
+        assert!(check(&source.token(at(600.0)).text, &second).is_ok());
     }
 
     #[test]
     fn a_generated_key_is_another_for_each() {
         let new = || TokenSource::es256(ID, Es256Key::Generated, LIFETIME).unwrap();
-        assert_ne!(new().token(at(0.0)).0, new().token(at(0.0)).0);
+        assert_ne!(new().token(at(0.0)).text, new().token(at(0.0)).text);
     }
 
     #[test]
     fn an_audience_is_signed_in() {
         let source = TokenSource::hs256(ID, SECRET, LIFETIME)
             .with_audience(["spiffe://cluster-2.example/agent".to_owned()]);
-        let claims = decode(&source.token(at(0.0)).0);
+        let claims = decode(&source.token(at(0.0)).text);
         assert_eq!(
             claims.aud.as_deref(),
             Some(&["spiffe://cluster-2.example/agent".to_owned()][..])
@@ -325,10 +343,10 @@ mod tests {
         let first = source.token(at(0.0));
         assert_eq!(source.token(at(299.0)), first);
         let second = source.token(at(300.0));
-        assert_eq!(second.1, at(900.0));
-        assert_ne!(second.0, first.0);
+        assert_eq!(second.expires, at(900.0));
+        assert_ne!(second.text, first.text);
         // A clock set back: the token from the future is not handed out.
-        assert_eq!(source.token(at(200.0)).1, at(800.0));
+        assert_eq!(source.token(at(200.0)).expires, at(800.0));
     }
 
     #[test]
@@ -343,9 +361,9 @@ mod tests {
             "2027-01-15T08:10:00.123456789Z"
         );
         assert_eq!(metadata.get_all(TOKEN_KEY).iter().count(), 1);
-        let (token, expires) = read(&metadata).unwrap();
-        assert_eq!((token, expires), source.token(now));
-        assert_eq!(expires, now + LIFETIME);
+        let token = read(&metadata).unwrap();
+        assert_eq!(token, source.token(now));
+        assert_eq!(token.expires, now + LIFETIME);
     }
 
     #[test]
@@ -358,7 +376,7 @@ mod tests {
             ("2027-01-15T02:30:00-05:30", at(0.0)),
         ] {
             metadata.insert(EXPIRES_KEY, text.parse().unwrap());
-            assert_eq!(read(&metadata).unwrap().1, expected, "{text}");
+            assert_eq!(read(&metadata).unwrap().expires, expected, "{text}");
         }
     }
 

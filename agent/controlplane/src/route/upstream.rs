@@ -157,7 +157,7 @@ impl Upstream {
             .expiration_time
             .as_ref()
             .and_then(convert::time)
-            .unwrap_or_else(|| self.tokens.token(SystemTime::now()).1))
+            .unwrap_or_else(|| self.tokens.token(SystemTime::now()).expires))
     }
 
     /// Waits until the NSMgr does not have the entry any more, or is gone itself.
@@ -202,7 +202,7 @@ impl Upstream {
         let url = self.url.as_ref().ok_or(RequestError::Missing(
             "NSMgr: the agent has no upstream_nsmgr_url",
         ))?;
-        let (token, _) = self.tokens.token(SystemTime::now());
+        let token = self.tokens.token(SystemTime::now()).text;
         Ok(Nsmgr {
             url,
             registry: Remote::at(&self.peers, [url.clone()]),

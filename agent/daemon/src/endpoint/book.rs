@@ -27,6 +27,7 @@ use uuid::Uuid;
 
 use super::addresses::{AddressError, Addresses, Lease};
 use crate::netns::Netns;
+use nsm_controlplane::identity::token::Token;
 
 /// Events that a monitor may leave unread before it is cut off; it then opens a new stream and gets the whole state.
 const BACKLOG: usize = 256;
@@ -43,9 +44,6 @@ pub(crate) struct Identity {
     /// Where their interfaces are.
     pub(crate) netns: Netns,
 }
-
-/// A token and when it expires.
-pub(crate) type Token = (String, SystemTime);
 
 /// The receiving end of a monitor's stream.
 pub(crate) type Events = mpsc::Receiver<Result<ConnectionEvent, Status>>;
@@ -187,7 +185,7 @@ impl Book {
             return Err(Refusal::Ending(self.identity.name.clone()));
         }
         let mut connection = request.connection.ok_or(Refusal::NoConnection)?;
-        if let Ok(ago) = now.duration_since(theirs.1) {
+        if let Ok(ago) = now.duration_since(theirs.expires) {
             let ago_ms = ago.as_millis();
             return Err(Refusal::Expired { ago_ms });
         }
@@ -198,7 +196,7 @@ impl Book {
         }
         let held = self.held.get(&sender_id);
         let is_new = held.is_none();
-        let expires = theirs.1;
+        let expires = theirs.expires;
         let mut path = typed(connection.path.take().unwrap_or_default());
         let own_id =
             || held.map_or_else(|| Uuid::new_v4().to_string(), |held| held.view.id.clone());
@@ -394,9 +392,9 @@ fn selects(selector: &MonitorScopeSelector, view: &Connection) -> bool {
 }
 
 /// Puts the token of a hop's caller or of the hop itself into its segment.
-fn sign(path: &mut Path, segment: Option<usize>, (token, expires): Token) {
+fn sign(path: &mut Path, segment: Option<usize>, token: Token) {
     if let Some(segment) = segment.and_then(|at| path.segments.get_mut(at)) {
-        (segment.token, segment.expires) = (token, Some(expires));
+        (segment.token, segment.expires) = (token.text, Some(token.expires));
     }
 }
 

@@ -22,16 +22,16 @@ pub(super) fn token(bytes: &[u8]) {
             metadata.insert(key, value);
         }
     }
-    let Ok((text, expires)) = token::read(&metadata) else {
+    let Ok(token) = token::read(&metadata) else {
         return;
     };
-    assert!(!text.is_empty(), "an empty token is none");
+    assert!(!token.text.is_empty(), "an empty token is none");
     // The time travels on in a path segment.
-    let written = Timestamp::from(expires);
-    assert_eq!(SystemTime::try_from(written), Ok(expires));
+    let written = Timestamp::from(token.expires);
+    assert_eq!(SystemTime::try_from(written), Ok(token.expires));
     let value = written.to_string();
     metadata.insert(EXPIRES_KEY, value.parse().expect("a time is ASCII"));
-    assert_eq!(token::read(&metadata), Ok((text, expires)), "{value}");
+    assert_eq!(token::read(&metadata), Ok(token), "{value}");
 }
 
 /// The path header. What the caller gets back is a path that it may send again.

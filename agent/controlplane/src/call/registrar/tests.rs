@@ -8,7 +8,7 @@ use tonic::Code;
 
 use super::*;
 use crate::{
-    identity::token::TokenSource,
+    identity::token::{Token, TokenSource},
     peer::peers::Peers,
     places::Limits as Wide,
     registry::memory::{Limits, Memory},
@@ -53,7 +53,10 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
             is_administrator: uid == 0,
             ..Process::unknown()
         }),
-        token: Some(("token".to_owned(), expires)),
+        token: Some(Token {
+            text: "token".to_owned(),
+            expires,
+        }),
         deadline: Instant::now() + Duration::from_secs(10),
     }
 }

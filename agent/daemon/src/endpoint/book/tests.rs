@@ -56,9 +56,11 @@ fn request(id: &str) -> NetworkServiceRequest {
 
 impl Book {
     fn ask(&mut self, request: NetworkServiceRequest, seconds: u64) -> Result<Granted, Refusal> {
-        let theirs = ("theirs".to_owned(), at(seconds));
-        let ours = ("ours".to_owned(), at(600));
-        self.grant(request, theirs, ours, NOW)
+        let token = |text: &str, seconds| Token {
+            text: text.to_owned(),
+            expires: at(seconds),
+        };
+        self.grant(request, token("theirs", seconds), token("ours", 600), NOW)
     }
 }
 
