@@ -21,13 +21,18 @@ pub enum IfNameError {
         /// Its first bad character.
         bad: char,
     },
+    /// `all` or `default`: Linux has settings of these names beside those of the interfaces, and makes no such interface.
+    #[error(
+        "interface name `{0}` is reserved by Linux for settings of all interfaces: use another name"
+    )]
+    Reserved(String),
     /// `.` or `..`.
     #[error("interface name `{0}` is a directory to Linux: use another name")]
     Dots(String),
 }
 
 /// A network interface's name as Linux takes it (`dev_valid_name`): 1 to 15 bytes without `/`, `:`, spaces and control characters, and
-/// neither `.` nor `..`.
+/// none of `.`, `..`, `all` and `default`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IfName(String);
 
@@ -48,6 +53,9 @@ impl TryFrom<&str> for IfName {
         }
         if matches!(name, "." | "..") {
             return Err(IfNameError::Dots(name.to_owned()));
+        }
+        if matches!(name, "all" | "default") {
+            return Err(IfNameError::Reserved(name.to_owned()));
         }
         // `%` is a pattern to the kernel: `nsm%d` would become another name.
         match name

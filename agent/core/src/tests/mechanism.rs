@@ -194,6 +194,13 @@ fn interface_names_are_what_linux_takes() {
     for bad in [".", ".."] {
         assert!(matches!(bad.parse::<IfName>(), Err(IfNameError::Dots(_))));
     }
+    for reserved in ["all", "default"] {
+        let error = reserved.parse::<IfName>().unwrap_err().to_string();
+        assert!(
+            error.contains(reserved) && error.contains("reserved"),
+            "{error}"
+        );
+    }
     let error = Kernel::parse(&map(&[("name", "much-too-long-a-name")]))
         .unwrap_err()
         .to_string();
