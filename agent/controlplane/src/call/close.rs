@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use nsm_core::nsm::expiry::CLOSE_TIME;
 use nsm_proto::connection::{Connection, ConnectionEventType};
 use tokio::time::Instant;
 
@@ -14,7 +15,7 @@ use crate::{
 
 /// How long a next hop may take to answer a Close. What it holds ends with its token anyway; the
 /// client that closes should not wait for a dead peer longer than a person would.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+const CLOSE_TIMEOUT: Duration = CLOSE_TIME;
 
 /// Why a connection is taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +64,7 @@ impl Calls {
     pub(crate) async fn close_expired(self: Arc<Self>) {
         loop {
             let id = self.held.expiries.next().await;
-            tracing::info!(connection.id = %id, "the previous hop's token has expired: closing");
+            tracing::info!(connection.id = %id, "nobody refreshes the connection and the previous hop's token expires: closing");
             let calls = Arc::clone(&self);
             tokio::spawn(async move {
                 let deadline = Instant::now() + calls.config.request_timeout;

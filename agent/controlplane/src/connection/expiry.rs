@@ -13,6 +13,8 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
+use nsm_core::nsm::expiry::close_after;
+
 use crate::{deadlines::Deadlines, sync::lock};
 
 /// What a token that never ends comes to: sums of times stay far from overflow.
@@ -26,10 +28,10 @@ pub(crate) struct Expiries {
 }
 
 impl Expiries {
-    /// Sets or moves the expiry of `id`.
+    /// Sets or moves the expiry of `id`: the end of a token, before which the connection must be closed.
     pub(crate) fn set(&self, id: &str, at: SystemTime) {
         let left = at.duration_since(SystemTime::now()).unwrap_or_default();
-        self.put(lock(&self.deadlines), id, left);
+        self.put(lock(&self.deadlines), id, close_after(left));
     }
 
     /// Sets the expiry of `id` to `left` from now, unless it has one.
@@ -117,7 +119,7 @@ mod tests {
         assert!(expiries.has("soon") && !expiries.has("sooner"));
         // The paused clock jumps to the deadline; the wall clock has not moved.
         assert_eq!(&*expiries.next().await, "soon");
-        assert!(began.elapsed() >= Duration::from_secs(599));
+        assert!(began.elapsed() >= Duration::from_secs(596));
         assert_eq!(expiries.len(), 1);
     }
 

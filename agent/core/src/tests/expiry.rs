@@ -3,7 +3,7 @@ use std::time::{Duration, SystemTime};
 use proptest::prelude::*;
 
 use super::at;
-use crate::nsm::expiry::{MIN_REFRESH, granted_expiry, refresh_after};
+use crate::nsm::expiry::{MIN_REFRESH, close_after, granted_expiry, refresh_after};
 
 #[test]
 fn the_earliest_bound_is_granted() {
@@ -38,6 +38,15 @@ fn a_refresh_leaves_a_third() {
     assert_eq!(refresh_after(at(0), at(600)), Duration::from_secs(400));
     assert_eq!(refresh_after(at(0), at(0)), MIN_REFRESH);
     assert_eq!(refresh_after(at(10), at(0)), MIN_REFRESH);
+}
+
+#[test]
+fn a_connection_is_closed_before_its_token_is_dead() {
+    let seconds = Duration::from_secs;
+    assert_eq!(close_after(seconds(600)), seconds(597));
+    assert_eq!(close_after(seconds(24)), seconds(21));
+    assert_eq!(close_after(seconds(8)), seconds(7));
+    assert_eq!(close_after(Duration::ZERO), Duration::ZERO);
 }
 
 proptest! {
