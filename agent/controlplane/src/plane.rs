@@ -1,6 +1,7 @@
 //! The control plane of one agent: it owns the parts, hands each what it needs, and is imported by no part.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -21,7 +22,7 @@ use tokio::sync::watch;
 
 use crate::{
     api::server::{Front, Services},
-    call::{CallConfig, Calls, admission::Admission, registrar::Registrar},
+    call::{CallConfig, Calls, admission::Admission, context::Contexts, registrar::Registrar},
     connection::{Held, model::Established},
     identity::token::TokenSource,
     liveness::{Liveness, LivenessConfig, Reachability},
@@ -77,6 +78,8 @@ pub struct Settings {
     pub relays: Relays,
     /// Ranges of loopback, link-local and own addresses that may be dialled although others named them.
     pub dial_inside: Vec<IpNet>,
+    /// Labels of this node (`nodeName`, `podName`, `clusterName`), which its clients and endpoints get where they have none of that name.
+    pub client_info: BTreeMap<String, String>,
 }
 
 impl Settings {
@@ -111,6 +114,7 @@ impl Settings {
             node_namespace: self.node_namespace,
             admission: Admission::new(self.admission.clone()),
             peer_ports: self.peer_ports.clone(),
+            client_info: self.client_info.clone(),
         }
     }
 }
@@ -172,11 +176,13 @@ impl ControlPlane {
             router: Router::new(settings.router(), Arc::clone(&lookup)),
             held: held.clone(),
             liveness: Arc::clone(&liveness),
+            contexts: Contexts::default(),
         });
         let drained = watch::Sender::new(false);
         let registrar = Registrar::new(
             settings.domain.clone(),
             settings.registry_proxy_url,
+            settings.client_info,
             Arc::clone(&lookup),
             budget.clone(),
             drained.clone(),

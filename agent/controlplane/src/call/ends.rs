@@ -166,6 +166,33 @@ impl Ends {
         Ok(tunnel.plan(pod.netns.clone(), self.link(end, name)?))
     }
 
+    /// The links of `plan`, which stand, as this context has them. A tunnel's MTU stays: it follows what the path carries.
+    pub(crate) fn changed(
+        &self,
+        plan: &Plan,
+        is_endpoint_here: bool,
+    ) -> Result<Plan, RequestError> {
+        let mut changed = plan.clone();
+        match &mut changed {
+            Plan::Veth { client, endpoint } => {
+                client.1 = self.link(End::Client, client.1.name.clone())?;
+                endpoint.1 = self.link(End::Endpoint, endpoint.1.name.clone())?;
+            }
+            Plan::Vxlan { spec, .. } => {
+                let end = if is_endpoint_here {
+                    End::Endpoint
+                } else {
+                    End::Client
+                };
+                spec.link = LinkSpec {
+                    mtu: spec.link.mtu,
+                    ..self.link(end, spec.link.name.clone())?
+                };
+            }
+        }
+        Ok(changed)
+    }
+
     /// Both ends on this node.
     pub(crate) fn pair(
         &self,

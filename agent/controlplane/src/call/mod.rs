@@ -3,6 +3,7 @@
 pub(crate) mod admission;
 mod case;
 mod close;
+pub(crate) mod context;
 mod ends;
 mod enter;
 mod next_hop;
@@ -10,7 +11,7 @@ pub(crate) mod pod;
 pub(crate) mod registrar;
 mod request;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use nsm_core::{
@@ -20,7 +21,7 @@ use nsm_core::{
 use nsm_proto::connection::Connection;
 use tokio::time::Instant;
 
-use self::admission::Admission;
+use self::{admission::Admission, context::Contexts};
 use crate::{
     connection::Held,
     error::RequestError,
@@ -83,6 +84,8 @@ pub(crate) struct CallConfig {
     pub(crate) admission: Admission,
     /// UDP ports of tunnels that a server may choose beside that of this node.
     pub(crate) peer_ports: Vec<u16>,
+    /// Labels of this node for its clients.
+    pub(crate) client_info: BTreeMap<String, String>,
 }
 
 /// Requests and Closes.
@@ -94,6 +97,7 @@ pub(crate) struct Calls {
     pub(crate) router: Router,
     pub(crate) held: Held,
     pub(crate) liveness: Arc<Liveness>,
+    pub(crate) contexts: Contexts,
 }
 
 impl Calls {
@@ -106,5 +110,12 @@ impl Calls {
         self.forwarder
             .as_deref()
             .ok_or(RequestError::NoForwarder("network"))
+    }
+}
+
+/// Adds labels, but for those whose name is there already.
+fn add_missing(labels: &mut BTreeMap<String, String>, more: &BTreeMap<String, String>) {
+    for (name, value) in more {
+        labels.entry(name.clone()).or_insert_with(|| value.clone());
     }
 }

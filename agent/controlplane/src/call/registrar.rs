@@ -10,7 +10,7 @@ mod names;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use nsm_core::{
     identity::{
@@ -66,6 +66,8 @@ pub(crate) struct Registrar {
     domain: Domain,
     /// The registry proxy that is asked for names of other domains; without one this agent is its own.
     proxy_url: Option<PeerUrl>,
+    /// Labels of this node for its endpoints.
+    client_info: BTreeMap<String, String>,
     lookup: Arc<Lookup>,
     budget: Budget,
     /// True once the drain has closed all connections: watches end then.
@@ -76,6 +78,7 @@ impl Registrar {
     pub(crate) fn new(
         domain: Domain,
         proxy_url: Option<PeerUrl>,
+        client_info: BTreeMap<String, String>,
         lookup: Arc<Lookup>,
         budget: Budget,
         drained: watch::Sender<bool>,
@@ -83,6 +86,7 @@ impl Registrar {
         Self {
             domain,
             proxy_url,
+            client_info,
             lookup,
             budget,
             drained,
@@ -144,6 +148,7 @@ impl Registrar {
         path: Option<PathHeader>,
     ) -> Result<NetworkService, RequestError> {
         decide(&call.caller, Action::Register(name_of(&call.message)))?;
+        call.message.check()?;
         let (place, service, terms) = self.enter(&call, path).await?;
         let mut registered = place.registry.services().register(service, terms).await?;
         registered.join(place.domain.as_ref())?;

@@ -18,6 +18,7 @@ use nsm_core::{
     nsm::path::Path,
 };
 use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
+use tokio::time::Instant;
 
 use crate::{ports::Plan, route::router::Route};
 
@@ -38,6 +39,8 @@ pub(crate) struct Established {
     pub(crate) key: Option<TunnelKey>,
     /// When the previous hop's token ends, and with it the connection.
     pub(crate) expires: SystemTime,
+    /// When the Request that made or refreshed it was granted.
+    pub(crate) committed: Instant,
     /// What is known of the path that its packets take.
     pub(crate) path: PathState,
 }

@@ -81,7 +81,7 @@ impl Liveness {
 
     /// The id and index of our segment in a connection that the next hop reports: the next hop's own segment is ours or the one
     /// after it.
-    fn own_segment(&self, reported: &Connection) -> Option<(String, u32)> {
+    pub(crate) fn own_segment(&self, reported: &Connection) -> Option<(String, u32)> {
         let path = reported.path.as_ref()?;
         [path.index.checked_sub(1), Some(path.index)]
             .into_iter()

@@ -162,6 +162,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         relays: Relays::default(),
         dial_inside: Vec::new(),
         peer_ports: Vec::new(),
+        client_info: Default::default(),
     };
     let plane = ControlPlane::start(
         settings,

@@ -56,6 +56,7 @@ pub(crate) async fn build(
         relays: relays(config),
         dial_inside: config.dial_inside.clone(),
         peer_ports: config.tunnel.peer_ports.clone(),
+        client_info: config.client_info.labels(),
     };
     Ok(ControlPlane::start(
         settings,

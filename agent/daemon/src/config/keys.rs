@@ -78,6 +78,8 @@ Config {
     map_ip_file: MapIpFile = MapIpFile::default() => map_ip_file(), variable_is("NSM_MAP_IP_FILE_PATH");
     /// The BPF programs on the underlay
     bpf: Bpf = Bpf::default() => Section;
+    /// Labels that clients and endpoints of this node get where they have none of that name
+    client_info: ClientInfo = ClientInfo::default() => Section;
     /// The longest life of a token that is signed here
     max_token_lifetime: Duration = Duration::from_secs(600) => lifetime();
     /// How tokens are signed
@@ -126,6 +128,18 @@ Resolver {
     registry_port: u16 = ResolverConfig::default().registry_port => port(), reloadable();
     /// The port of a domain's proxy without an SRV record
     proxy_port: u16 = ResolverConfig::default().proxy_port => port(), reloadable();
+}
+}
+
+settings! {
+/// Labels of the node, as NSM's NSMgr has them.
+ClientInfo {
+    /// The label nodeName, by which a network service can choose an endpoint of the client's node
+    node_name: Option<String> = None => label().optional(), variable_is("NODE_NAME");
+    /// The label podName
+    pod_name: Option<String> = None => label().optional(), variable_is("POD_NAME");
+    /// The label clusterName
+    cluster_name: Option<String> = None => label().optional(), variable_is("CLUSTER_NAME");
 }
 }
 
@@ -249,6 +263,21 @@ Log {
     /// The form of a line of the log
     format: LogFormat = LogFormat::Text => choice(LOG_FORMATS);
 }
+}
+
+impl ClientInfo {
+    /// The labels, by their names in NSM.
+    pub(crate) fn labels(&self) -> BTreeMap<String, String> {
+        let labels = [
+            ("nodeName", &self.node_name),
+            ("podName", &self.pod_name),
+            ("clusterName", &self.cluster_name),
+        ];
+        let labels = labels.into_iter();
+        labels
+            .filter_map(|(name, value)| Some((name.to_owned(), value.clone()?)))
+            .collect()
+    }
 }
 
 impl Config {

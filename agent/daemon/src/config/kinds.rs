@@ -200,6 +200,12 @@ pub(super) fn name() -> Kind<String> {
     Kind::one("NAME", Shape::Text, parse, String::clone)
 }
 
+/// The value of a label.
+pub(super) fn label() -> Kind<String> {
+    let is_value = |text: &str| !text.is_empty() && !text.chars().any(char::is_control);
+    checked("TEXT", is_value, "printable text")
+}
+
 /// A node's name in Kubernetes is a DNS name; it becomes a part of a URL.
 pub(super) fn node_name() -> Kind<String> {
     let is_name = |text: &str| {

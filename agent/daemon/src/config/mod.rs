@@ -247,7 +247,10 @@ impl Layers {
     fn environment(&mut self, variables: &BTreeMap<OsString, OsString>) {
         let mut found = BTreeMap::new();
         for (name, text) in variables {
-            let Some(name) = name.to_str().filter(|name| name.starts_with(PREFIX)) else {
+            let is_ours = |name: &&str| {
+                name.starts_with(PREFIX) || KEYS.iter().any(|key| key.variable() == **name)
+            };
+            let Some(name) = name.to_str().filter(is_ours) else {
                 continue;
             };
             let source = Source::Environment(name.to_owned());

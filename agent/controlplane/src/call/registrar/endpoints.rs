@@ -20,7 +20,7 @@ use super::{
     names::{Named as _, joined},
 };
 use crate::{
-    call::Call,
+    call::{Call, add_missing},
     convert,
     error::RequestError,
     peer::peers::{PassedSocket, Peer},
@@ -53,9 +53,14 @@ impl Registrar {
         call: Call<NetworkServiceEndpoint>,
         path: Option<PathHeader>,
     ) -> Result<NetworkServiceEndpoint, RequestError> {
+        call.message.check()?;
         let (place, mut endpoint, terms) = self.enter(&call, path).await?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Register)?;
+        if call.arrival == Arrival::Local {
+            self.label(&mut endpoint);
+        }
+        bound(&mut endpoint, terms.expires);
         let through_us = call.arrival == Arrival::Local || !place.is_ours;
         let url = endpoint.url.parse();
         let url = url.map_err(|error: PeerUrlError| bad_url(&endpoint.url, error.to_string()))?;
@@ -103,6 +108,17 @@ impl Registrar {
         };
         let checked = self.lookup.peers.guard().check((address, *port).into());
         checked.map_err(|refusal| bad_url(url.as_str(), refusal.to_string()))
+    }
+
+    /// Labels an endpoint of this node with the names of the node, for each of its services.
+    fn label(&self, endpoint: &mut NetworkServiceEndpoint) {
+        if self.client_info.is_empty() {
+            return;
+        }
+        for service in &endpoint.network_service_names {
+            let labels = endpoint.network_service_labels.entry(service.clone());
+            add_missing(&mut labels.or_default().labels, &self.client_info);
+        }
     }
 
     /// Decides a call about the endpoint `full`, which its registry has as `bare`. A name has an owner where it is registered with us, in our domain or another.
@@ -305,6 +321,16 @@ impl Registrar {
             self.lookup.addresses.public_url()
         }
     }
+}
+
+/// Limits an endpoint's registration to the life of its token. A registry elsewhere gets our token and cannot see the endpoint's.
+fn bound(endpoint: &mut NetworkServiceEndpoint, token_expires: Option<SystemTime>) {
+    let Some(latest) = token_expires else {
+        return;
+    };
+    let asked = endpoint.expiration_time.as_ref().and_then(convert::time);
+    let expires = asked.map_or(latest, |asked| asked.min(latest));
+    endpoint.expiration_time = Some(convert::timestamp(expires));
 }
 
 /// Learns where an endpoint of another domain was found.

@@ -24,6 +24,14 @@ pub(super) trait Named: Wire {
         change: impl Fn(&str) -> Result<String, RequestError>,
     ) -> Result<(), RequestError>;
 
+    /// Checks every name as a Request for it is checked: what is registered can be asked for. A name that is absent is none.
+    fn check(&self) -> Result<(), RequestError> {
+        for name in self.names().filter(|name| !name.is_empty()) {
+            name.parse::<InterdomainName>()?;
+        }
+        Ok(())
+    }
+
     /// The one domain that the names carry, if any.
     fn domain(&self) -> Result<Option<Domain>, RequestError> {
         let mut common: Option<Domain> = None;

@@ -31,7 +31,14 @@ fn registrar() -> Registrar {
     };
     let domain = "cluster-1.example".parse().expect("a domain");
     let drained = watch::Sender::new(false);
-    Registrar::new(domain, None, Arc::new(lookup), budget, drained)
+    Registrar::new(
+        domain,
+        None,
+        BTreeMap::new(),
+        Arc::new(lookup),
+        budget,
+        drained,
+    )
 }
 
 /// A call of a process of this user, for an endpoint at an address of its own.

@@ -9,6 +9,7 @@ use nsm_proto::{
     connection::{Connection, Mechanism, State},
     connectioncontext::ConnectionContext,
 };
+use tokio::time::Instant;
 
 use super::{
     admit::{restore_exclusions, split_default_routes},
@@ -68,7 +69,7 @@ impl Calls {
         let context = reply.context.get_or_insert_default();
         let made = match &attempt.case {
             Case::Through => {
-                self.admit_passing(attempt, context)?;
+                self.admit_passing(&attempt.terms(), context)?;
                 self.pass_through(attempt, next_mechanism.clone()).await?
             }
             Case::LocalPair(client) => self.make_pair(attempt, client, granted, context).await?,
@@ -112,9 +113,10 @@ impl Calls {
         let id = attempt.id();
         let endpoint = self.endpoint_pod(attempt.route, granted).await?;
         split_default_routes(attempt, context);
-        self.admit_client(attempt, context, None)?;
-        self.admit_endpoint(attempt, context, &endpoint, None)
-            .await?;
+        let terms = attempt.terms();
+        self.admit_client(&terms, context, attempt.around_client.as_ref(), None)?;
+        let around = self.around(&endpoint.netns, &self.alias(id)?).await?;
+        self.admit_endpoint(&terms, context, &around, None)?;
         set_mac(context, End::Endpoint, id);
         let name = interface(&client.pod.kernel, id);
         let endpoint_name = interface(&endpoint.kernel, id);
@@ -158,6 +160,7 @@ impl Calls {
             plan: made.plan.map(|plan| Box::new(plan.without_descriptors())),
             key: made.tunnel.map(|tunnel| tunnel.key),
             expires: ask.expires,
+            committed: Instant::now(),
             path,
         }
     }

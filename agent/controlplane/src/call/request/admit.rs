@@ -3,7 +3,7 @@
 //! The client's pod gets `src_*` of the answer, the endpoint's pod `dst_*`. What the pod has already is read before the Request goes on,
 //! and travels with it as `excluded_prefixes`, so that an endpoint can choose other addresses.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use nsm_core::{
@@ -18,16 +18,18 @@ use nsm_core::{
 };
 use nsm_proto::{
     connection::{Connection, Mechanism},
-    connectioncontext::{ConnectionContext, IpContext, PolicyRoute, Route},
+    connectioncontext::{self, ConnectionContext, IpContext, PolicyRoute},
 };
 use prost::Message as _;
 
 use super::{around::Around, ask::Attempt};
 use crate::{
-    call::{Calls, pod::Pod},
+    call::Calls,
+    connection::model::Established,
     convert,
     error::RequestError,
-    route::addresses::Crossing,
+    ports::PodNetns,
+    route::{addresses::Crossing, router::Route},
 };
 
 /// Prefixes that we exclude beside the client's own. They are aggregates; a node with more networks than that has them in a few ranges,
@@ -84,7 +86,7 @@ pub(super) fn restore_exclusions(attempt: &Attempt<'_>, reply: &mut Connection) 
     let Some(answered) = answered.and_then(|context| context.ip_context.as_mut()) else {
         return;
     };
-    if attempt.around_client.is_some() {
+    if attempt.excludes() {
         let asked = attempt.ask.connection.context.as_ref();
         let asked = asked.and_then(|context| context.ip_context.as_ref());
         answered.excluded_prefixes = asked
@@ -94,31 +96,39 @@ pub(super) fn restore_exclusions(attempt: &Attempt<'_>, reply: &mut Connection) 
 }
 
 impl Calls {
-    /// What is around a pod, without the connection `alias`.
-    pub(super) async fn around(
+    /// What is around the pod in `netns`, without the connection `alias`.
+    pub(in crate::call) async fn around(
         &self,
-        pod: &Pod,
+        netns: &PodNetns,
         alias: &LinkAlias,
     ) -> Result<Around, RequestError> {
         let forwarder = self.forwarder()?;
         Ok(Around {
             node: forwarder.own_addresses().await?,
-            pod: forwarder.holdings(&pod.netns, alias).await?,
+            pod: forwarder.holdings(netns, alias).await?,
         })
     }
 
-    /// Excludes what the client's pod, the node and the cluster have from what the endpoint may choose.
-    pub(super) fn exclude(&self, attempt: &Attempt<'_>, context: &mut ConnectionContext) {
-        let Some(around) = &attempt.around_client else {
-            return;
+    /// Excludes what the client's pod, the node and the cluster have from what the endpoint may choose. The IP context is there after
+    /// that, as NSM's NSMgr makes it: some endpoints read it unseen.
+    pub(super) async fn exclude(
+        &self,
+        attempt: &Attempt<'_>,
+        context: &mut ConnectionContext,
+    ) -> Result<(), RequestError> {
+        let node = match (&attempt.around_client, &self.forwarder) {
+            (Some(around), _) => Arc::clone(&around.node),
+            (None, Some(forwarder)) => forwarder.own_addresses().await?,
+            (None, None) => Arc::default(),
         };
-        let rules = self.config.admission.rules();
-        let pod = around.pod.iter().filter(|held| {
+        let pod = attempt.around_client.iter().flat_map(|around| &around.pod);
+        let pod = pod.filter(|held| {
             held.prefix.prefix_len() > 0 && !matches!(held.kind, HoldingKind::Gateway)
         });
+        let rules = self.config.admission.rules();
         let mut taken: Vec<IpNet> = pod
             .map(|held| held.prefix.trunc())
-            .chain(around.node.iter().map(IpNet::trunc))
+            .chain(node.iter().map(IpNet::trunc))
             .chain(rules.protected.iter().copied())
             .collect();
         taken = IpNet::aggregate(&taken);
@@ -132,66 +142,65 @@ impl Calls {
                 ip.excluded_prefixes.push(prefix);
             }
         }
+        Ok(())
     }
 
     /// Decides on what the client's pod on this node would get; `peer` is the other end of its tunnel.
-    pub(super) fn admit_client(
+    pub(in crate::call) fn admit_client(
         &self,
-        attempt: &Attempt<'_>,
+        terms: &Terms<'_>,
         context: &ConnectionContext,
+        around: Option<&Around>,
         peer: Option<IpAddr>,
     ) -> Result<(), RequestError> {
-        let around = attempt.around_client.as_ref();
-        self.admit(attempt, Side::Client, context, around, peer)
+        self.admit(terms, Side::Client, context, around, peer)
     }
 
     /// Decides on what the endpoint's pod on this node would get; `peer` is the other end of its tunnel.
-    pub(super) async fn admit_endpoint(
+    pub(in crate::call) fn admit_endpoint(
         &self,
-        attempt: &Attempt<'_>,
+        terms: &Terms<'_>,
         context: &ConnectionContext,
-        pod: &Pod,
+        around: &Around,
         peer: Option<IpAddr>,
     ) -> Result<(), RequestError> {
-        let around = self.around(pod, &self.alias(attempt.id())?).await?;
-        self.admit(attempt, Side::Endpoint, context, Some(&around), peer)
+        self.admit(terms, Side::Endpoint, context, Some(around), peer)
     }
 
     /// Decides on what passes through this node into our domain: the answer of another domain to a client, and what a client of another
     /// domain sends to an endpoint.
-    pub(super) fn admit_passing(
+    pub(in crate::call) fn admit_passing(
         &self,
-        attempt: &Attempt<'_>,
+        terms: &Terms<'_>,
         answered: &ConnectionContext,
     ) -> Result<(), RequestError> {
-        let side = match attempt.route.crossing {
+        let side = match terms.route.crossing {
             Crossing::Inside => return Ok(()),
             Crossing::Out => Side::Client,
             Crossing::In => Side::Endpoint,
         };
-        self.admit(attempt, side, answered, None, None)
+        self.admit(terms, side, answered, None, None)
     }
 
     fn admit(
         &self,
-        attempt: &Attempt<'_>,
+        terms: &Terms<'_>,
         side: Side,
         context: &ConnectionContext,
         around: Option<&Around>,
         peer: Option<IpAddr>,
     ) -> Result<(), RequestError> {
-        let domain = other_domain(attempt);
+        let domain = other_domain(terms.route);
         let around = Surroundings {
             domain: domain.as_ref(),
-            wants_default_route: side == Side::Client
-                && wants_default_route(&attempt.ask.connection.labels),
+            wants_default_route: side == Side::Client && wants_default_route(terms.labels),
             peer,
             node: around.map_or(&[], |around| &around.node),
             pod: around.map_or(&[], |around| &around.pod),
         };
         let none = IpContext::default();
         let ip = context.ip_context.as_ref().unwrap_or(&none);
-        let steers = side == Side::Client && attempt.route.crossing != Crossing::Inside;
+        let steers = side == Side::Client && terms.route.crossing != Crossing::Inside;
         self.admit_ip(side, ip, steers, &around)
             .and_then(|admitted| {
                 if side == Side::Client {
@@ -201,8 +210,8 @@ impl Calls {
                 }
             })
             .map_err(|error| match error {
-                RequestError::Excessive(refusal) => attempt.inadmissible(refusal),
-                unreadable => attempt.bad_answer(unreadable),
+                RequestError::Excessive(refusal) => terms.inadmissible(refusal),
+                unreadable => RequestError::bad_answer(&terms.route.url, unreadable),
             })
     }
 
@@ -267,7 +276,24 @@ impl Calls {
     }
 }
 
-impl Attempt<'_> {
+/// A connection as the rules see it.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::call) struct Terms<'a> {
+    /// The next hop, whose word is decided on.
+    pub(in crate::call) route: &'a Route,
+    /// The labels of the client.
+    labels: &'a BTreeMap<String, String>,
+}
+
+impl<'a> Terms<'a> {
+    /// Those of a connection that stands.
+    pub(in crate::call) fn of(established: &'a Established) -> Self {
+        Self {
+            route: &established.route,
+            labels: &established.view.labels,
+        }
+    }
+
     /// The answer of this hop would put something into a pod that is not admitted there.
     pub(super) fn inadmissible(&self, refusal: Inadmissible) -> RequestError {
         RequestError::Inadmissible {
@@ -277,13 +303,33 @@ impl Attempt<'_> {
     }
 }
 
+impl Attempt<'_> {
+    pub(super) fn terms(&self) -> Terms<'_> {
+        Terms {
+            route: self.route,
+            labels: &self.ask.connection.labels,
+        }
+    }
+}
+
+/// Whether a context that the next hop of `route` published is of a size that may be kept.
+pub(in crate::call) fn check_context(
+    context: &ConnectionContext,
+    route: &Route,
+) -> Result<(), RequestError> {
+    check_size(context.encoded_len()).map_err(|refusal| RequestError::Inadmissible {
+        url: route.url.to_string(),
+        refusal,
+    })
+}
+
 /// The routes of a client's policies. This agent makes none of them, but a forwarder before it may.
 fn policy_routes(policies: &[PolicyRoute]) -> Result<Vec<RouteSpec>, RequestError> {
     let mut all = Vec::new();
     for policy in policies {
         if policy.routes.is_empty() {
             // NSM's forwarders make a default route of a policy without routes.
-            let everything = Route {
+            let everything = connectioncontext::Route {
                 prefix: "0.0.0.0/0".to_owned(),
                 next_hop: String::new(),
             };
@@ -296,8 +342,8 @@ fn policy_routes(policies: &[PolicyRoute]) -> Result<Vec<RouteSpec>, RequestErro
 }
 
 /// The domain of the endpoint, where it is another than ours.
-fn other_domain(attempt: &Attempt<'_>) -> Option<Domain> {
-    let named = [&attempt.route.endpoint, &attempt.route.service];
+fn other_domain(route: &Route) -> Option<Domain> {
+    let named = [&route.endpoint, &route.service];
     let mut domains = named.into_iter().filter_map(|name| name.split_once('@'));
     domains.find_map(|(_, domain)| domain.parse().ok())
 }

@@ -7,7 +7,7 @@ use nsm_core::link::admission::Holding;
 
 /// What is around a pod.
 #[derive(Debug)]
-pub(super) struct Around {
+pub(in crate::call) struct Around {
     /// The node's addresses, with the lengths of their networks.
     pub(super) node: Arc<[IpNet]>,
     /// What the pod has on other links.

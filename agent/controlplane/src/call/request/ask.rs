@@ -86,6 +86,12 @@ impl Attempt<'_> {
         &self.ask.connection.id
     }
 
+    /// Whether this agent is the NSMgr of the client or of the endpoint, and so excludes what its node and cluster use. A proxy between
+    /// them does not.
+    pub(super) fn excludes(&self) -> bool {
+        !matches!(self.case, Case::Through) || self.ask.arrival == Arrival::Local
+    }
+
     /// Whether the connection stands at this hop, for whatever endpoint.
     pub(super) fn is_same_hop(&self) -> bool {
         self.prior

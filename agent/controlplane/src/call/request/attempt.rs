@@ -56,7 +56,7 @@ impl Calls {
         let around_client = match &case {
             Case::LocalPair(client) | Case::Initiate(client, _) => {
                 let alias = self.alias(&ask.connection.id)?;
-                Some(self.around(&client.pod, &alias).await?)
+                Some(self.around(&client.pod.netns, &alias).await?)
             }
             Case::Terminate(tunnel) => {
                 self.check_client(tunnel).await?;
@@ -182,7 +182,7 @@ impl Calls {
     }
 
     /// The alias of the links of our segment `id`.
-    pub(super) fn alias(&self, id: &str) -> Result<LinkAlias, RequestError> {
+    pub(in crate::call) fn alias(&self, id: &str) -> Result<LinkAlias, RequestError> {
         LinkAlias::new(self.config.domain.as_str(), id).map_err(|error| RequestError::Field {
             field: "id of our path segment",
             value: id.to_owned(),

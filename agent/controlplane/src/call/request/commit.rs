@@ -10,7 +10,10 @@ use crate::{
     call::{Answer, Calls, next_hop::downstream_view},
     connection::{model::Established, store::Turn},
     error::RequestError,
-    peer::{peers::Peer, stream},
+    peer::{
+        peers::Peer,
+        stream::{self, Report},
+    },
 };
 
 impl Calls {
@@ -61,13 +64,18 @@ impl Calls {
         }
     }
 
-    fn monitor(&self, peer: &Arc<Peer>) -> tokio::task::AbortHandle {
-        let liveness = Arc::clone(&self.liveness);
+    fn monitor(self: &Arc<Self>, peer: &Arc<Peer>) -> tokio::task::AbortHandle {
+        let calls = Arc::clone(self);
         stream::watch(
             Arc::clone(&self.lookup.peers),
             Arc::clone(peer),
             self.config.name.clone(),
-            move |peer, report| liveness.on_report(peer, report),
+            move |peer, report| {
+                if let Report::Event(event) = &report {
+                    calls.follow_contexts(peer, event);
+                }
+                calls.liveness.on_report(peer, report);
+            },
         )
     }
 

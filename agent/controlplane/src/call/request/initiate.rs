@@ -37,7 +37,8 @@ impl Calls {
         let id = attempt.id();
         let server = granted.server;
         split_default_routes(attempt, context);
-        self.admit_client(attempt, context, Some(server.address))?;
+        let around = attempt.around_client.as_ref();
+        self.admit_client(&attempt.terms(), context, around, Some(server.address))?;
         let underlay = self.forwarder()?.underlay(Some(server.address)).await?;
         self.check_server(&server, underlay.port)
             .and_then(|()| self.check_not_own(DST_IP, server.address, attempt))

@@ -10,7 +10,7 @@
 //! 5. [commit]: the connection is stored, published and answered.
 
 mod accept;
-mod admit;
+pub(super) mod admit;
 mod around;
 mod ask;
 mod attempt;
@@ -32,10 +32,10 @@ use tokio::time::Instant;
 
 use self::ask::Ask;
 use crate::{
-    call::{Answer, Call, Calls, close::Cause, enter::Entered},
+    call::{Answer, Call, Calls, add_missing, close::Cause, enter::Entered},
     connection::store::{Claim, Turn},
     error::RequestError,
-    route::router::Route,
+    route::router::{Arrival, Route},
 };
 
 /// Keys of tunnels asked for in one Request. A server chooses a VNI among eight million at random: a second collision in a row means
@@ -70,6 +70,9 @@ impl Calls {
         let preferences = call.message.mechanism_preferences;
         let bytes = admit::check_sizes(&connection, &preferences)?;
         let asked_id = connection.id.clone();
+        if call.arrival == Arrival::Local {
+            add_missing(&mut connection.labels, &self.config.client_info);
+        }
         let Entered { path, hop, expires } = self.enter(&mut connection, call.token)?;
         let claim = Claim {
             holder: call.holder,
@@ -113,16 +116,20 @@ impl Calls {
     }
 
     /// A client may ask for another endpoint than the one it has. The route to leave, where the old tunnel stands until another one
-    /// does: its next hop may not even get a Close. Otherwise the old connection is closed first.
+    /// does: its next hop may not even get a Close. Otherwise the old connection is closed first. An agent that does not have it passes
+    /// the wish on: hops behind it may have it still.
     async fn reselect(
         &self,
         connection: &mut Connection,
         turn: &Turn,
         deadline: Instant,
     ) -> Option<Route> {
-        let is_asked = connection.state() == State::ReselectRequested;
+        if connection.state() != State::ReselectRequested {
+            connection.set_state(State::Up);
+            return None;
+        }
+        let current = turn.current()?;
         connection.set_state(State::Up);
-        let current = turn.current().filter(|_| is_asked)?;
         if current.is_left_standing() {
             return Some(current.route.clone());
         }

@@ -33,20 +33,22 @@ impl Calls {
     ) -> Result<NetworkServiceRequest, RequestError> {
         let mut connection = named_for(attempt);
         let id = attempt.id();
+        if attempt.excludes() {
+            let context = connection.context.get_or_insert_default();
+            self.exclude(attempt, context).await?;
+        }
         let context = &mut connection.context;
         let mut standing = standing;
         let mut preferences = match &attempt.case {
             Case::Through => attempt.ask.preferences.clone(),
             Case::LocalPair(_) => {
                 let context = context.get_or_insert_default();
-                self.exclude(attempt, context);
                 context.mtu = pair_mtu(context);
                 set_mac(context, End::Client, id);
                 vec![convert::mechanism(LOCAL, KERNEL, [].into())]
             }
             Case::Initiate(_, remote) => {
                 let context = context.get_or_insert_default();
-                self.exclude(attempt, context);
                 set_mac(context, End::Client, id);
                 let standing = standing.as_mut();
                 vec![

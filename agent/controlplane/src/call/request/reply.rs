@@ -33,7 +33,7 @@ pub(super) fn source(request: &NetworkServiceRequest) -> Option<String> {
 /// What a next hop must not change.
 pub(super) fn check(attempt: &Attempt<'_>, reply: &Connection) -> Result<(), RequestError> {
     let ask = attempt.ask;
-    check_size(reply.encoded_len()).map_err(|refusal| attempt.inadmissible(refusal))?;
+    check_size(reply.encoded_len()).map_err(|refusal| attempt.terms().inadmissible(refusal))?;
     if reply.id != ask.connection.id {
         return Err(attempt.bad_answer(format_args!(
             "the connection's id is `{}`, we sent `{}`",

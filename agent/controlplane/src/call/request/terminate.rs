@@ -44,8 +44,8 @@ impl Calls {
         let id = attempt.id();
         let endpoint = self.endpoint_pod(attempt.route, granted).await?;
         let client = tunnel.asked.client;
-        self.admit_endpoint(attempt, context, &endpoint, Some(client.address))
-            .await?;
+        let around = self.around(&endpoint.netns, &self.alias(id)?).await?;
+        self.admit_endpoint(&attempt.terms(), context, &around, Some(client.address))?;
         set_mac(context, End::Endpoint, id);
         let underlay = self.forwarder()?.underlay(Some(client.address)).await?;
         let agreed_mtu = tunnel_mtu(tunnel.remote, context, &underlay, tunnel.asked.mtu);

@@ -86,6 +86,7 @@ fn established(segments: &[u8], to: Option<u8>, watched: Option<u8>) -> Establis
         plan: to.map(|number| Box::new(plan(number))),
         key: None,
         expires: SystemTime::UNIX_EPOCH,
+        committed: tokio::time::Instant::now(),
         path: PathState {
             watched: watched.map(path),
             ..PathState::default()

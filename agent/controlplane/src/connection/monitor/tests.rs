@@ -46,6 +46,7 @@ fn established(number: usize, labels: usize) -> Arc<Established> {
         plan: None,
         key: None,
         expires: SystemTime::UNIX_EPOCH,
+        committed: Instant::now(),
         path: PathState::default(),
     })
 }

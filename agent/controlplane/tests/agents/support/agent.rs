@@ -1,6 +1,7 @@
 //! A whole agent in this process: control plane, listeners, a kernel that is none.
 
 use std::{
+    collections::BTreeMap,
     io::ErrorKind,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -60,6 +61,8 @@ pub(crate) struct Setup {
     pub(crate) dial_inside: Vec<IpNet>,
     /// Ports of tunnels beside the usual one.
     pub(crate) peer_ports: Vec<u16>,
+    /// Labels of the node.
+    pub(crate) client_info: BTreeMap<String, String>,
 }
 
 impl Setup {
@@ -83,6 +86,7 @@ impl Setup {
             },
             dial_inside: vec![loopback()],
             peer_ports: Vec::new(),
+            client_info: BTreeMap::new(),
         }
     }
 
@@ -100,6 +104,11 @@ impl Setup {
     /// Loopback is dialled only where the configuration leads there.
     pub(crate) fn dialling_outside_only(mut self) -> Self {
         self.dial_inside.clear();
+        self
+    }
+
+    pub(crate) fn client_info(mut self, labels: BTreeMap<String, String>) -> Self {
+        self.client_info = labels;
         self
     }
 
@@ -267,6 +276,7 @@ async fn run(
             relays: setup.relays.clone(),
             dial_inside: setup.dial_inside.clone(),
             peer_ports: setup.peer_ports.clone(),
+            client_info: setup.client_info.clone(),
         },
         Arc::new(TokenSource::hs256(
             &format!("spiffe://{}/{}", setup.domain, setup.name),

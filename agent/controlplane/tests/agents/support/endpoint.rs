@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicU32, Ordering},
     },
+    time::SystemTime,
 };
 
 use nsm_controlplane::registry::memory::{Limits, Memory};
@@ -37,7 +38,7 @@ use tokio_stream::{
 };
 use tonic::{Request, Response, Status, transport::Server};
 
-use super::{process::Process, registry::Served};
+use super::{eventually, process::Process, registry::Served};
 
 /// What becomes of a right answer before it is sent.
 pub(crate) type Twist = fn(Connection) -> Result<Connection, Status>;
@@ -73,6 +74,7 @@ struct Table {
     standing: BTreeMap<String, Connection>,
     requests: Vec<NetworkServiceRequest>,
     closes: Vec<Connection>,
+    closed_at: Option<SystemTime>,
     vnis: VecDeque<u32>,
     twist: Option<Twist>,
     monitors: Vec<Events>,
@@ -195,6 +197,12 @@ impl Endpoint {
     }
 
     /// Every Close so far.
+    /// When the first Close came, once one has.
+    pub(crate) async fn closed_at(&self) -> SystemTime {
+        eventually(true, || self.state.table().closed_at.is_some()).await;
+        self.state.table().closed_at.expect("it was closed")
+    }
+
     pub(crate) fn closes(&self) -> Vec<Connection> {
         self.state.table().closes.clone()
     }
@@ -336,6 +344,7 @@ impl NetworkService for State {
             // Closed by somebody who never read our answer: we know it by the hop before us.
             table.standing.retain(|_, ours| ours.id != connection.id);
         }
+        table.closed_at.get_or_insert_with(SystemTime::now);
         table.closes.push(connection);
         Ok(Response::new(()))
     }

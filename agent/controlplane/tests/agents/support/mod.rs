@@ -176,14 +176,19 @@ impl World {
     }
 
     fn tell_hosts(&self) {
-        for agent in &self.agents {
-            agent.resolve_by(ResolverConfig {
-                servers: vec![self.dns],
-                hosts: self.hosts.lock().expect("not poisoned").clone(),
-                timeout: Duration::from_millis(1500),
-                ..ResolverConfig::default()
-            });
-        }
+        self.agents
+            .iter()
+            .for_each(|agent| self.tell_hosts_to(agent));
+    }
+
+    /// Lets an agent that was started again find the domains.
+    pub(crate) fn tell_hosts_to(&self, agent: &Agent) {
+        agent.resolve_by(ResolverConfig {
+            servers: vec![self.dns],
+            hosts: self.hosts.lock().expect("not poisoned").clone(),
+            timeout: Duration::from_millis(1500),
+            ..ResolverConfig::default()
+        });
     }
 
     /// The DNS server of this world.
