@@ -477,7 +477,39 @@ fn a_cloud_is_what_the_firmware_names() {
             product: product.to_owned(),
             board_vendor: board.to_owned(),
             asset_tag: tag.to_owned(),
+            ..Firmware::default()
         };
+        assert_eq!(firmware.cloud(), cloud, "{firmware:?}");
+    }
+}
+
+/// The instances of EC2 that still run on Xen: the vendor is Xen's own, so the version of the BIOS and both identities count, too.
+#[test]
+fn xen_instances_of_ec2_are_recognised() {
+    const UUID: &str = "ec2f8d1c-94ed-01b2-a3c4-5e6f70819203";
+    let xen = |vendor: &str, version: &str, uuid: &str, serial: &str| Firmware {
+        system_vendor: vendor.to_owned(),
+        product: "HVM domU".to_owned(),
+        bios_version: version.to_owned(),
+        product_uuid: uuid.to_owned(),
+        product_serial: serial.to_owned(),
+        ..Firmware::default()
+    };
+    for (vendor, version, uuid, serial, cloud) in [
+        ("Xen", "4.11.amazon", UUID, UUID, Some(Provider::Aws)),
+        (
+            "Xen",
+            "4.2.amazon\n",
+            "EC2F8D1C-94ED",
+            "EC2F8D1C-94ED",
+            Some(Provider::Aws),
+        ),
+        ("Xen", "4.11", UUID, UUID, None),
+        ("Xen", "4.11.amazon", "1234", UUID, None),
+        ("Xen", "4.11.amazon", UUID, "", None),
+        ("QEMU", "4.11.amazon", UUID, UUID, None),
+    ] {
+        let firmware = xen(vendor, version, uuid, serial);
         assert_eq!(firmware.cloud(), cloud, "{firmware:?}");
     }
 }

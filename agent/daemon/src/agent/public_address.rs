@@ -272,6 +272,9 @@ fn firmware(folder: &Path) -> Firmware {
         product: field("product_name"),
         board_vendor: field("board_vendor"),
         asset_tag: field("chassis_asset_tag"),
+        bios_version: field("bios_version"),
+        product_uuid: field("product_uuid"),
+        product_serial: field("product_serial"),
     }
 }
 

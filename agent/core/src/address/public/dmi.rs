@@ -21,6 +21,12 @@ pub struct Firmware {
     pub board_vendor: String,
     /// The chassis' asset tag (`chassis_asset_tag`).
     pub asset_tag: String,
+    /// The version of the BIOS (`bios_version`).
+    pub bios_version: String,
+    /// The system's identity (`product_uuid`), which root can read.
+    pub product_uuid: String,
+    /// The system's serial number (`product_serial`), which root can read.
+    pub product_serial: String,
 }
 
 impl Firmware {
@@ -32,7 +38,7 @@ impl Firmware {
                 .iter()
                 .any(|vendor| makers.contains(&vendor.trim()))
         };
-        if is_made_by(&["Amazon EC2"]) {
+        if is_made_by(&["Amazon EC2"]) || self.is_ec2_on_xen() {
             Some(Provider::Aws)
         } else if is_made_by(&["Google"]) && self.product.trim() == "Google Compute Engine" {
             // Google sells laptops, too.
@@ -45,5 +51,17 @@ impl Firmware {
         } else {
             None
         }
+    }
+
+    /// Instances of EC2 of the types before Nitro have Xen as their vendor, as anybody's guests of Xen have.
+    fn is_ec2_on_xen(&self) -> bool {
+        let is_ec2 = |identity: &str| {
+            let start = identity.trim().get(..3);
+            start.is_some_and(|start| start.eq_ignore_ascii_case("ec2"))
+        };
+        self.system_vendor.trim() == "Xen"
+            && self.bios_version.trim().ends_with(".amazon")
+            && is_ec2(&self.product_uuid)
+            && is_ec2(&self.product_serial)
     }
 }
