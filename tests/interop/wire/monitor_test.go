@@ -93,11 +93,9 @@ func monitorScene(w *world) {
 	connection = w.granted(w.one.client, changed)
 	w.Await(clientOne, events, 2)
 
-	w.Step("the endpoint changes the context, which is no news, and its metrics, those of a path among them")
+	w.Step("the endpoint changes the context and its metrics, those of a path among them")
 	endpoint.send(update, connection, func(c *networkservice.Connection) {
 		c.Context.ExtraContext = map[string]string{"of": "nse", "news": "1"}
-	})
-	endpoint.send(update, connection, func(c *networkservice.Connection) {
 		c.Path.PathSegments[c.Path.Index].Metrics = map[string]string{
 			"sbfd_state_in": "up", "sbfd_state_out": "down", "sbfd_path_mtu": "1450",
 			"sbfd_reason_out": "unanswered", "sbfd_reason": "probes stay unanswered", "rx_bytes": "42",

@@ -6,9 +6,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"net/netip"
+	"os"
 	"slices"
 	"sort"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/metadata"
@@ -215,8 +218,50 @@ func asValue(message proto.Message) (map[string]any, error) {
 	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.UseNumber()
 	value := map[string]any{}
-	return value, decoder.Decode(&value)
+	err = decoder.Decode(&value)
+	omitNameservers(value)
+	return value, err
 }
+
+// omitNameservers takes the DNS servers of this machine out of the prefixes that agents exclude: other machines have others.
+func omitNameservers(value any) {
+	switch value := value.(type) {
+	case map[string]any:
+		if excluded, ok := value["excluded_prefixes"].([]any); ok {
+			excluded = slices.DeleteFunc(excluded, func(prefix any) bool { return slices.Contains(nameservers(), prefix) })
+			value["excluded_prefixes"] = excluded
+			if len(excluded) == 0 {
+				delete(value, "excluded_prefixes")
+			}
+		}
+		for _, field := range value {
+			omitNameservers(field)
+		}
+	case []any:
+		for _, item := range value {
+			omitNameservers(item)
+		}
+	}
+}
+
+// nameservers are the prefixes of the machine's DNS servers.
+var nameservers = sync.OnceValue(func() []any {
+	text, err := os.ReadFile("/etc/resolv.conf")
+	if err != nil {
+		return nil
+	}
+	var prefixes []any
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 || fields[0] != "nameserver" {
+			continue
+		}
+		if address, err := netip.ParseAddr(fields[1]); err == nil {
+			prefixes = append(prefixes, netip.PrefixFrom(address, address.BitLen()).String())
+		}
+	}
+	return prefixes
+})
 
 // width is the longest line of a map or list that is printed as one.
 const width = 200

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    sync::{Arc, Mutex},
+    sync::{Arc, LazyLock, Mutex},
 };
 
 use nsm_proto::{
@@ -24,9 +24,11 @@ use super::{
 use crate::{
     connection::{model::Established, store::Turn},
     error::RequestError,
+    liveness::TakeContext,
     peer::peers::Peer,
     ports::Plan,
     sync::lock,
+    transport::clients::Occasional,
 };
 
 /// A context that a next hop has published.
@@ -62,7 +64,18 @@ impl Contexts {
 }
 
 impl Calls {
-    /// Takes over the contexts in an event of the next hop `peer`, each in its connection's turn.
+    /// What takes over the contexts of connections that have no links on this node: they change with the rest that the event brings.
+    pub(crate) fn passing_contexts(self: &Arc<Self>) -> Arc<TakeContext> {
+        let calls = Arc::clone(self);
+        Arc::new(move |current, reported| {
+            let context = with_reported(current, reported).filter(|_| current.plan.is_none())?;
+            let admitted = check_context(&context, &current.route)
+                .and_then(|()| calls.admit_passing(&Terms::of(current), &context));
+            is_taken(current, admitted).then_some(context)
+        })
+    }
+
+    /// Takes over the contexts in an event of the next hop `peer` for connections that have links on this node, each in its turn.
     pub(crate) fn follow_contexts(self: &Arc<Self>, peer: &Peer, event: &ConnectionEvent) {
         if event.r#type() == ConnectionEventType::Delete {
             return;
@@ -79,7 +92,7 @@ impl Calls {
             let Some(current) = current.filter(|it| it.route.url == peer.url) else {
                 continue;
             };
-            if with_reported(&current, context).is_none() {
+            if current.plan.is_none() || with_reported(&current, context).is_none() {
                 continue;
             }
             let reported = Reported {
@@ -110,11 +123,9 @@ impl Calls {
         let Some(context) = with_reported(&current, &reported.context) else {
             return;
         };
-        if let Err(error) = self.take_over(&turn, &current, context).await {
-            tracing::warn!(
-                connection.id = %id, peer.url = %current.route.url, %error,
-                "the next hop has changed the connection's context, and it is not taken over"
-            );
+        if let Some(plan) = current.plan.as_deref() {
+            let outcome = self.take_over(&turn, &current, plan, context).await;
+            is_taken(&current, outcome);
         }
     }
 
@@ -122,25 +133,17 @@ impl Calls {
         &self,
         turn: &Turn,
         current: &Established,
+        plan: &Plan,
         context: ConnectionContext,
     ) -> Result<(), RequestError> {
         check_context(&context, &current.route)?;
         let terms = Terms::of(current);
-        let plan = match current.plan.as_deref() {
-            Some(plan) => {
-                self.admit_change(&terms, turn.id(), plan, &context).await?;
-                let ends = Ends::parse(self.alias(turn.id())?, &context)?;
-                let changed = ends.changed(plan, current.route.is_local())?;
-                self.forwarder()?.up(&changed).await?;
-                Some(Box::new(changed))
-            }
-            None => {
-                self.admit_passing(&terms, &context)?;
-                None
-            }
-        };
+        self.admit_change(&terms, turn.id(), plan, &context).await?;
+        let ends = Ends::parse(self.alias(turn.id())?, &context)?;
+        let wanted = ends.changed(plan, current.route.is_local())?;
+        self.forwarder()?.up(&wanted).await?;
         let mut changed = current.clone();
-        changed.plan = plan;
+        changed.plan = Some(Box::new(wanted));
         changed.view.context = Some(context);
         let changed = Arc::new(changed);
         turn.set(Some(Arc::clone(&changed)));
@@ -176,6 +179,21 @@ impl Calls {
             }
         }
     }
+}
+
+/// Whether a context is taken over; logs why not, and no flood of it.
+fn is_taken(current: &Established, outcome: Result<(), RequestError>) -> bool {
+    static REFUSALS: LazyLock<Occasional> = LazyLock::new(Occasional::default);
+    let Err(error) = outcome else {
+        return true;
+    };
+    if REFUSALS.is_due() {
+        tracing::warn!(
+            connection.id = %current.view.id, peer.url = %current.route.url, %error,
+            "the next hop has changed the connection's context, and it is not taken over; others within a minute are not logged"
+        );
+    }
+    false
 }
 
 /// The connection's context with what the next hop may change of it; `None` when that changes nothing.

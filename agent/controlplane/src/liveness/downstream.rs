@@ -11,7 +11,11 @@ use nsm_core::{
     net::PeerUrl,
     nsm::path::MAX_SEGMENTS,
 };
-use nsm_proto::connection::{Connection, ConnectionEvent, ConnectionEventType, PathSegment, State};
+use nsm_proto::{
+    connection::{Connection, ConnectionEvent, ConnectionEventType, PathSegment, State},
+    connectioncontext::ConnectionContext,
+};
+use tokio::time::Instant;
 
 use super::Liveness;
 use crate::{
@@ -22,21 +26,37 @@ use crate::{
     peer::{peers::Peer, stream::Report},
 };
 
+/// The context that a connection has after its next hop reported one; `None` where that changes nothing here and now.
+pub(crate) type TakeContext =
+    dyn Fn(&Established, &ConnectionContext) -> Option<ConnectionContext> + Send + Sync;
+
 impl Liveness {
     /// Takes over what the stream from a next hop brings.
-    pub(crate) fn on_report(self: &Arc<Self>, peer: &Arc<Peer>, report: Report) {
+    pub(crate) fn on_report(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        report: Report,
+        contexts: &Arc<TakeContext>,
+    ) {
         match report {
-            Report::Event(event) => self.on_event(&peer.url, event),
+            Report::Event(event) => self.on_event(&peer.url, event, contexts),
             Report::Lost { users, cause } => self.on_lost(peer, users, &cause),
         }
     }
 
     /// Takes over what the peer of `url` publishes of connections that go through it.
-    fn on_event(self: &Arc<Self>, url: &PeerUrl, event: ConnectionEvent) {
+    fn on_event(
+        self: &Arc<Self>,
+        url: &PeerUrl,
+        event: ConnectionEvent,
+        contexts: &Arc<TakeContext>,
+    ) {
+        let at = Instant::now();
         let kind = event.r#type();
         let news = event.connections.into_values().filter_map(|reported| {
             let (id, index) = self.own_segment(&reported)?;
             let (liveness, url) = (Arc::clone(self), url.clone());
+            let contexts = Arc::clone(contexts);
             let change = move |established: &Established| {
                 // A peer reports its own connections only.
                 if established.route.url != url {
@@ -47,7 +67,17 @@ impl Liveness {
                     _ => after(&reported, index),
                 };
                 liveness.report_evidence(established, hops);
-                merge(established, &reported, index, kind)
+                let merged = merge(established, &reported, index, kind);
+                // A Request that was committed later has brought what is newer.
+                let is_newer = kind != ConnectionEventType::Delete && established.committed <= at;
+                let context = reported.context.as_ref().filter(|_| is_newer);
+                let context = context.and_then(|context| contexts(established, context));
+                let Some(context) = context else {
+                    return merged;
+                };
+                let mut changed = merged.unwrap_or_else(|| established.clone());
+                changed.view.context = Some(context);
+                Some(changed)
             };
             let news = match kind {
                 ConnectionEventType::Delete => News::Gone(Box::new(change)),

@@ -18,6 +18,7 @@ use std::{
 use nsm_core::liveness::{ForeignVnis, Health, PathEvent, PathId, Published, Reason, Reflector};
 use nsm_proto::connection::ConnectionEventType;
 
+pub(crate) use self::downstream::TakeContext;
 use self::foreign::Foreign;
 pub(crate) use self::path::JoinedPath;
 pub use self::policy::{Reachability, ReachabilityError};

@@ -7,7 +7,7 @@ use nsm_proto::{
     connectioncontext::Route,
 };
 
-use crate::support::{Agent, Client, World, eventually};
+use crate::support::{Agent, Client, Setup, World, client_side, endpoint_side, eventually};
 
 const SERVICE: &str = "icmp-responder@cluster-2.example";
 
@@ -145,5 +145,34 @@ async fn both_pods_of_one_node_follow() {
         (has(0, "172.16.202.0/24"), has(1, "172.16.203.0/24"))
     })
     .await;
+    client.close(&granted.connection).await.expect("closed");
+}
+
+/// A hop without links of its own passes the change on, in one event with the rest.
+#[tokio::test]
+async fn a_hop_between_passes_a_changed_context_on() {
+    let sides = [client_side(), endpoint_side()].map(Setup::without_forwarder);
+    let world = World::of(sides).await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let client = Client::on_node(a).await;
+    let granted = client.ask(SERVICE).await;
+    let mut watch = client.monitor().await;
+    watch.one(InitialStateTransfer).await;
+    eventually((1, 1), || {
+        (endpoint.monitors(), b.plane.holdings().monitors)
+    })
+    .await;
+    let event = changed(&granted.connection, |it| {
+        it.set_state(State::Down);
+        let context = it.context.as_mut().expect("one");
+        context
+            .extra_context
+            .insert("news".to_owned(), "1".to_owned());
+    });
+    endpoint.tell(event).await;
+    let told = watch.one(Update).await;
+    assert_eq!(told.state(), State::Down);
+    assert_eq!(told.context.expect("one").extra_context["news"], "1");
     client.close(&granted.connection).await.expect("closed");
 }

@@ -80,18 +80,25 @@ pub(super) fn split_default_routes(attempt: &Attempt<'_>, context: &mut Connecti
     ip.src_routes = split.collect();
 }
 
-/// The prefixes that we excluded are ours: the client goes on with its own, so that it does not exclude for ever what its pod had once.
+/// The prefixes that we excluded are ours: the previous hop goes on with its own, so that it does not exclude for ever what a pod or a
+/// node had once. The client gets back what it asked with, whatever its endpoint made of that.
 pub(super) fn restore_exclusions(attempt: &Attempt<'_>, reply: &mut Connection) {
     let answered = reply.context.as_mut();
     let Some(answered) = answered.and_then(|context| context.ip_context.as_mut()) else {
         return;
     };
-    if attempt.excludes() {
-        let asked = attempt.ask.connection.context.as_ref();
-        let asked = asked.and_then(|context| context.ip_context.as_ref());
-        answered.excluded_prefixes = asked
-            .map(|ip| ip.excluded_prefixes.clone())
-            .unwrap_or_default();
+    if !attempt.excludes() {
+        return;
+    }
+    let asked = attempt.ask.connection.context.as_ref();
+    let asked = asked.and_then(|context| context.ip_context.as_ref());
+    let asked = asked.map_or(&[][..], |ip| &ip.excluded_prefixes);
+    if attempt.around_client.is_some() {
+        answered.excluded_prefixes = asked.to_vec();
+    } else {
+        answered
+            .excluded_prefixes
+            .retain(|prefix| asked.contains(prefix));
     }
 }
 

@@ -66,6 +66,7 @@ impl Calls {
 
     fn monitor(self: &Arc<Self>, peer: &Arc<Peer>) -> tokio::task::AbortHandle {
         let calls = Arc::clone(self);
+        let contexts = self.passing_contexts();
         stream::watch(
             Arc::clone(&self.lookup.peers),
             Arc::clone(peer),
@@ -74,7 +75,7 @@ impl Calls {
                 if let Report::Event(event) = &report {
                     calls.follow_contexts(peer, event);
                 }
-                calls.liveness.on_report(peer, report);
+                calls.liveness.on_report(peer, report, &contexts);
             },
         )
     }
