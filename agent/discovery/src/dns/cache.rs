@@ -9,7 +9,7 @@ use std::{collections::HashMap, sync::Arc};
 use nsm_core::nsm::name::Domain;
 use tokio::{sync::watch, time::Instant};
 
-use super::{Resolved, error::ResolveError};
+use super::{Resolved, Resolver, error::ResolveError};
 
 /// What resolving a domain came to.
 pub type Outcome = Result<Arc<Resolved>, ResolveError>;
@@ -26,7 +26,9 @@ pub(super) struct Cache {
     flights: HashMap<Domain, watch::Receiver<Option<Outcome>>>,
 }
 
-struct Kept {
+/// An answer as it is kept.
+#[derive(Clone)]
+pub(super) struct Kept {
     outcome: Outcome,
     answered: Instant,
     expires: Instant,
@@ -104,6 +106,39 @@ impl Cache {
             expires,
         };
         self.answers.insert(domain, kept);
+    }
+
+    /// Forgets an answer that is of no use, where it is still the one that is kept and is old enough to be doubted.
+    pub(super) fn doubt(
+        &mut self,
+        domain: &Domain,
+        stale: &Resolved,
+        now: Instant,
+    ) -> Option<Kept> {
+        let is_stale = |kept: &mut Kept| {
+            let is_it = kept
+                .outcome
+                .as_ref()
+                .is_ok_and(|it| it.expires == stale.expires);
+            is_it && now.saturating_duration_since(kept.answered) >= Resolver::AGE_OF_DOUBT
+        };
+        let kept = self.answers.get_mut(domain)?;
+        if is_stale(kept) {
+            self.answers.remove(domain)
+        } else {
+            None
+        }
+    }
+
+    /// Keeps an answer again that was doubted, in the place of a failure that may pass. It is doubted anew after a while.
+    pub(super) fn restore(&mut self, domain: &Domain, kept: Kept) {
+        self.answers.insert(
+            domain.clone(),
+            Kept {
+                answered: Instant::now(),
+                ..kept
+            },
+        );
     }
 
     /// Everything that still holds, ordered by domain.

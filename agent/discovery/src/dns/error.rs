@@ -129,3 +129,19 @@ pub enum ResolveError {
         domain: String,
     },
 }
+
+impl ResolveError {
+    /// Whether it says nothing about the domain: another try may get an answer.
+    pub(super) const fn is_passing(&self) -> bool {
+        match self {
+            Self::NoDomain { .. } | Self::NoAddress { .. } | Self::NotOffered { .. } => false,
+            Self::ServerFailed { .. }
+            | Self::Timeout { .. }
+            | Self::Unreachable { .. }
+            | Self::BadAnswer { .. }
+            | Self::NoServers { .. }
+            | Self::Busy { .. }
+            | Self::Interrupted { .. } => true,
+        }
+    }
+}

@@ -25,6 +25,7 @@ mod error;
 mod hosts;
 mod metrics;
 mod rules;
+mod servers;
 mod srv;
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ mod upstream;
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
@@ -44,7 +46,7 @@ use self::{
     cache::{Cache, Known},
     metrics::{By, DnsMetrics},
     rules::{Found, Refusal},
-    upstream::Upstream,
+    servers::Servers,
 };
 pub use self::{
     cache::{MAX_FLIGHTS, Outcome, Remembered},
@@ -55,9 +57,10 @@ pub use self::{
 /// How domains are resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolverConfig {
-    /// The DNS servers, in the order in which they are asked; none means those of /etc/resolv.conf,
-    /// read when the resolver is made and when it is reloaded.
+    /// The DNS servers, in the order in which they are asked; none means those of [`Self::resolv_conf`].
     pub servers: Vec<SocketAddr>,
+    /// The system's resolv.conf(5), which is followed where no servers are named.
+    pub resolv_conf: PathBuf,
     /// Domains that are not asked for.
     pub hosts: BTreeMap<Domain, HostEntry>,
     /// How long one resolution may take, all its questions together.
@@ -76,6 +79,7 @@ impl Default for ResolverConfig {
     fn default() -> Self {
         Self {
             servers: Vec::new(),
+            resolv_conf: "/etc/resolv.conf".into(),
             hosts: BTreeMap::new(),
             // Below the 5 s that NSM gives a dial: the caller still gets the cause.
             timeout: Duration::from_secs(2),
@@ -118,13 +122,16 @@ pub struct Resolver {
 /// the former configuration outlives it.
 struct Setup {
     config: ResolverConfig,
-    upstream: Upstream,
+    servers: Servers,
     cache: Mutex<Cache>,
 }
 
 impl Resolver {
-    /// Makes a resolver. Reads /etc/resolv.conf when the configuration names no servers; when that
-    /// fails, domains that need a question fail with the reason and all others resolve.
+    /// How old an answer must be to be doubted ([`Resolver::again`]): a domain that is away is not asked for at every call.
+    pub const AGE_OF_DOUBT: Duration = Duration::from_secs(1);
+
+    /// Makes a resolver. Reads the system's resolv.conf when the configuration names no servers; as long as
+    /// that fails, domains that need a question fail with the reason and all others resolve.
     #[must_use]
     pub fn new(config: ResolverConfig) -> Self {
         Self {
@@ -211,6 +218,28 @@ impl Resolver {
         })
     }
 
+    /// Resolves a domain again whose remembered answer is of no use: where it led cannot be reached. `None` where the answer is the
+    /// same, or was given within [`Resolver::AGE_OF_DOUBT`].
+    ///
+    /// Where no server answers the remembered answer stays: the network may be away as a whole.
+    pub async fn again(&self, domain: &Domain, stale: &Resolved) -> Option<Arc<Resolved>> {
+        if !stale.cached {
+            return None;
+        }
+        let setup = self.setup();
+        let forgotten = setup.cache().doubt(domain, stale, Instant::now());
+        let fresh = match (self.resolve(domain).await, forgotten) {
+            (Ok(fresh), _) => fresh,
+            (Err(error), Some(forgotten)) if error.is_passing() => {
+                setup.cache().restore(domain, forgotten);
+                return None;
+            }
+            (Err(_), _) => return None,
+        };
+        let is_other = fresh.registry != stale.registry || fresh.proxy != stale.proxy;
+        is_other.then_some(fresh)
+    }
+
     fn setup(&self) -> Arc<Setup> {
         Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -219,7 +248,7 @@ impl Resolver {
 impl Setup {
     fn new(config: ResolverConfig) -> Self {
         Self {
-            upstream: Upstream::new(&config.servers, config.timeout),
+            servers: Servers::new(&config.servers, &config.resolv_conf, config.timeout),
             config,
             cache: Mutex::new(Cache::default()),
         }
@@ -238,7 +267,7 @@ impl Setup {
         metrics: DnsMetrics,
     ) {
         let started = Instant::now();
-        let answer = rules::ask(&self.config, &self.upstream, &domain).await;
+        let answer = rules::ask(&self.config, &self.servers.now(), &domain).await;
         let now = Instant::now();
         let (fresh, kept, expires) = match answer {
             Ok(found) => {

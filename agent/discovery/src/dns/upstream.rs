@@ -7,9 +7,7 @@
 use std::{collections::VecDeque, net::SocketAddr, time::Duration};
 
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use hickory_resolver::{
-    PoolContext, config::ResolverConfig, proto::rr::Record, system_conf::read_system_conf,
-};
+use hickory_resolver::{PoolContext, proto::rr::Record};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
@@ -17,9 +15,6 @@ use super::{
     attempt::{Attempt, Cause, Transport, context},
     error::ResolveError,
 };
-
-/// The port of DNS (RFC 1035 section 4.2).
-const PORT: u16 = 53;
 
 /// Servers that are asked: more would share the time until none has enough.
 const MAX_SERVERS: usize = 8;
@@ -65,16 +60,8 @@ pub(super) struct Nothing {
 pub(super) struct Unanswered(Vec<(Attempt, Cause)>);
 
 impl Upstream {
-    /// The given servers or, when there are none, those of /etc/resolv.conf.
-    pub(super) fn new(servers: &[SocketAddr], timeout: Duration) -> Self {
-        let (servers, none) = if servers.is_empty() {
-            match read_system_conf() {
-                Ok((config, _)) => (addresses(&config), String::new()),
-                Err(error) => (Vec::new(), format!("/etc/resolv.conf: {error}")),
-            }
-        } else {
-            (servers.to_vec(), String::new())
-        };
+    /// These servers; `none` says why there are none, where there are none.
+    pub(super) fn new(servers: &[SocketAddr], none: String, timeout: Duration) -> Self {
         let attempts: Vec<_> = [Transport::Udp, Transport::Tcp]
             .into_iter()
             .flat_map(|transport| {
@@ -93,6 +80,16 @@ impl Upstream {
             timeout,
             context: context(timeout),
         }
+    }
+
+    /// The servers, in the order in which they are asked.
+    #[cfg(test)]
+    pub(super) fn servers(&self) -> Vec<SocketAddr> {
+        let by_udp = self
+            .attempts
+            .iter()
+            .filter(|it| it.transport == Transport::Udp);
+        by_udp.map(|attempt| attempt.server).collect()
     }
 
     /// Asks until one server answers, none is left, or the deadline has come.
@@ -223,30 +220,5 @@ impl Upstream {
                 tried,
             }
         }
-    }
-}
-
-/// The servers of a resolv.conf(5).
-fn addresses(config: &ResolverConfig) -> Vec<SocketAddr> {
-    let servers = config.name_servers().iter();
-    servers
-        .map(|server| SocketAddr::new(server.ip, PORT))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use hickory_resolver::system_conf::parse_resolv_conf;
-
-    use super::*;
-
-    #[test]
-    fn servers_are_read_from_resolv_conf() {
-        let text = "# nameserver 192.0.2.9\nsearch example\nnameserver 192.0.2.1 # first\n\
-                    options ndots:5\n\tnameserver\t2001:db8::1\nnameserver nonsense\nnameserver\n";
-        let (config, _) = parse_resolv_conf(text).unwrap();
-        let wanted = ["192.0.2.1:53", "[2001:db8::1]:53"].map(|text| text.parse().unwrap());
-        assert_eq!(addresses(&config), wanted);
-        assert!(parse_resolv_conf("search example\n").is_err());
     }
 }

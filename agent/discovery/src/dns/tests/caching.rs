@@ -148,3 +148,42 @@ async fn what_is_remembered_is_listed_until_it_expires() {
     pass(Duration::from_secs(21)).await;
     assert_eq!(resolver.remembered().len(), 0);
 }
+
+/// Where an answer leads nobody may listen any more, long before its TTL ends.
+#[tokio::test]
+async fn an_answer_that_is_of_no_use_is_asked_for_again() {
+    let old = Zone::new().a(X, 3600, "192.0.2.2").serve().await;
+    let resolver = resolver(&old);
+    let fresh = resolver.resolve(&domain(X)).await.unwrap();
+    assert_eq!(resolver.again(&domain(X), &fresh).await, None, "it is new");
+    let stale = resolver.resolve(&domain(X)).await.unwrap();
+    assert_eq!(
+        resolver.again(&domain(X), &stale).await,
+        None,
+        "it is young"
+    );
+    let asked = old.questions();
+    pass(Resolver::AGE_OF_DOUBT).await;
+    assert_eq!(
+        resolver.again(&domain(X), &stale).await,
+        None,
+        "it is the same"
+    );
+    assert!(old.questions() > asked);
+
+    old.change(Zone::new().a(X, 3600, "192.0.2.3"));
+    pass(Resolver::AGE_OF_DOUBT).await;
+    let stale = resolver.resolve(&domain(X)).await.unwrap();
+    let again = resolver.again(&domain(X), &stale).await.unwrap();
+    assert_eq!(again.registry, addresses(&["192.0.2.3:5005"]));
+    assert!(resolver.resolve(&domain(X)).await.unwrap().cached);
+
+    // The network is away: what is remembered is all there is.
+    let fault = Fault::Code(ResponseCode::ServFail);
+    old.change(Zone::new().fault_all(X, fault));
+    pass(Resolver::AGE_OF_DOUBT).await;
+    let stale = resolver.resolve(&domain(X)).await.unwrap();
+    assert_eq!(resolver.again(&domain(X), &stale).await, None);
+    let kept = resolver.resolve(&domain(X)).await.unwrap();
+    assert_eq!(kept.registry, addresses(&["192.0.2.3:5005"]));
+}

@@ -55,7 +55,7 @@ pub(super) struct DnsServer {
 
 #[derive(Clone)]
 struct Handler {
-    zone: Arc<Zone>,
+    zone: Arc<Mutex<Arc<Zone>>>,
     asked: Arc<Mutex<Vec<(String, RecordType, Protocol)>>>,
     released: watch::Receiver<bool>,
 }
@@ -157,7 +157,7 @@ impl Zone {
         let address = udp.local_addr().unwrap();
         let (released, receiver) = watch::channel(false);
         let handler = Handler {
-            zone: Arc::new(self),
+            zone: Arc::new(Mutex::new(Arc::new(self))),
             asked: Arc::default(),
             released: receiver,
         };
@@ -193,6 +193,11 @@ impl DnsServer {
         self.log().len()
     }
 
+    /// Answers by another zone from now on.
+    pub(super) fn change(&self, zone: Zone) {
+        *self.handler.zone.lock().unwrap() = Arc::new(zone);
+    }
+
     /// Lets what is held go.
     pub(super) fn release(&self) {
         self.released.send_replace(true);
@@ -211,6 +216,7 @@ impl RequestHandler for Handler {
         request: &Request,
         mut response: R,
     ) -> ResponseInfo {
+        let zone = Arc::clone(&self.zone.lock().unwrap());
         let mut metadata = Metadata::response_from_request(&request.metadata);
         let info = request.request_info().unwrap();
         let owner = Name::from(info.query.name()).to_ascii().to_lowercase();
@@ -221,21 +227,21 @@ impl RequestHandler for Handler {
         let log = (key.0.clone(), key.1, request.protocol());
         self.asked.lock().unwrap().push(log);
 
-        let mut records = self.zone.records.get(&key).cloned().unwrap_or_default();
+        let mut records = zone.records.get(&key).cloned().unwrap_or_default();
         // A real server adds what an alias leads to.
         let alias = (key.0.clone(), RecordType::CNAME);
-        if let Some(aliases) = self.zone.records.get(&alias) {
+        if let Some(aliases) = zone.records.get(&alias) {
             records.extend(aliases.iter().cloned());
             for record in aliases {
                 let RData::CNAME(target) = &record.data else {
                     continue;
                 };
                 let target = target.0.to_ascii().trim_end_matches('.').to_owned();
-                let found = self.zone.records.get(&(target, key.1));
+                let found = zone.records.get(&(target, key.1));
                 records.extend(found.into_iter().flatten().cloned());
             }
         }
-        match self.zone.faults.get(&key) {
+        match zone.faults.get(&key) {
             Some(Fault::Silent) => return unsent(metadata),
             Some(Fault::Code(code)) => {
                 metadata.response_code = *code;
@@ -256,15 +262,15 @@ impl RequestHandler for Handler {
             && metadata.response_code == ResponseCode::NoError
             && !metadata.truncation
         {
-            if !self.zone.names.contains(&key.0) {
+            if !zone.names.contains(&key.0) {
                 metadata.response_code = ResponseCode::NXDomain;
             }
-            let ttl = self.zone.negative_ttl;
+            let ttl = zone.negative_ttl;
             let data = SOA::new(Name::root(), Name::root(), 1, 3600, 600, 86400, ttl);
             soa = Some(Record::from_rdata(Name::root(), ttl, RData::SOA(data)));
         }
         let none = Vec::new();
-        let additionals = self.zone.additionals.get(&key.0).unwrap_or(&none);
+        let additionals = zone.additionals.get(&key.0).unwrap_or(&none);
         let builder = MessageResponseBuilder::from_message_request(request);
         let message = builder.build(metadata, &records, [], &soa, additionals);
         match response.send_response(message).await {
