@@ -19,16 +19,16 @@ use tokio::time::Instant;
 use super::{
     Calls,
     ends::Ends,
-    request::admit::{Terms, check_context},
+    request::admit::{Terms, check_context, split_default_routes},
 };
 use crate::{
     connection::{model::Established, store::Turn},
     error::RequestError,
     liveness::TakeContext,
+    occasional::Occasional,
     peer::peers::Peer,
     ports::Plan,
     sync::lock,
-    transport::clients::Occasional,
 };
 
 /// A context that a next hop has published.
@@ -134,11 +134,15 @@ impl Calls {
         turn: &Turn,
         current: &Established,
         plan: &Plan,
-        context: ConnectionContext,
+        mut context: ConnectionContext,
     ) -> Result<(), RequestError> {
         check_context(&context, &current.route)?;
         let terms = Terms::of(current);
-        self.admit_change(&terms, turn.id(), plan, &context).await?;
+        self.admit_change(&terms, turn.id(), plan, &mut context)
+            .await?;
+        if current.view.context.as_ref() == Some(&context) {
+            return Ok(());
+        }
         let ends = Ends::parse(self.alias(turn.id())?, &context)?;
         let wanted = ends.changed(plan, current.route.is_local())?;
         self.forwarder()?.up(&wanted).await?;
@@ -152,18 +156,19 @@ impl Calls {
         Ok(())
     }
 
-    /// Decides on what the pods of this node would get by a changed context.
+    /// Decides on what the pods of this node would get by a changed context, with the default routes as a pod can have them.
     async fn admit_change(
         &self,
         terms: &Terms<'_>,
         id: &str,
         plan: &Plan,
-        context: &ConnectionContext,
+        context: &mut ConnectionContext,
     ) -> Result<(), RequestError> {
         let alias = self.alias(id)?;
         match plan {
             Plan::Veth { client, endpoint } => {
                 let around = self.around(&client.0, &alias).await?;
+                split_default_routes(terms, Some(&around), context);
                 self.admit_client(terms, context, Some(&around), None)?;
                 let around = self.around(&endpoint.0, &alias).await?;
                 self.admit_endpoint(terms, context, &around, None)
@@ -174,6 +179,7 @@ impl Calls {
                 if terms.route.is_local() {
                     self.admit_endpoint(terms, context, &around, peer)
                 } else {
+                    split_default_routes(terms, Some(&around), context);
                     self.admit_client(terms, context, Some(&around), peer)
                 }
             }

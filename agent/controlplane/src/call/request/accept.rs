@@ -112,8 +112,8 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let endpoint = self.endpoint_pod(attempt.route, granted).await?;
-        split_default_routes(attempt, context);
         let terms = attempt.terms();
+        split_default_routes(&terms, attempt.around_client.as_ref(), context);
         self.admit_client(&terms, context, attempt.around_client.as_ref(), None)?;
         let around = self.around(&endpoint.netns, &self.alias(id)?).await?;
         self.admit_endpoint(&terms, context, &around, None)?;

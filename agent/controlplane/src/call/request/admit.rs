@@ -55,11 +55,15 @@ pub(super) fn check_sizes(
 }
 
 /// A default route for a pod that has one of its own, as every pod of a cluster has, is made of two halves that come before it.
-pub(super) fn split_default_routes(attempt: &Attempt<'_>, context: &mut ConnectionContext) {
-    let (Some(around), Some(ip)) = (&attempt.around_client, &mut context.ip_context) else {
+pub(in crate::call) fn split_default_routes(
+    terms: &Terms<'_>,
+    around_client: Option<&Around>,
+    context: &mut ConnectionContext,
+) {
+    let (Some(around), Some(ip)) = (around_client, &mut context.ip_context) else {
         return;
     };
-    if !wants_default_route(&attempt.ask.connection.labels) {
+    if !wants_default_route(terms.labels) {
         return;
     }
     let routes = std::mem::take(&mut ip.src_routes).into_iter();
@@ -71,7 +75,7 @@ pub(super) fn split_default_routes(attempt: &Attempt<'_>, context: &mut Connecti
         let Some(halves) = halves else {
             return vec![route];
         };
-        let half = |prefix: IpNet| Route {
+        let half = |prefix: IpNet| connectioncontext::Route {
             prefix: prefix.to_string(),
             next_hop: route.next_hop.clone(),
         };

@@ -36,9 +36,9 @@ impl Calls {
     ) -> Result<Made, RequestError> {
         let id = attempt.id();
         let server = granted.server;
-        split_default_routes(attempt, context);
-        let around = attempt.around_client.as_ref();
-        self.admit_client(&attempt.terms(), context, around, Some(server.address))?;
+        let (terms, around) = (attempt.terms(), attempt.around_client.as_ref());
+        split_default_routes(&terms, around, context);
+        self.admit_client(&terms, context, around, Some(server.address))?;
         let underlay = self.forwarder()?.underlay(Some(server.address)).await?;
         self.check_server(&server, underlay.port)
             .and_then(|()| self.check_not_own(DST_IP, server.address, attempt))
