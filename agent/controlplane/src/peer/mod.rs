@@ -1,4 +1,7 @@
 //! The next hops of our connections: their channels, and the monitor streams from them.
 
 pub(crate) mod peers;
+mod reach;
 pub(crate) mod stream;
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -63,6 +66,33 @@ impl Monitor {
     }
 }
 
+/// What came of the last calls to a peer.
+#[derive(Debug, Default)]
+struct PeerState {
+    unreached: AtomicBool,
+    doubtful: AtomicBool,
+}
+
+impl PeerState {
+    /// Whether the last try to connect failed.
+    fn is_unreached(&self) -> bool {
+        self.unreached.load(Ordering::Relaxed)
+    }
+
+    fn set_unreached(&self, is_unreached: bool) {
+        self.unreached.store(is_unreached, Ordering::Relaxed);
+    }
+
+    /// Whether the channel may be broken: its next error may be an old one.
+    fn is_doubtful(&self) -> bool {
+        self.doubtful.load(Ordering::Relaxed)
+    }
+
+    fn set_doubtful(&self, is_doubtful: bool) {
+        self.doubtful.store(is_doubtful, Ordering::Relaxed);
+    }
+}
+
 /// A peer that carries connections, for showing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerView {
@@ -84,7 +114,10 @@ pub(crate) struct Peer {
     socket: Option<PassedSocket>,
     /// What the peer passes beside its answers, and what we pass it.
     pub(crate) descriptors: Arc<Descriptors>,
-    channel: OnceCell<Channel>,
+    /// Another one after a failure: a channel may answer with the error of an earlier try to connect.
+    channel: Mutex<Arc<OnceCell<Channel>>>,
+    /// What came of the last calls.
+    state: PeerState,
     users: Mutex<HashSet<String>>,
     monitor: Mutex<Monitor>,
     /// Notified when the last connection has left.
@@ -103,18 +136,40 @@ impl Peer {
         dial_timeout: Duration,
         budget: Duration,
     ) -> Result<Channel, RequestError> {
-        let dialling = self
-            .channel
-            // Boxed: dialling is rare, and its state would make every call's future larger.
-            .get_or_try_init(|| Box::pin(self.dial(dial_timeout)));
-        match timeout(budget, dialling).await {
-            Ok(channel) => Ok(channel?.clone()),
+        let place = Arc::clone(&lock(&self.channel));
+        // Boxed: dialling is rare, and its state would make every call's future larger.
+        let dialling = place.get_or_try_init(|| Box::pin(self.dial(dial_timeout)));
+        let dialled = match timeout(budget, dialling).await {
+            Ok(dialled) => dialled.cloned(),
             Err(_) => Err(DialError::Timeout {
                 url: self.url.clone(),
                 timeout: budget,
-            }
-            .into()),
+            }),
+        };
+        self.state.set_unreached(dialled.is_err());
+        Ok(dialled?)
+    }
+
+    /// Whether there is a channel, which was good when it was used last.
+    pub(super) fn is_reached(&self) -> bool {
+        lock(&self.channel).initialized() && !self.state.is_unreached()
+    }
+
+    /// Whether the last try to connect failed.
+    pub(crate) fn is_unreached(&self) -> bool {
+        self.state.is_unreached()
+    }
+
+    /// Takes note of what came of a call.
+    pub(crate) fn note<T>(&self, outcome: &Result<T, RequestError>) {
+        let is_unreached = matches!(outcome, Err(RequestError::Dial(_)));
+        if is_unreached {
+            *lock(&self.channel) = Arc::default();
         }
+        self.state.set_unreached(is_unreached);
+        let is_doubtful = matches!(outcome, Err(error) if error.code() == Code::Unavailable)
+            || matches!(outcome, Err(RequestError::Silent { .. }));
+        self.state.set_doubtful(is_doubtful);
     }
 
     async fn dial(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
@@ -174,6 +229,7 @@ impl Peer {
 
     /// The monitor stream has broken. Returns the connections that it watched over; the next one that joins starts another stream.
     pub(crate) fn monitor_ended(&self) -> Vec<String> {
+        self.state.set_doubtful(true);
         let users = lock(&self.users);
         lock(&self.monitor).set(None);
         users.iter().cloned().collect()
@@ -287,6 +343,11 @@ impl Peers {
         Arc::clone(peer)
     }
 
+    /// The peer behind `url`, where there is one already.
+    pub(super) fn known(&self, url: &PeerUrl) -> Option<Arc<Peer>> {
+        lock(&self.peers).get(url).cloned()
+    }
+
     /// The peer whose socket was passed under the name `url` before, if it is still held.
     pub(crate) fn known_passed(&self, url: &PeerUrl) -> Option<Arc<Peer>> {
         lock(&self.passed).get(url).and_then(Weak::upgrade)
@@ -309,7 +370,8 @@ impl Peers {
             url: url.clone(),
             socket,
             descriptors: Arc::default(),
-            channel: OnceCell::new(),
+            channel: Mutex::default(),
+            state: PeerState::default(),
             users: Mutex::default(),
             monitor: Mutex::new(Monitor {
                 task: None,
@@ -344,16 +406,11 @@ impl Peers {
         all
     }
 
-    /// A channel to `url` for the registry services.
-    pub(crate) async fn channel(
+    pub(super) async fn channel_of(
         &self,
-        url: &PeerUrl,
+        peer: &Peer,
         deadline: Instant,
     ) -> Result<Channel, RequestError> {
-        self.channel_of(&self.get(url), deadline).await
-    }
-
-    async fn channel_of(&self, peer: &Peer, deadline: Instant) -> Result<Channel, RequestError> {
         let left = deadline.saturating_duration_since(Instant::now());
         let budget = self.dial_timeout.min(left);
         peer.channel(self.dial_timeout, budget).await
@@ -361,6 +418,18 @@ impl Peers {
 
     /// Sends a Request to the peer.
     pub(crate) async fn request(
+        &self,
+        peer: &Peer,
+        request: NetworkServiceRequest,
+        deadline: Instant,
+    ) -> Result<Connection, RequestError> {
+        again_if_unsent(peer, request, |request| {
+            self.request_once(peer, request, deadline)
+        })
+        .await
+    }
+
+    async fn request_once(
         &self,
         peer: &Peer,
         request: NetworkServiceRequest,
@@ -382,6 +451,18 @@ impl Peers {
 
     /// Sends a Close to the peer.
     pub(crate) async fn close(
+        &self,
+        peer: &Peer,
+        connection: Connection,
+        deadline: Instant,
+    ) -> Result<(), RequestError> {
+        again_if_unsent(peer, connection, |connection| {
+            self.close_once(peer, connection, deadline)
+        })
+        .await
+    }
+
+    async fn close_once(
         &self,
         peer: &Peer,
         connection: Connection,
@@ -423,6 +504,26 @@ impl Peers {
     }
 }
 
+/// Makes a call, and once more where it was not sent because the channel answered with the error of an earlier try to connect. Only a
+/// peer that is in doubt costs a copy of the message.
+async fn again_if_unsent<M: Clone, T, F>(
+    peer: &Peer,
+    message: M,
+    send: impl Fn(M) -> F + Send + Sync,
+) -> Result<T, RequestError>
+where
+    F: Future<Output = Result<T, RequestError>> + Send,
+{
+    let spare = (peer.is_reached() && peer.state.is_doubtful()).then(|| message.clone());
+    let mut outcome = send(message).await;
+    peer.note(&outcome);
+    if let (Err(RequestError::Dial(_)), Some(spare)) = (&outcome, spare) {
+        outcome = send(spare).await;
+        peer.note(&outcome);
+    }
+    outcome
+}
+
 /// What is left of a call's time as it is sent, rounded up: [`call`] keeps the time, and most calls of a peer then have the same value.
 /// HTTP/2 sends a header again as one byte; each new value pushes others, such as our token, out of its table.
 fn sent_timeout(left: Duration) -> Duration {
@@ -456,6 +557,10 @@ pub(crate) async fn call<T>(
 /// caller must get that the peer could not be reached.
 pub(crate) fn refused(url: &PeerUrl, method: &'static str, status: &Status) -> RequestError {
     let cause = root_cause(status);
+    if let (true, Some(cause)) = (dial::is_unsent(status), &cause) {
+        let (url, cause) = (url.clone(), cause.clone());
+        return DialError::Connect { url, cause }.into();
+    }
     let code = match status.code() {
         Code::Unknown | Code::Cancelled if cause.is_some() => Code::Unavailable,
         code => code,

@@ -7,12 +7,12 @@ use nsm_core::net::PeerUrl;
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Code, Request, Streaming, transport::Channel};
+use tonic::{Code, Request, Response, Status, Streaming, transport::Channel};
 
 use super::{Asker, DomainRegistry, Entries, Events, Terms, entry::Event, wire::Wire};
 use crate::{
     error::RequestError,
-    peer::peers::{Peers, call, refused},
+    peer::peers::{Peer, Peers, call, refused},
 };
 
 /// A registry behind one URL or several. Cheap to make; its HTTP/2 connections are those of the agent's peers.
@@ -32,16 +32,39 @@ impl Remote {
         }
     }
 
-    /// A channel to the first URL that takes the connection.
-    async fn reached(&self, deadline: Instant) -> Result<(&PeerUrl, Channel), RequestError> {
-        let mut last = None;
-        for url in &self.urls {
-            match self.peers.channel(url, deadline).await {
-                Ok(channel) => return Ok((url, channel)),
-                Err(error) => last = Some(error),
+    /// A channel to the first of `urls` that takes the connection.
+    async fn reached(
+        &self,
+        urls: &[PeerUrl],
+        deadline: Instant,
+    ) -> Result<(Arc<Peer>, Channel), RequestError> {
+        if urls.is_empty() {
+            return Err(RequestError::Missing("registry address"));
+        }
+        self.peers.first_reached(urls, deadline).await
+    }
+
+    /// Makes a call at the first URL that takes the connection; once more where the channel could not connect after all, and nothing was
+    /// sent.
+    async fn called<T, F>(
+        &self,
+        method: &'static str,
+        deadline: Instant,
+        send: impl Fn(Channel) -> F + Send + Sync,
+    ) -> Result<T, RequestError>
+    where
+        F: Future<Output = Result<Response<T>, Status>> + Send,
+    {
+        let mut may_repeat = true;
+        loop {
+            let (peer, channel) = self.reached(&self.urls, deadline).await?;
+            let outcome = call(&peer.url, method, deadline, send(channel)).await;
+            peer.note(&outcome);
+            match outcome {
+                Err(RequestError::Dial(_)) if may_repeat => may_repeat = false,
+                outcome => return Ok(outcome?.into_inner()),
             }
         }
-        Err(last.unwrap_or(RequestError::Missing("registry address")))
     }
 
     fn outgoing<T>(&self, message: T, terms: Terms) -> Request<T> {
@@ -54,19 +77,20 @@ impl Remote {
 
     async fn find_at<E: Wire>(
         &self,
-        url: &PeerUrl,
+        peer: &Peer,
+        channel: Channel,
         query: E,
         deadline: Instant,
     ) -> Result<Events<E>, RequestError> {
-        let channel = self.peers.channel(url, deadline).await?;
         let request = self.peers.outgoing(query.into_query(false), Some(deadline));
-        let answer = call(url, E::FIND, deadline, E::find(channel, request)).await?;
+        let answer = call(&peer.url, E::FIND, deadline, E::find(channel, request)).await;
+        peer.note(&answer);
         let source = Source {
-            url: url.clone(),
+            url: peer.url.clone(),
             deadline: Some(deadline),
             began: Instant::now(),
         };
-        Ok(Events::arriving(source.events(answer.into_inner())))
+        Ok(Events::arriving(source.events(answer?.into_inner())))
     }
 }
 
@@ -83,39 +107,41 @@ impl DomainRegistry for Remote {
 #[tonic::async_trait]
 impl<E: Wire> Entries<E> for Remote {
     async fn register(&self, entry: E, terms: Terms) -> Result<E, RequestError> {
-        let deadline = terms.deadline;
-        let (url, channel) = self.reached(deadline).await?;
-        let answer = E::register(channel, self.outgoing(entry, terms));
-        Ok(call(url, "Register", deadline, answer).await?.into_inner())
+        let register = |channel| E::register(channel, self.outgoing(entry.clone(), terms.clone()));
+        self.called("Register", terms.deadline, register).await
     }
 
     async fn unregister(&self, entry: E, terms: Terms) -> Result<(), RequestError> {
-        let deadline = terms.deadline;
-        let (url, channel) = self.reached(deadline).await?;
-        let answer = E::unregister(channel, self.outgoing(entry, terms));
-        call(url, "Unregister", deadline, answer).await?;
-        Ok(())
+        let unregister =
+            |channel| E::unregister(channel, self.outgoing(entry.clone(), terms.clone()));
+        self.called("Unregister", terms.deadline, unregister).await
     }
 
     async fn find(&self, query: E, deadline: Instant) -> Result<Events<E>, RequestError> {
-        let mut last = None;
-        for url in &self.urls {
-            match self.find_at(url, query.clone(), deadline).await {
+        let mut left = self.urls.clone();
+        let mut may_repeat = true;
+        loop {
+            let (peer, channel) = self.reached(&left, deadline).await?;
+            let found = self.find_at(&peer, channel, query.clone(), deadline).await;
+            match found {
+                // The channel's error may be an old one.
+                Err(RequestError::Dial(_)) if may_repeat => may_repeat = false,
                 // A registry that was reached before fails by the call when it is gone, not by the dial.
-                Err(error) if error.code() == Code::Unavailable => last = Some(error),
+                Err(error) if error.code() == Code::Unavailable && left.len() > 1 => {
+                    left.retain(|url| *url != peer.url);
+                }
                 outcome => return outcome,
             }
         }
-        Err(last.unwrap_or(RequestError::Missing("registry address")))
     }
 
     /// A registry may send no headers before the first entry (gRPC for Go does so). The call is therefore made by the first poll of
     /// the stream.
     async fn watch(&self, query: E, asker: Asker) -> Result<Events<E>, RequestError> {
-        let (url, channel) = self.reached(asker.deadline).await?;
+        let (peer, channel) = self.reached(&self.urls, asker.deadline).await?;
         let request = self.peers.outgoing(query.into_query(true), None);
         let source = Source {
-            url: url.clone(),
+            url: peer.url.clone(),
             deadline: None,
             began: Instant::now(),
         };

@@ -45,11 +45,27 @@ impl Lookup {
     ) -> Result<Arc<Resolved>, RequestError> {
         let place = self.questions.take(holder, 1)?;
         let resolved = self.resolver.resolve_holding(domain, place).await?;
+        let resolved = if self.is_unreached(&resolved) {
+            let place = self.questions.take(holder, 1)?;
+            let again = self.resolver.again(domain, &resolved, place).await;
+            again.unwrap_or(resolved)
+        } else {
+            resolved
+        };
         if self.resolver.is_configured(domain) {
             let places = resolved.registry.iter().chain(&resolved.proxy);
             self.peers.guard().permit(places.copied());
         }
         Ok(resolved)
+    }
+
+    /// Whether the last tries to connect to a domain's registry, or to its proxy, failed at each address.
+    fn is_unreached(&self, resolved: &Resolved) -> bool {
+        let mut services = [&resolved.registry, &resolved.proxy].into_iter();
+        services.any(|addresses| {
+            let urls = addresses.iter().copied().map(PeerUrl::from);
+            self.peers.are_unreached(urls)
+        })
     }
 
     /// Whether a caller may ask for names of other domains. Only the log has the reason.

@@ -9,7 +9,7 @@
 //!   stripped (NSM `interdomainbypass`).
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -206,7 +206,17 @@ impl Router {
                         .routes_here(arrival, Some(domain), wanted, connection, deadline)
                         .await;
                 }
-                self.routes_out(&domain, &resolved, wanted, connection, deadline)
+                let routes = self.routes_out(&domain, &resolved, wanted, connection, deadline);
+                let error = match routes.await {
+                    Err(error @ RequestError::Dial(_)) => error,
+                    outcome => return outcome,
+                };
+                // Where the answer is a dead one, there is another now.
+                let fresh = self.lookup.resolve(&domain, holder).await?;
+                if fresh.registry == resolved.registry && fresh.proxy == resolved.proxy {
+                    return Err(error);
+                }
+                self.routes_out(&domain, &fresh, wanted, connection, deadline)
                     .await
             }
             (_, domain) => {
@@ -227,6 +237,7 @@ impl Router {
         let registry = self.lookup.registry_of(resolved);
         let found = wanted.find_in(&registry, deadline).await?;
         let chosen = self.choose(&found, wanted, domain, connection)?;
+        let proxies = self.reached_first(&resolved.proxy, deadline).await?;
         let payload = payload(&found);
         let resolution = resolution(domain, resolved);
         let service = match wanted.service {
@@ -240,7 +251,7 @@ impl Router {
             let out = |url| (url, Crossing::Out);
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
-            let ways = match resolved.proxy.as_slice() {
+            let ways = match proxies.as_slice() {
                 [] if self.lookup.addresses.is_own_url(&endpoint.url) => self
                     .way(&name)
                     .map(|way| (way.url, Crossing::Inside))
@@ -249,7 +260,7 @@ impl Router {
                 // A socket of our own node is not in another domain, whatever its registry answers.
                 [] if !endpoint.url.starts_with("tcp://") => Vec::new(),
                 [] => bad.good(&endpoint.url).map(out).into_iter().collect(),
-                proxies => proxies.iter().map(|proxy| out((*proxy).into())).collect(),
+                proxies => proxies.iter().cloned().map(out).collect(),
             };
             for (url, crossing) in ways {
                 routes.push(Route {
@@ -268,6 +279,20 @@ impl Router {
             return Err(bad.or_no_endpoint(wanted, domain));
         }
         Ok(routes)
+    }
+
+    /// The addresses of a domain's proxy, the one that is reached first.
+    async fn reached_first(
+        &self,
+        proxy: &[SocketAddr],
+        deadline: Instant,
+    ) -> Result<Vec<PeerUrl>, RequestError> {
+        let mut urls: Vec<PeerUrl> = proxy.iter().copied().map(PeerUrl::from).collect();
+        if urls.len() > 1 {
+            let (reached, _) = self.lookup.peers.first_reached(&urls, deadline).await?;
+            urls.sort_by_key(|url| *url != reached.url);
+        }
+        Ok(urls)
     }
 
     async fn routes_here(

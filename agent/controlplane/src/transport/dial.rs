@@ -26,6 +26,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::transport::{
     coalesce::Coalesced,
     guard::DialGuard,
+    stagger,
     unix::{Descriptors, Passed, UnixStream},
 };
 
@@ -69,6 +70,9 @@ pub enum DialError {
     /// The peer was known by a descriptor of its socket, and has not registered again.
     #[error("the socket {0} is not known any more: its endpoint must register again")]
     Released(PeerUrl),
+    /// None of several addresses of one service can be connected to.
+    #[error("none of the {} addresses can be connected to: {}", .0.len(), .0.join("; "))]
+    All(Vec<String>),
     /// The peer did not take the connection in time.
     #[error("cannot connect to {url}: no answer within {timeout:?}")]
     Timeout {
@@ -218,11 +222,11 @@ async fn in_time(
 ) -> Result<Channel, DialError> {
     match tokio::time::timeout(dial_timeout, connecting).await {
         Ok(Ok(channel)) => Ok(channel),
-        Ok(Err(error)) => Err(DialError::Connect {
+        Ok(Err(error)) if !is_elapsed(&error) => Err(DialError::Connect {
             url: url.clone(),
             cause: root_cause(&error),
         }),
-        Err(_) => Err(DialError::Timeout {
+        Ok(Err(_)) | Err(_) => Err(DialError::Timeout {
             url: url.clone(),
             timeout: dial_timeout,
         }),
@@ -251,24 +255,53 @@ async fn connect_tcp(
 /// Connects to the first of a name's addresses that takes the connection. A segment's size is a matter of the handshake, so it is
 /// said before.
 async fn connect_to_one(authority: &str, guard: Option<&DialGuard>) -> io::Result<TcpStream> {
-    let mut refused = None;
-    for address in lookup_host(authority).await? {
-        if let Some(Err(error)) = guard.map(|guard| guard.check(address)) {
-            refused = Some(error);
-            continue;
-        }
-        let socket = match address {
-            SocketAddr::V4(_) => TcpSocket::new_v4()?,
-            SocketAddr::V6(_) => TcpSocket::new_v6()?,
-        };
-        socket2::SockRef::from(&socket).set_tcp_mss(MAX_SEGMENT)?;
-        match socket.connect(address).await {
-            Ok(stream) => return Ok(stream),
-            Err(error) => refused = Some(error),
-        }
-    }
+    let addresses = lookup_host(authority).await?;
+    let attempts = addresses.map(|address| connect_to(address, guard));
     let nowhere = || io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    Err(refused.unwrap_or_else(nowhere))
+    stagger::first(attempts)
+        .await
+        .map_err(|mut failures| failures.pop().unwrap_or_else(nowhere))
+}
+
+async fn connect_to(address: SocketAddr, guard: Option<&DialGuard>) -> io::Result<TcpStream> {
+    if let Some(guard) = guard {
+        guard.check(address)?;
+    }
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket2::SockRef::from(&socket).set_tcp_mss(MAX_SEGMENT)?;
+    socket.connect(address).await
+}
+
+/// Whether a try to connect ended by the channel's own limit. The kernel's limits, which end connections too, have no inner error.
+fn is_elapsed(error: &(dyn StdError + 'static)) -> bool {
+    is_caused_by(error, |cause| {
+        let inner = cause
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref);
+        inner.is_some_and(|inner| inner.is::<tokio::time::error::Elapsed>())
+    })
+}
+
+/// Whether a channel could not connect, now or by an earlier call: nothing of this call was sent.
+pub(crate) fn is_unsent(error: &(dyn StdError + 'static)) -> bool {
+    is_elapsed(error) || is_caused_by(error, |cause| cause.is::<tonic::ConnectError>())
+}
+
+fn is_caused_by(
+    error: &(dyn StdError + 'static),
+    is_it: impl Fn(&(dyn StdError + 'static)) -> bool,
+) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if is_it(error) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// The innermost cause: tonic's own text is "transport error", the reason lies below it.

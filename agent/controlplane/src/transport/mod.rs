@@ -5,4 +5,5 @@ pub(crate) mod coalesce;
 pub mod dial;
 pub(crate) mod guard;
 pub(crate) mod incoming;
+pub(crate) mod stagger;
 pub mod unix;

@@ -219,16 +219,22 @@ impl Resolver {
     }
 
     /// Resolves a domain again whose remembered answer is of no use: where it led cannot be reached. `None` where the answer is the
-    /// same, or was given within [`Resolver::AGE_OF_DOUBT`].
+    /// same, or was given within [`Resolver::AGE_OF_DOUBT`]. For `held` see [`Self::resolve_holding`].
     ///
     /// Where no server answers the remembered answer stays: the network may be away as a whole.
-    pub async fn again(&self, domain: &Domain, stale: &Resolved) -> Option<Arc<Resolved>> {
+    pub async fn again(
+        &self,
+        domain: &Domain,
+        stale: &Resolved,
+        held: impl Send + 'static,
+    ) -> Option<Arc<Resolved>> {
         if !stale.cached {
             return None;
         }
         let setup = self.setup();
         let forgotten = setup.cache().doubt(domain, stale, Instant::now());
-        let fresh = match (self.resolve(domain).await, forgotten) {
+        let answered = self.resolve_holding(domain, held).await;
+        let fresh = match (answered, forgotten) {
             (Ok(fresh), _) => fresh,
             (Err(error), Some(forgotten)) if error.is_passing() => {
                 setup.cache().restore(domain, forgotten);

@@ -3,6 +3,7 @@
 use std::sync::{Arc, LazyLock};
 
 use nsm_proto::connection::Connection;
+use tokio::time::Instant;
 use tonic::Code;
 
 use super::ask::{Ask, Attempt};
@@ -78,6 +79,9 @@ impl Calls {
         let policy = self.liveness.policy();
         let mut unproven = None;
         for (at, route) in routes.iter().enumerate() {
+            if !failures.is_empty() && Instant::now() >= ask.deadline {
+                break;
+            }
             // As long as there are others, none is taken whose path fails its proof; a peer without a reflector is taken like any other.
             let strict = policy == Reachability::Require
                 || policy == Reachability::Prefer && at + 1 < routes.len();
@@ -115,7 +119,7 @@ impl Calls {
         RequestError::Unreachable
     }
 
-    /// How little is expected of a route: the one whose loss made the client ask again comes last, one whose path is down before it.
+    /// How little is expected of a route: the one whose loss made the client ask again comes last, one whose path is down or that could not be dialled last before it.
     fn doubts(&self, ask: &Ask, route: &Route) -> u8 {
         if ask
             .avoid
@@ -124,9 +128,9 @@ impl Calls {
         {
             return 2;
         }
-        let tunnel = self.lookup.peers.get(&route.url).tunnel();
-        let health = tunnel.and_then(|path| self.liveness.health(&path));
-        u8::from(health.is_some_and(|health| health.is_down()))
+        let peer = self.lookup.peers.get(&route.url);
+        let health = peer.tunnel().and_then(|path| self.liveness.health(&path));
+        u8::from(peer.is_unreached() || health.is_some_and(|health| health.is_down()))
     }
 }
 

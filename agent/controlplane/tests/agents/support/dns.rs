@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, SocketAddr},
+    sync::{Arc, Mutex},
 };
 
 use tokio::net::UdpSocket;
@@ -11,6 +12,37 @@ const A: u16 = 1;
 const SRV: u16 = 33;
 const NO_ERROR: u8 = 0;
 const NX_DOMAIN: u8 = 3;
+
+/// A zone that may change while it is served.
+#[derive(Clone)]
+pub(crate) struct SharedZone(Arc<Mutex<Zone>>);
+
+impl SharedZone {
+    /// Answers by another zone from now on.
+    pub(crate) fn change(&self, zone: Zone) {
+        *self.0.lock().expect("not poisoned") = zone;
+    }
+
+    /// Serves until the test's runtime ends.
+    pub(crate) async fn serve(self) -> SocketAddr {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a UDP port");
+        let address = socket.local_addr().expect("bound");
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+                let answer = self
+                    .0
+                    .lock()
+                    .expect("not poisoned")
+                    .answer(&buffer[..length]);
+                if let Some(answer) = answer {
+                    let _ = socket.send_to(&answer, from).await;
+                }
+            }
+        });
+        address
+    }
+}
 
 /// Records by name and type; a name without any does not exist.
 #[derive(Default)]
@@ -58,17 +90,12 @@ impl Zone {
 
     /// Serves until the test's runtime ends.
     pub(crate) async fn serve(self) -> SocketAddr {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a UDP port");
-        let address = socket.local_addr().expect("bound");
-        tokio::spawn(async move {
-            let mut buffer = [0; 1500];
-            while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
-                if let Some(answer) = self.answer(&buffer[..length]) {
-                    let _ = socket.send_to(&answer, from).await;
-                }
-            }
-        });
-        address
+        self.shared().serve().await
+    }
+
+    /// To be changed while it is served.
+    pub(crate) fn shared(self) -> SharedZone {
+        SharedZone(Arc::new(Mutex::new(self)))
     }
 
     fn answer(&self, question: &[u8]) -> Option<Vec<u8>> {

@@ -10,6 +10,7 @@ mod kernel;
 mod prober;
 mod process;
 mod registry;
+mod silence;
 mod wire;
 
 use std::{
@@ -39,6 +40,7 @@ pub(crate) use self::{
     kernel::{PORT, Standing, taken},
     prober::Path,
     process::apart,
+    silence::Silence,
     wire::Wire,
 };
 

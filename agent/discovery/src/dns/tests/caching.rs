@@ -155,17 +155,21 @@ async fn an_answer_that_is_of_no_use_is_asked_for_again() {
     let old = Zone::new().a(X, 3600, "192.0.2.2").serve().await;
     let resolver = resolver(&old);
     let fresh = resolver.resolve(&domain(X)).await.unwrap();
-    assert_eq!(resolver.again(&domain(X), &fresh).await, None, "it is new");
+    assert_eq!(
+        resolver.again(&domain(X), &fresh, ()).await,
+        None,
+        "it is new"
+    );
     let stale = resolver.resolve(&domain(X)).await.unwrap();
     assert_eq!(
-        resolver.again(&domain(X), &stale).await,
+        resolver.again(&domain(X), &stale, ()).await,
         None,
         "it is young"
     );
     let asked = old.questions();
     pass(Resolver::AGE_OF_DOUBT).await;
     assert_eq!(
-        resolver.again(&domain(X), &stale).await,
+        resolver.again(&domain(X), &stale, ()).await,
         None,
         "it is the same"
     );
@@ -174,7 +178,7 @@ async fn an_answer_that_is_of_no_use_is_asked_for_again() {
     old.change(Zone::new().a(X, 3600, "192.0.2.3"));
     pass(Resolver::AGE_OF_DOUBT).await;
     let stale = resolver.resolve(&domain(X)).await.unwrap();
-    let again = resolver.again(&domain(X), &stale).await.unwrap();
+    let again = resolver.again(&domain(X), &stale, ()).await.unwrap();
     assert_eq!(again.registry, addresses(&["192.0.2.3:5005"]));
     assert!(resolver.resolve(&domain(X)).await.unwrap().cached);
 
@@ -183,7 +187,7 @@ async fn an_answer_that_is_of_no_use_is_asked_for_again() {
     old.change(Zone::new().fault_all(X, fault));
     pass(Resolver::AGE_OF_DOUBT).await;
     let stale = resolver.resolve(&domain(X)).await.unwrap();
-    assert_eq!(resolver.again(&domain(X), &stale).await, None);
+    assert_eq!(resolver.again(&domain(X), &stale, ()).await, None);
     let kept = resolver.resolve(&domain(X)).await.unwrap();
     assert_eq!(kept.registry, addresses(&["192.0.2.3:5005"]));
 }
