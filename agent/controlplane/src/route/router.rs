@@ -197,11 +197,9 @@ impl Router {
             (Arrival::Local, Some(domain)) if domain != self.config.domain => {
                 let resolved = self.lookup.resolve(&domain, holder).await?;
                 // Our own domain by another name, such as our address.
-                if resolved
-                    .proxy
-                    .iter()
-                    .any(|at| self.lookup.addresses.is_own_url(&format!("tcp://{at}")))
-                {
+                let is_own =
+                    |at: &SocketAddr| self.lookup.addresses.is_own_url(&format!("tcp://{at}"));
+                if resolved.proxy.iter().any(is_own) {
                     return self
                         .routes_here(arrival, Some(domain), wanted, connection, deadline)
                         .await;
@@ -211,11 +209,8 @@ impl Router {
                     Err(error @ RequestError::Dial(_)) => error,
                     outcome => return outcome,
                 };
-                // Where the answer is a dead one, there is another now.
-                let fresh = self.lookup.resolve(&domain, holder).await?;
-                if fresh.registry == resolved.registry && fresh.proxy == resolved.proxy {
-                    return Err(error);
-                }
+                let fresh = self.moved(&domain, &resolved, holder).await?;
+                let fresh = fresh.ok_or(error)?;
                 self.routes_out(&domain, &fresh, wanted, connection, deadline)
                     .await
             }
@@ -224,6 +219,18 @@ impl Router {
                     .await
             }
         }
+    }
+
+    /// Where a domain is that cannot be reached where it was; `None` where DNS has no other answer.
+    async fn moved(
+        &self,
+        domain: &Domain,
+        before: &Resolved,
+        holder: Holder,
+    ) -> Result<Option<Arc<Resolved>>, RequestError> {
+        let fresh = self.lookup.resolve(domain, holder).await?;
+        let is_other = fresh.registry != before.registry || fresh.proxy != before.proxy;
+        Ok(is_other.then_some(fresh))
     }
 
     async fn routes_out(
