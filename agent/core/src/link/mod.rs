@@ -11,6 +11,7 @@ pub mod admission;
 mod alias;
 #[cfg(test)]
 mod model;
+mod node_end;
 mod observed;
 mod plan;
 mod traffic;
@@ -21,6 +22,10 @@ pub use nsm_ebpf_common::VXLAN_PORT;
 
 pub use self::{
     alias::{LinkAlias, LinkAliasError},
+    node_end::{
+        NODE_GROUP, NODE_GROUP_MASK, NODE_GROUPS, NodeEnd, NodeEndStep, node_end_name,
+        repair_node_end,
+    },
     observed::{Link, LinkKind, Route},
     plan::{Operation, diff, must_create},
     traffic::{Count, Traffic},

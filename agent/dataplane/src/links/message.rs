@@ -5,6 +5,7 @@
 
 use std::{
     net::IpAddr,
+    ops::RangeInclusive,
     os::fd::{AsFd, AsRawFd},
 };
 
@@ -13,25 +14,31 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressMessage},
-    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkMessage, VxlanDf},
+    link::{
+        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
+        LinkExtentMask, LinkMessage, VxlanDf,
+    },
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
     nsid::{NsidAttribute, NsidMessage},
     route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteVia},
 };
 use nsm_core::{
-    link::{LinkSpec, RouteSpec, VxlanSpec},
-    net::MacAddr,
+    link::{LinkSpec, NODE_GROUP, NODE_GROUPS, NodeEndStep, RouteSpec, VxlanSpec},
+    net::{IfName, MacAddr},
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder};
 
 use crate::{netlink::Request, netns::Netns};
 
-/// The group of every link that the agent makes, "nsmp" in ASCII: `ip link show group 1853058416`. It is for people; what is ours is
-/// told by the alias.
+/// The group of the links that the agent makes in pods, "nsmp" in ASCII: `ip link show group 1853058416`. It is for people; what is
+/// ours is told by the alias. Those in the node's namespace are in [`NODE_GROUP`].
 pub(super) const LINK_GROUP: u32 = u32::from_be_bytes(*b"nsmp");
 
-/// Groups for links that are about to be deleted together.
-pub(super) const DOOMED_GROUPS: std::ops::Range<u32> = LINK_GROUP + 1..LINK_GROUP + 1024;
+/// Groups for links in pods that are about to be deleted together.
+pub(super) const DOOMED_GROUPS: RangeInclusive<u32> = LINK_GROUP + 1..=LINK_GROUP + 1023;
+
+/// Groups for links in the node's namespace that are about to be deleted together: until then, their frames are kept off the node as before.
+pub(super) const DOOMED_NODE_GROUPS: RangeInclusive<u32> = NODE_GROUP + 1..=*NODE_GROUPS.end();
 
 /// The origin of routes that the agent makes (`proto` in `ip route`), so that no other route is ever removed. Free for use as all above
 /// RTPROT_STATIC that rtnetlink.h does not list.
@@ -56,6 +63,24 @@ pub(super) fn create_veth(a: (&Netns, &LinkSpec), b: (&Netns, &LinkSpec)) -> Req
     // The builder's own peer has a name and nothing else.
     let pair = LinkVeth::new(a_name, b_name).set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
     create(place(pair, a.0, a.1).build())
+}
+
+/// Create a pod link; sent in the node's namespace, where the end with the name stays.
+pub(super) fn create_pod_link(node_end: &IfName, pod: &Netns, spec: &LinkSpec) -> Request {
+    let (node_name, pod_name) = (node_end.as_str(), spec.name.as_str());
+    let pod_end = one_queue(place(LinkUnspec::new_with_name(pod_name), pod, spec)).build();
+    let pair = LinkVeth::new(node_name, pod_name)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(pod_end)))
+        .link_group(NODE_GROUP)
+        .mtu(spec.mtu)
+        .arp(false);
+    create(one_queue(pair).build())
+}
+
+/// A veth end has a queue for each processor unless told otherwise, which costs memory and gains nothing here: it takes no lock to send.
+fn one_queue<T>(link: LinkMessageBuilder<T>) -> LinkMessageBuilder<T> {
+    link.append_extra_attribute(LinkAttribute::NumTxQueues(1))
+        .append_extra_attribute(LinkAttribute::NumRxQueues(1))
 }
 
 fn create(link: LinkMessage) -> Request {
@@ -117,6 +142,40 @@ pub(super) fn get_link(index: u32) -> Request {
 /// Mark the link with this name.
 pub(super) fn set_alias(name: &str, alias: &str) -> Request {
     set(LinkUnspec::new_with_name(name).alias(alias))
+}
+
+/// Mark the link with this index.
+pub(super) fn set_alias_at(index: u32, alias: &str) -> Request {
+    set(LinkUnspec::new_with_index(index).alias(alias))
+}
+
+/// No IPv6 address that the kernel generates and announces. A kernel without IPv6 refuses, and does not need it.
+pub(super) fn no_addresses(link: LinkMessageBuilder<LinkUnspec>) -> Request {
+    set(
+        link.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+            vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
+        )])),
+    )
+}
+
+/// Take the link with this name up.
+pub(super) fn set_up_named(name: &str) -> Request {
+    set(LinkUnspec::new_with_name(name).up())
+}
+
+/// The request of a step on a node's end.
+pub(super) fn node_end_step(index: u32, name: &IfName, step: NodeEndStep) -> Request {
+    let link = LinkUnspec::new_with_index(index);
+    match step {
+        NodeEndStep::SetDown => set(link.down()),
+        NodeEndStep::SetName => set(link.name(name.as_str())),
+        NodeEndStep::LeaveController => set(link.nocontroller()),
+        NodeEndStep::SetGroup => set_group(index, NODE_GROUP),
+        NodeEndStep::SetMtu(mtu) => set_mtu(index, mtu),
+        NodeEndStep::DisableArp => set(link.arp(false)),
+        NodeEndStep::DisableAddresses => no_addresses(link),
+        NodeEndStep::SetUp => set_up(index),
+    }
 }
 
 pub(super) fn set_endpoints(index: u32, local: IpAddr, remote: IpAddr) -> Request {

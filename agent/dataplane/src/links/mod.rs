@@ -18,6 +18,7 @@ mod holdings;
 mod message;
 mod observe;
 mod place;
+mod pod_link;
 mod pool;
 mod port;
 pub(crate) mod probe_link;
@@ -29,7 +30,7 @@ use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{Link, LinkAlias, LinkSpec, Traffic, VxlanSpec, admission::Holding},
+    link::{Link, LinkAlias, LinkSpec, NodeEnd, Traffic, VxlanSpec, admission::Holding},
     net::{IfName, MacAddr},
 };
 use tokio::sync::oneshot;
@@ -80,6 +81,15 @@ pub struct UpLink {
     pub created: bool,
     /// How many operations this call needed; 0 when nothing differed.
     pub operations: usize,
+}
+
+/// A pod link in its wanted state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodLink {
+    /// The pod's end.
+    pub pod: UpLink,
+    /// The node's end. In the node's own namespace its [`NodeEnd::peer_netns`] is None.
+    pub node: NodeEnd,
 }
 
 /// A link of ours as the kernel shows it, without what lies on it.
@@ -134,6 +144,72 @@ impl Links {
             turn,
             move || session::up_vxlan(&node, &pod, &spec),
             undo,
+        )
+        .await
+    }
+
+    /// Makes a connection's pod link as wanted: creates the pair, or changes what differs on the one that is there, at either end. The
+    /// node's end is up first, without address, ARP and IPv6 address generation, in [`nsm_core::link::NODE_GROUP`].
+    ///
+    /// # Errors
+    ///
+    /// See [`LinkError`]. Then nothing is left that this call created.
+    pub async fn up_pod_link(&self, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
+        let turn = self.inner.turns.take([&spec.alias]).await;
+        let (node, pod, spec) = (self.inner.node.clone(), pod.clone(), spec.clone());
+        let undo = undo_pod_link(&node, &spec.alias);
+        self.work(
+            &self.inner.workers,
+            turn,
+            move || pod_link::up(&node, &pod, &spec),
+            undo,
+        )
+        .await
+    }
+
+    /// Removes the pod links of these connections, in one step of the kernel, by their ends on the node: no pod is entered. How many
+    /// there were.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn down_pod_links(&self, aliases: &[LinkAlias]) -> Result<usize, LinkError> {
+        let turn = self.inner.turns.take(aliases).await;
+        let (node, aliases) = (self.inner.node.clone(), aliases.to_vec());
+        self.work(
+            &self.inner.removers,
+            turn,
+            move || pod_link::down(&node, &aliases),
+            nothing_to_undo(),
+        )
+        .await
+    }
+
+    /// The node's ends of all pod links of this domain's agents: what there is to adopt after a restart. Pods are not entered, and the
+    /// links of a pod that is gone are gone.
+    ///
+    /// # Errors
+    ///
+    /// The node's links cannot be read.
+    pub async fn pod_links(&self, domain: &str) -> Result<Vec<NodeEnd>, LinkError> {
+        let (node, domain) = (self.inner.node.clone(), domain.to_owned());
+        self.read(move || pod_link::list(&node, &domain)).await
+    }
+
+    /// Puts the node's end of a pod link right, `end` being as it was when it was right; somebody may have renamed it or taken it down.
+    /// How many steps that took; None: the link is gone.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn repair_pod_link(&self, end: &NodeEnd) -> Result<Option<usize>, LinkError> {
+        let turn = self.inner.turns.take(&end.alias).await;
+        let (node, end) = (self.inner.node.clone(), end.clone());
+        self.work(
+            &self.inner.workers,
+            turn,
+            move || pod_link::repair(&node, &end),
+            nothing_to_undo(),
         )
         .await
     }
@@ -329,15 +405,29 @@ fn undo_of<T: 'static>(pod: &Netns, alias: &LinkAlias, created: fn(&T) -> bool) 
         if !created(&result) {
             return;
         }
-        match session::down(&pod, std::slice::from_ref(&alias)) {
-            Ok(_) => {
-                tracing::debug!(link.alias = %alias, "removed the link of a request that was given up")
-            }
-            Err(error) => {
-                tracing::error!(%error, link.alias = %alias, "the link of a request that was given up stays")
-            }
+        log_undo(&alias, session::down(&pod, std::slice::from_ref(&alias)));
+    })
+}
+
+/// Removes a pod link that a call created.
+fn undo_pod_link(node: &Netns, alias: &LinkAlias) -> Undo<PodLink> {
+    let (node, alias) = (node.clone(), alias.clone());
+    Box::new(move |link| {
+        if link.pod.created {
+            log_undo(&alias, pod_link::down(&node, std::slice::from_ref(&alias)));
         }
     })
+}
+
+fn log_undo(alias: &LinkAlias, outcome: Result<usize, LinkError>) {
+    match outcome {
+        Ok(_) => {
+            tracing::debug!(link.alias = %alias, "removed the link of a request that was given up")
+        }
+        Err(error) => {
+            tracing::error!(%error, link.alias = %alias, "the link of a request that was given up stays")
+        }
+    }
 }
 
 fn nothing_to_undo<T: 'static>() -> Undo<T> {

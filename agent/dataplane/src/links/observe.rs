@@ -7,14 +7,15 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
     link::{
-        InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64,
+        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute,
+        LinkFlags, LinkInfo, LinkMessage, Stats64,
     },
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     nsid::NsidAttribute,
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
 };
 use nsm_core::{
-    link::{Link, LinkKind, Route, RouteSpec},
+    link::{Link, LinkKind, NodeEnd, Route, RouteSpec},
     net::MacAddr,
 };
 
@@ -96,6 +97,59 @@ pub(super) fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
     }
     link.kind = kind_of(infos, peer, peer_netns);
     Some(link)
+}
+
+/// The end of a veth pair that a message describes.
+pub(super) fn node_end_of(message: &RouteNetlinkMessage) -> Option<NodeEnd> {
+    let RouteNetlinkMessage::NewLink(LinkMessage {
+        header, attributes, ..
+    }) = message
+    else {
+        return None;
+    };
+    let mut end = NodeEnd {
+        index: header.index,
+        name: String::new(),
+        alias: None,
+        mac: MacAddr::new([0; 6]),
+        mtu: 0,
+        group: 0,
+        up: header.flags.contains(LinkFlags::Up),
+        arp: !header.flags.contains(LinkFlags::Noarp),
+        generates_addresses: false,
+        controller: None,
+        peer: 0,
+        peer_netns: None,
+    };
+    let mut is_veth = false;
+    for attribute in attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => end.name.clone_from(name),
+            LinkAttribute::IfAlias(alias) => end.alias = alias.parse().ok(),
+            LinkAttribute::Address(bytes) => end.mac = mac_of(bytes)?,
+            LinkAttribute::Mtu(mtu) => end.mtu = *mtu,
+            LinkAttribute::Group(group) => end.group = *group,
+            LinkAttribute::Controller(index) => end.controller = Some(*index),
+            LinkAttribute::Link(index) => end.peer = *index,
+            LinkAttribute::LinkNetNsId(id) => end.peer_netns = Some(*id),
+            LinkAttribute::LinkInfo(infos) => {
+                is_veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
+            }
+            LinkAttribute::AfSpecUnspec(families) => {
+                end.generates_addresses = generates_addresses(families);
+            }
+            _ => {}
+        }
+    }
+    is_veth.then_some(end)
+}
+
+fn generates_addresses(families: &[AfSpecUnspec]) -> bool {
+    families.iter().any(|family| {
+        matches!(family, AfSpecUnspec::Inet6(inet6) if inet6.iter().any(|attribute| {
+            matches!(attribute, AfSpecInet6::AddrGenMode(mode) if *mode != In6AddrGenMode::None)
+        }))
+    })
 }
 
 /// What a link has counted since it was created.

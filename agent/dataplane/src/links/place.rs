@@ -27,8 +27,8 @@ const CARRIER_INTERVAL: Duration = Duration::from_micros(200);
 
 /// Where links are created: the node's namespace.
 pub(super) struct Maker<'a> {
-    netlink: Netlink,
-    node: &'a Netns,
+    pub(super) netlink: Netlink,
+    pub(super) node: &'a Netns,
 }
 
 impl<'a> Maker<'a> {
@@ -81,6 +81,8 @@ pub(super) struct Place<'a> {
     netns: &'a Netns,
     spec: &'a LinkSpec,
     created: Created,
+    /// The index of the link, where something better than its alias shows that it is ours.
+    index: Option<u32>,
 }
 
 /// What this call created, to be removed when it fails.
@@ -99,11 +101,39 @@ impl<'a> Place<'a> {
             netns,
             spec,
             created: Created::Nothing,
+            index: None,
         })
     }
 
-    /// The link that has the alias, with what lies on it.
+    pub(super) const fn netns(&self) -> &'a Netns {
+        self.netns
+    }
+
+    /// The pod's end of a pod link, with what lies on it; or a link with the alias that has the wanted name, for want of such an end.
+    pub(super) fn observe_end(&mut self, index: Option<u32>) -> Result<Option<Link>, LinkError> {
+        self.index = index;
+        let named = self.named()?;
+        let is_ours = |link: &Link| {
+            Some(link.index) == index || link.alias.as_ref() == Some(&self.spec.alias)
+        };
+        if let Some(holder) = named.as_ref().filter(|link| !is_ours(link)) {
+            return Err(self.name_taken(holder.into()));
+        }
+        match index {
+            Some(_) => self.observe(),
+            None => Ok(named),
+        }
+    }
+
+    /// The link that has the index, else the alias, with what lies on it.
     pub(super) fn observe(&mut self) -> Result<Option<Link>, LinkError> {
+        if let Some(index) = self.index {
+            let mut link = self.get(message::get_link(index))?;
+            if let Some(link) = &mut link {
+                observe::contents(&mut self.netlink, link)?;
+            }
+            return Ok(link);
+        }
         let links = observe::links(&mut self.netlink)?;
         let is_ours = |link: &&Link| link.alias.as_ref() == Some(&self.spec.alias);
         let name = self.spec.name.as_str();
@@ -169,12 +199,16 @@ impl<'a> Place<'a> {
             .any(|answer| observe::netns_id_of(answer) == Some(leads_to)))
     }
 
-    fn name_is_free(&mut self) -> Result<bool, LinkError> {
+    pub(super) fn name_is_free(&mut self) -> Result<bool, LinkError> {
         Ok(self.named()?.is_none())
     }
 
     fn named(&mut self) -> Result<Option<Link>, LinkError> {
-        let (request, flags) = message::get_link_named(self.spec.name.as_str());
+        self.get(message::get_link_named(self.spec.name.as_str()))
+    }
+
+    /// The link that a request asks for.
+    fn get(&mut self, (request, flags): Request) -> Result<Option<Link>, LinkError> {
         match self.netlink.ask(request, flags)? {
             Ok(found) => Ok(found.into_iter().find_map(observe::link_of)),
             Err(Refusal {
@@ -189,7 +223,7 @@ impl<'a> Place<'a> {
     }
 
     /// Why a link could not be created.
-    fn create_refused(
+    pub(super) fn create_refused(
         &mut self,
         kind: &'static str,
         kernel: Refusal,
@@ -228,6 +262,25 @@ impl<'a> Place<'a> {
         }
         marked.transpose().map_err(refused)?;
         found.ok_or_else(|| {
+            NetlinkError::Malformed(format!("link `{name}` is not shown after it was created"))
+                .into()
+        })
+    }
+
+    /// Takes the link with this index, which was just created, for ours: marks it.
+    pub(super) fn adopt_at(&mut self, index: u32) -> Result<Link, LinkError> {
+        self.index = Some(index);
+        let requests = vec![
+            message::set_alias_at(index, &self.spec.alias.to_string()),
+            message::get_link(index),
+        ];
+        let mut answers = self.netlink.transact(requests)?.into_iter();
+        let (marked, found) = (answers.next(), answers.next());
+        let name = self.spec.name.as_str();
+        let refused = |kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel);
+        marked.transpose().map_err(refused)?;
+        let found = found.and_then(Result::ok).into_iter().flatten();
+        found.filter_map(observe::link_of).next().ok_or_else(|| {
             NetlinkError::Malformed(format!("link `{name}` is not shown after it was created"))
                 .into()
         })
@@ -385,21 +438,9 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Waits until the link passes packets. The end of a pair that is taken up first has no carrier
-    /// then; a worker of the kernel activates it after the second, and until then it drops what it
-    /// is given. A link that stays without carrier is no failure of this call.
+    /// As the free function does.
     pub(super) fn await_running(&mut self, link: &Link) -> Result<(), LinkError> {
-        let deadline = Instant::now() + CARRIER_TIMEOUT;
-        while Instant::now() < deadline {
-            let (request, flags) = message::get_link(link.index);
-            let answer = self.netlink.ask(request, flags)?;
-            if answer.is_ok_and(|found| found.iter().any(observe::is_running)) {
-                return Ok(());
-            }
-            std::thread::sleep(CARRIER_INTERVAL);
-        }
-        tracing::warn!(link = %link.name, "the link has no carrier yet");
-        Ok(())
+        await_running(&mut self.netlink, link.index, &link.name)
     }
 
     pub(super) fn up_link(
@@ -434,6 +475,27 @@ impl<'a> Place<'a> {
             tracing::error!(%error, link.name = name, "a link that could not be completed stays");
         }
     }
+}
+
+/// Waits until the link passes packets. The end of a pair that is taken up first has no carrier
+/// then; a worker of the kernel activates it after the second, and until then it drops what it
+/// is given. A link that stays without carrier is no failure of this call.
+pub(super) fn await_running(
+    netlink: &mut Netlink,
+    index: u32,
+    name: &str,
+) -> Result<(), LinkError> {
+    let deadline = Instant::now() + CARRIER_TIMEOUT;
+    while Instant::now() < deadline {
+        let (request, flags) = message::get_link(index);
+        let answer = netlink.ask(request, flags)?;
+        if answer.is_ok_and(|found| found.iter().any(observe::is_running)) {
+            return Ok(());
+        }
+        std::thread::sleep(CARRIER_INTERVAL);
+    }
+    tracing::warn!(link = name, "the link has no carrier yet");
+    Ok(())
 }
 
 /// The request of an operation on a link that exists.

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage, VxlanDf},
+    link::VxlanDf,
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
     },
@@ -150,7 +150,8 @@ pub(crate) fn ensure(
             .ask(request, flags)?
             .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))?;
         // A kernel without IPv6 refuses, and does not need it.
-        let _ = netlink.ask(no_addresses(index), 0)?;
+        let (request, flags) = message::no_addresses(LinkUnspec::new_with_index(index));
+        let _ = netlink.ask(request, flags)?;
         up(netlink, index, &name, spec.port)
     })();
     if let Err(error) = marked {
@@ -427,16 +428,6 @@ fn forwarding_entry(index: u32, mac: MacAddr) -> NeighbourMessage {
         .attributes
         .push(NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()));
     message
-}
-
-/// No link-local address that the kernel generates and announces.
-fn no_addresses(index: u32) -> RouteNetlinkMessage {
-    let mut link: LinkMessage = LinkUnspec::new_with_index(index).build();
-    link.attributes
-        .push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
-            vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
-        )]));
-    RouteNetlinkMessage::SetLink(link)
 }
 
 #[cfg(test)]

@@ -2,21 +2,17 @@
 
 use std::collections::{HashMap, HashSet};
 
-use netlink_packet_route::{RouteNetlinkMessage, link::LinkAttribute};
-use nix::errno::Errno;
+use netlink_packet_route::RouteNetlinkMessage;
 use nsm_core::link::{Count, Link, LinkAlias, LinkSpec, Traffic, VxlanSpec, Wanted, must_create};
 
 use super::{
     LinkError, LinkReading, UpLink,
-    basics::{delete, open_in},
+    basics::{delete, delete_together, group_of, open_in},
     message, observe,
     place::{Maker, Place},
     probe_link::is_probe_link,
 };
-use crate::{
-    netlink::{Netlink, Refusal},
-    netns::Netns,
-};
+use crate::netns::Netns;
 
 pub(super) fn up_vxlan(node: &Netns, pod: &Netns, spec: &VxlanSpec) -> Result<UpLink, LinkError> {
     let mut maker = Maker::open(node)?;
@@ -88,70 +84,18 @@ pub(super) fn down(pod: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkErro
             .as_ref()
             .is_some_and(|alias| aliases.contains(alias))
     };
-    let doomed: Vec<Link> = links
+    let doomed: Vec<(u32, String)> = links
         .into_iter()
         .filter_map(observe::link_of)
         .filter(is_meant)
+        .map(|link| (link.index, link.name))
         .collect();
     match doomed.as_slice() {
         [] => {}
-        [link] => delete(&mut netlink, message::delete_link(link.index), &link.name)?,
-        links => delete_together(&mut netlink, links, &groups)?,
+        [(index, name)] => delete(&mut netlink, message::delete_link(*index), name)?,
+        links => delete_together(&mut netlink, links, &groups, message::DOOMED_GROUPS)?,
     }
     Ok(doomed.len())
-}
-
-/// Deletes links by a group that they alone have: the kernel waits once for its readers, some 20 ms, instead of once a link.
-fn delete_together(
-    netlink: &mut Netlink,
-    links: &[Link],
-    groups: &HashSet<u32>,
-) -> Result<(), LinkError> {
-    // Another agent may choose the same at the same moment; what it puts there is doomed as well.
-    let group = message::DOOMED_GROUPS
-        .clone()
-        .find(|group| !groups.contains(group))
-        .unwrap_or(message::DOOMED_GROUPS.start);
-    let requests = links
-        .iter()
-        .map(|link| message::set_group(link.index, group))
-        .collect();
-    let mut grouped = 0;
-    for (link, answer) in links.iter().zip(netlink.transact(requests)?) {
-        match answer {
-            Ok(_) => grouped += 1,
-            Err(Refusal {
-                errno: Errno::ENODEV,
-                ..
-            }) => {}
-            Err(kernel) => {
-                return Err(LinkError::refused(
-                    format!("group link `{}` for deletion", link.name),
-                    kernel,
-                ));
-            }
-        }
-    }
-    if grouped == 0 {
-        return Ok(());
-    }
-    delete(
-        netlink,
-        message::delete_group(group),
-        &format!("group {group}"),
-    )
-}
-
-fn group_of(message: &RouteNetlinkMessage) -> Option<u32> {
-    let RouteNetlinkMessage::NewLink(link) = message else {
-        return None;
-    };
-    link.attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::Group(group) => Some(*group),
-            _ => None,
-        })
 }
 
 pub(super) fn observe(pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, LinkError> {

@@ -6,6 +6,7 @@
 mod addresses;
 mod converge;
 mod failure;
+mod pod_link;
 mod support;
 mod times;
 mod traffic;

@@ -1,0 +1,333 @@
+//! Pod links: one veth pair a connection, whose other end stays in the node's namespace for BPF.
+//!
+//! The node's end is what a pod link is found by: its name follows from the alias, and what is its other end is ours, whatever the pod
+//! has made of that end's alias. So no call reads all links of a namespace, and no search for links enters a pod.
+//!
+//! Creation, alias and the rest of the node's end are one call of the kernel: a killed agent leaves a whole node's end or none. One
+//! without an alias, but with the name and the group, is of a creation that failed halfway; it is replaced.
+
+use std::{collections::HashSet, iter::zip};
+
+use nix::errno::Errno;
+use nsm_core::{
+    link::{
+        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeEnd, NodeEndStep, Wanted, must_create,
+        node_end_name, repair_node_end,
+    },
+    net::IfName,
+};
+use rtnetlink::LinkUnspec;
+
+use super::{
+    LinkError, LinkHolder, PodLink,
+    basics::{delete, delete_together, group_of, open_in},
+    message, observe,
+    place::{Maker, Place},
+    probe_link::is_probe_link,
+};
+use crate::{
+    netlink::{Netlink, NetlinkError, Refusal},
+    netns::Netns,
+};
+
+pub(super) fn up(node: &Netns, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
+    let mut side = NodeSide::open(node, &spec.alias)?;
+    let end = side.find()?;
+    let peer = match &end {
+        Some(end) => side.peer_in(pod, end)?,
+        None => None,
+    };
+    let mut place = Place::open(pod, spec)?;
+    let wanted = Wanted::Veth(spec);
+    let observed = place.observe_end(peer)?;
+    let is_pair = matches!((peer, &observed), (Some(peer), Some(link)) if link.index == peer);
+    match end {
+        Some(end) if is_pair && !must_create(wanted, observed.as_ref()) => {
+            let mut steps = side.repair(&end, Some(spec.mtu))?;
+            if observed.as_ref().and_then(|link| link.alias.as_ref()) != Some(&spec.alias) {
+                place.adopt_at(end.peer)?;
+                steps += 1;
+            }
+            let mut up = place.converge(&side.maker, wanted, observed)?;
+            up.operations += steps;
+            Ok(PodLink {
+                pod: up,
+                node: side.read(end.index)?,
+            })
+        }
+        end => {
+            if let Some(end) = end {
+                // The pod's end goes with it.
+                side.remove(end.index)?;
+            }
+            place.remove(observed)?;
+            side.create(place, spec)
+        }
+    }
+}
+
+/// How many of the connections had a pod link, all of which are deleted now.
+pub(super) fn down(node: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkError> {
+    let mut netlink = open_in(node)?;
+    let requests = aliases
+        .iter()
+        .map(|alias| message::get_link_named(node_end_name(alias).as_str()))
+        .collect();
+    let mut doomed = Vec::new();
+    for (alias, answer) in zip(aliases, netlink.transact(requests)?) {
+        let found = answer.into_iter().flatten();
+        let mut ends = found.filter_map(|message| observe::node_end_of(&message));
+        doomed.extend(
+            ends.find(|end| end.alias.as_ref() == Some(alias))
+                .map(|end| (end.index, end.name)),
+        );
+    }
+    match doomed.as_slice() {
+        [] => {}
+        [(index, name)] => delete(&mut netlink, message::delete_link(*index), name)?,
+        links => {
+            let all = netlink.dump(&message::get_links(false))?;
+            let taken: HashSet<u32> = all.iter().filter_map(group_of).collect();
+            delete_together(&mut netlink, links, &taken, message::DOOMED_NODE_GROUPS)?;
+        }
+    }
+    Ok(doomed.len())
+}
+
+/// The node's ends of all pod links of this domain.
+pub(super) fn list(node: &Netns, domain: &str) -> Result<Vec<NodeEnd>, LinkError> {
+    let mut netlink = open_in(node)?;
+    let links = netlink.dump(&message::get_links(false))?;
+    let ends = links.iter().filter_map(observe::node_end_of);
+    Ok(ends.filter(|end| is_node_end(end, domain)).collect())
+}
+
+/// Whether this is the node's end of a pod link. A pod's end in the node's own namespace has the same alias.
+fn is_node_end(end: &NodeEnd, domain: &str) -> bool {
+    let Some(alias) = &end.alias else {
+        return false;
+    };
+    alias.domain() == domain
+        && !is_probe_link(alias)
+        && (NODE_GROUPS.contains(&end.group) || end.name == node_end_name(alias).as_str())
+}
+
+/// Puts the node's end of a connection's pod link right. How many steps that took; None: it is gone.
+pub(super) fn repair(node: &Netns, end: &NodeEnd) -> Result<Option<usize>, LinkError> {
+    let Some(alias) = &end.alias else {
+        return Ok(None);
+    };
+    let mut side = NodeSide::open(node, alias)?;
+    match side.look(end.index)? {
+        Some(found) if found.alias.as_ref() == Some(alias) => {
+            side.repair(&found, Some(end.mtu)).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The node's side of one pod link.
+struct NodeSide<'a> {
+    maker: Maker<'a>,
+    alias: &'a LinkAlias,
+    name: IfName,
+}
+
+impl<'a> NodeSide<'a> {
+    fn open(node: &'a Netns, alias: &'a LinkAlias) -> Result<Self, LinkError> {
+        Ok(Self {
+            maker: Maker::open(node)?,
+            alias,
+            name: node_end_name(alias),
+        })
+    }
+
+    fn netlink(&mut self) -> &mut Netlink {
+        &mut self.maker.netlink
+    }
+
+    /// The node's end of the connection.
+    fn find(&mut self) -> Result<Option<NodeEnd>, LinkError> {
+        let (request, flags) = message::get_link_named(self.name.as_str());
+        let found = match self.netlink().ask(request, flags)? {
+            Ok(found) => found,
+            Err(kernel) if kernel.errno == Errno::ENODEV => return Ok(None),
+            Err(kernel) => return Err(self.refused("look for", kernel)),
+        };
+        let end = found.iter().find_map(observe::node_end_of);
+        let is_ours = |end: &NodeEnd| match &end.alias {
+            Some(alias) => alias == self.alias,
+            None => NODE_GROUPS.contains(&end.group),
+        };
+        match end.filter(is_ours) {
+            Some(end) => Ok(Some(end)),
+            None => Err(self.name_taken(found.into_iter().find_map(observe::link_of))),
+        }
+    }
+
+    fn name_taken(&self, holder: Option<Link>) -> LinkError {
+        LinkError::NameTaken {
+            name: self.name.to_string(),
+            netns: self.maker.node.id(),
+            holder: holder.as_ref().map_or_else(
+                || LinkHolder {
+                    kind: String::new(),
+                    alias: None,
+                },
+                LinkHolder::from,
+            ),
+        }
+    }
+
+    /// The link with this index, when it is an end of a veth pair.
+    fn look(&mut self, index: u32) -> Result<Option<NodeEnd>, LinkError> {
+        let (request, flags) = message::get_link(index);
+        match self.netlink().ask(request, flags)? {
+            Ok(found) => Ok(found.iter().find_map(observe::node_end_of)),
+            Err(kernel) if kernel.errno == Errno::ENODEV => Ok(None),
+            Err(kernel) => Err(self.refused("look at", kernel)),
+        }
+    }
+
+    fn read(&mut self, index: u32) -> Result<NodeEnd, LinkError> {
+        self.look(index)?.ok_or_else(|| {
+            let name = &self.name;
+            NetlinkError::Malformed(format!("link `{name}` is not shown any more")).into()
+        })
+    }
+
+    /// The index of the pod's end, where that is in this namespace and the connection's.
+    fn peer_in(&mut self, pod: &Netns, end: &NodeEnd) -> Result<Option<u32>, LinkError> {
+        if end.alias.is_none() {
+            return Ok(None);
+        }
+        let is_there = match end.peer_netns {
+            None => pod.id() == self.maker.node.id(),
+            Some(id) => {
+                let (request, flags) = message::get_netns_id(pod);
+                let known = self.netlink().ask(request, flags)?.unwrap_or_default();
+                known
+                    .iter()
+                    .any(|answer| observe::netns_id_of(answer) == Some(id))
+            }
+        };
+        Ok(is_there.then_some(end.peer))
+    }
+
+    /// Puts the node's end right. How many steps that took.
+    fn repair(&mut self, end: &NodeEnd, mtu: Option<u32>) -> Result<usize, LinkError> {
+        let steps = repair_node_end(self.alias, mtu, end);
+        if steps.is_empty() {
+            return Ok(0);
+        }
+        let requests = steps
+            .iter()
+            .map(|step| message::node_end_step(end.index, &self.name, *step))
+            .collect();
+        let answers = self.netlink().transact(requests)?;
+        for (step, answer) in zip(&steps, answers) {
+            if let Err(kernel) = answer
+                && *step != NodeEndStep::DisableAddresses
+            {
+                return Err(self.refused(&format!("repair ({step:?})"), kernel));
+            }
+        }
+        Ok(steps.len())
+    }
+
+    fn remove(&mut self, index: u32) -> Result<(), LinkError> {
+        let name = self.name.to_string();
+        delete(self.netlink(), message::delete_link(index), &name)
+    }
+
+    /// Makes the pair, and lays on the pod's end what is wanted there.
+    fn create(&mut self, mut place: Place<'_>, spec: &LinkSpec) -> Result<PodLink, LinkError> {
+        let node = self.create_pair(&mut place, spec)?;
+        let filled = self.fill(&mut place, spec, &node);
+        if filled.is_err()
+            && let Err(error) = self.remove(node.index)
+        {
+            tracing::error!(%error, link.name = %self.name, "a link that could not be completed stays");
+        }
+        Ok(PodLink { pod: filled?, node })
+    }
+
+    /// Makes the pair; the node's end is complete and up then.
+    fn create_pair(
+        &mut self,
+        place: &mut Place<'_>,
+        spec: &LinkSpec,
+    ) -> Result<NodeEnd, LinkError> {
+        let name = self.name.as_str();
+        let requests = vec![
+            message::create_pod_link(&self.name, place.netns(), spec),
+            message::set_alias(name, &spec.alias.to_string()),
+            message::no_addresses(LinkUnspec::new_with_name(name)),
+            message::set_up_named(name),
+            message::get_link_named(name),
+        ];
+        let mut answers = self.netlink().transact(requests)?.into_iter();
+        let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
+        if let Err(kernel) = next() {
+            return Err(self.creation_refused(place, kernel)?);
+        }
+        let (marked, _, taken_up, shown) = (next(), next(), next(), next());
+        let completed = marked.and(taken_up).and(shown);
+        let end = completed.map(|shown| shown.iter().find_map(observe::node_end_of));
+        let failed = match end {
+            Ok(Some(end)) => return Ok(end),
+            Ok(None) => {
+                let name = &self.name;
+                NetlinkError::Malformed(format!("link `{name}` is not shown after it was created"))
+                    .into()
+            }
+            Err(kernel) => self.refused("complete", kernel),
+        };
+        let (name, request) = (
+            self.name.to_string(),
+            message::delete_link_named(self.name.as_str()),
+        );
+        if let Err(error) = delete(self.netlink(), request, &name) {
+            tracing::error!(%error, link.name = %name, "a link that could not be completed stays");
+        }
+        Err(failed)
+    }
+
+    /// Why the pair could not be created.
+    fn creation_refused(
+        &mut self,
+        place: &mut Place<'_>,
+        kernel: Refusal,
+    ) -> Result<LinkError, LinkError> {
+        if kernel.errno == Errno::EEXIST && place.name_is_free()? {
+            let (request, flags) = message::get_link_named(self.name.as_str());
+            let found = self.netlink().ask(request, flags)?.unwrap_or_default();
+            return Ok(self.name_taken(found.into_iter().find_map(observe::link_of)));
+        }
+        place.create_refused("veth", kernel)
+    }
+
+    fn fill(
+        &mut self,
+        place: &mut Place<'_>,
+        spec: &LinkSpec,
+        node: &NodeEnd,
+    ) -> Result<super::UpLink, LinkError> {
+        let link = place.adopt_at(node.peer)?;
+        let operations = place.fill(&self.maker, Wanted::Veth(spec), &link)?;
+        if node.peer_netns.is_none() {
+            // Packets to the pod's end pass through the queue of this one; elsewhere BPF puts them behind it.
+            super::place::await_running(self.netlink(), node.index, &node.name)?;
+        }
+        place.up_link(&link, true, operations)
+    }
+
+    fn refused(&self, action: &str, kernel: Refusal) -> LinkError {
+        let Self { name, alias, .. } = self;
+        let id = alias.connection_id();
+        LinkError::refused(
+            format!("{action} link `{name}`, the node's end of connection {id}"),
+            kernel,
+        )
+    }
+}

@@ -1,0 +1,323 @@
+//! Pod links: a pair for each connection, with one end on the node.
+
+use nsm_core::link::{LinkKind, LinkSpec, NODE_GROUP, NodeEnd, RouteSpec, node_end_name};
+use nsm_dataplane::{
+    links::{LinkError, Links, PodLink},
+    netns::Netns,
+};
+
+use crate::support::{
+    add_foreign_link, alias, delete_link, domain, inside, link, link_names, mac, name, net, netns,
+    route, set_up,
+};
+
+struct Connection {
+    links: Links,
+    node: Netns,
+    pod: Netns,
+    spec: LinkSpec,
+}
+
+impl Connection {
+    fn wanted() -> Self {
+        Self::of(netns(), netns())
+    }
+
+    fn of(node: Netns, pod: Netns) -> Self {
+        Self {
+            links: Links::in_namespace(node.clone()),
+            node,
+            pod,
+            spec: link(1, 2),
+        }
+    }
+
+    async fn up(&self) -> Result<PodLink, LinkError> {
+        self.links.up_pod_link(&self.pod, &self.spec).await
+    }
+
+    /// The node's end, as the list of all has it.
+    async fn node_end(&self) -> Option<NodeEnd> {
+        let ends = self.links.pod_links(&domain()).await.unwrap();
+        ends.into_iter()
+            .find(|end| end.alias.as_ref() == Some(&self.spec.alias))
+    }
+
+    async fn assert_is_wanted(&self) {
+        let spec = &self.spec;
+        let link = self.links.observe(&self.pod, &spec.alias).await;
+        let link = link.unwrap().unwrap();
+        assert!(
+            matches!(link.kind, LinkKind::Veth { .. }) && link.up,
+            "{link:?}"
+        );
+        assert_eq!(
+            (link.name.as_str(), link.mtu, link.mac),
+            (spec.name.as_str(), spec.mtu, spec.mac)
+        );
+        let has_address = |address| link.addresses.contains(address);
+        assert!(spec.addresses.iter().all(has_address), "{link:?}");
+        let has_route = |route: &RouteSpec| link.routes.iter().any(|there| there.spec == *route);
+        assert!(spec.routes.iter().all(has_route), "{link:?}");
+        assert_eq!(link.neighbours.len(), spec.neighbours.len());
+
+        let end = self.node_end().await.unwrap();
+        assert_eq!(
+            (end.name.as_str(), end.mtu, end.group, end.peer),
+            (
+                node_end_name(&spec.alias).as_str(),
+                spec.mtu,
+                NODE_GROUP,
+                link.index
+            )
+        );
+        assert!(end.up && !end.arp && !end.generates_addresses, "{end:?}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn is_made_as_wanted_and_found_again() {
+    let connection = Connection::wanted();
+    let made = connection.up().await.unwrap();
+    assert!(made.pod.created);
+    assert_eq!(connection.node_end().await.as_ref(), Some(&made.node));
+    connection.assert_is_wanted().await;
+    assert_eq!(link_names(&connection.node), [made.node.name.clone()]);
+
+    let again = connection.up().await.unwrap();
+    assert_eq!((again.pod.operations, again.pod.created), (0, false));
+    assert_eq!(
+        (again.pod.index, &again.node),
+        (made.pod.index, &made.node),
+        "nothing differs"
+    );
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn changes_in_place() {
+    let mut connection = Connection::wanted();
+    let made = connection.up().await.unwrap();
+    connection.spec.mtu = 1400;
+    connection.spec.mac = Some(mac(9));
+    connection.spec.addresses = vec![net("172.16.1.2/32"), net("172.16.2.2/24")];
+    connection.spec.routes.pop();
+    connection.spec.neighbours.pop();
+    let changed = connection.up().await.unwrap();
+    assert_eq!(
+        (changed.pod.index, changed.node.index),
+        (made.pod.index, made.node.index)
+    );
+    assert!(changed.pod.operations > 0);
+    connection.assert_is_wanted().await;
+}
+
+/// What a pod with CAP_NET_ADMIN does to its end is repaired, or the link is made again.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_pods_changes_are_repaired() {
+    let connection = Connection::wanted();
+    let made = connection.up().await.unwrap();
+    set_up(&connection.pod, made.pod.index, false);
+    let repaired = connection.up().await.unwrap();
+    assert_eq!(repaired.pod.index, made.pod.index);
+    connection.assert_is_wanted().await;
+
+    connection.ip(&connection.pod, &["link", "set", "nsm-1", "alias", "x"]);
+    let repaired = connection.up().await.unwrap();
+    assert_eq!(repaired.pod.index, made.pod.index);
+    connection.assert_is_wanted().await;
+
+    connection.ip(&connection.pod, &["link", "set", "nsm-1", "down"]);
+    connection.ip(&connection.pod, &["link", "set", "nsm-1", "name", "mine"]);
+    assert!(connection.up().await.unwrap().pod.created);
+    connection.assert_is_wanted().await;
+    assert_eq!(link_names(&connection.pod), ["nsm-1"]);
+
+    delete_link(&connection.pod, connection.up().await.unwrap().pod.index);
+    assert_eq!(connection.node_end().await, None);
+    assert!(connection.up().await.unwrap().pod.created);
+    connection.assert_is_wanted().await;
+}
+
+impl Connection {
+    /// What somebody else does in a namespace.
+    fn ip(&self, netns: &Netns, arguments: &[&str]) {
+        let output = inside(netns, || {
+            std::process::Command::new("ip")
+                .args(arguments)
+                .output()
+                .unwrap()
+        });
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn the_nodes_end_is_repaired() {
+    let connection = Connection::wanted();
+    let made = connection.up().await.unwrap();
+    let node = &connection.node;
+    let name = made.node.name.as_str();
+    connection.ip(node, &["link", "add", "br0", "type", "bridge"]);
+    connection.ip(node, &["link", "set", name, "master", "br0"]);
+    connection.ip(node, &["link", "set", name, "down"]);
+    connection.ip(node, &["link", "set", name, "group", "0", "arp", "on"]);
+    connection.ip(
+        node,
+        &[
+            "link",
+            "set",
+            name,
+            "mtu",
+            "1300",
+            "addrgenmode",
+            "random",
+            "name",
+            "other",
+        ],
+    );
+    let steps = connection.links.repair_pod_link(&made.node).await.unwrap();
+    assert!(steps > Some(5), "{steps:?}");
+    connection.assert_is_wanted().await;
+    assert_eq!(connection.node_end().await.as_ref(), Some(&made.node));
+    let steps = connection.links.repair_pod_link(&made.node).await.unwrap();
+    assert_eq!(steps, Some(0));
+
+    delete_link(node, made.node.index);
+    assert_eq!(link_names(&connection.pod), [""; 0]);
+    let steps = connection.links.repair_pod_link(&made.node).await.unwrap();
+    assert_eq!(steps, None);
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn many_are_deleted_by_their_ends_on_the_node() {
+    let node = netns();
+    let pods: Vec<Connection> = (0..5)
+        .map(|_| Connection::of(node.clone(), netns()))
+        .collect();
+    for connection in &pods {
+        connection.up().await.unwrap();
+    }
+    let mut aliases: Vec<_> = pods.iter().map(|it| it.spec.alias.clone()).collect();
+    let kept = aliases.pop().unwrap();
+    aliases.push(alias());
+    let links = &pods[0].links;
+    assert_eq!(links.down_pod_links(&aliases).await.unwrap(), 4);
+    assert_eq!(links.down_pod_links(&aliases).await.unwrap(), 0);
+    assert_eq!(link_names(&node), [node_end_name(&kept).to_string()]);
+    assert_eq!(link_names(&pods[0].pod), [""; 0]);
+    pods[4].assert_is_wanted().await;
+    assert_eq!(links.down_pod_links(&[kept]).await.unwrap(), 1);
+    assert_eq!(link_names(&node), [""; 0]);
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_pods_end_takes_the_nodes_along() {
+    let connection = Connection::wanted();
+    connection.up().await.unwrap();
+    let Connection { node, pod, .. } = connection;
+    drop(pod);
+    crate::support::eventually("the node's end goes", || match link_names(&node) {
+        names if names.is_empty() => Ok(()),
+        names => Err(format!("{names:?}")),
+    });
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_client_may_be_in_the_nodes_namespace() {
+    let node = netns();
+    let mut connection = Connection::of(node.clone(), node);
+    let made = connection.up().await.unwrap();
+    assert_eq!(made.node.peer_netns, None);
+    assert_eq!(
+        connection.links.pod_links(&domain()).await.unwrap().len(),
+        1
+    );
+    assert_eq!(connection.up().await.unwrap().pod.operations, 0);
+    connection.spec.mtu = 1300;
+    let changed = connection.up().await.unwrap();
+    assert_eq!((changed.pod.created, changed.node.mtu), (false, 1300));
+    let aliases = [connection.spec.alias.clone()];
+    assert_eq!(connection.links.down_pod_links(&aliases).await.unwrap(), 1);
+    assert_eq!(link_names(&connection.node), [""; 0]);
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn failures_leave_neither_end() {
+    let mut connection = Connection::wanted();
+    add_foreign_link(&connection.pod, "nsm-1");
+    let error = connection.up().await.unwrap_err();
+    let LinkError::NameTaken { netns, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(*netns, connection.pod.id());
+    assert_eq!(link_names(&connection.node), [""; 0]);
+
+    connection.spec.name = name("nsm-2");
+    connection
+        .spec
+        .routes
+        .push(route("10.0.0.0/8", Some("224.0.0.1")));
+    let error = connection.up().await.unwrap_err();
+    assert!(matches!(error, LinkError::RouteRefused { .. }), "{error}");
+    assert_eq!(link_names(&connection.node), [""; 0]);
+    connection.spec.routes.pop();
+
+    let taken = node_end_name(&connection.spec.alias).to_string();
+    add_foreign_link(&connection.node, &taken);
+    let error = connection.up().await.unwrap_err();
+    let LinkError::NameTaken { netns, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(*netns, connection.node.id());
+    assert_eq!(link_names(&connection.pod).len(), 2, "the foreign pair");
+}
+
+/// A creation that failed halfway left a node's end without an alias.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_half_made_link_is_replaced() {
+    let connection = Connection::wanted();
+    connection.up().await.unwrap();
+    let name = node_end_name(&connection.spec.alias).to_string();
+    connection.ip(&connection.node, &["link", "set", &name, "alias", ""]);
+    assert!(connection.up().await.unwrap().pod.created);
+    connection.assert_is_wanted().await;
+}
+
+/// A pod that is named anew for the same connection: the pair moves there.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn follows_its_connection_to_another_pod() {
+    let mut connection = Connection::wanted();
+    connection.up().await.unwrap();
+    let before = std::mem::replace(&mut connection.pod, netns());
+    assert!(connection.up().await.unwrap().pod.created);
+    connection.assert_is_wanted().await;
+    assert_eq!(link_names(&before), [""; 0]);
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_request_that_is_given_up_leaves_nothing() {
+    let connection = Connection::wanted();
+    let mut call = Box::pin(connection.up());
+    // Once polled, the call runs to its end.
+    std::future::poll_fn(|context| {
+        let _ = Future::poll(call.as_mut(), context);
+        std::task::Poll::Ready(())
+    })
+    .await;
+    drop(call);
+    let aliases = [connection.spec.alias.clone()];
+    // The next call of the connection waits for the removal.
+    assert_eq!(connection.links.down_pod_links(&aliases).await.unwrap(), 0);
+    assert_eq!(link_names(&connection.node), [""; 0]);
+}
