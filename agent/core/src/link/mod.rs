@@ -11,7 +11,7 @@ pub mod admission;
 mod alias;
 #[cfg(test)]
 mod model;
-mod node_end;
+mod node_link;
 mod observed;
 mod plan;
 mod traffic;
@@ -22,9 +22,9 @@ pub use nsm_ebpf_common::VXLAN_PORT;
 
 pub use self::{
     alias::{LinkAlias, LinkAliasError},
-    node_end::{
-        NODE_GROUP, NODE_GROUP_MASK, NODE_GROUPS, NodeEnd, NodeEndStep, node_end_name,
-        repair_node_end,
+    node_link::{
+        NODE_GROUP, NODE_GROUP_MASK, NODE_GROUPS, NodeLink, NodeLinkStep, VethPeer, node_end_name,
+        repair_node_link,
     },
     observed::{Link, LinkKind, Route},
     plan::{Operation, diff, must_create},

@@ -237,6 +237,19 @@ impl From<&Link> for LinkHolder {
     }
 }
 
+impl From<Option<&Link>> for LinkHolder {
+    /// A link that is gone again has no kind.
+    fn from(link: Option<&Link>) -> Self {
+        link.map_or_else(
+            || Self {
+                kind: String::new(),
+                alias: None,
+            },
+            Self::from,
+        )
+    }
+}
+
 impl fmt::Display for LinkHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.alias {
@@ -246,6 +259,7 @@ impl fmt::Display for LinkHolder {
                 self.kind,
                 alias.connection_id()
             ),
+            None if self.kind.is_empty() => f.write_str("a link that is gone again"),
             None => write!(f, "a {} that is not ours", self.kind),
         }
     }

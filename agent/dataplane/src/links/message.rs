@@ -23,7 +23,7 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteVia},
 };
 use nsm_core::{
-    link::{LinkSpec, NODE_GROUP, NODE_GROUPS, NodeEndStep, RouteSpec, VxlanSpec},
+    link::{LinkSpec, NODE_GROUP, NODE_GROUPS, NodeLinkStep, RouteSpec, VxlanSpec},
     net::{IfName, MacAddr},
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder};
@@ -164,17 +164,17 @@ pub(super) fn set_up_named(name: &str) -> Request {
 }
 
 /// The request of a step on a node's end.
-pub(super) fn node_end_step(index: u32, name: &IfName, step: NodeEndStep) -> Request {
+pub(super) fn node_link_step(index: u32, name: &IfName, step: NodeLinkStep) -> Request {
     let link = LinkUnspec::new_with_index(index);
     match step {
-        NodeEndStep::SetDown => set(link.down()),
-        NodeEndStep::SetName => set(link.name(name.as_str())),
-        NodeEndStep::LeaveController => set(link.nocontroller()),
-        NodeEndStep::SetGroup => set_group(index, NODE_GROUP),
-        NodeEndStep::SetMtu(mtu) => set_mtu(index, mtu),
-        NodeEndStep::DisableArp => set(link.arp(false)),
-        NodeEndStep::DisableAddresses => no_addresses(link),
-        NodeEndStep::SetUp => set_up(index),
+        NodeLinkStep::SetDown => set(link.down()),
+        NodeLinkStep::SetName => set(link.name(name.as_str())),
+        NodeLinkStep::LeaveController => set(link.nocontroller()),
+        NodeLinkStep::SetGroup => set_group(index, NODE_GROUP),
+        NodeLinkStep::SetMtu(mtu) => set_mtu(index, mtu),
+        NodeLinkStep::DisableArp => set(link.arp(false)),
+        NodeLinkStep::DisableAddresses => no_addresses(link),
+        NodeLinkStep::SetUp => set_up(index),
     }
 }
 

@@ -14,6 +14,7 @@
 
 mod basics;
 mod error;
+mod external;
 mod holdings;
 mod message;
 mod observe;
@@ -30,14 +31,17 @@ use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{Link, LinkAlias, LinkSpec, NodeEnd, Traffic, VxlanSpec, admission::Holding},
+    link::{Link, LinkAlias, LinkSpec, NodeLink, Traffic, VxlanSpec, admission::Holding},
     net::{IfName, MacAddr},
 };
 use tokio::sync::oneshot;
 
-pub use self::error::{LinkError, LinkHolder, PortHolder};
 use self::pool::Pool;
 use self::turns::{Parcel, Turn, Turns, Undo};
+pub use self::{
+    error::{LinkError, LinkHolder, PortHolder},
+    external::{External, ExternalSpec, Look},
+};
 pub(crate) use self::{
     probe_link::Family,
     underlay::{interface as outgoing_interface, source as source_address},
@@ -88,8 +92,8 @@ pub struct UpLink {
 pub struct PodLink {
     /// The pod's end.
     pub pod: UpLink,
-    /// The node's end. In the node's own namespace its [`NodeEnd::peer_netns`] is None.
-    pub node: NodeEnd,
+    /// The node's end. For a client in the node's own namespace, its peer has no other namespace.
+    pub node: NodeLink,
 }
 
 /// A link of ours as the kernel shows it, without what lies on it.
@@ -191,7 +195,7 @@ impl Links {
     /// # Errors
     ///
     /// The node's links cannot be read.
-    pub async fn pod_links(&self, domain: &str) -> Result<Vec<NodeEnd>, LinkError> {
+    pub async fn pod_links(&self, domain: &str) -> Result<Vec<NodeLink>, LinkError> {
         let (node, domain) = (self.inner.node.clone(), domain.to_owned());
         self.read(move || pod_link::list(&node, &domain)).await
     }
@@ -202,7 +206,7 @@ impl Links {
     /// # Errors
     ///
     /// The kernel refused.
-    pub async fn repair_pod_link(&self, end: &NodeEnd) -> Result<Option<usize>, LinkError> {
+    pub async fn repair_pod_link(&self, end: &NodeLink) -> Result<Option<usize>, LinkError> {
         let turn = self.inner.turns.take(&end.alias).await;
         let (node, end) = (self.inner.node.clone(), end.clone());
         self.work(
@@ -212,6 +216,40 @@ impl Links {
             nothing_to_undo(),
         )
         .await
+    }
+
+    /// Makes the node's external device, through which packets of tunnels go that BPF does not encapsulate or decapsulate by itself; or
+    /// adopts that of an earlier agent. It is up then.
+    ///
+    /// # Errors
+    ///
+    /// See [`LinkError`]; [`LinkError::PortTaken`] where somebody else has the port.
+    pub async fn up_external(&self, spec: &ExternalSpec) -> Result<External, LinkError> {
+        let spec = spec.clone();
+        self.on_node(move |netlink| external::ensure(netlink, &spec))
+            .await
+    }
+
+    /// Looks whether the external device is as it was made, and repairs it where that is possible.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn look_at_external(&self, external: &External) -> Result<Look, LinkError> {
+        let external = external.clone();
+        self.on_node(move |netlink| external::look(netlink, &external))
+            .await
+    }
+
+    /// Removes the external device; a success when there is none.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn down_external(&self, spec: &ExternalSpec) -> Result<(), LinkError> {
+        let spec = spec.clone();
+        self.on_node(move |netlink| external::remove(netlink, &spec))
+            .await
     }
 
     /// Makes a veth pair with an end in each namespace as wanted: creates it, or changes what differs on the pair that has the aliases.

@@ -15,7 +15,7 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
 };
 use nsm_core::{
-    link::{Link, LinkKind, NodeEnd, Route, RouteSpec},
+    link::{Link, LinkKind, NodeLink, Route, RouteSpec, VethPeer},
     net::MacAddr,
 };
 
@@ -99,15 +99,15 @@ pub(super) fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
     Some(link)
 }
 
-/// The end of a veth pair that a message describes.
-pub(super) fn node_end_of(message: &RouteNetlinkMessage) -> Option<NodeEnd> {
+/// The link in the node's namespace that a message describes.
+pub(super) fn node_link_of(message: &RouteNetlinkMessage) -> Option<NodeLink> {
     let RouteNetlinkMessage::NewLink(LinkMessage {
         header, attributes, ..
     }) = message
     else {
         return None;
     };
-    let mut end = NodeEnd {
+    let mut link = NodeLink {
         index: header.index,
         name: String::new(),
         alias: None,
@@ -118,30 +118,30 @@ pub(super) fn node_end_of(message: &RouteNetlinkMessage) -> Option<NodeEnd> {
         arp: !header.flags.contains(LinkFlags::Noarp),
         generates_addresses: false,
         controller: None,
-        peer: 0,
-        peer_netns: None,
+        peer: None,
     };
-    let mut is_veth = false;
+    let (mut is_veth, mut peer, mut netns) = (false, 0, None);
     for attribute in attributes {
         match attribute {
-            LinkAttribute::IfName(name) => end.name.clone_from(name),
-            LinkAttribute::IfAlias(alias) => end.alias = alias.parse().ok(),
-            LinkAttribute::Address(bytes) => end.mac = mac_of(bytes)?,
-            LinkAttribute::Mtu(mtu) => end.mtu = *mtu,
-            LinkAttribute::Group(group) => end.group = *group,
-            LinkAttribute::Controller(index) => end.controller = Some(*index),
-            LinkAttribute::Link(index) => end.peer = *index,
-            LinkAttribute::LinkNetNsId(id) => end.peer_netns = Some(*id),
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::IfAlias(alias) => link.alias = alias.parse().ok(),
+            LinkAttribute::Address(bytes) => link.mac = mac_of(bytes)?,
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Group(group) => link.group = *group,
+            LinkAttribute::Controller(index) => link.controller = Some(*index),
+            LinkAttribute::Link(index) => peer = *index,
+            LinkAttribute::LinkNetNsId(id) => netns = Some(*id),
             LinkAttribute::LinkInfo(infos) => {
                 is_veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
             }
             LinkAttribute::AfSpecUnspec(families) => {
-                end.generates_addresses = generates_addresses(families);
+                link.generates_addresses = generates_addresses(families);
             }
             _ => {}
         }
     }
-    is_veth.then_some(end)
+    link.peer = is_veth.then_some(VethPeer { index: peer, netns });
+    Some(link)
 }
 
 fn generates_addresses(families: &[AfSpecUnspec]) -> bool {

@@ -11,16 +11,17 @@ use std::{collections::HashSet, iter::zip};
 use nix::errno::Errno;
 use nsm_core::{
     link::{
-        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeEnd, NodeEndStep, Wanted, must_create,
-        node_end_name, repair_node_end,
+        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeLink, NodeLinkStep, VethPeer, Wanted,
+        must_create, node_end_name, repair_node_link,
     },
     net::IfName,
 };
 use rtnetlink::LinkUnspec;
 
 use super::{
-    LinkError, LinkHolder, PodLink,
+    LinkError, PodLink,
     basics::{delete, delete_together, group_of, open_in},
+    external::is_external,
     message, observe,
     place::{Maker, Place},
     probe_link::is_probe_link,
@@ -33,19 +34,22 @@ use crate::{
 pub(super) fn up(node: &Netns, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
     let mut side = NodeSide::open(node, &spec.alias)?;
     let end = side.find()?;
-    let peer = match &end {
-        Some(end) => side.peer_in(pod, end)?,
-        None => None,
+    let peer = end
+        .as_ref()
+        .and_then(|end| end.peer.filter(|_| end.alias.is_some()));
+    let peer = match peer {
+        Some(peer) if side.is_in(pod, peer)? => Some(peer.index),
+        _ => None,
     };
     let mut place = Place::open(pod, spec)?;
     let wanted = Wanted::Veth(spec);
     let observed = place.observe_end(peer)?;
-    let is_pair = matches!((peer, &observed), (Some(peer), Some(link)) if link.index == peer);
-    match end {
-        Some(end) if is_pair && !must_create(wanted, observed.as_ref()) => {
+    let is_other_end = |index: &u32| observed.as_ref().is_some_and(|link| link.index == *index);
+    match (end, peer.filter(is_other_end)) {
+        (Some(end), Some(peer)) if !must_create(wanted, observed.as_ref()) => {
             let mut steps = side.repair(&end, Some(spec.mtu))?;
             if observed.as_ref().and_then(|link| link.alias.as_ref()) != Some(&spec.alias) {
-                place.adopt_at(end.peer)?;
+                place.adopt_at(peer)?;
                 steps += 1;
             }
             let mut up = place.converge(&side.maker, wanted, observed)?;
@@ -55,7 +59,7 @@ pub(super) fn up(node: &Netns, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, 
                 node: side.read(end.index)?,
             })
         }
-        end => {
+        (end, _) => {
             if let Some(end) = end {
                 // The pod's end goes with it.
                 side.remove(end.index)?;
@@ -76,7 +80,7 @@ pub(super) fn down(node: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkErr
     let mut doomed = Vec::new();
     for (alias, answer) in zip(aliases, netlink.transact(requests)?) {
         let found = answer.into_iter().flatten();
-        let mut ends = found.filter_map(|message| observe::node_end_of(&message));
+        let mut ends = found.filter_map(|message| observe::node_link_of(&message));
         doomed.extend(
             ends.find(|end| end.alias.as_ref() == Some(alias))
                 .map(|end| (end.index, end.name)),
@@ -95,25 +99,27 @@ pub(super) fn down(node: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkErr
 }
 
 /// The node's ends of all pod links of this domain.
-pub(super) fn list(node: &Netns, domain: &str) -> Result<Vec<NodeEnd>, LinkError> {
+pub(super) fn list(node: &Netns, domain: &str) -> Result<Vec<NodeLink>, LinkError> {
     let mut netlink = open_in(node)?;
     let links = netlink.dump(&message::get_links(false))?;
-    let ends = links.iter().filter_map(observe::node_end_of);
+    let ends = links.iter().filter_map(observe::node_link_of);
     Ok(ends.filter(|end| is_node_end(end, domain)).collect())
 }
 
 /// Whether this is the node's end of a pod link. A pod's end in the node's own namespace has the same alias.
-fn is_node_end(end: &NodeEnd, domain: &str) -> bool {
+fn is_node_end(end: &NodeLink, domain: &str) -> bool {
     let Some(alias) = &end.alias else {
         return false;
     };
     alias.domain() == domain
+        && end.peer.is_some()
         && !is_probe_link(alias)
+        && !is_external(alias)
         && (NODE_GROUPS.contains(&end.group) || end.name == node_end_name(alias).as_str())
 }
 
 /// Puts the node's end of a connection's pod link right. How many steps that took; None: it is gone.
-pub(super) fn repair(node: &Netns, end: &NodeEnd) -> Result<Option<usize>, LinkError> {
+pub(super) fn repair(node: &Netns, end: &NodeLink) -> Result<Option<usize>, LinkError> {
     let Some(alias) = &end.alias else {
         return Ok(None);
     };
@@ -147,17 +153,20 @@ impl<'a> NodeSide<'a> {
     }
 
     /// The node's end of the connection.
-    fn find(&mut self) -> Result<Option<NodeEnd>, LinkError> {
+    fn find(&mut self) -> Result<Option<NodeLink>, LinkError> {
         let (request, flags) = message::get_link_named(self.name.as_str());
         let found = match self.netlink().ask(request, flags)? {
             Ok(found) => found,
             Err(kernel) if kernel.errno == Errno::ENODEV => return Ok(None),
             Err(kernel) => return Err(self.refused("look for", kernel)),
         };
-        let end = found.iter().find_map(observe::node_end_of);
-        let is_ours = |end: &NodeEnd| match &end.alias {
-            Some(alias) => alias == self.alias,
-            None => NODE_GROUPS.contains(&end.group),
+        let end = found.iter().find_map(observe::node_link_of);
+        let is_ours = |end: &NodeLink| {
+            let is_marked = match &end.alias {
+                Some(alias) => alias == self.alias,
+                None => NODE_GROUPS.contains(&end.group),
+            };
+            is_marked && end.peer.is_some()
         };
         match end.filter(is_ours) {
             Some(end) => Ok(Some(end)),
@@ -169,65 +178,53 @@ impl<'a> NodeSide<'a> {
         LinkError::NameTaken {
             name: self.name.to_string(),
             netns: self.maker.node.id(),
-            holder: holder.as_ref().map_or_else(
-                || LinkHolder {
-                    kind: String::new(),
-                    alias: None,
-                },
-                LinkHolder::from,
-            ),
+            holder: holder.as_ref().into(),
         }
     }
 
     /// The link with this index, when it is an end of a veth pair.
-    fn look(&mut self, index: u32) -> Result<Option<NodeEnd>, LinkError> {
+    fn look(&mut self, index: u32) -> Result<Option<NodeLink>, LinkError> {
         let (request, flags) = message::get_link(index);
         match self.netlink().ask(request, flags)? {
-            Ok(found) => Ok(found.iter().find_map(observe::node_end_of)),
+            Ok(found) => Ok(found.iter().find_map(observe::node_link_of)),
             Err(kernel) if kernel.errno == Errno::ENODEV => Ok(None),
             Err(kernel) => Err(self.refused("look at", kernel)),
         }
     }
 
-    fn read(&mut self, index: u32) -> Result<NodeEnd, LinkError> {
+    fn read(&mut self, index: u32) -> Result<NodeLink, LinkError> {
         self.look(index)?.ok_or_else(|| {
             let name = &self.name;
             NetlinkError::Malformed(format!("link `{name}` is not shown any more")).into()
         })
     }
 
-    /// The index of the pod's end, where that is in this namespace and the connection's.
-    fn peer_in(&mut self, pod: &Netns, end: &NodeEnd) -> Result<Option<u32>, LinkError> {
-        if end.alias.is_none() {
-            return Ok(None);
-        }
-        let is_there = match end.peer_netns {
-            None => pod.id() == self.maker.node.id(),
-            Some(id) => {
-                let (request, flags) = message::get_netns_id(pod);
-                let known = self.netlink().ask(request, flags)?.unwrap_or_default();
-                known
-                    .iter()
-                    .any(|answer| observe::netns_id_of(answer) == Some(id))
-            }
+    /// Whether the other end is in this namespace.
+    fn is_in(&mut self, pod: &Netns, peer: VethPeer) -> Result<bool, LinkError> {
+        let Some(id) = peer.netns else {
+            return Ok(pod.id() == self.maker.node.id());
         };
-        Ok(is_there.then_some(end.peer))
+        let (request, flags) = message::get_netns_id(pod);
+        let known = self.netlink().ask(request, flags)?.unwrap_or_default();
+        Ok(known
+            .iter()
+            .any(|answer| observe::netns_id_of(answer) == Some(id)))
     }
 
     /// Puts the node's end right. How many steps that took.
-    fn repair(&mut self, end: &NodeEnd, mtu: Option<u32>) -> Result<usize, LinkError> {
-        let steps = repair_node_end(self.alias, mtu, end);
+    fn repair(&mut self, end: &NodeLink, mtu: Option<u32>) -> Result<usize, LinkError> {
+        let steps = repair_node_link(&self.name, mtu, end);
         if steps.is_empty() {
             return Ok(0);
         }
         let requests = steps
             .iter()
-            .map(|step| message::node_end_step(end.index, &self.name, *step))
+            .map(|step| message::node_link_step(end.index, &self.name, *step))
             .collect();
         let answers = self.netlink().transact(requests)?;
         for (step, answer) in zip(&steps, answers) {
             if let Err(kernel) = answer
-                && *step != NodeEndStep::DisableAddresses
+                && *step != NodeLinkStep::DisableAddresses
             {
                 return Err(self.refused(&format!("repair ({step:?})"), kernel));
             }
@@ -257,7 +254,7 @@ impl<'a> NodeSide<'a> {
         &mut self,
         place: &mut Place<'_>,
         spec: &LinkSpec,
-    ) -> Result<NodeEnd, LinkError> {
+    ) -> Result<NodeLink, LinkError> {
         let name = self.name.as_str();
         let requests = vec![
             message::create_pod_link(&self.name, place.netns(), spec),
@@ -273,7 +270,7 @@ impl<'a> NodeSide<'a> {
         }
         let (marked, _, taken_up, shown) = (next(), next(), next(), next());
         let completed = marked.and(taken_up).and(shown);
-        let end = completed.map(|shown| shown.iter().find_map(observe::node_end_of));
+        let end = completed.map(|shown| shown.iter().find_map(observe::node_link_of));
         let failed = match end {
             Ok(Some(end)) => return Ok(end),
             Ok(None) => {
@@ -311,11 +308,14 @@ impl<'a> NodeSide<'a> {
         &mut self,
         place: &mut Place<'_>,
         spec: &LinkSpec,
-        node: &NodeEnd,
+        node: &NodeLink,
     ) -> Result<super::UpLink, LinkError> {
-        let link = place.adopt_at(node.peer)?;
+        let peer = node.peer.ok_or_else(|| {
+            NetlinkError::Malformed(format!("link `{}` is shown without its peer", node.name))
+        })?;
+        let link = place.adopt_at(peer.index)?;
         let operations = place.fill(&self.maker, Wanted::Veth(spec), &link)?;
-        if node.peer_netns.is_none() {
+        if peer.netns.is_none() {
             // Packets to the pod's end pass through the queue of this one; elsewhere BPF puts them behind it.
             super::place::await_running(self.netlink(), node.index, &node.name)?;
         }

@@ -8,6 +8,7 @@ use nsm_core::link::{Count, Link, LinkAlias, LinkSpec, Traffic, VxlanSpec, Wante
 use super::{
     LinkError, LinkReading, UpLink,
     basics::{delete, delete_together, group_of, open_in},
+    external::is_external,
     message, observe,
     place::{Maker, Place},
     probe_link::is_probe_link,
@@ -140,9 +141,9 @@ pub(super) fn find_ours(domain: &str) -> Vec<(Netns, Link)> {
     let mut found = Vec::new();
     for netns in Netns::all() {
         let is_ours = |link: &Link| {
-            link.alias
-                .as_ref()
-                .is_some_and(|alias| alias.domain() == domain && !is_probe_link(alias))
+            link.alias.as_ref().is_some_and(|alias| {
+                alias.domain() == domain && !is_probe_link(alias) && !is_external(alias)
+            })
         };
         let ours = || -> Result<Vec<Link>, LinkError> {
             let mut netlink = open_in(&netns)?;

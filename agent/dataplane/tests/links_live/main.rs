@@ -5,6 +5,7 @@
 
 mod addresses;
 mod converge;
+mod external;
 mod failure;
 mod pod_link;
 mod support;

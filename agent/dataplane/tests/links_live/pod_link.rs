@@ -1,13 +1,13 @@
 //! Pod links: a pair for each connection, with one end on the node.
 
-use nsm_core::link::{LinkKind, LinkSpec, NODE_GROUP, NodeEnd, RouteSpec, node_end_name};
+use nsm_core::link::{LinkKind, LinkSpec, NODE_GROUP, NodeLink, RouteSpec, node_end_name};
 use nsm_dataplane::{
     links::{LinkError, Links, PodLink},
     netns::Netns,
 };
 
 use crate::support::{
-    add_foreign_link, alias, delete_link, domain, inside, link, link_names, mac, name, net, netns,
+    add_foreign_link, alias, delete_link, domain, ip_tool, link, link_names, mac, name, net, netns,
     route, set_up,
 };
 
@@ -37,7 +37,7 @@ impl Connection {
     }
 
     /// The node's end, as the list of all has it.
-    async fn node_end(&self) -> Option<NodeEnd> {
+    async fn node_end(&self) -> Option<NodeLink> {
         let ends = self.links.pod_links(&domain()).await.unwrap();
         ends.into_iter()
             .find(|end| end.alias.as_ref() == Some(&self.spec.alias))
@@ -63,12 +63,17 @@ impl Connection {
 
         let end = self.node_end().await.unwrap();
         assert_eq!(
-            (end.name.as_str(), end.mtu, end.group, end.peer),
+            (
+                end.name.as_str(),
+                end.mtu,
+                end.group,
+                end.peer.map(|peer| peer.index)
+            ),
             (
                 node_end_name(&spec.alias).as_str(),
                 spec.mtu,
                 NODE_GROUP,
-                link.index
+                Some(link.index)
             )
         );
         assert!(end.up && !end.arp && !end.generates_addresses, "{end:?}");
@@ -83,7 +88,7 @@ async fn is_made_as_wanted_and_found_again() {
     assert!(made.pod.created);
     assert_eq!(connection.node_end().await.as_ref(), Some(&made.node));
     connection.assert_is_wanted().await;
-    assert_eq!(link_names(&connection.node), [made.node.name.clone()]);
+    assert_eq!(link_names(&connection.node), [made.node.name.as_str()]);
 
     let again = connection.up().await.unwrap();
     assert_eq!((again.pod.operations, again.pod.created), (0, false));
@@ -124,13 +129,13 @@ async fn a_pods_changes_are_repaired() {
     assert_eq!(repaired.pod.index, made.pod.index);
     connection.assert_is_wanted().await;
 
-    connection.ip(&connection.pod, &["link", "set", "nsm-1", "alias", "x"]);
+    ip_tool(&connection.pod, &["link", "set", "nsm-1", "alias", "x"]);
     let repaired = connection.up().await.unwrap();
     assert_eq!(repaired.pod.index, made.pod.index);
     connection.assert_is_wanted().await;
 
-    connection.ip(&connection.pod, &["link", "set", "nsm-1", "down"]);
-    connection.ip(&connection.pod, &["link", "set", "nsm-1", "name", "mine"]);
+    ip_tool(&connection.pod, &["link", "set", "nsm-1", "down"]);
+    ip_tool(&connection.pod, &["link", "set", "nsm-1", "name", "mine"]);
     assert!(connection.up().await.unwrap().pod.created);
     connection.assert_is_wanted().await;
     assert_eq!(link_names(&connection.pod), ["nsm-1"]);
@@ -141,19 +146,6 @@ async fn a_pods_changes_are_repaired() {
     connection.assert_is_wanted().await;
 }
 
-impl Connection {
-    /// What somebody else does in a namespace.
-    fn ip(&self, netns: &Netns, arguments: &[&str]) {
-        let output = inside(netns, || {
-            std::process::Command::new("ip")
-                .args(arguments)
-                .output()
-                .unwrap()
-        });
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-    }
-}
-
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn the_nodes_end_is_repaired() {
@@ -161,11 +153,11 @@ async fn the_nodes_end_is_repaired() {
     let made = connection.up().await.unwrap();
     let node = &connection.node;
     let name = made.node.name.as_str();
-    connection.ip(node, &["link", "add", "br0", "type", "bridge"]);
-    connection.ip(node, &["link", "set", name, "master", "br0"]);
-    connection.ip(node, &["link", "set", name, "down"]);
-    connection.ip(node, &["link", "set", name, "group", "0", "arp", "on"]);
-    connection.ip(
+    ip_tool(node, &["link", "add", "br0", "type", "bridge"]);
+    ip_tool(node, &["link", "set", name, "master", "br0"]);
+    ip_tool(node, &["link", "set", name, "down"]);
+    ip_tool(node, &["link", "set", name, "group", "0", "arp", "on"]);
+    ip_tool(
         node,
         &[
             "link",
@@ -234,7 +226,7 @@ async fn a_client_may_be_in_the_nodes_namespace() {
     let node = netns();
     let mut connection = Connection::of(node.clone(), node);
     let made = connection.up().await.unwrap();
-    assert_eq!(made.node.peer_netns, None);
+    assert_eq!(made.node.peer.unwrap().netns, None);
     assert_eq!(
         connection.links.pod_links(&domain()).await.unwrap().len(),
         1
@@ -287,7 +279,7 @@ async fn a_half_made_link_is_replaced() {
     let connection = Connection::wanted();
     connection.up().await.unwrap();
     let name = node_end_name(&connection.spec.alias).to_string();
-    connection.ip(&connection.node, &["link", "set", &name, "alias", ""]);
+    ip_tool(&connection.node, &["link", "set", &name, "alias", ""]);
     assert!(connection.up().await.unwrap().pod.created);
     connection.assert_is_wanted().await;
 }

@@ -66,6 +66,17 @@ pub(crate) fn link_names(netns: &Netns) -> Vec<String> {
     names.filter(|name| name != "lo").collect()
 }
 
+/// Runs `ip` in a namespace, as a person would.
+pub(crate) fn ip_tool(netns: &Netns, arguments: &[&str]) {
+    let output = inside(netns, || {
+        std::process::Command::new("ip")
+            .args(arguments)
+            .output()
+            .unwrap()
+    });
+    assert!(output.status.success(), "ip {arguments:?}: {output:?}");
+}
+
 /// Waits for a condition; the last thing seen tells why it never came.
 pub(crate) fn eventually<T: std::fmt::Debug>(
     what: &str,

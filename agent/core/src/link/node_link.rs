@@ -1,10 +1,11 @@
-//! The node's end of a pod link: what it is called, how it must be, and the steps that repair it.
+//! Links of ours in the node's namespace: what they are called, how they must be, and the steps that repair them.
 //!
 //! A pod link is a veth pair. Its end in the pod is a link as a connection wants it ([`LinkSpec`](super::LinkSpec)). Its other end is in
 //! the node's namespace, where no tenant reaches it, and carries nothing but BPF programs: it has no address, no ARP and no IPv6
-//! address generation, and is in the link group whose frames the node's IP stack never gets.
+//! address generation, and is in the link group whose frames the node's IP stack never gets. The device that ends the tunnels is kept
+//! in the same way.
 //!
-//! Its name and its alias follow from the connection alone, so one look-up finds it, whatever the number of links.
+//! An end's name and its alias follow from the connection alone, so one look-up finds it, whatever the number of links.
 
 use std::{fmt::Write as _, ops::RangeInclusive};
 
@@ -48,14 +49,14 @@ pub fn node_end_name(alias: &LinkAlias) -> IfName {
     IfName::try_from(name.as_str()).expect("three letters and twelve hexadecimal digits are a name")
 }
 
-/// The node's end of a pod link as the kernel shows it.
+/// A link in the node's namespace as the kernel shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeEnd {
+pub struct NodeLink {
     /// Its index in the node's namespace.
     pub index: u32,
     /// Its name.
     pub name: String,
-    /// The connection that it belongs to; None: the link is not ours.
+    /// Whose it is; None: not ours.
     pub alias: Option<LinkAlias>,
     /// Its Ethernet address.
     pub mac: MacAddr,
@@ -71,15 +72,22 @@ pub struct NodeEnd {
     pub generates_addresses: bool,
     /// The bridge or bond that it belongs to.
     pub controller: Option<u32>,
-    /// The index of the pod's end, in the pod's namespace.
-    pub peer: u32,
-    /// The pod's namespace, by the number that it has in the node's; None: the node's own.
-    pub peer_netns: Option<i32>,
+    /// Its other end; None: it is no veth.
+    pub peer: Option<VethPeer>,
 }
 
-/// One step of a repair of a node's end.
+/// The other end of a veth pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NodeEndStep {
+pub struct VethPeer {
+    /// Its index in its own namespace.
+    pub index: u32,
+    /// That namespace, by the number that it has in the namespace of the first end; None: the same.
+    pub netns: Option<i32>,
+}
+
+/// One step of a repair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeLinkStep {
     /// Take the link down, which a change of its name needs on kernels before 6.2.
     SetDown,
     /// Give it its name.
@@ -98,24 +106,24 @@ pub enum NodeEndStep {
     SetUp,
 }
 
-/// The steps that make a node's end as it must be, in the order in which the kernel takes them; empty when it is so.
+/// The steps that make a link of ours on the node as it must be, in the order in which the kernel takes them; empty when it is so.
 ///
-/// `end` has the connection's alias. `mtu` is that of the pod's end; None: it stays.
+/// `mtu`: None leaves it as it is.
 #[must_use]
-pub fn repair_node_end(alias: &LinkAlias, mtu: Option<u32>, end: &NodeEnd) -> Vec<NodeEndStep> {
-    let renamed = end.name != node_end_name(alias).as_str();
-    let mtu = mtu.filter(|mtu| *mtu != end.mtu);
+pub fn repair_node_link(name: &IfName, mtu: Option<u32>, link: &NodeLink) -> Vec<NodeLinkStep> {
+    let renamed = link.name != name.as_str();
+    let mtu = mtu.filter(|mtu| *mtu != link.mtu);
     // What keeps frames off the node's IP stack comes first.
     [
-        (end.group != NODE_GROUP).then_some(NodeEndStep::SetGroup),
-        end.controller.map(|_| NodeEndStep::LeaveController),
-        end.arp.then_some(NodeEndStep::DisableArp),
-        end.generates_addresses
-            .then_some(NodeEndStep::DisableAddresses),
-        mtu.map(NodeEndStep::SetMtu),
-        (renamed && end.up).then_some(NodeEndStep::SetDown),
-        renamed.then_some(NodeEndStep::SetName),
-        (renamed || !end.up).then_some(NodeEndStep::SetUp),
+        (link.group != NODE_GROUP).then_some(NodeLinkStep::SetGroup),
+        link.controller.map(|_| NodeLinkStep::LeaveController),
+        link.arp.then_some(NodeLinkStep::DisableArp),
+        link.generates_addresses
+            .then_some(NodeLinkStep::DisableAddresses),
+        mtu.map(NodeLinkStep::SetMtu),
+        (renamed && link.up).then_some(NodeLinkStep::SetDown),
+        renamed.then_some(NodeLinkStep::SetName),
+        (renamed || !link.up).then_some(NodeLinkStep::SetUp),
     ]
     .into_iter()
     .flatten()
@@ -132,8 +140,8 @@ mod tests {
         LinkAlias::new("d", "c").unwrap()
     }
 
-    fn as_wanted() -> NodeEnd {
-        NodeEnd {
+    fn as_wanted() -> NodeLink {
+        NodeLink {
             index: 3,
             name: node_end_name(&alias()).to_string(),
             alias: Some(alias()),
@@ -144,24 +152,26 @@ mod tests {
             arp: false,
             generates_addresses: false,
             controller: None,
-            peer: 2,
-            peer_netns: Some(0),
+            peer: Some(VethPeer {
+                index: 2,
+                netns: Some(0),
+            }),
         }
     }
 
-    fn apply(end: &mut NodeEnd, step: NodeEndStep) {
+    fn apply(end: &mut NodeLink, step: NodeLinkStep) {
         match step {
-            NodeEndStep::SetDown => end.up = false,
-            NodeEndStep::SetName => {
+            NodeLinkStep::SetDown => end.up = false,
+            NodeLinkStep::SetName => {
                 assert!(!end.up, "a link that is up keeps its name");
                 end.name = node_end_name(&alias()).to_string();
             }
-            NodeEndStep::LeaveController => end.controller = None,
-            NodeEndStep::SetGroup => end.group = NODE_GROUP,
-            NodeEndStep::SetMtu(mtu) => end.mtu = mtu,
-            NodeEndStep::DisableArp => end.arp = false,
-            NodeEndStep::DisableAddresses => end.generates_addresses = false,
-            NodeEndStep::SetUp => end.up = true,
+            NodeLinkStep::LeaveController => end.controller = None,
+            NodeLinkStep::SetGroup => end.group = NODE_GROUP,
+            NodeLinkStep::SetMtu(mtu) => end.mtu = mtu,
+            NodeLinkStep::DisableArp => end.arp = false,
+            NodeLinkStep::DisableAddresses => end.generates_addresses = false,
+            NodeLinkStep::SetUp => end.up = true,
         }
     }
 
@@ -184,15 +194,15 @@ mod tests {
             controller in proptest::option::of(1u32..9),
             mtu in 1449u32..1452,
         ) {
-            let mut end = NodeEnd { group, up, arp, generates_addresses, controller, mtu, ..as_wanted() };
+            let mut end = NodeLink { group, up, arp, generates_addresses, controller, mtu, ..as_wanted() };
             if renamed {
                 end.name = "other".to_owned();
             }
-            for step in repair_node_end(&alias(), Some(1450), &end) {
+            for step in repair_node_link(&node_end_name(&alias()), Some(1450), &end) {
                 apply(&mut end, step);
             }
             prop_assert_eq!(&end, &as_wanted());
-            prop_assert_eq!(repair_node_end(&alias(), Some(1450), &end), vec![]);
+            prop_assert_eq!(repair_node_link(&node_end_name(&alias()), Some(1450), &end), vec![]);
         }
     }
 }

@@ -1,0 +1,303 @@
+//! The external device: the VXLAN device of the node that takes VNI and peer of each packet from BPF, and hands them to BPF.
+//!
+//! There is one for both families of underlay addresses: a device of this mode opens a socket for IPv4 and one for IPv6, and the kernel
+//! lets nothing else of VXLAN use its port. It has no address, no ARP and no IPv6 address generation, and is in the same group as the
+//! node's ends of pod links: what no program takes is dropped.
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
+};
+use nix::errno::Errno;
+use nsm_core::{
+    link::{LinkAlias, NODE_GROUP, NodeLink, NodeLinkStep, repair_node_link},
+    net::IfName,
+};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
+
+use super::{LinkError, basics::delete, message, observe, port};
+use crate::{
+    netlink::{Netlink, NetlinkError, Refusal, Request},
+    netns::Netns,
+};
+
+/// Prefix of the id in the alias of an external device; the port follows. It is part of the adoption by later agents.
+const ALIAS: &str = "external-";
+
+/// MTU of the device, bytes: large enough for every probe of the path MTU search (RFC 9764). What a pod may send follows from the MTU
+/// of its link.
+const MTU: u32 = 16_000;
+
+/// An external device as it is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalSpec {
+    /// The agent's domain.
+    pub domain: String,
+    /// The UDP port of this node's tunnels. It is part of alias and name: agents that share a namespace have different ports.
+    pub port: u16,
+}
+
+/// An external device that is up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct External {
+    /// The device.
+    pub link: NodeLink,
+    /// The UDP port of this node's tunnels.
+    pub port: u16,
+    /// Whether an earlier agent had made it, with programs that may still be attached.
+    pub adopted: bool,
+}
+
+/// What a look at an external device found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// It is as wanted.
+    Right,
+    /// It was not, and is again, after this many steps.
+    Repaired(usize),
+    /// It is gone, or another has its name: it is to be made again.
+    Gone,
+}
+
+impl ExternalSpec {
+    fn alias(&self) -> Result<LinkAlias, LinkError> {
+        LinkAlias::new(self.domain.as_str(), format!("{ALIAS}{}", self.port))
+            .map_err(LinkError::from)
+    }
+
+    fn name(&self) -> IfName {
+        IfName::try_from(format!("nsm-ext-{}", self.port).as_str())
+            .expect("eight letters and a port are a name")
+    }
+}
+
+/// Whether an alias is that of an external device, which has no connection and is not removed for want of one.
+pub(super) fn is_external(alias: &LinkAlias) -> bool {
+    let port = alias.connection_id().strip_prefix(ALIAS);
+    port.is_some_and(|port| port.parse::<u16>().is_ok())
+}
+
+/// Makes the device, or adopts that of an earlier agent.
+pub(crate) fn ensure(netlink: &mut Netlink, spec: &ExternalSpec) -> Result<External, LinkError> {
+    let (alias, name) = (spec.alias()?, spec.name());
+    if let Some(message) = get(netlink, message::get_link_named(name.as_str()), &name)? {
+        let link = node_link(&message, &name)?;
+        let is_ours = match &link.alias {
+            Some(found) => *found == alias,
+            // Of a creation that failed halfway.
+            None => link.group == NODE_GROUP,
+        };
+        if !is_ours {
+            return Err(LinkError::NameTaken {
+                name: name.to_string(),
+                netns: Netns::current()?.id(),
+                holder: observe::link_of(RouteNetlinkMessage::NewLink(message))
+                    .as_ref()
+                    .into(),
+            });
+        }
+        if link.alias.is_some() && fits(&message, spec.port) {
+            repair(netlink, &link, &name, spec.port)?;
+            return Ok(External {
+                link: read(netlink, link.index, &name)?,
+                port: spec.port,
+                adopted: true,
+            });
+        }
+        delete(netlink, message::delete_link(link.index), name.as_str())?;
+    }
+    let link = create(netlink, spec, &alias, &name)?;
+    Ok(External {
+        link,
+        port: spec.port,
+        adopted: false,
+    })
+}
+
+/// Looks whether the device is as it was made, and repairs what can be repaired.
+pub(crate) fn look(netlink: &mut Netlink, external: &External) -> Result<Look, LinkError> {
+    let name = IfName::try_from(external.link.name.as_str())
+        .map_err(|error| NetlinkError::Malformed(error.to_string()))?;
+    let Some(message) = get(netlink, message::get_link(external.link.index), &name)? else {
+        return Ok(Look::Gone);
+    };
+    let link = node_link(&message, &name)?;
+    if link.alias != external.link.alias || !fits(&message, external.port) {
+        return Ok(Look::Gone);
+    }
+    Ok(match repair(netlink, &link, &name, external.port)? {
+        0 => Look::Right,
+        steps => Look::Repaired(steps),
+    })
+}
+
+/// Removes the device of this domain and port; a success when there is none.
+pub(crate) fn remove(netlink: &mut Netlink, spec: &ExternalSpec) -> Result<(), LinkError> {
+    let (alias, name) = (spec.alias()?, spec.name());
+    match get(netlink, message::get_link_named(name.as_str()), &name)? {
+        Some(message) if node_link(&message, &name)?.alias.as_ref() == Some(&alias) => delete(
+            netlink,
+            message::delete_link(message.header.index),
+            name.as_str(),
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Whether what is fixed for the life of the device is as wanted.
+fn fits(message: &LinkMessage, port: u16) -> bool {
+    let infos = message.attributes.iter().find_map(|it| match it {
+        LinkAttribute::LinkInfo(infos) => Some(infos.as_slice()),
+        _ => None,
+    });
+    let data = infos.unwrap_or_default().iter().find_map(|it| match it {
+        LinkInfo::Data(InfoData::Vxlan(data)) => Some(data.as_slice()),
+        _ => None,
+    });
+    let data = data.unwrap_or_default();
+    [
+        InfoVxlan::CollectMetadata(true),
+        InfoVxlan::Port(port),
+        InfoVxlan::Learning(false),
+        InfoVxlan::UDPZeroCsumRX(true),
+    ]
+    .iter()
+    .all(|wanted| data.contains(wanted))
+}
+
+fn create(
+    netlink: &mut Netlink,
+    spec: &ExternalSpec,
+    alias: &LinkAlias,
+    name: &IfName,
+) -> Result<NodeLink, LinkError> {
+    let name_text = name.as_str();
+    let mut answers = netlink
+        .transact(vec![
+            creation(spec, name),
+            message::set_alias(name_text, &alias.to_string()),
+            message::no_addresses(LinkUnspec::new_with_name(name_text)),
+            message::set_up_named(name_text),
+            message::get_link_named(name_text),
+        ])?
+        .into_iter();
+    let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
+    next().map_err(|kernel| match kernel.errno {
+        // Another device of the namespace has the port in this mode.
+        Errno::EEXIST => port_taken(spec.port, kernel),
+        Errno::EOPNOTSUPP => LinkError::Unsupported {
+            kind: "vxlan",
+            kernel,
+        },
+        _ => LinkError::refused(format!("make the external device `{name}`"), kernel),
+    })?;
+    let (marked, _, taken_up, shown) = (next(), next(), next(), next());
+    let completed = marked
+        .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))
+        .and_then(|_| taken_up.map_err(|kernel| not_up(name, spec.port, kernel)))
+        .and_then(|_| {
+            let shown = shown.into_iter().flatten();
+            shown
+                .filter_map(|message| observe::node_link_of(&message))
+                .next()
+                .ok_or_else(|| not_shown(name))
+        });
+    if completed.is_err()
+        && let Err(error) = delete(netlink, message::delete_link_named(name_text), name_text)
+    {
+        tracing::error!(%error, interface = name_text, "a device that could not be completed stays");
+    }
+    completed
+}
+
+fn creation(spec: &ExternalSpec, name: &IfName) -> Request {
+    // Without a VNI: packets bring theirs.
+    let link = LinkMessageBuilder::<LinkVxlan>::new(name.as_str())
+        .collect_metadata(true)
+        .port(spec.port)
+        .learning(false)
+        // A peer may leave out the checksum over IPv6 (RFC 6935).
+        .udp_zero_csum6_rx(true)
+        .link_group(NODE_GROUP)
+        .mtu(MTU)
+        .arp(false);
+    (
+        RouteNetlinkMessage::NewLink(link.build()),
+        NLM_F_CREATE | NLM_F_EXCL,
+    )
+}
+
+fn repair(
+    netlink: &mut Netlink,
+    link: &NodeLink,
+    name: &IfName,
+    port: u16,
+) -> Result<usize, LinkError> {
+    let steps = repair_node_link(name, Some(MTU), link);
+    if steps.is_empty() {
+        return Ok(0);
+    }
+    let requests = steps
+        .iter()
+        .map(|step| message::node_link_step(link.index, name, *step))
+        .collect();
+    for (step, answer) in steps.iter().zip(netlink.transact(requests)?) {
+        match (step, answer) {
+            (_, Ok(_)) | (NodeLinkStep::DisableAddresses, _) => {}
+            (NodeLinkStep::SetUp, Err(kernel)) => return Err(not_up(name, port, kernel)),
+            (step, Err(kernel)) => {
+                let action = format!("repair ({step:?}) the external device `{name}`");
+                return Err(LinkError::refused(action, kernel));
+            }
+        }
+    }
+    Ok(steps.len())
+}
+
+fn not_up(name: &IfName, port: u16, kernel: Refusal) -> LinkError {
+    match kernel.errno {
+        Errno::EADDRINUSE => port_taken(port, kernel),
+        _ => LinkError::refused(format!("take the external device `{name}` up"), kernel),
+    }
+}
+
+fn port_taken(port: u16, kernel: Refusal) -> LinkError {
+    LinkError::PortTaken {
+        port,
+        holder: port::holder(port),
+        kernel,
+    }
+}
+
+fn get(
+    netlink: &mut Netlink,
+    (request, flags): Request,
+    name: &IfName,
+) -> Result<Option<LinkMessage>, LinkError> {
+    match netlink.ask(request, flags)? {
+        Ok(found) => Ok(found.into_iter().find_map(|message| match message {
+            RouteNetlinkMessage::NewLink(link) => Some(link),
+            _ => None,
+        })),
+        Err(kernel) if kernel.errno == Errno::ENODEV => Ok(None),
+        Err(kernel) => Err(LinkError::refused(
+            format!("look at the external device `{name}`"),
+            kernel,
+        )),
+    }
+}
+
+fn read(netlink: &mut Netlink, index: u32, name: &IfName) -> Result<NodeLink, LinkError> {
+    let message = get(netlink, message::get_link(index), name)?.ok_or_else(|| not_shown(name))?;
+    node_link(&message, name)
+}
+
+fn node_link(message: &LinkMessage, name: &IfName) -> Result<NodeLink, LinkError> {
+    observe::node_link_of(&RouteNetlinkMessage::NewLink(message.clone()))
+        .ok_or_else(|| not_shown(name))
+}
+
+fn not_shown(name: &IfName) -> LinkError {
+    NetlinkError::Malformed(format!("link `{name}` is not shown with its attributes")).into()
+}
