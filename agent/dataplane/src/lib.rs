@@ -4,6 +4,7 @@
 
 pub mod addresses;
 pub mod bpf;
+pub mod fence;
 pub mod links;
 pub mod liveness;
 mod netlink;

@@ -1,6 +1,6 @@
-//! A rtnetlink socket that asks and waits for the answers.
+//! A netlink socket that asks and waits for the answers: of rtnetlink, or of nftables.
 //!
-//! rtnetlink works inside the `send` call: when it returns, the answers lie in the receive queue. An asynchronous socket would gain
+//! The kernel works inside the `send` call: when it returns, the answers lie in the receive queue. An asynchronous socket would gain
 //! nothing and cost hops between tasks, so this one blocks, and its user has a thread of its own: a namespace is entered by a thread,
 //! and a socket belongs to the one where it was opened. Several requests can go in one call; the kernel works on each and
 //! acknowledges each, whatever became of the others.
@@ -11,14 +11,22 @@
 //! that drives the socket; it never asks for extended acknowledgements, and of a refusal it hands on the number and undecoded bytes
 //! without the flags that show where the kernel's message (NLMSGERR_ATTR_MSG) is in them.
 
-use std::{fmt, io};
+use std::{fmt, io, marker::PhantomData};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NLMSG_DONE, NLMSG_ERROR, NLMSG_OVERRUN, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLMSG_DONE, NLMSG_ERROR, NLMSG_OVERRUN, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable,
+};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterProtoFamily, NetfilterSubsystem,
+    none::ControlMessage,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{
+    Socket, SocketAddr,
+    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
+};
 use nix::errno::Errno;
 
 /// The length of `struct nlmsghdr`.
@@ -76,22 +84,81 @@ pub enum NetlinkError {
 }
 
 /// What a request got: the messages that it asked for, none for most; or a refusal.
-pub(crate) type Answer = Result<Vec<RouteNetlinkMessage>, Refusal>;
+pub(crate) type Answer<M = RouteNetlinkMessage> = Result<Vec<M>, Refusal>;
 
 /// A request with its flags beyond REQUEST and ACK.
-pub(crate) type Request = (RouteNetlinkMessage, u16);
+pub(crate) type Request<M = RouteNetlinkMessage> = (M, u16);
+
+/// The messages of one of netlink's protocols.
+pub(crate) trait Protocol: NetlinkSerializable + NetlinkDeserializable + Clone {
+    /// Its number, as socket(2) takes it.
+    const NUMBER: isize;
+}
+
+impl Protocol for RouteNetlinkMessage {
+    const NUMBER: isize = NETLINK_ROUTE;
+}
+
+impl Protocol for NetfilterMessage {
+    const NUMBER: isize = NETLINK_NETFILTER;
+}
 
 /// A socket in the namespace where it was opened.
-pub(crate) struct Netlink {
+pub(crate) struct Netlink<M = RouteNetlinkMessage> {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    messages: PhantomData<M>,
 }
 
-impl Netlink {
+impl Netlink<NetfilterMessage> {
+    /// Sends requests that change rules, as one transaction: all are carried out, or none because of the refusal.
+    pub(crate) fn commit(
+        &mut self,
+        requests: Vec<Request<NetfilterMessage>>,
+    ) -> Result<Result<(), Refusal>, NetlinkError> {
+        let control = |message: ControlMessage| {
+            // The batch is for the subsystem that is named in the place of a resource.
+            let header = NetfilterHeader::new(
+                NetfilterProtoFamily::Unspec,
+                0,
+                u8::from(NetfilterSubsystem::NfTables).into(),
+            );
+            NetfilterMessage::new(header, message)
+        };
+        let (first, mut bytes) = (self.sequence.wrapping_add(1), Vec::new());
+        let count = requests.len();
+        self.serialize(
+            control(ControlMessage::BatchBegin),
+            NLM_F_REQUEST,
+            &mut bytes,
+        );
+        for (at, (message, flags)) in requests.into_iter().enumerate() {
+            let acknowledge = if at + 1 == count { NLM_F_ACK } else { 0 };
+            self.serialize(message, NLM_F_REQUEST | flags | acknowledge, &mut bytes);
+        }
+        self.serialize(control(ControlMessage::BatchEnd), NLM_F_REQUEST, &mut bytes);
+        self.socket.send(&bytes, 0)?;
+
+        let mut outcome = None;
+        while outcome.is_none() {
+            self.receive(|message| {
+                let at = message.sequence.wrapping_sub(first) as usize;
+                // A refusal may be of the batch as a whole. What does not belong to this call is left of an earlier one.
+                if at <= count + 1 && message.kind == NLMSG_ERROR && outcome.is_none() {
+                    outcome = Some(message.acknowledgement()?);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(outcome.unwrap_or(Ok(())))
+    }
+}
+
+impl<M: Protocol> Netlink<M> {
     /// Opens a socket in the namespace of the calling thread.
     pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        let mut socket = Socket::new(M::NUMBER)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_ext_ack(true)?;
@@ -102,15 +169,19 @@ impl Netlink {
             socket,
             sequence: 0,
             buffer: Vec::with_capacity(BUFFER),
+            messages: PhantomData,
         })
     }
 
     /// Sends the requests and waits for all answers, one a request in the same order.
-    pub(crate) fn transact(&mut self, requests: Vec<Request>) -> Result<Vec<Answer>, NetlinkError> {
+    pub(crate) fn transact(
+        &mut self,
+        requests: Vec<Request<M>>,
+    ) -> Result<Vec<Answer<M>>, NetlinkError> {
         let mut answers = Vec::with_capacity(requests.len());
         let mut requests = requests.into_iter();
         loop {
-            let batch: Vec<Request> = requests.by_ref().take(BATCH).collect();
+            let batch: Vec<Request<M>> = requests.by_ref().take(BATCH).collect();
             if batch.is_empty() {
                 return Ok(answers);
             }
@@ -119,20 +190,13 @@ impl Netlink {
     }
 
     /// One request.
-    pub(crate) fn ask(
-        &mut self,
-        message: RouteNetlinkMessage,
-        flags: u16,
-    ) -> Result<Answer, NetlinkError> {
+    pub(crate) fn ask(&mut self, message: M, flags: u16) -> Result<Answer<M>, NetlinkError> {
         let answer = self.transact(vec![(message, flags)])?.pop();
         answer.ok_or_else(|| NetlinkError::Malformed("no answer".to_owned()))
     }
 
     /// All that match.
-    pub(crate) fn dump(
-        &mut self,
-        message: &RouteNetlinkMessage,
-    ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
+    pub(crate) fn dump(&mut self, message: &M) -> Result<Vec<M>, NetlinkError> {
         for _ in 0..DUMP_ATTEMPTS {
             if let Some(found) = self.dump_once(message.clone())? {
                 return Ok(found);
@@ -143,8 +207,8 @@ impl Netlink {
 
     fn transact_batch(
         &mut self,
-        batch: Vec<Request>,
-        answers: &mut Vec<Answer>,
+        batch: Vec<Request<M>>,
+        answers: &mut Vec<Answer<M>>,
     ) -> Result<(), NetlinkError> {
         let (first, count) = (self.sequence.wrapping_add(1), batch.len());
         let mut bytes = Vec::new();
@@ -153,8 +217,8 @@ impl Netlink {
         }
         self.socket.send(&bytes, 0)?;
 
-        let mut open: Vec<Option<Answer>> = vec![None; count];
-        let mut found: Vec<Vec<RouteNetlinkMessage>> = vec![Vec::new(); count];
+        let mut open: Vec<Option<Answer<M>>> = vec![None; count];
+        let mut found: Vec<Vec<M>> = vec![Vec::new(); count];
         while open.iter().any(Option::is_none) {
             self.receive(|message| {
                 let at = message.sequence.wrapping_sub(first) as usize;
@@ -180,10 +244,7 @@ impl Netlink {
     }
 
     /// None: interrupted.
-    fn dump_once(
-        &mut self,
-        message: RouteNetlinkMessage,
-    ) -> Result<Option<Vec<RouteNetlinkMessage>>, NetlinkError> {
+    fn dump_once(&mut self, message: M) -> Result<Option<Vec<M>>, NetlinkError> {
         let mut bytes = Vec::new();
         self.serialize(message, NLM_F_REQUEST | NLM_F_DUMP, &mut bytes);
         self.socket.send(&bytes, 0)?;
@@ -210,12 +271,12 @@ impl Netlink {
         Ok((!interrupted).then_some(found))
     }
 
-    fn serialize(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) {
+    fn serialize(&mut self, message: M, flags: u16, bytes: &mut Vec<u8>) {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         header.flags = flags;
         header.sequence_number = self.sequence;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
         message.finalize();
         let start = bytes.len();
         // Every message starts at a multiple of four (NLMSG_ALIGNTO).
@@ -288,8 +349,8 @@ impl<'a> Raw<'a> {
 
     /// The message, or nothing when the decoder cannot read all of it: it is then about something that is not ours, such as a device of
     /// a kind newer than the decoder, and must not stop the rest.
-    fn decode(&self) -> Option<RouteNetlinkMessage> {
-        match NetlinkMessage::<RouteNetlinkMessage>::deserialize(self.bytes) {
+    fn decode<M: Protocol>(&self) -> Option<M> {
+        match NetlinkMessage::<M>::deserialize(self.bytes) {
             Ok(NetlinkMessage {
                 payload: NetlinkPayload::InnerMessage(message),
                 ..
@@ -403,7 +464,7 @@ mod tests {
 
     #[test]
     fn the_kernel_answers() {
-        let mut netlink = Netlink::open().unwrap();
+        let mut netlink = Netlink::<RouteNetlinkMessage>::open().unwrap();
         let lookup = |name: &str| {
             let mut message = LinkMessage::default();
             message
@@ -442,7 +503,8 @@ mod tests {
             if let Ok((mut message, _)) = Raw::split(&bytes) {
                 message.flags = flags;
                 let _ = message.acknowledgement();
-                let _ = message.decode();
+                let _ = message.decode::<RouteNetlinkMessage>();
+                let _ = message.decode::<NetfilterMessage>();
             }
         }
 

@@ -51,6 +51,11 @@ pub const fn recent_place(key: &TunnelKey) -> u32 {
 /// UDP destination port of VXLAN (RFC 7348, section 8).
 pub const VXLAN_PORT: u16 = 4789;
 
+/// The `skb->mark` of packets that our programs send through the node's external VXLAN device. A rule of the agent drops others' UDP to the
+/// tunnels' port and takes the mark off: a packet's mark does not cross namespaces, so no pod can set it. Its bits are none of those that
+/// kube-proxy, Calico, Cilium and Istio give a meaning.
+pub const TUNNEL_MARK: u32 = 0x3057;
+
 /// Words of the PORTS bitmap: one bit for each of the 65,536 UDP ports.
 pub const PORT_WORDS: u32 = 65_536 / 64;
 

@@ -7,6 +7,7 @@ mod addresses;
 mod converge;
 mod external;
 mod failure;
+mod fence;
 mod pod_link;
 mod support;
 mod times;

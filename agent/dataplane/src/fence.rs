@@ -1,0 +1,407 @@
+//! The fence: a table of nftables that keeps the node's IP stack and the links of connections apart.
+//!
+//! Frames from a pod link, and those that the external device decapsulates, are for BPF programs alone. Where a program is missing, the
+//! kernel would take them for packets to the node, and route them. The table drops them before anything of the node's looks at them,
+//! fragments included; it drops as well what the node's stack would send into such a link. ARP needs no rule: the links are without it.
+//!
+//! The same table keeps other senders off the tunnels' UDP port: what leaves the node for that port was sent by the external device, on
+//! behalf of a program that has marked it ([`nsm_ebpf_common::TUNNEL_MARK`]), or is dropped. A pod with CAP_NET_ADMIN can bind a VXLAN device of its own
+//! to the node's namespace; the mark of its packets does not cross into the node's. This rule stands only while the external device
+//! has the port to itself: [`Guard::Open`] otherwise.
+//!
+//! The table is one of an agent: its name has the port, by which agents that share a namespace differ. It is made, changed and replaced
+//! in one transaction, so no packet meets half of it. It outlives the agent, as the links do.
+
+mod rules;
+
+use std::{
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+    nftables::{
+        ChainAttribute, ChainMessage, GenAttribute, GenMessage, NfTablesMessage, RuleAttribute,
+        RuleMessage, TableAttribute, TableFlags, TableMessage,
+    },
+};
+use nix::errno::Errno;
+
+use self::rules::{Chain, Rule};
+use crate::netlink::{Netlink, NetlinkError, Refusal, Request};
+
+/// Who may send to the tunnels' UDP port from this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guard {
+    /// The external device for our programs, and nobody else.
+    Closed,
+    /// Everybody: another program has the port.
+    Open,
+}
+
+/// What a look at the fence found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// It stands as it was raised.
+    Stands,
+    /// It did not, and stands again.
+    PutBack,
+}
+
+/// Packets that the fence has dropped since it was raised, or put back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Dropped {
+    /// Came in by a link of ours past its program.
+    pub incoming: u64,
+    /// Sent by the node's stack into a link of ours.
+    pub outgoing: u64,
+    /// Sent to the tunnels' port by somebody else.
+    pub foreign: u64,
+}
+
+/// Why there is no fence, or why it is not known to stand. Without it no link may be made.
+#[derive(Debug, thiserror::Error)]
+pub enum FenceError {
+    /// A capability is missing.
+    #[error(
+        "not permitted to {action} nftables table `{table}` [{kernel}]: run the agent as root, or with CAP_NET_ADMIN"
+    )]
+    NotPermitted {
+        /// What was tried.
+        action: &'static str,
+        /// The table.
+        table: String,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The kernel has no nftables, or lacks a part that the table needs.
+    #[error(
+        "this kernel cannot {action} nftables table `{table}` [{kernel}]: load the modules with `modprobe -a nf_tables nft_meta`, or \
+         enable CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET"
+    )]
+    Unsupported {
+        /// What was tried.
+        action: &'static str,
+        /// The table.
+        table: String,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// The kernel refused for another reason.
+    #[error(
+        "the kernel refused to {action} nftables table `{table}`: {kernel}; `nft list table inet {table}` shows what is there"
+    )]
+    Refused {
+        /// What was tried.
+        action: &'static str,
+        /// The table.
+        table: String,
+        /// The kernel's answer.
+        kernel: Refusal,
+    },
+    /// Netlink itself failed.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+impl From<io::Error> for FenceError {
+    fn from(error: io::Error) -> Self {
+        Self::Netlink(error.into())
+    }
+}
+
+/// A fence that was raised in the namespace of the thread that raised it. Dropped, it stands on.
+pub struct Fence {
+    table: String,
+    port: u16,
+    state: Mutex<State>,
+}
+
+struct State {
+    netlink: Netlink<NetfilterMessage>,
+    guard: Guard,
+    /// The generation of the namespace's rules in which the table was last found right. Every change of any rule makes another.
+    seen: Option<u32>,
+}
+
+impl Fence {
+    /// Makes the table in the namespace of the calling thread, or takes over that of an earlier agent. `port`: that of the tunnels.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has no nftables, or refuses.
+    pub fn raise(port: u16, guard: Guard) -> Result<Self, FenceError> {
+        let fence = Self {
+            table: format!("proxy-nsmgr-{port}"),
+            port,
+            state: Mutex::new(State {
+                netlink: Netlink::open()?,
+                guard,
+                seen: None,
+            }),
+        };
+        fence.look()?;
+        Ok(fence)
+    }
+
+    /// Sets who may send to the tunnels' port.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses. The fence is then as it was, and the next look tries again.
+    pub fn guard(&self, guard: Guard) -> Result<(), FenceError> {
+        let mut state = self.state();
+        if state.guard != guard {
+            state.guard = guard;
+            state.seen = None;
+        }
+        self.look_with(&mut state).map(drop)
+    }
+
+    /// Checks that the fence stands, and puts it back where somebody has changed or removed it. Takes a few microseconds while no rule
+    /// of the namespace has changed.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or the kernel refuses to put it back.
+    pub fn look(&self) -> Result<Look, FenceError> {
+        self.look_with(&mut self.state())
+    }
+
+    /// What it has dropped.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn dropped(&self) -> Result<Dropped, FenceError> {
+        let state = &mut *self.state();
+        let mut counts = [0; 3];
+        for (count, chain) in counts.iter_mut().zip(rules::chains(self.port, state.guard)) {
+            let found = self.rules_of(state, &chain)?;
+            *count = found.iter().map(rules::counted).sum();
+        }
+        let [incoming, outgoing, foreign] = counts;
+        Ok(Dropped {
+            incoming,
+            outgoing,
+            foreign,
+        })
+    }
+
+    /// Removes the table: for an agent that has removed its links. A success when it is gone already.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn remove(&self) -> Result<(), FenceError> {
+        let state = &mut *self.state();
+        state.seen = None;
+        let delete = NfTablesMessage::DeleteTable(self.table_message());
+        match state.netlink.commit(vec![request(delete, 0)])? {
+            Err(kernel) if kernel.errno != Errno::ENOENT => Err(self.refused("remove", kernel)),
+            _ => Ok(()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look_with(&self, state: &mut State) -> Result<Look, FenceError> {
+        let generation = self.generation(state)?;
+        if generation.is_some() && state.seen == generation {
+            return Ok(Look::Stands);
+        }
+        let look = if self.stands(state)? {
+            Look::Stands
+        } else {
+            self.replace(state)?;
+            Look::PutBack
+        };
+        // A change since the first question is found by the next look.
+        state.seen = match look {
+            Look::Stands => generation,
+            Look::PutBack => None,
+        };
+        Ok(look)
+    }
+
+    /// The generation of the namespace's rules.
+    fn generation(&self, state: &mut State) -> Result<Option<u32>, FenceError> {
+        let get = NfTablesMessage::GetGen(GenMessage { attributes: vec![] });
+        let found = self.ask(state, get)?;
+        Ok(found.iter().find_map(|message| match message {
+            NfTablesMessage::NewGen(generation) => {
+                generation.attributes.iter().find_map(|it| match it {
+                    GenAttribute::Id(id) => Some(*id),
+                    _ => None,
+                })
+            }
+            _ => None,
+        }))
+    }
+
+    /// Whether table, chains and rules are as wanted.
+    fn stands(&self, state: &mut State) -> Result<bool, FenceError> {
+        let get = NfTablesMessage::GetTable(self.table_message());
+        let table = self.ask(state, get)?;
+        let is_active = table
+            .iter()
+            .any(|message| matches!(message, NfTablesMessage::NewTable(table) if is_active(table)));
+        if !is_active {
+            return Ok(false);
+        }
+        for chain in rules::chains(self.port, state.guard) {
+            let get = NfTablesMessage::GetChain(self.chain_message(chain.name));
+            let found = self.ask(state, get)?;
+            let is_hooked = found.iter().any(
+                |message| matches!(message, NfTablesMessage::NewChain(found) if chain.is(found)),
+            );
+            if !is_hooked {
+                return Ok(false);
+            }
+            let found = self.rules_of(state, &chain)?;
+            if found.len() != chain.rules.len()
+                || !chain
+                    .rules
+                    .iter()
+                    .zip(&found)
+                    .all(|(rule, found)| rule.is(found))
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn rules_of(&self, state: &mut State, chain: &Chain) -> Result<Vec<RuleMessage>, FenceError> {
+        let get = NfTablesMessage::GetRule(RuleMessage {
+            attributes: vec![
+                RuleAttribute::Table(self.table.clone()),
+                RuleAttribute::Chain(chain.name.to_owned()),
+            ],
+        });
+        let found = match state.netlink.dump(&request(get, 0).0) {
+            Ok(found) => found,
+            Err(NetlinkError::Dump(kernel)) if kernel.errno == Errno::ENOENT => vec![],
+            Err(NetlinkError::Dump(kernel)) => return Err(self.refused("read", kernel)),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(found
+            .into_iter()
+            .filter_map(|message| match message.inner {
+                NetfilterMessageInner::NfTables(NfTablesMessage::NewRule(rule)) => Some(rule),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Puts the table as wanted in the place of what is there, in one transaction.
+    fn replace(&self, state: &mut State) -> Result<(), FenceError> {
+        let create = || {
+            let mut table = self.table_message();
+            let comment = rules::comment("proxy-nsmgr: see docs/operations.md");
+            table.attributes.push(TableAttribute::UserData(comment));
+            request(NfTablesMessage::NewTable(table), NLM_F_CREATE)
+        };
+        // One that is not there cannot be deleted; one that is there is as good as a new one for that.
+        let delete = NfTablesMessage::DeleteTable(self.table_message());
+        let mut requests = vec![create(), request(delete, 0), create()];
+        for chain in rules::chains(self.port, state.guard) {
+            let mut message = self.chain_message(chain.name);
+            message.attributes.extend(chain.hooked());
+            requests.push(request(NfTablesMessage::NewChain(message), NLM_F_CREATE));
+            let rules = chain.rules.iter();
+            requests.extend(rules.map(|rule| self.rule_request(&chain, rule)));
+        }
+        let outcome = state.netlink.commit(requests)?;
+        outcome.map_err(|kernel| self.refused("make", kernel))
+    }
+
+    fn rule_request(&self, chain: &Chain, rule: &Rule) -> Request<NetfilterMessage> {
+        let message = RuleMessage {
+            attributes: vec![
+                RuleAttribute::Table(self.table.clone()),
+                RuleAttribute::Chain(chain.name.to_owned()),
+                RuleAttribute::Expressions(rule.expressions()),
+            ],
+        };
+        request(
+            NfTablesMessage::NewRule(message),
+            NLM_F_CREATE | NLM_F_APPEND,
+        )
+    }
+
+    /// What the kernel answers; nothing for what is not there.
+    fn ask(
+        &self,
+        state: &mut State,
+        message: NfTablesMessage,
+    ) -> Result<Vec<NfTablesMessage>, FenceError> {
+        let (message, flags) = request(message, 0);
+        match state.netlink.ask(message, flags)? {
+            Ok(found) => Ok(found
+                .into_iter()
+                .filter_map(|message| match message.inner {
+                    NetfilterMessageInner::NfTables(message) => Some(message),
+                    _ => None,
+                })
+                .collect()),
+            Err(kernel) if kernel.errno == Errno::ENOENT => Ok(vec![]),
+            Err(kernel) => Err(self.refused("read", kernel)),
+        }
+    }
+
+    fn table_message(&self) -> TableMessage {
+        TableMessage {
+            attributes: vec![TableAttribute::Name(self.table.clone())],
+        }
+    }
+
+    fn chain_message(&self, chain: &str) -> ChainMessage {
+        ChainMessage {
+            attributes: vec![
+                ChainAttribute::Table(self.table.clone()),
+                ChainAttribute::Name(chain.to_owned()),
+            ],
+        }
+    }
+
+    fn refused(&self, action: &'static str, kernel: Refusal) -> FenceError {
+        let table = self.table.clone();
+        match kernel.errno {
+            Errno::EPERM => FenceError::NotPermitted {
+                action,
+                table,
+                kernel,
+            },
+            Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EAFNOSUPPORT | Errno::EINVAL => {
+                FenceError::Unsupported {
+                    action,
+                    table,
+                    kernel,
+                }
+            }
+            _ => FenceError::Refused {
+                action,
+                table,
+                kernel,
+            },
+        }
+    }
+}
+
+/// A table that somebody has put to sleep drops nothing.
+fn is_active(table: &TableMessage) -> bool {
+    !table
+        .attributes
+        .iter()
+        .any(|it| matches!(it, TableAttribute::Flags(flags) if flags.contains(TableFlags::Dormant)))
+}
+
+fn request(message: NfTablesMessage, flags: u16) -> Request<NetfilterMessage> {
+    let header = NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0);
+    (NetfilterMessage::new(header, message), flags)
+}

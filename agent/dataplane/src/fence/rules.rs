@@ -1,0 +1,281 @@
+//! The chains and rules of the fence: as they are wanted, and whether what the kernel shows is that.
+//!
+//! The kernel shows a rule as the attributes that it was made of, sometimes with more: those are not compared.
+
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::nftables::{
+    Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, ExpressionAttribute, Expressions,
+    Hook, HookNumber, Immediate, InetHookNumber, ListAttribute, Meta, MetaKey, Operator, Payload,
+    Register, RuleAttribute, RuleMessage, Verdict, VerdictAttribute,
+};
+use nsm_core::link::{NODE_GROUP, NODE_GROUP_MASK};
+use nsm_ebpf_common::TUNNEL_MARK;
+
+use super::Guard;
+
+/// NF_IP_PRI_RAW_BEFORE_DEFRAG of linux/netfilter_ipv4.h, which is the same for IPv6: before fragments are reassembled and connections
+/// are tracked.
+const PRIORITY: i32 = -450;
+
+/// NF_ACCEPT and NF_DROP of linux/netfilter.h.
+const ACCEPT: u32 = 1;
+const DROP: u32 = 0;
+
+/// The kind of a chain that drops or accepts.
+const FILTER: &str = "filter";
+
+/// The name of the expression that counts. Its attributes are what it has counted.
+const COUNTER: &str = "counter";
+
+/// NFTA_COUNTER_PACKETS of linux/netfilter/nf_tables.h.
+const COUNTER_PACKETS: u16 = 2;
+
+/// NFT_PAYLOAD_TRANSPORT_HEADER.
+const TRANSPORT_HEADER: u32 = 2;
+
+/// Where a UDP header has the destination port, and the port's length, bytes.
+const DESTINATION_PORT: (u32, u32) = (2, 2);
+
+/// A chain of the table.
+pub(super) struct Chain {
+    pub(super) name: &'static str,
+    hook: InetHookNumber,
+    pub(super) rules: Vec<Rule>,
+}
+
+/// A rule: what it matches, and what becomes of that.
+pub(super) struct Rule(Vec<Expressions>);
+
+/// The chains of the table, in the order of the fields of [`Dropped`](super::Dropped).
+pub(super) fn chains(port: u16, guard: Guard) -> [Chain; 3] {
+    [
+        Chain {
+            name: "incoming",
+            hook: InetHookNumber::PreRouting,
+            rules: vec![Rule::drop_group(MetaKey::Iifgroup)],
+        },
+        Chain {
+            name: "outgoing",
+            hook: InetHookNumber::PostRouting,
+            rules: vec![Rule::drop_group(MetaKey::Oifgroup)],
+        },
+        Chain {
+            name: "tunnels",
+            hook: InetHookNumber::LocalOut,
+            rules: match guard {
+                Guard::Closed => vec![Rule::drop_unmarked(port), Rule::unmark(port)],
+                Guard::Open => vec![],
+            },
+        },
+    ]
+}
+
+/// A comment as `nft` shows it: an attribute of kind 0 (NFTNL_UDATA_TABLE_COMMENT), with its length and a closing zero.
+pub(super) fn comment(text: &str) -> Vec<u8> {
+    let length = u8::try_from(text.len() + 1).expect("a comment has less than 255 bytes");
+    [&[0, length], text.as_bytes(), &[0]].concat()
+}
+
+/// How many packets a rule has counted.
+pub(super) fn counted(rule: &RuleMessage) -> u64 {
+    let counters = expressions_of(rule).filter_map(|expression| match expression {
+        Expressions::Other {
+            expression_type,
+            attributes,
+        } if expression_type == COUNTER => Some(attributes),
+        _ => None,
+    });
+    counters.flatten().filter_map(packets).sum()
+}
+
+fn packets(attribute: &DefaultNla) -> Option<u64> {
+    use netlink_packet_core::Nla as _;
+    let mut bytes = [0; 8];
+    if attribute.kind() != COUNTER_PACKETS || attribute.value_len() != bytes.len() {
+        return None;
+    }
+    attribute.emit_value(&mut bytes);
+    Some(u64::from_be_bytes(bytes))
+}
+
+impl Chain {
+    /// What makes it a chain that packets pass.
+    pub(super) fn hooked(&self) -> [ChainAttribute; 3] {
+        [
+            ChainAttribute::Hook(vec![
+                Hook::Number(HookNumber::Inet(self.hook)),
+                Hook::Priority(PRIORITY.cast_unsigned()),
+            ]),
+            ChainAttribute::Type(FILTER.to_owned()),
+            ChainAttribute::Policy(ACCEPT),
+        ]
+    }
+
+    /// Whether this chain is shown.
+    pub(super) fn is(&self, shown: &ChainMessage) -> bool {
+        self.hooked().iter().all(|wanted| match wanted {
+            ChainAttribute::Hook(wanted) => shown
+                .attributes
+                .iter()
+                .any(|it| matches!(it, ChainAttribute::Hook(shown) if contains_all(shown, wanted))),
+            wanted => shown.attributes.contains(wanted),
+        })
+    }
+}
+
+impl Rule {
+    /// Drops what comes in, or goes out, by a link of ours on the node.
+    fn drop_group(key: MetaKey) -> Self {
+        Self(vec![
+            load(key),
+            Expressions::Bitwise(vec![
+                Bitwise::SourceRegister(Register::Reg1),
+                Bitwise::DestinationRegister(Register::Reg1),
+                Bitwise::Length(size_of::<u32>() as u32),
+                Bitwise::Mask(value(&NODE_GROUP_MASK.to_ne_bytes())),
+                Bitwise::Xor(value(&0u32.to_ne_bytes())),
+            ]),
+            compare(Operator::Equal, &NODE_GROUP.to_ne_bytes()),
+            counter(),
+            verdict(DROP),
+        ])
+    }
+
+    /// Drops UDP to the tunnels' port that has not the mark of our programs.
+    fn drop_unmarked(port: u16) -> Self {
+        let mut expressions = to_port(port);
+        expressions.extend([
+            load(MetaKey::Mark),
+            compare(Operator::NotEqual, &TUNNEL_MARK.to_ne_bytes()),
+            counter(),
+            verdict(DROP),
+        ]);
+        Self(expressions)
+    }
+
+    /// Takes the mark off, so that it means nothing to the rules of others.
+    fn unmark(port: u16) -> Self {
+        let mut expressions = to_port(port);
+        expressions.extend([
+            Expressions::Immediate(vec![
+                Immediate::DestinationRegister(Register::Reg1),
+                Immediate::Data(value(&0u32.to_ne_bytes())),
+            ]),
+            Expressions::Meta(vec![
+                Meta::Key(MetaKey::Mark),
+                Meta::SourceRegister(Register::Reg1),
+            ]),
+        ]);
+        Self(expressions)
+    }
+
+    pub(super) fn expressions(&self) -> Vec<ListAttribute<ExpressionAttribute>> {
+        self.0.iter().cloned().map(ListAttribute::from).collect()
+    }
+
+    /// Whether this rule is shown.
+    pub(super) fn is(&self, shown: &RuleMessage) -> bool {
+        let mut shown = expressions_of(shown);
+        self.0.iter().all(|wanted| {
+            shown
+                .next()
+                .is_some_and(|shown| is_expression(wanted, shown))
+        }) && shown.next().is_none()
+    }
+}
+
+fn is_expression(wanted: &Expressions, shown: &Expressions) -> bool {
+    match (wanted, shown) {
+        (Expressions::Bitwise(wanted), Expressions::Bitwise(shown)) => contains_all(shown, wanted),
+        (Expressions::Cmp(wanted), Expressions::Cmp(shown)) => contains_all(shown, wanted),
+        (Expressions::Immediate(wanted), Expressions::Immediate(shown)) => {
+            contains_all(shown, wanted)
+        }
+        (Expressions::Meta(wanted), Expressions::Meta(shown)) => contains_all(shown, wanted),
+        (Expressions::Payload(wanted), Expressions::Payload(shown)) => contains_all(shown, wanted),
+        (
+            Expressions::Other {
+                expression_type: wanted,
+                ..
+            },
+            Expressions::Other {
+                expression_type: shown,
+                ..
+            },
+        ) => wanted == shown,
+        _ => false,
+    }
+}
+
+fn contains_all<T: PartialEq>(shown: &[T], wanted: &[T]) -> bool {
+    wanted.iter().all(|attribute| shown.contains(attribute))
+}
+
+fn expressions_of(rule: &RuleMessage) -> impl Iterator<Item = &Expressions> {
+    let lists = rule.attributes.iter().filter_map(|it| match it {
+        RuleAttribute::Expressions(list) => Some(list),
+        _ => None,
+    });
+    let elements = lists.flatten().filter_map(|it| match it {
+        ListAttribute::Element(attributes) => Some(attributes),
+        _ => None,
+    });
+    elements.flatten().filter_map(|it| match it {
+        ExpressionAttribute::Data(expression) => Some(expression),
+        _ => None,
+    })
+}
+
+/// UDP to this port. Fragments are no matter: what the node itself sends is not fragmented yet.
+fn to_port(port: u16) -> Vec<Expressions> {
+    let (offset, length) = DESTINATION_PORT;
+    vec![
+        load(MetaKey::L4Proto),
+        compare(Operator::Equal, &[UDP]),
+        Expressions::Payload(vec![
+            Payload::DestinationRegister(Register::Reg1),
+            Payload::Base(TRANSPORT_HEADER),
+            Payload::Offset(offset),
+            Payload::Len(length),
+        ]),
+        compare(Operator::Equal, &port.to_be_bytes()),
+    ]
+}
+
+/// IPPROTO_UDP.
+const UDP: u8 = 17;
+
+fn load(key: MetaKey) -> Expressions {
+    Expressions::Meta(vec![
+        Meta::Key(key),
+        Meta::DestinationRegister(Register::Reg1),
+    ])
+}
+
+fn compare(operator: Operator, bytes: &[u8]) -> Expressions {
+    Expressions::Cmp(vec![
+        Cmp::SourceRegister(Register::Reg1),
+        Cmp::Op(operator),
+        Cmp::Data(value(bytes)),
+    ])
+}
+
+fn counter() -> Expressions {
+    Expressions::Other {
+        expression_type: COUNTER.to_owned(),
+        attributes: vec![],
+    }
+}
+
+fn verdict(code: u32) -> Expressions {
+    Expressions::Immediate(vec![
+        Immediate::DestinationRegister(Register::Verdict),
+        Immediate::Data(DataAttribute::Verdict(vec![VerdictAttribute::Code(
+            Verdict::Other(code),
+        )])),
+    ])
+}
+
+fn value(bytes: &[u8]) -> DataAttribute {
+    DataAttribute::Value(bytes.to_vec())
+}

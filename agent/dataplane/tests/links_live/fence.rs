@@ -1,0 +1,305 @@
+//! The fence: what it drops, and that it comes back.
+
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    process::Command,
+    time::Duration,
+};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use nsm_dataplane::{
+    fence::{Dropped, Fence, FenceError, Guard, Look},
+    links::{Links, PodLink},
+    netns::Netns,
+};
+use nsm_ebpf_common::TUNNEL_MARK;
+
+use crate::support::{
+    eventually, in_thread, inside, ip, ip_tool, link, mac, net, netns, route, two_nodes, vxlan,
+};
+
+const PORT: u16 = 4789;
+
+fn raise(node: &Netns, guard: Guard) -> Fence {
+    inside(node, || Fence::raise(PORT, guard).unwrap())
+}
+
+/// Runs `nft` in a namespace, as a person would.
+fn nft(netns: &Netns, command: &str) -> String {
+    let output = inside(netns, || Command::new("nft").arg(command).output().unwrap());
+    assert!(output.status.success(), "nft {command}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn table(node: &Netns) -> String {
+    nft(node, "list table inet proxy-nsmgr-4789")
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces and nftables"]
+fn stands_until_it_is_removed() {
+    let node = netns();
+    nft(&node, "add table inet other");
+    let fence = raise(&node, Guard::Closed);
+    let shown = table(&node);
+    for part in [
+        "hook prerouting priority -450",
+        "hook postrouting priority -450",
+        "hook output priority -450",
+        "udp dport 4789 meta mark != 0x00003057 counter packets 0 bytes 0 drop",
+        "meta mark set 0x00000000",
+        "docs/operations.md",
+    ] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+    assert_eq!(fence.look().unwrap(), Look::Stands);
+
+    // Another agent takes it over, and leaves it as it is.
+    drop(fence);
+    let next = raise(&node, Guard::Closed);
+    assert_eq!(table(&node), shown);
+    next.guard(Guard::Open).unwrap();
+    assert!(!table(&node).contains("udp dport"), "{}", table(&node));
+    assert_eq!(next.look().unwrap(), Look::Stands);
+    next.guard(Guard::Closed).unwrap();
+    assert_eq!(table(&node), shown);
+
+    next.remove().unwrap();
+    next.remove().unwrap();
+    assert_eq!(nft(&node, "list tables"), "table inet other\n");
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces and nftables"]
+fn whatever_becomes_of_it_is_put_back() {
+    let node = netns();
+    let fence = raise(&node, Guard::Closed);
+    let shown = table(&node);
+    for change in [
+        "flush ruleset",
+        "delete table inet proxy-nsmgr-4789",
+        "flush table inet proxy-nsmgr-4789",
+        "add table inet proxy-nsmgr-4789 { flags dormant; }",
+        "insert rule inet proxy-nsmgr-4789 incoming accept",
+        "add rule inet proxy-nsmgr-4789 outgoing accept",
+        "insert rule inet proxy-nsmgr-4789 tunnels udp dport 4789 accept",
+        "flush chain inet proxy-nsmgr-4789 incoming; delete chain inet proxy-nsmgr-4789 incoming; \
+         add chain inet proxy-nsmgr-4789 incoming { type filter hook prerouting priority 0; }",
+    ] {
+        nft(&node, change);
+        assert_eq!(fence.look().unwrap(), Look::PutBack, "{change}");
+        assert_eq!(fence.look().unwrap(), Look::Stands, "{change}");
+        assert_eq!(table(&node), shown, "{change}");
+    }
+
+    // The rules of others are none of its business.
+    nft(&node, "add table inet other");
+    assert_eq!(fence.look().unwrap(), Look::Stands);
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces and nftables"]
+fn without_rights_it_says_what_is_missing() {
+    let node = netns();
+    let error = inside(&node, || {
+        in_thread(|| {
+            drop_capabilities();
+            Fence::raise(PORT, Guard::Closed).map(drop).unwrap_err()
+        })
+    });
+    assert!(matches!(error, FenceError::NotPermitted { .. }), "{error}");
+}
+
+/// Leaves the calling thread without capabilities.
+fn drop_capabilities() {
+    const NOBODY: u32 = 65_534;
+    // SAFETY: the call takes a number. Unlike the C library's function, it changes the calling thread alone.
+    let changed = unsafe { nix::libc::syscall(nix::libc::SYS_setuid, NOBODY) };
+    assert_eq!(changed, 0);
+}
+
+/// A pod link without a program, and an address of the node that the pod tries to reach by it.
+struct World {
+    node: Netns,
+    pod: Netns,
+    link: PodLink,
+}
+
+const NODE: [&str; 2] = ["10.99.0.1", "fd99::1"];
+
+impl World {
+    async fn new() -> Self {
+        let (node, pod) = (netns(), netns());
+        for (address, length) in NODE.into_iter().zip(["32", "128"]) {
+            let address = format!("{address}/{length}");
+            ip_tool(&node, &["address", "add", &address, "dev", "lo"]);
+        }
+        let links = Links::in_namespace(node.clone());
+        let mut spec = link(1, 2);
+        spec.addresses = vec![net("10.98.0.2/32"), net("fd98::2/128")];
+        spec.routes = NODE
+            .iter()
+            .map(|address| route(&format!("{}", net_of(ip(address))), None))
+            .collect();
+        let made = links.up_pod_link(&pod, &spec).await.unwrap();
+        // The pod addresses the node's end itself.
+        spec.neighbours = NODE.map(|address| (ip(address), made.node.mac)).into();
+        links.up_pod_link(&pod, &spec).await.unwrap();
+        Self {
+            node,
+            pod,
+            link: made,
+        }
+    }
+
+    /// Sends from the pod to an address of the node.
+    fn send(&self, to: SocketAddr) {
+        inside(&self.pod, || {
+            let any: IpAddr = if to.is_ipv4() {
+                ip("0.0.0.0")
+            } else {
+                ip("::")
+            };
+            let socket = UdpSocket::bind((any, 0)).unwrap();
+            socket.send_to(b"x", to).unwrap();
+        });
+    }
+}
+
+fn net_of(address: IpAddr) -> ipnet::IpNet {
+    address.into()
+}
+
+fn listen(netns: &Netns, address: SocketAddr) -> UdpSocket {
+    let socket = inside(netns, || UdpSocket::bind(address).unwrap());
+    socket
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    socket
+}
+
+fn received(socket: &UdpSocket) -> bool {
+    socket.recv(&mut [0; 8]).is_ok()
+}
+
+/// The link's program is missing: what the pod sends does not enter the node's stack, neither to the node nor through it.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn nothing_enters_the_node_by_a_link_without_a_program() {
+    let world = World::new().await;
+    let fence = raise(&world.node, Guard::Closed);
+    let mut before = fence.dropped().unwrap().incoming;
+    for address in NODE {
+        let socket = listen(&world.node, (ip(address), 7).into());
+        let to = socket.local_addr().unwrap();
+        world.send(to);
+        eventually("the fence counts", || match fence.dropped().unwrap() {
+            Dropped { incoming, .. } if incoming > before => Ok(()),
+            dropped => Err(format!("{dropped:?}")),
+        });
+        socket.set_nonblocking(true).unwrap();
+        assert!(!received(&socket), "{to}");
+        socket.set_nonblocking(false).unwrap();
+
+        // Only the fence stops it.
+        fence.remove().unwrap();
+        world.send(to);
+        assert!(received(&socket), "{to}");
+        assert_eq!(fence.look().unwrap(), Look::PutBack);
+        before = fence.dropped().unwrap().incoming;
+    }
+}
+
+/// What the node's stack would send into a link of ours, such as the reports of multicast groups.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn nothing_of_the_nodes_stack_leaves_by_a_link() {
+    let world = World::new().await;
+    let fence = raise(&world.node, Guard::Closed);
+    let before = fence.dropped().unwrap().outgoing;
+    let name = world.link.node.name.clone();
+    inside(&world.node, || {
+        let socket = UdpSocket::bind((ip(NODE[0]), 0)).unwrap();
+        socket.set_broadcast(true).unwrap();
+        setsockopt(&socket, sockopt::BindToDevice, &name.into()).unwrap();
+        let refused = socket.send_to(b"x", "255.255.255.255:7").unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(nix::libc::EPERM));
+    });
+    assert!(fence.dropped().unwrap().outgoing > before);
+}
+
+/// The node asks and answers no ARP on a link, and has no IPv6 address there.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_pod_finds_no_neighbour_on_the_node() {
+    let world = World::new().await;
+    let name = world.link.node.name.as_str();
+    let shown = inside(&world.node, || {
+        let arguments = ["address", "show", "dev", name];
+        Command::new("ip").args(arguments).output().unwrap()
+    });
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(!shown.contains("inet"), "{shown}");
+    ip_tool(
+        &world.pod,
+        &["neighbour", "flush", "dev", "nsm-1", "nud", "permanent"],
+    );
+    world.send((ip(NODE[0]), 7).into());
+    eventually("the pod gives up", || {
+        let shown = inside(&world.pod, || {
+            Command::new("ip").arg("neighbour").output().unwrap()
+        });
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        if shown.contains("FAILED") {
+            Ok(())
+        } else {
+            Err(shown)
+        }
+    });
+}
+
+/// Who sends to the tunnels' port: a program of the node, one that has the mark, and a pod by a VXLAN device of its own.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn nobody_else_sends_to_the_tunnels_port() {
+    let (one, two) = two_nodes().await;
+    let peer = listen(&two, (ip("192.0.2.2"), PORT).into());
+    let fence = raise(&one, Guard::Closed);
+    let send = |mark: u32| {
+        inside(&one, || {
+            let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
+            setsockopt(&socket, sockopt::Mark, &mark).unwrap();
+            socket.send_to(b"x", "192.0.2.2:4789")
+        })
+    };
+    assert!(send(0).is_err() && send(1).is_err());
+    assert_eq!(fence.dropped().unwrap().foreign, 2);
+    send(TUNNEL_MARK).unwrap();
+    assert!(received(&peer));
+
+    // Its packets enter the node's namespace without the mark that their sender gave them.
+    let (pod, mut spec) = (netns(), vxlan(100));
+    spec.port = 4790;
+    let links = Links::in_namespace(one.clone());
+    links.up_vxlan(&pod, &spec).await.unwrap();
+    let vtep = ["fdb", "replace", "02:00:00:00:00:02", "dev", "nsm-1"];
+    let to = ["dst", "192.0.2.2", "port", "4789", "self"];
+    let output = inside(&pod, || {
+        let bridge = &mut Command::new("bridge");
+        bridge.args(vtep).args(to).output().unwrap()
+    });
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(spec.link.neighbours[0].1, mac(2));
+    inside(&pod, || {
+        let socket = UdpSocket::bind("172.16.1.1:0").unwrap();
+        setsockopt(&socket, sockopt::Mark, &TUNNEL_MARK).unwrap();
+        // The sender may hear of the drop or not.
+        let _ = socket.send_to(b"x", "172.16.1.2:7");
+    });
+    assert_eq!(fence.dropped().unwrap().foreign, 3);
+
+    // Beside a foreign VXLAN device that has the port.
+    fence.guard(Guard::Open).unwrap();
+    send(0).unwrap();
+    assert!(received(&peer));
+}
