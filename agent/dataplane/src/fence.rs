@@ -127,23 +127,31 @@ struct State {
 }
 
 impl Fence {
-    /// Makes the table in the namespace of the calling thread, or takes over that of an earlier agent. `port`: that of the tunnels.
+    /// Makes the table in the namespace of the calling thread, with [`Guard::Open`]; or takes over that of an earlier agent, with the
+    /// guard that it has. `port`: that of the tunnels.
     ///
     /// # Errors
     ///
     /// The kernel has no nftables, or refuses.
-    pub fn raise(port: u16, guard: Guard) -> Result<Self, FenceError> {
+    pub fn raise(port: u16) -> Result<Self, FenceError> {
         let fence = Self {
             table: format!("proxy-nsmgr-{port}"),
             port,
             state: Mutex::new(State {
                 netlink: Netlink::open()?,
-                guard,
+                guard: Guard::Closed,
                 seen: None,
             }),
         };
-        fence.look()?;
+        fence.take_over(&mut fence.state())?;
         Ok(fence)
+    }
+
+    fn take_over(&self, state: &mut State) -> Result<(), FenceError> {
+        if !self.stands(state)? {
+            state.guard = Guard::Open;
+        }
+        self.look_with(state).map(drop)
     }
 
     /// Sets who may send to the tunnels' port.

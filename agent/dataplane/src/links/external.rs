@@ -16,7 +16,11 @@ use nsm_core::{
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
-use super::{LinkError, basics::delete, message, observe, port};
+use super::{
+    LinkError,
+    basics::{delete, disable_ipv6, take_steps},
+    message, observe, port,
+};
 use crate::{
     netlink::{Netlink, NetlinkError, Refusal, Request},
     netns::Netns,
@@ -78,7 +82,7 @@ pub(super) fn is_external(alias: &LinkAlias) -> bool {
     port.is_some_and(|port| port.parse::<u16>().is_ok())
 }
 
-/// Makes the device, or adopts that of an earlier agent.
+/// Makes the device, or adopts that of an earlier agent, in the namespace of `netlink`, where the calling thread is, too.
 pub(crate) fn ensure(netlink: &mut Netlink, spec: &ExternalSpec) -> Result<External, LinkError> {
     let (alias, name) = (spec.alias()?, spec.name());
     if let Some(message) = get(netlink, message::get_link_named(name.as_str()), &name)? {
@@ -173,15 +177,12 @@ fn create(
     name: &IfName,
 ) -> Result<NodeLink, LinkError> {
     let name_text = name.as_str();
-    let mut answers = netlink
-        .transact(vec![
-            creation(spec, name),
-            message::set_alias(name_text, &alias.to_string()),
-            message::no_addresses(LinkUnspec::new_with_name(name_text)),
-            message::set_up_named(name_text),
-            message::get_link_named(name_text),
-        ])?
-        .into_iter();
+    let requests = vec![
+        creation(spec, name),
+        message::set_alias(name_text, &alias.to_string()),
+        message::no_addresses(LinkUnspec::new_with_name(name_text)),
+    ];
+    let mut answers = netlink.transact(requests)?.into_iter();
     let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
     next().map_err(|kernel| match kernel.errno {
         // Another device of the namespace has the port in this mode.
@@ -192,7 +193,15 @@ fn create(
         },
         _ => LinkError::refused(format!("make the external device `{name}`"), kernel),
     })?;
-    let (marked, _, taken_up, shown) = (next(), next(), next(), next());
+    let marked = next();
+    disable_ipv6(name);
+    let requests = vec![
+        message::set_up_named(name_text),
+        message::get_link_named(name_text),
+    ];
+    let mut answers = netlink.transact(requests)?.into_iter();
+    let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
+    let (taken_up, shown) = (next(), next());
     let completed = marked
         .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))
         .and_then(|_| taken_up.map_err(|kernel| not_up(name, spec.port, kernel)))
@@ -235,23 +244,13 @@ fn repair(
     port: u16,
 ) -> Result<usize, LinkError> {
     let steps = repair_node_link(name, Some(MTU), link);
-    if steps.is_empty() {
-        return Ok(0);
-    }
-    let requests = steps
-        .iter()
-        .map(|step| message::node_link_step(link.index, name, *step))
-        .collect();
-    for (step, answer) in steps.iter().zip(netlink.transact(requests)?) {
-        match (step, answer) {
-            (_, Ok(_)) | (NodeLinkStep::DisableAddresses, _) => {}
-            (NodeLinkStep::SetUp, Err(kernel)) => return Err(not_up(name, port, kernel)),
-            (step, Err(kernel)) => {
-                let action = format!("repair ({step:?}) the external device `{name}`");
-                return Err(LinkError::refused(action, kernel));
-            }
-        }
-    }
+    take_steps(netlink, link.index, name, &steps)?.map_err(|(step, kernel)| match step {
+        NodeLinkStep::SetUp => not_up(name, port, kernel),
+        step => LinkError::refused(
+            format!("repair ({step:?}) the external device `{name}`"),
+            kernel,
+        ),
+    })?;
     Ok(steps.len())
 }
 

@@ -17,6 +17,7 @@ mod error;
 mod external;
 mod holdings;
 mod message;
+mod node_watch;
 mod observe;
 mod place;
 mod pod_link;
@@ -41,6 +42,7 @@ use self::turns::{Parcel, Turn, Turns, Undo};
 pub use self::{
     error::{LinkError, LinkHolder, PortHolder},
     external::{External, ExternalSpec, Look},
+    node_watch::{Changed, Looked, Mended, NodeWatch},
 };
 pub(crate) use self::{
     probe_link::Family,
@@ -198,24 +200,6 @@ impl Links {
     pub async fn pod_links(&self, domain: &str) -> Result<Vec<NodeLink>, LinkError> {
         let (node, domain) = (self.inner.node.clone(), domain.to_owned());
         self.read(move || pod_link::list(&node, &domain)).await
-    }
-
-    /// Puts the node's end of a pod link right, `end` being as it was when it was right; somebody may have renamed it or taken it down.
-    /// How many steps that took; None: the link is gone.
-    ///
-    /// # Errors
-    ///
-    /// The kernel refused.
-    pub async fn repair_pod_link(&self, end: &NodeLink) -> Result<Option<usize>, LinkError> {
-        let turn = self.inner.turns.take(&end.alias).await;
-        let (node, end) = (self.inner.node.clone(), end.clone());
-        self.work(
-            &self.inner.workers,
-            turn,
-            move || pod_link::repair(&node, &end),
-            nothing_to_undo(),
-        )
-        .await
     }
 
     /// Makes the node's external device, through which packets of tunnels go that BPF does not encapsulate or decapsulate by itself; or

@@ -3,16 +3,16 @@
 //! The node's end is what a pod link is found by: its name follows from the alias, and what is its other end is ours, whatever the pod
 //! has made of that end's alias. So no call reads all links of a namespace, and no search for links enters a pod.
 //!
-//! Creation, alias and the rest of the node's end are one call of the kernel: a killed agent leaves a whole node's end or none. One
-//! without an alias, but with the name and the group, is of a creation that failed halfway; it is replaced.
+//! Creation and alias of the node's end are one call of the kernel: a killed agent leaves a node's end that is known to be ours, or none.
+//! One without an alias, but with the name and the group, is of a creation that failed halfway; it is replaced.
 
 use std::{collections::HashSet, iter::zip};
 
 use nix::errno::Errno;
 use nsm_core::{
     link::{
-        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeLink, NodeLinkStep, VethPeer, Wanted,
-        must_create, node_end_name, repair_node_link,
+        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeLink, VethPeer, Wanted, must_create,
+        node_end_name, repair_node_link,
     },
     net::IfName,
 };
@@ -20,7 +20,7 @@ use rtnetlink::LinkUnspec;
 
 use super::{
     LinkError, PodLink,
-    basics::{delete, delete_together, group_of, open_in},
+    basics::{delete, delete_together, disable_ipv6, group_of, open_in, take_steps},
     external::is_external,
     message, observe,
     place::{Maker, Place},
@@ -118,20 +118,6 @@ fn is_node_end(end: &NodeLink, domain: &str) -> bool {
         && (NODE_GROUPS.contains(&end.group) || end.name == node_end_name(alias).as_str())
 }
 
-/// Puts the node's end of a connection's pod link right. How many steps that took; None: it is gone.
-pub(super) fn repair(node: &Netns, end: &NodeLink) -> Result<Option<usize>, LinkError> {
-    let Some(alias) = &end.alias else {
-        return Ok(None);
-    };
-    let mut side = NodeSide::open(node, alias)?;
-    match side.look(end.index)? {
-        Some(found) if found.alias.as_ref() == Some(alias) => {
-            side.repair(&found, Some(end.mtu)).map(Some)
-        }
-        _ => Ok(None),
-    }
-}
-
 /// The node's side of one pod link.
 struct NodeSide<'a> {
     maker: Maker<'a>,
@@ -214,21 +200,8 @@ impl<'a> NodeSide<'a> {
     /// Puts the node's end right. How many steps that took.
     fn repair(&mut self, end: &NodeLink, mtu: Option<u32>) -> Result<usize, LinkError> {
         let steps = repair_node_link(&self.name, mtu, end);
-        if steps.is_empty() {
-            return Ok(0);
-        }
-        let requests = steps
-            .iter()
-            .map(|step| message::node_link_step(end.index, &self.name, *step))
-            .collect();
-        let answers = self.netlink().transact(requests)?;
-        for (step, answer) in zip(&steps, answers) {
-            if let Err(kernel) = answer
-                && *step != NodeLinkStep::DisableAddresses
-            {
-                return Err(self.refused(&format!("repair ({step:?})"), kernel));
-            }
-        }
+        take_steps(&mut self.maker.netlink, end.index, &self.name, &steps)?
+            .map_err(|(step, kernel)| self.refused(&format!("repair ({step:?})"), kernel))?;
         Ok(steps.len())
     }
 
@@ -255,20 +228,25 @@ impl<'a> NodeSide<'a> {
         place: &mut Place<'_>,
         spec: &LinkSpec,
     ) -> Result<NodeLink, LinkError> {
+        // For what netlink does not do.
+        self.maker.node.enter()?;
         let name = self.name.as_str();
         let requests = vec![
             message::create_pod_link(&self.name, place.netns(), spec),
             message::set_alias(name, &spec.alias.to_string()),
             message::no_addresses(LinkUnspec::new_with_name(name)),
-            message::set_up_named(name),
-            message::get_link_named(name),
         ];
-        let mut answers = self.netlink().transact(requests)?.into_iter();
+        let mut answers = self.maker.netlink.transact(requests)?.into_iter();
         let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
         if let Err(kernel) = next() {
             return Err(self.creation_refused(place, kernel)?);
         }
-        let (marked, _, taken_up, shown) = (next(), next(), next(), next());
+        let marked = next();
+        disable_ipv6(&self.name);
+        let requests = vec![message::set_up_named(name), message::get_link_named(name)];
+        let mut answers = self.maker.netlink.transact(requests)?.into_iter();
+        let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
+        let (taken_up, shown) = (next(), next());
         let completed = marked.and(taken_up).and(shown);
         let end = completed.map(|shown| shown.iter().find_map(observe::node_link_of));
         let failed = match end {

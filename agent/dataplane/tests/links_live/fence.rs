@@ -21,7 +21,9 @@ use crate::support::{
 const PORT: u16 = 4789;
 
 fn raise(node: &Netns, guard: Guard) -> Fence {
-    inside(node, || Fence::raise(PORT, guard).unwrap())
+    let fence = inside(node, || Fence::raise(PORT).unwrap());
+    fence.guard(guard).unwrap();
+    fence
 }
 
 /// Runs `nft` in a namespace, as a person would.
@@ -56,8 +58,9 @@ fn stands_until_it_is_removed() {
 
     // Another agent takes it over, and leaves it as it is.
     drop(fence);
-    let next = raise(&node, Guard::Closed);
+    let next = inside(&node, || Fence::raise(PORT).unwrap());
     assert_eq!(table(&node), shown);
+    assert_eq!(next.look().unwrap(), Look::Stands);
     next.guard(Guard::Open).unwrap();
     assert!(!table(&node).contains("udp dport"), "{}", table(&node));
     assert_eq!(next.look().unwrap(), Look::Stands);
@@ -104,7 +107,7 @@ fn without_rights_it_says_what_is_missing() {
     let error = inside(&node, || {
         in_thread(|| {
             drop_capabilities();
-            Fence::raise(PORT, Guard::Closed).map(drop).unwrap_err()
+            Fence::raise(PORT).map(drop).unwrap_err()
         })
     });
     assert!(matches!(error, FenceError::NotPermitted { .. }), "{error}");
@@ -188,6 +191,12 @@ fn received(socket: &UdpSocket) -> bool {
 async fn nothing_enters_the_node_by_a_link_without_a_program() {
     let world = World::new().await;
     let fence = raise(&world.node, Guard::Closed);
+    // Somebody has switched IPv6 on again, so that nothing but the fence is left.
+    let switch = format!(
+        "/proc/sys/net/ipv6/conf/{}/disable_ipv6",
+        world.link.node.name
+    );
+    inside(&world.node, || std::fs::write(switch, "0").unwrap());
     let mut before = fence.dropped().unwrap().incoming;
     for address in NODE {
         let socket = listen(&world.node, (ip(address), 7).into());

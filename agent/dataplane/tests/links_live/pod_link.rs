@@ -1,14 +1,16 @@
 //! Pod links: a pair for each connection, with one end on the node.
 
+use std::collections::{BTreeSet, HashMap};
+
 use nsm_core::link::{LinkKind, LinkSpec, NODE_GROUP, NodeLink, RouteSpec, node_end_name};
 use nsm_dataplane::{
-    links::{LinkError, Links, PodLink},
+    links::{Changed, LinkError, Links, Mended, NodeWatch, PodLink},
     netns::Netns,
 };
 
 use crate::support::{
-    add_foreign_link, alias, delete_link, domain, ip_tool, link, link_names, mac, name, net, netns,
-    route, set_up,
+    add_foreign_link, alias, delete_link, domain, eventually, inside, ip_tool, link, link_names,
+    mac, name, net, netns, route, set_up,
 };
 
 struct Connection {
@@ -76,6 +78,9 @@ impl Connection {
                 Some(link.index)
             )
         );
+        let switch = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name);
+        let ipv6 = inside(&self.node, || std::fs::read_to_string(&switch).unwrap());
+        assert_eq!(ipv6, "1\n");
         assert!(end.up && !end.arp && !end.generates_addresses, "{end:?}");
     }
 }
@@ -148,40 +153,56 @@ async fn a_pods_changes_are_repaired() {
 
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
-async fn the_nodes_end_is_repaired() {
-    let connection = Connection::wanted();
-    let made = connection.up().await.unwrap();
-    let node = &connection.node;
-    let name = made.node.name.as_str();
-    ip_tool(node, &["link", "add", "br0", "type", "bridge"]);
-    ip_tool(node, &["link", "set", name, "master", "br0"]);
-    ip_tool(node, &["link", "set", name, "down"]);
-    ip_tool(node, &["link", "set", name, "group", "0", "arp", "on"]);
-    ip_tool(
-        node,
-        &[
-            "link",
-            "set",
-            name,
-            "mtu",
-            "1300",
-            "addrgenmode",
-            "random",
-            "name",
-            "other",
-        ],
-    );
-    let steps = connection.links.repair_pod_link(&made.node).await.unwrap();
-    assert!(steps > Some(5), "{steps:?}");
-    connection.assert_is_wanted().await;
-    assert_eq!(connection.node_end().await.as_ref(), Some(&made.node));
-    let steps = connection.links.repair_pod_link(&made.node).await.unwrap();
-    assert_eq!(steps, Some(0));
+async fn the_nodes_end_is_watched_and_repaired() {
+    let node = netns();
+    let connection = Connection::of(node.clone(), netns());
+    let untouched = Connection::of(node.clone(), netns());
+    let made = connection.up().await.unwrap().node;
+    let other = untouched.up().await.unwrap().node;
+    let links: HashMap<u32, NodeLink> = [&made, &other]
+        .into_iter()
+        .map(|link| (link.index, link.clone()))
+        .collect();
+    let mut watch = inside(&node, || NodeWatch::open().unwrap());
+    let mut look = || watch.look(&links).unwrap();
+    // The first look reads all.
+    let first = look();
+    assert_eq!((first.changed, first.mended.len()), (Changed::Unknown, 0));
 
-    delete_link(node, made.node.index);
-    assert_eq!(link_names(&connection.pod), [""; 0]);
-    let steps = connection.links.repair_pod_link(&made.node).await.unwrap();
-    assert_eq!(steps, None);
+    let name = made.name.as_str();
+    ip_tool(&node, &["link", "add", "br0", "type", "bridge"]);
+    ip_tool(&node, &["link", "set", name, "master", "br0"]);
+    ip_tool(&node, &["link", "set", name, "down"]);
+    ip_tool(&node, &["link", "set", name, "group", "0", "arp", "on"]);
+    ip_tool(&node, &["link", "set", name, "addrgenmode", "random"]);
+    ip_tool(
+        &node,
+        &["link", "set", name, "mtu", "1300", "name", "other"],
+    );
+    let found = look();
+    assert!(
+        found.changed.includes(made.index) && !found.changed.includes(other.index),
+        "{found:?}"
+    );
+    assert!(
+        matches!(found.mended.as_slice(), [(index, Mended::Repaired(7..))] if *index == made.index),
+        "{found:?}"
+    );
+    connection.assert_is_wanted().await;
+    assert_eq!(connection.node_end().await.as_ref(), Some(&made));
+    // What the repair itself changed is announced, and right.
+    eventually("no change is announced", || match look() {
+        found if !found.mended.is_empty() => panic!("{found:?}"),
+        found if found.changed == Changed::Links(BTreeSet::new()) => Ok(()),
+        found => Err(format!("{found:?}")),
+    });
+
+    delete_link(&node, other.index);
+    let found = look();
+    assert!(
+        matches!(found.mended.as_slice(), [(index, Mended::Gone)] if *index == other.index),
+        "{found:?}"
+    );
 }
 
 #[tokio::test]
@@ -214,7 +235,7 @@ async fn a_pods_end_takes_the_nodes_along() {
     connection.up().await.unwrap();
     let Connection { node, pod, .. } = connection;
     drop(pod);
-    crate::support::eventually("the node's end goes", || match link_names(&node) {
+    eventually("the node's end goes", || match link_names(&node) {
         names if names.is_empty() => Ok(()),
         names => Err(format!("{names:?}")),
     });

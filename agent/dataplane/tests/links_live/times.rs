@@ -1,10 +1,13 @@
 //! How long links take. Bounds are wide, for machines that are busy; the numbers are printed (`--nocapture`).
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
-use nsm_dataplane::links::Links;
+use nsm_dataplane::links::{Links, NodeWatch};
 
-use crate::support::{alias, name, netns, vxlan};
+use crate::support::{alias, domain, inside, name, netns, vxlan};
 
 const TIMES: usize = 50;
 
@@ -101,6 +104,61 @@ async fn deleting_holds_nobody_up() {
     println!("last delete came {:?} after the creates", start.elapsed());
     report("create beside eight deletes", create);
     assert!(!links.down(&pod, &alias()).await.unwrap());
+}
+
+/// Pod links, in turn with VXLAN devices that have the same contents.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn pod_links_are_quick() {
+    let links = Links::in_namespace(netns());
+    let (mut create, mut refresh, mut delete, mut device) = (vec![], vec![], vec![], vec![]);
+    let pod = netns();
+    for round in 0..TIMES {
+        let spec = vxlan(100 + u32::try_from(round).unwrap());
+        device.push(timed(links.up_vxlan(&pod, &spec)).await.0);
+        links.down(&pod, &spec.link.alias).await.unwrap();
+        create.push(timed(links.up_pod_link(&pod, &spec.link)).await.0);
+        let (time, same) = timed(links.up_pod_link(&pod, &spec.link)).await;
+        refresh.push(time);
+        assert_eq!(same.unwrap().pod.operations, 0);
+        let aliases = [spec.link.alias];
+        delete.push(timed(links.down_pod_links(&aliases)).await.0);
+    }
+    report("create a VXLAN device", device);
+    let create = report("create", create);
+    let refresh = report("refresh that changes nothing", refresh);
+    report("delete", delete);
+    assert!(create < BOUND && refresh < BOUND, "{create:?}, {refresh:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn many_pod_links_are_found_and_deleted_in_one_step() {
+    const MANY: usize = 300;
+    let (node, pod) = (netns(), netns());
+    let links = Links::in_namespace(node.clone());
+    let mut aliases = vec![];
+    let mut made = HashMap::new();
+    for number in 0..MANY {
+        let mut spec = vxlan(1).link;
+        spec.name = name(&format!("nsm-{number}"));
+        (spec.addresses, spec.routes, spec.neighbours) = (vec![], vec![], vec![]);
+        let link = links.up_pod_link(&pod, &spec).await.unwrap().node;
+        made.insert(link.index, link);
+        aliases.push(spec.alias);
+    }
+    let (time, found) = timed(links.pod_links(&domain())).await;
+    assert_eq!(found.unwrap().len(), MANY);
+    println!("{MANY} are found in {time:?}");
+    let mut watch = inside(&node, || NodeWatch::open().unwrap());
+    for what in ["the first look", "a look without changes"] {
+        let start = Instant::now();
+        assert!(watch.look(&made).unwrap().mended.is_empty());
+        println!("{what} at {MANY}: {:?}", start.elapsed());
+    }
+    let (time, removed) = timed(links.down_pod_links(&aliases)).await;
+    assert_eq!(removed.unwrap(), MANY);
+    println!("{MANY} are deleted in {time:?}");
 }
 
 async fn timed<T>(call: impl Future<Output = T>) -> (Duration, T) {
