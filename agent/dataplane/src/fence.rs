@@ -6,8 +6,9 @@
 //!
 //! The same table keeps other senders off the tunnels' UDP port: what leaves the node for that port was sent by the external device, on
 //! behalf of a program that has marked it ([`nsm_ebpf_common::TUNNEL_MARK`]), or is dropped. A pod with CAP_NET_ADMIN can bind a VXLAN device of its own
-//! to the node's namespace; the mark of its packets does not cross into the node's. This rule stands only while the external device
-//! has the port to itself: [`Guard::Open`] otherwise.
+//! to the node's namespace; the mark of its packets does not cross into the node's. And what arrives at the port came in by an interface
+//! that leads back to its source: a pod cannot send with a peer's address. These rules stand only while the external device has the
+//! port to itself: [`Guard::Open`] otherwise.
 //!
 //! The table is one of an agent: its name has the port, by which agents that share a namespace differ. It is made, changed and replaced
 //! in one transaction, so no packet meets half of it. It outlives the agent, as the links do.
@@ -57,8 +58,10 @@ pub struct Dropped {
     pub incoming: u64,
     /// Sent by the node's stack into a link of ours.
     pub outgoing: u64,
-    /// Sent to the tunnels' port by somebody else.
+    /// Sent to the tunnels' port by somebody else on this node.
     pub foreign: u64,
+    /// Arrived at the tunnels' port by an interface that does not lead to their source.
+    pub astray: u64,
 }
 
 /// Why there is no fence, or why it is not known to stand. Without it no link may be made.
@@ -78,8 +81,8 @@ pub enum FenceError {
     },
     /// The kernel has no nftables, or lacks a part that the table needs.
     #[error(
-        "this kernel cannot {action} nftables table `{table}` [{kernel}]: load the modules with `modprobe -a nf_tables nft_meta`, or \
-         enable CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET"
+        "this kernel cannot {action} nftables table `{table}` [{kernel}]: load the modules with `modprobe -a nf_tables nft_fib_inet`, or \
+         enable CONFIG_NF_TABLES_INET and CONFIG_NFT_FIB_INET"
     )]
     Unsupported {
         /// What was tried.
@@ -185,16 +188,17 @@ impl Fence {
     /// It cannot be read.
     pub fn dropped(&self) -> Result<Dropped, FenceError> {
         let state = &mut *self.state();
-        let mut counts = [0; 3];
+        let mut counts = [0; 4];
         for (count, chain) in counts.iter_mut().zip(rules::chains(self.port, state.guard)) {
             let found = self.rules_of(state, &chain)?;
             *count = found.iter().map(rules::counted).sum();
         }
-        let [incoming, outgoing, foreign] = counts;
+        let [incoming, outgoing, foreign, astray] = counts;
         Ok(Dropped {
             incoming,
             outgoing,
             foreign,
+            astray,
         })
     }
 
@@ -385,7 +389,8 @@ impl Fence {
                 table,
                 kernel,
             },
-            Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EAFNOSUPPORT | Errno::EINVAL => {
+            // ENOENT: an expression or a family that the kernel does not have.
+            Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EAFNOSUPPORT | Errno::ENOENT => {
                 FenceError::Unsupported {
                     action,
                     table,

@@ -47,7 +47,7 @@ pub(super) struct Chain {
 pub(super) struct Rule(Vec<Expressions>);
 
 /// The chains of the table, in the order of the fields of [`Dropped`](super::Dropped).
-pub(super) fn chains(port: u16, guard: Guard) -> [Chain; 3] {
+pub(super) fn chains(port: u16, guard: Guard) -> [Chain; 4] {
     [
         Chain {
             name: "incoming",
@@ -60,10 +60,18 @@ pub(super) fn chains(port: u16, guard: Guard) -> [Chain; 3] {
             rules: vec![Rule::drop_group(MetaKey::Oifgroup)],
         },
         Chain {
-            name: "tunnels",
+            name: "sending",
             hook: InetHookNumber::LocalOut,
             rules: match guard {
                 Guard::Closed => vec![Rule::drop_unmarked(port), Rule::unmark(port)],
+                Guard::Open => vec![],
+            },
+        },
+        Chain {
+            name: "arriving",
+            hook: InetHookNumber::LocalIn,
+            rules: match guard {
+                Guard::Closed => vec![Rule::drop_astray(port)],
                 Guard::Open => vec![],
             },
         },
@@ -169,6 +177,23 @@ impl Rule {
         Self(expressions)
     }
 
+    /// Drops UDP to the tunnels' port whose source is not reached by the interface that it came in by. What the node sends to itself is
+    /// left to [`Self::drop_unmarked`]: no route leads back through the loopback.
+    fn drop_astray(port: u16) -> Self {
+        let mut expressions = vec![
+            load(MetaKey::Iftype),
+            compare(Operator::NotEqual, &LOOPBACK.to_ne_bytes()),
+        ];
+        expressions.extend(to_port(port));
+        expressions.extend([
+            route_back(),
+            compare(Operator::Equal, &0u32.to_ne_bytes()),
+            counter(),
+            verdict(DROP),
+        ]);
+        Self(expressions)
+    }
+
     pub(super) fn expressions(&self) -> Vec<ListAttribute<ExpressionAttribute>> {
         self.0.iter().cloned().map(ListAttribute::from).collect()
     }
@@ -196,13 +221,13 @@ fn is_expression(wanted: &Expressions, shown: &Expressions) -> bool {
         (
             Expressions::Other {
                 expression_type: wanted,
-                ..
+                attributes: wanted_attributes,
             },
             Expressions::Other {
                 expression_type: shown,
-                ..
+                attributes: shown_attributes,
             },
-        ) => wanted == shown,
+        ) => wanted == shown && contains_all(shown_attributes, wanted_attributes),
         _ => false,
     }
 }
@@ -226,7 +251,7 @@ fn expressions_of(rule: &RuleMessage) -> impl Iterator<Item = &Expressions> {
     })
 }
 
-/// UDP to this port. Fragments are no matter: what the node itself sends is not fragmented yet.
+/// UDP to this port. Fragments are no matter: what the node sends is not fragmented yet, and what is for it is reassembled.
 fn to_port(port: u16) -> Vec<Expressions> {
     let (offset, length) = DESTINATION_PORT;
     vec![
@@ -244,6 +269,30 @@ fn to_port(port: u16) -> Vec<Expressions> {
 
 /// IPPROTO_UDP.
 const UDP: u8 = 17;
+
+/// ARPHRD_LOOPBACK of linux/if_arp.h.
+const LOOPBACK: u16 = 772;
+
+/// Loads whether the packet's source is reached by the interface that the packet came in by. Attributes and values are those of enum nft_fib_attributes, nft_fib_result and nft_fib_flags of
+/// linux/netfilter/nf_tables.h.
+fn route_back() -> Expressions {
+    const DESTINATION_REGISTER: u16 = 1;
+    const RESULT: u16 = 2;
+    const FLAGS: u16 = 3;
+    const OUTGOING_INDEX: u32 = 1;
+    const OF_SOURCE: u32 = 1 << 0;
+    const BY_INCOMING: u32 = 1 << 3;
+    const IS_PRESENT: u32 = 1 << 5;
+    let attribute = |kind, value: u32| DefaultNla::new(kind, value.to_be_bytes().to_vec());
+    Expressions::Other {
+        expression_type: "fib".to_owned(),
+        attributes: vec![
+            attribute(DESTINATION_REGISTER, Register::Reg1.into()),
+            attribute(RESULT, OUTGOING_INDEX),
+            attribute(FLAGS, OF_SOURCE | BY_INCOMING | IS_PRESENT),
+        ],
+    }
+}
 
 fn load(key: MetaKey) -> Expressions {
     Expressions::Meta(vec![

@@ -7,6 +7,7 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
+use nsm_core::link::LinkSpec;
 use nsm_dataplane::{
     fence::{Dropped, Fence, FenceError, Guard, Look},
     links::{Links, PodLink},
@@ -15,7 +16,8 @@ use nsm_dataplane::{
 use nsm_ebpf_common::TUNNEL_MARK;
 
 use crate::support::{
-    eventually, in_thread, inside, ip, ip_tool, link, mac, net, netns, route, two_nodes, vxlan,
+    eventually, in_thread, inside, ip, ip_tool, link, mac, name, net, netns, route, two_nodes,
+    vxlan,
 };
 
 const PORT: u16 = 4789;
@@ -48,6 +50,8 @@ fn stands_until_it_is_removed() {
         "hook prerouting priority -450",
         "hook postrouting priority -450",
         "hook output priority -450",
+        "hook input priority -450",
+        "meta iiftype != loopback udp dport 4789 fib saddr . iif oif missing counter packets 0 bytes 0 drop",
         "udp dport 4789 meta mark != 0x00003057 counter packets 0 bytes 0 drop",
         "meta mark set 0x00000000",
         "docs/operations.md",
@@ -85,7 +89,7 @@ fn whatever_becomes_of_it_is_put_back() {
         "add table inet proxy-nsmgr-4789 { flags dormant; }",
         "insert rule inet proxy-nsmgr-4789 incoming accept",
         "add rule inet proxy-nsmgr-4789 outgoing accept",
-        "insert rule inet proxy-nsmgr-4789 tunnels udp dport 4789 accept",
+        "insert rule inet proxy-nsmgr-4789 sending udp dport 4789 accept",
         "flush chain inet proxy-nsmgr-4789 incoming; delete chain inet proxy-nsmgr-4789 incoming; \
          add chain inet proxy-nsmgr-4789 incoming { type filter hook prerouting priority 0; }",
     ] {
@@ -135,7 +139,7 @@ impl World {
         let (node, pod) = (netns(), netns());
         for (address, length) in NODE.into_iter().zip(["32", "128"]) {
             let address = format!("{address}/{length}");
-            ip_tool(&node, &["address", "add", &address, "dev", "lo"]);
+            ip_tool(&node, &["address", "add", &address, "dev", "lo", "nodad"]);
         }
         let links = Links::in_namespace(node.clone());
         let mut spec = link(1, 2);
@@ -311,4 +315,65 @@ async fn nobody_else_sends_to_the_tunnels_port() {
     fence.guard(Guard::Open).unwrap();
     send(0).unwrap();
     assert!(received(&peer));
+}
+
+/// A pod of the node, on a link of its network, sends with the address of a peer.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_pod_cannot_send_as_a_peer() {
+    let (one, two) = two_nodes().await;
+    let fence = raise(&one, Guard::Closed);
+    let pod = netns();
+    let end = |mac_end: u8, own: &str, other: &str| LinkSpec {
+        name: name("cni0"),
+        addresses: vec![net(own)],
+        routes: vec![route(other, None)],
+        neighbours: vec![],
+        ..link(mac_end, 0)
+    };
+    let node_end = end(21, "10.1.0.1/32", "10.1.0.2/32");
+    let mut pod_end = end(22, "10.1.0.2/32", "192.0.2.1/32");
+    pod_end.addresses.push(net("192.0.2.2/32"));
+    let pair = ((&one, &node_end), (&pod, &pod_end));
+    Links::in_namespace(one.clone())
+        .up_veth(pair.0, pair.1)
+        .await
+        .unwrap();
+    ip_tool(
+        &pod,
+        &[
+            "neighbour",
+            "replace",
+            "192.0.2.1",
+            "lladdr",
+            "02:00:00:00:00:15",
+            "dev",
+            "cni0",
+        ],
+    );
+
+    let node = listen(&one, (ip("192.0.2.1"), PORT).into());
+    let send = |from: &Netns, address: &str| {
+        inside(from, || {
+            let socket = UdpSocket::bind((ip(address), 0)).unwrap();
+            setsockopt(&socket, sockopt::Mark, &TUNNEL_MARK).unwrap();
+            socket.send_to(b"x", "192.0.2.1:4789").unwrap();
+        });
+    };
+    send(&pod, "192.0.2.2");
+    eventually("the fence counts", || match fence.dropped().unwrap() {
+        Dropped { astray: 1, .. } => Ok(()),
+        dropped => Err(format!("{dropped:?}")),
+    });
+    // The peer itself, the pod under its own name, and the node.
+    for (from, address) in [(&two, "192.0.2.2"), (&pod, "10.1.0.2"), (&one, "192.0.2.1")] {
+        send(from, address);
+        let (_, source) = node.recv_from(&mut [0; 8]).unwrap();
+        assert_eq!(source.ip(), ip(address));
+    }
+    assert_eq!(fence.dropped().unwrap().astray, 1);
+
+    fence.guard(Guard::Open).unwrap();
+    send(&pod, "192.0.2.2");
+    assert!(received(&node));
 }
