@@ -13,6 +13,7 @@
 //! System calls block, so each call runs in one of a few threads that enter the namespaces (`pool`).
 
 mod basics;
+mod doomed;
 mod error;
 mod external;
 mod holdings;
@@ -37,8 +38,8 @@ use nsm_core::{
 };
 use tokio::sync::oneshot;
 
-use self::pool::Pool;
 use self::turns::{Parcel, Turn, Turns, Undo};
+use self::{doomed::Doomed, pool::Pool};
 pub use self::{
     error::{LinkError, LinkHolder, PortHolder},
     external::{External, ExternalSpec, Look},
@@ -72,6 +73,7 @@ struct Inner {
     turns: Turns,
     workers: Pool,
     removers: Pool,
+    doomed: Doomed,
 }
 
 /// A link in its wanted state.
@@ -131,6 +133,7 @@ impl Links {
                 workers: Pool::new("nsm-links", node.clone(), WORKERS),
                 removers: Pool::new("nsm-links-down", node.clone(), REMOVERS),
                 turns: Turns::default(),
+                doomed: Doomed::default(),
                 node,
             }),
         }
@@ -161,6 +164,21 @@ impl Links {
     ///
     /// See [`LinkError`]. Then nothing is left that this call created.
     pub async fn up_pod_link(&self, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
+        let outcome = self.try_up_pod_link(pod, spec).await;
+        let Err(LinkError::NameTaken { holder, .. }) = &outcome else {
+            return outcome;
+        };
+        match &holder.alias {
+            // Its connection is closed.
+            Some(holder) if self.inner.doomed.has(holder) => {
+                drop(self.inner.turns.take([holder]).await);
+                self.try_up_pod_link(pod, spec).await
+            }
+            _ => outcome,
+        }
+    }
+
+    async fn try_up_pod_link(&self, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
         let turn = self.inner.turns.take([&spec.alias]).await;
         let (node, pod, spec) = (self.inner.node.clone(), pod.clone(), spec.clone());
         let undo = undo_pod_link(&node, &spec.alias);
@@ -189,6 +207,23 @@ impl Links {
             nothing_to_undo(),
         )
         .await
+    }
+
+    /// Has a connection's pod link removed, without waiting for it: with others, as soon as the kernel has time. What the connection does
+    /// next with its link comes after that; a link of its name in the pod is made when this one is gone.
+    ///
+    /// # Errors
+    ///
+    /// There is no thread to do it. A refusal of the kernel is logged.
+    pub async fn down_pod_link_soon(&self, alias: &LinkAlias) -> Result<(), LinkError> {
+        let turn = self.inner.turns.take([alias]).await;
+        let Inner { removers, node, .. } = &*self.inner;
+        self.inner.doomed.add(alias, turn, removers, node)
+    }
+
+    /// Waits until every pod link is gone that is to be removed soon.
+    pub async fn settled(&self) {
+        self.inner.doomed.none_left().await;
     }
 
     /// The node's ends of all pod links of this domain's agents: what there is to adopt after a restart. Pods are not entered, and the

@@ -24,6 +24,13 @@ pub(super) struct Turn {
     turns: Turns,
 }
 
+impl fmt::Debug for Turn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let aliases = self.held.iter().map(|(alias, _)| alias);
+        f.debug_set().entries(aliases).finish()
+    }
+}
+
 impl Turns {
     /// Waits until no other call holds one of the aliases.
     pub(super) async fn take<'a>(&self, aliases: impl IntoIterator<Item = &'a LinkAlias>) -> Turn {
