@@ -4,15 +4,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{LinkSpec, RouteSpec, VxlanSpec},
+    link::{LinkSpec, RouteSpec},
     net::MacAddr,
 };
 use nsm_dataplane::links::Links;
 use proptest::{collection::vec, option, prelude::*, sample::subsequence};
 
 use crate::{
-    support::{add_address, add_route, ip, link, mac, net, netns, set_up, vxlan},
-    vxlan::assert_is,
+    contents::assert_is,
+    support::{add_address, add_route, ip, link, mac, net, netns, set_up},
 };
 
 /// Somebody else's hand on the link.
@@ -94,20 +94,6 @@ fn next_hop(prefix: IpNet, other: bool) -> IpAddr {
     })
 }
 
-fn spec() -> impl Strategy<Value = VxlanSpec> {
-    // Mostly the same VNI: a new link is no test of changing one.
-    (
-        link_spec(),
-        prop_oneof![9 => Just(300), 1 => Just(301)],
-        2u8..4,
-    )
-        .prop_map(|(link, vni, remote)| VxlanSpec {
-            link,
-            remote: ip(&format!("192.0.2.{remote}")),
-            ..vxlan(vni)
-        })
-}
-
 fn meddling() -> impl Strategy<Value = Meddling> {
     prop_oneof![
         Just(Meddling::Nothing),
@@ -124,13 +110,13 @@ proptest! {
 
     #[test]
     #[ignore = "needs root: makes network namespaces and links"]
-    fn every_plan_converges(specs in vec(spec(), 2..5), meddlings in vec(meddling(), 5)) {
+    fn every_plan_converges(specs in vec(link_spec(), 2..5), meddlings in vec(meddling(), 5)) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let (links, pod) = (Links::in_namespace(netns()), netns());
-        let alias = specs[0].link.alias.clone();
+        let alias = specs[0].alias.clone();
         let mut index = None;
         for (mut spec, meddling) in specs.into_iter().zip(meddlings) {
-            spec.link.alias = alias.clone();
+            spec.alias = alias.clone();
             if let Some(index) = index {
                 match meddling {
                     Meddling::Nothing => {}
@@ -143,10 +129,10 @@ proptest! {
                     Meddling::Route => add_route(&pod, index, foreign_route(), None),
                 }
             }
-            let up = runtime.block_on(links.up_vxlan(&pod, &spec)).unwrap();
+            let up = runtime.block_on(links.up_pod_link(&pod, &spec)).unwrap().pod;
             let link = runtime.block_on(links.observe(&pod, &alias)).unwrap().unwrap();
             assert_is(&link, &spec);
-            prop_assert_eq!(runtime.block_on(links.up_vxlan(&pod, &spec)).unwrap().operations, 0);
+            prop_assert_eq!(runtime.block_on(links.up_pod_link(&pod, &spec)).unwrap().pod.operations, 0);
             if matches!(meddling, Meddling::Route) && index == Some(up.index) {
                 prop_assert!(link.routes.iter().any(|route| route.spec.prefix == foreign_route()), "a foreign route went");
             }

@@ -8,7 +8,7 @@ use nsm_dataplane::{
     netns::Netns,
 };
 
-use crate::support::{domain, inside, ip_tool, link_names, netns, vxlan};
+use crate::support::{add_foreign_vxlan, domain, inside, ip_tool, link_names, netns};
 
 fn spec() -> ExternalSpec {
     ExternalSpec {
@@ -119,7 +119,7 @@ async fn a_port_that_is_taken_is_reported() {
 
     // A VXLAN device of another program, as Calico has one on this port.
     let pod = netns();
-    links.up_vxlan(&pod, &vxlan(100)).await.unwrap();
+    add_foreign_vxlan(&node, &pod, (4789, 4789));
     let error = links.up_external(&spec()).await.unwrap_err();
     assert!(matches!(error, LinkError::PortTaken { .. }), "{error}");
     assert_eq!(link_names(&node), [""; 0]);

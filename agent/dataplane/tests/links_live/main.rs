@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod addresses;
+mod contents;
 mod converge;
 mod external;
 mod failure;
@@ -14,4 +15,3 @@ mod times;
 mod traffic;
 mod underlay;
 mod veth;
-mod vxlan;

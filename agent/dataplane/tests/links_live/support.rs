@@ -2,6 +2,7 @@
 
 use std::{
     net::IpAddr,
+    os::fd::{AsFd as _, AsRawFd as _},
     sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
@@ -15,7 +16,9 @@ use netlink_packet_core::{
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{
+        InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    },
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -194,6 +197,47 @@ pub(crate) fn add_foreign_link(netns: &Netns, name: &str) {
         RouteNetlinkMessage::NewLink(link),
         NLM_F_CREATE | NLM_F_EXCL,
     );
+}
+
+/// A VXLAN device in a namespace, whose socket is in another one: as a pod with CAP_NET_ADMIN makes it, or another program of the node.
+/// Its packets go to the first port, from a socket that is bound to the second.
+pub(crate) fn add_foreign_vxlan(socket: &Netns, device: &Netns, (to, from): (u16, u16)) {
+    let mut link = LinkMessage::default();
+    link.attributes = vec![
+        LinkAttribute::IfName("vxlan0".to_owned()),
+        LinkAttribute::NetNsFd(device.as_fd().as_raw_fd()),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Vxlan),
+            LinkInfo::Data(InfoData::Vxlan(vec![
+                InfoVxlan::Id(100),
+                InfoVxlan::Port(from),
+            ])),
+        ]),
+    ];
+    meddle(
+        socket,
+        RouteNetlinkMessage::NewLink(link),
+        NLM_F_CREATE | NLM_F_EXCL,
+    );
+    ip_tool(
+        device,
+        &[
+            "link",
+            "set",
+            "vxlan0",
+            "up",
+            "address",
+            "02:00:00:00:00:01",
+        ],
+    );
+    let entry = format!("fdb append 00:00:00:00:00:00 dev vxlan0 dst 192.0.2.2 port {to} self");
+    let output = inside(device, || {
+        std::process::Command::new("bridge")
+            .args(entry.split(' '))
+            .output()
+            .unwrap()
+    });
+    assert!(output.status.success(), "bridge {entry}: {output:?}");
 }
 
 /// Takes a link up or down.

@@ -3,7 +3,7 @@
 use nsm_dataplane::links::{LinkError, Links};
 
 use crate::support::{
-    add_address, add_foreign_link, add_route, inside, ip, net, netns, set_up, two_nodes, vxlan,
+    add_address, add_foreign_link, add_route, inside, ip, link, net, netns, set_up, two_nodes,
 };
 
 #[tokio::test]
@@ -71,8 +71,7 @@ async fn a_connection_in_the_nodes_own_namespace_is_no_network_of_the_node() {
     set_up(&node, eth0, true);
     add_address(&node, eth0, net("192.0.2.1/24"));
     let links = Links::in_namespace(node.clone());
-    let spec = vxlan(100);
-    links.up_vxlan(&node, &spec).await.unwrap();
+    links.up_pod_link(&node, &link(1, 2)).await.unwrap();
     assert_eq!(
         links.own_addresses().await.unwrap(),
         [net("192.0.2.1/24")],

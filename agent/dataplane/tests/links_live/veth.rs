@@ -1,13 +1,17 @@
 //! Veth pairs between two pods of one node.
 
-use nsm_core::link::{LinkKind, LinkSpec};
+use nsm_core::link::{LinkAlias, LinkKind, LinkSpec};
 use nsm_dataplane::{
     links::{LinkError, Links},
     netns::Netns,
 };
 
-use crate::support::{
-    add_foreign_link, delete_link, link, link_names, mac, name, net, netns, route,
+use crate::{
+    contents::assert_is,
+    support::{
+        add_foreign_link, delete_link, domain, inside, link, link_names, mac, name, net, netns,
+        route,
+    },
 };
 
 struct Pair {
@@ -199,4 +203,51 @@ async fn failures_leave_neither_end() {
     }
     pair.up().await.unwrap();
     pair.assert_is_wanted().await;
+}
+
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn is_found_again_after_a_restart() {
+    let mut pair = Pair::wanted();
+    // Found are namespaces that a process is in.
+    let _processes = [&pair.pods.0, &pair.pods.1].map(|pod| inside(pod, Process::start));
+    let domain = format!("restart.{}", domain());
+    pair.specs.0.alias = LinkAlias::new(&domain, "client").unwrap();
+    pair.specs.1.alias = LinkAlias::new(&domain, "endpoint").unwrap();
+    add_foreign_link(&pair.pods.0, "eth0");
+    pair.up().await.unwrap();
+    let mut found = pair.links.find_ours(&domain).await.unwrap();
+    found.sort_by_key(|(_, link)| link.alias.clone());
+    for ((pod, spec), (netns, link)) in
+        [(&pair.pods.0, &pair.specs.0), (&pair.pods.1, &pair.specs.1)]
+            .into_iter()
+            .zip(&found)
+    {
+        assert_eq!(netns.id(), pod.id());
+        assert_is(link, spec);
+    }
+    assert_eq!(found.len(), 2, "{found:?}");
+    let others = pair.links.find_ours("another.example").await.unwrap();
+    assert!(others.is_empty());
+}
+
+/// A process in the namespace of the thread that starts it, until dropped.
+struct Process(std::process::Child);
+
+impl Process {
+    fn start() -> Self {
+        Self(
+            std::process::Command::new("sleep")
+                .arg("60")
+                .spawn()
+                .unwrap(),
+        )
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
