@@ -63,11 +63,11 @@ impl fmt::Display for PodNetns {
 /// The links of one connection on this node.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Plan {
-    /// One end of a tunnel, in the namespace of the client or of the endpoint.
+    /// A link of the client or of the endpoint, and the tunnel of the node behind it.
     Vxlan {
         /// The pod's namespace.
         netns: PodNetns,
-        /// The link.
+        /// The link and the tunnel.
         spec: VxlanSpec,
     },
     /// Client and endpoint are both on this node.
@@ -80,7 +80,8 @@ pub enum Plan {
 }
 
 impl Plan {
-    /// Whether the links of this plan become those of `wanted` by changes, without one made anew.
+    /// Whether the links of this plan become those of `wanted` by changes, without one made anew. The pod's link of a tunnel does so
+    /// whatever the tunnel behind it becomes.
     pub(crate) fn is_same_links(&self, wanted: &Self) -> bool {
         match (self, wanted) {
             (
@@ -89,13 +90,7 @@ impl Plan {
                     netns: new_netns,
                     spec: new_spec,
                 },
-            ) => {
-                netns == new_netns
-                    && spec.link.name == new_spec.link.name
-                    && spec.vni == new_spec.vni
-                    && spec.port == new_spec.port
-                    && spec.remote == new_spec.remote
-            }
+            ) => netns == new_netns && spec.link.name == new_spec.link.name,
             (
                 Self::Veth { client, endpoint },
                 Self::Veth {

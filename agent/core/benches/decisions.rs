@@ -230,6 +230,7 @@ fn tunnels(c: &mut Criterion) {
             }],
             neighbours: vec![(IpAddr::from([172, 16, 1, 0]), mac(2))],
         },
+        sources: vec![],
         vni: Vni::try_from(4242).expect("24 bits"),
         local: IpAddr::from([192, 0, 2, 1]),
         remote: IpAddr::from([198, 51, 100, 7]),

@@ -100,7 +100,8 @@ impl Agent {
             let probing = Arc::clone(forwarder.probing());
             tasks.spawn(probing.until_it_probes(plane.clone(), readiness.clone()));
             let programs = Arc::clone(forwarder.programs());
-            tasks.spawn(hooks::look_after(programs, readiness.clone()));
+            let forwarding = Arc::clone(forwarder.forwarding());
+            tasks.spawn(hooks::look_after(programs, forwarding, readiness.clone()));
             tasks.spawn(orphans::collect(
                 Arc::clone(forwarder),
                 plane.clone(),

@@ -10,7 +10,7 @@
 mod world;
 
 use std::{
-    env, fs,
+    fs,
     net::IpAddr,
     os::fd::{AsFd as _, AsRawFd as _},
     process, thread,
@@ -26,7 +26,6 @@ struct Wanted {
     connections: usize,
     seconds: u64,
     busy: usize,
-    user_space: bool,
 }
 
 fn main() -> Result<(), Failure> {
@@ -35,7 +34,6 @@ fn main() -> Result<(), Failure> {
         connections: number("connections", 10_000),
         seconds: number("seconds", 20) as u64,
         busy: number("busy", 0),
-        user_space: env::args().any(|word| word == "user-space"),
     };
     sandbox(measure(&wanted))
 }
@@ -62,19 +60,14 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
     }
     let interfaces = (1..=wanted.peers).map(|number| format!("to{number}"));
     let before = threads()?;
-    let mut centre = start(wanted.user_space, &middle, 0, interfaces.collect())?;
+    let mut centre = start(&middle, 0, interfaces.collect())?;
     let of_centre: Vec<String> = threads()?
         .into_iter()
         .filter(|thread| !before.contains(thread))
         .collect();
     let mut nodes = Vec::new();
     for (number, netns) in (1..).zip(&namespaces) {
-        nodes.push(start(
-            wanted.user_space,
-            netns,
-            number,
-            vec!["eth0".to_owned()],
-        )?);
+        nodes.push(start(netns, number, vec!["eth0".to_owned()])?);
     }
     let mut guards: Vec<Peer> = Vec::new();
     for (number, node) in (1..).zip(&nodes) {
@@ -139,11 +132,10 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
     p50.sort_by(f64::total_cmp);
     p99.sort_by(f64::total_cmp);
     println!(
-        r#"{{"peers":{},"connections":{},"busy":{},"plane":"{:?}","realtime":{},"seconds":{:.1},"cpu_percent":{:.2},"probes_per_second":{:.0},"us_per_probe":{:.1},"reflections":{},"reflection_p50_us":{:.1},"reflection_p99_us":{:.1},"rtt_p50_us":{:.1},"rtt_p99_us":{:.1},"rtt_p99_worst_peer_us":{:.1},"false_alarms":{alarms}}}"#,
+        r#"{{"peers":{},"connections":{},"busy":{},"realtime":{},"seconds":{:.1},"cpu_percent":{:.2},"probes_per_second":{:.0},"us_per_probe":{:.1},"reflections":{},"reflection_p50_us":{:.1},"reflection_p99_us":{:.1},"rtt_p50_us":{:.1},"rtt_p99_us":{:.1},"rtt_p99_worst_peer_us":{:.1},"false_alarms":{alarms}}}"#,
         reports.len(),
         wanted.connections,
         wanted.busy,
-        centre.health.plane(),
         centre.health.has_realtime(),
         took.as_secs_f64(),
         100.0 * spent.as_secs_f64() / took.as_secs_f64(),
@@ -158,9 +150,9 @@ async fn measure(wanted: &Wanted) -> Result<(), Failure> {
     );
     drop(guards);
     for node in nodes {
-        node.health.close().await?;
+        node.end().await?;
     }
-    centre.health.close().await?;
+    centre.end().await?;
     Ok(())
 }
 

@@ -8,7 +8,7 @@
 mod world;
 
 use std::{
-    env, fs,
+    fs,
     os::fd::{AsFd as _, AsRawFd as _},
     process,
     time::Duration,
@@ -26,7 +26,6 @@ fn main() -> Result<(), Failure> {
 }
 
 async fn measure() -> Result<(), Failure> {
-    let user_space = env::args().any(|word| word == "user-space");
     let (times, busy) = (number("times", 50), number("busy", 0));
     let router = netns()?;
     let namespaces = [netns()?, netns()?];
@@ -49,7 +48,7 @@ async fn measure() -> Result<(), Failure> {
             ip("link set eth0 up")?;
             ip(&format!("route add default via 10.{side}.0.254"))
         })?;
-        nodes.push(start(user_space, netns, side, vec!["eth0".to_owned()])?);
+        nodes.push(start(netns, side, vec!["eth0".to_owned()])?);
     }
     let to_one = nodes[1]
         .health
@@ -89,13 +88,12 @@ async fn measure() -> Result<(), Failure> {
     drop(spinning);
     let (verdict, told) = (quantiles(verdicts), quantiles(told));
     println!(
-        r#"{{"faults":{times},"busy":{busy},"plane":"{:?}","realtime":{},"verdict_ms":{verdict},"told_ms":{told}}}"#,
-        nodes[0].health.plane(),
+        r#"{{"faults":{times},"busy":{busy},"realtime":{},"verdict_ms":{verdict},"told_ms":{told}}}"#,
         nodes[0].health.has_realtime(),
     );
     drop((to_one, to_two));
     for node in nodes {
-        node.health.close().await?;
+        node.end().await?;
     }
     Ok(())
 }

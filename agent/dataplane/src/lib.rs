@@ -5,6 +5,7 @@
 pub mod addresses;
 pub mod bpf;
 pub mod fence;
+pub mod forward;
 pub mod links;
 pub mod liveness;
 mod netlink;

@@ -10,16 +10,18 @@
 
 #![no_std]
 
+pub mod forward;
 pub mod management;
 pub mod sbfd;
 mod shared;
 
 pub use shared::Shared;
 
+use forward::MacWords;
 use management::MAX_SESSIONS;
 
 /// Version of everything in this crate that is seen through a pinned map.
-pub const LAYOUT: u32 = 8;
+pub const LAYOUT: u32 = 9;
 
 /// Tunnels that one node can hold: the bar is 10,000 connections, the rest is head room.
 pub const MAX_SLOTS: u32 = 16_384;
@@ -51,8 +53,8 @@ pub const fn recent_place(key: &TunnelKey) -> u32 {
 /// UDP destination port of VXLAN (RFC 7348, section 8).
 pub const VXLAN_PORT: u16 = 4789;
 
-/// The `skb->mark` of packets that our programs send through the node's external VXLAN device. A rule of the agent drops others' UDP to the
-/// tunnels' port and takes the mark off: a packet's mark does not cross namespaces, so no pod can set it. Its bits are none of those that
+/// The `skb->mark` of packets of tunnels: those that our programs send through the node's external VXLAN device, and those that they have
+/// let in on the underlay. Rules of the agent drop others' UDP to the tunnels' port and take the mark off what leaves: a packet's mark does not cross namespaces, so no pod can set it. Its bits are none of those that
 /// kube-proxy, Calico, Cilium and Istio give a meaning.
 pub const TUNNEL_MARK: u32 = 0x3057;
 
@@ -102,6 +104,28 @@ pub struct TunnelKey {
 pub struct Tunnel {
     /// Index into COUNTERS. Of a marker: the slot of the tunnel that made it.
     pub slot: u32,
+    /// The interface index of the node's end of the pod link; 0: the tunnel has no pod link.
+    pub link: u32,
+    /// Bits of [`forward::tunnel_flags`].
+    pub flags: u32,
+    /// The Ethernet address of the pod's end.
+    pub mac: MacWords,
+    /// Always 0.
+    pub reserved: u16,
+}
+
+impl Tunnel {
+    /// A tunnel that is counted and leads to no pod.
+    #[must_use]
+    pub const fn counted(slot: u32) -> Self {
+        Self {
+            slot,
+            link: 0,
+            flags: 0,
+            mac: [0; 3],
+            reserved: 0,
+        }
+    }
 }
 
 /// Value of COUNTERS, one for each slot and CPU. "In" is from the peer to us. Packets and bytes are those of the wire: the
@@ -227,6 +251,20 @@ reasons! {
     SbfdStale = 13, "sbfd_stale", Dropped;
     /// A probe whose number had not advanced: replayed, overtaken, or of an initiator that numbers none. It is answered and proves nothing.
     SbfdReplayed = 14, "sbfd_replayed", Passed;
+    /// From a pod link of no connection.
+    PodUnknownLink = 15, "pod_unknown_link", Dropped;
+    /// From a pod, with another Ethernet source address than that of its link.
+    PodWrongMac = 16, "pod_wrong_mac", Dropped;
+    /// From a pod, with a source address that its connection does not allow.
+    PodWrongSource = 17, "pod_wrong_source", Dropped;
+    /// From a pod or the prober, and there is no device for its tunnel, or the kernel refused the tunnel's addresses.
+    NotEncapsulated = 18, "not_encapsulated", Dropped;
+    /// From a tunnel of no connection: another VNI, or another source than the peer, whatever way it came.
+    TunnelUnknown = 19, "tunnel_unknown", Dropped;
+    /// From a tunnel, to another Ethernet address than that of the pod.
+    TunnelWrongMac = 20, "tunnel_wrong_mac", Dropped;
+    /// A probe or answer to an Ethernet address of no path.
+    ProbeUnknownPath = 21, "probe_unknown_path", Dropped;
 }
 
 /// Entries of DROPS.
@@ -243,11 +281,11 @@ impl Reason {
 // A struct is free of padding exactly when it is as large as its fields together.
 const _: () = {
     assert!(size_of::<TunnelKey>() == 4 + 16);
-    assert!(size_of::<Tunnel>() == 4);
+    assert!(size_of::<Tunnel>() == 3 * 4 + 6 + 2);
     assert!(size_of::<Counters>() == 6 * 8);
     assert!(size_of::<Foreign>() == 2 * 8);
     assert!(size_of::<Clock>() == 2 * 8);
-    assert!(size_of::<Recent>() == 8 + 20 + 4);
+    assert!(size_of::<Recent>() == 8 + 20 + 20);
     assert!(RECENT_ENTRIES.is_power_of_two());
     let mut i = 0;
     while i < Reason::ALL.len() {

@@ -67,6 +67,8 @@ pub struct NodeState {
     pub discriminator: Shared,
     /// A [`State`] as its number: Up or AdminDown.
     pub state: Shared,
+    /// The interface indexes of the probe links, of IPv4 and of IPv6: answers that the prober waits for go there. 0: there is none.
+    pub links: [Shared; 2],
 }
 
 /// What became of one probe.
@@ -136,7 +138,7 @@ pub struct Session {
     pub reflected: Shared,
     /// Bytes of their frames.
     pub reflected_bytes: Shared,
-    /// How long the last one took, from the link's ingress to its egress.
+    /// How long the last one took, from the start of the program to its end.
     pub last_reflection_ns: Shared,
     /// Probes of the peer that came too fast.
     pub rate_limited: Shared,
@@ -190,7 +192,7 @@ impl Default for Session {
 
 // A struct is free of padding exactly when it is as large as its fields together.
 const _: () = {
-    assert!(size_of::<NodeState>() == 2 * 8);
+    assert!(size_of::<NodeState>() == 4 * 8);
     assert!(size_of::<Stamp>() == 4 * 8);
     assert!(size_of::<Reached>() == 2 * 8);
     assert!(
@@ -509,28 +511,31 @@ pub fn ingress<N: Node + ?Sized>(
     }
 }
 
-/// Notes a packet that goes out; false: it is none of ours, and must not leave. What the kernel itself says on each link (IPv6
+/// Notes a probe that goes out; false: it is none of ours, and must not leave. What the kernel itself says on each link (IPv6
 /// group memberships) ends so.
 #[inline(always)]
 pub fn egress<N: Node + ?Sized>(packet: Option<&Packet>, now_ns: u64, node: &N) -> bool {
     let Some(packet) = packet else {
         return false;
     };
-    let session = node.session(packet.receiver);
-    if packet.role == Role::Reflector {
-        if let Some(session) = session {
-            let took = now_ns.saturating_sub(session.reflected_ns.load());
-            session.last_reflection_ns.store(took);
-        }
-        return true;
-    }
-    match session {
+    match node.session(packet.receiver) {
         Some(session)
-            if u64::from(packet.control.my_discriminator) == session.local_discriminator.load() =>
+            if packet.role == Role::Initiator
+                && u64::from(packet.control.my_discriminator)
+                    == session.local_discriminator.load() =>
         {
             session.stamp_sent(&packet.control, now_ns);
             true
         }
         _ => false,
+    }
+}
+
+/// Notes that the answer to a probe goes out to `receiver`, who sent it.
+#[inline(always)]
+pub fn reflected<N: Node + ?Sized>(receiver: u64, now_ns: u64, node: &N) {
+    if let Some(session) = node.session(receiver) {
+        let took = now_ns.saturating_sub(session.reflected_ns.load());
+        session.last_reflection_ns.store(took);
     }
 }

@@ -1,6 +1,6 @@
-//! The BPF programs: tcx (or clsact) classifiers for ingress and egress of the underlay, and ([`management`]) of the
-//! management link. The decisions are in the library; here are the maps, the access to a packet, and the one place where a
-//! decision becomes an action.
+//! The BPF programs: tcx (or clsact) classifiers for ingress and egress of the underlay, ([`link`]) of pod links and external devices,
+//! and ([`management`]) of the probe link. The decisions are in the library; here are the maps, the access to a packet, and the one
+//! place where a decision becomes an action.
 //!
 //! Those of the underlay return TC_ACT_UNSPEC, which is also TCX_NEXT: other programs on the hook have their say. Only our VNI from a wrong
 //! source (and what could hide it) is dropped, and only on the way in.
@@ -13,6 +13,7 @@
     reason = "the macros of aya-ebpf export each program under a second, undocumented name"
 )]
 
+mod link;
 mod management;
 
 use core::mem::MaybeUninit;
@@ -27,8 +28,8 @@ use aya_ebpf::{
 };
 use nsm_ebpf_common::{
     Clock, Counters, Fate, Foreign, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT,
-    PEER_MARKER, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent, Tunnel, TunnelKey, port_bit,
-    recent_place,
+    PEER_MARKER, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent, TUNNEL_MARK, Tunnel,
+    TunnelKey, port_bit, recent_place,
 };
 use nsm_ebpf_programs::{
     Bytes,
@@ -111,7 +112,7 @@ fn handle_plain(
     vxlan: Result<Vxlan, NotVxlan>,
 ) -> i32 {
     let decided = attribute(direction, frame, vxlan, || size(ctx), &Maps);
-    conclude(direction, decided)
+    conclude(ctx, direction, decided)
 }
 
 /// Exported, so that it is a global function to the verifier and the frames above have all registers for themselves.
@@ -131,7 +132,7 @@ extern "C" fn not_plain_egress(skb: *mut __sk_buff) -> i32 {
 #[inline(always)]
 fn handle_any(ctx: &TcContext, direction: Direction) -> i32 {
     let decided = decide(direction, &Skb::new(ctx), size(ctx), &Maps);
-    conclude(direction, decided)
+    conclude(ctx, direction, decided)
 }
 
 #[inline(always)]
@@ -146,10 +147,13 @@ fn size(ctx: &TcContext) -> Size {
 }
 
 #[inline(always)]
-fn conclude(direction: Direction, decided: Result<Traffic, Miss>) -> i32 {
+fn conclude(ctx: &TcContext, direction: Direction, decided: Result<Traffic, Miss>) -> i32 {
     match decided {
         Ok(traffic) => {
             count(direction, &traffic);
+            if direction == Direction::In {
+                set_mark(ctx, TUNNEL_MARK);
+            }
             TC_ACT_UNSPEC
         }
         Err(miss) => act(direction, miss),
@@ -164,21 +168,26 @@ fn is_tunnel_port(port: u16) -> bool {
 
 #[inline(always)]
 fn count(direction: Direction, traffic: &Traffic) {
-    let Some(counters) = COUNTERS.get_ptr_mut(traffic.slot) else {
-        return;
-    };
+    if let Some(counters) = COUNTERS.get_ptr_mut(traffic.slot) {
+        add(counters, direction, traffic.packets, traffic.bytes);
+    }
+}
+
+/// Adds to this CPU's value of COUNTERS or LINKS.
+#[inline(always)]
+fn add(counters: *mut Counters, direction: Direction, packets: u64, bytes: u64) {
     // SAFETY: a pointer into this CPU's value, not null; classifiers of one CPU do not interrupt each other.
     let counters = unsafe { &mut *counters };
     let now = coarse_now();
     match direction {
         Direction::In => {
-            counters.in_packets += traffic.packets;
-            counters.in_bytes += traffic.bytes;
+            counters.in_packets += packets;
+            counters.in_bytes += bytes;
             counters.last_in_ns = now;
         }
         Direction::Out => {
-            counters.out_packets += traffic.packets;
-            counters.out_bytes += traffic.bytes;
+            counters.out_packets += packets;
+            counters.out_bytes += bytes;
             counters.last_out_ns = now;
         }
     }
@@ -191,7 +200,7 @@ fn coarse_now() -> u64 {
     let Some(clock) = CLOCK.get_ptr_mut(0) else {
         return 0;
     };
-    // SAFETY: as in `count`.
+    // SAFETY: as in `add`.
     let clock = unsafe { &mut *clock };
     // SAFETY: takes no argument, reads a counter.
     let tick = unsafe { bpf_jiffies64() };
@@ -201,6 +210,13 @@ fn coarse_now() -> u64 {
         clock.tick = tick;
     }
     clock.now_ns
+}
+
+/// Sets the mark by which the fence knows packets of tunnels.
+#[inline(always)]
+fn set_mark(ctx: &TcContext, mark: u32) {
+    // SAFETY: the kernel hands a valid __sk_buff to a classifier; the verifier checks each access.
+    unsafe { (*ctx.skb.skb).mark = mark };
 }
 
 /// What happens to a frame that is not a tunnel's.
@@ -219,7 +235,7 @@ fn act(direction: Direction, miss: Miss) -> i32 {
 #[inline(always)]
 fn bump(reason: Reason) {
     if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
-        // SAFETY: as in `count`.
+        // SAFETY: as in `add`.
         unsafe { *count += 1 };
     }
 }
@@ -278,13 +294,13 @@ fn note_foreign(packet: &TunnelKey) {
 fn look_up(key: &TunnelKey) -> Option<&'static Tunnel> {
     // SAFETY: the pointer is to a value of the map and not null; volatile, for user space writes it.
     let generation = unsafe { GENERATION.get_ptr(0)?.read_volatile() };
-    // SAFETY: as in `count`.
+    // SAFETY: as in `add`.
     let recent = unsafe { &mut *RECENT.get_ptr_mut(recent_place(key))? };
     if recent.generation != generation || !is_same(&recent.key, key) {
         // SAFETY: this program never changes the map. An entry that user space removes meanwhile may be filled anew while we look: then a
         // packet counts to a tunnel that was there a moment before or after it.
         let found = unsafe { TUNNELS.get(key) };
-        recent.tunnel = found.copied().unwrap_or(Tunnel { slot: NO_SLOT });
+        recent.tunnel = found.copied().unwrap_or(Tunnel::counted(NO_SLOT));
         recent.key = *key;
         recent.generation = generation;
     }

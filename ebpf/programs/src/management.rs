@@ -1,11 +1,14 @@
-//! The programs of the management link: what leaves is stamped, answers are matched to their stamps, probes are turned round
-//! and sent back. What they decide is in [`nsm_ebpf_common::management`].
+//! Probes and their answers: what leaves is stamped, answers are matched to their stamps, probes are turned round and sent back. What they
+//! decide is in [`nsm_ebpf_common::management`].
 //!
-//! The link carries S-BFD and nothing else: everything but an answer that user space waits for ends here, so that no packet of
-//! the management VNI ever reaches the node's IP stack (RFC 8971, section 3).
+//! Probes take the way of data: the prober's frames leave by the probe link, a device that carries nothing, whose program sends them
+//! through the external device; what comes with the probe VNI from a peer is handed over by the external device's program.
+//!
+//! Everything but an answer that user space waits for ends here, so that no packet of the probe VNI ever reaches the node's IP stack
+//! (RFC 8971, section 3).
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT},
     btf_maps::{Array, HashMap},
     helpers::generated::{bpf_ktime_get_ns, bpf_redirect},
     macros::{btf_map, classifier},
@@ -13,14 +16,19 @@ use aya_ebpf::{
 };
 use nsm_ebpf_common::{
     Reason,
-    management::{MAX_SESSIONS, Node, NodeState, Session, Verdict, egress, ingress},
+    forward::ProbePath,
+    management::{MAX_SESSIONS, Node, NodeState, Session, Verdict, egress, ingress, reflected},
     sbfd::{
         Flags,
         frame::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, HEAD_V4, HEAD_V6},
     },
 };
 
-use crate::{bump, load_by_helper};
+use crate::{
+    bump,
+    link::{Route, encapsulate, refuse},
+    load_by_helper,
+};
 
 /// BPF_F_MMAPABLE of linux/bpf.h: user space reads and writes the values in place.
 const MMAPABLE: usize = 1 << 10;
@@ -37,25 +45,36 @@ static SESSIONS: Array<Session, { MAX_SESSIONS as usize }, MMAPABLE> = Array::ne
 #[btf_map]
 static SESSION_INDEX: HashMap<u64, u32, { MAX_SESSIONS as usize }> = HashMap::new();
 
-/// From the peers to us.
+/// The destination of a probe or an answer, and the family of its underlay, to where it goes. A node has an entry for each path to it, and
+/// one more where its own probes are answered on a path with another address.
+#[btf_map]
+static PROBE_PATHS: HashMap<u64, ProbePath, { 2 * MAX_SESSIONS as usize }> = HashMap::new();
+
+/// From the prober to the peers.
 #[classifier]
-pub fn management_ingress(ctx: TcContext) -> i32 {
+pub fn probe_egress(ctx: TcContext) -> i32 {
     match ethertype(&ctx) {
-        Some(ETHERTYPE_IPV4) => receive::<HEAD_V4>(&ctx),
-        Some(ETHERTYPE_IPV6) => receive::<HEAD_V6>(&ctx),
-        _ => refuse(Reason::SbfdMalformed),
+        Some(ETHERTYPE_IPV4) => send::<HEAD_V4>(&ctx),
+        Some(ETHERTYPE_IPV6) => send::<HEAD_V6>(&ctx),
+        _ => TC_ACT_SHOT,
     }
 }
 
-/// From us to the peers.
+/// What the external device's program does with a packet of the probe VNI. It hangs nowhere: BPF_PROG_TEST_RUN has no tunnel key to give to
+/// that program, so the tests run this one.
 #[classifier]
-pub fn management_egress(ctx: TcContext) -> i32 {
-    let ours = match ethertype(&ctx) {
-        Some(ETHERTYPE_IPV4) => send::<HEAD_V4>(&ctx),
-        Some(ETHERTYPE_IPV6) => send::<HEAD_V6>(&ctx),
-        _ => false,
-    };
-    if ours { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
+pub fn probe_ingress(ctx: TcContext) -> i32 {
+    receive(&ctx)
+}
+
+/// From the peers to us.
+#[inline(always)]
+pub(crate) fn receive(ctx: &TcContext) -> i32 {
+    match ethertype(ctx) {
+        Some(ETHERTYPE_IPV4) => receive_of::<HEAD_V4>(ctx),
+        Some(ETHERTYPE_IPV6) => receive_of::<HEAD_V6>(ctx),
+        _ => refuse(Reason::SbfdMalformed),
+    }
 }
 
 #[inline(always)]
@@ -64,7 +83,7 @@ fn ethertype(ctx: &TcContext) -> Option<u16> {
 }
 
 #[inline(always)]
-fn receive<const N: usize>(ctx: &TcContext) -> i32 {
+fn receive_of<const N: usize>(ctx: &TcContext) -> i32 {
     let Some(head) = head::<N>(ctx) else {
         return refuse(Reason::SbfdMalformed);
     };
@@ -77,24 +96,61 @@ fn receive<const N: usize>(ctx: &TcContext) -> i32 {
             if !is_new {
                 bump(Reason::SbfdReplayed);
             }
-            if let Some(packet) = packet {
-                frame::reflect(head, &packet.control, reflector);
-            }
-            // SAFETY: the kernel hands a valid __sk_buff to a classifier; the helper takes numbers.
-            unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
+            let Some(packet) = packet else {
+                return TC_ACT_SHOT;
+            };
+            frame::reflect(head, &packet.control, reflector);
+            let action = to_peer(ctx, packet.sender);
+            reflected(packet.sender, now(), &Maps);
+            action
         }
-        Ok(Verdict::Answered { wake: true }) => TC_ACT_UNSPEC,
+        Ok(Verdict::Answered { wake: true }) => to_prober::<N>(),
         Ok(Verdict::Answered { wake: false }) => TC_ACT_SHOT,
         Err(reason) => refuse(reason),
     }
 }
 
 #[inline(always)]
-fn send<const N: usize>(ctx: &TcContext) -> bool {
+fn send<const N: usize>(ctx: &TcContext) -> i32 {
     let Some(head) = head::<N>(ctx) else {
-        return false;
+        return TC_ACT_SHOT;
     };
-    egress(frame::parse(head, ctx.len()).as_ref(), now(), &Maps)
+    match frame::parse(head, ctx.len()) {
+        Some(packet) if egress(Some(&packet), now(), &Maps) => to_peer(ctx, packet.receiver),
+        _ => TC_ACT_SHOT,
+    }
+}
+
+/// Sends a frame to the peer with this Ethernet address.
+#[inline(always)]
+fn to_peer(ctx: &TcContext, receiver: u64) -> i32 {
+    // SAFETY: read only; user space replaces an entry as a whole. A probe that meets that may go to an address of half of each, and is
+    // answered by nobody.
+    let Some(path) = (unsafe { PROBE_PATHS.get(&receiver) }) else {
+        return refuse(Reason::ProbeUnknownPath);
+    };
+    let route = Route {
+        device: path.device,
+        vni: path.vni,
+        local: &path.local,
+        remote: &path.remote,
+    };
+    encapsulate(ctx, &route).unwrap_or_else(refuse)
+}
+
+/// Hands an answer to the prober's socket, on the probe link of its family.
+#[inline(always)]
+fn to_prober<const N: usize>() -> i32 {
+    let Some(node) = NODE.get(0) else {
+        return TC_ACT_SHOT;
+    };
+    let [v4, v6] = &node.links;
+    let link = if N == HEAD_V4 { v4 } else { v6 }.load();
+    if link == 0 {
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: the helper takes numbers.
+    unsafe { bpf_redirect(link as u32, BPF_F_INGRESS.into()) as i32 }
 }
 
 /// The first bytes of a packet, in place: a copy would not fit the stack, for the compiler keeps each byte by itself.
@@ -115,12 +171,6 @@ fn head<const N: usize>(ctx: &TcContext) -> Option<&mut [u8; N]> {
 fn now() -> u64 {
     // SAFETY: takes no argument, reads a clock.
     unsafe { bpf_ktime_get_ns() }
-}
-
-#[inline(always)]
-fn refuse(reason: Reason) -> i32 {
-    bump(reason);
-    TC_ACT_SHOT
 }
 
 /// The maps, as the decision sees them.

@@ -11,12 +11,12 @@ use nsm_ebpf_common::{Address, mapped};
 
 use crate::Bytes;
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800;
+pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 
-const ETHERNET_HEADER: u32 = 14;
+pub(crate) const ETHERNET_HEADER: u32 = 14;
 const ETHERNET_TYPE_OFFSET: u32 = 12;
 const VLAN_TAG: u32 = 4;
 const IPV4_HEADER: u32 = 20;

@@ -24,7 +24,7 @@ struct Maps {
 impl Maps {
     /// Knows [`VNI`] to [`PEER`].
     fn new() -> Self {
-        let tunnel = Tunnel { slot: 3 };
+        let tunnel = Tunnel::counted(3);
         let key = |peer| TunnelKey { vni: VNI, peer };
         Self {
             tunnels: HashMap::from([(key(mapped(PEER)), tunnel), (key(UNSPECIFIED), tunnel)]),

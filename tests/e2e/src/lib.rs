@@ -18,7 +18,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nsm_world::{
-    Agent, Client, Cloud, Endpoint, Fault, FaultGuard, Pod, World, binary, patient, wait_until,
+    Agent, Client, Cloud, Endpoint, Fault, FaultGuard, Link, Pod, World, binary, patient,
+    wait_until,
 };
 use serde_json::Value;
 
@@ -45,9 +46,8 @@ pub struct Pair {
     pub world: World,
 }
 
-/// VXLAN's management VNI (RFC 8971): its link is the node's and stays as long as the agent; a session with a peer stays some
-/// seconds longer than the last connection to it.
-pub const MANAGEMENT_VNI: u32 = 1;
+/// VXLAN's management VNI (RFC 8971): a session with a peer stays some seconds longer than the last connection to it.
+const MANAGEMENT_VNI: u32 = 1;
 
 /// What agents hold for connections in the kernel and in their books.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -233,7 +233,7 @@ impl Pair {
             links: leaks
                 .links
                 .into_iter()
-                .filter(|link| link.vni != Some(MANAGEMENT_VNI))
+                .filter(Link::is_of_connection)
                 .map(|link| (link.netns, link.name, link.vni))
                 .collect(),
             pins: leaks

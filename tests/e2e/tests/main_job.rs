@@ -25,11 +25,11 @@ fn client_reaches_endpoint(name: &str, cloud: Cloud) -> Result<()> {
         "MTU {mtu}"
     );
 
-    // The tunnel runs between public addresses, from the one that the node has.
+    // Two ends of a link at each side. The tunnel runs between public addresses, from the one that the node has.
     let during = pair.footprint()?;
     assert_eq!(
         (during.links.len(), during.slots),
-        (2, pair.before.slots + 2),
+        (4, pair.before.slots + 2),
         "{during:?}"
     );
     let (near, far) = (pair.near.node(), pair.far.node());

@@ -1,13 +1,13 @@
 //! Inside one domain: on one node, and on two nodes that share a registry.
 
 use anyhow::{Result, ensure};
-use nsm_e2e::{CIDR, MANAGEMENT_VNI, PATIENCE, SERVICE, close, endpoint_address, ping, started};
+use nsm_e2e::{CIDR, PATIENCE, SERVICE, close, endpoint_address, ping, started};
 use nsm_world::{Cloud, World};
 
 /// The kinds of the links that agents made for connections.
 fn kinds(world: &World) -> Result<Vec<String>> {
     let links = world.leaks()?.links.into_iter();
-    let of_connections = links.filter(|link| link.vni != Some(MANAGEMENT_VNI));
+    let of_connections = links.filter(|link| link.is_of_connection());
     Ok(of_connections.map(|link| link.kind).collect())
 }
 
@@ -77,9 +77,6 @@ fn on_two_nodes_that_share_a_registry() -> Result<()> {
     assert_eq!(tunnel["remote"], far.node().private_ip().to_string());
     close(&client)?;
     let left = world.leaks()?.links;
-    ensure!(
-        left.iter().all(|link| link.vni == Some(MANAGEMENT_VNI)),
-        "{left:?}"
-    );
+    ensure!(!left.iter().any(|link| link.is_of_connection()), "{left:?}");
     Ok(())
 }

@@ -53,6 +53,16 @@ pub struct Link {
     pub vni: Option<u32>,
 }
 
+impl Link {
+    /// Whether an agent made it for a connection; else it is the agent's own, for its tunnels or its probes.
+    #[must_use]
+    pub fn is_of_connection(&self) -> bool {
+        let id = self.alias.strip_prefix(ALIAS_PREFIX);
+        let id = id.and_then(|rest| rest.split_once('/')).map(|(_, id)| id);
+        id.is_some_and(|id| !id.starts_with("external-") && !id.starts_with("management-"))
+    }
+}
+
 /// A process inside one of the world's namespaces.
 pub(crate) struct Inside {
     pub(crate) id: ProcessId,

@@ -273,6 +273,14 @@ impl World {
         self.inner.tear_down();
     }
 
+    /// Runs `work` in the namespace between the nodes, which routes; sockets made there stay there.
+    ///
+    /// # Errors
+    /// When the namespace is gone.
+    pub fn in_internet<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, WorldError> {
+        netns::inside(&netns::path(&self.inner.plan.internet()), work)
+    }
+
     /// What of this world exists at this moment, looked up in the kernel and the file systems. After
     /// [`World::tear_down`] there should be nothing; between [`World::stop_processes`] and it, `links` and `pins` are
     /// what the agents left behind.

@@ -1,6 +1,6 @@
 //! The two ends of a connection, from the context that both sides agreed on to the links that this node makes.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 use nsm_core::{
@@ -163,7 +163,27 @@ impl Ends {
         name: IfName,
         tunnel: Tunnel,
     ) -> Result<Plan, RequestError> {
-        Ok(tunnel.plan(pod.netns.clone(), self.link(end, name)?))
+        let link = self.link(end, name)?;
+        Ok(tunnel.plan(pod.netns.clone(), link, self.sources(end)?))
+    }
+
+    /// The addresses that an end may send from: its own, and those that the other end has a route to over this connection.
+    fn sources(&self, end: End) -> Result<Vec<IpNet>, RequestError> {
+        let (own, routes) = match end {
+            End::Client => (
+                &self.src_addresses,
+                convert::routes("dst_routes", &self.ip.dst_routes)?,
+            ),
+            End::Endpoint => (
+                &self.dst_addresses,
+                convert::routes("src_routes", &self.ip.src_routes)?,
+            ),
+        };
+        let own = own.iter().map(|address| address.addr().into());
+        let behind = routes.into_iter().map(|route| route.prefix);
+        let all: BTreeSet<IpNet> = own.chain(behind).collect();
+        let is_covered = |net: &IpNet| all.iter().any(|other| other != net && other.contains(net));
+        Ok(all.iter().filter(|net| !is_covered(net)).copied().collect())
     }
 
     /// The links of `plan`, which stand, as this context has them. A tunnel's MTU stays: it follows what the path carries.
@@ -220,12 +240,13 @@ pub(crate) struct Tunnel {
 
 impl Tunnel {
     /// What makes the tunnel on this node.
-    fn plan(self, netns: PodNetns, link: LinkSpec) -> Plan {
+    fn plan(self, netns: PodNetns, link: LinkSpec, sources: Vec<IpNet>) -> Plan {
         match self.key {
             TunnelKey::Vni(vni) => Plan::Vxlan {
                 netns,
                 spec: VxlanSpec {
                     link,
+                    sources,
                     vni,
                     local: self.local,
                     remote: self.remote,

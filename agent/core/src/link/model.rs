@@ -333,6 +333,7 @@ fn vxlan_spec() -> impl Strategy<Value = VxlanSpec> {
     (link_spec(), 100u32..103, underlay, 4789u16..4791).prop_map(
         |(link, vni, (local, remote), port)| VxlanSpec {
             link,
+            sources: vec![],
             vni: vni.try_into().unwrap(),
             local,
             remote,
@@ -429,6 +430,7 @@ fn spec() -> VxlanSpec {
                 MacAddr::new([2, 0, 0, 0, 0, 2]),
             )],
         },
+        sources: vec![],
         vni: 100.try_into().unwrap(),
         local: "192.0.2.1".parse().unwrap(),
         remote: "192.0.2.2".parse().unwrap(),

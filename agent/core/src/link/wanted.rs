@@ -51,12 +51,14 @@ pub struct RouteSpec {
     pub via: Option<IpAddr>,
 }
 
-/// A VXLAN link (RFC 7348) whose UDP socket is on the node.
+/// A pod link whose frames go through a VXLAN tunnel (RFC 7348) of the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VxlanSpec {
-    /// What every link has.
+    /// The pod's end of the link.
     pub link: LinkSpec,
-    /// The network identifier; with the port it exists once per node.
+    /// Addresses that the pod may send from. Empty: any.
+    pub sources: Vec<IpNet>,
+    /// The network identifier; with the peer's address it exists once per node.
     pub vni: Vni,
     /// Our address on the underlay.
     pub local: IpAddr,

@@ -1,5 +1,4 @@
-//! The control plane's forwarder port on this node's kernel: links by rtnetlink, tunnels that the BPF programs know before their first
-//! packet.
+//! The control plane's forwarder port on this node's kernel: links by rtnetlink, tunnels by BPF.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,11 +17,12 @@ use nsm_controlplane::{
 };
 use nsm_core::{
     identity::UserNamespace,
-    link::{LinkAlias, Traffic, admission::Holding},
+    link::{LinkAlias, admission::Holding},
     mechanism::TunnelKey,
     net::NetnsUrl,
 };
 use nsm_dataplane::{
+    forward::{ForwardError, Forwarding, TunnelDevices, TunnelTraffic},
     links::{LinkError, LinkReading, Links},
     liveness::{Preflights, Report},
     netns::{Netns, NetnsError},
@@ -57,6 +57,7 @@ pub(crate) struct NodeForwarder {
     links: Links,
     namespaces: Namespaces,
     programs: Arc<Programs>,
+    forwarding: Arc<Forwarding>,
     /// What proves paths, where that is possible and wanted.
     probing: Arc<Probing>,
     tunnel: config::Tunnel,
@@ -66,11 +67,11 @@ pub(crate) struct NodeForwarder {
 }
 
 impl NodeForwarder {
-    /// Opens netlink, loads the BPF programs and starts probing; none where this agent makes no links. What cannot be had of BPF and
-    /// probes is a degradation.
+    /// Opens netlink, loads the BPF programs, adopts what an earlier agent left, and starts probing. None where this agent makes no links,
+    /// because it is not to or because there is no BPF, which is a degradation; so is what cannot be had of probes.
     ///
     /// # Errors
-    /// Netlink cannot be opened.
+    /// Netlink cannot be opened, or what an earlier agent left cannot be read.
     pub(crate) async fn build(
         config: &Config,
         readiness: &Readiness,
@@ -79,9 +80,21 @@ impl NodeForwarder {
             return Ok(None);
         }
         let links = Links::new()?;
-        let programs = Arc::new(Programs::load(config).await);
-        let probing = Arc::new(Probing::start(config, Arc::clone(&programs)).await);
-        for reason in programs.degraded().cloned().chain(probing.degraded()) {
+        let programs = match Programs::load(config).await {
+            Ok(programs) => Arc::new(programs),
+            Err(reason) => {
+                tracing::warn!(reason, "degraded");
+                readiness.degraded(reason);
+                return Ok(None);
+            }
+        };
+        let domain = config.domain.to_string();
+        let bpf = Arc::clone(programs.bpf());
+        let devices = Arc::new(TunnelDevices::new(bpf, domain.as_str(), config.tunnel.port));
+        let forwarding = Forwarding::start(links.clone(), Arc::clone(&devices), &domain).await?;
+        let probing = Arc::new(Probing::start(config, devices).await);
+        let faults = programs.hook_faults().iter().cloned();
+        for reason in faults.chain(probing.degraded()) {
             tracing::warn!(reason, "degraded");
             readiness.degraded(reason);
         }
@@ -89,6 +102,7 @@ impl NodeForwarder {
             links,
             namespaces: Namespaces::default(),
             programs,
+            forwarding: Arc::new(forwarding),
             probing,
             tunnel: config.tunnel.clone(),
             underlays: Underlays::default(),
@@ -104,6 +118,11 @@ impl NodeForwarder {
     /// The BPF programs.
     pub(crate) fn programs(&self) -> &Arc<Programs> {
         &self.programs
+    }
+
+    /// The connections whose other end is elsewhere.
+    pub(crate) fn forwarding(&self) -> &Arc<Forwarding> {
+        &self.forwarding
     }
 
     /// What proves paths.
@@ -124,15 +143,22 @@ impl NodeForwarder {
         self.programs.facts()
     }
 
-    /// Packets of the underlay that were dropped or passed uncounted, by reason.
+    /// Packets that were dropped or passed uncounted, by reason.
     pub(crate) fn drops(&self) -> BTreeMap<&'static str, u64> {
-        self.programs.drops()
+        let mut drops = self.programs.drops();
+        if let Some(fenced) = self.forwarding.fenced() {
+            drops.insert("fence_in", fenced.incoming);
+            drops.insert("fence_out", fenced.outgoing);
+            drops.insert("fence_foreign_sender", fenced.foreign);
+            drops.insert("fence_astray", fenced.astray);
+        }
+        drops
     }
 
-    /// What passed a tunnel at the cards; none where nothing counts that.
-    pub(crate) fn card_traffic(&self, plan: &Plan) -> Option<Traffic> {
+    /// What passed a tunnel; none of a pair of pods.
+    pub(crate) fn passed(&self, plan: &Plan) -> Option<TunnelTraffic> {
         match plan {
-            Plan::Vxlan { spec, .. } => self.programs.traffic(spec.vni),
+            Plan::Vxlan { spec, .. } => self.forwarding.passed(&spec.link.alias),
             Plan::Veth { .. } => None,
         }
     }
@@ -187,6 +213,9 @@ impl NodeForwarder {
     /// Ends the sessions and releases the programs, with everything that is pinned.
     pub(crate) async fn close(&self) {
         self.probing.close().await;
+        if let Err(error) = self.forwarding.close().await {
+            tracing::warn!(%error, "an external device stays behind");
+        }
         self.programs.release();
     }
 
@@ -260,14 +289,9 @@ impl Forwarder for NodeForwarder {
             Plan::Vxlan { netns: pod, spec } => {
                 let alias = &spec.link.alias;
                 let netns = self.open(pod, alias).await?;
-                let was_known = self.programs.counts(spec.vni);
-                self.programs.count(spec);
-                let up = self.links.up_vxlan(&netns, spec);
+                let up = self.forwarding.up(&netns, spec);
                 let (outcome, in_sight) = tokio::join!(up, self.namespaces.is_in_sight(pod));
-                if outcome.is_err() && !was_known {
-                    self.programs.uncount(spec);
-                }
-                outcome.map_err(refusal)?;
+                outcome.map_err(not_forwarded)?;
                 if !in_sight {
                     self.namespaces.keep(pod, alias, netns);
                 }
@@ -301,9 +325,10 @@ impl Forwarder for NodeForwarder {
     async fn down(&self, plan: &Plan) -> Result<(), ForwarderError> {
         match plan {
             Plan::Vxlan { netns, spec } => {
-                let outcome = self.down_in(netns, &spec.link.alias).await;
-                self.programs.uncount(spec);
-                outcome
+                let alias = &spec.link.alias;
+                self.forwarding.down(alias).await.map_err(not_forwarded)?;
+                self.namespaces.unlinked(netns, alias);
+                Ok(())
             }
             Plan::Veth { client, endpoint } => {
                 // Either end takes the other along; both are tried, for either namespace may be gone.
@@ -346,9 +371,19 @@ fn namespace(error: &NetnsError) -> ForwarderError {
     }
 }
 
+fn not_forwarded(error: ForwardError) -> ForwarderError {
+    match error {
+        ForwardError::Taken { vni, .. } => ForwarderError::KeyTaken(TunnelKey::Vni(vni)),
+        ForwardError::Link(error) => refusal(error),
+        ForwardError::Namespace(error) => namespace(&error),
+        ForwardError::Netlink(error) => ForwarderError::Kernel(error.to_string()),
+        ForwardError::Fence(error) => ForwarderError::Kernel(error.to_string()),
+        ForwardError::Bpf(error) => ForwarderError::Kernel(error.to_string()),
+    }
+}
+
 fn refusal(error: LinkError) -> ForwarderError {
     match &error {
-        LinkError::VniTaken { vni, .. } => ForwarderError::KeyTaken(TunnelKey::Vni(*vni)),
         LinkError::Namespace(cause) => namespace(cause),
         LinkError::NotPermitted { .. } => ForwarderError::NotPermitted(error.to_string()),
         LinkError::NameTaken { .. }

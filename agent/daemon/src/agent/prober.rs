@@ -6,9 +6,8 @@ use nsm_controlplane::ports::{PeerSpec, Prober, WatchError};
 use nsm_core::liveness::{Health, PathEvent, PathId, PeerReport, Reflector, sbfd::Timing};
 use nsm_dataplane::{
     bpf::Bpf,
-    liveness::{
-        Health as HealthPlane, HealthConfig, HealthError, Paths, Plane, Preflights, Report,
-    },
+    forward::TunnelDevices,
+    liveness::{Health as HealthPlane, HealthConfig, HealthError, Paths, Preflights, Report},
 };
 
 use crate::config::Config;
@@ -22,31 +21,27 @@ impl NodeProber {
     ///
     /// # Errors
     /// It cannot be started; tunnels work without it.
-    pub(crate) fn start(config: &Config, bpf: Option<Arc<Bpf>>) -> Result<Self, HealthError> {
-        Paths::start(plane_config(config), bpf).map(Self)
+    pub(crate) fn start(config: &Config, devices: Arc<TunnelDevices>) -> Result<Self, HealthError> {
+        Paths::start(plane_config(config), devices).map(Self)
     }
 
     /// Removes what an earlier agent left that watched paths: this one does not. Blocks as [`Self::start`] does.
     ///
     /// # Errors
     /// Something stays.
-    pub(crate) fn remove_left(config: &Config, bpf: Option<&Bpf>) -> Result<(), HealthError> {
+    pub(crate) fn remove_left(config: &Config, bpf: &Bpf) -> Result<(), HealthError> {
         HealthPlane::remove_left(&plane_config(config), bpf)
     }
 
     /// What works less well than it could.
     pub(crate) fn degraded(&self) -> Vec<String> {
         let plane = self.0.plane();
-        let no_bpf = "no BPF: probes of peers are answered by the agent's own thread, and only while it runs";
         let no_realtime = "the prober has no real-time priority (CAP_SYS_NICE): a busy node notices the loss of a path later";
-        [
-            (plane.plane() == Plane::UserSpace).then_some(no_bpf),
-            (!plane.has_realtime()).then_some(no_realtime),
-        ]
-        .into_iter()
-        .flatten()
-        .map(ToOwned::to_owned)
-        .collect()
+        let is_slow = !plane.has_realtime();
+        is_slow
+            .then(|| no_realtime.to_owned())
+            .into_iter()
+            .collect()
     }
 
     /// Peers to which packets leave uncounted, a sentence each.

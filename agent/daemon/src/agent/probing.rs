@@ -7,10 +7,10 @@ use std::{
 
 use nsm_controlplane::{liveness::Reachability, plane::ControlPlane};
 use nsm_core::backoff::Backoff;
-use nsm_dataplane::liveness::HealthError;
+use nsm_dataplane::{forward::TunnelDevices, liveness::HealthError};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-use super::{prober::NodeProber, programs::Programs, readiness::Readiness};
+use super::{prober::NodeProber, readiness::Readiness};
 use crate::config::Config;
 
 /// The shortest wait before another try: whoever frees the port can watch it being used.
@@ -22,7 +22,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// What proves paths, where that is possible and wanted.
 pub(crate) struct Probing {
     config: Config,
-    programs: Arc<Programs>,
+    devices: Arc<TunnelDevices>,
     prober: OnceLock<NodeProber>,
     /// Why there was none at the start.
     failure: Option<HealthError>,
@@ -32,11 +32,10 @@ pub(crate) struct Probing {
 
 impl Probing {
     /// Starts the health plane, if one is wanted and can be had.
-    pub(crate) async fn start(config: &Config, programs: Arc<Programs>) -> Self {
-        let bpf = programs.bpf();
+    pub(crate) async fn start(config: &Config, devices: Arc<TunnelDevices>) -> Self {
         let mut probing = Self {
             config: config.clone(),
-            programs,
+            devices: Arc::clone(&devices),
             prober: OnceLock::new(),
             failure: None,
             is_closed: Arc::default(),
@@ -44,14 +43,14 @@ impl Probing {
         let is_off = config.reachability == Reachability::Off;
         let config = config.clone();
         if is_off {
-            let remove = move || NodeProber::remove_left(&config, bpf.as_deref());
+            let remove = move || NodeProber::remove_left(&config, devices.bpf());
             let removed = tokio::task::spawn_blocking(remove).await.expect(NO_PANIC);
             if let Err(error) = removed {
                 tracing::warn!(%error, "a part of an earlier agent's health plane stays: it may go on answering probes");
             }
             return probing;
         }
-        let started = tokio::task::spawn_blocking(move || NodeProber::start(&config, bpf));
+        let started = tokio::task::spawn_blocking(move || NodeProber::start(&config, devices));
         match started.await.expect(NO_PANIC) {
             Ok(prober) => probing.prober = OnceLock::from(prober),
             Err(error) => probing.failure = Some(error),
@@ -125,7 +124,7 @@ impl Probing {
         let starting = Arc::clone(self);
         let started = tokio::task::spawn_blocking(move || {
             let _guard = guard;
-            NodeProber::start(&starting.config, starting.programs.bpf()).map(|prober| {
+            NodeProber::start(&starting.config, Arc::clone(&starting.devices)).map(|prober| {
                 // There is none yet: the guard keeps others from starting one.
                 let _ = starting.prober.set(prober);
             })

@@ -11,13 +11,14 @@ use nsm_controlplane::{
 };
 use nsm_core::{
     clock::Monotonic,
-    link::{Count, Traffic},
+    link::Count,
     liveness::{Health, PathId, sbfd::Statistics},
     mechanism::TunnelKey,
     net::IfName,
     nsm::name::{Domain, InterdomainName},
 };
 use nsm_dataplane::{
+    forward::TunnelTraffic,
     links::LinkReading,
     liveness::{Preflights, Report},
 };
@@ -134,7 +135,7 @@ pub(crate) struct PathEvidence {
 pub(crate) struct DirectionEvidence {
     /// At the link in the pod.
     pub(crate) link: Option<Count>,
-    /// At the node's cards, where BPF counts.
+    /// At the node's cards.
     pub(crate) card: Option<Count>,
     /// The last proof: in, a packet of the peer; out, an answer to a probe.
     pub(crate) proved: Option<Monotonic>,
@@ -148,8 +149,8 @@ pub(super) struct Sources<'a> {
     pub(super) own_domain: &'a Domain,
     /// All links.
     pub(super) links: &'a LinkReadings,
-    /// At the cards.
-    pub(super) card: Option<Traffic>,
+    /// What the tunnel has passed.
+    pub(super) passed: Option<TunnelTraffic>,
     /// All sessions.
     pub(super) sessions: &'a [Report],
     pub(super) at: Monotonic,
@@ -167,7 +168,7 @@ impl ConnectionEvidence {
         let client_mechanism = wire.mechanism.as_ref();
         let expires_in = view.expires().duration_since(SystemTime::now());
         let tunnel = sources.tunnel();
-        let (inward, outward) = sources.directions(tunnel.as_ref());
+        let (inward, outward) = sources.directions();
         Self {
             id: view.id().to_owned(),
             service: wire.network_service.clone(),
@@ -219,23 +220,19 @@ impl Sources<'_> {
     }
 
     /// Both directions, in and out.
-    fn directions(
-        &self,
-        tunnel: Option<&TunnelEvidence>,
-    ) -> (DirectionEvidence, DirectionEvidence) {
-        let observed = tunnel.and_then(|tunnel| tunnel.observed.as_ref());
-        let link = observed.map(|observed| observed.traffic);
+    fn directions(&self) -> (DirectionEvidence, DirectionEvidence) {
+        let (link, card) = (self.passed.map(|it| it.link), self.passed.map(|it| it.wire));
         let snapshot = self.session().map(|report| &report.snapshot);
         let answered = snapshot.and_then(|snapshot| snapshot.last_answer);
         let probed = snapshot.and_then(|snapshot| snapshot.peer.map(|probe| probe.at));
         let inward = DirectionEvidence {
             link: link.map(|it| it.received),
-            card: self.card.map(|it| it.received),
+            card: card.map(|it| it.received),
             proved: answered.max(probed),
         };
         let outward = DirectionEvidence {
             link: link.map(|it| it.sent),
-            card: self.card.map(|it| it.sent),
+            card: card.map(|it| it.sent),
             proved: answered,
         };
         (inward, outward)

@@ -88,7 +88,7 @@ impl Observer {
             down_reason: self.plane.down_reason(view),
             own_domain: self.domain(),
             links,
-            card: forwarder.and_then(|it| it.card_traffic(view.plan()?)),
+            passed: forwarder.and_then(|it| it.passed(view.plan()?)),
             sessions,
             at,
         })

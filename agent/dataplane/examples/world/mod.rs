@@ -19,6 +19,7 @@ use nsm_core::{
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
+    forward::TunnelDevices,
     liveness::{Events, Health, HealthConfig},
     netns::Netns,
 };
@@ -53,29 +54,35 @@ pub(crate) fn number(name: &str, otherwise: usize) -> usize {
 
 /// A node that runs.
 pub(crate) struct Node {
-    _bpf: Option<Arc<Bpf>>,
+    netns: Netns,
+    devices: Arc<TunnelDevices>,
     pub(crate) health: Health,
     pub(crate) events: Events,
 }
 
-/// Starts a node, with BPF unless told otherwise.
+impl Node {
+    /// Ends the node with all that it has in the kernel.
+    pub(crate) async fn end(self) -> Result<(), Failure> {
+        self.health.close().await?;
+        self.devices.close(&self.netns)?;
+        Ok(())
+    }
+}
+
+/// Starts a node.
 pub(crate) fn start(
-    user_space: bool,
     netns: &Netns,
     number: usize,
     interfaces: Vec<String>,
 ) -> Result<Node, Failure> {
-    let bpf = if user_space {
-        None
-    } else {
-        let config = BpfConfig {
-            pin_dir: format!("/sys/fs/bpf/node{number}").into(),
-            interfaces,
-            mount_bpffs: false,
-            ..BpfConfig::default()
-        };
-        Some(Arc::new(within(netns, || Ok(Bpf::load(&config)?))?))
+    let config = BpfConfig {
+        pin_dir: format!("/sys/fs/bpf/node{number}").into(),
+        interfaces,
+        mount_bpffs: false,
+        ..BpfConfig::default()
     };
+    let bpf = Arc::new(within(netns, || Ok(Bpf::load(&config)?))?);
+    let devices = Arc::new(TunnelDevices::new(bpf, "cost.example", 4789));
     let config = HealthConfig {
         domain: "cost.example".to_owned(),
         vni: Vni::MANAGEMENT,
@@ -85,9 +92,10 @@ pub(crate) fn start(
         namespace: Some(netns.clone()),
         orphan_grace: Duration::from_secs(60),
     };
-    let (health, events) = Health::start(config, bpf.clone())?;
+    let (health, events) = Health::start(config, Arc::clone(&devices))?;
     Ok(Node {
-        _bpf: bpf,
+        netns: netns.clone(),
+        devices,
         health,
         events,
     })

@@ -10,6 +10,7 @@
 //! A program hangs only if the kernel names it, by its id, on this interface and in this direction ([`Attachments::hangs`]). That is
 //! asked after each attachment and whenever the hooks are looked after.
 
+mod block;
 mod clsact;
 mod tcx;
 
@@ -24,6 +25,7 @@ use nix::{
     net::if_::{if_nameindex, if_nametoindex},
 };
 
+pub(super) use self::block::{Block, BlockFound};
 use super::{
     BpfError, Direction,
     error::{ProgramIds, attaching},
@@ -56,19 +58,27 @@ const ARPHRD_LOOPBACK: u16 = 772;
 /// The index of the loopback, the first interface of every network namespace.
 const LOOPBACK: u32 = 1;
 
+/// The program at the node's ends of pod links.
+pub(super) const POD_INGRESS: &str = "pod_ingress";
+
 /// The program of a role and direction.
 pub(super) fn program(ebpf: &mut Ebpf, role: Role, direction: Direction) -> &mut SchedClassifier {
-    ebpf.program_mut(program_name(role, direction))
+    classifier(ebpf, program_name(role, direction))
+}
+
+/// A program by its name in the object.
+pub(super) fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {
+    ebpf.program_mut(name)
         .and_then(|program| program.try_into().ok())
-        .expect("the object holds a classifier for each role and direction")
+        .expect("the object holds a classifier of each name")
 }
 
 pub(super) const fn program_name(role: Role, direction: Direction) -> &'static str {
     match (role, direction) {
         (Role::Underlay, Direction::In) => "underlay_ingress",
         (Role::Underlay, Direction::Out) => "underlay_egress",
-        (Role::Management, Direction::In) => "management_ingress",
-        (Role::Management, Direction::Out) => "management_egress",
+        (Role::External, _) => "external_ingress",
+        (Role::Probe, _) => "probe_egress",
     }
 }
 
@@ -135,7 +145,7 @@ impl Attachments {
         check_interface(interface)?;
         let mut made = Vec::new();
         let mut attach_both = || {
-            for direction in [Direction::In, Direction::Out] {
+            for &direction in role.directions() {
                 if self.attach_one(ebpf, pins, role, interface, direction)? == Made::New {
                     made.push(direction);
                 }
@@ -143,7 +153,7 @@ impl Attachments {
             Ok(())
         };
         let attached: Result<(), BpfError> = attach_both();
-        // The source check needs the way in only. The management link needs both.
+        // The source check needs the way in only.
         let stays = match &attached {
             Ok(()) => true,
             Err(error) => role == Role::Underlay && error.is_of_egress(),
@@ -199,7 +209,7 @@ impl Attachments {
         role: Role,
         interface: &str,
     ) -> Result<bool, BpfError> {
-        for direction in [Direction::In, Direction::Out] {
+        for &direction in role.directions() {
             if !self.hangs_one(ebpf, role, interface, direction)? {
                 return Ok(false);
             }
@@ -236,7 +246,7 @@ impl Attachments {
         if self.hook != Hook::Tcx {
             return Ok(());
         }
-        for direction in [Direction::In, Direction::Out] {
+        for &direction in role.directions() {
             let id = self.program_id(ebpf, role, interface, direction)?;
             let ahead = tcx::ahead(interface, direction, id)?;
             if !ahead.is_empty() {
@@ -286,11 +296,11 @@ impl Attachments {
     }
 
     fn detach_one(&self, pins: &PinDir, role: Role, interface: &str) -> Result<(), BpfError> {
-        let both = [Direction::In, Direction::Out].map(|direction| match self.hook {
+        let detached = role.directions().iter().map(|&direction| match self.hook {
             Hook::Tcx => pins.remove_link(&pins.link(role, interface, direction)),
             Hook::Clsact => clsact::detach(program_name(role, direction), interface, direction),
         });
-        both.into_iter().fold(Ok(()), Result::and)
+        detached.fold(Ok(()), Result::and)
     }
 
     /// Takes off what this process hooked where nothing was before, on a path that already has an error to report.
@@ -310,8 +320,8 @@ impl Attachments {
         }
     }
 
-    /// Removes what an earlier agent hooked elsewhere, or in the other way, to interfaces of a role. Management links are looked
-    /// at later than the underlay: until then, the reflector of an earlier agent goes on answering.
+    /// Removes what an earlier agent hooked elsewhere, or in the other way, to interfaces of a role. External devices and probe links are
+    /// looked at later than the underlay: until then, the reflector of an earlier agent goes on answering.
     pub(super) fn remove_strays(&self, pins: &PinDir, role: Role) {
         let ours = self.interfaces(role);
         let wanted: Vec<_> = match self.hook {
@@ -319,7 +329,8 @@ impl Attachments {
             Hook::Tcx => ours
                 .iter()
                 .flat_map(|name| {
-                    [Direction::In, Direction::Out].map(|way| pins.link(role, name, way))
+                    let directions = role.directions().iter();
+                    directions.map(move |way| pins.link(role, name, *way))
                 })
                 .collect(),
         };
@@ -342,7 +353,7 @@ impl Attachments {
             if self.hook == Hook::Clsact && ours.iter().any(|known| known == name) {
                 continue;
             }
-            for direction in [Direction::In, Direction::Out] {
+            for &direction in role.directions() {
                 if let Err(error) = clsact::detach(program_name(role, direction), name, direction) {
                     tracing::debug!(interface = name, %direction, %error, "cannot look for an old filter");
                 }

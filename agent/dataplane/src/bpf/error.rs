@@ -185,6 +185,24 @@ pub enum BpfError {
         /// The hook.
         hook: Hook,
     },
+    /// The program of pod links could not be put on a link; 0: on any.
+    #[error("attach the BPF program of pod links (interface {link}): {source}")]
+    PodLink {
+        /// The index of the node's end.
+        link: u32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Tunnels use too many UDP ports.
+    #[error(
+        "UDP port {port} has no external VXLAN device: there are {capacity} ports at most; use fewer ports in `tunnel.peer_ports`"
+    )]
+    DevicesExhausted {
+        /// The port.
+        port: u16,
+        /// Ports there are.
+        capacity: u32,
+    },
     /// Programs of others run before ours.
     #[error(
         "program {ahead} runs before ours on tcx {direction} of {interface}: what it drops or redirects is neither counted nor checked; \
@@ -300,6 +318,12 @@ impl fmt::Display for ProgramIds {
 }
 
 impl BpfError {
+    /// Whether the pod link that a program was to be put on is gone.
+    #[must_use]
+    pub fn is_of_missing_link(&self) -> bool {
+        matches!(self, Self::PodLink { source, .. } if source.raw_os_error() == Some(nix::libc::ENODEV))
+    }
+
     /// Only what leaves an interface is without its program: what comes in can be counted and checked all the same.
     pub(super) const fn is_of_egress(&self) -> bool {
         matches!(

@@ -46,23 +46,6 @@ impl Bpf {
         Ok(Hooked::Now)
     }
 
-    /// Puts the programs on a management link again where somebody took them off; whether that was so.
-    pub(crate) fn mend_management(&self, interface: &str) -> Result<bool, BpfError> {
-        if self.hangs(Role::Management, interface)? {
-            return Ok(false);
-        }
-        let state = &mut *self.state();
-        state
-            .attachments
-            .attach(&mut state.ebpf, &state.pins, Role::Management, interface)?;
-        Ok(true)
-    }
-
-    fn hangs(&self, role: Role, interface: &str) -> Result<bool, BpfError> {
-        let state = &mut *self.state();
-        state.attachments.hangs(&mut state.ebpf, role, interface)
-    }
-
     /// A way to the counters that waits for nobody who uses this value.
     pub(crate) fn counter_reader(&self) -> Result<CounterReader, BpfError> {
         let pin = self.state().pins.map("COUNTERS");
@@ -70,34 +53,15 @@ impl Bpf {
         CounterReader::new(map)
     }
 
-    /// Hooks the programs of the management link to these interfaces and to no others: those of an earlier agent are let go.
-    pub(crate) fn attach_management(&self, interfaces: &[String]) -> Result<(), BpfError> {
-        let state = &mut *self.state();
-        for interface in interfaces {
-            state
-                .attachments
-                .attach(&mut state.ebpf, &state.pins, Role::Management, interface)?;
-        }
-        state
-            .attachments
-            .remove_strays(&state.pins, Role::Management);
-        Ok(())
-    }
-
-    /// Takes the programs off a management link, whose interface may be gone already.
-    pub(crate) fn detach_management(&self, interface: &str) -> Result<(), BpfError> {
-        let state = &mut *self.state();
-        state
-            .attachments
-            .detach(&state.pins, Role::Management, interface)
-    }
-
-    /// Takes off the programs that an earlier agent hooked to its management links, and forgets its peers.
-    pub(crate) fn forget_management(&self) -> Result<(), BpfError> {
-        let state = &mut *self.state();
-        let links = state.pins.links(Role::Management);
-        let removed = links.iter().map(|path| state.pins.remove_link(path));
+    /// Takes off the programs that an earlier agent hooked to its probe links, and forgets its peers.
+    pub(crate) fn forget_probes(&self) -> Result<(), BpfError> {
+        let routes = self.probe_routes()?.into_iter();
+        let removed = routes.map(|(key, _)| self.remove_probe_route(key));
         let removed = removed.fold(Ok(()), Result::and);
+        let state = &mut *self.state();
+        let links = state.pins.links(Role::Probe);
+        let unhooked = links.iter().map(|path| state.pins.remove_link(path));
+        let removed = unhooked.fold(removed, Result::and);
         let peers = state.tables.peers().into_iter();
         let forgotten = peers.map(|peer| state.tables.remove_peer(peer));
         forgotten.fold(removed, Result::and)
@@ -113,7 +77,7 @@ impl Bpf {
         self.state().sessions = Some(sessions);
     }
 
-    /// Lets the programs count and check what a peer sends over the management VNI, and note its VNIs that are not ours.
+    /// Lets the programs count and check what a peer sends over the probe VNI, and note its VNIs that are not ours.
     pub(crate) fn add_peer(&self, vni: Vni, peer: IpAddr) -> Result<Slot, BpfError> {
         self.state().tables.add_peer(vni.get(), peer)
     }

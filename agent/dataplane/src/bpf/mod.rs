@@ -18,6 +18,8 @@
 
 mod attach;
 mod error;
+mod forwarding;
+mod links;
 mod management;
 mod pins;
 mod role;
@@ -44,21 +46,33 @@ use aya::{
 };
 use nix::time::{ClockId, clock_gettime};
 use nsm_core::{clock::Monotonic, link::Traffic, net::Vni};
-use nsm_ebpf_common::VXLAN_PORT;
+use nsm_ebpf_common::{Tunnel, VXLAN_PORT};
 use sha2::{Digest as _, Sha256};
 
-use self::{attach::Attachments, pins::PinDir, role::Role, tables::Tables, watch::Repairs};
 pub use self::{
     attach::Hook,
     error::{BpfError, Capability, ProgramIds},
     underlay::underlay_interfaces,
     verifier::VerifierLog,
 };
+use self::{
+    attach::{Attachments, Block},
+    forwarding::ForwardingTables,
+    pins::PinDir,
+    role::Role,
+    tables::Tables,
+    watch::Repairs,
+};
 pub(crate) use self::{
+    forwarding::{PodEnds, ProbeRoute},
+    links::Own,
     management::Hooked,
-    sessions::{LocalSessions, PinnedSessions, Sessions},
+    sessions::{PinnedSessions, Sessions},
     tables::{CounterReader, address, ip_addr},
 };
+
+#[cfg(test)]
+pub(crate) use self::sessions::LocalSessions;
 
 /// The programs, as `cargo xtask build-ebpf` made them. Aligned, because the loader reads its headers in place.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../ebpf/proxy-nsmgr.bpf.o");
@@ -126,6 +140,11 @@ impl fmt::Display for Direction {
 pub struct Slot(u32);
 
 impl Slot {
+    #[cfg(test)]
+    pub(crate) const fn at(number: u32) -> Self {
+        Self(number)
+    }
+
     /// The key in the COUNTERS map.
     #[must_use]
     pub const fn get(self) -> u32 {
@@ -182,7 +201,9 @@ pub struct ForeignVni {
 struct State {
     ebpf: Ebpf,
     tables: Tables,
+    forwarding: ForwardingTables,
     attachments: Attachments,
+    block: Block,
     sessions: Option<PinnedSessions>,
     pins: PinDir,
     repairs: Repairs,
@@ -192,6 +213,7 @@ struct State {
 struct Loaded {
     ebpf: Ebpf,
     tables: Tables,
+    forwarding: ForwardingTables,
     attachments: Attachments,
     sessions: PinnedSessions,
     hook: Hook,
@@ -218,6 +240,8 @@ impl Bpf {
         let state = State {
             ebpf: loaded.ebpf,
             tables: loaded.tables,
+            forwarding: loaded.forwarding,
+            block: Block::of(&config.pin_dir),
             attachments: loaded.attachments,
             sessions: Some(loaded.sessions),
             pins,
@@ -241,6 +265,7 @@ impl Bpf {
         for port in &config.ports {
             tables.add_port(*port)?;
         }
+        let forwarding = ForwardingTables::adopt(&mut ebpf)?;
         let sessions = PinnedSessions::take(&mut ebpf)?;
 
         // Last, so that no error finds programs attached.
@@ -265,6 +290,7 @@ impl Bpf {
         Ok(Loaded {
             ebpf,
             tables,
+            forwarding,
             attachments,
             sessions,
             hook,
@@ -307,14 +333,16 @@ impl Bpf {
         self.hook
     }
 
-    /// Lets the programs count this tunnel and drop packets of its VNI from anybody else. A tunnel that they know already
-    /// keeps its slot and its counters.
+    /// Lets the programs count this tunnel and drop packets of its VNI from anybody else. It leads to no pod: what comes out of it is
+    /// dropped. A tunnel that they know already keeps its slot and its counters.
     ///
     /// # Errors
     ///
     /// When all slots are taken, when `peer` cannot be a tunnel's end, when the kernel refuses.
     pub fn add_tunnel(&self, vni: Vni, peer: IpAddr) -> Result<Slot, BpfError> {
-        self.state().tables.add_tunnel(vni.get(), peer)
+        self.state()
+            .tables
+            .add_tunnel(vni.get(), peer, Tunnel::counted)
     }
 
     /// Forgets a tunnel and frees its slot; whether there was one.
@@ -403,12 +431,13 @@ impl Bpf {
 
 /// Gives all programs of the object to the verifier.
 fn load_programs(ebpf: &mut Ebpf) -> Result<(), BpfError> {
-    for role in [Role::Underlay, Role::Management] {
-        for direction in [Direction::In, Direction::Out] {
-            load(attach::program(ebpf, role, direction)).map_err(|source| {
-                error::loading_program(attach::program_name(role, direction), source)
-            })?;
-        }
+    let of_roles = Role::ALL.into_iter().flat_map(|role| {
+        let directions = role.directions().iter();
+        directions.map(move |direction| attach::program_name(role, *direction))
+    });
+    for name in of_roles.chain([attach::POD_INGRESS]) {
+        let loaded = load(attach::classifier(ebpf, name));
+        loaded.map_err(|source| error::loading_program(name, source))?;
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ use nix::{
 use nsm_ebpf_common::{
     Counters, Foreign, LAYOUT, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, PORT_WORDS, REASONS,
     Tunnel, TunnelKey,
+    forward::{Device, Forward, MAX_DEVICES, ProbePath},
     management::{MAX_SESSIONS, NodeState, Session},
 };
 
@@ -30,8 +31,12 @@ use super::{
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// The maps that are pinned, by name.
-pub(super) const MAPS: [&str; 10] = [
+pub(super) const MAPS: [&str; 14] = [
     "TUNNELS",
+    "FORWARD",
+    "DEVICES",
+    "LINKS",
+    "PROBE_PATHS",
     "COUNTERS",
     "DROPS",
     "PORTS",
@@ -50,7 +55,8 @@ const FORMER_MAPS: [&str; 2] = ["EVENTS", "EVENT_BUDGET"];
 const fn link_prefix(role: Role) -> &'static str {
     match role {
         Role::Underlay => "link_",
-        Role::Management => "management_",
+        Role::External => "external_link_",
+        Role::Probe => "probe_link_",
     }
 }
 
@@ -183,7 +189,7 @@ impl PinDir {
 
     /// Removes every pin of ours, and the directory when nobody else put something there.
     pub(super) fn remove_all_checked(&self) -> Result<(), BpfError> {
-        let links = [Role::Underlay, Role::Management]
+        let links = Role::ALL
             .into_iter()
             .flat_map(|role| self.links(role))
             .map(|path| self.remove_link(&path));
@@ -220,7 +226,10 @@ fn expected_shape(name: &str) -> (Option<MapType>, u32, u32, u32) {
             size::<Tunnel>(),
             MAX_TUNNEL_ENTRIES,
         ),
-        "COUNTERS" => (MapType::PerCpuArray, 4, size::<Counters>(), MAX_SLOTS),
+        "FORWARD" => (MapType::Hash, 4, size::<Forward>(), MAX_SLOTS),
+        "DEVICES" => (MapType::Array, 4, size::<Device>(), MAX_DEVICES),
+        "LINKS" | "COUNTERS" => (MapType::PerCpuArray, 4, size::<Counters>(), MAX_SLOTS),
+        "PROBE_PATHS" => (MapType::Hash, 8, size::<ProbePath>(), 2 * MAX_SESSIONS),
         "DROPS" => (MapType::PerCpuArray, 4, size::<u64>(), REASONS),
         "PORTS" => (MapType::Array, 4, size::<u64>(), PORT_WORDS),
         "GENERATION" => (MapType::Array, 4, size::<u64>(), 1),

@@ -1,6 +1,8 @@
-//! The memory of the sessions: the maps that the programs of the management link use, or the process's own.
+//! The memory of the sessions: the maps that the programs for probes use.
 
-use std::{collections::HashMap, num::NonZeroUsize, os::fd::AsFd as _, ptr::NonNull};
+#[cfg(test)]
+use std::collections::HashMap;
+use std::{num::NonZeroUsize, os::fd::AsFd as _, ptr::NonNull};
 
 use aya::{
     Ebpf,
@@ -90,24 +92,26 @@ impl Sessions for PinnedSessions {
     }
 }
 
-/// The same in memory of this process, for an agent without BPF rights.
+/// The same in memory of this process.
+#[cfg(test)]
 pub(crate) struct LocalSessions {
     node: NodeState,
     sessions: Vec<Session>,
     index: HashMap<u64, u32>,
 }
 
+#[cfg(test)]
 impl LocalSessions {
     pub(crate) fn new() -> Self {
         Self {
             node: NodeState::default(),
-            // 4 MiB at once: what a node without BPF rights pays for code that is the same for both.
             sessions: (0..MAX_SESSIONS).map(|_| Session::default()).collect(),
             index: HashMap::new(),
         }
     }
 }
 
+#[cfg(test)]
 impl Node for LocalSessions {
     fn state(&self) -> Option<&NodeState> {
         Some(&self.node)
@@ -119,6 +123,7 @@ impl Node for LocalSessions {
     }
 }
 
+#[cfg(test)]
 impl Sessions for LocalSessions {
     fn node(&self) -> &NodeState {
         &self.node

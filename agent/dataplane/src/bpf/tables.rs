@@ -21,7 +21,7 @@ use nsm_core::{
 };
 use nsm_ebpf_common::{
     Address, Counters, Foreign, LAYOUT, MAX_SLOTS, PEER_MARKER, Reason, Tunnel, TunnelKey,
-    UNSPECIFIED, mapped, port_bit,
+    UNSPECIFIED, forward::tunnel_flags, mapped, port_bit,
 };
 
 use super::{BpfError, ForeignVni, KnownTunnel, Slot, slots::Slots};
@@ -138,7 +138,13 @@ impl Tables {
         Ok(())
     }
 
-    pub(super) fn add_tunnel(&mut self, vni: u32, peer: IpAddr) -> Result<Slot, BpfError> {
+    /// Enters a tunnel, or changes where it leads; `tunnel` is its entry for a slot. A known one keeps its slot and its counters.
+    pub(super) fn add_tunnel(
+        &mut self,
+        vni: u32,
+        peer: IpAddr,
+        tunnel: impl FnOnce(u32) -> Tunnel,
+    ) -> Result<Slot, BpfError> {
         let peer = peer.to_canonical();
         if peer.is_unspecified() || peer.is_multicast() {
             return Err(BpfError::NotAPeer { vni, peer });
@@ -147,15 +153,18 @@ impl Tables {
             vni,
             peer: address(peer),
         };
-        if let Some(slot) = self.known.get(&key) {
-            return Ok(Slot(*slot));
+        if let Some(slot) = self.known.get(&key).copied() {
+            let changed = self.tunnels.insert(key, tunnel(slot), 0);
+            changed.map_err(of_map("TUNNELS", "change"))?;
+            self.disown_recent()?;
+            return Ok(Slot(slot));
         }
         let slot = self.slots.take().ok_or(BpfError::SlotsExhausted {
             vni,
             peer,
             capacity: MAX_SLOTS,
         })?;
-        if let Err(error) = self.insert(key, slot) {
+        if let Err(error) = self.insert(key, tunnel(slot)) {
             self.slots.free(slot);
             return Err(error);
         }
@@ -165,7 +174,7 @@ impl Tables {
         Ok(Slot(slot))
     }
 
-    fn insert(&mut self, key: TunnelKey, slot: u32) -> Result<(), BpfError> {
+    fn insert(&mut self, key: TunnelKey, tunnel: Tunnel) -> Result<(), BpfError> {
         let zero =
             PerCpuValues::try_from(vec![Counters::default(); self.cpus]).map_err(|source| {
                 BpfError::Map {
@@ -175,15 +184,15 @@ impl Tables {
                 }
             })?;
         self.counters
-            .set(slot, zero, 0)
+            .set(tunnel.slot, zero, 0)
             .map_err(of_map("COUNTERS", "zero"))?;
         self.tunnels
-            .insert(key, Tunnel { slot }, 0)
+            .insert(key, tunnel, 0)
             .map_err(of_map("TUNNELS", "add to"))?;
         let marked = if self.vnis.contains_key(&key.vni) {
             Ok(())
         } else {
-            self.mark(key.vni, slot)
+            self.mark(key.vni, tunnel.slot)
         };
         // Programs may remember that there was no such tunnel, and no such VNI.
         let inserted = marked.and_then(|()| self.disown_recent());
@@ -198,7 +207,7 @@ impl Tables {
     /// Marks a VNI as ours. The programs ask only whether the marker is there.
     fn mark(&mut self, vni: u32, slot: u32) -> Result<(), BpfError> {
         self.tunnels
-            .insert(vni_marker(vni), Tunnel { slot }, 0)
+            .insert(vni_marker(vni), Tunnel::counted(slot), 0)
             .map_err(of_map("TUNNELS", "add to"))
     }
 
@@ -230,9 +239,12 @@ impl Tables {
     /// Enters a peer: an entry of the management VNI, which counts and checks what comes over it, and the marker by which a VNI
     /// that is not ours is noted when it comes from there.
     pub(super) fn add_peer(&mut self, vni: u32, peer: IpAddr) -> Result<Slot, BpfError> {
-        let slot = self.add_tunnel(vni, peer)?;
+        let slot = self.add_tunnel(vni, peer, |slot| Tunnel {
+            flags: tunnel_flags::PROBES,
+            ..Tunnel::counted(slot)
+        })?;
         let (marker, address) = peer_marker(peer);
-        let marked = self.tunnels.insert(marker, Tunnel { slot: slot.0 }, 0);
+        let marked = self.tunnels.insert(marker, Tunnel::counted(slot.0), 0);
         let marked = marked.map_err(of_map("TUNNELS", "add to"));
         // Programs may remember that it was nobody.
         if let Err(error) = marked.and_then(|()| self.disown_recent()) {
@@ -306,11 +318,21 @@ impl Tables {
         self.known.len()
     }
 
+    /// The slot of a tunnel that is known.
+    pub(super) fn slot(&self, vni: u32, peer: IpAddr) -> Option<Slot> {
+        let peer = address(peer.to_canonical());
+        self.known.get(&TunnelKey { vni, peer }).copied().map(Slot)
+    }
+
+    pub(super) fn is_used(&self, slot: Slot) -> bool {
+        self.used.contains(&slot.0)
+    }
+
     pub(super) fn counters(&self, slot: Slot) -> Result<Traffic, BpfError> {
-        if !self.used.contains(&slot.0) {
+        if !self.is_used(slot) {
             return Err(BpfError::NoSlot(slot));
         }
-        read(&self.counters, slot)
+        read("COUNTERS", &self.counters, slot)
     }
 
     pub(super) fn drops(&self) -> Result<BTreeMap<&'static str, u64>, BpfError> {
@@ -354,14 +376,16 @@ impl CounterReader {
 
     /// As [`super::Bpf::counters`]; of a slot that is not in use, what its last tunnel had.
     pub(crate) fn read(&self, slot: Slot) -> Result<Traffic, BpfError> {
-        read(&self.0, slot)
+        read("COUNTERS", &self.0, slot)
     }
 }
 
-fn read(counters: &PerCpuArray<MapData, Counters>, slot: Slot) -> Result<Traffic, BpfError> {
-    let cpus = counters
-        .get(&slot.0, 0)
-        .map_err(of_map("COUNTERS", "read"))?;
+pub(super) fn read(
+    map: &'static str,
+    counters: &PerCpuArray<MapData, Counters>,
+    slot: Slot,
+) -> Result<Traffic, BpfError> {
+    let cpus = counters.get(&slot.0, 0).map_err(of_map(map, "read"))?;
     let mut sum = Counters::default();
     for cpu in cpus.iter() {
         sum.in_packets += cpu.in_packets;
@@ -421,6 +445,14 @@ pub(super) fn of_map(map: &'static str, action: &'static str) -> impl Fn(MapErro
 
 /// A removal that finds nothing has nothing to do.
 fn forgiving(removed: Result<(), MapError>) -> Result<(), BpfError> {
+    forgiving_of("TUNNELS", removed)
+}
+
+/// Likewise, of a map with this name.
+pub(super) fn forgiving_of(
+    map: &'static str,
+    removed: Result<(), MapError>,
+) -> Result<(), BpfError> {
     match removed {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error))
@@ -428,7 +460,7 @@ fn forgiving(removed: Result<(), MapError>) -> Result<(), BpfError> {
         {
             Ok(())
         }
-        other => other.map_err(of_map("TUNNELS", "remove from")),
+        other => other.map_err(of_map(map, "remove from")),
     }
 }
 

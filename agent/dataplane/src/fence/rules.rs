@@ -136,13 +136,7 @@ impl Rule {
     fn drop_group(key: MetaKey) -> Self {
         Self(vec![
             load(key),
-            Expressions::Bitwise(vec![
-                Bitwise::SourceRegister(Register::Reg1),
-                Bitwise::DestinationRegister(Register::Reg1),
-                Bitwise::Length(size_of::<u32>() as u32),
-                Bitwise::Mask(value(&NODE_GROUP_MASK.to_ne_bytes())),
-                Bitwise::Xor(value(&0u32.to_ne_bytes())),
-            ]),
+            masked(NODE_GROUP_MASK),
             compare(Operator::Equal, &NODE_GROUP.to_ne_bytes()),
             counter(),
             verdict(DROP),
@@ -177,8 +171,9 @@ impl Rule {
         Self(expressions)
     }
 
-    /// Drops UDP to the tunnels' port whose source is not reached by the interface that it came in by. What the node sends to itself is
-    /// left to [`Self::drop_unmarked`]: no route leads back through the loopback.
+    /// Drops UDP to the tunnels' port that came in by an interface which is none of the underlay: our program there has not marked it, and
+    /// its source is not reached by that interface. A peer's packets may well come by another way than ours go. What the node sends to
+    /// itself is left to [`Self::drop_unmarked`]: no route leads back through the loopback.
     fn drop_astray(port: u16) -> Self {
         let mut expressions = vec![
             load(MetaKey::Iftype),
@@ -186,6 +181,10 @@ impl Rule {
         ];
         expressions.extend(to_port(port));
         expressions.extend([
+            load(MetaKey::Mark),
+            // Others may have set bits of their own meanwhile.
+            masked(TUNNEL_MARK),
+            compare(Operator::NotEqual, &TUNNEL_MARK.to_ne_bytes()),
             route_back(),
             compare(Operator::Equal, &0u32.to_ne_bytes()),
             counter(),
@@ -306,6 +305,17 @@ fn compare(operator: Operator, bytes: &[u8]) -> Expressions {
         Cmp::SourceRegister(Register::Reg1),
         Cmp::Op(operator),
         Cmp::Data(value(bytes)),
+    ])
+}
+
+/// Leaves of what was loaded the bits of a mask.
+fn masked(mask: u32) -> Expressions {
+    Expressions::Bitwise(vec![
+        Bitwise::SourceRegister(Register::Reg1),
+        Bitwise::DestinationRegister(Register::Reg1),
+        Bitwise::Length(size_of::<u32>() as u32),
+        Bitwise::Mask(value(&mask.to_ne_bytes())),
+        Bitwise::Xor(value(&0u32.to_ne_bytes())),
     ])
 }
 

@@ -15,7 +15,7 @@
 mod basics;
 mod doomed;
 mod error;
-mod external;
+pub(crate) mod external;
 mod holdings;
 mod message;
 mod node_watch;
@@ -412,6 +412,18 @@ impl Links {
     /// There is no default route.
     pub async fn default_source(&self) -> Result<IpAddr, LinkError> {
         self.on_node(underlay::default_source).await
+    }
+
+    /// As [`Self::on_node`], for a job with errors of its own.
+    pub(crate) async fn on_node_of<T, E>(
+        &self,
+        job: impl FnOnce(&mut Netlink) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<LinkError> + Send + 'static,
+    {
+        self.on_node(move |netlink| Ok(job(netlink))).await?
     }
 
     async fn on_node<T: Send + 'static>(

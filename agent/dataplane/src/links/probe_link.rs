@@ -1,28 +1,24 @@
-//! The probe link: the VXLAN device of the probe VNI (the management VNI of RFC 8971) in the node's namespace, one for each family of
-//! underlay addresses. It has one forwarding entry for each path.
+//! The probe link: the device that the prober sends on and receives on, one for each family of underlay addresses.
 //!
-//! On the underlay it is like the tunnels: same UDP port, same `df`, no learning. It has no addresses, and no frame is ever sent to its
-//! own Ethernet address: the kernel treats each frame as one for another host and passes none to its IP stack, whatever programs are
-//! attached.
+//! It is one end of a veth pair whose other end leads nowhere: a device of a kind that the agent needs anyhow, and that every kernel
+//! with containers has. A BPF program takes what is sent on it and puts it into the tunnel to the peer that the destination address names;
+//! another one hands over the answers that the prober waits for.
+//!
+//! Neither end has addresses, and no frame is ever sent to its own Ethernet address: the kernel treats each frame as one for another host and
+//! passes none to its IP stack, whatever programs are attached.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
-    link::VxlanDf,
-    neighbour::{
-        NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
-    },
+    RouteNetlinkMessage,
+    link::{InfoData, InfoVeth},
 };
 use nix::errno::Errno;
-use nsm_core::{
-    link::{Link, LinkAlias, LinkKind},
-    net::{MacAddr, Vni},
-};
-use rtnetlink::{LinkUnspec, LinkVxlan};
+use nsm_core::link::{Link, LinkAlias, LinkKind, NODE_GROUP};
+use rtnetlink::{LinkUnspec, LinkVeth};
 
-use super::{LinkError, basics::delete, message, observe, port};
+use super::{LinkError, basics::delete, message, observe};
 use crate::netlink::{Netlink, NetlinkError, Refusal};
 
 /// Prefixes of the ids in the aliases of probe links; the port follows. They are part of the adoption by later agents.
@@ -54,12 +50,8 @@ pub(crate) struct ProbeLinkSpec {
     /// The agent's domain.
     pub(crate) domain: String,
     pub(crate) family: Family,
-    /// The probe VNI.
-    pub(crate) vni: Vni,
     /// The UDP port of this node's tunnels.
     pub(crate) port: u16,
-    /// The address that tunnels leave from; `None`: each by its route.
-    pub(crate) local: Option<IpAddr>,
 }
 
 /// Whether an alias is that of a probe link, which has no connection and is not removed for want of one.
@@ -92,14 +84,23 @@ impl ProbeLinkSpec {
         }
     }
 
+    /// The name of the end that leads nowhere.
+    fn far_name(&self) -> String {
+        match self.family {
+            Family::V4 => format!("nsm-mgmx4-{}", self.port),
+            Family::V6 => format!("nsm-mgmx6-{}", self.port),
+        }
+    }
+
     fn fits(&self, link: &Link) -> bool {
-        let wanted = LinkKind::Vxlan {
-            vni: self.vni.get(),
-            local: self.local,
-            remote: None,
-            port: self.port,
-        };
-        link.kind == wanted && link.name == self.name() && link.mtu == MTU
+        let is_pair = matches!(
+            link.kind,
+            LinkKind::Veth {
+                peer_netns: None,
+                ..
+            }
+        );
+        is_pair && link.name == self.name() && link.mtu == MTU
     }
 }
 
@@ -108,27 +109,20 @@ impl ProbeLinkSpec {
 pub(crate) struct ProbeLink {
     pub(crate) index: u32,
     pub(crate) name: String,
-    /// The UDP port of this node's tunnels.
-    pub(crate) port: u16,
-    /// Whether an earlier agent had made it: its forwarding entries are still there.
+    /// Whether an earlier agent had made it.
     pub(crate) adopted: bool,
 }
 
-/// Makes the link, or adopts the same link of an earlier agent. `anew`: replaces that one with its programs and entries.
-pub(crate) fn ensure(
-    netlink: &mut Netlink,
-    spec: &ProbeLinkSpec,
-    anew: bool,
-) -> Result<ProbeLink, LinkError> {
+/// Makes the link, or adopts the same link of an earlier agent.
+pub(crate) fn ensure(netlink: &mut Netlink, spec: &ProbeLinkSpec) -> Result<ProbeLink, LinkError> {
     let (alias, name) = (spec.alias()?, spec.name());
     for link in observe::links(netlink)? {
         if link.alias.as_ref() == Some(&alias) {
-            if !anew && spec.fits(&link) {
-                up(netlink, link.index, &name, spec.port)?;
+            if spec.fits(&link) {
+                up(netlink, link.index, &name)?;
                 return Ok(ProbeLink {
                     index: link.index,
                     name: link.name,
-                    port: spec.port,
                     adopted: true,
                 });
             }
@@ -149,10 +143,17 @@ pub(crate) fn ensure(
         netlink
             .ask(request, flags)?
             .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))?;
+        let far = spec.far_name();
         // A kernel without IPv6 refuses, and does not need it.
-        let (request, flags) = message::no_addresses(LinkUnspec::new_with_index(index));
-        let _ = netlink.ask(request, flags)?;
-        up(netlink, index, &name, spec.port)
+        let _ = netlink.transact(vec![
+            message::no_addresses(LinkUnspec::new_with_index(index)),
+            message::no_addresses(LinkUnspec::new_with_name(&far)),
+        ])?;
+        let (request, flags) = message::set_up_named(&far);
+        netlink
+            .ask(request, flags)?
+            .map_err(|kernel| LinkError::refused(format!("take link `{far}` up"), kernel))?;
+        up(netlink, index, &name)
     })();
     if let Err(error) = marked {
         remove(netlink, index, &name)?;
@@ -161,35 +162,28 @@ pub(crate) fn ensure(
     Ok(ProbeLink {
         index,
         name,
-        port: spec.port,
         adopted: false,
     })
 }
 
 fn create(netlink: &mut Netlink, spec: &ProbeLinkSpec, name: &str) -> Result<u32, LinkError> {
-    let mut link = LinkVxlan::new(name, spec.vni.get())
-        .port(spec.port)
-        .learning(false)
-        .df(VxlanDf::Set)
+    let far = spec.far_name();
+    // What no program takes arrives there, in the group whose frames never enter the node's IP stack.
+    let end = LinkUnspec::new_with_name(&far)
+        .link_group(NODE_GROUP)
+        .mtu(MTU)
+        .arp(false)
+        .build();
+    let link = LinkVeth::new(name, &far)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(end)))
         .link_group(message::LINK_GROUP)
-        .mtu(MTU);
-    link = match (spec.local, spec.family) {
-        (Some(IpAddr::V4(local)), _) => link.local(local),
-        (Some(IpAddr::V6(local)), _) => link.local6(local),
-        (None, Family::V4) => link,
-        // The family follows from an address only. The unspecified one is no default peer.
-        (None, Family::V6) => link.remote6(Ipv6Addr::UNSPECIFIED),
-    };
+        .mtu(MTU)
+        .arp(false);
     let request = RouteNetlinkMessage::NewLink(link.build());
     if let Err(kernel) = netlink.ask(request, NLM_F_CREATE | NLM_F_EXCL)? {
         return Err(match kernel.errno {
-            Errno::EEXIST => LinkError::VniTaken {
-                vni: spec.vni,
-                port: spec.port,
-                kernel,
-            },
             Errno::EOPNOTSUPP => LinkError::Unsupported {
-                kind: "vxlan",
+                kind: "veth",
                 kernel,
             },
             _ => LinkError::refused(format!("make probe link `{name}`"), kernel),
@@ -209,19 +203,12 @@ fn create(netlink: &mut Netlink, spec: &ProbeLinkSpec, name: &str) -> Result<u32
         })
 }
 
-fn up(netlink: &mut Netlink, index: u32, name: &str, port: u16) -> Result<(), LinkError> {
+fn up(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), LinkError> {
     let (request, flags) = message::set_up(index);
-    netlink.ask(request, flags)?.map(drop).map_err(|kernel| {
-        if kernel.errno == Errno::EADDRINUSE {
-            LinkError::PortTaken {
-                port,
-                holder: port::holder(port),
-                kernel,
-            }
-        } else {
-            LinkError::refused(format!("take probe link `{name}` up"), kernel)
-        }
-    })
+    let answer = netlink.ask(request, flags)?;
+    answer
+        .map(drop)
+        .map_err(|kernel| LinkError::refused(format!("take probe link `{name}` up"), kernel))
 }
 
 /// The observed state of a probe link.
@@ -257,9 +244,9 @@ pub(crate) fn look(netlink: &mut Netlink, link: &ProbeLink) -> Result<Condition,
     })
 }
 
-/// Takes a link up again. It keeps its forwarding entries while it is down.
+/// Takes a link up again.
 pub(crate) fn take_up(netlink: &mut Netlink, link: &ProbeLink) -> Result<(), LinkError> {
-    up(netlink, link.index, &link.name, link.port)
+    up(netlink, link.index, &link.name)
 }
 
 /// Removes the link; a success when it is gone already.
@@ -284,152 +271,6 @@ pub(crate) fn remove_left(netlink: &mut Netlink, domain: &str, port: u16) -> Res
     Ok(())
 }
 
-/// The destination of frames to an Ethernet address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Forwarding {
-    pub(crate) mac: MacAddr,
-    pub(crate) remote: IpAddr,
-    /// UDP port of the peer's tunnels.
-    pub(crate) port: u16,
-    /// The peer's probe VNI.
-    pub(crate) vni: Vni,
-}
-
-/// Adds a forwarding entry, or changes its destination.
-pub(crate) fn set_peer(
-    netlink: &mut Netlink,
-    link: &ProbeLink,
-    peer: Forwarding,
-) -> Result<(), LinkError> {
-    let mut message = forwarding_entry(link.index, peer.mac);
-    message.header.state = NeighbourState::Permanent;
-    message.attributes.extend([
-        NeighbourAttribute::Destination(match peer.remote {
-            IpAddr::V4(ip) => NeighbourAddress::Inet(ip),
-            IpAddr::V6(ip) => NeighbourAddress::Inet6(ip),
-        }),
-        NeighbourAttribute::Port(peer.port),
-        NeighbourAttribute::Vni(peer.vni.get()),
-    ]);
-    let request = RouteNetlinkMessage::NewNeighbour(message);
-    netlink
-        .ask(request, NLM_F_CREATE | NLM_F_REPLACE)?
-        .map(drop)
-        .map_err(|kernel| {
-            LinkError::refused(
-                format!("enter peer {} into probe link `{}`", peer.remote, link.name),
-                kernel,
-            )
-        })
-}
-
-/// Removes a forwarding entry; a success when there is none.
-pub(crate) fn remove_peer(
-    netlink: &mut Netlink,
-    link: &ProbeLink,
-    mac: MacAddr,
-) -> Result<(), LinkError> {
-    let request = RouteNetlinkMessage::DelNeighbour(forwarding_entry(link.index, mac));
-    match netlink.ask(request, 0)? {
-        Ok(_)
-        | Err(Refusal {
-            errno: Errno::ENOENT | Errno::ENODEV,
-            ..
-        }) => Ok(()),
-        Err(kernel) => Err(LinkError::refused(
-            format!("take peer {mac} off probe link `{}`", link.name),
-            kernel,
-        )),
-    }
-}
-
-/// The Ethernet addresses with a forwarding entry.
-pub(crate) fn peers(netlink: &mut Netlink, link: &ProbeLink) -> Result<Vec<MacAddr>, LinkError> {
-    let entries = entries(netlink, link)?;
-    let macs = entries.into_iter().filter_map(|entry| {
-        let mac = entry.attributes.iter().find_map(|it| match it {
-            NeighbourAttribute::LinkLayerAddress(mac) => Some(mac.as_slice()),
-            _ => None,
-        });
-        mac?.try_into().ok().map(MacAddr::new)
-    });
-    Ok(macs.collect())
-}
-
-/// The forwarding entries of a link. `vni` is the link's own, which entries may leave out.
-pub(crate) fn forwardings(
-    netlink: &mut Netlink,
-    link: &ProbeLink,
-    vni: Vni,
-) -> Result<Vec<Forwarding>, LinkError> {
-    let entries = entries(netlink, link)?.into_iter();
-    Ok(entries
-        .filter_map(|entry| forwarding_of(entry, link.port, vni))
-        .collect())
-}
-
-fn entries(netlink: &mut Netlink, link: &ProbeLink) -> Result<Vec<NeighbourMessage>, LinkError> {
-    let mut request = NeighbourMessage::default();
-    request.header.family = AddressFamily::Bridge;
-    request.header.ifindex = link.index;
-    let found = netlink.dump(&RouteNetlinkMessage::GetNeighbour(request))?;
-    let of_link = found.into_iter().filter_map(|message| match message {
-        RouteNetlinkMessage::NewNeighbour(entry) if entry.header.ifindex == link.index => {
-            Some(entry)
-        }
-        _ => None,
-    });
-    Ok(of_link.collect())
-}
-
-fn forwarding_of(entry: NeighbourMessage, mut port: u16, mut vni: Vni) -> Option<Forwarding> {
-    let (mut mac, mut remote) = (None, None);
-    for attribute in entry.attributes {
-        match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = <[u8; 6]>::try_from(bytes).ok().map(MacAddr::new);
-            }
-            NeighbourAttribute::Destination(address) => remote = ip_of(&address),
-            NeighbourAttribute::Port(other) => port = other,
-            NeighbourAttribute::Vni(other) => vni = Vni::try_from(other).ok()?,
-            _ => {}
-        }
-    }
-    Some(Forwarding {
-        mac: mac?,
-        remote: remote?,
-        port,
-        vni,
-    })
-}
-
-/// The entries are of the bridge family, so the family of the address follows from its length only.
-fn ip_of(address: &NeighbourAddress) -> Option<IpAddr> {
-    match address {
-        NeighbourAddress::Inet(ip) => Some((*ip).into()),
-        NeighbourAddress::Inet6(ip) => Some((*ip).into()),
-        NeighbourAddress::Other(bytes) => match bytes.len() {
-            4 => <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
-            _ => <[u8; 16]>::try_from(bytes.as_slice())
-                .ok()
-                .map(IpAddr::from),
-        },
-        _ => None,
-    }
-}
-
-/// An entry of the device's own table (`bridge fdb … self`).
-fn forwarding_entry(index: u32, mac: MacAddr) -> NeighbourMessage {
-    let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Bridge;
-    message.header.ifindex = index;
-    message.header.flags = NeighbourFlags::Own;
-    message
-        .attributes
-        .push(NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()));
-    message
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -440,9 +281,7 @@ mod tests {
             let spec = ProbeLinkSpec {
                 domain: "cluster-1.example".to_owned(),
                 family,
-                vni: Vni::MANAGEMENT,
                 port: 4789,
-                local: None,
             };
             let alias = spec.alias().expect("an alias");
             assert!(is_probe_link(&alias), "{alias}");

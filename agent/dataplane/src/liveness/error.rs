@@ -4,7 +4,7 @@ use std::{io, net::IpAddr};
 
 use nsm_ebpf_common::management::MAX_SESSIONS;
 
-use crate::{bpf::BpfError, links::LinkError, netns::NetnsError};
+use crate::{bpf::BpfError, forward::ForwardError, links::LinkError, netns::NetnsError};
 
 /// What can go wrong with the health plane.
 #[derive(Debug, thiserror::Error)]
@@ -12,7 +12,10 @@ pub enum HealthError {
     /// The node's namespace cannot be entered.
     #[error(transparent)]
     Namespace(#[from] NetnsError),
-    /// A probe link cannot be made, or a peer not entered into it.
+    /// An external device cannot be had.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// A probe link cannot be made.
     #[error("probe link: {0}")]
     Link(#[from] LinkError),
     /// The BPF programs of the probe link.
@@ -79,7 +82,9 @@ impl HealthError {
     #[must_use]
     pub fn is_for_good(&self) -> bool {
         match self {
-            Self::Link(LinkError::NotPermitted { .. }) | Self::Closed => true,
+            Self::Link(LinkError::NotPermitted { .. })
+            | Self::Forward(ForwardError::Link(LinkError::NotPermitted { .. }))
+            | Self::Closed => true,
             Self::Socket { source, .. } => source.kind() == io::ErrorKind::PermissionDenied,
             _ => false,
         }

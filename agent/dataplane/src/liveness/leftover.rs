@@ -12,10 +12,10 @@ use crate::{
 };
 
 /// Removes the programs, links and sessions of the domain's earlier agent on this port. After an error the rest is removed all the same.
-pub(super) fn remove(config: &HealthConfig, bpf: Option<&Bpf>) -> Result<(), HealthError> {
+pub(super) fn remove(config: &HealthConfig, bpf: &Bpf) -> Result<(), HealthError> {
     // The reflector first.
-    let unhooked = bpf.map_or(Ok(()), Bpf::forget_management);
-    let forgotten = bpf.map_or(Ok(()), forget_sessions);
+    let unhooked = bpf.forget_probes();
+    let forgotten = forget_sessions(bpf);
     // Only a thread of its own may change its namespace.
     let links = thread::scope(|scope| match scope.spawn(|| remove_links(config)).join() {
         Ok(removed) => removed,

@@ -1,18 +1,17 @@
 //! The health plane of a node: whether each path to a peer works now.
 //!
 //! [`Health`] keeps one S-BFD session (RFC 7880) for each path ([`PathId`]), whatever the number of its connections, and answers the
-//! peers' own probes. Probes use the probe link, a VXLAN device of the probe VNI (RFC 8971): the same sockets, port, firewalls, NAT and
-//! underlay as data, in both directions.
+//! peers' own probes. Probes are sent on the probe link, whose program puts them into the probe VNI (RFC 8971) of the external device: the
+//! same device, port, firewalls, NAT and underlay as data, in both directions.
 //!
 //! The plane has two threads, so that neither the agent's runtime nor a slow system call delays a probe:
 //!
 //! - `nsm-prober` sends, reads the stamps, and runs the sessions' machines ([`nsm_core::liveness::sbfd`]), at real-time priority where
 //!   that is allowed. It blocks only until its next deadline.
-//! - `nsm-peers` makes the system calls that may block: links, forwarding entries, BPF maps.
+//! - `nsm-peers` makes the system calls that may block: links, BPF maps.
 //!
-//! With BPF, reflector and stamps are programs on the probe link. They work on after the end of the agent, also after `kill -9`, and
-//! the next agent adopts discriminator, sessions and stamps. Without BPF rights the prober's thread does the same in user space
-//! ([`Plane::UserSpace`]), slower and only while it runs.
+//! Reflector and stamps are BPF programs. They work on after the end of the agent, also after `kill -9`, and the next agent adopts
+//! discriminator, sessions and stamps.
 //!
 //! [`Paths`] lets the connections of the node use the plane: it counts the users of each path, judges it, and reports what changes.
 //!
@@ -62,10 +61,10 @@ use self::{
     preflight::PeerCell,
     prober::{Command, Commands},
     request::Request,
-    surroundings::Drops,
 };
 use crate::{
     bpf::{Bpf, ForeignVni},
+    forward::TunnelDevices,
     netns::Netns,
 };
 
@@ -88,15 +87,6 @@ pub struct HealthConfig {
     pub orphan_grace: Duration,
 }
 
-/// Where probes are stamped and reflected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Plane {
-    /// By BPF programs on the probe link.
-    Bpf,
-    /// By the prober's thread.
-    UserSpace,
-}
-
 /// The state and counters of one session.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
@@ -114,8 +104,7 @@ pub struct Report {
     pub answers: u64,
     /// The peer's probes that we answered.
     pub reflected: u64,
-    /// How long the last of those answers took on this node, from ingress to egress of the probe link. `None`: there was none, or the
-    /// agent itself answers.
+    /// How long the last of those answers took on this node. `None`: there was none.
     pub reflection: Option<Duration>,
     /// Whether the peer's reflector works on without its agent (the C flag of its last answer); `None`: no answer yet.
     pub peer_is_independent: Option<bool>,
@@ -169,9 +158,7 @@ struct Shared {
     commands: Commands,
     discriminator: Discriminator,
     vni: Vni,
-    plane: Plane,
     realtime: bool,
-    drops: Arc<Drops>,
     preflights: preflight::Count,
     uncounted: Arc<Mutex<BTreeMap<IpAddr, Uncounted>>>,
 }
@@ -212,33 +199,27 @@ impl fmt::Display for Uncounted {
 pub type Events = tokio_mpsc::UnboundedReceiver<Event>;
 
 impl Health {
-    /// Makes the IPv4 probe link, or the IPv6 one when [`HealthConfig::local`] is such an address, attaches the programs to it, and
-    /// starts the threads.
+    /// Makes the external device of [`HealthConfig::port`] and the IPv4 probe link, or the IPv6 one when [`HealthConfig::local`] is such an
+    /// address, attaches the programs, and starts the threads.
     ///
     /// Blocks for some 30 ms: the kernel waits for its readers.
     ///
     /// # Errors
     ///
-    /// The link or its socket cannot be made, the programs cannot be attached, another health plane uses `bpf`.
+    /// A device, the link or its socket cannot be made, the programs cannot be attached, another health plane uses them.
     pub fn start(
         config: HealthConfig,
-        bpf: Option<Arc<Bpf>>,
+        devices: Arc<TunnelDevices>,
     ) -> Result<(Self, Events), HealthError> {
-        let plane = match &bpf {
-            Some(_) => Plane::Bpf,
-            None => Plane::UserSpace,
-        };
         let vni = config.vni;
         let (events, receiver) = tokio_mpsc::unbounded_channel();
-        let started = peers::start(config, bpf, events)?;
+        let started = peers::start(config, devices, events)?;
         let shared = Shared {
             requests: started.requests,
             commands: started.commands,
             discriminator: started.discriminator,
             vni,
-            plane,
             realtime: started.realtime,
-            drops: started.drops,
             preflights: preflight::Count::default(),
             uncounted: started.uncounted,
         };
@@ -255,7 +236,7 @@ impl Health {
     /// # Errors
     ///
     /// Something could not be removed; everything else was.
-    pub fn remove_left(config: &HealthConfig, bpf: Option<&Bpf>) -> Result<(), HealthError> {
+    pub fn remove_left(config: &HealthConfig, bpf: &Bpf) -> Result<(), HealthError> {
         leftover::remove(config, bpf)
     }
 
@@ -271,24 +252,11 @@ impl Health {
         self.shared.vni
     }
 
-    /// Where probes are stamped and reflected.
-    #[must_use]
-    pub fn plane(&self) -> Plane {
-        self.shared.plane
-    }
-
     /// Whether the prober has real-time priority (SCHED_FIFO). Without it a busy node's probes come late, which is no false
     /// alarm, but makes detection slower.
     #[must_use]
     pub fn has_realtime(&self) -> bool {
         self.shared.realtime
-    }
-
-    /// How often each [`nsm_ebpf_common::Reason`] occurred on the probe link, by name, where this process handles its packets
-    /// ([`Plane::UserSpace`]). What the programs drop is in [`Bpf::drops`].
-    #[must_use]
-    pub fn drops(&self) -> BTreeMap<&'static str, u64> {
-        self.shared.drops.by_name()
     }
 
     /// The counts of proofs by outcome.
@@ -341,7 +309,7 @@ impl Health {
         self.command(|reply| Command::State(state, reply)).await
     }
 
-    /// Ends all sessions, removes the probe links, and ends the threads. Peers whose sessions are up count that as a loss, unless
+    /// Ends all sessions, removes the probe links, and ends the threads. The external devices stay. Peers whose sessions are up count that as a loss, unless
     /// [`Self::set_admin_down`] was called some time before.
     ///
     /// # Errors

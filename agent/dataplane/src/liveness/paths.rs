@@ -13,7 +13,7 @@ use nsm_core::{
 use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 
 use super::{Event, Events, Health as HealthPlane, HealthConfig, HealthError, Peer, Report};
-use crate::bpf::{Bpf, now};
+use crate::{bpf::now, forward::TunnelDevices};
 
 /// How often paths that are not up are judged again: the peer's probes come and go without a change of the session.
 const JUDGE_AGAIN: Duration = Duration::from_millis(250);
@@ -53,8 +53,8 @@ impl Paths {
     /// # Errors
     ///
     /// As [`HealthPlane::start`].
-    pub fn start(config: HealthConfig, bpf: Option<Arc<Bpf>>) -> Result<Self, HealthError> {
-        let (plane, events) = HealthPlane::start(config, bpf)?;
+    pub fn start(config: HealthConfig, devices: Arc<TunnelDevices>) -> Result<Self, HealthError> {
+        let (plane, events) = HealthPlane::start(config, devices)?;
         let mut judge_again = interval(JUDGE_AGAIN);
         judge_again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {

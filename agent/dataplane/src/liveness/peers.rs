@@ -1,7 +1,7 @@
 //! The thread of the peers: the users of each path, and its entries in the kernel.
 //!
-//! All system calls that may block are made here, one request after the other: probe links, their forwarding entries, the hooks, the
-//! entries of the underlay programs. The prober's thread gets the results as commands.
+//! All system calls that may block are made here, one request after the other: probe links, hooks, the ways of probes, the entries of the
+//! underlay programs. The prober's thread gets the results as commands.
 //!
 //! # Sessions and claims
 //!
@@ -18,6 +18,7 @@ mod answer_path;
 mod links;
 mod look;
 mod members;
+mod routes;
 mod set_up;
 
 use std::{
@@ -28,10 +29,7 @@ use std::{
     time::Instant,
 };
 
-use nsm_core::{
-    liveness::{PathId, sbfd::Discriminator},
-    net::MacAddr,
-};
+use nsm_core::liveness::{PathId, sbfd::Discriminator};
 use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
 use tokio::sync::mpsc as tokio_mpsc;
 
@@ -40,14 +38,11 @@ use super::{
     preflight::PeerCell,
     prober::{Command, Commands},
     request::Request,
-    surroundings::{Drops, Memory},
 };
 use crate::{
-    bpf::Bpf,
-    links::{
-        Family,
-        probe_link::{Forwarding, ProbeLink},
-    },
+    bpf::{Bpf, PinnedSessions},
+    forward::TunnelDevices,
+    links::{Family, probe_link::ProbeLink},
     netlink::Netlink,
 };
 
@@ -59,7 +54,6 @@ pub(super) struct Started {
     pub(super) commands: Commands,
     pub(super) discriminator: Discriminator,
     pub(super) realtime: bool,
-    pub(super) drops: Arc<Drops>,
     pub(super) uncounted: Arc<Mutex<BTreeMap<IpAddr, Uncounted>>>,
 }
 
@@ -83,7 +77,7 @@ struct Known {
 struct Orphan {
     address: IpAddr,
     discriminator: u32,
-    /// Its path, where the link still has its forwarding entry; otherwise only the address is known.
+    /// Its path, where the maps still have the way of its probes; otherwise only the address is known.
     at: Option<PathId>,
     slot: u32,
     mac: [u8; 6],
@@ -140,7 +134,7 @@ impl Orphan {
 
 struct Peers {
     config: HealthConfig,
-    bpf: Option<Arc<Bpf>>,
+    devices: Arc<TunnelDevices>,
     netlink: Netlink,
     links: BTreeMap<Family, ProbeLink>,
     known: HashMap<PathId, Known>,
@@ -148,7 +142,7 @@ struct Peers {
     /// How many paths were entered so far.
     entered: u64,
     commands: Commands,
-    prober: Option<thread::JoinHandle<Option<Memory>>>,
+    prober: Option<thread::JoinHandle<Option<Box<PinnedSessions>>>>,
     discriminator: u32,
     events: tokio_mpsc::UnboundedSender<Event>,
     /// Packets of foreign VNIs that were reported.
@@ -169,8 +163,7 @@ impl Peers {
                     return;
                 }
                 Ok(Request::Abandon) | Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    let memory = self.stop();
-                    give_back(self.bpf.as_deref(), memory);
+                    self.stop_and_give_back();
                     return;
                 }
                 Ok(request) => self.handle(request),
@@ -216,8 +209,7 @@ impl Peers {
     }
 
     fn report_foreign(&mut self) {
-        let Some(bpf) = &self.bpf else { return };
-        let found = match bpf.foreign_vnis() {
+        let found = match self.bpf().foreign_vnis() {
             Ok(found) => found,
             Err(error) => {
                 tracing::debug!(%error, "cannot look for foreign VNIs");
@@ -237,10 +229,17 @@ impl Peers {
         self.foreign = reported;
     }
 
-    /// Ends the prober's thread.
-    fn stop(&mut self) -> Option<Memory> {
+    fn bpf(&self) -> &Bpf {
+        self.devices.bpf()
+    }
+
+    /// Ends the prober's thread, and returns the sessions to their owner, for the next health plane.
+    fn stop_and_give_back(&mut self) {
         self.commands.send(Command::Stop);
-        self.prober.take()?.join().ok()?
+        let ended = self.prober.take().and_then(|prober| prober.join().ok());
+        if let Some(sessions) = ended.flatten() {
+            self.bpf().return_sessions(*sessions);
+        }
     }
 
     fn close(&mut self) -> Result<(), HealthError> {
@@ -251,25 +250,8 @@ impl Peers {
         for orphan in std::mem::take(&mut self.orphans) {
             self.forget_orphan(&orphan);
         }
-        let memory = self.stop();
         let removed = self.remove_links();
-        give_back(self.bpf.as_deref(), memory);
+        self.stop_and_give_back();
         removed
-    }
-}
-
-/// Returns the sessions to their owner, for the next health plane.
-fn give_back(bpf: Option<&Bpf>, memory: Option<Memory>) {
-    if let (Some(bpf), Some(Memory::Pinned(sessions))) = (bpf, memory) {
-        bpf.return_sessions(*sessions);
-    }
-}
-
-const fn forwarding(mac: [u8; 6], spec: PathId) -> Forwarding {
-    Forwarding {
-        mac: MacAddr::new(mac),
-        remote: spec.address,
-        port: spec.port,
-        vni: spec.reflector.vni,
     }
 }

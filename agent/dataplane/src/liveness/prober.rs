@@ -37,14 +37,17 @@ use nsm_ebpf_common::{
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::{
-    Event, HealthError, Plane, Report,
+    Event, HealthError, Report,
     random::{self, Jitter},
     request::Request,
     session::{Entry, Names, PeerSession},
     socket::PacketSocket,
-    surroundings::{Drops, Memory, Sockets, Surroundings, now_ns, serve},
+    surroundings::{Sockets, Surroundings, now_ns},
 };
-use crate::{bpf::CounterReader, links::Family};
+use crate::{
+    bpf::{CounterReader, PinnedSessions, Sessions as _},
+    links::Family,
+};
 
 /// The grid of wake-ups. It delays a verdict by as much at most.
 const GRAIN: Duration = Duration::from_millis(2);
@@ -67,8 +70,8 @@ const PRIORITY: libc::c_int = 10;
 
 /// A command to the prober's thread.
 pub(super) enum Command {
-    /// Use this socket on the probe link of a family.
-    Link(Family, PacketSocket),
+    /// Use this socket on the probe link of a family, which has this index.
+    Link(Family, u32, PacketSocket),
     /// Probe a path; the reply is its slot.
     Enter(Box<Entry>, mpsc::SyncSender<Result<u32, HealthError>>),
     /// Send the probes of a slot's session to another Ethernet address of the same node. The index entry of the old one stays.
@@ -144,9 +147,9 @@ impl Kit {
 pub(super) struct Prober {
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
-    memory: Memory,
+    sessions: Box<PinnedSessions>,
     /// A reader of its own: the shared one is locked while a program is being attached.
-    counters: Option<CounterReader>,
+    counters: CounterReader,
     requests: mpsc::Sender<Request>,
     sockets: Sockets,
     peers: HashMap<PathId, PeerSession>,
@@ -155,28 +158,26 @@ pub(super) struct Prober {
     events: tokio_mpsc::UnboundedSender<Event>,
     frame: Vec<u8>,
     free: Vec<u32>,
-    drops: Arc<Drops>,
 }
 
 impl Prober {
     /// A prober that does not run yet, and the sender of its commands. This cannot fail, so the memory is never lost.
     pub(super) fn new(
         kit: Kit,
-        memory: Memory,
-        counters: Option<CounterReader>,
+        sessions: Box<PinnedSessions>,
+        counters: CounterReader,
         timing: Timing,
         events: tokio_mpsc::UnboundedSender<Event>,
         requests: mpsc::Sender<Request>,
     ) -> (Self, Commands) {
         let Kit { wake, jitter } = kit;
         let (sender, commands) = mpsc::channel();
-        let sessions = memory.sessions();
         let is_free = |slot: &u32| sessions.slot(*slot).peer_discriminator.load() == 0;
         let free = (0..MAX_SESSIONS).rev().filter(is_free).collect();
         let prober = Self {
             commands,
             wake: wake.clone(),
-            memory,
+            sessions,
             counters,
             requests,
             sockets: Sockets::default(),
@@ -186,30 +187,24 @@ impl Prober {
             events,
             frame: vec![0; MAX_FRAME],
             free,
-            drops: Arc::default(),
         };
         (prober, Commands { sender, wake })
     }
 
-    /// The counters of packets that it drops.
-    pub(super) fn drops(&self) -> Arc<Drops> {
-        self.drops.clone()
+    /// The sessions of a prober that never ran.
+    pub(super) fn into_sessions(self) -> Box<PinnedSessions> {
+        self.sessions
     }
 
-    /// The memory of a prober that never ran.
-    pub(super) fn into_memory(self) -> Memory {
-        self.memory
-    }
-
-    /// Runs until [`Command::Stop`] or until all senders are gone; gives back the memory.
-    pub(super) fn run(mut self) -> Memory {
+    /// Runs until [`Command::Stop`] or until all senders are gone; gives back the sessions.
+    pub(super) fn run(mut self) -> Box<PinnedSessions> {
         let mut ready = true;
         loop {
             let received = if ready { self.receive() } else { 0 };
             loop {
                 match self.commands.try_recv() {
                     Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
-                        return self.memory;
+                        return self.sessions;
                     }
                     Ok(command) => self.handle(command),
                     Err(mpsc::TryRecvError::Empty) => break,
@@ -238,14 +233,13 @@ impl Prober {
     /// The sessions, and what their turns need.
     fn parts(&mut self) -> (Surroundings<'_>, &mut HashMap<PathId, PeerSession>) {
         let around = Surroundings {
-            sessions: self.memory.sessions(),
+            sessions: &*self.sessions,
             jitter: &mut self.jitter,
             events: &self.events,
             sockets: &self.sockets,
-            counters: self.counters.as_ref(),
+            counters: &self.counters,
             requests: &self.requests,
             frame: &mut self.frame,
-            plane: self.memory.plane(),
         };
         (around, &mut self.peers)
     }
@@ -274,20 +268,15 @@ impl Prober {
         fds[1..].iter().any(|fd| fd.any() == Some(true))
     }
 
-    /// Receives frames: how many. With BPF the programs have processed them already.
+    /// Receives frames: how many. The programs have processed them already.
     fn receive(&mut self) -> usize {
         let mut received = 0;
         for socket in self.sockets.all() {
             for _ in 0..FRAMES_A_TURN {
-                let Some(length) = socket.receive(&mut self.frame) else {
+                if !socket.receive(&mut self.frame) {
                     break;
-                };
-                received += 1;
-                if self.memory.plane() == Plane::UserSpace
-                    && let Some(frame) = self.frame.get_mut(..length)
-                {
-                    serve(frame, self.memory.sessions(), socket, &self.drops);
                 }
+                received += 1;
             }
         }
         received
@@ -297,8 +286,7 @@ impl Prober {
         let now = Monotonic::from_nanos(now_ns());
         match command {
             Command::Stop => {}
-            Command::Link(Family::V4, socket) => self.sockets.v4 = Some(socket),
-            Command::Link(Family::V6, socket) => self.sockets.v6 = Some(socket),
+            Command::Link(family, index, socket) => self.use_link(family, index, socket),
             Command::Enter(entry, reply) => {
                 // The channel has room, and the caller waits.
                 let _ = reply.send(self.enter(*entry, now));
@@ -334,11 +322,22 @@ impl Prober {
                 let _ = reply.send(self.reports(peer, &users, now));
             }
             Command::State(state, reply) => {
-                let node = self.memory.sessions().node();
+                let node = self.sessions.node();
                 node.state.store(u64::from(state.bits()));
                 let _ = reply.send(());
             }
         }
+    }
+
+    /// The programs hand answers to the link, on which the socket receives them.
+    fn use_link(&mut self, family: Family, index: u32, socket: PacketSocket) {
+        let [v4, v6] = &self.sessions.node().links;
+        let (link, place) = match family {
+            Family::V4 => (v4, &mut self.sockets.v4),
+            Family::V6 => (v6, &mut self.sockets.v6),
+        };
+        *place = Some(socket);
+        link.store(index.into());
     }
 
     /// After an error nothing has changed.
@@ -351,7 +350,7 @@ impl Prober {
         let drawn = random::number().map_err(system)?;
         let local = random::discriminator().map_err(system)?.get();
         let first = Seq::from_low_bits(random::number().map_err(system)? as u32);
-        let sessions = self.memory.sessions_mut();
+        let sessions = &mut *self.sessions;
         let node = sessions.node().discriminator.load() as u32;
         let adopted = entry.slot;
         let slot = match adopted {
@@ -392,7 +391,7 @@ impl Prober {
     }
 
     fn index_session(&mut self, key: u64, slot: u32) -> Result<(), HealthError> {
-        self.memory.sessions_mut().index(key, slot)?;
+        self.sessions.index(key, slot)?;
         for peer in self.peers.values_mut() {
             let speaker = mac(SPEAKER, peer.entry.spec.reflector.discriminator.get());
             if session_key(peer.is_v4(), speaker) == key {
@@ -406,7 +405,7 @@ impl Prober {
         let peer = self.peers.values_mut().find(|peer| peer.slot == slot);
         if let Some(peer) = peer {
             let key = session_key(peer.is_v4(), mac);
-            self.memory.sessions_mut().index(key, slot)?;
+            self.sessions.index(key, slot)?;
             peer.rename(mac);
         }
         Ok(())
@@ -424,7 +423,7 @@ impl Prober {
         for spec in gone {
             self.note_neighbours(spec);
         }
-        let sessions = self.memory.sessions_mut();
+        let sessions = &mut *self.sessions;
         // Neither cleared nor free while the index may have it: the next session there would be found under both.
         let indexed = match sessions.indexed() {
             Ok(indexed) => indexed,

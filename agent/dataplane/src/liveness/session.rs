@@ -38,7 +38,7 @@ pub(super) struct Entry {
     /// Our address of tunnels to the peer.
     pub(super) source: IpAddr,
     /// The underlay's counters of the peer's address and our probe VNI.
-    pub(super) counters: Option<Slot>,
+    pub(super) counters: Slot,
     /// Whether these count packets to the peer, too: they have the peer's probe VNI, which may differ from ours.
     pub(super) counts_out: bool,
     pub(super) cell: Arc<PeerCell>,
@@ -372,7 +372,7 @@ impl PeerSession {
 
     fn counts(&self, around: &Surroundings<'_>) -> Stages {
         let session = around.sessions.slot(self.slot);
-        let counters = self.entry.counters.filter(|_| self.owns_card);
+        let counters = self.owns_card.then_some(self.entry.counters);
         let underlay = counters.and_then(|slot| around.underlay(slot));
         Stages {
             link_out: session.sent.load() + session.reflected.load(),

@@ -1,8 +1,7 @@
 //! The prober's packet socket on a probe link.
 //!
 //! It is bound to the link's IP protocol and not to all protocols: such sockets are served after the hooks, so packets that the
-//! programs drop never arrive here, and those that arrive have their stamp. With BPF these are the answers that the prober waits for;
-//! without BPF, all packets.
+//! programs drop never arrive here, and those that arrive have their stamp: the answers that the prober waits for.
 
 use std::{
     io, mem,
@@ -85,8 +84,8 @@ impl PacketSocket {
         }
     }
 
-    /// The next frame, if there is one: its length, which may be larger than the buffer's.
-    pub(super) fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
+    /// Takes the next frame; false: there is none.
+    pub(super) fn receive(&self, buffer: &mut [u8]) -> bool {
         let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
         // SAFETY: writes at most as many bytes as the buffer has.
         let got = unsafe {
@@ -98,7 +97,7 @@ impl PacketSocket {
             )
         };
         // An error, such as that of a link that went down, occurs once and has no frame.
-        usize::try_from(got).ok()
+        got >= 0
     }
 }
 

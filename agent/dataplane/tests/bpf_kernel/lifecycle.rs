@@ -10,14 +10,18 @@ use super::support::{
 use aya::maps::{Array, Map, MapData};
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook, underlay_interfaces};
 
-const MAPS: [&str; 10] = [
+const MAPS: [&str; 14] = [
     "COUNTERS",
+    "DEVICES",
     "DROPS",
     "FOREIGN",
+    "FORWARD",
     "GENERATION",
     "LAYOUT",
+    "LINKS",
     "NODE",
     "PORTS",
+    "PROBE_PATHS",
     "SESSIONS",
     "SESSION_INDEX",
     "TUNNELS",
@@ -155,7 +159,7 @@ fn an_interrupted_change_is_repaired_on_adoption() {
         let map = Map::from_map_data(map).unwrap();
         let mut tunnels: aya::maps::HashMap<_, TunnelKey, Tunnel> = map.try_into().unwrap();
         let key = |vni, peer| TunnelKey { vni, peer };
-        let tunnel = |slot| Tunnel { slot };
+        let tunnel = Tunnel::counted;
         // A missing marker, a stale one, a slot used twice, one out of range.
         tunnels.remove(&key(42, UNSPECIFIED)).unwrap();
         tunnels.insert(key(5, UNSPECIFIED), tunnel(9), 0).unwrap();

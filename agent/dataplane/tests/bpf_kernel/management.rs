@@ -1,11 +1,12 @@
-//! The programs of the management link on crafted frames: what they answer, note, and drop.
+//! The programs for probes on crafted frames: what they answer, note, and drop.
 
 use std::mem::offset_of;
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use nsm_dataplane::bpf::{Bpf, Direction};
 use nsm_ebpf_common::{
-    Address,
+    Address, UNSPECIFIED,
+    forward::{Device, ProbePath},
     management::{PROBES_AT_ONCE, REQUIRED_MIN_RX_US, Session, words},
     mapped,
     sbfd::{
@@ -17,7 +18,7 @@ use nsm_ebpf_common::{
     },
 };
 
-use super::support::{DROP, Gso, NEXT, PIN_DIR, Programs, drops, load_detached, programs, sandbox};
+use super::support::{DROP, Gso, PIN_DIR, Programs, drops, load_detached, programs, sandbox};
 
 /// TC_ACT_REDIRECT.
 const REDIRECT: i32 = 7;
@@ -46,8 +47,8 @@ fn read(field: usize) -> u64 {
 /// Programs that know the node and one peer, as an agent would have written them.
 fn load(address: Address) -> (Bpf, Programs) {
     let bpf = load_detached().expect("loaded");
-    let mut node: Array<_, [u64; 2]> = open("NODE").try_into().expect("an array");
-    let state = [NODE.into(), State::Up.bits().into()];
+    let mut node: Array<_, [u64; 4]> = open("NODE").try_into().expect("an array");
+    let state = [NODE.into(), State::Up.bits().into(), 1, 1];
     node.set(0, state, 0).expect("set");
     let [high, low] = words(&address);
     let mut session = [0; size_of::<Session>() / 8];
@@ -62,6 +63,21 @@ fn load(address: Address) -> (Bpf, Programs) {
     let is_v4 = std::net::IpAddr::from(address).to_canonical().is_ipv4();
     let key = session_key(is_v4, mac(SPEAKER, PEER));
     index.insert(key, 0, 0).expect("inserted");
+    let mut devices: Array<_, Device> = open("DEVICES").try_into().expect("an array");
+    let device = Device {
+        index: 1,
+        port: 4789,
+    };
+    devices.set(0, device, 0).expect("set");
+    let mut paths: HashMap<_, u64, ProbePath> = open("PROBE_PATHS").try_into().expect("a hash");
+    let path = ProbePath {
+        device: 0,
+        vni: 1,
+        port: 4789,
+        local: UNSPECIFIED,
+        remote: address,
+    };
+    paths.insert(key, path, 0).expect("inserted");
     (bpf, programs())
 }
 
@@ -151,7 +167,7 @@ fn answer_to(probe: &Probe) -> Vec<u8> {
 }
 
 fn run(programs: &Programs, direction: Direction, frame: &[u8]) -> (i32, Vec<u8>) {
-    let name = format!("management_{direction}");
+    let name = format!("probe_{direction}");
     let (run, frame) = programs.run(&name, frame, Gso::default(), 1);
     (run.return_value.cast_signed(), frame)
 }
@@ -214,7 +230,10 @@ fn our_probes_are_stamped_and_their_answers_matched() {
             let probe = our_probe(ends, 0x2ff);
             let answer = answer_to(&probe);
             assert_eq!(run(&programs, Direction::In, &answer).0, DROP, "to nothing");
-            assert_eq!(run(&programs, Direction::Out, &frame(&probe, 900)).0, NEXT);
+            assert_eq!(
+                run(&programs, Direction::Out, &frame(&probe, 900)).0,
+                REDIRECT
+            );
             assert_eq!(read(offset_of!(Session, sent)), 1);
             assert_eq!(run(&programs, Direction::In, &answer).0, DROP, "and noted");
             assert_eq!(read(offset_of!(Session, answered)), 1);
@@ -232,10 +251,10 @@ fn our_probes_are_stamped_and_their_answers_matched() {
             sessions().set(0, session, 0).expect("set");
             assert_eq!(
                 run(&programs, Direction::Out, &frame(&our_probe(ends, 1), 0)).0,
-                NEXT
+                REDIRECT
             );
             let answer = answer_to(&our_probe(ends, 1));
-            assert_eq!(run(&programs, Direction::In, &answer).0, NEXT);
+            assert_eq!(run(&programs, Direction::In, &answer).0, REDIRECT);
             bpf.detach_and_unpin().expect("unpinned");
         }
     });

@@ -26,6 +26,7 @@ pub(crate) struct Gso {
 
 // `struct __sk_buff` of the kernel's stable interface (linux/bpf.h): its size, and where the fields are that we set.
 const SK_BUFF: usize = 192;
+const SK_BUFF_IFINDEX: usize = 40;
 const SK_BUFF_GSO_SEGS: usize = 164;
 const SK_BUFF_GSO_SIZE: usize = 176;
 
@@ -66,7 +67,20 @@ impl Programs {
         gso: Gso,
         repeat: u32,
     ) -> (TestRunResult, Vec<u8>) {
+        self.run_on(name, 0, frame, gso, repeat)
+    }
+
+    /// Likewise, on a frame that came in by the interface with this index; 0: the loopback.
+    pub(crate) fn run_on(
+        &self,
+        name: &str,
+        interface: u32,
+        frame: &[u8],
+        gso: Gso,
+        repeat: u32,
+    ) -> (TestRunResult, Vec<u8>) {
         let mut context = [0; SK_BUFF];
+        context[SK_BUFF_IFINDEX..][..4].copy_from_slice(&interface.to_ne_bytes());
         context[SK_BUFF_GSO_SEGS..][..4].copy_from_slice(&gso.segs.to_ne_bytes());
         context[SK_BUFF_GSO_SIZE..][..4].copy_from_slice(&gso.size.to_ne_bytes());
         let mut output = vec![0; frame.len()];

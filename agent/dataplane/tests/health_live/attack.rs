@@ -246,12 +246,6 @@ fn a_replayed_probe_does_not_hide_that_the_path_is_cut() {
     sandbox(|| replayed(TCX));
 }
 
-#[test]
-#[ignore = "needs root: namespaces, VXLAN, packet sockets, nftables"]
-fn a_replayed_probe_does_not_hide_that_the_path_is_cut_without_bpf() {
-    sandbox(|| replayed(By::UserSpace));
-}
-
 async fn another_name(by: By) {
     let world = World::new();
     let nodes = [1, 2].map(|number| Node::start(&world, number, by));
@@ -274,10 +268,4 @@ async fn another_name(by: By) {
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_probe_to_a_reflector_of_another_name_is_dropped_and_counted() {
     sandbox(|| another_name(TCX));
-}
-
-#[test]
-#[ignore = "needs root: namespaces, VXLAN, packet sockets"]
-fn a_probe_to_a_reflector_of_another_name_is_dropped_and_counted_without_bpf() {
-    sandbox(|| another_name(By::UserSpace));
 }

@@ -12,8 +12,8 @@ use nsm_dataplane::{
 };
 
 use super::support::{
-    Node, PATIENCE, TCX, World, addr, both_up, end, eventually, ip, join, nft, sandbox, two_up, up,
-    within,
+    Node, OUTER, PATIENCE, TCX, Tap, World, addr, both_up, end, eventually, join, nft, sandbox,
+    sbfd_in, sendable, two_up, up, within,
 };
 
 /// Drops the packets of node 1 on their way. Node 2 hears nothing any more, and answers nothing; node 1 goes on hearing node 2.
@@ -160,14 +160,15 @@ fn a_firewall_that_lets_only_replies_in_is_no_good_path() {
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_vni_that_is_not_ours_is_told_when_a_peer_sends_it() {
     two_up(&[TCX], async |world, _by, mut nodes, _peers| {
-        within(&world.nodes[1], || {
-            ip("link add vx0 type vxlan id 77 remote 10.1.0.1 dstport 4789");
-            ip("addr add 172.16.0.2/24 dev vx0");
-            ip("link set vx0 up");
-            ip("neigh add 172.16.0.1 lladdr 02:00:00:00:00:01 dev vx0");
-            let ping = ["-q", "-c", "1", "-W", "1", "172.16.0.1"];
-            let _ = std::process::Command::new("ping").args(ping).output();
-        });
+        let tap = Tap::open(&world.nodes[1], "eth0");
+        let mut frame = tap
+            .find("what node 2 sends", |frame| {
+                let is_own = frame.get(26..30)? == [10, 2, 0, 1];
+                sbfd_in(frame).filter(|_| is_own).map(|_| sendable(frame))
+            })
+            .await;
+        frame[OUTER - 2] = 77;
+        tap.send(&frame);
         let told = async {
             loop {
                 if let Some(Event::ForeignVni(foreign)) = nodes[0].events.recv().await

@@ -1,6 +1,6 @@
 //! Beginning, end, and what comes between two agents.
 
-use std::time::Duration;
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use nsm_core::liveness::{
     PathId, Reflector,
@@ -8,25 +8,33 @@ use nsm_core::liveness::{
 };
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
+    forward::TunnelDevices,
     liveness::{Health, HealthError},
 };
 
 use super::support::{
     By, CLSACT, Node, TCX, World, addr, discriminator, end, eventually, ip, join, link_names, pair,
-    pin_dir, run, sandbox, two_up, unhook, up, within,
+    pin_dir, probed, sandbox, two_up, unhook, up, within,
 };
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn an_end_in_order_leaves_nothing() {
     sandbox(|| async {
-        for by in [TCX, By::UserSpace] {
+        for by in [TCX] {
             let world = World::new();
             let (nodes, peers) = pair(&world, by, 4).await;
             let _six = join(&nodes, 6).await;
             assert_eq!(
                 link_names(&world.nodes[0]),
-                ["eth0", "nsm-mgmt4-4789", "nsm-mgmt6-4789"]
+                [
+                    "eth0",
+                    "nsm-ext-4789",
+                    "nsm-mgmt4-4789",
+                    "nsm-mgmt6-4789",
+                    "nsm-mgmx4-4789",
+                    "nsm-mgmx6-4789"
+                ]
             );
             let [one, two] = nodes;
             let health = one.health.clone();
@@ -65,21 +73,20 @@ async fn next_one_goes_on(by: By) {
     let discriminator = two.health.discriminator();
     let Node {
         bpf,
+        devices,
         health,
         events,
         netns,
         ..
     } = two;
-    drop((to_one, health, events));
+    drop((to_one, health, events, devices));
     // The threads end by themselves and let go of the pins' lock.
-    let bpf = bpf.expect("BPF");
-    eventually(
-        "the old agent's end",
-        async || match std::sync::Arc::strong_count(&bpf) {
+    eventually("the old agent's end", async || {
+        match Arc::strong_count(&bpf) {
             1 => Ok(()),
             count => Err(format!("{count} users")),
-        },
-    )
+        }
+    })
     .await;
     drop(bpf);
 
@@ -141,32 +148,26 @@ fn what_nobody_comes_back_for_is_let_go() {
     two_up(&[TCX], async |world, _by, nodes, peers| {
         let [one, two] = nodes;
         drop(peers);
-        let bpf = one.bpf.clone().expect("BPF");
-        drop((one.health, one.events, one.bpf));
-        eventually(
-            "the old agent's end",
-            async || match std::sync::Arc::strong_count(&bpf) {
+        let bpf = one.bpf.clone();
+        drop((one.health, one.events, one.bpf, one.devices));
+        eventually("the old agent's end", async || {
+            match Arc::strong_count(&bpf) {
                 1 => Ok(()),
                 count => Err(format!("{count} users")),
-            },
-        )
+            }
+        })
         .await;
         drop(bpf);
-        let fdb = || {
-            within(&world.nodes[0], || {
-                run("bridge", &["fdb", "show", "dev", "nsm-mgmt4-4789"])
-            })
-        };
-        assert!(fdb().contains("10.2.0.1"), "{}", fdb());
+        assert_eq!(probed(1), [addr("10.2.0.1")]);
         let one = Node::start_with(&world, 1, TCX, |config| {
             config.orphan_grace = Duration::from_millis(1);
         });
-        eventually("no entry", async || match fdb() {
-            entries if entries.contains("10.2.0.1") => Err(entries),
-            _ => Ok(()),
+        eventually("no entry", async || match probed(1) {
+            none if none.is_empty() => Ok(()),
+            some => Err(format!("{some:?}")),
         })
         .await;
-        assert_eq!(one.bpf.as_ref().expect("BPF").tunnels(), []);
+        assert_eq!(one.bpf.tunnels(), []);
         one.end().await;
         two.end().await;
     });
@@ -174,15 +175,14 @@ fn what_nobody_comes_back_for_is_let_go() {
 
 /// Ends an agent as `kill -9` does: nothing is closed in order.
 async fn kill(node: Node) {
-    let bpf = node.bpf.clone().expect("BPF");
+    let bpf = node.bpf.clone();
     drop(node);
-    eventually(
-        "the old agent's end",
-        async || match std::sync::Arc::strong_count(&bpf) {
+    eventually("the old agent's end", async || {
+        match Arc::strong_count(&bpf) {
             1 => Ok(()),
             count => Err(format!("{count} users")),
-        },
-    )
+        }
+    })
     .await;
 }
 
@@ -195,20 +195,15 @@ fn entries_of_peers_whose_sessions_are_lost_are_removed_at_the_start() {
         let [one, two] = nodes;
         drop(peers);
         kill(one).await;
-        let fdb = || {
-            within(&world.nodes[0], || {
-                run("bridge", &["fdb", "show", "dev", "nsm-mgmt4-4789"])
-            })
-        };
-        assert!(fdb().contains("10.2.0.1"), "{}", fdb());
+        assert_eq!(probed(1), [addr("10.2.0.1")]);
         // What is known of them stays, while it is.
         let one = Node::start(&world, 1, TCX);
-        assert!(fdb().contains("10.2.0.1"), "{}", fdb());
+        assert_eq!(probed(1), [addr("10.2.0.1")]);
         kill(one).await;
         // Then all maps are made anew, as with another layout.
         std::fs::remove_file(pin_dir(1).join("LAYOUT")).expect("a pin");
         let one = Node::start(&world, 1, TCX);
-        assert!(!fdb().contains("10.2.0.1"), "{}", fdb());
+        assert_eq!(probed(1), [] as [IpAddr; 0]);
         one.end().await;
         two.end().await;
     });
@@ -233,15 +228,15 @@ fn where_paths_are_not_watched_any_more_nothing_is_left_that_answers() {
             };
             let bpf = within(&netns, || Bpf::load(&config)).expect("BPF");
             let config = super::support::health_config(&netns);
-            Health::remove_left(&config, Some(&bpf)).expect("removed");
-            assert_eq!(link_names(&netns), ["eth0"]);
+            Health::remove_left(&config, &bpf).expect("removed");
+            assert_eq!(link_names(&netns), ["eth0", "nsm-ext-4789"], "data has it");
             let pins = std::fs::read_dir(pin_dir(1)).expect("pins");
             let left: Vec<_> = pins
                 .map(|pin| pin.expect("a pin").file_name())
-                .filter(|name| name.as_encoded_bytes().starts_with(b"management_"))
+                .filter(|name| name.as_encoded_bytes().starts_with(b"probe_"))
                 .collect();
             assert!(left.is_empty(), "{left:?}");
-            Health::remove_left(&config, Some(&bpf)).expect("nothing is fine");
+            Health::remove_left(&config, &bpf).expect("nothing is fine");
             within(&netns, || bpf.detach_and_unpin()).expect("unpinned");
             two.end().await;
         }
@@ -340,7 +335,7 @@ fn what_cannot_be_watched_is_refused() {
         );
         let second = Health::start(
             super::support::health_config(&world.nodes[0]),
-            nodes[0].bpf.clone(),
+            nodes[0].devices.clone(),
         );
         assert!(matches!(second, Err(HealthError::InUse)));
         end(nodes).await;
@@ -384,7 +379,7 @@ async fn is_mended(by: By, harm: impl Fn(&Node), makes_another: bool) {
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_probe_link_that_is_taken_away_is_made_again() {
     sandbox(|| async {
-        for by in [TCX, CLSACT, By::UserSpace] {
+        for by in [TCX, CLSACT] {
             let harm = |node: &Node| within(&node.netns, || ip("link del nsm-mgmt4-4789"));
             is_mended(by, harm, true).await;
         }
@@ -395,7 +390,7 @@ fn a_probe_link_that_is_taken_away_is_made_again() {
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_probe_link_that_is_taken_down_is_taken_up_again() {
     sandbox(|| async {
-        for by in [TCX, CLSACT, By::UserSpace] {
+        for by in [TCX, CLSACT] {
             let harm = |node: &Node| within(&node.netns, || ip("link set nsm-mgmt4-4789 down"));
             is_mended(by, harm, false).await;
         }
@@ -426,11 +421,6 @@ fn a_peer_that_cannot_be_entered_is_as_before() {
                 vni: nsm_core::net::Vni::MANAGEMENT,
             },
         };
-        let fdb = || {
-            within(&world.nodes[0], || {
-                run("bridge", &["fdb", "show", "dev", "nsm-mgmt4-4789"])
-            })
-        };
         let mut peers = Vec::new();
         for number in 1..=1024 {
             peers.push(node.health.join(spec(number)).await.expect("joined"));
@@ -442,7 +432,7 @@ fn a_peer_that_cannot_be_entered_is_as_before() {
                 matches!(refused, Err(HealthError::TooManyPeers { .. })),
                 "{refused:?}"
             );
-            assert!(!fdb().contains("10.2.4.1 "), "{}", fdb());
+            assert!(!probed(1).contains(&addr("10.2.4.1")));
         }
         // One that nobody uses any more makes room.
         drop(peers.pop());
@@ -481,13 +471,17 @@ fn a_link_in_the_way_is_an_error_that_leaves_nothing() {
             mount_bpffs: false,
             ..BpfConfig::default()
         };
-        let bpf = std::sync::Arc::new(within(netns, || Bpf::load(&config)).expect("BPF"));
+        let bpf = Arc::new(within(netns, || Bpf::load(&config)).expect("BPF"));
         let config = || super::support::health_config(netns);
-        let error = Health::start(config(), Some(bpf.clone())).expect_err("taken");
-        assert!(error.to_string().contains("VNI 1"), "{error}");
+        let devices = Arc::new(TunnelDevices::new(bpf.clone(), "test.example", 4789));
+        let error = Health::start(config(), devices.clone()).expect_err("taken");
+        assert!(error.to_string().contains("4789"), "{error}");
+        assert_eq!(link_names(netns), ["eth0", "other"]);
         within(netns, || ip("link del other"));
-        let (health, _events) = Health::start(config(), Some(bpf.clone())).expect("health");
+        let (health, _events) = Health::start(config(), devices.clone()).expect("health");
         health.close().await.expect("closed");
+        devices.close(netns).expect("removed");
+        assert_eq!(link_names(netns), ["eth0"]);
         within(netns, || bpf.detach_and_unpin()).expect("unpinned");
     });
 }
@@ -497,22 +491,37 @@ fn a_link_in_the_way_is_an_error_that_leaves_nothing() {
 fn agents_of_one_domain_in_one_namespace_have_a_link_each() {
     sandbox(|| async {
         let world = World::new();
-        let start = |port| {
-            let mut config = super::support::health_config(&world.nodes[0]);
+        let netns = &world.nodes[0];
+        let start = |port: u16| {
+            let config = BpfConfig {
+                pin_dir: pin_dir(port.into()),
+                mount_bpffs: false,
+                ports: vec![port],
+                ..BpfConfig::default()
+            };
+            let bpf = Arc::new(within(netns, || Bpf::load(&config)).expect("BPF"));
+            let devices = Arc::new(TunnelDevices::new(bpf, "test.example", port));
+            let mut config = super::support::health_config(netns);
             config.port = port;
-            Health::start(config, None).expect("health").0
+            let (health, _events) = Health::start(config, devices.clone()).expect("health");
+            (health, devices)
+        };
+        let of = |port: u16| ["ext", "mgmt4", "mgmx4"].map(|kind| format!("nsm-{kind}-{port}"));
+        let names = |ports: &[u16]| {
+            let mut names: Vec<String> = ports.iter().flat_map(|port| of(*port)).collect();
+            names.push("eth0".to_owned());
+            names.sort();
+            names
         };
         let both = [start(4789), start(4790)];
-        let names = ["eth0", "nsm-mgmt4-4789", "nsm-mgmt4-4790"];
-        assert_eq!(link_names(&world.nodes[0]), names);
-        let [one, other] = both;
-        one.close().await.expect("closed");
-        assert_eq!(
-            link_names(&world.nodes[0]),
-            ["eth0", "nsm-mgmt4-4790"],
-            "the other's stays"
-        );
-        other.close().await.expect("closed");
+        assert_eq!(link_names(netns), names(&[4789, 4790]));
+        for ((health, devices), left) in both.into_iter().zip([&[4790][..], &[]]) {
+            health.close().await.expect("closed");
+            devices.close(netns).expect("removed");
+            assert_eq!(link_names(netns), names(left), "another's stays");
+            let unpinned = within(netns, || devices.bpf().detach_and_unpin());
+            unpinned.expect("unpinned");
+        }
     });
 }
 
@@ -522,21 +531,21 @@ fn an_agent_that_may_not_probe_leaves_the_reflector_of_an_earlier_one() {
     two_up(&[TCX], async |_world, _by, nodes, peers| {
         let [one, two] = nodes;
         let [to_two, to_one] = peers;
-        let bpf = two.bpf.clone().expect("BPF");
-        drop((to_one, two.health, two.events, two.bpf));
-        eventually(
-            "the old agent's end",
-            async || match std::sync::Arc::strong_count(&bpf) {
+        let bpf = two.bpf.clone();
+        drop((to_one, two.health, two.events, two.bpf, two.devices));
+        eventually("the old agent's end", async || {
+            match Arc::strong_count(&bpf) {
                 1 => Ok(()),
                 count => Err(format!("{count} users")),
-            },
-        )
+            }
+        })
         .await;
         let config = super::support::health_config(&two.netns);
+        let devices = Arc::new(TunnelDevices::new(bpf.clone(), "test.example", 4789));
         let refused = std::thread::scope(|scope| {
             let start = || {
                 without_packet_sockets();
-                Health::start(config, Some(bpf.clone()))
+                Health::start(config, devices.clone())
             };
             scope.spawn(start).join().expect("no panic")
         });
@@ -552,9 +561,10 @@ fn an_agent_that_may_not_probe_leaves_the_reflector_of_an_earlier_one() {
         one.end().await;
         // Whoever may takes it over, and away.
         let (health, _events) =
-            Health::start(super::support::health_config(&two.netns), Some(bpf.clone()))
+            Health::start(super::support::health_config(&two.netns), devices.clone())
                 .expect("health");
         health.close().await.expect("closed");
+        devices.close(&two.netns).expect("removed");
         within(&two.netns, || bpf.detach_and_unpin()).expect("unpinned");
         assert_eq!(link_names(&two.netns), ["eth0"]);
     });

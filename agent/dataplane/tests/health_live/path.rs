@@ -1,9 +1,8 @@
 //! A good path: proved, watched, measured, by every way of stamping and over both families.
 
 use nsm_core::liveness::sbfd::{Proof, State};
-use nsm_dataplane::{bpf::Hook, liveness::Plane};
 
-use super::support::{By, Node, TCX, World, both_up, end, eventually, sandbox, up};
+use super::support::{By, CLSACT, TCX, World, end, eventually, sandbox, up};
 
 async fn watch_each_other(by: By, family: u8) {
     let world = World::new();
@@ -24,32 +23,23 @@ async fn watch_each_other(by: By, family: u8) {
         assert!(report.probes - report.answers <= 6, "{report:?}");
         assert!(report.stages_when_up.link_out > 0, "{report:?}");
         assert!(report.snapshot.peer.is_some(), "the peer's own probes");
-        assert_eq!(report.peer_is_independent, Some(by != By::UserSpace));
+        assert_eq!(report.peer_is_independent, Some(true));
         assert!(report.statistics.rtt_p50.is_some());
         let stages = report.stages;
-        match by {
-            By::UserSpace => assert_eq!(stages.card_in, None),
-            // Read one after the other, with packets between.
-            By::Hook(_) => {
-                let (came, arrived) = (stages.card_in.expect("in"), stages.link_in);
-                assert!(came.abs_diff(arrived) <= 2, "{stages:?}");
-                let (left, out) = (stages.link_out, stages.card_out.expect("out"));
-                assert!(left.abs_diff(out) <= 2, "{stages:?}");
-            }
-        }
+        // Read one after the other, with packets between.
+        let (came, arrived) = (stages.card_in.expect("in"), stages.link_in);
+        assert!(came.abs_diff(arrived) <= 2, "{stages:?}");
+        let (left, out) = (stages.link_out, stages.card_out.expect("out"));
+        assert!(left.abs_diff(out) <= 2, "{stages:?}");
         // Up, a proof needs no probe.
         assert_eq!(peer.prove().await.expect("proof"), Proof::Reached);
     }
     for node in &nodes {
-        let plane = node.health.plane();
-        assert_eq!(plane == Plane::UserSpace, by == By::UserSpace);
-        if by != By::UserSpace {
-            // The first probes may come before their sender is known here.
-            let early = ["foreign_vni_in", "sbfd_unknown_peer", "wrong_source"];
-            let mut drops = node.drops();
-            drops.retain(|(reason, _)| !early.contains(reason));
-            assert_eq!(drops, [], "node {}", node.number);
-        }
+        // The first probes may come before their sender is known here.
+        let early = ["foreign_vni_in", "tunnel_unknown", "wrong_source"];
+        let mut drops = node.drops();
+        drops.retain(|(reason, _)| !early.contains(reason));
+        assert_eq!(drops, [], "node {}", node.number);
     }
     end(nodes).await;
 }
@@ -69,32 +59,5 @@ fn two_nodes_watch_each_other_over_ipv6() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn two_nodes_watch_each_other_by_clsact() {
-    sandbox(|| watch_each_other(By::Hook(Hook::Clsact), 4));
-}
-
-#[test]
-#[ignore = "needs root: namespaces, VXLAN, packet sockets"]
-fn two_nodes_watch_each_other_without_bpf() {
-    sandbox(|| watch_each_other(By::UserSpace, 4));
-}
-
-#[test]
-#[ignore = "needs root: namespaces, VXLAN, packet sockets"]
-fn two_nodes_watch_each_other_without_bpf_over_ipv6() {
-    sandbox(|| watch_each_other(By::UserSpace, 6));
-}
-
-#[test]
-#[ignore = "needs root: BPF, namespaces, VXLAN"]
-fn one_with_bpf_and_one_without_understand_each_other() {
-    sandbox(|| async {
-        let world = World::new();
-        let mut nodes = [
-            Node::start(&world, 1, TCX),
-            Node::start(&world, 2, By::UserSpace),
-        ];
-        let peers = super::support::join(&nodes, 4).await;
-        both_up(&mut nodes, &peers).await;
-        end(nodes).await;
-    });
+    sandbox(|| watch_each_other(CLSACT, 4));
 }

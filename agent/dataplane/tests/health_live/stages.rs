@@ -54,7 +54,7 @@ fn an_interface_that_a_route_moves_to_is_counted_on() {
         async |world, _by, mut nodes, peers| {
             move_way(&world);
             eventually("hooks on eth1", async || {
-                let interfaces = nodes[0].bpf.as_ref().expect("BPF").interfaces();
+                let interfaces = nodes[0].bpf.interfaces();
                 match interfaces == ["eth0", "eth1"] {
                     true => Ok(()),
                     false => Err(format!("{interfaces:?}")),
@@ -143,7 +143,7 @@ fn interfaces_that_the_operator_names_are_all_that_is_hooked_and_that_is_said() 
             said[0].starts_with("packets to 10.2.0.1 leave by `eth1`, where nothing counts them"),
             "{said:?}"
         );
-        assert_eq!(nodes[0].bpf.as_ref().expect("BPF").interfaces(), ["eth0"]);
+        assert_eq!(nodes[0].bpf.interfaces(), ["eth0"]);
         // Once packets have come back that the card did not count.
         eventually("no count", async || {
             let stages = peers[0].report().await.expect("report").stages;

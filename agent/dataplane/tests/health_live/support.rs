@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use nix::{
     libc,
     mount::{MsFlags, mount},
@@ -23,11 +24,12 @@ use nsm_core::{
     net::Vni,
 };
 use nsm_dataplane::{
-    bpf::{Bpf, BpfConfig, Hook},
+    bpf::{Bpf, BpfConfig},
+    forward::TunnelDevices,
     liveness::{Event, Events, Health, HealthConfig, Peer, Report},
     netns::Netns,
 };
-use nsm_ebpf_common::sbfd::frame;
+use nsm_ebpf_common::{forward::ProbePath, sbfd::frame};
 
 /// Longer than anything takes on a busy machine; nothing waits it out unless it fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -179,20 +181,17 @@ impl World {
 }
 
 /// Where a node's programs hang.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum By {
-    Hook(Hook),
-    UserSpace,
-}
+pub(crate) use nsm_dataplane::bpf::Hook as By;
 
-pub(crate) const TCX: By = By::Hook(Hook::Tcx);
-pub(crate) const CLSACT: By = By::Hook(Hook::Clsact);
+pub(crate) const TCX: By = By::Tcx;
+pub(crate) const CLSACT: By = By::Clsact;
 
 /// A node that runs.
 pub(crate) struct Node {
     pub(crate) number: usize,
     pub(crate) netns: Netns,
-    pub(crate) bpf: Option<Arc<Bpf>>,
+    pub(crate) bpf: Arc<Bpf>,
+    pub(crate) devices: Arc<TunnelDevices>,
     pub(crate) health: Health,
     pub(crate) events: Events,
 }
@@ -236,28 +235,27 @@ impl Node {
         change: impl FnOnce(&mut HealthConfig),
     ) -> Self {
         let netns = world.nodes[number - 1].clone();
-        let bpf = match by {
-            By::UserSpace => None,
-            By::Hook(hook) => {
-                let config = BpfConfig {
-                    pin_dir: pin_dir(number),
-                    interfaces: interfaces.iter().copied().map(str::to_owned).collect(),
-                    mount_bpffs: false,
-                    hook: Some(hook),
-                    ..BpfConfig::default()
-                };
-                Some(Arc::new(
-                    within(&netns, || Bpf::load(&config)).expect("BPF"),
-                ))
-            }
+        let config = BpfConfig {
+            pin_dir: pin_dir(number),
+            interfaces: interfaces.iter().copied().map(str::to_owned).collect(),
+            mount_bpffs: false,
+            hook: Some(by),
+            ..BpfConfig::default()
         };
+        let bpf = Arc::new(within(&netns, || Bpf::load(&config)).expect("BPF"));
         let mut config = health_config(&netns);
         change(&mut config);
-        let (health, events) = Health::start(config, bpf.clone()).expect("health");
+        let devices = Arc::new(TunnelDevices::new(
+            Arc::clone(&bpf),
+            &*config.domain,
+            config.port,
+        ));
+        let (health, events) = Health::start(config, Arc::clone(&devices)).expect("health");
         Self {
             number,
             netns,
             bpf,
+            devices,
             health,
             events,
         }
@@ -280,10 +278,7 @@ impl Node {
     }
 
     pub(crate) fn drops(&self) -> Vec<(&'static str, u64)> {
-        let drops = match &self.bpf {
-            Some(bpf) => bpf.drops().expect("drops"),
-            None => self.health.drops(),
-        };
+        let drops = self.bpf.drops().expect("drops");
         drops.into_iter().filter(|(_, count)| *count != 0).collect()
     }
 
@@ -328,31 +323,29 @@ impl Node {
 
     pub(crate) async fn end(self) {
         self.health.close().await.expect("closed");
-        if let Some(bpf) = &self.bpf {
-            within(&self.netns, || bpf.detach_and_unpin()).expect("unpinned");
-        }
+        self.devices.close(&self.netns).expect("removed");
+        within(&self.netns, || self.bpf.detach_and_unpin()).expect("unpinned");
     }
 }
 
 /// Takes the programs off an interface, as somebody might who does not know what they are.
 pub(crate) fn unhook(node: &Node, by: By, interface: &str) {
     match by {
-        By::Hook(Hook::Tcx) => {
+        By::Tcx => {
             // A link ends with the last who holds it, which is its pin.
             let pins = std::fs::read_dir(pin_dir(node.number)).expect("pins");
             let pins = pins.map(|pin| pin.expect("a pin").path());
             let of_interface: Vec<_> = pins
                 .filter(|pin| pin.to_string_lossy().contains(interface))
                 .collect();
-            assert_eq!(of_interface.len(), 2, "{of_interface:?}");
+            assert!(!of_interface.is_empty(), "no pin of {interface}");
             for pin in of_interface {
                 std::fs::remove_file(pin).expect("unpinned");
             }
         }
-        By::Hook(Hook::Clsact) => within(&node.netns, || {
+        By::Clsact => within(&node.netns, || {
             run("tc", &["qdisc", "del", "dev", interface, "clsact"]);
         }),
-        By::UserSpace => {}
     }
 }
 
@@ -455,7 +448,23 @@ pub(crate) fn link_names(netns: &Netns) -> Vec<String> {
         .lines()
         .skip(2)
         .filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()));
-    names.filter(|name| name != "lo").collect()
+    let mut names: Vec<String> = names.filter(|name| name != "lo").collect();
+    names.sort();
+    names
+}
+
+/// The peers to whom a node's programs send probes, each as often as it has Ethernet addresses.
+pub(crate) fn probed(number: usize) -> Vec<IpAddr> {
+    let map = MapData::from_pin(pin_dir(number).join("PROBE_PATHS")).expect("a pinned map");
+    let map = Map::from_map_data(map).expect("a map");
+    let paths = HashMap::<_, u64, ProbePath>::try_from(map).expect("a hash");
+    let mut peers: Vec<IpAddr> = paths
+        .iter()
+        .map(|entry| entry.expect("an entry").1.remote)
+        .map(|remote| std::net::Ipv6Addr::from(remote).to_canonical())
+        .collect();
+    peers.sort();
+    peers
 }
 
 /// Frames on an interface, as they are: heard in both directions, and sent.

@@ -11,7 +11,7 @@ use nsm_dataplane::liveness::{Event, Peer};
 use super::{
     fault::{judged, reason},
     support::{
-        By, CLSACT, Node, TCX, World, addr, discriminator, end, eventually, ip, two_up, two_up_in,
+        CLSACT, Node, TCX, World, addr, discriminator, end, eventually, ip, two_up, two_up_in,
         within,
     },
 };
@@ -70,7 +70,7 @@ fn second_address(world: &World) {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn each_family_of_addresses_is_answered_on_its_own_link() {
-    two_up(&[TCX, By::UserSpace], async |_world, _by, nodes, peers| {
+    two_up(&[TCX], async |_world, _by, nodes, peers| {
         let six = super::support::join(&nodes, 6).await;
         for peer in &six {
             reached(peer).await;
@@ -87,25 +87,21 @@ fn each_family_of_addresses_is_answered_on_its_own_link() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_node_is_reached_by_two_addresses_at_once() {
-    two_up_in(
-        second_address,
-        &[TCX, By::UserSpace],
-        async |_world, _by, nodes, peers| {
-            let second = elsewhere(nodes[1].spec(4), "10.2.0.2");
-            let second = nodes[0].health.join(second).await.expect("joined");
-            reached(&second).await;
-            for peer in peers.iter().chain([&second]) {
-                goes_on(peer).await;
-            }
-            end(nodes).await;
-        },
-    );
+    two_up_in(second_address, &[TCX], async |_world, _by, nodes, peers| {
+        let second = elsewhere(nodes[1].spec(4), "10.2.0.2");
+        let second = nodes[0].health.join(second).await.expect("joined");
+        reached(&second).await;
+        for peer in peers.iter().chain([&second]) {
+            goes_on(peer).await;
+        }
+        end(nodes).await;
+    });
 }
 
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn a_node_that_moved_is_answered_where_it_is_now() {
-    two_up(&[TCX, By::UserSpace], async |world, _by, nodes, peers| {
+    two_up(&[TCX], async |world, _by, nodes, peers| {
         move_node(&world, 2);
         let moved = elsewhere(nodes[1].spec(4), "10.2.0.2");
         let moved = nodes[0].health.join(moved).await.expect("joined");
@@ -155,69 +151,66 @@ fn two_nodes_that_moved_at_once_find_each_other() {
 #[test]
 #[ignore = "needs root: BPF, namespaces, VXLAN"]
 fn what_another_says_of_a_peer_takes_nothing_from_it() {
-    two_up(
-        &[TCX, By::UserSpace],
-        async |_world, _by, mut nodes, peers| {
-            let spec = nodes[1].spec(4);
-            let claims = [
-                PathId {
-                    reflector: Reflector {
-                        discriminator: discriminator(0x1234_5678),
-                        ..spec.reflector
-                    },
-                    ..spec
+    two_up(&[TCX], async |_world, _by, mut nodes, peers| {
+        let spec = nodes[1].spec(4);
+        let claims = [
+            PathId {
+                reflector: Reflector {
+                    discriminator: discriminator(0x1234_5678),
+                    ..spec.reflector
                 },
-                PathId { port: 4999, ..spec },
-                PathId {
-                    port: 4999,
-                    reflector: Reflector {
-                        discriminator: discriminator(0x1234_5679),
-                        ..spec.reflector
-                    },
-                    ..spec
+                ..spec
+            },
+            PathId { port: 4999, ..spec },
+            PathId {
+                port: 4999,
+                reflector: Reflector {
+                    discriminator: discriminator(0x1234_5679),
+                    ..spec.reflector
                 },
-                PathId {
-                    reflector: Reflector {
-                        vni: nsm_core::net::Vni::try_from(77).expect("a VNI"),
-                        ..spec.reflector
-                    },
-                    ..spec
+                ..spec
+            },
+            PathId {
+                reflector: Reflector {
+                    vni: nsm_core::net::Vni::try_from(77).expect("a VNI"),
+                    ..spec.reflector
                 },
-                // The peer's own name, at an address of somebody else.
-                elsewhere(spec, "10.2.0.99"),
-            ];
-            let mut claimed = Vec::new();
-            for claim in claims {
-                let peer = nodes[0].health.join(claim).await.expect("joined");
-                let proof = peer.prove().await.expect("proof");
-                assert!(
-                    matches!(proof, Proof::Silent { .. }),
-                    "{claim:?}: {proof:?}"
-                );
-                claimed.push(peer);
-            }
-            for peer in &peers {
-                goes_on(peer).await;
-            }
-            let again = nodes[0].health.join(spec).await.expect("joined");
-            assert!(again.is_up(), "the session that stood");
-            drop(claimed);
-            while let Ok(event) = nodes[0].events.try_recv() {
-                let Event::Session { change, report } = &event else {
-                    continue;
-                };
-                let lost = matches!(
-                    change,
-                    Change::State {
-                        to: State::Down,
-                        ..
-                    }
-                );
-                assert!(!lost || report.path != spec, "{event:?}");
-            }
-            end(nodes).await;
-        },
-    );
+                ..spec
+            },
+            // The peer's own name, at an address of somebody else.
+            elsewhere(spec, "10.2.0.99"),
+        ];
+        let mut claimed = Vec::new();
+        for claim in claims {
+            let peer = nodes[0].health.join(claim).await.expect("joined");
+            let proof = peer.prove().await.expect("proof");
+            assert!(
+                matches!(proof, Proof::Silent { .. }),
+                "{claim:?}: {proof:?}"
+            );
+            claimed.push(peer);
+        }
+        for peer in &peers {
+            goes_on(peer).await;
+        }
+        let again = nodes[0].health.join(spec).await.expect("joined");
+        assert!(again.is_up(), "the session that stood");
+        drop(claimed);
+        while let Ok(event) = nodes[0].events.try_recv() {
+            let Event::Session { change, report } = &event else {
+                continue;
+            };
+            let lost = matches!(
+                change,
+                Change::State {
+                    to: State::Down,
+                    ..
+                }
+            );
+            assert!(!lost || report.path != spec, "{event:?}");
+        }
+        end(nodes).await;
+    });
 }
 
 #[test]
@@ -248,13 +241,13 @@ fn a_peer_that_lost_its_name_is_known_by_the_new_one_at_once() {
 async fn kill(node: Node) {
     let Node {
         bpf,
+        devices,
         health,
         events,
         ..
     } = node;
-    drop((health, events));
+    drop((health, events, devices));
     // The threads end by themselves and let go of the pins' lock.
-    let bpf = bpf.expect("BPF");
     eventually("the old agent's end", async || {
         match Arc::strong_count(&bpf) {
             1 => Ok(()),
@@ -358,7 +351,7 @@ fn a_way_that_is_good_takes_the_place_of_one_of_before_a_restart_and_leaves_it_i
 fn one_of_two_ways_breaks_and_the_other_and_the_peer_notice_nothing() {
     two_up_in(
         second_address,
-        &[TCX, By::UserSpace],
+        &[TCX],
         async |world, _by, mut nodes, peers| {
             let spec = nodes[1].spec(4);
             let second = elsewhere(spec, "10.2.0.2");

@@ -155,6 +155,7 @@ pub(crate) fn link(own: u8, other: u8) -> LinkSpec {
 pub(crate) fn vxlan(vni: u32) -> VxlanSpec {
     VxlanSpec {
         link: link(1, 2),
+        sources: vec![],
         vni: vni.try_into().unwrap(),
         local: ip("192.0.2.1"),
         remote: ip("192.0.2.2"),

@@ -3,16 +3,13 @@
 use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use nsm_world::Node;
+use nsm_world::{Link, Node};
 use serde_json::Value;
 
-/// Deletes the link in the pod, and what the BPF maps hold of its VNI.
+/// Deletes the links of connections in the node's pods, and what the BPF maps hold of the VNI.
 pub(crate) fn forget_tunnel(node: &Node, vni: u64) -> Result<()> {
     for pod in node.pods() {
-        let lost = pod
-            .links()?
-            .into_iter()
-            .filter(|link| link.vni.map(u64::from) == Some(vni));
+        let lost = pod.links()?.into_iter().filter(Link::is_of_connection);
         for link in lost {
             run(pod.command("ip")?.args(["link", "delete", &link.name]))?;
         }

@@ -48,6 +48,7 @@ fn plan(number: u8) -> Plan {
                 routes: Vec::new(),
                 neighbours: Vec::new(),
             },
+            sources: vec![],
             vni: vni(5),
             local: remote(200),
             remote: remote(number),

@@ -27,13 +27,14 @@ use crate::{
 
 /// Priority of our filter: before those that the kernel numbers (49152 and down), after those of others that insist on
 /// being first. A priority can hold filters of one kind only, so a common one would collide.
-const PRIORITY: u16 = 47;
+pub(super) const PRIORITY: u16 = 47;
 
 /// Handle of our filter at that priority: "nsm".
-const HANDLE: TcHandle = TcHandle::new(0x006e, 0x736d);
+pub(super) const HANDLE: TcHandle = TcHandle::new(0x006e, 0x736d);
 
+pub(super) const CLSACT: &str = "clsact";
 const INGRESS: &str = "ingress";
-const BPF: &str = "bpf";
+pub(super) const BPF: &str = "bpf";
 
 /// Hooks a program that does not hang yet, in place of an earlier agent's where there is one.
 pub(super) fn attach(
@@ -193,7 +194,7 @@ fn dump(
         .map_err(|error| failed(io::Error::other(error)))
 }
 
-fn kind(message: &TcMessage) -> Option<String> {
+pub(super) fn kind(message: &TcMessage) -> Option<String> {
     message
         .attributes
         .iter()
@@ -203,7 +204,7 @@ fn kind(message: &TcMessage) -> Option<String> {
         })
 }
 
-fn options(message: &TcMessage) -> impl Iterator<Item = &TcOption> {
+pub(super) fn options(message: &TcMessage) -> impl Iterator<Item = &TcOption> {
     let options = message
         .attributes
         .iter()

@@ -1,9 +1,9 @@
 //! The answer path of a node: on which of several paths to it the node's own probes are answered.
 //!
-//! A node sends its probes from one Ethernet address (tag [`SPEAKER`] and its discriminator), on all its paths to us. The programs see
-//! only that address: the probe link is an ordinary VXLAN device, which does not show the outer source, and the inner source is the
-//! address as the node itself has it, which a NAT does not change. So neither the session that a probe is counted to nor the outer
-//! destination of its answer follows from the probe. Both follow from the path that is known to be good, the answer path.
+//! A node sends its probes from one Ethernet address (tag [`SPEAKER`] and its discriminator), on all its paths to us. The inner source is
+//! the address as the node itself has it, which a NAT does not change, and the outer source is whatever its routes choose, which need not
+//! be an address where it can be reached. So neither the session that a probe is counted to nor the outer destination of its answer
+//! follows from the probe. Both follow from the path that is known to be good, the answer path.
 //!
 //! An answer path is kept while our own probes on it are answered: the node's probes are then answered, too. As soon as answers are
 //! overdue, long before the session is down, a path whose probes are answered replaces it. The node's own probes arrive by whichever
@@ -30,12 +30,9 @@ use std::collections::HashSet;
 use nsm_core::liveness::PathId;
 use nsm_ebpf_common::sbfd::frame::session_key;
 
-use super::{Known, NodeOnLink, Orphan, Peers, forwarding};
+use super::{Known, NodeOnLink, Orphan, Peers};
 use crate::{
-    links::{
-        Family,
-        probe_link::{self, ProbeLink},
-    },
+    links::Family,
     liveness::{HealthError, preflight::Standing, prober::Command},
 };
 
@@ -85,8 +82,7 @@ impl Peers {
         if !is_answer_path {
             self.answer_on(node, best)?;
         } else if several {
-            let link = self.link(node.family)?;
-            self.give_own_mac(&link, best)?;
+            self.give_own_mac(best)?;
         }
         Ok(true)
     }
@@ -98,21 +94,20 @@ impl Peers {
 
     /// Makes a path the answer path of its node. After an error the earlier one is in place.
     fn answer_on(&mut self, node: NodeOnLink, spec: PathId) -> Result<(), HealthError> {
-        let link = self.link(node.family)?;
         let node_mac = node.mac();
         let before = self
             .paths_to(node)
             .find(|(_, known)| known.is_answer_path)
             .map(|(spec, _)| *spec);
         if let Some(before) = before {
-            self.give_own_mac(&link, before)?;
+            self.give_own_mac(before)?;
         }
         let slot = self.known.get(&spec).ok_or(HealthError::Closed)?.slot;
-        probe_link::set_peer(&mut self.netlink, &link, forwarding(node_mac, spec))?;
+        self.set_route(node_mac, spec)?;
         let key = session_key(node.family == Family::V4, node_mac);
         if let Err(error) = self.ask_prober(|reply| Command::IndexSession { key, slot, reply }) {
             if let Some(before) = before {
-                self.set_answer_entry(&link, node, before);
+                self.set_answer_route(node, before);
             }
             return Err(error);
         }
@@ -121,19 +116,19 @@ impl Peers {
                 known.is_answer_path = *other == spec;
             }
         }
-        self.displace_orphan(&link, node);
+        self.displace_orphan(node);
         Ok(())
     }
 
     /// A session of an earlier agent is no answer path any more, and waits for its connection to come back.
-    fn displace_orphan(&mut self, link: &ProbeLink, node: NodeOnLink) {
+    fn displace_orphan(&mut self, node: NodeOnLink) {
         let is_answer_path = |orphan: &Orphan| orphan.node() == node && orphan.is_answer_path;
         let Some(place) = self.orphans.iter().position(is_answer_path) else {
             return;
         };
         let mut orphan = self.orphans.swap_remove(place);
         orphan.is_answer_path = false;
-        match self.give_orphan_mac(link, &mut orphan) {
+        match self.give_orphan_mac(&mut orphan) {
             Ok(()) => self.orphans.push(orphan),
             Err(error) => {
                 tracing::warn!(%error, peer.ip = %orphan.address, "a session of an earlier agent ends");
@@ -143,18 +138,14 @@ impl Peers {
     }
 
     /// Gives an orphan's session an index entry of its own, so that the next agent finds it.
-    fn give_orphan_mac(
-        &mut self,
-        link: &ProbeLink,
-        orphan: &mut Orphan,
-    ) -> Result<(), HealthError> {
+    fn give_orphan_mac(&mut self, orphan: &mut Orphan) -> Result<(), HealthError> {
         let node = orphan.node();
         if orphan.mac != node.mac() {
             return Ok(());
         }
         let (mac, slot) = (self.free_mac(node, orphan.address)?, orphan.slot);
         if let Some(spec) = orphan.at {
-            probe_link::set_peer(&mut self.netlink, link, forwarding(mac, spec))?;
+            self.set_route(mac, spec)?;
         }
         let key = session_key(node.family == Family::V4, mac);
         orphan.mac = mac;
@@ -162,7 +153,7 @@ impl Peers {
     }
 
     /// Gives our probes on a path another address than the node's own.
-    fn give_own_mac(&mut self, link: &ProbeLink, spec: PathId) -> Result<(), HealthError> {
+    fn give_own_mac(&mut self, spec: PathId) -> Result<(), HealthError> {
         let known = self.known.get(&spec).ok_or(HealthError::Closed)?;
         if known.mac != NodeOnLink::of(&spec).mac() {
             return Ok(());
@@ -171,9 +162,9 @@ impl Peers {
             known.slot,
             self.free_mac(NodeOnLink::of(&spec), spec.address)?,
         );
-        probe_link::set_peer(&mut self.netlink, link, forwarding(mac, spec))?;
+        self.set_route(mac, spec)?;
         if let Err(error) = self.ask_prober(|reply| Command::Rename { slot, mac, reply }) {
-            self.remove_forwarding(link, spec.address, mac);
+            self.remove_route(Family::of(spec.address), mac);
             return Err(error);
         }
         if let Some(known) = self.known.get_mut(&spec) {
@@ -183,9 +174,8 @@ impl Peers {
     }
 
     /// Sends the answers to a node's probes on this path.
-    pub(super) fn set_answer_entry(&mut self, link: &ProbeLink, node: NodeOnLink, spec: PathId) {
-        let there = forwarding(node.mac(), spec);
-        if let Err(error) = probe_link::set_peer(&mut self.netlink, link, there) {
+    pub(super) fn set_answer_route(&mut self, node: NodeOnLink, spec: PathId) {
+        if let Err(error) = self.set_route(node.mac(), spec) {
             tracing::warn!(%error, peer.ip = %spec.address, "a peer's probes are not answered on this path");
         }
     }

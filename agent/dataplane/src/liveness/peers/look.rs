@@ -19,7 +19,7 @@ impl Peers {
     /// Checks the links, routes and hooks of a path, repairs what can be repaired, and sends the result to the prober.
     pub(super) fn look(&mut self, spec: PathId) {
         let found = Look {
-            link: !self.mend_links().contains(&Family::of(spec.address)),
+            link: !self.mend_links().contains(&Family::of(spec.address)) && self.mend_devices(),
             card: self.hook_path_to(spec.address),
         };
         self.commands.send(Command::Checked(spec, found));
@@ -27,7 +27,6 @@ impl Peers {
 
     /// Attaches the programs to the interface of the route to a peer; true when they were attached before.
     fn hook_path_to(&mut self, address: IpAddr) -> bool {
-        let Some(bpf) = &self.bpf else { return false };
         let interface = match outgoing_interface(&mut self.netlink, address) {
             Ok(interface) => interface,
             Err(error) => {
@@ -36,7 +35,7 @@ impl Peers {
                 return true;
             }
         };
-        let cause = match bpf.hook_underlay(&interface) {
+        let cause = match self.bpf().hook_underlay(&interface) {
             Ok(Hooked::Before) => None,
             Ok(Hooked::Now) => {
                 tracing::info!(interface, peer.ip = %address, "packets to a peer leave by this interface: they are counted from now on");

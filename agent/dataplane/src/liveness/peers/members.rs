@@ -1,6 +1,6 @@
 //! Entering a path into the kernel and the prober, and removing it.
 //!
-//! A path is entered from the outside in (forwarding entry, underlay, session) and removed in the opposite order: no probe is sent
+//! A path is entered from the outside in (way of its probes, underlay, session) and removed in the opposite order: no probe is sent
 //! before its answer could arrive, and none is reflected whose answer could not be sent.
 
 use std::{
@@ -9,16 +9,14 @@ use std::{
     time::Instant,
 };
 
-use nsm_core::{liveness::PathId, net::MacAddr};
+use nsm_core::liveness::PathId;
 use nsm_ebpf_common::sbfd::frame::{SPEAKER, mac};
 use tokio::sync::oneshot;
 
-use super::{Known, NodeOnLink, Orphan, Peers, forwarding};
+use super::{Known, NodeOnLink, Orphan, Peers};
 use crate::{
-    links::{
-        probe_link::{self, ProbeLink},
-        source_address,
-    },
+    bpf::Slot,
+    links::source_address,
     liveness::{Health, HealthError, Peer, preflight::PeerCell, prober::Command, session::Entry},
 };
 
@@ -75,12 +73,19 @@ impl Peers {
             Some(orphan) => orphan.mac,
             None => self.free_mac(node, address)?,
         };
-        let link = self.link(node.family)?;
+        self.ensure_link(node.family)?;
         let source = match self.config.local {
             Some(local) if local.is_ipv4() == address.is_ipv4() => local,
             _ => source_address(&mut self.netlink, address)?,
         };
-        probe_link::set_peer(&mut self.netlink, &link, forwarding(mac, spec))?;
+        self.set_route(mac, spec)?;
+        let counters = match self.count(spec) {
+            Ok(counters) => counters,
+            Err(error) => {
+                self.undo_enter(node, address, mac, adopted.is_some());
+                return Err(error);
+            }
+        };
         let cell = Arc::<PeerCell>::default();
         let is_answer_path = is_answer_path || mac == node.mac();
         let entry = Entry {
@@ -89,20 +94,14 @@ impl Peers {
             mac,
             is_answer_path,
             source,
-            counters: None,
+            counters,
             counts_out: spec.reflector.vni == self.config.vni,
             cell: cell.clone(),
         };
-        let slot = match self.enter_behind(entry) {
-            Ok(slot) => slot,
-            Err(error) => {
-                // The forwarding entry of an earlier agent's session is not known; this one is the best guess.
-                if adopted.is_none() {
-                    self.undo_enter(&link, address, mac);
-                }
-                return Err(error);
-            }
-        };
+        let entered = self.ask_prober(|reply| Command::Enter(Box::new(entry), reply));
+        let slot = entered.inspect_err(|_| {
+            self.undo_enter(node, address, mac, adopted.is_some());
+        })?;
         if let Some(at) = adopted {
             self.orphans.swap_remove(at);
         }
@@ -117,7 +116,7 @@ impl Peers {
             cell,
         };
         if is_answer_path && mac != node.mac() {
-            self.set_answer_entry(&link, node, spec);
+            self.set_answer_route(node, spec);
         }
         self.known.insert(spec, known);
         if let Err(error) = self.choose_answer_path(node) {
@@ -126,20 +125,19 @@ impl Peers {
         Ok(())
     }
 
-    /// Enters a path into the underlay's map, then into the prober: its slot.
-    fn enter_behind(&self, mut entry: Entry) -> Result<u32, HealthError> {
-        if let Some(bpf) = &self.bpf {
-            // Tunnels use the port, too: it is never removed.
-            bpf.add_port(entry.spec.port)?;
-            entry.counters = Some(bpf.add_peer(self.config.vni, entry.spec.address)?);
-        }
-        self.ask_prober(|reply| Command::Enter(Box::new(entry), reply))
+    /// Enters a path into the underlay's map: its slot there.
+    fn count(&self, spec: PathId) -> Result<Slot, HealthError> {
+        // Tunnels use the port, too: it is never removed.
+        self.bpf().add_port(spec.port)?;
+        Ok(self.bpf().add_peer(self.config.vni, spec.address)?)
     }
 
-    /// Undoes the entry of a path without session.
-    fn undo_enter(&mut self, link: &ProbeLink, address: IpAddr, mac: [u8; 6]) {
-        self.forget_address(address);
-        self.remove_forwarding(link, address, mac);
+    /// Undoes the entry of a path without session. That of an earlier agent's session stays: it is not known, and this one is the best guess.
+    fn undo_enter(&self, node: NodeOnLink, address: IpAddr, mac: [u8; 6], was_adopted: bool) {
+        if !was_adopted {
+            self.forget_address(address);
+            self.remove_route(node.family, mac);
+        }
     }
 
     /// An Ethernet address for a path: the node's own, or where another path has that, one with another tag.
@@ -207,15 +205,12 @@ impl Peers {
                 false
             });
         self.forget_session(known.slot, spec.address);
-        let Some(link) = self.links.get(&node.family).cloned() else {
-            return;
-        };
         let speaker = node.mac();
         if known.mac != speaker {
-            self.remove_forwarding(&link, spec.address, known.mac);
+            self.remove_route(node.family, known.mac);
         }
         if known.is_answer_path && !handed {
-            self.remove_forwarding(&link, spec.address, speaker);
+            self.remove_route(node.family, speaker);
         }
     }
 
@@ -223,17 +218,14 @@ impl Peers {
     pub(super) fn forget_orphan(&mut self, orphan: &Orphan) {
         self.forget_session(orphan.slot, orphan.address);
         let node = orphan.node();
-        let Some(link) = self.links.get(&node.family).cloned() else {
-            return;
-        };
         let mut paths = self.known.iter();
         let is_succeeded =
             paths.any(|(spec, known)| NodeOnLink::of(spec) == node && known.is_answer_path);
         if orphan.mac != node.mac() {
-            self.remove_forwarding(&link, orphan.address, orphan.mac);
+            self.remove_route(node.family, orphan.mac);
         }
         if orphan.is_answer_path && !is_succeeded {
-            self.remove_forwarding(&link, orphan.address, node.mac());
+            self.remove_route(node.family, node.mac());
         }
     }
 
@@ -248,9 +240,7 @@ impl Peers {
             return;
         }
         self.uncounted().remove(&address);
-        if let Some(bpf) = &self.bpf
-            && let Err(error) = bpf.remove_peer(address)
-        {
+        if let Err(error) = self.bpf().remove_peer(address) {
             tracing::warn!(%error, peer.ip = %address, "the underlay still counts a peer");
         }
     }
@@ -259,13 +249,6 @@ impl Peers {
     pub(super) fn is_known(&self, address: IpAddr) -> bool {
         self.known.keys().any(|spec| spec.address == address)
             || self.orphans.iter().any(|orphan| orphan.address == address)
-    }
-
-    pub(super) fn remove_forwarding(&mut self, link: &ProbeLink, address: IpAddr, mac: [u8; 6]) {
-        let removed = probe_link::remove_peer(&mut self.netlink, link, MacAddr::new(mac));
-        if let Err(error) = removed {
-            tracing::warn!(%error, peer.ip = %address, "a forwarding entry stays");
-        }
     }
 
     /// Sends a command to the prober and waits for its result.

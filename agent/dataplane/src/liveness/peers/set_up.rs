@@ -17,25 +17,25 @@ use super::{
         prober::{self, Kit, Prober},
         random,
         request::Request,
-        surroundings::Memory,
     },
-    Orphan, Peers, Started, adopt, give_back,
+    Orphan, Peers, Started, adopt,
 };
 use crate::{
-    bpf::{Bpf, LocalSessions},
+    bpf::{Bpf, PinnedSessions, Sessions as _},
+    forward::TunnelDevices,
     netlink::Netlink,
 };
 
 /// Starts both threads.
 pub(in crate::liveness) fn start(
     config: HealthConfig,
-    bpf: Option<Arc<Bpf>>,
+    devices: Arc<TunnelDevices>,
     events: tokio_mpsc::UnboundedSender<Event>,
 ) -> Result<Started, HealthError> {
     let (sender, receiver) = mpsc::sync_channel(1);
     let spawned = thread::Builder::new()
         .name("nsm-peers".to_owned())
-        .spawn(move || match Peers::set_up(config, bpf, events) {
+        .spawn(move || match Peers::set_up(config, devices, events) {
             Ok((peers, requests, started)) => {
                 // The starting thread waits for it.
                 let _ = sender.send(Ok(started));
@@ -53,11 +53,14 @@ fn system(action: &'static str) -> impl FnOnce(io::Error) -> HealthError {
     move |source| HealthError::System { action, source }
 }
 
+/// A prober's thread, which gives back the sessions.
+type SessionsThread = thread::JoinHandle<Option<Box<PinnedSessions>>>;
+
 /// The prober's thread before it has a prober. It ends without one when this is dropped.
 struct WaitingThread {
     prober: mpsc::SyncSender<Prober>,
     realtime: mpsc::Receiver<io::Result<()>>,
-    handle: thread::JoinHandle<Option<Memory>>,
+    handle: SessionsThread,
 }
 
 impl WaitingThread {
@@ -79,10 +82,7 @@ impl WaitingThread {
     }
 
     /// Lets the prober run: the thread, and whether it has real-time priority.
-    fn run(
-        self,
-        prober: Prober,
-    ) -> Result<(thread::JoinHandle<Option<Memory>>, bool), Box<Prober>> {
+    fn run(self, prober: Prober) -> Result<(SessionsThread, bool), Box<Prober>> {
         self.prober
             .send(prober)
             .map_err(|unsent| Box::new(unsent.0))?;
@@ -94,34 +94,31 @@ impl WaitingThread {
     }
 }
 
-/// The memory of the sessions, with this node's discriminator in it: the one that an earlier agent left, or `drawn`.
-fn take_memory(
+/// The sessions, with this node's discriminator: the one that an earlier agent left, or `drawn`.
+fn take_sessions(
     config: &HealthConfig,
-    bpf: Option<&Bpf>,
+    bpf: &Bpf,
     drawn: Discriminator,
-) -> Result<(Memory, Vec<Orphan>, Discriminator), HealthError> {
-    let mut memory = match bpf {
-        Some(bpf) => Memory::Pinned(Box::new(bpf.take_sessions().ok_or(HealthError::InUse)?)),
-        None => Memory::Local(LocalSessions::new()),
-    };
-    let orphans = match adopt::adopt(config, memory.sessions_mut()) {
+) -> Result<(Box<PinnedSessions>, Vec<Orphan>, Discriminator), HealthError> {
+    let mut sessions = bpf.take_sessions().ok_or(HealthError::InUse)?;
+    let orphans = match adopt::adopt(config, &mut sessions) {
         Ok(orphans) => orphans,
         Err(error) => {
-            give_back(bpf, Some(memory));
+            bpf.return_sessions(sessions);
             return Err(error);
         }
     };
-    let node = memory.sessions().node();
+    let node = sessions.node();
     let own = Discriminator::new(node.discriminator.load() as u32).unwrap_or(drawn);
     node.discriminator.store(own.get().into());
     node.state.store(State::Up.bits().into());
-    Ok((memory, orphans, own))
+    Ok((Box::new(sessions), orphans, own))
 }
 
 impl Peers {
     fn set_up(
         config: HealthConfig,
-        bpf: Option<Arc<Bpf>>,
+        devices: Arc<TunnelDevices>,
         events: tokio_mpsc::UnboundedSender<Event>,
     ) -> Result<(Self, mpsc::Receiver<Request>, Started), HealthError> {
         if let Some(node) = &config.namespace {
@@ -131,13 +128,13 @@ impl Peers {
         let drawn = random::discriminator().map_err(system("draw a discriminator"))?;
         let kit = Kit::new().map_err(system("set up the prober"))?;
         let thread = WaitingThread::spawn().map_err(system("start the prober"))?;
-        let counters = bpf.as_ref().map(|bpf| bpf.counter_reader()).transpose()?;
-        let (memory, orphans, discriminator) = take_memory(&config, bpf.as_deref(), drawn)?;
-        // From here on an error must give the memory back.
+        let counters = devices.bpf().counter_reader()?;
+        let (sessions, orphans, discriminator) = take_sessions(&config, devices.bpf(), drawn)?;
+        // From here on an error must give the sessions back.
         let (requests, receiver) = mpsc::channel();
         let (prober, commands) = Prober::new(
             kit,
-            memory,
+            sessions,
             counters,
             config.timing,
             events.clone(),
@@ -145,7 +142,7 @@ impl Peers {
         );
         let mut peers = Self {
             config,
-            bpf,
+            devices,
             netlink,
             links: BTreeMap::new(),
             known: HashMap::new(),
@@ -160,14 +157,13 @@ impl Peers {
             uncounted: Arc::default(),
         };
         if let Err(error) = peers.make_first_links() {
-            peers.give_up(prober.into_memory());
+            peers.give_up(prober.into_sessions());
             return Err(error);
         }
-        let drops = prober.drops();
         let (handle, realtime) = match thread.run(prober) {
             Ok(running) => running,
             Err(prober) => {
-                peers.give_up(prober.into_memory());
+                peers.give_up(prober.into_sessions());
                 return Err(HealthError::Closed);
             }
         };
@@ -177,7 +173,6 @@ impl Peers {
             commands,
             discriminator,
             realtime,
-            drops,
             uncounted: Arc::clone(&peers.uncounted),
         };
         Ok((peers, receiver, started))
@@ -185,10 +180,9 @@ impl Peers {
 
     /// Removes underlay entries of peers that have no session any more.
     pub(super) fn forget_strays(&self) {
-        let Some(bpf) = &self.bpf else { return };
-        for peer in bpf.peers() {
+        for peer in self.bpf().peers() {
             if !self.is_known(peer)
-                && let Err(error) = bpf.remove_peer(peer)
+                && let Err(error) = self.bpf().remove_peer(peer)
             {
                 tracing::warn!(%error, peer.ip = %peer, "a peer of an earlier agent stays");
             }
@@ -196,11 +190,11 @@ impl Peers {
     }
 
     /// Removes what was made, after a failure. What an earlier agent left stays.
-    fn give_up(&mut self, memory: Memory) {
+    fn give_up(&mut self, sessions: Box<PinnedSessions>) {
         self.links.retain(|_, link| !link.adopted);
         if let Err(error) = self.remove_links() {
             tracing::error!(%error, "a probe link that could not be completed stays");
         }
-        give_back(self.bpf.as_deref(), Some(memory));
+        self.bpf().return_sessions(*sessions);
     }
 }

@@ -1,0 +1,328 @@
+//! The maps of forwarding: which pod link belongs to which tunnel, the external devices, the ways of probes.
+//!
+//! The order of writes leaves no frame without its checks: a tunnel can be received before the pod can send into it, and it is taken from
+//! the pod first.
+
+use std::net::IpAddr;
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray},
+};
+use ipnet::IpNet;
+use nsm_core::{
+    link::{Traffic, VxlanSpec},
+    net::{MacAddr, Vni},
+};
+use nsm_ebpf_common::{
+    Counters, Tunnel,
+    forward::{
+        Device, Forward, MAX_DEVICES, MAX_SOURCES, Prefix, ProbePath, mac_words, tunnel_flags,
+    },
+};
+
+use super::{
+    Bpf, BpfError, Slot,
+    tables::{address, forgiving_of, ip_addr, of_map, read, take},
+};
+
+pub(super) struct ForwardingTables {
+    forward: BpfHashMap<MapData, u32, Forward>,
+    devices: Array<MapData, Device>,
+    links: PerCpuArray<MapData, Counters>,
+    probe_paths: BpfHashMap<MapData, u64, ProbePath>,
+}
+
+/// The ends of a pod link, as the programs need them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PodEnds {
+    /// The interface index of the node's end.
+    pub(crate) node: u32,
+    /// The Ethernet address of the pod's end.
+    pub(crate) mac: MacAddr,
+    /// Whether the pod's namespace is the node's own.
+    pub(crate) same_namespace: bool,
+}
+
+/// A connection that the programs know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Connected {
+    /// The interface index of the node's end.
+    pub(crate) node: u32,
+    pub(crate) vni: u32,
+    pub(crate) remote: IpAddr,
+    pub(crate) slot: Slot,
+}
+
+/// Where probes and answers to an Ethernet address go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ProbeRoute {
+    pub(crate) remote: IpAddr,
+    /// The UDP port of the peer's tunnels.
+    pub(crate) port: u16,
+    /// The peer's probe VNI.
+    pub(crate) vni: Vni,
+    /// The address that they leave from; `None`: by the route.
+    pub(crate) local: Option<IpAddr>,
+}
+
+impl ForwardingTables {
+    pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, BpfError> {
+        Ok(Self {
+            forward: take(ebpf, "FORWARD")?,
+            devices: take(ebpf, "DEVICES")?,
+            links: take(ebpf, "LINKS")?,
+            probe_paths: take(ebpf, "PROBE_PATHS")?,
+        })
+    }
+
+    /// The place of a port in DEVICES, or the first free one.
+    fn place(&self, port: u16) -> Result<u32, BpfError> {
+        let mut free = None;
+        for place in 0..MAX_DEVICES {
+            let device = self.device(place)?;
+            if device.port == u32::from(port) {
+                return Ok(place);
+            }
+            if device.port == 0 && free.is_none() {
+                free = Some(place);
+            }
+        }
+        free.ok_or(BpfError::DevicesExhausted {
+            port,
+            capacity: MAX_DEVICES,
+        })
+    }
+
+    fn device(&self, place: u32) -> Result<Device, BpfError> {
+        let device = self.devices.get(&place, 0);
+        device.map_err(of_map("DEVICES", "read"))
+    }
+
+    fn set_device(&mut self, place: u32, device: Device) -> Result<(), BpfError> {
+        let set = self.devices.set(place, device, 0);
+        set.map_err(of_map("DEVICES", "write"))
+    }
+
+    fn zero(&mut self, slot: u32) -> Result<(), BpfError> {
+        let cpus = self
+            .links
+            .get(&slot, 0)
+            .map_err(of_map("LINKS", "read"))?
+            .len();
+        let zero = vec![Counters::default(); cpus].try_into();
+        let zero = zero.map_err(|source: std::io::Error| BpfError::Map {
+            map: "LINKS",
+            action: "zero",
+            source: source.into(),
+        })?;
+        let set = self.links.set(slot, zero, 0);
+        set.map_err(of_map("LINKS", "zero"))
+    }
+}
+
+impl Bpf {
+    /// Lets the programs send through an external device to its UDP port, instead of the one that they used before.
+    pub(crate) fn set_device(&self, port: u16, index: u32) -> Result<(), BpfError> {
+        let tables = &mut self.state().forwarding;
+        let place = tables.place(port)?;
+        let port = port.into();
+        tables.set_device(place, Device { index, port })
+    }
+
+    /// The external device of a port, as the programs know it.
+    pub(crate) fn devices(&self) -> Result<Vec<(u16, u32)>, BpfError> {
+        let tables = &self.state().forwarding;
+        let mut devices = Vec::new();
+        for place in 0..MAX_DEVICES {
+            let Device { index, port } = tables.device(place)?;
+            devices.extend(
+                u16::try_from(port)
+                    .ok()
+                    .filter(|port| *port != 0)
+                    .map(|port| (port, index)),
+            );
+        }
+        Ok(devices)
+    }
+
+    /// Lets the programs send nothing to a port.
+    pub(crate) fn forget_device(&self, port: u16) -> Result<(), BpfError> {
+        let tables = &mut self.state().forwarding;
+        let place = tables.place(port)?;
+        tables.set_device(place, Device::default())
+    }
+
+    /// Joins a pod link and a tunnel, whose port has a device. What the link had before is replaced, but for the entry of another tunnel:
+    /// see [`Self::disconnect_tunnel`].
+    ///
+    /// # Errors
+    ///
+    /// When all slots are taken, when the peer cannot be a tunnel's end, when the kernel refuses.
+    pub(crate) fn connect(&self, ends: &PodEnds, spec: &VxlanSpec) -> Result<Slot, BpfError> {
+        let state = &mut *self.state();
+        let flags = if ends.same_namespace {
+            tunnel_flags::SAME_NAMESPACE
+        } else {
+            0
+        };
+        let device = state.forwarding.place(spec.port)?;
+        let mac = mac_words(ends.mac.octets());
+        let was_known = state.tables.slot(spec.vni.get(), spec.remote).is_some();
+        let slot = state
+            .tables
+            .add_tunnel(spec.vni.get(), spec.remote, |slot| Tunnel {
+                slot,
+                link: ends.node,
+                flags,
+                mac,
+                reserved: 0,
+            })?;
+        if !was_known {
+            state.forwarding.zero(slot.get())?;
+        }
+        let (checked, sources) = checked_sources(&spec.sources);
+        let forward = Forward {
+            device,
+            vni: spec.vni.get(),
+            slot: slot.get(),
+            checked,
+            local: address(spec.local),
+            remote: address(spec.remote),
+            mac,
+            reserved: 0,
+            sources,
+        };
+        let inserted = state.forwarding.forward.insert(ends.node, forward, 0);
+        if let Err(error) = inserted {
+            if !was_known {
+                // The error that counts is the first one.
+                let _ = state.tables.remove_tunnel(spec.vni.get(), spec.remote);
+            }
+            return Err(of_map("FORWARD", "add to")(error));
+        }
+        Ok(slot)
+    }
+
+    /// Forgets where a pod link's frames go. They are dropped from now on.
+    pub(crate) fn disconnect_link(&self, node: u32) -> Result<(), BpfError> {
+        let state = &mut *self.state();
+        forgiving_of("FORWARD", state.forwarding.forward.remove(&node))
+    }
+
+    /// Forgets a tunnel and frees its slot; whether there was one.
+    pub(crate) fn disconnect_tunnel(&self, vni: Vni, remote: IpAddr) -> Result<bool, BpfError> {
+        self.state().tables.remove_tunnel(vni.get(), remote)
+    }
+
+    /// The connections that the programs know, among them those of an earlier agent.
+    pub(crate) fn connected(&self) -> Result<Vec<Connected>, BpfError> {
+        let state = self.state();
+        let mut all = Vec::new();
+        for entry in state.forwarding.forward.iter() {
+            let (node, forward) = entry.map_err(of_map("FORWARD", "read"))?;
+            all.push(Connected {
+                node,
+                vni: forward.vni,
+                remote: ip_addr(forward.remote),
+                slot: Slot(forward.slot),
+            });
+        }
+        Ok(all)
+    }
+
+    /// What passed the pod link of a slot: "received" is what the pod got.
+    ///
+    /// # Errors
+    ///
+    /// When the slot is not in use.
+    pub fn link_counters(&self, slot: Slot) -> Result<Traffic, BpfError> {
+        let state = self.state();
+        if !state.tables.is_used(slot) {
+            return Err(BpfError::NoSlot(slot));
+        }
+        read("LINKS", &state.forwarding.links, slot)
+    }
+
+    /// Lets probes and answers to an Ethernet address (as [`nsm_ebpf_common::sbfd::frame::session_key`] has it) go to a peer.
+    pub(crate) fn set_probe_route(&self, key: u64, route: &ProbeRoute) -> Result<(), BpfError> {
+        let tables = &mut self.state().forwarding;
+        let path = ProbePath {
+            device: tables.place(route.port)?,
+            vni: route.vni.get(),
+            port: route.port.into(),
+            local: route.local.map_or(nsm_ebpf_common::UNSPECIFIED, address),
+            remote: address(route.remote),
+        };
+        let inserted = tables.probe_paths.insert(key, path, 0);
+        inserted.map_err(of_map("PROBE_PATHS", "add to"))
+    }
+
+    /// Lets them go nowhere; a success when there is no such entry.
+    pub(crate) fn remove_probe_route(&self, key: u64) -> Result<(), BpfError> {
+        forgiving_of(
+            "PROBE_PATHS",
+            self.state().forwarding.probe_paths.remove(&key),
+        )
+    }
+
+    /// All ways of probes, among them those of an earlier agent.
+    pub(crate) fn probe_routes(&self) -> Result<Vec<(u64, ProbeRoute)>, BpfError> {
+        let state = self.state();
+        let mut all = Vec::new();
+        for entry in state.forwarding.probe_paths.iter() {
+            let (key, path) = entry.map_err(of_map("PROBE_PATHS", "read"))?;
+            let (Ok(vni), Ok(port)) = (Vni::try_from(path.vni), u16::try_from(path.port)) else {
+                continue;
+            };
+            let local = Some(ip_addr(path.local)).filter(|local| !local.is_unspecified());
+            let remote = ip_addr(path.remote);
+            all.push((
+                key,
+                ProbeRoute {
+                    remote,
+                    port,
+                    vni,
+                    local,
+                },
+            ));
+        }
+        Ok(all)
+    }
+}
+
+/// The source prefixes that the programs check. More than they hold cannot be checked.
+fn checked_sources(wanted: &[IpNet]) -> (u32, [Prefix; MAX_SOURCES]) {
+    let mut sources = [Prefix::default(); MAX_SOURCES];
+    if wanted.len() > MAX_SOURCES {
+        return (0, sources);
+    }
+    for (place, net) in sources.iter_mut().zip(wanted) {
+        let mapped_bits = if net.addr().is_ipv4() { 96 } else { 0 };
+        *place = Prefix::new(
+            address(net.addr()),
+            mapped_bits + u32::from(net.prefix_len()),
+        );
+    }
+    (wanted.len() as u32, sources)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_of_both_families_are_checked_as_far_as_there_is_room() {
+        let nets = |texts: &[&str]| -> Vec<IpNet> {
+            texts.iter().map(|text| text.parse().unwrap()).collect()
+        };
+        let (checked, sources) = checked_sources(&nets(&["172.16.1.2/32", "fd00::/64"]));
+        assert_eq!(checked, 2);
+        assert!(sources[0].contains(&address("172.16.1.2".parse().unwrap())));
+        assert!(!sources[0].contains(&address("172.16.1.3".parse().unwrap())));
+        assert!(sources[1].contains(&address("fd00::7".parse().unwrap())));
+        assert!(!sources[1].contains(&address("172.16.1.2".parse().unwrap())));
+        let many = nets(&["10.0.0.0/8"; MAX_SOURCES + 1]);
+        assert_eq!(checked_sources(&many).0, 0);
+    }
+}

@@ -1,0 +1,181 @@
+//! Which connection has which tunnel and which link.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    net::IpAddr,
+};
+
+use nsm_core::{
+    link::{LinkAlias, NodeLink},
+    net::Vni,
+};
+
+use crate::bpf::Slot;
+
+/// What a tunnel is found by.
+type Tunnel = (Vni, IpAddr);
+
+/// The connections of a node, for each question that is asked.
+#[derive(Default)]
+pub(super) struct Joined {
+    by_alias: HashMap<LinkAlias, Connection>,
+    /// Also tunnels that are taken for a connection that is being made.
+    by_tunnel: HashMap<Tunnel, LinkAlias>,
+    /// The nodes' ends of their links as they were made, by index.
+    nodes: HashMap<u32, NodeLink>,
+}
+
+/// A connection as it was joined last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Connection {
+    pub(super) vni: Vni,
+    pub(super) peer: IpAddr,
+    pub(super) slot: Slot,
+    /// The index of the node's end of its link.
+    pub(super) node: u32,
+}
+
+impl Connection {
+    const fn tunnel(&self) -> Tunnel {
+        (self.vni, self.peer)
+    }
+}
+
+impl Joined {
+    /// Takes a tunnel for a connection. False: another one has it.
+    pub(super) fn reserve(&mut self, tunnel: Tunnel, alias: &LinkAlias) -> bool {
+        match self.by_tunnel.entry(tunnel) {
+            Entry::Occupied(taken) => taken.get() == alias,
+            Entry::Vacant(free) => {
+                free.insert(alias.clone());
+                true
+            }
+        }
+    }
+
+    /// Frees a tunnel that was taken for a connection that did not come to have it.
+    pub(super) fn give_up(&mut self, tunnel: Tunnel, alias: &LinkAlias) {
+        let has_it = self
+            .by_alias
+            .get(alias)
+            .is_some_and(|it| it.tunnel() == tunnel);
+        if !has_it {
+            self.by_tunnel.remove(&tunnel);
+        }
+    }
+
+    /// Notes a connection, whose tunnel was taken, with the node's end of its link; what it was before.
+    pub(super) fn join(
+        &mut self,
+        alias: &LinkAlias,
+        connection: Connection,
+        node: NodeLink,
+    ) -> Option<Connection> {
+        let before = self.by_alias.insert(alias.clone(), connection);
+        if let Some(before) = before {
+            if before.tunnel() != connection.tunnel() {
+                self.by_tunnel.remove(&before.tunnel());
+            }
+            self.nodes.remove(&before.node);
+        }
+        self.nodes.insert(connection.node, node);
+        before
+    }
+
+    /// Forgets a connection: what it was.
+    pub(super) fn leave(&mut self, alias: &LinkAlias) -> Option<Connection> {
+        let connection = self.by_alias.remove(alias)?;
+        self.by_tunnel.remove(&connection.tunnel());
+        self.nodes.remove(&connection.node);
+        Some(connection)
+    }
+
+    pub(super) fn get(&self, alias: &LinkAlias) -> Option<&Connection> {
+        self.by_alias.get(alias)
+    }
+
+    pub(super) fn has_tunnel(&self, tunnel: Tunnel) -> bool {
+        self.by_tunnel.contains_key(&tunnel)
+    }
+
+    pub(super) fn aliases(&self) -> impl Iterator<Item = &LinkAlias> {
+        self.by_alias.keys()
+    }
+
+    pub(super) const fn nodes(&self) -> &HashMap<u32, NodeLink> {
+        &self.nodes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_core::net::MacAddr;
+
+    use super::*;
+
+    fn alias(id: &str) -> LinkAlias {
+        LinkAlias::new("test.example", id).unwrap()
+    }
+
+    fn tunnel(vni: u32) -> Tunnel {
+        (vni.try_into().unwrap(), "192.0.2.1".parse().unwrap())
+    }
+
+    fn connection((vni, peer): Tunnel, node: u32) -> Connection {
+        Connection {
+            vni,
+            peer,
+            slot: Slot::at(0),
+            node,
+        }
+    }
+
+    fn link(index: u32) -> NodeLink {
+        NodeLink {
+            index,
+            name: "nsm0".to_owned(),
+            alias: None,
+            mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
+            mtu: 1450,
+            group: 0,
+            up: true,
+            arp: false,
+            generates_addresses: false,
+            controller: None,
+            peer: None,
+        }
+    }
+
+    #[test]
+    fn a_tunnel_has_one_connection_and_is_free_after_it() {
+        let mut joined = Joined::default();
+        let (one, two) = (alias("one"), alias("two"));
+        assert!(joined.reserve(tunnel(5), &one));
+        assert!(joined.reserve(tunnel(5), &one), "a refresh");
+        assert!(!joined.reserve(tunnel(5), &two));
+        joined.give_up(tunnel(5), &one);
+        assert!(joined.reserve(tunnel(5), &two), "nothing came of it");
+        joined.join(&two, connection(tunnel(5), 3), link(3));
+        joined.give_up(tunnel(5), &two);
+        assert!(
+            !joined.reserve(tunnel(5), &one),
+            "a refresh that failed frees nothing"
+        );
+        assert_eq!(joined.leave(&two), Some(connection(tunnel(5), 3)));
+        assert!(joined.reserve(tunnel(5), &one));
+        assert!(joined.nodes().is_empty());
+    }
+
+    #[test]
+    fn a_switch_frees_the_tunnel_and_the_link_of_before() {
+        let mut joined = Joined::default();
+        let one = alias("one");
+        for (vni, node) in [(5, 3), (6, 4)] {
+            assert!(joined.reserve(tunnel(vni), &one));
+            joined.join(&one, connection(tunnel(vni), node), link(node));
+        }
+        assert!(!joined.has_tunnel(tunnel(5)));
+        assert!(joined.has_tunnel(tunnel(6)));
+        assert_eq!(joined.nodes().keys().copied().collect::<Vec<_>>(), [4]);
+    }
+}

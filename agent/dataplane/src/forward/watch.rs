@@ -1,0 +1,100 @@
+//! The look at the nodes' ends of pod links, and at the program on them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use nsm_core::link::NodeLink;
+
+use super::ForwardError;
+use crate::{
+    bpf::Bpf,
+    links::{Changed, Mended, NodeWatch},
+    netlink::Netlink,
+};
+
+/// What the kernel announces instead of an interface for a block of filters that several share.
+const SHARED_BLOCK: u32 = u32::MAX;
+
+/// What was found so far.
+#[derive(Default)]
+pub(super) struct Watch {
+    links: Option<NodeWatch>,
+    /// What could not be repaired, by link.
+    faults: BTreeMap<u32, String>,
+}
+
+impl Watch {
+    /// Repairs links that others have changed; what is amiss, a sentence each.
+    pub(super) fn look(
+        &mut self,
+        netlink: &mut Netlink,
+        bpf: &Bpf,
+        made: &HashMap<u32, NodeLink>,
+    ) -> Result<Vec<String>, ForwardError> {
+        let links = match &mut self.links {
+            Some(links) => links,
+            none => none.insert(NodeWatch::open()?),
+        };
+        let looked = links.look(made)?;
+        // A fault is looked at again with each change of its link, and where a program is missing, each time.
+        let was_amiss = !self.faults.is_empty();
+        self.faults
+            .retain(|link, _| made.contains_key(link) && !looked.changed.includes(*link));
+        for (link, mended) in looked.mended {
+            self.note(link, &made[&link].name, mended);
+        }
+        let filters_changed = match &looked.changed {
+            Changed::Unknown => true,
+            Changed::Links(changed) => changed
+                .iter()
+                .any(|link| *link == SHARED_BLOCK || made.contains_key(link)),
+        };
+        if !made.is_empty() && (filters_changed || was_amiss) {
+            self.mend_programs(netlink, bpf, made)?;
+        }
+        Ok(self.faults.values().cloned().collect())
+    }
+
+    fn note(&mut self, link: u32, interface: &str, mended: Mended) {
+        match mended {
+            Mended::Repaired(steps) => {
+                tracing::warn!(
+                    interface,
+                    steps,
+                    "the node's end of a pod link was changed, and is right again"
+                );
+            }
+            // It went with its pod; the connection is closed when that is noticed.
+            Mended::Gone => tracing::debug!(interface, "a pod link is gone"),
+            Mended::Refused(error) => {
+                self.faults
+                    .insert(link, format!("pod link `{interface}`: {error}"));
+            }
+        }
+    }
+
+    /// Puts the program on pod links again that lost it.
+    fn mend_programs(
+        &mut self,
+        netlink: &mut Netlink,
+        bpf: &Bpf,
+        made: &HashMap<u32, NodeLink>,
+    ) -> Result<(), ForwardError> {
+        for link in bpf.bare_pod_links(netlink, made.keys().copied())? {
+            let interface = &made[&link].name;
+            match bpf.hook_pod_link(netlink, link) {
+                Ok(()) => {
+                    tracing::warn!(
+                        interface,
+                        "the BPF program was gone from a pod link, and is there again"
+                    );
+                }
+                Err(error) if error.is_of_missing_link() => {}
+                Err(error) => {
+                    self.faults
+                        .insert(link, format!("pod link `{interface}`: {error}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
