@@ -5,6 +5,7 @@
 //! An ERROR or a panic in an agent's log fails it as well, for ERROR means that a person must act.
 #![forbid(unsafe_code)]
 
+pub mod forged;
 pub mod metrics;
 mod served;
 
