@@ -1,6 +1,7 @@
-//! The health plane between two nodes and a router, under faults, attacks, restarts, and without BPF. Needs root.
+//! Probes and data between two nodes and a router, under faults, attacks and restarts. Needs root.
 
 mod attack;
+mod data;
 mod fault;
 mod lifecycle;
 mod path;
