@@ -457,8 +457,13 @@ fn without_a_program_nothing_of_a_pod_enters_the_node() {
             run("tc", &["qdisc", "del", "dev", &end_name, "clsact"])
         });
         // To the node's end itself: the kernel takes no other frame for one to the node.
-        let shown = within(node, || run("ip", &["-o", "link", "show", "dev", &end_name]));
-        let mac = shown.split("link/ether ").nth(1).expect("an Ethernet address");
+        let shown = within(node, || {
+            run("ip", &["-o", "link", "show", "dev", &end_name])
+        });
+        let mac = shown
+            .split("link/ether ")
+            .nth(1)
+            .expect("an Ethernet address");
         let mac = mac.split(' ').next().expect("a word").to_owned();
         within(&connected.pods[0], || {
             ip(&format!("neigh replace 172.16.1.2 lladdr {mac} dev nsm-1"));
