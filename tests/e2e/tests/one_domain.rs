@@ -71,7 +71,7 @@ fn on_two_nodes_that_share_a_registry() -> Result<()> {
         ping(&client_pod, &endpoint_address(&connected)?, 5, &[])?,
         5
     );
-    assert_eq!(kinds(&world)?, ["vxlan", "vxlan"]);
+    assert_eq!(kinds(&world)?, ["veth"; 4]);
     // Within the domain the way is the private one.
     let tunnel = &near.status()?["connections"][0]["tunnel"];
     assert_eq!(tunnel["remote"], far.node().private_ip().to_string());
