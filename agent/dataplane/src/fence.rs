@@ -4,11 +4,11 @@
 //! kernel would take them for packets to the node, and route them. The table drops them before anything of the node's looks at them,
 //! fragments included; it drops as well what the node's stack would send into such a link. ARP needs no rule: the links are without it.
 //!
-//! The same table keeps other senders off the tunnels' UDP port: what leaves the node for that port was sent by the external device, on
-//! behalf of a program that has marked it ([`nsm_ebpf_common::TUNNEL_MARK`]), or is dropped. A pod with CAP_NET_ADMIN can bind a VXLAN device of its own
-//! to the node's namespace; the mark of its packets does not cross into the node's. And what arrives at the port came in by an interface
-//! that leads back to its source: a pod cannot send with a peer's address. These rules stand only while the external device has the
-//! port to itself: [`Guard::Open`] otherwise.
+//! The same table guards the UDP ports of tunnels. What leaves the node for such a port was sent by the external device, on behalf of a
+//! program that has marked it ([`nsm_ebpf_common::TUNNEL_MARK`]), or is dropped. A pod with CAP_NET_ADMIN can bind a VXLAN device of its
+//! own to the node's namespace; the mark of its packets does not cross into the node's. And what arrives at the port came in by an
+//! interface that leads to its source: a pod cannot send with a peer's address. A port is guarded only while an external device of ours
+//! has it: another program that has it is not disturbed.
 //!
 //! The table is one of an agent: its name has the port, by which agents that share a namespace differ. It is made, changed and replaced
 //! in one transaction, so no packet meets half of it. It outlives the agent, as the links do.
@@ -16,6 +16,7 @@
 mod rules;
 
 use std::{
+    collections::BTreeSet,
     io,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -33,15 +34,6 @@ use nix::errno::Errno;
 use self::rules::{Chain, Rule};
 use crate::netlink::{Netlink, NetlinkError, Refusal, Request};
 
-/// Who may send to the tunnels' UDP port from this node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Guard {
-    /// The external device for our programs, and nobody else.
-    Closed,
-    /// Everybody: another program has the port.
-    Open,
-}
-
 /// What a look at the fence found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
@@ -58,9 +50,9 @@ pub struct Dropped {
     pub incoming: u64,
     /// Sent by the node's stack into a link of ours.
     pub outgoing: u64,
-    /// Sent to the tunnels' port by somebody else on this node.
+    /// Sent to a guarded port by somebody else on this node.
     pub foreign: u64,
-    /// Arrived at the tunnels' port by an interface that does not lead to their source.
+    /// Arrived at a guarded port by an interface that does not lead to their source.
     pub astray: u64,
 }
 
@@ -118,20 +110,20 @@ impl From<io::Error> for FenceError {
 /// A fence that was raised in the namespace of the thread that raised it. Dropped, it stands on.
 pub struct Fence {
     table: String,
-    port: u16,
     state: Mutex<State>,
 }
 
 struct State {
     netlink: Netlink<NetfilterMessage>,
-    guard: Guard,
+    /// The ports that are guarded.
+    ports: BTreeSet<u16>,
     /// The generation of the namespace's rules in which the table was last found right. Every change of any rule makes another.
     seen: Option<u32>,
 }
 
 impl Fence {
-    /// Makes the table in the namespace of the calling thread, with [`Guard::Open`]; or takes over that of an earlier agent, with the
-    /// guard that it has. `port`: that of the tunnels.
+    /// Makes the table in the namespace of the calling thread, without guarding a port; or takes over that of an earlier agent, with the
+    /// ports that it guards. `port`: that of the agent's tunnels, which is in the name of the table.
     ///
     /// # Errors
     ///
@@ -139,10 +131,9 @@ impl Fence {
     pub fn raise(port: u16) -> Result<Self, FenceError> {
         let fence = Self {
             table: format!("proxy-nsmgr-{port}"),
-            port,
             state: Mutex::new(State {
                 netlink: Netlink::open()?,
-                guard: Guard::Closed,
+                ports: BTreeSet::new(),
                 seen: None,
             }),
         };
@@ -151,21 +142,34 @@ impl Fence {
     }
 
     fn take_over(&self, state: &mut State) -> Result<(), FenceError> {
-        if !self.stands(state)? {
-            state.guard = Guard::Open;
+        for chain in rules::chains(&state.ports) {
+            let found = self.rules_of(state, &chain)?;
+            state.ports.extend(found.iter().filter_map(rules::guarded));
         }
         self.look_with(state).map(drop)
     }
 
-    /// Sets who may send to the tunnels' port.
+    /// Guards a port from now on: an external device of ours has it.
     ///
     /// # Errors
     ///
-    /// The kernel refuses. The fence is then as it was, and the next look tries again.
-    pub fn guard(&self, guard: Guard) -> Result<(), FenceError> {
+    /// The kernel refuses. The next look tries again.
+    pub fn guard(&self, port: u16) -> Result<(), FenceError> {
         let mut state = self.state();
-        if state.guard != guard {
-            state.guard = guard;
+        if state.ports.insert(port) {
+            state.seen = None;
+        }
+        self.look_with(&mut state).map(drop)
+    }
+
+    /// Guards a port no more: somebody else has it, or nobody.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses. The next look tries again.
+    pub fn release(&self, port: u16) -> Result<(), FenceError> {
+        let mut state = self.state();
+        if state.ports.remove(&port) {
             state.seen = None;
         }
         self.look_with(&mut state).map(drop)
@@ -189,7 +193,7 @@ impl Fence {
     pub fn dropped(&self) -> Result<Dropped, FenceError> {
         let state = &mut *self.state();
         let mut counts = [0; 4];
-        for (count, chain) in counts.iter_mut().zip(rules::chains(self.port, state.guard)) {
+        for (count, chain) in counts.iter_mut().zip(rules::chains(&state.ports)) {
             let found = self.rules_of(state, &chain)?;
             *count = found.iter().map(rules::counted).sum();
         }
@@ -265,7 +269,7 @@ impl Fence {
         if !is_active {
             return Ok(false);
         }
-        for chain in rules::chains(self.port, state.guard) {
+        for chain in rules::chains(&state.ports) {
             let get = NfTablesMessage::GetChain(self.chain_message(chain.name));
             let found = self.ask(state, get)?;
             let is_hooked = found.iter().any(
@@ -321,7 +325,7 @@ impl Fence {
         // One that is not there cannot be deleted; one that is there is as good as a new one for that.
         let delete = NfTablesMessage::DeleteTable(self.table_message());
         let mut requests = vec![create(), request(delete, 0), create()];
-        for chain in rules::chains(self.port, state.guard) {
+        for chain in rules::chains(&state.ports) {
             let mut message = self.chain_message(chain.name);
             message.attributes.extend(chain.hooked());
             requests.push(request(NfTablesMessage::NewChain(message), NLM_F_CREATE));

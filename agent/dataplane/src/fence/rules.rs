@@ -2,6 +2,8 @@
 //!
 //! The kernel shows a rule as the attributes that it was made of, sometimes with more: those are not compared.
 
+use std::collections::BTreeSet;
+
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{
     Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, ExpressionAttribute, Expressions,
@@ -10,8 +12,6 @@ use netlink_packet_netfilter::nftables::{
 };
 use nsm_core::link::{NODE_GROUP, NODE_GROUP_MASK};
 use nsm_ebpf_common::TUNNEL_MARK;
-
-use super::Guard;
 
 /// NF_IP_PRI_RAW_BEFORE_DEFRAG of linux/netfilter_ipv4.h, which is the same for IPv6: before fragments are reassembled and connections
 /// are tracked.
@@ -47,7 +47,7 @@ pub(super) struct Chain {
 pub(super) struct Rule(Vec<Expressions>);
 
 /// The chains of the table, in the order of the fields of [`Dropped`](super::Dropped).
-pub(super) fn chains(port: u16, guard: Guard) -> [Chain; 4] {
+pub(super) fn chains(ports: &BTreeSet<u16>) -> [Chain; 4] {
     [
         Chain {
             name: "incoming",
@@ -62,18 +62,15 @@ pub(super) fn chains(port: u16, guard: Guard) -> [Chain; 4] {
         Chain {
             name: "sending",
             hook: InetHookNumber::LocalOut,
-            rules: match guard {
-                Guard::Closed => vec![Rule::drop_unmarked(port), Rule::unmark(port)],
-                Guard::Open => vec![],
-            },
+            rules: ports
+                .iter()
+                .flat_map(|port| [Rule::drop_unmarked(*port), Rule::unmark(*port)])
+                .collect(),
         },
         Chain {
             name: "arriving",
             hook: InetHookNumber::LocalIn,
-            rules: match guard {
-                Guard::Closed => vec![Rule::drop_astray(port)],
-                Guard::Open => vec![],
-            },
+            rules: ports.iter().map(|port| Rule::drop_astray(*port)).collect(),
         },
     ]
 }
@@ -82,6 +79,22 @@ pub(super) fn chains(port: u16, guard: Guard) -> [Chain; 4] {
 pub(super) fn comment(text: &str) -> Vec<u8> {
     let length = u8::try_from(text.len() + 1).expect("a comment has less than 255 bytes");
     [&[0, length], text.as_bytes(), &[0]].concat()
+}
+
+/// The port that a rule guards.
+pub(super) fn guarded(rule: &RuleMessage) -> Option<u16> {
+    expressions_of(rule).find_map(|expression| {
+        let Expressions::Cmp(attributes) = expression else {
+            return None;
+        };
+        attributes.iter().find_map(|attribute| match attribute {
+            Cmp::Data(DataAttribute::Value(bytes)) => {
+                let port: [u8; 2] = bytes.as_slice().try_into().ok()?;
+                Some(u16::from_be_bytes(port))
+            }
+            _ => None,
+        })
+    })
 }
 
 /// How many packets a rule has counted.
@@ -175,12 +188,10 @@ impl Rule {
     /// its source is not reached by that interface. A peer's packets may well come by another way than ours go. What the node sends to
     /// itself is left to [`Self::drop_unmarked`]: no route leads back through the loopback.
     fn drop_astray(port: u16) -> Self {
-        let mut expressions = vec![
+        let mut expressions = to_port(port);
+        expressions.extend([
             load(MetaKey::Iftype),
             compare(Operator::NotEqual, &LOOPBACK.to_ne_bytes()),
-        ];
-        expressions.extend(to_port(port));
-        expressions.extend([
             load(MetaKey::Mark),
             // Others may have set bits of their own meanwhile.
             masked(TUNNEL_MARK),

@@ -11,7 +11,7 @@ use std::{
 use super::ForwardError;
 use crate::{
     bpf::{Bpf, Own},
-    fence::{self, Dropped, Fence, Guard},
+    fence::{self, Dropped, Fence},
     links::external::{self, External, ExternalSpec, Look},
     netlink::{Netlink, NetlinkError},
     netns::Netns,
@@ -64,10 +64,8 @@ impl TunnelDevices {
         };
         let device = self.make(netlink, port)?;
         state.devices.insert(port, device);
-        if port == self.port {
-            // Nobody else has the port.
-            fence.guard(Guard::Closed)?;
-        }
+        // Nobody else has the port.
+        fence.guard(port)?;
         Ok(())
     }
 

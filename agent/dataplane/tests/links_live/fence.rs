@@ -9,7 +9,7 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt};
 use nsm_core::link::LinkSpec;
 use nsm_dataplane::{
-    fence::{Dropped, Fence, FenceError, Guard, Look},
+    fence::{Dropped, Fence, FenceError, Look},
     links::{Links, PodLink},
     netns::Netns,
 };
@@ -22,9 +22,9 @@ use crate::support::{
 
 const PORT: u16 = 4789;
 
-fn raise(node: &Netns, guard: Guard) -> Fence {
+fn raise(node: &Netns) -> Fence {
     let fence = inside(node, || Fence::raise(PORT).unwrap());
-    fence.guard(guard).unwrap();
+    fence.guard(PORT).unwrap();
     fence
 }
 
@@ -44,14 +44,14 @@ fn table(node: &Netns) -> String {
 fn stands_until_it_is_removed() {
     let node = netns();
     nft(&node, "add table inet other");
-    let fence = raise(&node, Guard::Closed);
+    let fence = raise(&node);
     let shown = table(&node);
     for part in [
         "hook prerouting priority -450",
         "hook postrouting priority -450",
         "hook output priority -450",
         "hook input priority -450",
-        "meta iiftype != loopback udp dport 4789 fib saddr . iif oif missing counter packets 0 bytes 0 drop",
+        "udp dport 4789 meta iiftype != loopback meta mark & 0x00003057 != 0x00003057 fib saddr . iif oif missing counter packets 0 bytes 0 drop",
         "udp dport 4789 meta mark != 0x00003057 counter packets 0 bytes 0 drop",
         "meta mark set 0x00000000",
         "docs/operations.md",
@@ -65,10 +65,17 @@ fn stands_until_it_is_removed() {
     let next = inside(&node, || Fence::raise(PORT).unwrap());
     assert_eq!(table(&node), shown);
     assert_eq!(next.look().unwrap(), Look::Stands);
-    next.guard(Guard::Open).unwrap();
+    next.guard(4790).unwrap();
+    assert!(table(&node).contains("udp dport 4790"), "{}", table(&node));
+    let both = inside(&node, || Fence::raise(PORT).unwrap());
+    both.release(4790).unwrap();
+    assert_eq!(table(&node), shown);
+    both.release(PORT).unwrap();
     assert!(!table(&node).contains("udp dport"), "{}", table(&node));
-    assert_eq!(next.look().unwrap(), Look::Stands);
-    next.guard(Guard::Closed).unwrap();
+    assert_eq!(both.look().unwrap(), Look::Stands);
+    // Somebody else's change, to the agent before.
+    assert_eq!(next.look().unwrap(), Look::PutBack);
+    next.release(4790).unwrap();
     assert_eq!(table(&node), shown);
 
     next.remove().unwrap();
@@ -80,7 +87,7 @@ fn stands_until_it_is_removed() {
 #[ignore = "needs root: makes network namespaces and nftables"]
 fn whatever_becomes_of_it_is_put_back() {
     let node = netns();
-    let fence = raise(&node, Guard::Closed);
+    let fence = raise(&node);
     let shown = table(&node);
     for change in [
         "flush ruleset",
@@ -194,7 +201,7 @@ fn received(socket: &UdpSocket) -> bool {
 #[ignore = "needs root: makes network namespaces and links"]
 async fn nothing_enters_the_node_by_a_link_without_a_program() {
     let world = World::new().await;
-    let fence = raise(&world.node, Guard::Closed);
+    let fence = raise(&world.node);
     // Somebody has switched IPv6 on again, so that nothing but the fence is left.
     let switch = format!(
         "/proc/sys/net/ipv6/conf/{}/disable_ipv6",
@@ -228,7 +235,7 @@ async fn nothing_enters_the_node_by_a_link_without_a_program() {
 #[ignore = "needs root: makes network namespaces and links"]
 async fn nothing_of_the_nodes_stack_leaves_by_a_link() {
     let world = World::new().await;
-    let fence = raise(&world.node, Guard::Closed);
+    let fence = raise(&world.node);
     let before = fence.dropped().unwrap().outgoing;
     let name = world.link.node.name.clone();
     inside(&world.node, || {
@@ -277,7 +284,7 @@ async fn a_pod_finds_no_neighbour_on_the_node() {
 async fn nobody_else_sends_to_the_tunnels_port() {
     let (one, two) = two_nodes().await;
     let peer = listen(&two, (ip("192.0.2.2"), PORT).into());
-    let fence = raise(&one, Guard::Closed);
+    let fence = raise(&one);
     let send = |mark: u32| {
         inside(&one, || {
             let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
@@ -309,7 +316,7 @@ async fn nobody_else_sends_to_the_tunnels_port() {
     assert!(fence.dropped().unwrap().foreign > before);
 
     // Beside a foreign VXLAN device that has the port.
-    fence.guard(Guard::Open).unwrap();
+    fence.release(PORT).unwrap();
     send(0).unwrap();
     assert!(received(&peer));
 }
@@ -319,7 +326,7 @@ async fn nobody_else_sends_to_the_tunnels_port() {
 #[ignore = "needs root: makes network namespaces and links"]
 async fn a_pod_cannot_send_as_a_peer() {
     let (one, two) = two_nodes().await;
-    let fence = raise(&one, Guard::Closed);
+    let fence = raise(&one);
     let pod = netns();
     let end = |mac_end: u8, own: &str, other: &str| LinkSpec {
         name: name("cni0"),
@@ -370,7 +377,7 @@ async fn a_pod_cannot_send_as_a_peer() {
     }
     assert_eq!(fence.dropped().unwrap().astray, 1);
 
-    fence.guard(Guard::Open).unwrap();
+    fence.release(PORT).unwrap();
     send(&pod, "192.0.2.2");
     assert!(received(&node));
 }
