@@ -12,7 +12,10 @@ use super::ForwardError;
 use crate::{
     bpf::{Bpf, Own},
     fence::{self, Dropped, Fence},
-    links::external::{self, External, ExternalSpec, Look},
+    links::{
+        LinkError,
+        external::{self, External, ExternalSpec, Look},
+    },
     netlink::{Netlink, NetlinkError},
     netns::Netns,
 };
@@ -62,10 +65,9 @@ impl TunnelDevices {
             Some(fence) => fence,
             none => none.insert(Fence::raise(self.port)?),
         };
-        let device = self.make(netlink, port)?;
-        state.devices.insert(port, device);
-        // Nobody else has the port.
-        fence.guard(port)?;
+        let made = self.make(netlink, port);
+        guard(fence, port, &made)?;
+        state.devices.insert(port, made?);
         Ok(())
     }
 
@@ -107,7 +109,11 @@ impl TunnelDevices {
             Some(Err(error)) => faults.push(error.into()),
         }
         for (port, device) in &mut state.devices {
-            match self.mend_one(netlink, *port, device) {
+            let mended = self.mend_one(netlink, *port, device);
+            let fence = state.fence.as_ref();
+            let guarded = fence.map_or(Ok(()), |fence| guard(fence, *port, &mended));
+            faults.extend(guarded.err());
+            match mended {
                 Ok(None) => {}
                 Ok(Some(found)) => {
                     tracing::warn!(
@@ -188,4 +194,18 @@ impl TunnelDevices {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Guards the port of a device that is there. One that another program has taken is left to that program.
+fn guard<T>(
+    fence: &Fence,
+    port: u16,
+    outcome: &Result<T, ForwardError>,
+) -> Result<(), ForwardError> {
+    let guarded = match outcome {
+        Ok(_) => fence.guard(port),
+        Err(ForwardError::Link(LinkError::PortTaken { .. })) => fence.release(port),
+        Err(_) => Ok(()),
+    };
+    Ok(guarded?)
 }

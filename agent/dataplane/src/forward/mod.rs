@@ -216,17 +216,15 @@ impl Forwarding {
             .await
     }
 
-    /// Removes a connection; a success when there is none. The maps first: what the pod sends from then on is dropped.
+    /// Removes a connection; a success when there is none. The maps are empty of it then: what the pod sends is dropped. The link itself goes
+    /// a moment later.
     ///
     /// # Errors
     ///
     /// The kernel refused. What could not be removed is tried again by the next call.
     pub async fn down(&self, alias: &LinkAlias) -> Result<(), ForwardError> {
         self.disconnect(alias)?;
-        self.links
-            .down_pod_links(std::slice::from_ref(alias))
-            .await?;
-        Ok(())
+        Ok(self.links.down_pod_link_soon(alias).await?)
     }
 
     fn disconnect(&self, alias: &LinkAlias) -> Result<(), ForwardError> {
@@ -283,12 +281,14 @@ impl Forwarding {
         self.devices.fenced()
     }
 
-    /// Removes the external devices and the fence. Connections are removed one by one before: see [`Self::down`].
+    /// Waits until the links of removed connections are gone, then removes the external devices and the fence. Connections are removed one
+    /// by one before: see [`Self::down`].
     ///
     /// # Errors
     ///
     /// The kernel keeps a device; the others are removed.
     pub async fn close(&self) -> Result<(), ForwardError> {
+        self.links.settled().await;
         let devices = Arc::clone(&self.devices);
         self.links
             .on_node_of(move |netlink| devices.remove(netlink))
