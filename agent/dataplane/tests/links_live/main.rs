@@ -9,6 +9,7 @@ mod converge;
 mod external;
 mod failure;
 mod fence;
+mod forward;
 mod pod_link;
 mod support;
 mod times;

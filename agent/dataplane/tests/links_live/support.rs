@@ -24,7 +24,7 @@ use netlink_packet_route::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, setns, unshare};
 use nsm_core::{
-    link::{LinkAlias, LinkSpec, RouteSpec, VxlanSpec},
+    link::{LinkAlias, LinkSpec, RouteSpec},
     net::{IfName, MacAddr},
 };
 use nsm_dataplane::{links::Links, netns::Netns};
@@ -149,17 +149,6 @@ pub(crate) fn link(own: u8, other: u8) -> LinkSpec {
             (ip(&format!("172.16.1.{other}")), mac(other)),
             (ip(&format!("fd00:1::{other}")), mac(other)),
         ],
-    }
-}
-
-pub(crate) fn vxlan(vni: u32) -> VxlanSpec {
-    VxlanSpec {
-        link: link(1, 2),
-        sources: vec![],
-        vni: vni.try_into().unwrap(),
-        local: ip("192.0.2.1"),
-        remote: ip("192.0.2.2"),
-        port: 4789,
     }
 }
 

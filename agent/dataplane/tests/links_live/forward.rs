@@ -1,0 +1,385 @@
+//! Connections through the tunnels of two nodes: pod links, programs, external devices and fences as an agent has them.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use nsm_core::link::{LinkSpec, VxlanSpec, vxlan_overhead};
+use nsm_dataplane::{
+    bpf::{Bpf, BpfConfig},
+    forward::{ForwardError, Forwarding, TunnelDevices},
+    links::Links,
+    netns::Netns,
+};
+use tokio::runtime::Runtime;
+
+use crate::{
+    support::{
+        add_address, alias, domain, eventually, inside, ip, ip_tool, link, link_names, name, net,
+        netns, two_nodes,
+    },
+    traffic::echo,
+};
+
+const PORT: u16 = 4789;
+
+/// Runs a test in a mount namespace with a BPF filesystem of its own, where every pin goes with it.
+fn sandbox(test: impl FnOnce(&Runtime) + Send) {
+    crate::support::in_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+        mount(none, "/", none, private, none).unwrap();
+        let bpffs = Some("bpf");
+        mount(bpffs, "/sys/fs/bpf", bpffs, MsFlags::empty(), none).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        test(&runtime.unwrap());
+    });
+}
+
+/// A node with an agent's dataplane, and a pod.
+struct Node {
+    netns: Netns,
+    pod: Netns,
+    spec: VxlanSpec,
+    links: Links,
+    forwarding: Forwarding,
+    bpf: Arc<Bpf>,
+}
+
+impl Node {
+    fn start(runtime: &Runtime, netns: &Netns, spec: VxlanSpec, pod: Netns) -> Self {
+        let config = BpfConfig {
+            pin_dir: format!("/sys/fs/bpf/{}", netns.inode()).into(),
+            interfaces: vec!["eth0".to_owned()],
+            mount_bpffs: false,
+            ..BpfConfig::default()
+        };
+        let bpf = Arc::new(inside(netns, || Bpf::load(&config).unwrap()));
+        let links = Links::in_namespace(netns.clone());
+        let devices = TunnelDevices::new(Arc::clone(&bpf), domain(), PORT);
+        let domain = domain();
+        let started = Forwarding::start(links.clone(), Arc::new(devices), &domain);
+        Self {
+            netns: netns.clone(),
+            pod,
+            spec,
+            links,
+            forwarding: runtime.block_on(started).unwrap(),
+            bpf,
+        }
+    }
+
+    fn up(&self, runtime: &Runtime) -> nsm_dataplane::links::PodLink {
+        let up = self.forwarding.up(&self.pod, &self.spec);
+        runtime.block_on(up).unwrap()
+    }
+
+    /// The agent ends, without a word to the kernel; another one starts.
+    fn restart(self, runtime: &Runtime) -> Self {
+        let Self {
+            netns,
+            pod,
+            spec,
+            links,
+            forwarding,
+            bpf,
+        } = self;
+        drop((links, forwarding, bpf));
+        Self::start(runtime, &netns, spec, pod)
+    }
+
+    fn close(&self, runtime: &Runtime) {
+        let down = self.forwarding.down(&self.spec.link.alias);
+        runtime.block_on(down).unwrap();
+        runtime.block_on(self.forwarding.close()).unwrap();
+        self.bpf.detach_and_unpin().unwrap();
+        assert_eq!(link_names(&self.netns), ["eth0"]);
+        assert_eq!(link_names(&self.pod), [""; 0]);
+        let tables = inside(&self.netns, || {
+            let nft = &mut std::process::Command::new("nft");
+            nft.args(["list", "tables"]).output().unwrap().stdout
+        });
+        assert_eq!(String::from_utf8(tables).unwrap(), "");
+    }
+}
+
+/// Two nodes that are joined, and a connection between their pods that is up.
+fn joined(runtime: &Runtime, local: [&str; 2]) -> (Node, Node) {
+    let nodes = runtime.block_on(two_nodes());
+    let spec = |own: u8, other: u8, local: &str, remote: &str| VxlanSpec {
+        link: LinkSpec {
+            mtu: 1500 - vxlan_overhead(ip(remote)),
+            ..link(own, other)
+        },
+        sources: vec![],
+        vni: 77.try_into().unwrap(),
+        local: ip(local),
+        remote: ip(remote),
+        port: PORT,
+    };
+    let one = Node::start(runtime, &nodes.0, spec(1, 2, local[0], local[1]), netns());
+    let two = Node::start(runtime, &nodes.1, spec(2, 1, local[1], local[0]), netns());
+    assert!(one.up(runtime).pod.created && two.up(runtime).pod.created);
+    (one, two)
+}
+
+/// Many segments, so that what the kernel offloads is used; each byte is compared.
+fn stream(from: &Netns, to: &Netns, address: &str) {
+    const LENGTH: usize = 4 << 20;
+    let data: Vec<u8> = (0..LENGTH)
+        .map(|at| (at * 31 + at / 251).to_le_bytes()[0])
+        .collect();
+    let listener = inside(to, || TcpListener::bind(address).unwrap());
+    let receiver = thread::spawn(move || {
+        let mut received = Vec::new();
+        let (mut socket, _) = listener.accept().unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        socket.read_to_end(&mut received).unwrap();
+        received
+    });
+    let mut socket = inside(from, || TcpStream::connect(address).unwrap());
+    socket.write_all(&data).unwrap();
+    drop(socket);
+    assert!(receiver.join().unwrap() == data, "other bytes came");
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces, links and BPF programs"]
+fn pods_talk_through_a_tunnel() {
+    sandbox(|runtime| {
+        for local in [["192.0.2.1", "192.0.2.2"], ["2001:db8::1", "2001:db8::2"]] {
+            let (one, two) = joined(runtime, local);
+            echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+            echo(&two.pod, &one.pod, "[fd00:1::1]:7000", 100);
+            // A full packet fits, and a larger one is cut by the pod.
+            let full = one.spec.link.mtu as usize - 28;
+            echo(&one.pod, &two.pod, "172.16.1.2:7001", full);
+            echo(&one.pod, &two.pod, "172.16.1.2:7002", 20_000);
+            stream(&one.pod, &two.pod, "172.16.1.2:7003");
+            stream(&two.pod, &one.pod, "[fd00:1::1]:7004");
+
+            let passed = |node: &Node| node.forwarding.passed(&node.spec.link.alias).unwrap();
+            assert!(passed(&one).link.sent.packets > 100);
+            // The first pod spoke by itself before the second node was there, and what it sends last may still be on its way.
+            eventually("what was sent arrives", || {
+                let (a, b) = (passed(&one).link, passed(&two).link);
+                let both = [(a.sent, b.received), (b.sent, a.received)];
+                let arrived = both
+                    .iter()
+                    .all(|(sent, received)| sent.packets.abs_diff(received.packets) < 10);
+                if arrived {
+                    Ok(())
+                } else {
+                    Err(format!("{both:?}"))
+                }
+            });
+            one.close(runtime);
+            two.close(runtime);
+        }
+    });
+}
+
+/// The peer's node comes back with another address: a write to the maps, and the pod's link stays.
+#[test]
+#[ignore = "needs root: makes network namespaces, links and BPF programs"]
+fn a_tunnel_follows_its_peer() {
+    sandbox(|runtime| {
+        let (mut one, mut two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
+        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+        let before = one.up(runtime);
+        let eth0 = inside(&two.netns, || {
+            nix::net::if_::if_nametoindex("eth0").unwrap()
+        });
+        add_address(&two.netns, eth0, net("192.0.2.22/24"));
+        one.spec.remote = ip("192.0.2.22");
+        two.spec.local = ip("192.0.2.22");
+        let after = one.up(runtime);
+        assert_eq!(
+            (after.pod.index, after.pod.operations, after.node),
+            (before.pod.index, 0, before.node)
+        );
+        two.up(runtime);
+        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+
+        // Another VNI.
+        (one.spec.vni, two.spec.vni) = (78.try_into().unwrap(), 78.try_into().unwrap());
+        one.up(runtime);
+        two.up(runtime);
+        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+        one.close(runtime);
+        two.close(runtime);
+    });
+}
+
+/// Links, maps and programs work on while no agent is there, and are the next one's.
+#[test]
+#[ignore = "needs root: makes network namespaces, links and BPF programs"]
+fn nothing_is_lost_while_the_agent_restarts() {
+    sandbox(|runtime| {
+        let (one, two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
+        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+        let server = inside(&two.pod, || UdpSocket::bind("172.16.1.2:7001").unwrap());
+        let client = inside(&one.pod, || UdpSocket::bind("172.16.1.1:0").unwrap());
+        server
+            .set_read_timeout(Some(Duration::from_millis(500)))
+            .unwrap();
+        let stop = AtomicBool::new(false);
+        let (sent, received, one) = thread::scope(|scope| {
+            let mut one = one;
+            let sender = scope.spawn(|| {
+                let mut sent = 0_u64;
+                while !stop.load(Ordering::Relaxed) {
+                    client.send_to(b"x", "172.16.1.2:7001").unwrap();
+                    sent += 1;
+                    // A pace, that no buffer overflows.
+                    thread::sleep(Duration::from_micros(200));
+                }
+                sent
+            });
+            let receiver = scope.spawn(|| {
+                let mut received = 0_u64;
+                while server.recv(&mut [0; 8]).is_ok() {
+                    received += 1;
+                }
+                received
+            });
+            for _ in 0..3 {
+                one = one.restart(runtime);
+                assert_eq!(one.forwarding.connections(), [one.spec.link.alias.clone()]);
+                assert_eq!(one.up(runtime).pod.operations, 0);
+            }
+            stop.store(true, Ordering::Relaxed);
+            (sender.join().unwrap(), receiver.join().unwrap(), one)
+        });
+        assert!(sent > 100, "{sent}");
+        assert_eq!(sent, received);
+        one.close(runtime);
+        two.close(runtime);
+    });
+}
+
+/// What the agent keeps is repaired whatever somebody does to it, and nothing enters the node meanwhile.
+#[test]
+#[ignore = "needs root: makes network namespaces, links and BPF programs"]
+fn whatever_is_taken_away_is_put_back() {
+    sandbox(|runtime| {
+        let (one, two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
+        let link = one.up(runtime).node.name;
+        let look = || runtime.block_on(one.forwarding.look_after()).unwrap();
+        assert_eq!(look(), [""; 0]);
+        let tool = |program: &str, words: &str| {
+            let output = inside(&one.netns, || {
+                let command = &mut std::process::Command::new(program);
+                command.args(words.split(' ')).output().unwrap()
+            });
+            assert!(output.status.success(), "{program} {words}: {output:?}");
+        };
+        for (program, words) in [
+            ("tc", format!("qdisc delete dev {link} clsact")),
+            ("ip", format!("link set {link} down")),
+            ("ip", "link set nsm-ext-4789 down".to_owned()),
+            ("ip", "link delete nsm-ext-4789".to_owned()),
+            ("nft", "flush ruleset".to_owned()),
+        ] {
+            echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+            tool(program, &words);
+            assert_eq!(look(), [""; 0], "{program} {words}");
+            echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+        }
+
+        // Without its program the link is a dead end: the node has the address that the pod sends to.
+        ip_tool(
+            &one.netns,
+            &["address", "add", "172.16.1.2/32", "dev", "lo"],
+        );
+        let node = inside(&one.netns, || UdpSocket::bind("172.16.1.2:7001").unwrap());
+        node.set_nonblocking(true).unwrap();
+        tool("tc", &format!("qdisc delete dev {link} clsact"));
+        inside(&one.pod, || {
+            let socket = UdpSocket::bind("172.16.1.1:0").unwrap();
+            socket.send_to(b"x", "172.16.1.2:7001").unwrap();
+        });
+        thread::sleep(Duration::from_millis(50));
+        assert!(node.recv(&mut [0; 8]).is_err());
+        look();
+        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+        one.close(runtime);
+        two.close(runtime);
+    });
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces, links and BPF programs"]
+fn a_tunnel_is_of_one_connection() {
+    sandbox(|runtime| {
+        let (one, two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
+        let mut other = one.spec.clone();
+        other.link.alias = alias();
+        other.link.name = name("nsm-2");
+        (other.link.routes, other.link.neighbours) = (vec![], vec![]);
+        let up = |spec: &VxlanSpec| runtime.block_on(one.forwarding.up(&one.pod, spec));
+        let error = up(&other).unwrap_err();
+        assert!(matches!(error, ForwardError::Taken { .. }), "{error}");
+        assert_eq!(link_names(&one.pod), ["nsm-1"]);
+        // The same VNI towards another peer is another tunnel.
+        other.remote = ip("192.0.2.3");
+        up(&other).unwrap();
+        runtime
+            .block_on(one.forwarding.down(&other.link.alias))
+            .unwrap();
+        runtime.block_on(one.links.settled());
+        assert_eq!(link_names(&one.pod), ["nsm-1"]);
+        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+        one.close(runtime);
+        two.close(runtime);
+    });
+}
+
+/// A foreign device that comes to have the port is not disturbed, and ours comes back when it goes.
+#[test]
+#[ignore = "needs root: makes network namespaces, links and BPF programs"]
+fn a_port_that_was_lost_comes_back() {
+    sandbox(|runtime| {
+        let (one, two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
+        ip_tool(&one.netns, &["link", "delete", "nsm-ext-4789"]);
+        let foreign = inside(&one.netns, || UdpSocket::bind("192.0.2.1:4789").unwrap());
+        let faults = runtime.block_on(one.forwarding.look_after()).unwrap();
+        assert!(
+            faults.len() == 1 && faults[0].contains("4789"),
+            "{faults:?}"
+        );
+        foreign.send_to(b"x", "192.0.2.2:4789").unwrap();
+        drop(foreign);
+        eventually("the port comes back", || {
+            let faults = runtime.block_on(one.forwarding.look_after()).unwrap();
+            if faults.is_empty() {
+                Ok(())
+            } else {
+                Err(faults.join("; "))
+            }
+        });
+        let refused = inside(&one.netns, || {
+            let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
+            socket.send_to(b"x", "192.0.2.2:4789").unwrap_err()
+        });
+        assert_eq!(refused.raw_os_error(), Some(nix::libc::EPERM));
+        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
+        one.close(runtime);
+        two.close(runtime);
+    });
+}
