@@ -2,7 +2,8 @@
 //!
 //! tcx (kernel 6.6): a BPF link for each interface and direction, pinned, so that it outlives the process and the next agent
 //! can put its program in place of ours in one step. Ours is attached as the first program of the hook: one behind a CNI's would
-//! not see what that one decides about finally. A program that is put before ours later is a fault ([`Attachments::check_order`]).
+//! not see what that one decides about finally. What is put before ours later, by either hook, is a fault
+//! ([`Attachments::check_order`]).
 //!
 //! clsact: a filter of our own priority and handle on the clsact qdisc. The kernel keeps it whoever dies; the next agent
 //! replaces it at that place. The qdisc is left when the filter goes: others may have put theirs there.
@@ -28,7 +29,7 @@ use nix::{
 pub(super) use self::block::{Block, BlockFound};
 use super::{
     BpfError, Direction,
-    error::{ProgramIds, attaching},
+    error::{Predecessors, attaching},
     pins::PinDir,
     role::Role,
 };
@@ -231,29 +232,34 @@ impl Attachments {
         }
     }
 
-    /// Whether the programs of a role that hang on an interface by tcx are the first ones there. Others can put theirs before them at any
-    /// time.
+    /// Checks that the kernel asks the programs of a role first about the packets of an interface. Others can put theirs before them at
+    /// any time.
     ///
     /// # Errors
     ///
-    /// [`BpfError::Behind`] where they are not. Nothing is changed: two that both want to be first would take turns for ever.
+    /// [`BpfError::Behind`] where it does not. Nothing is changed: two that both want to be first would take turns for ever.
     pub(super) fn check_order(
         &self,
         ebpf: &mut Ebpf,
         role: Role,
         interface: &str,
     ) -> Result<(), BpfError> {
-        if self.hook != Hook::Tcx {
-            return Ok(());
-        }
         for &direction in role.directions() {
             let id = self.program_id(ebpf, role, interface, direction)?;
-            let ahead = tcx::ahead(interface, direction, id)?;
+            let ahead = match self.hook {
+                Hook::Tcx => tcx::ahead(interface, direction, id)?,
+                // The kernel asks tcx first.
+                Hook::Clsact => [
+                    tcx::all(interface, direction)?,
+                    clsact::ahead(interface, direction, id)?,
+                ]
+                .concat(),
+            };
             if !ahead.is_empty() {
                 return Err(BpfError::Behind {
                     interface: interface.to_owned(),
                     direction,
-                    ahead: ProgramIds(ahead),
+                    ahead: Predecessors(ahead),
                 });
             }
         }

@@ -203,18 +203,19 @@ pub enum BpfError {
         /// Ports there are.
         capacity: u32,
     },
-    /// Programs of others run before ours.
+    /// Others decide about packets before ours.
     #[error(
-        "program {ahead} runs before ours on tcx {direction} of {interface}: what it drops or redirects is neither counted nor checked; \
-         `bpftool prog show` lists what it is: attach it behind ours, or take it off"
+        "{ahead} on {direction} of {interface} comes before our program: what it lets pass, drops or redirects for good is not \
+         counted, and its source is not checked there; `bpftool net` and `tc filter show dev {interface} {direction}` show it: put \
+         it behind ours, or take it off"
     )]
     Behind {
         /// The interface.
         interface: String,
         /// The direction.
         direction: Direction,
-        /// The programs before ours.
-        ahead: ProgramIds,
+        /// What is before ours, in the order of the kernel.
+        ahead: Predecessors,
     },
     /// Our programs are put back again and again.
     #[error(
@@ -306,14 +307,37 @@ pub enum BpfError {
     },
 }
 
-/// Identifiers of programs in the kernel.
+/// What the kernel asks about a packet before it asks our program.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProgramIds(pub Vec<u32>);
+pub enum Predecessor {
+    /// A program on tcx, by its number.
+    Program(u32),
+    /// A filter of clsact.
+    Filter {
+        /// Its priority.
+        priority: u16,
+        /// Its kind.
+        kind: String,
+    },
+}
 
-impl fmt::Display for ProgramIds {
+impl fmt::Display for Predecessor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ids: Vec<String> = self.0.iter().map(ToString::to_string).collect();
-        f.write_str(&ids.join(", "))
+        match self {
+            Self::Program(id) => write!(f, "program {id} on tcx"),
+            Self::Filter { priority, kind } => write!(f, "filter `{kind}` of priority {priority}"),
+        }
+    }
+}
+
+/// Several, as a list for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Predecessors(pub Vec<Predecessor>);
+
+impl fmt::Display for Predecessors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&all.join(", "))
     }
 }
 

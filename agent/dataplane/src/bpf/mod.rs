@@ -51,7 +51,7 @@ use sha2::{Digest as _, Sha256};
 
 pub use self::{
     attach::Hook,
-    error::{BpfError, Capability, ProgramIds},
+    error::{BpfError, Capability, Predecessor, Predecessors},
     underlay::underlay_interfaces,
     verifier::VerifierLog,
 };
@@ -229,9 +229,9 @@ impl Bpf {
     /// No BPF filesystem at the pin directory, another agent that uses it, missing rights, no such interface, a kernel that
     /// refuses the programs: each with what to do. Nothing stays behind.
     pub fn load(config: &BpfConfig) -> Result<Self, BpfError> {
-        let pins = PinDir::open(&config.pin_dir, config.mount_bpffs)?;
+        let mut pins = PinDir::open(&config.pin_dir, config.mount_bpffs)?;
         let adopted = pins.prepare_maps()?;
-        let loaded = Self::load_into(config, &pins);
+        let loaded = Self::load_into(config, &mut pins);
         if loaded.is_err() && !adopted {
             pins.remove_all();
         }
@@ -254,13 +254,14 @@ impl Bpf {
         })
     }
 
-    fn load_into(config: &BpfConfig, pins: &PinDir) -> Result<Loaded, BpfError> {
+    fn load_into(config: &BpfConfig, pins: &mut PinDir) -> Result<Loaded, BpfError> {
         let mut loader = EbpfLoader::new();
         for map in pins::MAPS {
             loader.map_pin_path(map, pins.map(map));
         }
         let mut ebpf = loader.load(OBJECT).map_err(error::loading)?;
         load_programs(&mut ebpf)?;
+        pins.hold_maps()?;
         let mut tables = Tables::adopt(&mut ebpf)?;
         for port in &config.ports {
             tables.add_port(*port)?;

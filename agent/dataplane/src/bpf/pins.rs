@@ -1,9 +1,9 @@
 //! The pin directory: what outlives the process.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Metadata},
     io,
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -25,6 +25,7 @@ use super::{
     error::{Capability, missing_of},
     role::Role,
     sys,
+    tables::of_map,
 };
 
 /// Where Linux systems mount the BPF filesystem.
@@ -64,7 +65,9 @@ const fn link_prefix(role: Role) -> &'static str {
 pub(super) struct PinDir {
     dir: PathBuf,
     /// Gone with the process, however that ends.
-    _lock: Flock<File>,
+    lock: Flock<File>,
+    /// The maps, held open: others can remove their pins.
+    maps: Vec<(&'static str, MapData)>,
 }
 
 impl PinDir {
@@ -78,32 +81,52 @@ impl PinDir {
             }
             mount_bpffs()?;
         }
-        let failed = |action| {
-            move |source| BpfError::Pin {
-                action,
-                path: dir.to_owned(),
-                source,
-            }
-        };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(failed("make the pin directory"))?;
-        let handle = File::open(dir).map_err(failed("open the pin directory"))?;
-        let lock = Flock::lock(handle, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-            if errno == nix::Error::EWOULDBLOCK {
-                BpfError::InUse {
-                    dir: dir.to_owned(),
-                }
-            } else {
-                failed("lock the pin directory")(errno.into())
-            }
-        })?;
         Ok(Self {
             dir: dir.to_owned(),
-            _lock: lock,
+            lock: make_and_lock(dir)?,
+            maps: Vec::new(),
         })
+    }
+
+    /// Holds the pinned maps open, so that [`Self::mend`] can pin them again.
+    pub(super) fn hold_maps(&mut self) -> Result<(), BpfError> {
+        let opened = MAPS.iter().map(|name| {
+            let map = MapData::from_pin(self.map(name)).map_err(of_map(name, "open"))?;
+            Ok((*name, map))
+        });
+        self.maps = opened.collect::<Result<_, BpfError>>()?;
+        Ok(())
+    }
+
+    /// Makes the directory and the pins of the maps again where somebody removed them: without them the next agent would not find what
+    /// this one has. Whether something was gone.
+    pub(super) fn mend(&mut self) -> Result<bool, BpfError> {
+        if self.maps.is_empty() {
+            return Ok(false);
+        }
+        let mut was_gone = !self.is_locked();
+        if was_gone {
+            self.lock = make_and_lock(&self.dir)?;
+        }
+        for (name, map) in &self.maps {
+            let path = self.dir.join(name);
+            if path.exists() {
+                continue;
+            }
+            map.pin(&path).map_err(|error| BpfError::Pin {
+                action: "pin the map again at",
+                path,
+                source: io::Error::other(error),
+            })?;
+            was_gone = true;
+        }
+        Ok(was_gone)
+    }
+
+    /// Whether the directory is the one that was locked.
+    fn is_locked(&self) -> bool {
+        let of = |found: io::Result<Metadata>| found.ok().map(|it| (it.dev(), it.ino()));
+        of(fs::metadata(&self.dir)) == of(self.lock.metadata())
     }
 
     /// Where a map is pinned.
@@ -181,14 +204,15 @@ impl PinDir {
     }
 
     /// Removes every pin of ours and the directory, on a path that already has an error to tell.
-    pub(super) fn remove_all(&self) {
+    pub(super) fn remove_all(&mut self) {
         if let Err(error) = self.remove_all_checked() {
             tracing::warn!(pin_dir = %self.dir.display(), %error, "pins stay behind");
         }
     }
 
     /// Removes every pin of ours, and the directory when nobody else put something there.
-    pub(super) fn remove_all_checked(&self) -> Result<(), BpfError> {
+    pub(super) fn remove_all_checked(&mut self) -> Result<(), BpfError> {
+        self.maps.clear();
         let links = Role::ALL
             .into_iter()
             .flat_map(|role| self.links(role))
@@ -212,6 +236,31 @@ impl PinDir {
             })),
         }
     }
+}
+
+fn make_and_lock(dir: &Path) -> Result<Flock<File>, BpfError> {
+    let failed = |action| {
+        move |source| BpfError::Pin {
+            action,
+            path: dir.to_owned(),
+            source,
+        }
+    };
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(failed("make the pin directory"))?;
+    let handle = File::open(dir).map_err(failed("open the pin directory"))?;
+    Flock::lock(handle, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+        if errno == nix::Error::EWOULDBLOCK {
+            BpfError::InUse {
+                dir: dir.to_owned(),
+            }
+        } else {
+            failed("lock the pin directory")(errno.into())
+        }
+    })
 }
 
 /// Type, key size, value size, entries that a pinned map must have.

@@ -8,8 +8,8 @@ use std::{
 use super::{Bpf, BpfError, Role, State};
 
 impl Bpf {
-    /// Checks that the programs hang on every interface of [`Self::interfaces`], each in its direction. A program that was taken off or
-    /// displaced is attached again, with a log line. The result is what could not be repaired, and what does not stay repaired: empty
+    /// Checks that the maps are pinned, and that the programs hang on every interface of [`Self::interfaces`], each in its direction. A
+    /// pin that was removed is made again; a program that was taken off or displaced is attached again; each with a log line. The result is what could not be repaired, and what does not stay repaired: empty
     /// when all is well.
     ///
     /// Takes some 50 µs an interface while nothing is to be mended. An interface that is gone is a fault only where the configuration
@@ -17,15 +17,24 @@ impl Bpf {
     pub fn look_after_hooks(&self) -> Vec<BpfError> {
         // Under one lock: an agent that lets the programs go waits for this, and no hook is set after its removal.
         let state = &mut *self.state();
+        let pinned = mend_pins(state).err();
         let interfaces = state.attachments.interfaces(Role::Underlay);
         let tended = interfaces.into_iter().map(|name| tend(state, &name));
-        tended
-            .filter_map(Result::err)
+        pinned
+            .into_iter()
+            .chain(tended.filter_map(Result::err))
             .filter(|fault| {
                 !self.finds_interfaces || !matches!(fault, BpfError::NoInterface { .. })
             })
             .collect()
     }
+}
+
+fn mend_pins(state: &mut State) -> Result<(), BpfError> {
+    if state.pins.mend()? {
+        tracing::warn!("pins of BPF maps were gone, and are there again");
+    }
+    Ok(())
 }
 
 fn tend(state: &mut State, interface: &str) -> Result<(), BpfError> {

@@ -1,9 +1,12 @@
 //! What others do to the hooks: qdiscs and filters that were there before, programs that are taken off or displaced.
 
+use std::{fs, path::Path};
+
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions};
 
 use super::support::{
-    assert_nothing_left, config_by, for_each_hook, hanging, has_tcx, ip, link, run, sandbox,
+    PIN_DIR, assert_nothing_left, config_by, for_each_hook, hanging, has_tcx, ip, link, names, run,
+    sandbox, vni,
 };
 use nsm_dataplane::bpf::{Bpf, BpfError, Hook};
 
@@ -183,6 +186,89 @@ fn a_program_that_runs_before_ours_on_tcx_is_a_fault() {
         program.detach(attached).unwrap();
         assert_eq!(faults(&bpf), [""; 0]);
         bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn what_comes_before_ours_on_clsact_is_a_fault() {
+    sandbox(|| {
+        link("u0");
+        let bpf = load(Hook::Clsact, &["u0"]);
+        assert_eq!(faults(&bpf), [""; 0]);
+        let [ours, other] = hanging(Hook::Clsact, "u0").map(|it| it[0]);
+        run("bpftool", &format!("prog pin id {other} /sys/fs/bpf/other"));
+        let by_program = "bpf direct-action object-pinned /sys/fs/bpf/other";
+        for (filter, of) in [
+            (
+                "pref 1 protocol ip u32 match u32 0 0",
+                "filter `u32` of priority 1 on",
+            ),
+            (
+                &*format!("pref 1 protocol all {by_program}"),
+                "filter `bpf` of priority 1 on",
+            ),
+            (
+                &*format!("pref 47 protocol all handle 1 {by_program}"),
+                "filter `bpf` of priority 47 on",
+            ),
+        ] {
+            tc(&format!("filter add dev u0 ingress {filter}"));
+            let found = faults(&bpf);
+            assert_eq!(found.len(), 1, "{filter}: {found:?}");
+            for word in ["ingress of u0", of, "source is not checked"] {
+                assert!(found[0].contains(word), "no {word}: {found:?}");
+            }
+            assert!(hanging(Hook::Clsact, "u0")[0].contains(&ours), "{filter}");
+            let place = filter.split(" protocol").next().unwrap();
+            let handle = match place {
+                "pref 47" => " protocol all handle 1 bpf",
+                _ => "",
+            };
+            tc(&format!("filter del dev u0 ingress {place}{handle}"));
+            assert_eq!(faults(&bpf), [""; 0], "{filter}");
+        }
+        // What comes behind is nobody's fault.
+        tc("filter add dev u0 ingress pref 48 protocol ip u32 match u32 0 0");
+        assert_eq!(faults(&bpf), [""; 0]);
+        if has_tcx() {
+            let mut program = SchedClassifier::from_pin("/sys/fs/bpf/other").unwrap();
+            let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+            let attached = program.attach_with_options("u0", TcAttachType::Ingress, options);
+            let attached = attached.unwrap();
+            let found = faults(&bpf);
+            assert!(
+                matches!(&found[..], [one] if one.contains(&format!("program {other} on tcx"))),
+                "{found:?}"
+            );
+            program.detach(attached).unwrap();
+        }
+        assert_eq!(faults(&bpf), [""; 0]);
+        bpf.detach_and_unpin().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF, interfaces"]
+fn pins_that_were_removed_are_made_again() {
+    for_each_hook(|hook| {
+        link("u0");
+        let bpf = load(hook, &["u0"]);
+        let dir = Path::new(PIN_DIR);
+        let before = names(dir);
+        let tunnel = (vni(7), "192.0.2.9".parse().unwrap());
+        bpf.add_tunnel(tunnel.0, tunnel.1).unwrap();
+        for pin in &before {
+            fs::remove_file(dir.join(pin)).unwrap();
+        }
+        fs::remove_dir(dir).unwrap();
+        assert_eq!(faults(&bpf), [""; 0]);
+        assert_eq!(names(dir), before);
+        drop(bpf);
+        let next = load(hook, &["u0"]);
+        assert_eq!(next.tunnels().len(), 1, "the next agent adopts them");
+        next.detach_and_unpin().unwrap();
+        assert_nothing_left();
     });
 }
 

@@ -19,7 +19,7 @@ use nix::net::if_::if_nametoindex;
 use super::{Hook, Made, attach_type};
 use crate::{
     bpf::{
-        BpfError, Direction,
+        BpfError, Direction, Predecessor,
         error::{attaching, attaching_tc, os_error},
     },
     netlink::Netlink,
@@ -121,6 +121,31 @@ fn is_ours(filter: &TcMessage, program: u32) -> bool {
         && options(filter).any(|option| matches!(option, TcOption::Bpf(it) if *it == ours))
 }
 
+/// The filters that the kernel asks before the one with this program, if that hangs on an interface of the calling thread's network
+/// namespace. It lists them in the order in which it asks them. Those of other chains are asked only where one of these leads there.
+pub(super) fn ahead(
+    interface: &str,
+    direction: Direction,
+    program: u32,
+) -> Result<Vec<Predecessor>, BpfError> {
+    let filters = filters(interface, direction)?;
+    let Some(place) = filters.iter().position(|filter| is_ours(filter, program)) else {
+        return Ok(Vec::new());
+    };
+    // Each priority is listed once by itself, without a handle.
+    let ahead = filters[..place]
+        .iter()
+        .filter(|filter| u32::from(filter.header.handle) != 0 && chain(filter) == 0);
+    let ahead = ahead.map(|filter| Predecessor::Filter {
+        priority: priority(filter),
+        kind: kind(filter).unwrap_or_default(),
+    });
+    let mut ahead: Vec<_> = ahead.collect();
+    // Some kinds list their tables beside their filters.
+    ahead.dedup();
+    Ok(ahead)
+}
+
 /// The kind of the filters at our priority, if there are any.
 fn kind_at_our_priority(interface: &str, direction: Direction) -> Result<Option<String>, BpfError> {
     let filters = filters(interface, direction)?;
@@ -131,7 +156,23 @@ fn kind_at_our_priority(interface: &str, direction: Direction) -> Result<Option<
 }
 
 fn is_at_our_priority(filter: &TcMessage) -> bool {
-    filter.header.info >> 16 == u32::from(PRIORITY)
+    priority(filter) == PRIORITY
+}
+
+/// The upper half of the header's last field (tc(8): `pref`).
+fn priority(filter: &TcMessage) -> u16 {
+    (filter.header.info >> 16) as u16
+}
+
+fn chain(filter: &TcMessage) -> u32 {
+    let chain = filter
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            TcAttribute::Chain(chain) => Some(*chain),
+            _ => None,
+        });
+    chain.unwrap_or_default()
 }
 
 /// The kind of the qdisc at the place that clsact and `ingress` share. The kernel lists those of all interfaces; the answer to a question for one

@@ -11,7 +11,7 @@ use nix::net::if_::if_nametoindex;
 
 use super::{Hook, Made, attach_type};
 use crate::bpf::{
-    BpfError, Direction,
+    BpfError, Direction, Predecessor,
     error::{attaching, is_missing, pinning_link},
     pins::PinDir,
     sys,
@@ -65,11 +65,24 @@ pub(super) fn ahead(
     interface: &str,
     direction: Direction,
     program: u32,
-) -> Result<Vec<u32>, BpfError> {
+) -> Result<Vec<Predecessor>, BpfError> {
     let mut programs = programs_of(interface, direction)?;
     let place = programs.iter().position(|found| *found == program);
     programs.truncate(place.unwrap_or(0));
-    Ok(programs)
+    Ok(programs.into_iter().map(Predecessor::Program).collect())
+}
+
+/// All programs on an interface; none where the kernel has no tcx.
+pub(super) fn all(interface: &str, direction: Direction) -> Result<Vec<Predecessor>, BpfError> {
+    match programs_of(interface, direction) {
+        Err(BpfError::Attach { source, .. }) if is_unknown(&source) => Ok(Vec::new()),
+        found => Ok(found?.into_iter().map(Predecessor::Program).collect()),
+    }
+}
+
+/// Whether the kernel does not know the hook.
+fn is_unknown(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::IOError(error) if error.raw_os_error() == Some(nix::libc::EINVAL))
 }
 
 fn programs_of(interface: &str, direction: Direction) -> Result<Vec<u32>, BpfError> {
