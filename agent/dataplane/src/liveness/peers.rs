@@ -176,6 +176,7 @@ impl Peers {
                 self.forget_expired(now);
                 self.choose_answer_paths();
                 self.report_foreign();
+                self.look_at_uncounted();
             }
         }
     }

@@ -153,6 +153,16 @@ fn interfaces_that_the_operator_names_are_all_that_is_hooked_and_that_is_said() 
             }
         })
         .await;
+        // Nothing differs any more, so no look would come of the counts.
+        within(&world.nodes[0], || ip("route del 10.2.0.1/32"));
+        eventually("nothing to say any more", async || {
+            let uncounted = nodes[0].health.uncounted();
+            match uncounted.is_empty() {
+                true => Ok(()),
+                false => Err(format!("{uncounted:?}")),
+            }
+        })
+        .await;
         end(nodes).await;
     });
 }

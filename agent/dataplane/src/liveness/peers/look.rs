@@ -25,6 +25,14 @@ impl Peers {
         self.commands.send(Command::Checked(spec, found));
     }
 
+    /// Checks again where packets left uncounted: that is mended without a difference in the counts that would lead to a look.
+    pub(super) fn look_at_uncounted(&mut self) {
+        let peers: Vec<IpAddr> = self.uncounted().keys().copied().collect();
+        for peer in peers {
+            self.hook_path_to(peer);
+        }
+    }
+
     /// Attaches the programs to the interface of the route to a peer; true when they were attached before.
     fn hook_path_to(&mut self, address: IpAddr) -> bool {
         let interface = match outgoing_interface(&mut self.netlink, address) {
