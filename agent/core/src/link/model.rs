@@ -20,7 +20,7 @@ struct Kernel {
 const IPV6_MIN_MTU: u32 = 1280;
 
 impl Kernel {
-    fn apply(&mut self, wanted: Wanted<'_>, operation: &Operation) -> Result<(), String> {
+    fn apply(&mut self, wanted: &LinkSpec, operation: &Operation) -> Result<(), String> {
         if let Operation::Create = operation {
             return self.create(wanted);
         }
@@ -35,16 +35,6 @@ impl Kernel {
         let link = self.link.as_mut().ok_or("no link")?;
         match operation {
             Operation::Create | Operation::Delete => {}
-            &Operation::SetEndpoints { local, remote } => match &mut link.kind {
-                LinkKind::Vxlan {
-                    local: our,
-                    remote: peer,
-                    ..
-                } if local.is_ipv4() == our.is_some_and(|our| our.is_ipv4()) => {
-                    (*our, *peer) = (Some(local), Some(remote));
-                }
-                kind => return Err(format!("{kind:?} cannot change its endpoints so")),
-            },
             &Operation::SetMtu(mtu) => {
                 link.mtu = mtu;
                 if mtu < IPV6_MIN_MTU {
@@ -91,20 +81,12 @@ impl Kernel {
         Ok(())
     }
 
-    fn create(&mut self, wanted: Wanted<'_>) -> Result<(), String> {
+    fn create(&mut self, wanted: &LinkSpec) -> Result<(), String> {
         require(self.link.is_none(), "the name is taken")?;
-        let spec = wanted.link();
-        let kind = match wanted {
-            Wanted::Vxlan(vxlan) => LinkKind::Vxlan {
-                vni: vxlan.vni.get(),
-                local: Some(vxlan.local),
-                remote: Some(vxlan.remote),
-                port: vxlan.port,
-            },
-            Wanted::Veth(_) => LinkKind::Veth {
-                peer: 2,
-                peer_netns: Some(0),
-            },
+        let spec = wanted;
+        let kind = LinkKind::Veth {
+            peer: 2,
+            peer_netns: Some(0),
         };
         self.link = Some(Link {
             index: 3,
@@ -183,7 +165,7 @@ fn remove_address(link: &mut Link, address: IpNet, promote_secondaries: bool) {
     }
 }
 
-fn converge(kernel: &mut Kernel, wanted: Wanted<'_>) -> Result<(), TestCaseError> {
+fn converge(kernel: &mut Kernel, wanted: &LinkSpec) -> Result<(), TestCaseError> {
     let plan = diff(wanted, kernel.link.as_ref());
     for operation in &plan {
         kernel.apply(wanted, operation).map_err(|refused| {
@@ -200,7 +182,7 @@ fn converge(kernel: &mut Kernel, wanted: Wanted<'_>) -> Result<(), TestCaseError
 
     // Not only the planner must be content.
     let (spec, link) = (
-        wanted.link(),
+        wanted,
         kernel.link.as_ref().expect("a plan ends with a link"),
     );
     prop_assert!(link.up);
@@ -319,29 +301,6 @@ fn link_spec() -> impl Strategy<Value = LinkSpec> {
         )
 }
 
-fn vxlan_spec() -> impl Strategy<Value = VxlanSpec> {
-    let underlay = (any::<bool>(), 1u8..3, 3u8..5).prop_map(|(v4, local, remote)| {
-        let address = |last: u8| -> IpAddr {
-            if v4 {
-                Ipv4Addr::new(192, 0, 2, last).into()
-            } else {
-                Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last.into()).into()
-            }
-        };
-        (address(local), address(remote))
-    });
-    (link_spec(), 100u32..103, underlay, 4789u16..4791).prop_map(
-        |(link, vni, (local, remote), port)| VxlanSpec {
-            link,
-            sources: vec![],
-            vni: vni.try_into().unwrap(),
-            local,
-            remote,
-            port,
-        },
-    )
-}
-
 /// A change of the link by another program in the meantime.
 #[derive(Debug, Clone)]
 enum Interference {
@@ -385,115 +344,57 @@ impl Kernel {
 
 proptest! {
     #[test]
-    fn one_plan_converges(specs in vec(vxlan_spec(), 1..4), interference in vec(interference(), 4), promote_secondaries: bool) {
+    fn one_plan_converges(specs in vec(link_spec(), 1..4), interference in vec(interference(), 4), promote_secondaries: bool) {
         let mut kernel = Kernel { link: None, promote_secondaries };
         for (spec, interference) in specs.iter().zip(&interference) {
             kernel.interfere(interference);
-            converge(&mut kernel, Wanted::Vxlan(spec))?;
+            converge(&mut kernel, spec)?;
         }
     }
 
     #[test]
-    fn one_plan_converges_for_veth(specs in vec(link_spec(), 1..4), interference in vec(interference(), 4), promote_secondaries: bool) {
-        let mut kernel = Kernel { link: None, promote_secondaries };
-        for (spec, interference) in specs.iter().zip(&interference) {
-            kernel.interfere(interference);
-            converge(&mut kernel, Wanted::Veth(spec))?;
-        }
-    }
-
-    #[test]
-    fn what_others_routed_stays(spec in vxlan_spec(), next in vxlan_spec()) {
+    fn what_others_routed_stays(spec in link_spec(), next in link_spec()) {
         let mut kernel = Kernel { link: None, promote_secondaries: true };
-        converge(&mut kernel, Wanted::Vxlan(&spec))?;
+        converge(&mut kernel, &spec)?;
         let foreign = RouteSpec { prefix: "192.168.0.0/16".parse().unwrap(), via: None };
         kernel.interfere(&Interference::Route(foreign));
-        let plan = diff(Wanted::Vxlan(&next), kernel.link.as_ref());
+        let plan = diff(&next, kernel.link.as_ref());
         prop_assert!(!plan.contains(&Operation::RemoveRoute(foreign)), "{:?}", plan);
     }
 }
 
-fn spec() -> VxlanSpec {
-    VxlanSpec {
-        link: LinkSpec {
-            alias: LinkAlias::new("d", "c").unwrap(),
-            name: IfName::try_from("nsm-1").unwrap(),
-            mac: Some(MacAddr::new([2, 0, 0, 0, 0, 1])),
-            mtu: 1450,
-            addresses: vec!["10.0.0.1/32".parse().unwrap()],
-            routes: vec![RouteSpec {
-                prefix: "10.0.0.2/32".parse().unwrap(),
-                via: None,
-            }],
-            neighbours: vec![(
-                "10.0.0.2".parse().unwrap(),
-                MacAddr::new([2, 0, 0, 0, 0, 2]),
-            )],
-        },
-        sources: vec![],
-        vni: 100.try_into().unwrap(),
-        local: "192.0.2.1".parse().unwrap(),
-        remote: "192.0.2.2".parse().unwrap(),
-        port: VXLAN_PORT,
+fn spec() -> LinkSpec {
+    LinkSpec {
+        alias: LinkAlias::new("d", "c").unwrap(),
+        name: IfName::try_from("nsm-1").unwrap(),
+        mac: Some(MacAddr::new([2, 0, 0, 0, 0, 1])),
+        mtu: 1450,
+        addresses: vec!["10.0.0.1/32".parse().unwrap()],
+        routes: vec![RouteSpec {
+            prefix: "10.0.0.2/32".parse().unwrap(),
+            via: None,
+        }],
+        neighbours: vec![(
+            "10.0.0.2".parse().unwrap(),
+            MacAddr::new([2, 0, 0, 0, 0, 2]),
+        )],
     }
-}
-
-fn standing(spec: &VxlanSpec) -> Kernel {
-    let mut kernel = Kernel {
-        link: None,
-        promote_secondaries: false,
-    };
-    converge(&mut kernel, Wanted::Vxlan(spec)).unwrap();
-    kernel
-}
-
-#[test]
-fn a_moved_peer_is_changed_in_place() {
-    let mut spec = spec();
-    let kernel = standing(&spec);
-    spec.remote = "192.0.2.3".parse().unwrap();
-    assert_eq!(
-        diff(Wanted::Vxlan(&spec), kernel.link.as_ref()),
-        [Operation::SetEndpoints {
-            local: spec.local,
-            remote: spec.remote
-        }]
-    );
 }
 
 #[test]
 fn what_is_fixed_for_life_is_made_anew() {
-    type Change = fn(&mut VxlanSpec);
-    let changes: [(&str, Change); 4] = [
-        ("vni", |spec| spec.vni = 101.try_into().unwrap()),
-        ("port", |spec| spec.port = 8472),
-        ("name", |spec| {
-            spec.link.name = IfName::try_from("nsm-2").unwrap()
-        }),
-        ("family", |spec| {
-            (spec.local, spec.remote) = (
-                "2001:db8::1".parse().unwrap(),
-                "2001:db8::2".parse().unwrap(),
-            )
-        }),
-    ];
-    for (what, change) in changes {
-        let mut spec = spec();
-        let kernel = standing(&spec);
-        change(&mut spec);
-        let plan = diff(Wanted::Vxlan(&spec), kernel.link.as_ref());
-        assert_eq!(plan[..2], [Operation::Delete, Operation::Create], "{what}");
-    }
-}
-
-#[test]
-fn the_kind_is_fixed_for_life() {
-    let spec = spec();
-    let kernel = standing(&spec);
-    assert_eq!(
-        diff(Wanted::Veth(&spec.link), kernel.link.as_ref())[..2],
-        [Operation::Delete, Operation::Create]
-    );
+    let mut kernel = Kernel {
+        link: None,
+        promote_secondaries: false,
+    };
+    let mut spec = spec();
+    converge(&mut kernel, &spec).unwrap();
+    let anew = [Operation::Delete, Operation::Create];
+    let mut other = kernel.link.clone().unwrap();
+    other.kind = LinkKind::Other("vxlan".to_owned());
+    assert_eq!(diff(&spec, Some(&other))[..2], anew);
+    spec.name = IfName::try_from("nsm-2").unwrap();
+    assert_eq!(diff(&spec, kernel.link.as_ref())[..2], anew);
 }
 
 #[test]
@@ -503,7 +404,7 @@ fn next_hops_come_after_what_leads_to_them() {
         prefix: "0.0.0.0/0".parse().unwrap(),
         via: Some("10.0.0.2".parse().unwrap()),
     };
-    spec.link.routes.insert(0, default);
-    let plan = diff(Wanted::Vxlan(&spec), None);
+    spec.routes.insert(0, default);
+    let plan = diff(&spec, None);
     assert_eq!(plan.last(), Some(&Operation::AddRoute(default)));
 }

@@ -44,17 +44,6 @@ pub struct Route {
 /// The kind of an observed link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LinkKind {
-    /// A VXLAN link.
-    Vxlan {
-        /// The network identifier; 0 for a link that carries many.
-        vni: u32,
-        /// Our address on the underlay, when it has a fixed one.
-        local: Option<IpAddr>,
-        /// The peer's address on the underlay, when it has a fixed one.
-        remote: Option<IpAddr>,
-        /// The UDP port.
-        port: u16,
-    },
     /// One end of a veth pair.
     Veth {
         /// The index of the other end, in the namespace where that one is.
@@ -71,7 +60,6 @@ impl LinkKind {
     #[must_use]
     pub fn as_str(&self) -> &str {
         match self {
-            Self::Vxlan { .. } => "vxlan",
             Self::Veth { .. } => "veth",
             Self::Other(kind) if kind.is_empty() => "device",
             Self::Other(kind) => kind,

@@ -2,7 +2,7 @@
 //!
 //! The kernel's rules that shape a plan, each a reason for an order or a repetition:
 //!
-//! - VNI, port, kind, name and the family of the underlay cannot change on a live VXLAN link: it is deleted and made again.
+//! - Kind and name cannot change on a link that is up: it is deleted and made again.
 //! - Routes and neighbours need the link up, and taking it down drops them: up comes first.
 //! - A changed Ethernet address drops the permanent neighbours of the link: they are all set again.
 //! - A removed IPv4 address takes the other addresses of its network along (unless `promote_secondaries` is set), and the last one
@@ -15,7 +15,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{Link, LinkKind, LinkSpec, Route, RouteSpec, Wanted};
+use super::{Link, LinkKind, LinkSpec, Route, RouteSpec};
 use crate::net::MacAddr;
 
 /// One step of a plan; it concerns the link of one connection.
@@ -25,13 +25,6 @@ pub enum Operation {
     Delete,
     /// Create the link as wanted: name, alias, kind, MTU and Ethernet address are then right; it is down and has nothing else.
     Create,
-    /// Set both underlay addresses of a VXLAN link.
-    SetEndpoints {
-        /// Our address on the underlay.
-        local: IpAddr,
-        /// The peer's.
-        remote: IpAddr,
-    },
     /// Set the MTU, bytes.
     SetMtu(u32),
     /// Set the Ethernet address.
@@ -54,72 +47,40 @@ pub enum Operation {
 
 /// Whether the observed link cannot become the wanted one: there is none, or something differs that is fixed for life.
 #[must_use]
-pub fn must_create(wanted: Wanted<'_>, observed: Option<&Link>) -> bool {
-    let Some(link) = observed else { return true };
-    if link.name != wanted.link().name.as_str() {
-        return true;
-    }
-    match (wanted, &link.kind) {
-        (
-            Wanted::Vxlan(spec),
-            &LinkKind::Vxlan {
-                vni,
-                local,
-                remote,
-                port,
-            },
-        ) => {
-            let same_family = |address: Option<IpAddr>| {
-                address.is_some_and(|address| address.is_ipv4() == spec.remote.is_ipv4())
-            };
-            vni != spec.vni.get()
-                || port != spec.port
-                || !same_family(local)
-                || !same_family(remote)
-        }
-        (Wanted::Veth(_), LinkKind::Veth { .. }) => false,
-        _ => true,
-    }
+pub fn must_create(wanted: &LinkSpec, observed: Option<&Link>) -> bool {
+    observed.is_none_or(|link| {
+        link.name != wanted.name.as_str() || !matches!(link.kind, LinkKind::Veth { .. })
+    })
 }
 
 /// The operations that make the observed link the wanted one, in the order in which the kernel takes them; empty when it is.
 ///
 /// `observed` is the link that carries the wanted alias. IPv6 link-local addresses are the kernel's and left alone.
 #[must_use]
-pub fn diff(wanted: Wanted<'_>, observed: Option<&Link>) -> Vec<Operation> {
+pub fn diff(wanted: &LinkSpec, observed: Option<&Link>) -> Vec<Operation> {
     let mut plan = Vec::new();
     match observed {
         Some(link) if !must_create(wanted, observed) => {
             change_link(&mut plan, wanted, link);
-            change_contents(&mut plan, wanted.link(), link);
+            change_contents(&mut plan, wanted, link);
         }
         _ => {
             plan.extend(observed.map(|_| Operation::Delete));
             plan.extend([Operation::Create, Operation::SetUp]);
-            let spec = wanted.link();
-            plan.extend(addresses(spec).into_iter().map(Operation::AddAddress));
+            plan.extend(addresses(wanted).into_iter().map(Operation::AddAddress));
             plan.extend(
-                neighbours(spec)
+                neighbours(wanted)
                     .into_iter()
                     .map(|(ip, mac)| Operation::SetNeighbour(ip, mac)),
             );
-            plan.extend(routes(spec).into_iter().map(Operation::AddRoute));
+            plan.extend(routes(wanted).into_iter().map(Operation::AddRoute));
         }
     }
     plan
 }
 
 /// Properties of the link itself.
-fn change_link(plan: &mut Vec<Operation>, wanted: Wanted<'_>, link: &Link) {
-    if let (Wanted::Vxlan(spec), &LinkKind::Vxlan { local, remote, .. }) = (wanted, &link.kind)
-        && (local, remote) != (Some(spec.local), Some(spec.remote))
-    {
-        plan.push(Operation::SetEndpoints {
-            local: spec.local,
-            remote: spec.remote,
-        });
-    }
-    let spec = wanted.link();
+fn change_link(plan: &mut Vec<Operation>, spec: &LinkSpec, link: &Link) {
     if link.mtu != spec.mtu {
         plan.push(Operation::SetMtu(spec.mtu));
     }

@@ -23,7 +23,7 @@ pub const fn vxlan_overhead(remote: IpAddr) -> u32 {
     }
 }
 
-/// A link as a connection wants it, whatever its kind.
+/// The pod's end of a link as a connection wants it: one end of a veth pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkSpec {
     /// Marks the link as ours and names its connection.
@@ -66,24 +66,4 @@ pub struct VxlanSpec {
     pub remote: IpAddr,
     /// The UDP port of both sides.
     pub port: u16,
-}
-
-/// What [`diff`](super::diff) plans for.
-#[derive(Debug, Clone, Copy)]
-pub enum Wanted<'a> {
-    /// A VXLAN link.
-    Vxlan(&'a VxlanSpec),
-    /// One end of a veth pair.
-    Veth(&'a LinkSpec),
-}
-
-impl<'a> Wanted<'a> {
-    /// What every link has.
-    #[must_use]
-    pub const fn link(self) -> &'a LinkSpec {
-        match self {
-            Self::Vxlan(vxlan) => &vxlan.link,
-            Self::Veth(link) => link,
-        }
-    }
 }

@@ -7,7 +7,6 @@ use nix::errno::Errno;
 use nsm_core::{
     identity::NamespaceId,
     link::{Link, LinkAlias, LinkAliasError, RouteSpec},
-    net::Vni,
 };
 
 use crate::{
@@ -32,16 +31,6 @@ pub enum LinkError {
         netns: NamespaceId,
         /// What has it.
         holder: LinkHolder,
-    },
-    /// The VNI is in use on this node, by any program. A Request for another one is possible: the server could not check.
-    #[error("VNI {vni} on UDP port {port} is taken on this node [{kernel}]: another VNI is needed")]
-    VniTaken {
-        /// The VNI that was wanted.
-        vni: Vni,
-        /// Its UDP port.
-        port: u16,
-        /// The kernel's answer.
-        kernel: Refusal,
     },
     /// The tunnels' UDP port is held by a socket that is no VXLAN link of our kind.
     #[error("UDP port {port} cannot be opened for VXLAN on this node [{kernel}]: {holder}")]
@@ -162,12 +151,6 @@ impl From<io::Error> for LinkError {
 }
 
 impl LinkError {
-    /// Whether another VNI can help.
-    #[must_use]
-    pub const fn is_vni_taken(&self) -> bool {
-        matches!(self, Self::VniTaken { .. })
-    }
-
     /// What becomes of a refusal to create a link whose name is free.
     pub(super) fn create_refused(
         kind: &'static str,
@@ -338,28 +321,5 @@ mod tests {
             create(refusal(Errno::EINVAL, "")),
             LinkError::Refused { .. }
         ));
-    }
-
-    #[test]
-    fn only_a_taken_vni_asks_for_another() {
-        let kernel = Refusal {
-            errno: Errno::EEXIST,
-            text: None,
-        };
-        assert!(
-            LinkError::VniTaken {
-                vni: Vni::MANAGEMENT,
-                port: 4789,
-                kernel: kernel.clone()
-            }
-            .is_vni_taken()
-        );
-        assert!(
-            !LinkError::Refused {
-                action: String::new(),
-                kernel
-            }
-            .is_vni_taken()
-        );
     }
 }

@@ -14,11 +14,12 @@ use nsm_core::{
     link::{LinkAlias, NODE_GROUP, NodeLink, NodeLinkStep, repair_node_link},
     net::IfName,
 };
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
+use rtnetlink::{LinkMessageBuilder, LinkVxlan};
 
 use super::{
     LinkError,
-    basics::{delete, disable_ipv6, take_steps},
+    basics::{delete, take_steps},
+    creation::{self, Refused, not_shown},
     message, observe, port,
 };
 use crate::{
@@ -176,51 +177,23 @@ fn create(
     alias: &LinkAlias,
     name: &IfName,
 ) -> Result<NodeLink, LinkError> {
-    let name_text = name.as_str();
-    let requests = vec![
-        creation(spec, name),
-        message::set_alias(name_text, &alias.to_string()),
-        message::no_addresses(LinkUnspec::new_with_name(name_text)),
-    ];
-    let mut answers = netlink.transact(requests)?.into_iter();
-    let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
-    next().map_err(|kernel| match kernel.errno {
-        // Another device of the namespace has the port in this mode.
-        Errno::EEXIST => port_taken(spec.port, kernel),
-        Errno::EOPNOTSUPP => LinkError::Unsupported {
-            kind: "vxlan",
-            kernel,
+    let outcome = creation::create(netlink, name, alias, |index| creation(index, spec, name))?;
+    outcome.map_err(|refused| match refused {
+        Refused::Creation(kernel) => match kernel.errno {
+            // Another device of the namespace has the port in this mode.
+            Errno::EEXIST => port_taken(spec.port, kernel),
+            Errno::EOPNOTSUPP => LinkError::Unsupported {
+                kind: "vxlan",
+                kernel,
+            },
+            _ => LinkError::refused(format!("make the external device `{name}`"), kernel),
         },
-        _ => LinkError::refused(format!("make the external device `{name}`"), kernel),
-    })?;
-    let marked = next();
-    disable_ipv6(name);
-    let requests = vec![
-        message::set_up_named(name_text),
-        message::get_link_named(name_text),
-    ];
-    let mut answers = netlink.transact(requests)?.into_iter();
-    let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
-    let (taken_up, shown) = (next(), next());
-    let completed = marked
-        .map_err(|kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel))
-        .and_then(|_| taken_up.map_err(|kernel| not_up(name, spec.port, kernel)))
-        .and_then(|_| {
-            let shown = shown.into_iter().flatten();
-            shown
-                .filter_map(|message| observe::node_link_of(&message))
-                .next()
-                .ok_or_else(|| not_shown(name))
-        });
-    if completed.is_err()
-        && let Err(error) = delete(netlink, message::delete_link_named(name_text), name_text)
-    {
-        tracing::error!(%error, interface = name_text, "a device that could not be completed stays");
-    }
-    completed
+        Refused::Up(kernel) => not_up(name, spec.port, kernel),
+        Refused::Other(error) => error,
+    })
 }
 
-fn creation(spec: &ExternalSpec, name: &IfName) -> Request {
+fn creation(index: u32, spec: &ExternalSpec, name: &IfName) -> Request {
     // Without a VNI: packets bring theirs.
     let link = LinkMessageBuilder::<LinkVxlan>::new(name.as_str())
         .collect_metadata(true)
@@ -228,6 +201,7 @@ fn creation(spec: &ExternalSpec, name: &IfName) -> Request {
         .learning(false)
         // A peer may leave out the checksum over IPv6 (RFC 6935).
         .udp_zero_csum6_rx(true)
+        .index(index)
         .link_group(NODE_GROUP)
         .mtu(MTU)
         .arp(false);
@@ -295,8 +269,4 @@ fn read(netlink: &mut Netlink, index: u32, name: &IfName) -> Result<NodeLink, Li
 fn node_link(message: &LinkMessage, name: &IfName) -> Result<NodeLink, LinkError> {
     observe::node_link_of(&RouteNetlinkMessage::NewLink(message.clone()))
         .ok_or_else(|| not_shown(name))
-}
-
-fn not_shown(name: &IfName) -> LinkError {
-    NetlinkError::Malformed(format!("link `{name}` is not shown with its attributes")).into()
 }

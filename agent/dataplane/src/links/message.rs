@@ -15,18 +15,18 @@ use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{
-        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
-        LinkExtentMask, LinkMessage, VxlanDf,
+        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute,
+        LinkExtentMask, LinkMessage,
     },
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
     nsid::{NsidAttribute, NsidMessage},
     route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteVia},
 };
 use nsm_core::{
-    link::{LinkSpec, NODE_GROUP, NODE_GROUPS, NodeLinkStep, RouteSpec, VxlanSpec},
+    link::{LinkSpec, NODE_GROUP, NODE_GROUPS, NodeLinkStep, RouteSpec},
     net::{IfName, MacAddr},
 };
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use crate::{netlink::Request, netns::Netns};
 
@@ -34,26 +34,12 @@ use crate::{netlink::Request, netns::Netns};
 /// ours is told by the alias. Those in the node's namespace are in [`NODE_GROUP`].
 pub(super) const LINK_GROUP: u32 = u32::from_be_bytes(*b"nsmp");
 
-/// Groups for links in pods that are about to be deleted together.
-pub(super) const DOOMED_GROUPS: RangeInclusive<u32> = LINK_GROUP + 1..=LINK_GROUP + 1023;
-
 /// Groups for links in the node's namespace that are about to be deleted together: until then, their frames are kept off the node as before.
-pub(super) const DOOMED_NODE_GROUPS: RangeInclusive<u32> = NODE_GROUP + 1..=*NODE_GROUPS.end();
+pub(super) const DOOMED_GROUPS: RangeInclusive<u32> = NODE_GROUP + 1..=*NODE_GROUPS.end();
 
 /// The origin of routes that the agent makes (`proto` in `ip route`), so that no other route is ever removed. Free for use as all above
 /// RTPROT_STATIC that rtnetlink.h does not list.
 pub(super) const ROUTE_PROTOCOL: RouteProtocol = RouteProtocol::Other(78);
-
-/// Create a VXLAN link in the pod's namespace; sent in the node's, where its UDP socket then lives.
-pub(super) fn create_vxlan(pod: &Netns, spec: &VxlanSpec) -> Request {
-    let link = LinkVxlan::new(spec.link.name.as_str(), spec.vni.get())
-        .port(spec.port)
-        // One peer, named: nothing to learn.
-        .learning(false)
-        // Without it the kernel fragments silently, and the inner flow never learns the path's MTU.
-        .df(VxlanDf::Set);
-    create(place(between(link, spec.local, spec.remote), pod, &spec.link).build())
-}
 
 /// Create a veth pair, each end in its namespace.
 pub(super) fn create_veth(a: (&Netns, &LinkSpec), b: (&Netns, &LinkSpec)) -> Request {
@@ -65,12 +51,18 @@ pub(super) fn create_veth(a: (&Netns, &LinkSpec), b: (&Netns, &LinkSpec)) -> Req
     create(place(pair, a.0, a.1).build())
 }
 
-/// Create a pod link; sent in the node's namespace, where the end with the name stays.
-pub(super) fn create_pod_link(node_end: &IfName, pod: &Netns, spec: &LinkSpec) -> Request {
+/// Create a pod link; sent in the node's namespace, where the end with the index and the name stays.
+pub(super) fn create_pod_link(
+    index: u32,
+    node_end: &IfName,
+    pod: &Netns,
+    spec: &LinkSpec,
+) -> Request {
     let (node_name, pod_name) = (node_end.as_str(), spec.name.as_str());
     let pod_end = one_queue(place(LinkUnspec::new_with_name(pod_name), pod, spec)).build();
     let pair = LinkVeth::new(node_name, pod_name)
         .set_info_data(InfoData::Veth(InfoVeth::Peer(pod_end)))
+        .index(index)
         .link_group(NODE_GROUP)
         .mtu(spec.mtu)
         .arp(false);
@@ -99,21 +91,6 @@ fn place<T>(link: LinkMessageBuilder<T>, netns: &Netns, spec: &LinkSpec) -> Link
     match spec.mac {
         Some(mac) => link.address(mac.octets().to_vec()),
         None => link,
-    }
-}
-
-fn between(
-    link: LinkMessageBuilder<LinkVxlan>,
-    local: IpAddr,
-    remote: IpAddr,
-) -> LinkMessageBuilder<LinkVxlan> {
-    let link = match local {
-        IpAddr::V4(ip) => link.local(ip),
-        IpAddr::V6(ip) => link.local6(ip),
-    };
-    match remote {
-        IpAddr::V4(ip) => link.remote(ip),
-        IpAddr::V6(ip) => link.remote6(ip),
     }
 }
 
@@ -176,13 +153,6 @@ pub(super) fn node_link_step(index: u32, name: &IfName, step: NodeLinkStep) -> R
         NodeLinkStep::DisableAddresses => no_addresses(link),
         NodeLinkStep::SetUp => set_up(index),
     }
-}
-
-pub(super) fn set_endpoints(index: u32, local: IpAddr, remote: IpAddr) -> Request {
-    let link = LinkMessageBuilder::<LinkVxlan>::new_with_info_kind(InfoKind::Vxlan).index(index);
-    let link = between(link, local, remote).build();
-    // Changing what a kind has of its own takes a NEWLINK without CREATE.
-    (RouteNetlinkMessage::NewLink(link), 0)
 }
 
 pub(super) fn set_mtu(index: u32, mtu: u32) -> Request {

@@ -1,8 +1,7 @@
 //! The links of connections: made, changed, removed and read, in the pods' network namespaces.
 //!
-//! [`Links`] holds the node's namespace, where the UDP sockets of tunnels are; the pod's is an argument of each call. A VXLAN link is
-//! created from the node's side directly inside the pod's namespace. Its socket stays on the node, so there is no bridge, veth or copy
-//! in between, and nothing is moved, which would take the kernel a hundred times longer than the creation.
+//! [`Links`] holds the node's namespace; the pod's is an argument of each call. A pair is created from the node's side with each end in its
+//! namespace at once: nothing is moved, which would take the kernel a hundred times longer than the creation.
 //!
 //! Failures: a call that created a link and then failed removes that link. A link that had to be made again under the same name is gone
 //! then, too. A call that changed a link in place leaves what it had reached; the next call continues from there.
@@ -13,6 +12,7 @@
 //! System calls block, so each call runs in one of a few threads that enter the namespaces (`pool`).
 
 mod basics;
+mod creation;
 mod doomed;
 mod error;
 pub(crate) mod external;
@@ -33,7 +33,7 @@ use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{Link, LinkAlias, LinkSpec, NodeLink, Traffic, VxlanSpec, admission::Holding},
+    link::{Link, LinkAlias, LinkSpec, NodeLink, Traffic, admission::Holding},
     net::{IfName, MacAddr},
 };
 use tokio::sync::oneshot;
@@ -137,24 +137,6 @@ impl Links {
                 node,
             }),
         }
-    }
-
-    /// Makes the pod's VXLAN link as wanted: creates it, or changes what differs on the one that has the alias.
-    ///
-    /// # Errors
-    ///
-    /// See [`LinkError`]; [`LinkError::VniTaken`] asks for another VNI. Then nothing is left that this call created.
-    pub async fn up_vxlan(&self, pod: &Netns, spec: &VxlanSpec) -> Result<UpLink, LinkError> {
-        let turn = self.inner.turns.take([&spec.link.alias]).await;
-        let (node, pod, spec) = (self.inner.node.clone(), pod.clone(), spec.clone());
-        let undo = undo_of(&pod, &spec.link.alias, |link: &UpLink| link.created);
-        self.work(
-            &self.inner.workers,
-            turn,
-            move || session::up_vxlan(&node, &pod, &spec),
-            undo,
-        )
-        .await
     }
 
     /// Makes a connection's pod link as wanted: creates the pair, or changes what differs on the one that is there, at either end. The
@@ -295,7 +277,7 @@ impl Links {
         .await
     }
 
-    /// Removes the pod's link with exactly this alias, and the other end with a veth. False: there was none.
+    /// Removes the pod's link with exactly this alias, and the other end with it. False: there was none.
     ///
     /// The links of a pod are gone with its namespace: opening the namespace then fails with [`NetnsError::is_gone`].
     ///
@@ -303,22 +285,12 @@ impl Links {
     ///
     /// The namespace cannot be entered, or the kernel refused.
     pub async fn down(&self, pod: &Netns, alias: &LinkAlias) -> Result<bool, LinkError> {
-        Ok(self.down_many(pod, std::slice::from_ref(alias)).await? > 0)
-    }
-
-    /// Removes the pod's links with exactly these aliases, in one step of the kernel: it takes as long for many as for one. How many
-    /// there were.
-    ///
-    /// # Errors
-    ///
-    /// The namespace cannot be entered, or the kernel refused.
-    pub async fn down_many(&self, pod: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkError> {
-        let turn = self.inner.turns.take(aliases).await;
-        let (pod, aliases) = (pod.clone(), aliases.to_vec());
+        let turn = self.inner.turns.take([alias]).await;
+        let (pod, alias) = (pod.clone(), alias.clone());
         self.work(
             &self.inner.removers,
             turn,
-            move || session::down(&pod, &aliases),
+            move || session::down(&pod, &alias),
             nothing_to_undo(),
         )
         .await
@@ -474,7 +446,7 @@ fn undo_of<T: 'static>(pod: &Netns, alias: &LinkAlias, created: fn(&T) -> bool) 
         if !created(&result) {
             return;
         }
-        log_undo(&alias, session::down(&pod, std::slice::from_ref(&alias)));
+        log_undo(&alias, session::down(&pod, &alias).map(usize::from));
     })
 }
 

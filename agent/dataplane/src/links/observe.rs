@@ -7,8 +7,8 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
     link::{
-        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute,
-        LinkFlags, LinkInfo, LinkMessage, Stats64,
+        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo,
+        LinkMessage, Stats64,
     },
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     nsid::NsidAttribute,
@@ -166,39 +166,13 @@ pub(super) fn counted(message: &RouteNetlinkMessage) -> Option<Stats64> {
 }
 
 fn kind_of(infos: Vec<LinkInfo>, peer: u32, peer_netns: Option<i32>) -> LinkKind {
-    let (mut name, mut data) = (None, Vec::new());
-    for info in infos {
-        match info {
-            LinkInfo::Kind(kind) => name = Some(kind),
-            LinkInfo::Data(InfoData::Vxlan(vxlan)) => data = vxlan,
-            _ => {}
-        }
-    }
-    match name {
-        Some(InfoKind::Vxlan) => vxlan_of(data),
+    let kind = infos.into_iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind),
+        _ => None,
+    });
+    match kind {
         Some(InfoKind::Veth) => LinkKind::Veth { peer, peer_netns },
         other => LinkKind::Other(other.map(|kind| kind.to_string()).unwrap_or_default()),
-    }
-}
-
-fn vxlan_of(data: Vec<InfoVxlan>) -> LinkKind {
-    let (mut vni, mut local, mut remote, mut port) = (0, None, None, 0);
-    for attribute in data {
-        match attribute {
-            InfoVxlan::Id(id) => vni = id,
-            InfoVxlan::Port(number) => port = number,
-            InfoVxlan::Local(ip) => local = Some(IpAddr::V4(ip)),
-            InfoVxlan::Local6(ip) => local = Some(IpAddr::V6(ip)),
-            InfoVxlan::Group(ip) => remote = Some(IpAddr::V4(ip)),
-            InfoVxlan::Group6(ip) => remote = Some(IpAddr::V6(ip)),
-            _ => {}
-        }
-    }
-    LinkKind::Vxlan {
-        vni,
-        local,
-        remote,
-        port,
     }
 }
 

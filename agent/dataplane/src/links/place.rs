@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nsm_core::link::{Link, LinkKind, LinkSpec, Operation, VxlanSpec, Wanted, diff};
+use nsm_core::link::{Link, LinkKind, LinkSpec, Operation, diff};
 
 use super::{
-    LinkError, LinkHolder, PortHolder, UpLink,
+    LinkError, LinkHolder, UpLink,
     basics::{delete, open_in},
-    message, observe, port,
+    message, observe,
 };
 use crate::{
     netlink::{Netlink, NetlinkError, Refusal, Request},
@@ -37,27 +37,6 @@ impl<'a> Maker<'a> {
             netlink: open_in(node)?,
             node,
         })
-    }
-
-    pub(super) fn create_vxlan(
-        &mut self,
-        place: &mut Place<'_>,
-        spec: &VxlanSpec,
-    ) -> Result<Link, LinkError> {
-        let (request, flags) = message::create_vxlan(place.netns, spec);
-        if let Err(kernel) = self.netlink.ask(request, flags)? {
-            // The kernel's error is the same for a name and a VNI in use.
-            return Err(match kernel.errno {
-                Errno::EEXIST if place.name_is_free()? => LinkError::VniTaken {
-                    vni: spec.vni,
-                    port: spec.port,
-                    kernel,
-                },
-                _ => place.create_refused("vxlan", kernel)?,
-            });
-        }
-        place.created = Created::Named;
-        place.adopt()
     }
 
     pub(super) fn create_veth<'b>(
@@ -287,41 +266,31 @@ impl<'a> Place<'a> {
     }
 
     /// Lays on a link that was just created what is wanted there. How many operations it took, the creation included.
-    pub(super) fn fill(
-        &mut self,
-        maker: &Maker<'_>,
-        wanted: Wanted<'_>,
-        link: &Link,
-    ) -> Result<usize, LinkError> {
-        let plan = diff(wanted, None);
+    pub(super) fn fill(&mut self, link: &Link) -> Result<usize, LinkError> {
+        let plan = diff(self.spec, None);
         let rest: Vec<Operation> = plan
             .iter()
             .filter(|operation| **operation != Operation::Create)
             .cloned()
             .collect();
-        self.apply(maker, wanted, link.index, &rest)?;
+        self.apply(link.index, &rest)?;
         Ok(plan.len())
     }
 
     /// Changes a link in place until it is as wanted.
-    pub(super) fn converge(
-        &mut self,
-        maker: &Maker<'_>,
-        wanted: Wanted<'_>,
-        mut observed: Option<Link>,
-    ) -> Result<UpLink, LinkError> {
+    pub(super) fn converge(&mut self, mut observed: Option<Link>) -> Result<UpLink, LinkError> {
         let mut operations = 0;
         for _ in 0..ROUNDS {
-            let plan = diff(wanted, observed.as_ref());
+            let plan = diff(self.spec, observed.as_ref());
             let Some(link) = observed else { break };
             if plan.is_empty() {
                 return self.up_link(&link, false, operations);
             }
-            self.apply(maker, wanted, link.index, &plan)?;
+            self.apply(link.index, &plan)?;
             operations += plan.len();
             observed = self.observe()?;
         }
-        let rest = diff(wanted, observed.as_ref());
+        let rest = diff(self.spec, observed.as_ref());
         match (rest.first(), observed) {
             (None, Some(link)) => self.up_link(&link, false, operations),
             (rest, _) => Err(LinkError::Unstable {
@@ -332,13 +301,7 @@ impl<'a> Place<'a> {
     }
 
     /// Sends all operations, then reads the answers in order: the first refusal is the cause of the later ones.
-    fn apply(
-        &mut self,
-        maker: &Maker<'_>,
-        wanted: Wanted<'_>,
-        index: u32,
-        plan: &[Operation],
-    ) -> Result<(), LinkError> {
+    fn apply(&mut self, index: u32, plan: &[Operation]) -> Result<(), LinkError> {
         let requests = plan
             .iter()
             .filter_map(|operation| request(index, operation))
@@ -347,7 +310,7 @@ impl<'a> Place<'a> {
         for (operation, answer) in plan.iter().zip(answers) {
             let Err(kernel) = answer else { continue };
             if !self.is_harmless(index, operation, &kernel)? {
-                return Err(self.operation_refused(maker, wanted, operation, kernel));
+                return Err(self.operation_refused(operation, kernel));
             }
         }
         Ok(())
@@ -379,60 +342,36 @@ impl<'a> Place<'a> {
         })
     }
 
-    fn operation_refused(
-        &self,
-        maker: &Maker<'_>,
-        wanted: Wanted<'_>,
-        operation: &Operation,
-        kernel: Refusal,
-    ) -> LinkError {
+    fn operation_refused(&self, operation: &Operation, kernel: Refusal) -> LinkError {
         let name = self.spec.name.to_string();
-        match (operation, wanted) {
-            _ if kernel.errno == Errno::EPERM => {
-                LinkError::refused(format!("change link `{name}`"), kernel)
-            }
-            (Operation::SetUp, Wanted::Vxlan(spec)) if kernel.errno == Errno::EADDRINUSE => {
-                // The socket would have been the node's.
-                let holder = maker
-                    .node
-                    .enter()
-                    .map_or(PortHolder::Unknown, |()| port::holder(spec.port));
-                LinkError::PortTaken {
-                    port: spec.port,
-                    holder,
-                    kernel,
-                }
-            }
-            (&(Operation::AddAddress(address) | Operation::RemoveAddress(address)), _) => {
+        if kernel.errno == Errno::EPERM {
+            return LinkError::refused(format!("change link `{name}`"), kernel);
+        }
+        match *operation {
+            Operation::AddAddress(address) | Operation::RemoveAddress(address) => {
                 LinkError::AddressRefused {
                     address,
                     name,
                     kernel,
                 }
             }
-            (&(Operation::AddRoute(route) | Operation::RemoveRoute(route)), _) => {
-                LinkError::RouteRefused {
-                    route,
-                    name,
-                    kernel,
-                }
-            }
-            (&(Operation::SetNeighbour(ip, _) | Operation::RemoveNeighbour(ip)), _) => {
+            Operation::AddRoute(route) | Operation::RemoveRoute(route) => LinkError::RouteRefused {
+                route,
+                name,
+                kernel,
+            },
+            Operation::SetNeighbour(ip, _) | Operation::RemoveNeighbour(ip) => {
                 LinkError::NeighbourRefused { ip, name, kernel }
             }
-            (Operation::SetUp, _) => LinkError::refused(format!("take link `{name}` up"), kernel),
-            (Operation::SetMtu(mtu), _) => {
+            Operation::SetUp => LinkError::refused(format!("take link `{name}` up"), kernel),
+            Operation::SetMtu(mtu) => {
                 LinkError::refused(format!("set the MTU of link `{name}` to {mtu}"), kernel)
             }
-            (Operation::SetMac(mac), _) => LinkError::refused(
+            Operation::SetMac(mac) => LinkError::refused(
                 format!("set the Ethernet address of link `{name}` to {mac}"),
                 kernel,
             ),
-            (Operation::SetEndpoints { local, remote }, _) => LinkError::refused(
-                format!("set the tunnel addresses of link `{name}` to {local} and {remote}"),
-                kernel,
-            ),
-            (Operation::Create | Operation::Delete, _) => {
+            Operation::Create | Operation::Delete => {
                 LinkError::refused(format!("make link `{name}`"), kernel)
             }
         }
@@ -502,7 +441,6 @@ pub(super) fn await_running(
 fn request(index: u32, operation: &Operation) -> Option<Request> {
     Some(match *operation {
         Operation::Create | Operation::Delete => return None,
-        Operation::SetEndpoints { local, remote } => message::set_endpoints(index, local, remote),
         Operation::SetMtu(mtu) => message::set_mtu(index, mtu),
         Operation::SetMac(mac) => message::set_mac(index, mac),
         Operation::SetUp => message::set_up(index),

@@ -3,24 +3,23 @@
 //! The node's end is what a pod link is found by: its name follows from the alias, and what is its other end is ours, whatever the pod
 //! has made of that end's alias. So no call reads all links of a namespace, and no search for links enters a pod.
 //!
-//! Creation and alias of the node's end are one call of the kernel: a killed agent leaves a node's end that is known to be ours, or none.
-//! One without an alias, but with the name and the group, is of a creation that failed halfway; it is replaced.
+//! A node's end without an alias, but with the name and the group, is of a creation that failed halfway; it is replaced.
 
 use std::{collections::HashSet, iter::zip};
 
 use nix::errno::Errno;
 use nsm_core::{
     link::{
-        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeLink, VethPeer, Wanted, must_create,
-        node_end_name, repair_node_link,
+        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeLink, VethPeer, must_create, node_end_name,
+        repair_node_link,
     },
     net::IfName,
 };
-use rtnetlink::LinkUnspec;
 
 use super::{
     LinkError, PodLink,
-    basics::{delete, delete_together, disable_ipv6, group_of, open_in, take_steps},
+    basics::{delete, delete_together, group_of, open_in, take_steps},
+    creation::{self, Refused},
     external::is_external,
     message, observe,
     place::{Maker, Place},
@@ -42,17 +41,16 @@ pub(super) fn up(node: &Netns, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, 
         _ => None,
     };
     let mut place = Place::open(pod, spec)?;
-    let wanted = Wanted::Veth(spec);
     let observed = place.observe_end(peer)?;
     let is_other_end = |index: &u32| observed.as_ref().is_some_and(|link| link.index == *index);
     match (end, peer.filter(is_other_end)) {
-        (Some(end), Some(peer)) if !must_create(wanted, observed.as_ref()) => {
+        (Some(end), Some(peer)) if !must_create(spec, observed.as_ref()) => {
             let mut steps = side.repair(&end, Some(spec.mtu))?;
             if observed.as_ref().and_then(|link| link.alias.as_ref()) != Some(&spec.alias) {
                 place.adopt_at(peer)?;
                 steps += 1;
             }
-            let mut up = place.converge(&side.maker, wanted, observed)?;
+            let mut up = place.converge(observed)?;
             up.operations += steps;
             Ok(PodLink {
                 pod: up,
@@ -92,7 +90,7 @@ pub(super) fn down(node: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkErr
         links => {
             let all = netlink.dump(&message::get_links(false))?;
             let taken: HashSet<u32> = all.iter().filter_map(group_of).collect();
-            delete_together(&mut netlink, links, &taken, message::DOOMED_NODE_GROUPS)?;
+            delete_together(&mut netlink, links, &taken, message::DOOMED_GROUPS)?;
         }
     }
     Ok(doomed.len())
@@ -213,7 +211,7 @@ impl<'a> NodeSide<'a> {
     /// Makes the pair, and lays on the pod's end what is wanted there.
     fn create(&mut self, mut place: Place<'_>, spec: &LinkSpec) -> Result<PodLink, LinkError> {
         let node = self.create_pair(&mut place, spec)?;
-        let filled = self.fill(&mut place, spec, &node);
+        let filled = self.fill(&mut place, &node);
         if filled.is_err()
             && let Err(error) = self.remove(node.index)
         {
@@ -230,42 +228,14 @@ impl<'a> NodeSide<'a> {
     ) -> Result<NodeLink, LinkError> {
         // For what netlink does not do.
         self.maker.node.enter()?;
-        let name = self.name.as_str();
-        let requests = vec![
-            message::create_pod_link(&self.name, place.netns(), spec),
-            message::set_alias(name, &spec.alias.to_string()),
-            message::no_addresses(LinkUnspec::new_with_name(name)),
-        ];
-        let mut answers = self.maker.netlink.transact(requests)?.into_iter();
-        let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
-        if let Err(kernel) = next() {
-            return Err(self.creation_refused(place, kernel)?);
+        let (name, pod) = (&self.name, place.netns());
+        let creation = |index| message::create_pod_link(index, name, pod, spec);
+        match creation::create(&mut self.maker.netlink, name, self.alias, creation)? {
+            Ok(end) => Ok(end),
+            Err(Refused::Creation(kernel)) => Err(self.creation_refused(place, kernel)?),
+            Err(Refused::Up(kernel)) => Err(self.refused("take up", kernel)),
+            Err(Refused::Other(error)) => Err(error),
         }
-        let marked = next();
-        disable_ipv6(&self.name);
-        let requests = vec![message::set_up_named(name), message::get_link_named(name)];
-        let mut answers = self.maker.netlink.transact(requests)?.into_iter();
-        let mut next = || answers.next().unwrap_or_else(|| Ok(Vec::new()));
-        let (taken_up, shown) = (next(), next());
-        let completed = marked.and(taken_up).and(shown);
-        let end = completed.map(|shown| shown.iter().find_map(observe::node_link_of));
-        let failed = match end {
-            Ok(Some(end)) => return Ok(end),
-            Ok(None) => {
-                let name = &self.name;
-                NetlinkError::Malformed(format!("link `{name}` is not shown after it was created"))
-                    .into()
-            }
-            Err(kernel) => self.refused("complete", kernel),
-        };
-        let (name, request) = (
-            self.name.to_string(),
-            message::delete_link_named(self.name.as_str()),
-        );
-        if let Err(error) = delete(self.netlink(), request, &name) {
-            tracing::error!(%error, link.name = %name, "a link that could not be completed stays");
-        }
-        Err(failed)
     }
 
     /// Why the pair could not be created.
@@ -282,17 +252,12 @@ impl<'a> NodeSide<'a> {
         place.create_refused("veth", kernel)
     }
 
-    fn fill(
-        &mut self,
-        place: &mut Place<'_>,
-        spec: &LinkSpec,
-        node: &NodeLink,
-    ) -> Result<super::UpLink, LinkError> {
+    fn fill(&mut self, place: &mut Place<'_>, node: &NodeLink) -> Result<super::UpLink, LinkError> {
         let peer = node.peer.ok_or_else(|| {
             NetlinkError::Malformed(format!("link `{}` is shown without its peer", node.name))
         })?;
         let link = place.adopt_at(peer.index)?;
-        let operations = place.fill(&self.maker, Wanted::Veth(spec), &link)?;
+        let operations = place.fill(&link)?;
         if peer.netns.is_none() {
             // Packets to the pod's end pass through the queue of this one; elsewhere BPF puts them behind it.
             super::place::await_running(self.netlink(), node.index, &node.name)?;

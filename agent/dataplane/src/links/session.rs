@@ -1,37 +1,19 @@
 //! The work of one call: observe, plan, apply. The thread stays in the namespace that it entered last.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use netlink_packet_route::RouteNetlinkMessage;
-use nsm_core::link::{Count, Link, LinkAlias, LinkSpec, Traffic, VxlanSpec, Wanted, must_create};
+use nsm_core::link::{Count, Link, LinkAlias, LinkSpec, Traffic, must_create};
 
 use super::{
     LinkError, LinkReading, UpLink,
-    basics::{delete, delete_together, group_of, open_in},
+    basics::{delete, open_in},
     external::is_external,
     message, observe,
     place::{Maker, Place},
     probe_link::is_probe_link,
 };
 use crate::netns::Netns;
-
-pub(super) fn up_vxlan(node: &Netns, pod: &Netns, spec: &VxlanSpec) -> Result<UpLink, LinkError> {
-    let mut maker = Maker::open(node)?;
-    let mut place = Place::open(pod, &spec.link)?;
-    let wanted = Wanted::Vxlan(spec);
-    let observed = place.observe()?;
-    if !must_create(wanted, observed.as_ref()) {
-        return place.converge(&maker, wanted, observed);
-    }
-    place.remove(observed)?;
-    let created = maker.create_vxlan(&mut place, spec).and_then(|link| {
-        place
-            .fill(&maker, wanted, &link)
-            .map(|operations| (link, operations))
-    });
-    let (link, operations) = created.inspect_err(|_| place.undo())?;
-    place.up_link(&link, true, operations)
-}
 
 pub(super) fn up_veth(
     node: &Netns,
@@ -46,16 +28,12 @@ pub(super) fn up_veth(
     }
     let mut maker = Maker::open(node)?;
     let (mut place_a, mut place_b) = (Place::open(a.0, a.1)?, Place::open(b.0, b.1)?);
-    let (wanted_a, wanted_b) = (Wanted::Veth(a.1), Wanted::Veth(b.1));
     let (observed_a, observed_b) = (place_a.observe()?, place_b.observe()?);
-    let anew = must_create(wanted_a, observed_a.as_ref())
-        || must_create(wanted_b, observed_b.as_ref())
+    let anew = must_create(a.1, observed_a.as_ref())
+        || must_create(b.1, observed_b.as_ref())
         || !place_a.is_pair(observed_a.as_ref(), b.0, observed_b.as_ref())?;
     if !anew {
-        return Ok((
-            place_a.converge(&maker, wanted_a, observed_a)?,
-            place_b.converge(&maker, wanted_b, observed_b)?,
-        ));
+        return Ok((place_a.converge(observed_a)?, place_b.converge(observed_b)?));
     }
     place_a.remove(observed_a)?;
     // It may have gone with the first.
@@ -63,8 +41,8 @@ pub(super) fn up_veth(
     let created = maker
         .create_veth(&mut place_a, &mut place_b)
         .and_then(|(end_a, end_b)| {
-            let operations_a = place_a.fill(&maker, wanted_a, &end_a)?;
-            let operations_b = place_b.fill(&maker, wanted_b, &end_b)?;
+            let operations_a = place_a.fill(&end_a)?;
+            let operations_b = place_b.fill(&end_b)?;
             place_a.await_running(&end_a)?;
             place_b.await_running(&end_b)?;
             Ok((
@@ -75,28 +53,16 @@ pub(super) fn up_veth(
     created.inspect_err(|_| place_a.undo())
 }
 
-pub(super) fn down(pod: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkError> {
-    let aliases: HashSet<&LinkAlias> = aliases.iter().collect();
+/// Whether there was a link with this alias.
+pub(super) fn down(pod: &Netns, alias: &LinkAlias) -> Result<bool, LinkError> {
     let mut netlink = open_in(pod)?;
-    let links = netlink.dump(&message::get_links(false))?;
-    let groups = links.iter().filter_map(group_of).collect();
-    let is_meant = |link: &Link| {
-        link.alias
-            .as_ref()
-            .is_some_and(|alias| aliases.contains(alias))
-    };
-    let doomed: Vec<(u32, String)> = links
+    let links = observe::links(&mut netlink)?;
+    let ours = links
         .into_iter()
-        .filter_map(observe::link_of)
-        .filter(is_meant)
-        .map(|link| (link.index, link.name))
-        .collect();
-    match doomed.as_slice() {
-        [] => {}
-        [(index, name)] => delete(&mut netlink, message::delete_link(*index), name)?,
-        links => delete_together(&mut netlink, links, &groups, message::DOOMED_GROUPS)?,
-    }
-    Ok(doomed.len())
+        .find(|link| link.alias.as_ref() == Some(alias));
+    let Some(link) = ours else { return Ok(false) };
+    delete(&mut netlink, message::delete_link(link.index), &link.name)?;
+    Ok(true)
 }
 
 pub(super) fn observe(pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, LinkError> {

@@ -237,6 +237,35 @@ async fn a_pods_end_takes_the_nodes_along() {
     });
 }
 
+/// Programs and maps name a link by its index.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn the_index_of_a_link_that_went_is_no_others() {
+    let node = netns();
+    let connection = Connection::of(node.clone(), netns());
+    let mut last = 0;
+    for _ in 0..3 {
+        let index = connection.up().await.unwrap().node.index;
+        assert!(index > last && index >= 1 << 30, "{index} after {last}");
+        last = index;
+        delete_link(&node, index);
+        // The kernel's own choice is elsewhere, and stays where it was.
+        add_foreign_link(&node, "foreign0");
+        let foreign = inside(&node, || nix::net::if_::if_nametoindex("foreign0").unwrap());
+        assert!(foreign < 1 << 20, "{foreign}");
+        delete_link(&node, foreign);
+    }
+    // Another agent of the namespace has the next index.
+    let taken = (last + 1).to_string();
+    ip_tool(
+        &node,
+        &[
+            "link", "add", "index", &taken, "name", "br0", "type", "bridge",
+        ],
+    );
+    assert!(connection.up().await.unwrap().node.index > last + 1);
+}
+
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn a_client_may_be_in_the_nodes_namespace() {
