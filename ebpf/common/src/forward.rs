@@ -90,6 +90,8 @@ const fn halves(address: &Address) -> [u64; 2] {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
+    /// The key again: the kernel gives the memory of an entry to another one while a program still reads it, and this tells.
+    pub link: u32,
     /// Index into DEVICES.
     pub device: u32,
     /// VNI of the tunnel.
@@ -124,6 +126,8 @@ pub struct Device {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbePath {
+    /// The key again, as in [`Forward::link`]: its upper and its lower half.
+    pub key: [u32; 2],
     /// Index into DEVICES.
     pub device: u32,
     /// The peer's probe VNI.
@@ -134,6 +138,13 @@ pub struct ProbePath {
     pub local: Address,
     /// The peer's.
     pub remote: Address,
+}
+
+/// The halves of a key of PROBE_PATHS.
+#[inline(always)]
+#[must_use]
+pub const fn key_halves(key: u64) -> [u32; 2] {
+    [(key >> 32) as u32, key as u32]
 }
 
 const BROADCAST_OR_MULTICAST: u8 = 1;
@@ -163,9 +174,9 @@ pub const fn is_same(one: MacWords, other: MacWords) -> bool {
 // A struct is free of padding exactly when it is as large as its fields together.
 const _: () = {
     assert!(size_of::<Prefix>() == 2 * 16);
-    assert!(size_of::<Forward>() == 4 * 4 + 2 * 16 + 6 + 2 + MAX_SOURCES * size_of::<Prefix>());
+    assert!(size_of::<Forward>() == 5 * 4 + 2 * 16 + 6 + 2 + MAX_SOURCES * size_of::<Prefix>());
     assert!(size_of::<Device>() == 2 * 4);
-    assert!(size_of::<ProbePath>() == 3 * 4 + 2 * 16);
+    assert!(size_of::<ProbePath>() == 5 * 4 + 2 * 16);
 };
 
 #[cfg(feature = "user")]

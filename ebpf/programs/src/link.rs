@@ -73,8 +73,7 @@ pub(crate) fn refuse(reason: Reason) -> i32 {
 fn from_pod(ctx: &TcContext) -> Result<i32, Reason> {
     // SAFETY: the kernel hands a valid __sk_buff to a classifier; the verifier checks each access.
     let link = unsafe { (*ctx.skb.skb).ifindex };
-    // SAFETY: the entry is read only, and user space replaces it as a whole: a frame that meets it meanwhile may go by half of each, to
-    // an address that is one of this connection's two.
+    // SAFETY: the entry is read only. While it is, user space may remove it and fill its memory for another link: see below.
     let forward = unsafe { FORWARD.get(&link) }.ok_or(Reason::PodUnknownLink)?;
     let frame = Skb::new(ctx);
     let header = ethernet(ctx, &frame).ok_or(Reason::PodWrongMac)?;
@@ -87,7 +86,13 @@ fn from_pod(ctx: &TcContext) -> Result<i32, Reason> {
     };
     let action = encapsulate(ctx, &route)?;
     count(ctx, Direction::Out, forward.slot);
-    Ok(action)
+    // Last of all reads: what was read before was this link's.
+    // SAFETY: a field of the entry, volatile for user space writes it.
+    if unsafe { (&raw const forward.link).read_volatile() } == link {
+        Ok(action)
+    } else {
+        Err(Reason::PodUnknownLink)
+    }
 }
 
 #[inline(always)]

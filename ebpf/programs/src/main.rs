@@ -292,19 +292,45 @@ fn note_foreign(packet: &TunnelKey) {
 /// and we read it before we look: what was found before a change is never taken for what holds after it.
 #[inline(always)]
 fn look_up(key: &TunnelKey) -> Option<&'static Tunnel> {
-    // SAFETY: the pointer is to a value of the map and not null; volatile, for user space writes it.
-    let generation = unsafe { GENERATION.get_ptr(0)?.read_volatile() };
+    let generation = generation()?;
     // SAFETY: as in `add`.
     let recent = unsafe { &mut *RECENT.get_ptr_mut(recent_place(key))? };
     if recent.generation != generation || !is_same(&recent.key, key) {
-        // SAFETY: this program never changes the map. An entry that user space removes meanwhile may be filled anew while we look: then a
-        // packet counts to a tunnel that was there a moment before or after it.
-        let found = unsafe { TUNNELS.get(key) };
-        recent.tunnel = found.copied().unwrap_or(Tunnel::counted(NO_SLOT));
+        recent.tunnel = find(key)?;
         recent.key = *key;
         recent.generation = generation;
     }
     (recent.tunnel.slot != NO_SLOT).then_some(&recent.tunnel)
+}
+
+#[inline(always)]
+fn generation() -> Option<u64> {
+    // SAFETY: the pointer is to a value of the map and not null; volatile, for user space writes it.
+    Some(unsafe { GENERATION.get_ptr(0)?.read_volatile() })
+}
+
+/// Looks in TUNNELS. An entry that user space removes meanwhile may be filled for another tunnel while it is copied. Between the two user
+/// space changes GENERATION, so a copy counts only if that is the same before and after; else a second one is taken.
+#[inline(always)]
+fn find(key: &TunnelKey) -> Option<Tunnel> {
+    let (before, first) = (generation()?, copy(key));
+    let (between, second) = match generation()? {
+        same if same == before => return Some(first),
+        other => (other, copy(key)),
+    };
+    let is_whole = generation()? == between;
+    Some(if is_whole {
+        second
+    } else {
+        Tunnel::counted(NO_SLOT)
+    })
+}
+
+#[inline(always)]
+fn copy(key: &TunnelKey) -> Tunnel {
+    // SAFETY: this program never changes the map; for what user space does, see `find`.
+    let found = unsafe { TUNNELS.get(key) };
+    found.copied().unwrap_or(Tunnel::counted(NO_SLOT))
 }
 
 /// Equality by words: of byte arrays the compiler compares bytes.

@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use nsm_ebpf_common::{
     Reason,
-    forward::ProbePath,
+    forward::{ProbePath, key_halves},
     management::{MAX_SESSIONS, Node, NodeState, Session, Verdict, egress, ingress, reflected},
     sbfd::{
         Flags,
@@ -124,8 +124,7 @@ fn send<const N: usize>(ctx: &TcContext) -> i32 {
 /// Sends a frame to the peer with this Ethernet address.
 #[inline(always)]
 fn to_peer(ctx: &TcContext, receiver: u64) -> i32 {
-    // SAFETY: read only; user space replaces an entry as a whole. A probe that meets that may go to an address of half of each, and is
-    // answered by nobody.
+    // SAFETY: read only. While it is, user space may remove the entry and fill its memory for another path: see below.
     let Some(path) = (unsafe { PROBE_PATHS.get(&receiver) }) else {
         return refuse(Reason::ProbeUnknownPath);
     };
@@ -135,7 +134,14 @@ fn to_peer(ctx: &TcContext, receiver: u64) -> i32 {
         local: &path.local,
         remote: &path.remote,
     };
-    encapsulate(ctx, &route).unwrap_or_else(refuse)
+    let action = encapsulate(ctx, &route);
+    // SAFETY: a field of the entry, volatile for user space writes it. The last of all reads: what was read before was this path's.
+    let key = unsafe { (&raw const path.key).read_volatile() };
+    match action {
+        Ok(action) if key == key_halves(receiver) => action,
+        Ok(_) => refuse(Reason::ProbeUnknownPath),
+        Err(reason) => refuse(reason),
+    }
 }
 
 /// Hands an answer to the prober's socket, on the probe link of its family.

@@ -18,6 +18,7 @@ fn forward(sources: &[Prefix]) -> Forward {
     let mut all = [Prefix::default(); MAX_SOURCES];
     all[..sources.len()].copy_from_slice(sources);
     Forward {
+        link: 9,
         device: 0,
         vni: 5,
         slot: 0,

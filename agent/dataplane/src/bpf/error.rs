@@ -186,7 +186,10 @@ pub enum BpfError {
         hook: Hook,
     },
     /// The program of pod links could not be put on a link; 0: on any.
-    #[error("attach the BPF program of pod links (interface {link}): {source}")]
+    #[error(
+        "the BPF program of pod links cannot be put on, or looked for at, {}: {source}; `tc qdisc show clsact` shows what is there",
+        of_link(*link)
+    )]
     PodLink {
         /// The index of the node's end.
         link: u32,
@@ -362,6 +365,14 @@ impl BpfError {
                     ..
                 }
         )
+    }
+}
+
+/// A pod link by its index; 0: all of them.
+fn of_link(link: u32) -> String {
+    match link {
+        0 => "the node's ends of pod links".to_owned(),
+        link => format!("the interface with index {link}"),
     }
 }
 

@@ -17,7 +17,8 @@ use nsm_core::{
 use nsm_ebpf_common::{
     Counters, Tunnel,
     forward::{
-        Device, Forward, MAX_DEVICES, MAX_SOURCES, Prefix, ProbePath, mac_words, tunnel_flags,
+        Device, Forward, MAX_DEVICES, MAX_SOURCES, Prefix, ProbePath, key_halves, mac_words,
+        tunnel_flags,
     },
 };
 
@@ -183,6 +184,7 @@ impl Bpf {
         }
         let (checked, sources) = checked_sources(&spec.sources);
         let forward = Forward {
+            link: ends.node,
             device,
             vni: spec.vni.get(),
             slot: slot.get(),
@@ -248,6 +250,7 @@ impl Bpf {
     pub(crate) fn set_probe_route(&self, key: u64, route: &ProbeRoute) -> Result<(), BpfError> {
         let tables = &mut self.state().forwarding;
         let path = ProbePath {
+            key: key_halves(key),
             device: tables.place(route.port)?,
             vni: route.vni.get(),
             port: route.port.into(),
@@ -291,13 +294,11 @@ impl Bpf {
     }
 }
 
-/// The source prefixes that the programs check. More than they hold cannot be checked.
+/// The source prefixes that the programs check. Where they cannot hold all, neighbouring ones are joined by the prefix that has both.
 fn checked_sources(wanted: &[IpNet]) -> (u32, [Prefix; MAX_SOURCES]) {
     let mut sources = [Prefix::default(); MAX_SOURCES];
-    if wanted.len() > MAX_SOURCES {
-        return (0, sources);
-    }
-    for (place, net) in sources.iter_mut().zip(wanted) {
+    let wanted = joined(wanted.iter().map(IpNet::trunc).collect());
+    for (place, net) in sources.iter_mut().zip(&wanted) {
         let mapped_bits = if net.addr().is_ipv4() { 96 } else { 0 };
         *place = Prefix::new(
             address(net.addr()),
@@ -305,6 +306,35 @@ fn checked_sources(wanted: &[IpNet]) -> (u32, [Prefix; MAX_SOURCES]) {
         );
     }
     (wanted.len() as u32, sources)
+}
+
+/// At most [`MAX_SOURCES`] prefixes that have all of these, as narrow as joining neighbours leaves them.
+fn joined(mut nets: Vec<IpNet>) -> Vec<IpNet> {
+    nets.sort();
+    nets.dedup();
+    while nets.len() > MAX_SOURCES {
+        let pairs = nets.windows(2).enumerate();
+        let joined = pairs.filter_map(|(at, pair)| Some((at, both(pair[0], pair[1])?)));
+        // Two of one family are neighbours: there are more than two.
+        let Some((at, net)) = joined.max_by_key(|(_, net)| net.prefix_len()) else {
+            break;
+        };
+        nets[at] = net;
+        nets.remove(at + 1);
+    }
+    nets
+}
+
+/// The narrowest prefix that has both; none for those of two families.
+fn both(one: IpNet, other: IpNet) -> Option<IpNet> {
+    if one.addr().is_ipv4() != other.addr().is_ipv4() {
+        return None;
+    }
+    let mut net = one;
+    while !net.contains(&other) {
+        net = net.supernet()?;
+    }
+    Some(net)
 }
 
 #[cfg(test)]
@@ -322,7 +352,32 @@ mod tests {
         assert!(!sources[0].contains(&address("172.16.1.3".parse().unwrap())));
         assert!(sources[1].contains(&address("fd00::7".parse().unwrap())));
         assert!(!sources[1].contains(&address("172.16.1.2".parse().unwrap())));
-        let many = nets(&["10.0.0.0/8"; MAX_SOURCES + 1]);
-        assert_eq!(checked_sources(&many).0, 0);
+        // More than there is room for: none is refused that is allowed, and strangers are.
+        let many = nets(&[
+            "10.1.0.0/24",
+            "172.16.1.2/32",
+            "10.1.1.0/24",
+            "192.168.0.0/16",
+            "fd00::/64",
+            "10.1.2.0/24",
+        ]);
+        let (checked, sources) = checked_sources(&many);
+        assert_eq!(checked as usize, MAX_SOURCES);
+        let is_allowed = |text: &str| {
+            let address = address(text.parse().unwrap());
+            sources.iter().any(|prefix| prefix.contains(&address))
+        };
+        for net in &many {
+            assert!(is_allowed(&net.addr().to_string()), "{net}");
+        }
+        for stranger in [
+            "10.2.0.1",
+            "172.16.1.3",
+            "192.169.0.1",
+            "fd01::1",
+            "8.8.8.8",
+        ] {
+            assert!(!is_allowed(stranger), "{stranger}");
+        }
     }
 }

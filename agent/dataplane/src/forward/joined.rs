@@ -3,17 +3,20 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
 };
 
+use ipnet::IpNet;
 use nsm_core::{
-    link::{LinkAlias, NodeLink},
+    link::{LinkAlias, NodeLink, VxlanSpec},
     net::Vni,
 };
 
-use crate::bpf::Slot;
+use super::ForwardError;
+use crate::bpf::{PodEnds, Slot};
 
 /// What a tunnel is found by.
-type Tunnel = (Vni, IpAddr);
+pub(super) type Tunnel = (Vni, IpAddr);
 
 /// The connections of a node, for each question that is asked.
 #[derive(Default)]
@@ -21,22 +24,79 @@ pub(super) struct Joined {
     by_alias: HashMap<LinkAlias, Connection>,
     /// Also tunnels that are taken for a connection that is being made.
     by_tunnel: HashMap<Tunnel, LinkAlias>,
-    /// The nodes' ends of their links as they were made, by index.
-    nodes: HashMap<u32, NodeLink>,
+    /// The nodes' ends of their links as they were made, by index. Who looks at them has a copy, which costs nothing while none changes.
+    nodes: Arc<HashMap<u32, NodeLink>>,
 }
 
 /// A connection as it was joined last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Connection {
     pub(super) vni: Vni,
     pub(super) peer: IpAddr,
     pub(super) slot: Slot,
     /// The index of the node's end of its link.
     pub(super) node: u32,
+    /// What the maps were written from; none where an earlier agent wrote them.
+    pub(super) written: Option<Written>,
+}
+
+/// What the maps of a connection are written from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Written {
+    ends: PodEnds,
+    tunnel: Tunnel,
+    local: IpAddr,
+    port: u16,
+    sources: Vec<IpNet>,
+}
+
+impl Written {
+    pub(super) fn of(ends: &PodEnds, spec: &VxlanSpec) -> Self {
+        Self {
+            ends: *ends,
+            tunnel: (spec.vni, spec.remote.to_canonical()),
+            local: spec.local,
+            port: spec.port,
+            sources: spec.sources.clone(),
+        }
+    }
+}
+
+/// A tunnel that is taken for a connection until this is dropped, or for as long as the connection has it.
+pub(super) struct Reserved<'a> {
+    joined: &'a Mutex<Joined>,
+    tunnel: Tunnel,
+    alias: &'a LinkAlias,
+}
+
+impl<'a> Reserved<'a> {
+    pub(super) fn take(
+        joined: &'a Mutex<Joined>,
+        tunnel: Tunnel,
+        alias: &'a LinkAlias,
+    ) -> Result<Self, ForwardError> {
+        let mut state = joined.lock().unwrap_or_else(PoisonError::into_inner);
+        let (vni, peer) = tunnel;
+        if !state.reserve(tunnel, alias) {
+            return Err(ForwardError::Taken { vni, peer });
+        }
+        Ok(Self {
+            joined,
+            tunnel,
+            alias,
+        })
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        let mut state = self.joined.lock().unwrap_or_else(PoisonError::into_inner);
+        state.give_up(self.tunnel, self.alias);
+    }
 }
 
 impl Connection {
-    const fn tunnel(&self) -> Tunnel {
+    pub(super) const fn tunnel(&self) -> Tunnel {
         (self.vni, self.peer)
     }
 }
@@ -54,12 +114,12 @@ impl Joined {
     }
 
     /// Frees a tunnel that was taken for a connection that did not come to have it.
-    pub(super) fn give_up(&mut self, tunnel: Tunnel, alias: &LinkAlias) {
+    fn give_up(&mut self, tunnel: Tunnel, alias: &LinkAlias) {
         let has_it = self
             .by_alias
             .get(alias)
             .is_some_and(|it| it.tunnel() == tunnel);
-        if !has_it {
+        if !has_it && self.by_tunnel.get(&tunnel) == Some(alias) {
             self.by_tunnel.remove(&tunnel);
         }
     }
@@ -71,14 +131,16 @@ impl Joined {
         connection: Connection,
         node: NodeLink,
     ) -> Option<Connection> {
+        let nodes = Arc::make_mut(&mut self.nodes);
+        let (tunnel, index) = (connection.tunnel(), connection.node);
         let before = self.by_alias.insert(alias.clone(), connection);
-        if let Some(before) = before {
-            if before.tunnel() != connection.tunnel() {
+        if let Some(before) = &before {
+            if before.tunnel() != tunnel {
                 self.by_tunnel.remove(&before.tunnel());
             }
-            self.nodes.remove(&before.node);
+            nodes.remove(&before.node);
         }
-        self.nodes.insert(connection.node, node);
+        nodes.insert(index, node);
         before
     }
 
@@ -86,8 +148,16 @@ impl Joined {
     pub(super) fn leave(&mut self, alias: &LinkAlias) -> Option<Connection> {
         let connection = self.by_alias.remove(alias)?;
         self.by_tunnel.remove(&connection.tunnel());
-        self.nodes.remove(&connection.node);
+        Arc::make_mut(&mut self.nodes).remove(&connection.node);
         Some(connection)
+    }
+
+    /// Forgets the connection that has this link: which, and what it was.
+    pub(super) fn lose(&mut self, link: u32) -> Option<(LinkAlias, Connection)> {
+        let alias = self.nodes.get(&link)?.alias.clone()?;
+        let is_its = self.by_alias.get(&alias).is_some_and(|it| it.node == link);
+        let connection = is_its.then(|| self.leave(&alias))??;
+        Some((alias, connection))
     }
 
     pub(super) fn get(&self, alias: &LinkAlias) -> Option<&Connection> {
@@ -102,8 +172,8 @@ impl Joined {
         self.by_alias.keys()
     }
 
-    pub(super) const fn nodes(&self) -> &HashMap<u32, NodeLink> {
-        &self.nodes
+    pub(super) fn nodes(&self) -> Arc<HashMap<u32, NodeLink>> {
+        Arc::clone(&self.nodes)
     }
 }
 
@@ -127,6 +197,7 @@ mod tests {
             peer,
             slot: Slot::at(0),
             node,
+            written: None,
         }
     }
 
@@ -134,7 +205,7 @@ mod tests {
         NodeLink {
             index,
             name: "nsm0".to_owned(),
-            alias: None,
+            alias: Some(alias("one")),
             mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
             mtu: 1450,
             group: 0,
@@ -164,6 +235,43 @@ mod tests {
         assert_eq!(joined.leave(&two), Some(connection(tunnel(5), 3)));
         assert!(joined.reserve(tunnel(5), &one));
         assert!(joined.nodes().is_empty());
+    }
+
+    #[test]
+    fn a_tunnel_that_was_taken_for_nothing_is_free_again() {
+        let joined = Mutex::new(Joined::default());
+        let (one, two) = (alias("one"), alias("two"));
+        let taken = Reserved::take(&joined, tunnel(5), &one).unwrap();
+        assert!(matches!(
+            Reserved::take(&joined, tunnel(5), &two),
+            Err(ForwardError::Taken { .. })
+        ));
+        drop(taken);
+        drop(Reserved::take(&joined, tunnel(5), &two).unwrap());
+        // What a connection has come to have stays.
+        let taken = Reserved::take(&joined, tunnel(5), &one).unwrap();
+        joined
+            .lock()
+            .unwrap()
+            .join(&one, connection(tunnel(5), 3), link(3));
+        drop(taken);
+        assert!(Reserved::take(&joined, tunnel(5), &two).is_err());
+        assert!(joined.lock().unwrap().has_tunnel(tunnel(5)));
+    }
+
+    #[test]
+    fn a_link_that_is_gone_takes_its_connection_along() {
+        let mut joined = Joined::default();
+        let one = alias("one");
+        assert!(joined.reserve(tunnel(5), &one));
+        joined.join(&one, connection(tunnel(5), 3), link(3));
+        assert_eq!(joined.lose(4), None);
+        assert_eq!(
+            joined.lose(3),
+            Some((one.clone(), connection(tunnel(5), 3)))
+        );
+        assert!(!joined.has_tunnel(tunnel(5)));
+        assert_eq!(joined.lose(3), None);
     }
 
     #[test]

@@ -17,8 +17,8 @@
 //! It fails closed. A frame without an entry is dropped and counted by a program; where a program is missing, a table of nftables drops
 //! what comes in by our links.
 //!
-//! Cancellation: a dropped future leaves what its call has reached; the next call for the connection goes on from there, and
-//! [`Forwarding::down`] removes it.
+//! Cancellation: a dropped future leaves what its call has reached, but no tunnel that is taken for nothing; the next call for the connection
+//! goes on from there, and [`Forwarding::down`] removes it.
 
 mod devices;
 mod error;
@@ -37,7 +37,7 @@ use nsm_core::{
 
 pub use self::{devices::TunnelDevices, error::ForwardError};
 use self::{
-    joined::{Connection, Joined},
+    joined::{Connection, Joined, Reserved, Written},
     watch::Watch,
 };
 use crate::{
@@ -121,6 +121,7 @@ impl Forwarding {
                         peer: known.remote,
                         slot: known.slot,
                         node: node.index,
+                        written: None,
                     };
                     joined.join(&alias, connection, node);
                 }
@@ -147,65 +148,41 @@ impl Forwarding {
     ///
     /// # Errors
     ///
-    /// See [`ForwardError`]; [`ForwardError::Taken`] asks for another VNI. A link that this call made is removed.
+    /// See [`ForwardError`]; [`ForwardError::Taken`] asks for another VNI. A connection that this call made is removed, and one that was
+    /// there before keeps its tunnel.
     pub async fn up(&self, pod: &Netns, spec: &VxlanSpec) -> Result<PodLink, ForwardError> {
         let alias = &spec.link.alias;
-        let peer = spec.remote.to_canonical();
-        if !self.joined().reserve((spec.vni, peer), alias) {
-            return Err(ForwardError::Taken {
-                vni: spec.vni,
-                peer,
-            });
-        }
-        let made = self.make(pod, spec).await;
-        if made.is_err() {
-            self.joined().give_up((spec.vni, peer), alias);
-        }
-        made
-    }
-
-    async fn make(&self, pod: &Netns, spec: &VxlanSpec) -> Result<PodLink, ForwardError> {
+        let tunnel = (spec.vni, spec.remote.to_canonical());
+        let _reserved = Reserved::take(&self.joined, tunnel, alias)?;
         let (devices, port) = (Arc::clone(&self.devices), spec.port);
         self.links
             .on_node_of(move |netlink| devices.ensure(netlink, port))
             .await?;
         let link = self.links.up_pod_link(pod, &spec.link).await?;
-        let joined = self.join(&link, spec).await;
-        if let Err(error) = joined {
+        if let Err(error) = self.join(&link, spec).await {
             if link.pod.created {
-                self.links
-                    .down_pod_links(std::slice::from_ref(&spec.link.alias))
-                    .await?;
+                self.disconnect(alias)?;
+                let links = std::slice::from_ref(alias);
+                self.links.down_pod_links(links).await?;
             }
             return Err(error);
         }
         Ok(link)
     }
 
-    /// Joins a link and its tunnel in the maps, then puts the program on the link.
+    /// Puts the program on a link, then joins the link and its tunnel in the maps. After an error the maps are as before. Nothing is done
+    /// where nothing has changed.
     async fn join(&self, link: &PodLink, spec: &VxlanSpec) -> Result<(), ForwardError> {
+        let alias = &spec.link.alias;
         let ends = PodEnds {
             node: link.node.index,
             mac: link.pod.mac,
             same_namespace: link.node.peer.is_none_or(|peer| peer.netns.is_none()),
         };
-        let slot = self.bpf().connect(&ends, spec)?;
-        let connection = Connection {
-            vni: spec.vni,
-            peer: spec.remote.to_canonical(),
-            slot,
-            node: link.node.index,
-        };
-        let before = self
-            .joined()
-            .join(&spec.link.alias, connection, link.node.clone());
-        if let Some(before) = before {
-            if before.node != link.node.index {
-                self.bpf().disconnect_link(before.node)?;
-            }
-            if (before.vni, before.peer) != (spec.vni, spec.remote.to_canonical()) {
-                self.bpf().disconnect_tunnel(before.vni, before.peer)?;
-            }
+        let written = Written::of(&ends, spec);
+        let is_same = |known: &Connection| known.written.as_ref() == Some(&written);
+        if self.joined().get(alias).is_some_and(is_same) {
+            return Ok(());
         }
         let (devices, node) = (Arc::clone(&self.devices), link.node.index);
         self.links
@@ -213,7 +190,24 @@ impl Forwarding {
                 let hooked = devices.bpf().hook_pod_link(netlink, node);
                 hooked.map_err(ForwardError::from)
             })
-            .await
+            .await?;
+        let connection = Connection {
+            vni: spec.vni,
+            peer: spec.remote.to_canonical(),
+            slot: self.bpf().connect(&ends, spec)?,
+            node: link.node.index,
+            written: Some(written),
+        };
+        let now = connection.tunnel();
+        let before = self.joined().join(alias, connection, link.node.clone());
+        let Some(before) = before else { return Ok(()) };
+        if before.node != link.node.index {
+            self.bpf().disconnect_link(before.node)?;
+        }
+        if before.tunnel() != now {
+            self.bpf().disconnect_tunnel(before.vni, before.peer)?;
+        }
+        Ok(())
     }
 
     /// Removes a connection; a success when there is none. The maps are empty of it then: what the pod sends is dropped. The link itself goes
@@ -229,13 +223,10 @@ impl Forwarding {
 
     fn disconnect(&self, alias: &LinkAlias) -> Result<(), ForwardError> {
         let connection = self.joined().leave(alias);
-        let Some(connection) = connection else {
-            return Ok(());
-        };
-        self.bpf().disconnect_link(connection.node)?;
-        self.bpf()
-            .disconnect_tunnel(connection.vni, connection.peer)?;
-        Ok(())
+        match connection {
+            Some(connection) => empty_maps(self.bpf(), &connection),
+            None => Ok(()),
+        }
     }
 
     /// What a connection has passed; None: it is not joined.
@@ -267,9 +258,19 @@ impl Forwarding {
                     .iter()
                     .map(ToString::to_string)
                     .collect();
-                let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
-                let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
-                faults.extend(watch.look(netlink, devices.bpf(), joined.nodes())?);
+                let mut watch = lock(&watch);
+                // Connections come and go while the kernel is asked.
+                let made = lock(&joined).nodes();
+                let looked = watch.look(netlink, devices.bpf(), &made);
+                match looked {
+                    Ok(looked) => {
+                        faults.extend(looked.faults);
+                        for link in looked.gone {
+                            faults.extend(forget(&joined, devices.bpf(), link).err());
+                        }
+                    }
+                    Err(error) => faults.push(format!("the links of connections: {error}")),
+                }
                 Ok(faults)
             })
             .await
@@ -300,6 +301,27 @@ impl Forwarding {
     }
 
     fn joined(&self) -> MutexGuard<'_, Joined> {
-        self.joined.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.joined)
     }
+}
+
+fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes what the maps have of a connection: the pod's side first, so that nothing is sent whose answer would be dropped.
+fn empty_maps(bpf: &Bpf, connection: &Connection) -> Result<(), ForwardError> {
+    let unlinked = bpf.disconnect_link(connection.node);
+    let freed = bpf.disconnect_tunnel(connection.vni, connection.peer);
+    unlinked.and(freed.map(drop)).map_err(ForwardError::from)
+}
+
+/// Empties the maps of a connection whose link is gone, with its pod or by the pod's own doing. The next Request for the connection makes
+/// both anew.
+fn forget(joined: &Mutex<Joined>, bpf: &Bpf, link: u32) -> Result<(), String> {
+    let Some((alias, connection)) = lock(joined).lose(link) else {
+        return Ok(());
+    };
+    tracing::warn!(%alias, "a pod link is gone: its tunnel leads nowhere until the client asks again");
+    empty_maps(bpf, &connection).map_err(|error| format!("the tunnel of {alias}: {error}"))
 }

@@ -22,14 +22,22 @@ pub(super) struct Watch {
     faults: BTreeMap<u32, String>,
 }
 
+/// What a look found.
+pub(super) struct Found {
+    /// What is amiss, a sentence each.
+    pub(super) faults: Vec<String>,
+    /// Links that are gone, by index.
+    pub(super) gone: Vec<u32>,
+}
+
 impl Watch {
-    /// Repairs links that others have changed; what is amiss, a sentence each.
+    /// Repairs links that others have changed.
     pub(super) fn look(
         &mut self,
         netlink: &mut Netlink,
         bpf: &Bpf,
         made: &HashMap<u32, NodeLink>,
-    ) -> Result<Vec<String>, ForwardError> {
+    ) -> Result<Found, ForwardError> {
         let links = match &mut self.links {
             Some(links) => links,
             none => none.insert(NodeWatch::open()?),
@@ -39,7 +47,11 @@ impl Watch {
         let was_amiss = !self.faults.is_empty();
         self.faults
             .retain(|link, _| made.contains_key(link) && !looked.changed.includes(*link));
+        let mut gone = Vec::new();
         for (link, mended) in looked.mended {
+            if matches!(mended, Mended::Gone) {
+                gone.push(link);
+            }
             self.note(link, &made[&link].name, mended);
         }
         let filters_changed = match &looked.changed {
@@ -49,9 +61,11 @@ impl Watch {
                 .any(|link| *link == SHARED_BLOCK || made.contains_key(link)),
         };
         if !made.is_empty() && (filters_changed || was_amiss) {
-            self.mend_programs(netlink, bpf, made)?;
+            let there = made.keys().copied().filter(|link| !gone.contains(link));
+            self.mend_programs(netlink, bpf, made, there.collect())?;
         }
-        Ok(self.faults.values().cloned().collect())
+        let faults = self.faults.values().cloned().collect();
+        Ok(Found { faults, gone })
     }
 
     fn note(&mut self, link: u32, interface: &str, mended: Mended) {
@@ -63,8 +77,7 @@ impl Watch {
                     "the node's end of a pod link was changed, and is right again"
                 );
             }
-            // It went with its pod; the connection is closed when that is noticed.
-            Mended::Gone => tracing::debug!(interface, "a pod link is gone"),
+            Mended::Gone => {}
             Mended::Refused(error) => {
                 self.faults
                     .insert(link, format!("pod link `{interface}`: {error}"));
@@ -78,8 +91,9 @@ impl Watch {
         netlink: &mut Netlink,
         bpf: &Bpf,
         made: &HashMap<u32, NodeLink>,
+        there: Vec<u32>,
     ) -> Result<(), ForwardError> {
-        for link in bpf.bare_pod_links(netlink, made.keys().copied())? {
+        for link in bpf.bare_pod_links(netlink, there)? {
             let interface = &made[&link].name;
             match bpf.hook_pod_link(netlink, link) {
                 Ok(()) => {

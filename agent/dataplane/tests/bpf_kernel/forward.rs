@@ -28,6 +28,7 @@ fn load(link: u32, remote: [u8; 16], device: Device) -> (Bpf, Programs) {
     let mut sources = [Prefix::default(); MAX_SOURCES];
     sources[0] = Prefix::new(mapped(OWN), 128);
     let entry = Forward {
+        link,
         device: 3,
         vni: 42,
         slot: 7,

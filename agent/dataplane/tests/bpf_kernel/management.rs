@@ -6,7 +6,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use nsm_dataplane::bpf::{Bpf, Direction};
 use nsm_ebpf_common::{
     Address, UNSPECIFIED,
-    forward::{Device, ProbePath},
+    forward::{Device, ProbePath, key_halves},
     management::{PROBES_AT_ONCE, REQUIRED_MIN_RX_US, Session, words},
     mapped,
     sbfd::{
@@ -71,6 +71,7 @@ fn load(address: Address) -> (Bpf, Programs) {
     devices.set(0, device, 0).expect("set");
     let mut paths: HashMap<_, u64, ProbePath> = open("PROBE_PATHS").try_into().expect("a hash");
     let path = ProbePath {
+        key: key_halves(key),
         device: 0,
         vni: 1,
         port: 4789,

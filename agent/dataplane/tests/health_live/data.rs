@@ -379,6 +379,34 @@ fn the_next_agent_takes_connections_over_without_a_lost_packet() {
     });
 }
 
+#[test]
+#[ignore = "needs root: BPF, namespaces, links"]
+fn a_link_that_its_pod_deletes_frees_its_tunnel_and_is_made_anew() {
+    sandbox(|| async {
+        let world = World::new();
+        let nodes = two_nodes(&world, TCX).await;
+        let connected = connect(&nodes, "one", 77, 4).await;
+        let node = &nodes[0];
+        assert_eq!(node.forwarding.look_after().await.expect("looked"), [""; 0]);
+        within(&connected.pods[0], || ip("link del nsm-1"));
+        eventually("the loss to be noticed", async || {
+            node.forwarding.look_after().await.expect("looked");
+            match node.forwarding.connections().as_slice() {
+                [] => Ok(()),
+                left => Err(format!("{left:?}")),
+            }
+        })
+        .await;
+        assert_eq!(node.bpf.tunnels(), []);
+        let again = spec(node, "one", 77, 4);
+        let made = node.forwarding.up(&connected.pods[0], &again).await;
+        assert!(made.expect("up").pod.created);
+        let socket = towards(&connected.pods[0], "172.16.1.2");
+        assert!(comes_back(&socket, &[&connected.echo], 64));
+        end(nodes).await;
+    });
+}
+
 /// What somebody does to node 1, and that it is found and undone while packets flow or soon after.
 async fn is_mended(harm: impl Fn(&Netns)) {
     let world = World::new();

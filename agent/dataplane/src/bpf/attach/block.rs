@@ -65,7 +65,7 @@ impl Block {
         let requests = vec![self.qdisc(link), filter.clone()];
         let mut answers = transact(netlink, requests).map_err(failed)?.into_iter();
         match answers.next() {
-            Some(Err(Errno::EEXIST)) if !self.look(netlink, 0)?.links.contains(&link) => {
+            Some(Err(Errno::EEXIST)) if !is_on(netlink, program, link).map_err(failed)? => {
                 // Somebody gave our link a qdisc of another kind or without the block.
                 let again = vec![remove_qdisc(link), self.qdisc(link), filter];
                 let answers = transact(netlink, again).map_err(failed)?;
@@ -131,13 +131,7 @@ impl Block {
 
     fn has(self, netlink: &mut Netlink, program: u32) -> Result<bool, NetlinkError> {
         let request = RouteNetlinkMessage::GetTrafficFilter(self.message());
-        let ours = TcFilterBpfOption::ProgId(program);
-        Ok(netlink.dump(&request)?.iter().any(|found| match found {
-            RouteNetlinkMessage::NewTrafficFilter(filter) => {
-                options(filter).any(|option| matches!(option, TcOption::Bpf(it) if *it == ours))
-            }
-            _ => false,
-        }))
+        has_program(netlink, &request, program)
     }
 
     /// A message about the block itself.
@@ -176,6 +170,32 @@ impl Block {
         let request = RouteNetlinkMessage::NewQueueDiscipline(message);
         (request, NLM_F_CREATE | NLM_F_EXCL)
     }
+}
+
+/// Whether a program is asked for what comes in by a link.
+fn is_on(netlink: &mut Netlink, program: &SchedClassifier, link: u32) -> io::Result<bool> {
+    let id = program.info().map_err(io::Error::other)?.id();
+    let mut message = TcMessage::with_index(link.cast_signed());
+    message.header.parent = TcHandle {
+        major: TcHandle::CLSACT.major,
+        minor: TcHandle::MIN_INGRESS,
+    };
+    let request = RouteNetlinkMessage::GetTrafficFilter(message);
+    has_program(netlink, &request, id).map_err(io::Error::other)
+}
+
+fn has_program(
+    netlink: &mut Netlink,
+    request: &RouteNetlinkMessage,
+    program: u32,
+) -> Result<bool, NetlinkError> {
+    let ours = TcFilterBpfOption::ProgId(program);
+    Ok(netlink.dump(request)?.iter().any(|found| match found {
+        RouteNetlinkMessage::NewTrafficFilter(filter) => {
+            options(filter).any(|option| matches!(option, TcOption::Bpf(it) if *it == ours))
+        }
+        _ => false,
+    }))
 }
 
 fn qdisc_of(link: u32) -> TcMessage {
