@@ -376,10 +376,10 @@ fn of_link(link: u32) -> String {
     }
 }
 
-/// What follows once our priority is free. An agent that found it taken on ingress at its start runs without BPF.
+/// What follows once our priority is free. An agent that found it taken on ingress at its start has no dataplane.
 const fn once_free(direction: Direction) -> &'static str {
     match direction {
-        Direction::In => "; if the agent runs without BPF, then start the agent again",
+        Direction::In => "; if the agent has no dataplane, then start the agent again",
         Direction::Out => "; until then, what leaves is not counted",
     }
 }

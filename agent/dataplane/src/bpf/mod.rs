@@ -1,4 +1,4 @@
-//! The BPF programs on the underlay: loaded, attached, and their maps as plain values.
+//! The BPF programs: loaded, attached, and their maps as plain values.
 //!
 //! [`Bpf::load`] takes the object that is compiled into this crate, hooks its two programs to the underlay interfaces of the
 //! calling thread's network namespace, and pins maps and links below [`BpfConfig::pin_dir`]. From then on
@@ -13,8 +13,8 @@
 //! - A slot is in use by one tunnel at most. It is zeroed before its tunnel can be seen by the programs, and the slot that was
 //!   freed longest ago is used first, so that a late packet of the old tunnel does not count to the new one.
 //!
-//! How it fails: without rights or kernel support every call returns a [`BpfError`] that says what is missing; the agent then
-//! runs without. The programs themselves fail open, but for wrong sources.
+//! How it fails: without rights or kernel support every call returns a [`BpfError`] that says what is missing; the agent then has no
+//! dataplane. The programs of the underlay fail open, but for wrong sources; those of forwarding fail closed.
 
 mod attach;
 mod error;
