@@ -227,15 +227,17 @@ mod tests {
         assert_eq!(
             names,
             [
-                "management_egress",
-                "management_ingress",
+                "external_ingress",
+                "pod_ingress",
+                "probe_egress",
+                "probe_ingress",
                 "underlay_egress",
                 "underlay_ingress"
             ]
         );
-        assert!(contents.maps.len() >= 12);
+        assert!(contents.maps.len() >= 16);
         // With the two that it calls and `memset` behind it.
-        let egress = &contents.programs[2];
+        let egress = &contents.programs[4];
         assert_eq!(egress.functions().len(), 4, "{egress:?}");
         assert!(check(b"no object").is_err());
     }
