@@ -10,7 +10,7 @@
 //! interface that leads to its source: a pod cannot send with a peer's address. A port is guarded only while an external device of ours
 //! has it: another program that has it is not disturbed.
 //!
-//! The table is one of an agent: its name has the port, by which agents that share a namespace differ. It is made, changed and replaced
+//! The table is one of an agent: its name follows from the agent's pin directory, as agents may share a namespace. It is made, changed and replaced
 //! in one transaction, so no packet meets half of it. It outlives the agent, as the links do.
 
 mod rules;
@@ -18,6 +18,7 @@ mod rules;
 use std::{
     collections::BTreeSet,
     io,
+    path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -31,8 +32,13 @@ use netlink_packet_netfilter::{
 };
 use nix::errno::Errno;
 
+use sha2::{Digest as _, Sha256};
+
 use self::rules::{Chain, Rule};
-use crate::netlink::{Netlink, NetlinkError, Refusal, Request};
+use crate::{
+    bpf::DEFAULT_PIN_DIR,
+    netlink::{Netlink, NetlinkError, Refusal, Request},
+};
 
 /// What a look at the fence found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,14 +129,14 @@ struct State {
 
 impl Fence {
     /// Makes the table in the namespace of the calling thread, without guarding a port; or takes over that of an earlier agent, with the
-    /// ports that it guards. `port`: that of the agent's tunnels, which is in the name of the table.
+    /// ports that it guards. `pin_dir` is the agent's: there is one for each agent of a machine.
     ///
     /// # Errors
     ///
     /// The kernel has no nftables, or refuses.
-    pub fn raise(port: u16) -> Result<Self, FenceError> {
+    pub fn raise(pin_dir: &Path) -> Result<Self, FenceError> {
         let fence = Self {
-            table: format!("proxy-nsmgr-{port}"),
+            table: table_of(pin_dir),
             state: Mutex::new(State {
                 netlink: Netlink::open()?,
                 ports: BTreeSet::new(),
@@ -170,6 +176,21 @@ impl Fence {
     pub fn release(&self, port: u16) -> Result<(), FenceError> {
         let mut state = self.state();
         if state.ports.remove(&port) {
+            state.seen = None;
+        }
+        self.look_with(&mut state).map(drop)
+    }
+
+    /// Guards these ports from now on, and no others.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses. The next look tries again.
+    pub fn guard_only(&self, ports: impl IntoIterator<Item = u16>) -> Result<(), FenceError> {
+        let mut state = self.state();
+        let ports = ports.into_iter().collect();
+        if state.ports != ports {
+            state.ports = ports;
             state.seen = None;
         }
         self.look_with(&mut state).map(drop)
@@ -408,6 +429,16 @@ impl Fence {
             },
         }
     }
+}
+
+/// The name of an agent's table: plain for the usual pin directory, with a hash of it for another one.
+fn table_of(pin_dir: &Path) -> String {
+    const NAME: &str = "proxy-nsmgr";
+    if pin_dir == Path::new(DEFAULT_PIN_DIR) {
+        return NAME.to_owned();
+    }
+    let [a, b, c, d, ..]: [u8; 32] = Sha256::digest(pin_dir.as_os_str().as_encoded_bytes()).into();
+    format!("{NAME}-{a:02x}{b:02x}{c:02x}{d:02x}")
 }
 
 /// A table that somebody has put to sleep drops nothing.

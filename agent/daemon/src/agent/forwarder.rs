@@ -90,7 +90,7 @@ impl NodeForwarder {
         };
         let domain = config.domain.to_string();
         let bpf = Arc::clone(programs.bpf());
-        let devices = Arc::new(TunnelDevices::new(bpf, domain.as_str(), config.tunnel.port));
+        let devices = Arc::new(TunnelDevices::new(bpf, domain.as_str()));
         let forwarding = Forwarding::start(links.clone(), Arc::clone(&devices), &domain).await?;
         let probing = Arc::new(Probing::start(config, devices).await);
         let faults = programs.hook_faults().iter().cloned();

@@ -82,7 +82,7 @@ pub(crate) fn start(
         ..BpfConfig::default()
     };
     let bpf = Arc::new(within(netns, || Ok(Bpf::load(&config)?))?);
-    let devices = Arc::new(TunnelDevices::new(bpf, "cost.example", 4789));
+    let devices = Arc::new(TunnelDevices::new(bpf, "cost.example"));
     let config = HealthConfig {
         domain: "cost.example".to_owned(),
         vni: Vni::MANAGEMENT,

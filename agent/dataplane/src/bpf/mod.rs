@@ -322,6 +322,11 @@ impl Bpf {
             .detach(&state.pins, Role::Underlay, interface)
     }
 
+    /// Where maps and links are pinned: there is one such directory for each agent of a machine.
+    pub(crate) fn pin_dir(&self) -> PathBuf {
+        self.state().pins.path().to_owned()
+    }
+
     /// The interfaces that the programs are attached to.
     #[must_use]
     pub fn interfaces(&self) -> Vec<String> {

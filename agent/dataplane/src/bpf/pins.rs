@@ -88,6 +88,11 @@ impl PinDir {
         })
     }
 
+    /// The directory.
+    pub(super) fn path(&self) -> &Path {
+        &self.dir
+    }
+
     /// Holds the pinned maps open, so that [`Self::mend`] can pin them again.
     pub(super) fn hold_maps(&mut self) -> Result<(), BpfError> {
         let opened = MAPS.iter().map(|name| {

@@ -261,7 +261,8 @@ fn expressions_of(rule: &RuleMessage) -> impl Iterator<Item = &Expressions> {
     })
 }
 
-/// UDP to this port. Fragments are no matter: what the node sends is not fragmented yet, and what is for it is reassembled.
+/// UDP to this port. Fragments get by no rule: what the node sends is not fragmented yet, and IPv4 for the node is reassembled before. Of
+/// IPv6 the first fragment is judged, without which nothing is reassembled; the kernel drops one that does not reach to the port.
 fn to_port(port: u16) -> Vec<Expressions> {
     let (offset, length) = DESTINATION_PORT;
     vec![

@@ -15,6 +15,7 @@ use crate::{
     links::{
         LinkError,
         external::{self, External, ExternalSpec, Look},
+        pod_link,
     },
     netlink::{Netlink, NetlinkError},
     netns::Netns,
@@ -24,8 +25,6 @@ use crate::{
 pub struct TunnelDevices {
     bpf: Arc<Bpf>,
     domain: String,
-    /// The UDP port of this node's tunnels.
-    port: u16,
     state: Mutex<State>,
 }
 
@@ -37,13 +36,12 @@ struct State {
 }
 
 impl TunnelDevices {
-    /// No devices yet: each is made when it is needed first. `port` is that of this node's tunnels.
+    /// No devices yet: each is made when it is needed first.
     #[must_use]
-    pub fn new(bpf: Arc<Bpf>, domain: impl Into<String>, port: u16) -> Self {
+    pub fn new(bpf: Arc<Bpf>, domain: impl Into<String>) -> Self {
         Self {
             bpf,
             domain: domain.into(),
-            port,
             state: Mutex::default(),
         }
     }
@@ -63,12 +61,22 @@ impl TunnelDevices {
         }
         let fence = match &mut state.fence {
             Some(fence) => fence,
-            none => none.insert(Fence::raise(self.port)?),
+            none => none.insert(Fence::raise(&self.bpf.pin_dir())?),
         };
         let made = self.make(netlink, port);
         guard(fence, port, &made)?;
         state.devices.insert(port, made?);
         Ok(())
+    }
+
+    /// Has the fence, which may be an earlier agent's, guard the ports of the present devices and no others.
+    pub(crate) fn guard_present(&self) -> Result<(), ForwardError> {
+        let State { fence, devices } = &mut *self.state();
+        let fence = match fence {
+            Some(fence) => fence,
+            none => none.insert(Fence::raise(&self.bpf.pin_dir())?),
+        };
+        Ok(fence.guard_only(devices.keys().copied())?)
     }
 
     /// Packets that the fence has dropped.
@@ -167,21 +175,26 @@ impl TunnelDevices {
         })
     }
 
-    /// Removes all devices and the fence, in the namespace of `netlink`. After an error the rest is removed all the same.
+    /// Removes all devices, in the namespace of `netlink`, and the fence where nothing is left that needs it. After an error the rest is
+    /// removed all the same.
     pub(crate) fn remove(&self, netlink: &mut Netlink) -> Result<(), ForwardError> {
         let State { fence, devices } = std::mem::take(&mut *self.state());
         let removed = devices.into_iter().map(|(port, device)| {
-            let forgotten = self.bpf.forget_device(port);
-            let unhooked = self.bpf.unhook_own(Own::External, &device.link.name);
-            let removed = external::remove(netlink, &self.spec(port));
-            removed
-                .map_err(ForwardError::from)
-                .and(forgotten.and(unhooked).map_err(ForwardError::from))
+            // The device first: without its program it would hand frames to the node.
+            external::remove(netlink, &self.spec(port))?;
+            self.bpf.forget_device(port)?;
+            self.bpf.unhook_own(Own::External, &device.link.name)?;
+            Ok(())
         });
-        let removed = removed.fold(Ok(()), Result::and);
-        // Last: until then nothing that a device hands out enters the node.
-        let fence = fence.map_or(Ok(()), |fence| fence.remove());
-        removed.and(fence.map_err(ForwardError::from))
+        // Each is tried.
+        let removed: Vec<Result<(), ForwardError>> = removed.collect();
+        removed.into_iter().collect::<Result<(), _>>()?;
+        if let Some(fence) = fence
+            && pod_link::list(netlink, &self.domain)?.is_empty()
+        {
+            fence.remove()?;
+        }
+        Ok(())
     }
 
     fn spec(&self, port: u16) -> ExternalSpec {

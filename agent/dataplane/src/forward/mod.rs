@@ -99,6 +99,10 @@ impl Forwarding {
                         tracing::warn!(%error, port, "an external device of an earlier agent is not taken over");
                     }
                 }
+                // A kernel without nftables is reported when a connection needs it.
+                if let Err(error) = adopted.guard_present() {
+                    tracing::warn!(%error, "there is no fence around the links of connections");
+                }
                 Ok::<_, ForwardError>(())
             })
             .await?;

@@ -32,7 +32,7 @@ pub enum LinkError {
         /// What has it.
         holder: LinkHolder,
     },
-    /// The tunnels' UDP port is held by a socket that is no VXLAN link of our kind.
+    /// The tunnels' UDP port is somebody else's.
     #[error("UDP port {port} cannot be opened for VXLAN on this node [{kernel}]: {holder}")]
     PortTaken {
         /// The port that was wanted.
@@ -258,6 +258,11 @@ pub enum PortHolder {
         /// Its name.
         name: String,
     },
+    /// A VXLAN device of the node, of another program.
+    Vxlan {
+        /// Its name.
+        name: String,
+    },
     /// A socket whose process is not to be seen from here, or has none because the kernel opened it.
     Socket {
         /// The socket's inode, 0 for the kernel's own.
@@ -273,16 +278,20 @@ impl fmt::Display for PortHolder {
             Self::Process { pid, name } => {
                 write!(f, "process {pid} (`{name}`) holds it; stop it, or agree on another port with the peer")
             }
+            Self::Vxlan { name } => write!(
+                f,
+                "the VXLAN device `{name}` of another program holds it, such as that of a network plugin; set `tunnel.port` to another port on \
+                 this node"
+            ),
             Self::Socket { inode: 0 } => f.write_str(
-                "the kernel holds it, for a VXLAN link with other properties such as `external`; agree on another port with the peer",
+                "the kernel holds it, for a VXLAN device that a pod has made or that is going; set `tunnel.port` to another port on this node",
             ),
             Self::Socket { inode } => write!(
                 f,
                 "a process that cannot be seen from here holds it (socket {inode}, see `ss -ulpe`); stop it, or agree on another port"
             ),
             Self::Unknown => f.write_str(
-                "who holds it is not to be seen, perhaps a VXLAN link with other properties such as `external`; see `ss -ulpen`, \
-                 `ip -d link show type vxlan`",
+                "who holds it is not to be seen; see `ss -ulpen`, `ip -d link show type vxlan`",
             ),
         }
     }

@@ -11,16 +11,17 @@ use netlink_packet_route::{
 };
 use nix::errno::Errno;
 use nsm_core::{
-    link::{LinkAlias, NODE_GROUP, NodeLink, NodeLinkStep, repair_node_link},
+    link::{Link, LinkAlias, NODE_GROUP, NodeLink, NodeLinkStep, repair_node_link},
     net::IfName,
 };
 use rtnetlink::{LinkMessageBuilder, LinkVxlan};
 
 use super::{
-    LinkError,
+    LinkError, PortHolder,
     basics::{delete, take_steps},
     creation::{self, Refused, not_shown},
     message, observe, port,
+    probe_link::is_probe_link,
 };
 use crate::{
     netlink::{Netlink, NetlinkError, Refusal, Request},
@@ -112,6 +113,7 @@ pub(crate) fn ensure(netlink: &mut Netlink, spec: &ExternalSpec) -> Result<Exter
         }
         delete(netlink, message::delete_link(link.index), name.as_str())?;
     }
+    remove_earlier(netlink, spec, &name)?;
     let link = create(netlink, spec, &alias, &name)?;
     Ok(External {
         link,
@@ -152,15 +154,7 @@ pub(crate) fn remove(netlink: &mut Netlink, spec: &ExternalSpec) -> Result<(), L
 
 /// Whether what is fixed for the life of the device is as wanted.
 fn fits(message: &LinkMessage, port: u16) -> bool {
-    let infos = message.attributes.iter().find_map(|it| match it {
-        LinkAttribute::LinkInfo(infos) => Some(infos.as_slice()),
-        _ => None,
-    });
-    let data = infos.unwrap_or_default().iter().find_map(|it| match it {
-        LinkInfo::Data(InfoData::Vxlan(data)) => Some(data.as_slice()),
-        _ => None,
-    });
-    let data = data.unwrap_or_default();
+    let data = vxlan_data(message);
     [
         InfoVxlan::CollectMetadata(true),
         InfoVxlan::Port(port),
@@ -169,6 +163,19 @@ fn fits(message: &LinkMessage, port: u16) -> bool {
     ]
     .iter()
     .all(|wanted| data.contains(wanted))
+}
+
+/// What a VXLAN device has of its own; nothing of another link.
+fn vxlan_data(message: &LinkMessage) -> &[InfoVxlan] {
+    let infos = message.attributes.iter().find_map(|it| match it {
+        LinkAttribute::LinkInfo(infos) => Some(infos.as_slice()),
+        _ => None,
+    });
+    let data = infos.unwrap_or_default().iter().find_map(|it| match it {
+        LinkInfo::Data(InfoData::Vxlan(data)) => Some(data.as_slice()),
+        _ => None,
+    });
+    data.unwrap_or_default()
 }
 
 fn create(
@@ -181,14 +188,14 @@ fn create(
     outcome.map_err(|refused| match refused {
         Refused::Creation(kernel) => match kernel.errno {
             // Another device of the namespace has the port in this mode.
-            Errno::EEXIST => port_taken(spec.port, kernel),
+            Errno::EEXIST => port_taken(netlink, spec.port, kernel),
             Errno::EOPNOTSUPP => LinkError::Unsupported {
                 kind: "vxlan",
                 kernel,
             },
             _ => LinkError::refused(format!("make the external device `{name}`"), kernel),
         },
-        Refused::Up(kernel) => not_up(name, spec.port, kernel),
+        Refused::Up(kernel) => not_up(netlink, name, spec.port, kernel),
         Refused::Other(error) => error,
     })
 }
@@ -219,7 +226,7 @@ fn repair(
 ) -> Result<usize, LinkError> {
     let steps = repair_node_link(name, Some(MTU), link);
     take_steps(netlink, link.index, name, &steps)?.map_err(|(step, kernel)| match step {
-        NodeLinkStep::SetUp => not_up(name, port, kernel),
+        NodeLinkStep::SetUp => not_up(netlink, name, port, kernel),
         step => LinkError::refused(
             format!("repair ({step:?}) the external device `{name}`"),
             kernel,
@@ -228,19 +235,55 @@ fn repair(
     Ok(steps.len())
 }
 
-fn not_up(name: &IfName, port: u16, kernel: Refusal) -> LinkError {
+fn not_up(netlink: &mut Netlink, name: &IfName, port: u16, kernel: Refusal) -> LinkError {
     match kernel.errno {
-        Errno::EADDRINUSE => port_taken(port, kernel),
+        Errno::EADDRINUSE => port_taken(netlink, port, kernel),
         _ => LinkError::refused(format!("take the external device `{name}` up"), kernel),
     }
 }
 
-fn port_taken(port: u16, kernel: Refusal) -> LinkError {
+fn port_taken(netlink: &mut Netlink, port: u16, kernel: Refusal) -> LinkError {
+    let foreign = vxlan_devices(netlink, port).ok().and_then(|found| {
+        let other = found.into_iter().find(|link| link.alias.is_none());
+        other.map(|link| PortHolder::Vxlan { name: link.name })
+    });
     LinkError::PortTaken {
         port,
-        holder: port::holder(port),
+        holder: foreign.unwrap_or_else(|| port::holder(port)),
         kernel,
     }
+}
+
+/// The VXLAN devices of this port in the namespace, ours and others'.
+fn vxlan_devices(netlink: &mut Netlink, port: u16) -> Result<Vec<Link>, LinkError> {
+    let links = netlink.dump(&message::get_links(false))?;
+    let of_port = links.into_iter().filter(|message| match message {
+        RouteNetlinkMessage::NewLink(link) => vxlan_data(link).contains(&InfoVxlan::Port(port)),
+        _ => false,
+    });
+    Ok(of_port.filter_map(observe::link_of).collect())
+}
+
+/// Removes what an earlier version of the agent has on the port: it probed by VXLAN devices of this domain.
+fn remove_earlier(
+    netlink: &mut Netlink,
+    spec: &ExternalSpec,
+    name: &IfName,
+) -> Result<(), LinkError> {
+    for link in vxlan_devices(netlink, spec.port)? {
+        let is_ours = link
+            .alias
+            .as_ref()
+            .is_some_and(|alias| alias.domain() == spec.domain && is_probe_link(alias));
+        if is_ours && link.name != name.as_str() {
+            tracing::info!(
+                interface = link.name,
+                "removing the probe link of an earlier version"
+            );
+            delete(netlink, message::delete_link(link.index), &link.name)?;
+        }
+    }
+    Ok(())
 }
 
 fn get(

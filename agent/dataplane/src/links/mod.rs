@@ -21,7 +21,7 @@ mod message;
 mod node_watch;
 mod observe;
 mod place;
-mod pod_link;
+pub(crate) mod pod_link;
 mod pool;
 mod port;
 pub(crate) mod probe_link;
@@ -215,8 +215,9 @@ impl Links {
     ///
     /// The node's links cannot be read.
     pub async fn pod_links(&self, domain: &str) -> Result<Vec<NodeLink>, LinkError> {
-        let (node, domain) = (self.inner.node.clone(), domain.to_owned());
-        self.read(move || pod_link::list(&node, &domain)).await
+        let domain = domain.to_owned();
+        self.on_node(move |netlink| pod_link::list(netlink, &domain))
+            .await
     }
 
     /// Makes the node's external device, through which packets of tunnels go that BPF does not encapsulate or decapsulate by itself; or

@@ -227,11 +227,12 @@ fn found(
     Ok(found.map(|link| (link.index, link)).collect())
 }
 
-/// Makes a link what it was. How many steps that took.
+/// Makes a link what it was. How many steps that took. The MTU is left alone: the agent itself changes it in between, and the next refresh
+/// of the connection sets it.
 fn repair(netlink: &mut Netlink, made: &NodeLink, now: &NodeLink) -> Result<usize, LinkError> {
     let name = IfName::try_from(made.name.as_str())
         .map_err(|error| NetlinkError::Malformed(error.to_string()))?;
-    let steps = repair_node_link(&name, Some(made.mtu), now);
+    let steps = repair_node_link(&name, None, now);
     take_steps(netlink, now.index, &name, &steps)?
         .map_err(|refused| LinkError::refused(format!("repair link `{name}`"), refused.1))?;
     Ok(steps.len())

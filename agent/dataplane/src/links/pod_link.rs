@@ -97,8 +97,7 @@ pub(super) fn down(node: &Netns, aliases: &[LinkAlias]) -> Result<usize, LinkErr
 }
 
 /// The node's ends of all pod links of this domain.
-pub(super) fn list(node: &Netns, domain: &str) -> Result<Vec<NodeLink>, LinkError> {
-    let mut netlink = open_in(node)?;
+pub(crate) fn list(netlink: &mut Netlink, domain: &str) -> Result<Vec<NodeLink>, LinkError> {
     let links = netlink.dump(&message::get_links(false))?;
     let ends = links.iter().filter_map(observe::node_link_of);
     Ok(ends.filter(|end| is_node_end(end, domain)).collect())

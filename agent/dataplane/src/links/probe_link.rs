@@ -176,7 +176,7 @@ fn create(netlink: &mut Netlink, spec: &ProbeLinkSpec, name: &str) -> Result<u32
         .build();
     let link = LinkVeth::new(name, &far)
         .set_info_data(InfoData::Veth(InfoVeth::Peer(end)))
-        .link_group(message::LINK_GROUP)
+        .link_group(NODE_GROUP)
         .mtu(MTU)
         .arp(false);
     let request = RouteNetlinkMessage::NewLink(link.build());

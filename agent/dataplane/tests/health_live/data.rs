@@ -45,7 +45,7 @@ impl Dataplane {
             ..BpfConfig::default()
         };
         let bpf = Arc::new(within(&netns, || Bpf::load(&config)).expect("BPF"));
-        let devices = Arc::new(TunnelDevices::new(bpf.clone(), DOMAIN, 4789));
+        let devices = Arc::new(TunnelDevices::new(bpf.clone(), DOMAIN));
         let links = Links::in_namespace(netns.clone());
         let forwarding = Forwarding::start(links, devices, DOMAIN);
         Self {

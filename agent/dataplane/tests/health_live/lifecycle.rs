@@ -473,7 +473,7 @@ fn a_link_in_the_way_is_an_error_that_leaves_nothing() {
         };
         let bpf = Arc::new(within(netns, || Bpf::load(&config)).expect("BPF"));
         let config = || super::support::health_config(netns);
-        let devices = Arc::new(TunnelDevices::new(bpf.clone(), "test.example", 4789));
+        let devices = Arc::new(TunnelDevices::new(bpf.clone(), "test.example"));
         let error = Health::start(config(), devices.clone()).expect_err("taken");
         assert!(error.to_string().contains("4789"), "{error}");
         assert_eq!(link_names(netns), ["eth0", "other"]);
@@ -500,7 +500,7 @@ fn agents_of_one_domain_in_one_namespace_have_a_link_each() {
                 ..BpfConfig::default()
             };
             let bpf = Arc::new(within(netns, || Bpf::load(&config)).expect("BPF"));
-            let devices = Arc::new(TunnelDevices::new(bpf, "test.example", port));
+            let devices = Arc::new(TunnelDevices::new(bpf, "test.example"));
             let mut config = super::support::health_config(netns);
             config.port = port;
             let (health, _events) = Health::start(config, devices.clone()).expect("health");
@@ -541,7 +541,7 @@ fn an_agent_that_may_not_probe_leaves_the_reflector_of_an_earlier_one() {
         })
         .await;
         let config = super::support::health_config(&two.netns);
-        let devices = Arc::new(TunnelDevices::new(bpf.clone(), "test.example", 4789));
+        let devices = Arc::new(TunnelDevices::new(bpf.clone(), "test.example"));
         let refused = std::thread::scope(|scope| {
             let start = || {
                 without_packet_sockets();

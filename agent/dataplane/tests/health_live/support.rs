@@ -245,11 +245,7 @@ impl Node {
         let bpf = Arc::new(within(&netns, || Bpf::load(&config)).expect("BPF"));
         let mut config = health_config(&netns);
         change(&mut config);
-        let devices = Arc::new(TunnelDevices::new(
-            Arc::clone(&bpf),
-            &*config.domain,
-            config.port,
-        ));
+        let devices = Arc::new(TunnelDevices::new(Arc::clone(&bpf), &*config.domain));
         let (health, events) = Health::start(config, Arc::clone(&devices)).expect("health");
         Self {
             number,

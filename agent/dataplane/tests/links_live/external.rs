@@ -124,3 +124,25 @@ async fn a_port_that_is_taken_is_reported() {
     assert!(matches!(error, LinkError::PortTaken { .. }), "{error}");
     assert_eq!(link_names(&node), [""; 0]);
 }
+
+/// It probed by a VXLAN device on the same port.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn the_probe_link_of_an_earlier_version_goes() {
+    let (node, links) = node();
+    let words = [
+        "nsm-mgmt4-4789",
+        "type",
+        "vxlan",
+        "id",
+        "7",
+        "dstport",
+        "4789",
+    ];
+    ip_tool(&node, &[&["link", "add"], words.as_slice()].concat());
+    ip_tool(&node, &["link", "set", "nsm-mgmt4-4789", "up"]);
+    let alias = format!("proxy-nsmgr/{}/management-4789", domain());
+    ip_tool(&node, &["link", "set", "nsm-mgmt4-4789", "alias", &alias]);
+    let made = links.up_external(&spec()).await.unwrap();
+    assert_eq!(link_names(&node), [made.link.name]);
+}

@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -9,6 +10,7 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt};
 use nsm_core::link::LinkSpec;
 use nsm_dataplane::{
+    bpf::DEFAULT_PIN_DIR,
     fence::{Dropped, Fence, FenceError, Look},
     links::{Links, PodLink},
     netns::Netns,
@@ -23,7 +25,7 @@ use crate::support::{
 const PORT: u16 = 4789;
 
 fn raise(node: &Netns) -> Fence {
-    let fence = inside(node, || Fence::raise(PORT).unwrap());
+    let fence = inside(node, || Fence::raise(Path::new(DEFAULT_PIN_DIR)).unwrap());
     fence.guard(PORT).unwrap();
     fence
 }
@@ -36,7 +38,7 @@ fn nft(netns: &Netns, command: &str) -> String {
 }
 
 fn table(node: &Netns) -> String {
-    nft(node, "list table inet proxy-nsmgr-4789")
+    nft(node, "list table inet proxy-nsmgr")
 }
 
 #[test]
@@ -62,12 +64,12 @@ fn stands_until_it_is_removed() {
 
     // Another agent takes it over, and leaves it as it is.
     drop(fence);
-    let next = inside(&node, || Fence::raise(PORT).unwrap());
+    let next = inside(&node, || Fence::raise(Path::new(DEFAULT_PIN_DIR)).unwrap());
     assert_eq!(table(&node), shown);
     assert_eq!(next.look().unwrap(), Look::Stands);
     next.guard(4790).unwrap();
     assert!(table(&node).contains("udp dport 4790"), "{}", table(&node));
-    let both = inside(&node, || Fence::raise(PORT).unwrap());
+    let both = inside(&node, || Fence::raise(Path::new(DEFAULT_PIN_DIR)).unwrap());
     both.release(4790).unwrap();
     assert_eq!(table(&node), shown);
     both.release(PORT).unwrap();
@@ -78,6 +80,8 @@ fn stands_until_it_is_removed() {
     next.release(4790).unwrap();
     assert_eq!(table(&node), shown);
 
+    next.guard_only([4791]).unwrap();
+    assert!(!table(&node).contains("udp dport 4789"), "{}", table(&node));
     next.remove().unwrap();
     next.remove().unwrap();
     assert_eq!(nft(&node, "list tables"), "table inet other\n");
@@ -91,14 +95,14 @@ fn whatever_becomes_of_it_is_put_back() {
     let shown = table(&node);
     for change in [
         "flush ruleset",
-        "delete table inet proxy-nsmgr-4789",
-        "flush table inet proxy-nsmgr-4789",
-        "add table inet proxy-nsmgr-4789 { flags dormant; }",
-        "insert rule inet proxy-nsmgr-4789 incoming accept",
-        "add rule inet proxy-nsmgr-4789 outgoing accept",
-        "insert rule inet proxy-nsmgr-4789 sending udp dport 4789 accept",
-        "flush chain inet proxy-nsmgr-4789 incoming; delete chain inet proxy-nsmgr-4789 incoming; \
-         add chain inet proxy-nsmgr-4789 incoming { type filter hook prerouting priority 0; }",
+        "delete table inet proxy-nsmgr",
+        "flush table inet proxy-nsmgr",
+        "add table inet proxy-nsmgr { flags dormant; }",
+        "insert rule inet proxy-nsmgr incoming accept",
+        "add rule inet proxy-nsmgr outgoing accept",
+        "insert rule inet proxy-nsmgr sending udp dport 4789 accept",
+        "flush chain inet proxy-nsmgr incoming; delete chain inet proxy-nsmgr incoming; \
+         add chain inet proxy-nsmgr incoming { type filter hook prerouting priority 0; }",
     ] {
         nft(&node, change);
         assert_eq!(fence.look().unwrap(), Look::PutBack, "{change}");
@@ -118,7 +122,9 @@ fn without_rights_it_says_what_is_missing() {
     let error = inside(&node, || {
         in_thread(|| {
             drop_capabilities();
-            Fence::raise(PORT).map(drop).unwrap_err()
+            Fence::raise(Path::new(DEFAULT_PIN_DIR))
+                .map(drop)
+                .unwrap_err()
         })
     });
     assert!(matches!(error, FenceError::NotPermitted { .. }), "{error}");

@@ -26,8 +26,8 @@ use tokio::runtime::Runtime;
 
 use crate::{
     support::{
-        add_address, alias, domain, eventually, inside, ip, ip_tool, link, link_names, name, net,
-        netns, two_nodes,
+        add_address, add_foreign_vxlan, alias, domain, eventually, inside, ip, ip_tool, link,
+        link_names, name, net, netns, two_nodes,
     },
     traffic::echo,
 };
@@ -69,7 +69,7 @@ impl Node {
         };
         let bpf = Arc::new(inside(netns, || Bpf::load(&config).unwrap()));
         let links = Links::in_namespace(netns.clone());
-        let devices = TunnelDevices::new(Arc::clone(&bpf), domain(), PORT);
+        let devices = TunnelDevices::new(Arc::clone(&bpf), domain());
         let domain = domain();
         let started = Forwarding::start(links.clone(), Arc::new(devices), &domain);
         Self {
@@ -381,5 +381,43 @@ fn a_port_that_was_lost_comes_back() {
         echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
         one.close(runtime);
         two.close(runtime);
+    });
+}
+
+/// As beside a network plugin that has the port: its device was there first.
+#[test]
+#[ignore = "needs root: makes network namespaces, links and BPF programs"]
+fn a_foreign_device_on_the_port_is_named_and_works_on() {
+    sandbox(|runtime| {
+        let (one, two) = runtime.block_on(two_nodes());
+        add_foreign_vxlan(&one, &one, (PORT, PORT));
+        ip_tool(&one, &["address", "add", "172.17.0.1/24", "dev", "vxlan0"]);
+        let spec = VxlanSpec {
+            link: link(1, 2),
+            sources: vec![],
+            vni: 77.try_into().unwrap(),
+            local: ip("192.0.2.1"),
+            remote: ip("192.0.2.2"),
+            port: PORT,
+        };
+        let node = Node::start(runtime, &one, spec, netns());
+        let up = node.forwarding.up(&node.pod, &node.spec);
+        let error = runtime.block_on(up).unwrap_err().to_string();
+        assert!(
+            error.contains("`vxlan0` of another program") && error.contains("tunnel.port"),
+            "{error}"
+        );
+        assert_eq!(link_names(&node.pod), [""; 0]);
+
+        let peer = inside(&two, || UdpSocket::bind(("192.0.2.2", PORT)).unwrap());
+        peer.set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        inside(&one, || {
+            let socket = UdpSocket::bind("172.17.0.1:0").unwrap();
+            socket.set_broadcast(true).unwrap();
+            socket.send_to(b"x", "172.17.0.255:7").unwrap();
+        });
+        peer.recv(&mut [0; 128]).unwrap();
+        runtime.block_on(node.forwarding.close()).unwrap();
     });
 }
