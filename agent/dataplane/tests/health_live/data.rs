@@ -204,6 +204,12 @@ fn pods_talk_over_either_family_and_are_counted() {
             let connected = connect(&nodes, "one", 77, family).await;
             for (target, largest) in [("172.16.1.2", 1430 - 28), ("fd00:9::2", 1430 - 48)] {
                 let socket = towards(&connected.pods[0], target);
+                // The kernel may take a moment for a link that is new.
+                eventually("the first packet", async || {
+                    let came = comes_back(&socket, &[&connected.echo], 1);
+                    came.then_some(()).ok_or_else(|| "lost".to_owned())
+                })
+                .await;
                 for size in [1, 100, largest] {
                     let came = comes_back(&socket, &[&connected.echo], size);
                     assert!(came, "{size} bytes to {target} over {family}, {by}");
