@@ -167,7 +167,7 @@ settings! {
 Tunnel {
     /// The local address of tunnels; by default the source address of the default route
     ip: Option<IpAddr> = None => host_address().optional();
-    /// The UDP port of VXLAN
+    /// The UDP port of VXLAN, which no other VXLAN device of the node may have
     port: u16 = 4789 => port();
     /// UDP ports of VXLAN that other nodes may choose beside this node's: each is opened here when one does
     peer_ports: Vec<u16> = Vec::new() => port().list();
@@ -181,7 +181,7 @@ Tunnel {
 settings! {
 /// The BPF programs on the underlay.
 Bpf {
-    /// Whether BPF programs count and check tunnel packets
+    /// Whether this node makes links, which takes BPF; without, Requests are only passed on
     enabled: bool = true => boolean();
     /// Where BPF maps are pinned, below a bpf file system
     pin_dir: PathBuf = "/sys/fs/bpf/proxy-nsmgr".into() => directory();
