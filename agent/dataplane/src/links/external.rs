@@ -37,27 +37,27 @@ const MTU: u32 = 16_000;
 
 /// An external device as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExternalSpec {
+pub(crate) struct ExternalSpec {
     /// The agent's domain.
-    pub domain: String,
+    pub(crate) domain: String,
     /// The UDP port of this node's tunnels. It is part of alias and name: agents that share a namespace have different ports.
-    pub port: u16,
+    pub(crate) port: u16,
 }
 
 /// An external device that is up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct External {
+pub(crate) struct External {
     /// The device.
-    pub link: NodeLink,
+    pub(crate) link: NodeLink,
     /// The UDP port of this node's tunnels.
-    pub port: u16,
+    pub(crate) port: u16,
     /// Whether an earlier agent had made it, with programs that may still be attached.
-    pub adopted: bool,
+    pub(crate) adopted: bool,
 }
 
 /// What a look at an external device found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
+pub(crate) enum Look {
     /// It is as wanted.
     Right,
     /// It was not, and is again, after this many steps.
@@ -313,3 +313,6 @@ fn node_link(message: &LinkMessage, name: &IfName) -> Result<NodeLink, LinkError
     observe::node_link_of(&RouteNetlinkMessage::NewLink(message.clone()))
         .ok_or_else(|| not_shown(name))
 }
+
+#[cfg(test)]
+mod tests;

@@ -42,7 +42,6 @@ use self::turns::{Parcel, Turn, Turns, Undo};
 use self::{doomed::Doomed, pool::Pool};
 pub use self::{
     error::{LinkError, LinkHolder, PortHolder},
-    external::{External, ExternalSpec, Look},
     node_watch::{Changed, Looked, Mended, NodeWatch},
 };
 pub(crate) use self::{
@@ -217,40 +216,6 @@ impl Links {
     pub async fn pod_links(&self, domain: &str) -> Result<Vec<NodeLink>, LinkError> {
         let domain = domain.to_owned();
         self.on_node(move |netlink| pod_link::list(netlink, &domain))
-            .await
-    }
-
-    /// Makes the node's external device, through which packets of tunnels go that BPF does not encapsulate or decapsulate by itself; or
-    /// adopts that of an earlier agent. It is up then.
-    ///
-    /// # Errors
-    ///
-    /// See [`LinkError`]; [`LinkError::PortTaken`] where somebody else has the port.
-    pub async fn up_external(&self, spec: &ExternalSpec) -> Result<External, LinkError> {
-        let spec = spec.clone();
-        self.on_node(move |netlink| external::ensure(netlink, &spec))
-            .await
-    }
-
-    /// Looks whether the external device is as it was made, and repairs it where that is possible.
-    ///
-    /// # Errors
-    ///
-    /// The kernel refused.
-    pub async fn look_at_external(&self, external: &External) -> Result<Look, LinkError> {
-        let external = external.clone();
-        self.on_node(move |netlink| external::look(netlink, &external))
-            .await
-    }
-
-    /// Removes the external device; a success when there is none.
-    ///
-    /// # Errors
-    ///
-    /// The kernel refused.
-    pub async fn down_external(&self, spec: &ExternalSpec) -> Result<(), LinkError> {
-        let spec = spec.clone();
-        self.on_node(move |netlink| external::remove(netlink, &spec))
             .await
     }
 

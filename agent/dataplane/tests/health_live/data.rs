@@ -363,7 +363,7 @@ fn the_next_agent_takes_connections_over_without_a_lost_packet() {
             let one = Dataplane::start(&world, 1, by).await;
             flows("with the next one");
             let alias = LinkAlias::new(DOMAIN, "one").expect("an alias");
-            assert_eq!(one.forwarding.connections(), [alias.clone()]);
+            assert_eq!(one.forwarding.connections(), std::slice::from_ref(&alias));
             assert_eq!(
                 one.bpf.tunnels().len(),
                 1,

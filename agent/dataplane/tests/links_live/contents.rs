@@ -214,12 +214,14 @@ async fn many_are_made_at_once() {
             (pod, spec)
         });
     }
-    let mut aliases = vec![];
+    // A namespace goes with its last handle, and takes its link along.
+    let (mut aliases, mut pods) = (vec![], vec![]);
     while let Some(done) = making.join_next().await {
         let (pod, spec) = done.unwrap();
         let link = links.observe(&pod, &spec.alias).await.unwrap();
         assert_is(&link.unwrap(), &spec);
         aliases.push(spec.alias);
+        pods.push(pod);
     }
     assert_eq!(links.down_pod_links(&aliases).await.unwrap(), 24);
     assert_eq!((link_names(&shared).len(), link_names(&node).len()), (0, 0));

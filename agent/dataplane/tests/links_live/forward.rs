@@ -3,10 +3,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -18,7 +15,7 @@ use nix::{
 use nsm_core::link::{LinkSpec, VxlanSpec, vxlan_overhead};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
-    forward::{ForwardError, Forwarding, TunnelDevices},
+    forward::{Forwarding, TunnelDevices},
     links::Links,
     netns::Netns,
 };
@@ -26,8 +23,8 @@ use tokio::runtime::Runtime;
 
 use crate::{
     support::{
-        add_address, add_foreign_vxlan, alias, domain, eventually, inside, ip, ip_tool, link,
-        link_names, name, net, netns, two_nodes,
+        add_foreign_vxlan, domain, eventually, inside, ip, ip_tool, link, link_names, netns,
+        two_nodes,
     },
     traffic::echo,
 };
@@ -54,7 +51,6 @@ struct Node {
     netns: Netns,
     pod: Netns,
     spec: VxlanSpec,
-    links: Links,
     forwarding: Forwarding,
     bpf: Arc<Bpf>,
 }
@@ -71,12 +67,11 @@ impl Node {
         let links = Links::in_namespace(netns.clone());
         let devices = TunnelDevices::new(Arc::clone(&bpf), domain());
         let domain = domain();
-        let started = Forwarding::start(links.clone(), Arc::new(devices), &domain);
+        let started = Forwarding::start(links, Arc::new(devices), &domain);
         Self {
             netns: netns.clone(),
             pod,
             spec,
-            links,
             forwarding: runtime.block_on(started).unwrap(),
             bpf,
         }
@@ -85,20 +80,6 @@ impl Node {
     fn up(&self, runtime: &Runtime) -> nsm_dataplane::links::PodLink {
         let up = self.forwarding.up(&self.pod, &self.spec);
         runtime.block_on(up).unwrap()
-    }
-
-    /// The agent ends, without a word to the kernel; another one starts.
-    fn restart(self, runtime: &Runtime) -> Self {
-        let Self {
-            netns,
-            pod,
-            spec,
-            links,
-            forwarding,
-            bpf,
-        } = self;
-        drop((links, forwarding, bpf));
-        Self::start(runtime, &netns, spec, pod)
     }
 
     fn close(&self, runtime: &Runtime) {
@@ -160,7 +141,7 @@ fn stream(from: &Netns, to: &Netns, address: &str) {
 
 #[test]
 #[ignore = "needs root: makes network namespaces, links and BPF programs"]
-fn pods_talk_through_a_tunnel() {
+fn streams_and_full_packets_pass_a_tunnel() {
     sandbox(|runtime| {
         for local in [["192.0.2.1", "192.0.2.2"], ["2001:db8::1", "2001:db8::2"]] {
             let (one, two) = joined(runtime, local);
@@ -191,162 +172,6 @@ fn pods_talk_through_a_tunnel() {
             one.close(runtime);
             two.close(runtime);
         }
-    });
-}
-
-/// The peer's node comes back with another address: a write to the maps, and the pod's link stays.
-#[test]
-#[ignore = "needs root: makes network namespaces, links and BPF programs"]
-fn a_tunnel_follows_its_peer() {
-    sandbox(|runtime| {
-        let (mut one, mut two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
-        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-        let before = one.up(runtime);
-        let eth0 = inside(&two.netns, || {
-            nix::net::if_::if_nametoindex("eth0").unwrap()
-        });
-        add_address(&two.netns, eth0, net("192.0.2.22/24"));
-        one.spec.remote = ip("192.0.2.22");
-        two.spec.local = ip("192.0.2.22");
-        let after = one.up(runtime);
-        assert_eq!(
-            (after.pod.index, after.pod.operations, after.node),
-            (before.pod.index, 0, before.node)
-        );
-        two.up(runtime);
-        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-
-        // Another VNI.
-        (one.spec.vni, two.spec.vni) = (78.try_into().unwrap(), 78.try_into().unwrap());
-        one.up(runtime);
-        two.up(runtime);
-        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-        one.close(runtime);
-        two.close(runtime);
-    });
-}
-
-/// Links, maps and programs work on while no agent is there, and are the next one's.
-#[test]
-#[ignore = "needs root: makes network namespaces, links and BPF programs"]
-fn nothing_is_lost_while_the_agent_restarts() {
-    sandbox(|runtime| {
-        let (one, two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
-        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-        let server = inside(&two.pod, || UdpSocket::bind("172.16.1.2:7001").unwrap());
-        let client = inside(&one.pod, || UdpSocket::bind("172.16.1.1:0").unwrap());
-        server
-            .set_read_timeout(Some(Duration::from_millis(500)))
-            .unwrap();
-        let stop = AtomicBool::new(false);
-        let (sent, received, one) = thread::scope(|scope| {
-            let mut one = one;
-            let sender = scope.spawn(|| {
-                let mut sent = 0_u64;
-                while !stop.load(Ordering::Relaxed) {
-                    client.send_to(b"x", "172.16.1.2:7001").unwrap();
-                    sent += 1;
-                    // A pace, that no buffer overflows.
-                    thread::sleep(Duration::from_micros(200));
-                }
-                sent
-            });
-            let receiver = scope.spawn(|| {
-                let mut received = 0_u64;
-                while server.recv(&mut [0; 8]).is_ok() {
-                    received += 1;
-                }
-                received
-            });
-            for _ in 0..3 {
-                one = one.restart(runtime);
-                assert_eq!(one.forwarding.connections(), [one.spec.link.alias.clone()]);
-                assert_eq!(one.up(runtime).pod.operations, 0);
-            }
-            stop.store(true, Ordering::Relaxed);
-            (sender.join().unwrap(), receiver.join().unwrap(), one)
-        });
-        assert!(sent > 100, "{sent}");
-        assert_eq!(sent, received);
-        one.close(runtime);
-        two.close(runtime);
-    });
-}
-
-/// What the agent keeps is repaired whatever somebody does to it, and nothing enters the node meanwhile.
-#[test]
-#[ignore = "needs root: makes network namespaces, links and BPF programs"]
-fn whatever_is_taken_away_is_put_back() {
-    sandbox(|runtime| {
-        let (one, two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
-        let link = one.up(runtime).node.name;
-        let look = || runtime.block_on(one.forwarding.look_after()).unwrap();
-        assert_eq!(look(), [""; 0]);
-        let tool = |program: &str, words: &str| {
-            let output = inside(&one.netns, || {
-                let command = &mut std::process::Command::new(program);
-                command.args(words.split(' ')).output().unwrap()
-            });
-            assert!(output.status.success(), "{program} {words}: {output:?}");
-        };
-        for (program, words) in [
-            ("tc", format!("qdisc delete dev {link} clsact")),
-            ("ip", format!("link set {link} down")),
-            ("ip", "link set nsm-ext-4789 down".to_owned()),
-            ("ip", "link delete nsm-ext-4789".to_owned()),
-            ("nft", "flush ruleset".to_owned()),
-        ] {
-            echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-            tool(program, &words);
-            assert_eq!(look(), [""; 0], "{program} {words}");
-            echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-        }
-
-        // Without its program the link is a dead end: the node has the address that the pod sends to.
-        ip_tool(
-            &one.netns,
-            &["address", "add", "172.16.1.2/32", "dev", "lo"],
-        );
-        let node = inside(&one.netns, || UdpSocket::bind("172.16.1.2:7001").unwrap());
-        node.set_nonblocking(true).unwrap();
-        tool("tc", &format!("qdisc delete dev {link} clsact"));
-        inside(&one.pod, || {
-            let socket = UdpSocket::bind("172.16.1.1:0").unwrap();
-            socket.send_to(b"x", "172.16.1.2:7001").unwrap();
-        });
-        thread::sleep(Duration::from_millis(50));
-        assert!(node.recv(&mut [0; 8]).is_err());
-        look();
-        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-        one.close(runtime);
-        two.close(runtime);
-    });
-}
-
-#[test]
-#[ignore = "needs root: makes network namespaces, links and BPF programs"]
-fn a_tunnel_is_of_one_connection() {
-    sandbox(|runtime| {
-        let (one, two) = joined(runtime, ["192.0.2.1", "192.0.2.2"]);
-        let mut other = one.spec.clone();
-        other.link.alias = alias();
-        other.link.name = name("nsm-2");
-        (other.link.routes, other.link.neighbours) = (vec![], vec![]);
-        let up = |spec: &VxlanSpec| runtime.block_on(one.forwarding.up(&one.pod, spec));
-        let error = up(&other).unwrap_err();
-        assert!(matches!(error, ForwardError::Taken { .. }), "{error}");
-        assert_eq!(link_names(&one.pod), ["nsm-1"]);
-        // The same VNI towards another peer is another tunnel.
-        other.remote = ip("192.0.2.3");
-        up(&other).unwrap();
-        runtime
-            .block_on(one.forwarding.down(&other.link.alias))
-            .unwrap();
-        runtime.block_on(one.links.settled());
-        assert_eq!(link_names(&one.pod), ["nsm-1"]);
-        echo(&one.pod, &two.pod, "172.16.1.2:7000", 100);
-        one.close(runtime);
-        two.close(runtime);
     });
 }
 

@@ -6,7 +6,6 @@
 mod addresses;
 mod contents;
 mod converge;
-mod external;
 mod failure;
 mod fence;
 mod forward;
