@@ -33,7 +33,7 @@ const ReadyDeadline = 30 * time.Second
 var everywhere = []string{"0.0.0.0/0", "::/0"}
 
 // AgentConfig is what a test tells an agent. The rest is set so that the agent touches nothing but
-// loopback and its own directory: no BPF programs and no links unless Extra switches them on.
+// loopback and its own directory: no BPF programs and no links unless Extra makes it a forwarder.
 type AgentConfig struct {
 	// Name is the name of the agent's path segments; unique by default.
 	Name string
@@ -157,8 +157,9 @@ func (a *Agent) configuration(config AgentConfig) map[string]any {
 			"admin":    a.adminURL(),
 			"metrics":  "off",
 		},
-		"forwarder":   false,
-		"bpf":         map[string]any{"enabled": false},
+		"forwarder": false,
+		// Pods are connected by BPF programs; an agent without pods loads none.
+		"bpf":         map[string]any{"pin_dir": filepath.Join("/sys/fs/bpf/proxy-nsmgr", filepath.Base(a.Dir))},
 		"resolver":    resolver,
 		"tunnel":      map[string]any{"ip": a.IP},
 		"map_ip_file": a.MapIPFile(),
