@@ -15,7 +15,19 @@ pub(crate) async fn collect(
     grace: Duration,
 ) {
     let (links, forwarding) = (forwarder.links(), forwarder.forwarding());
-    let adopted: HashSet<LinkAlias> = forwarding.connections().into_iter().collect();
+    // Those without an entry in the maps are of another version of the programs, or were being deleted.
+    let on_node = match links.pod_links(domain.as_str()).await {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!(%error, "cannot look for links of an earlier agent on the node");
+            Vec::new()
+        }
+    };
+    let adopted: HashSet<LinkAlias> = on_node
+        .into_iter()
+        .filter_map(|link| link.alias)
+        .chain(forwarding.connections())
+        .collect();
     let mut found = match links.find_ours(domain.as_str()).await {
         Ok(found) => found,
         Err(error) => {
