@@ -1,6 +1,9 @@
 //! The two namespaces of a call that makes a link: the node's, where it is created, and the pod's, where it will be.
 
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use nix::errno::Errno;
 use nsm_core::link::{Link, LinkKind, LinkSpec, Operation, diff};
@@ -273,8 +276,28 @@ impl<'a> Place<'a> {
             .filter(|operation| **operation != Operation::Create)
             .cloned()
             .collect();
+        self.refuse_advertisements()?;
         self.apply(link.index, &rest)?;
         Ok(plan.len())
+    }
+
+    /// Has the pod take no address, route or DNS server from what the other end sends by itself, IPv6 router advertisements and redirects
+    /// (RFC 4861): what a connection gives a pod has been admitted, and by these a peer would give it more. The link is not up yet. The
+    /// calling thread stays in the pod's namespace.
+    fn refuse_advertisements(&self) -> Result<(), LinkError> {
+        self.netns.enter()?;
+        for key in ["accept_ra", "accept_redirects"] {
+            let path = format!("/proc/sys/net/ipv6/conf/{}/{key}", self.spec.name);
+            match std::fs::write(&path, "0") {
+                // A kernel or a pod without IPv6.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    tracing::warn!(%error, path, "a pod takes what its peer advertises by IPv6");
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Changes a link in place until it is as wanted.

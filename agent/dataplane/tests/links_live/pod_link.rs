@@ -94,6 +94,11 @@ async fn is_made_as_wanted_and_found_again() {
     assert_eq!(connection.node_end().await.as_ref(), Some(&made.node));
     connection.assert_is_wanted().await;
     assert_eq!(link_names(&connection.node), [made.node.name.as_str()]);
+    for key in ["accept_ra", "accept_redirects"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{}/{key}", connection.spec.name);
+        let value = inside(&connection.pod, || std::fs::read_to_string(&path)).unwrap();
+        assert_eq!(value, "0\n", "{key}");
+    }
 
     let again = connection.up().await.unwrap();
     assert_eq!((again.pod.operations, again.pod.created), (0, false));
