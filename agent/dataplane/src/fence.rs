@@ -7,7 +7,8 @@
 //! The same table guards the UDP ports of tunnels. What leaves the node for such a port was sent by the external device, on behalf of a
 //! program that has marked it ([`nsm_ebpf_common::TUNNEL_MARK`]), or is dropped. A pod with CAP_NET_ADMIN can bind a VXLAN device of its
 //! own to the node's namespace; the mark of its packets does not cross into the node's. And what arrives at the port came in by an
-//! interface that leads to its source: a pod cannot send with a peer's address. A port is guarded only while an external device of ours
+//! interface that leads to its source: a pod cannot send with a peer's address. Nor does the node pass on, for a pod, what goes to such a
+//! port or comes from one: with the node's address on it, it would be the node's. A port is guarded only while an external device of ours
 //! has it: another program that has it is not disturbed.
 //!
 //! The table is one of an agent: its name follows from the agent's pin directory, as agents may share a namespace. It is made, changed and replaced
@@ -60,6 +61,8 @@ pub struct Dropped {
     pub foreign: u64,
     /// Arrived at a guarded port by an interface that does not lead to their source.
     pub astray: u64,
+    /// To or from a guarded port, on their way through the node.
+    pub forwarded: u64,
 }
 
 /// Why there is no fence, or why it is not known to stand. Without it no link may be made.
@@ -213,17 +216,18 @@ impl Fence {
     /// It cannot be read.
     pub fn dropped(&self) -> Result<Dropped, FenceError> {
         let state = &mut *self.state();
-        let mut counts = [0; 4];
+        let mut counts = [0; 5];
         for (count, chain) in counts.iter_mut().zip(rules::chains(&state.ports)) {
             let found = self.rules_of(state, &chain)?;
             *count = found.iter().map(rules::counted).sum();
         }
-        let [incoming, outgoing, foreign, astray] = counts;
+        let [incoming, outgoing, foreign, astray, forwarded] = counts;
         Ok(Dropped {
             incoming,
             outgoing,
             foreign,
             astray,
+            forwarded,
         })
     }
 

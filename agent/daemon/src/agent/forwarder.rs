@@ -151,6 +151,7 @@ impl NodeForwarder {
             drops.insert("fence_out", fenced.outgoing);
             drops.insert("fence_foreign_sender", fenced.foreign);
             drops.insert("fence_astray", fenced.astray);
+            drops.insert("fence_forwarded", fenced.forwarded);
         }
         drops
     }

@@ -33,8 +33,14 @@ const COUNTER_PACKETS: u16 = 2;
 /// NFT_PAYLOAD_TRANSPORT_HEADER.
 const TRANSPORT_HEADER: u32 = 2;
 
-/// Where a UDP header has the destination port, and the port's length, bytes.
-const DESTINATION_PORT: (u32, u32) = (2, 2);
+/// Where a UDP header has the source port, bytes.
+const SOURCE_PORT: u32 = 0;
+
+/// Where it has the destination port, bytes.
+const DESTINATION_PORT: u32 = 2;
+
+/// The length of a port, bytes.
+const PORT_LENGTH: u32 = 2;
 
 /// A chain of the table.
 pub(super) struct Chain {
@@ -47,7 +53,7 @@ pub(super) struct Chain {
 pub(super) struct Rule(Vec<Expressions>);
 
 /// The chains of the table, in the order of the fields of [`Dropped`](super::Dropped).
-pub(super) fn chains(ports: &BTreeSet<u16>) -> [Chain; 4] {
+pub(super) fn chains(ports: &BTreeSet<u16>) -> [Chain; 5] {
     [
         Chain {
             name: "incoming",
@@ -71,6 +77,15 @@ pub(super) fn chains(ports: &BTreeSet<u16>) -> [Chain; 4] {
             name: "arriving",
             hook: InetHookNumber::LocalIn,
             rules: ports.iter().map(|port| Rule::drop_astray(*port)).collect(),
+        },
+        Chain {
+            name: "forwarding",
+            hook: InetHookNumber::Forward,
+            rules: ports
+                .iter()
+                .flat_map(|port| [DESTINATION_PORT, SOURCE_PORT].map(|side| (*port, side)))
+                .map(|(port, side)| Rule::drop_forwarded(port, side))
+                .collect(),
         },
     ]
 }
@@ -204,6 +219,15 @@ impl Rule {
         Self(expressions)
     }
 
+    /// Drops UDP to the tunnels' port, or from it, that the node would pass on for a pod. Where the node gives such packets its own address
+    /// (masquerade), as most networks of clusters do, those to the port would be the node's to its peers, and those from it would have the
+    /// peers' answers, which are the packets of tunnels, led to the pod.
+    fn drop_forwarded(port: u16, side: u32) -> Self {
+        let mut expressions = with_port(port, side);
+        expressions.extend([counter(), verdict(DROP)]);
+        Self(expressions)
+    }
+
     pub(super) fn expressions(&self) -> Vec<ListAttribute<ExpressionAttribute>> {
         self.0.iter().cloned().map(ListAttribute::from).collect()
     }
@@ -264,7 +288,11 @@ fn expressions_of(rule: &RuleMessage) -> impl Iterator<Item = &Expressions> {
 /// UDP to this port. Fragments get by no rule: what the node sends is not fragmented yet, and IPv4 for the node is reassembled before. Of
 /// IPv6 the first fragment is judged, without which nothing is reassembled; the kernel drops one that does not reach to the port.
 fn to_port(port: u16) -> Vec<Expressions> {
-    let (offset, length) = DESTINATION_PORT;
+    with_port(port, DESTINATION_PORT)
+}
+
+/// UDP with this port at a place of the header.
+fn with_port(port: u16, offset: u32) -> Vec<Expressions> {
     vec![
         load(MetaKey::L4Proto),
         compare(Operator::Equal, &[UDP]),
@@ -272,7 +300,7 @@ fn to_port(port: u16) -> Vec<Expressions> {
             Payload::DestinationRegister(Register::Reg1),
             Payload::Base(TRANSPORT_HEADER),
             Payload::Offset(offset),
-            Payload::Len(length),
+            Payload::Len(PORT_LENGTH),
         ]),
         compare(Operator::Equal, &port.to_be_bytes()),
     ]

@@ -53,6 +53,9 @@ fn stands_until_it_is_removed() {
         "hook postrouting priority -450",
         "hook output priority -450",
         "hook input priority -450",
+        "hook forward priority -450",
+        "udp dport 4789 counter packets 0 bytes 0 drop",
+        "udp sport 4789 counter packets 0 bytes 0 drop",
         "udp dport 4789 meta iiftype != loopback meta mark & 0x00003057 != 0x00003057 fib saddr . iif oif missing counter packets 0 bytes 0 drop",
         "udp dport 4789 meta mark != 0x00003057 counter packets 0 bytes 0 drop",
         "meta mark set 0x00000000",
@@ -325,6 +328,65 @@ async fn nobody_else_sends_to_the_tunnels_port() {
     fence.release(PORT).unwrap();
     send(0).unwrap();
     assert!(received(&peer));
+}
+
+/// A pod's packets leave with the node's address, as on most networks of clusters.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_pod_is_not_forwarded_as_the_node() {
+    let (one, two) = two_nodes().await;
+    let fence = raise(&one);
+    let pod = netns();
+    let end = |mac_end: u8, own: &str, other: &str| LinkSpec {
+        name: name("cni0"),
+        addresses: vec![net(own)],
+        routes: vec![route(other, None)],
+        neighbours: vec![],
+        ..link(mac_end, 0)
+    };
+    let node_end = end(21, "10.1.0.1/32", "10.1.0.2/32");
+    let pod_end = end(22, "10.1.0.2/32", "192.0.2.2/32");
+    let pair = ((&one, &node_end), (&pod, &pod_end));
+    let links = Links::in_namespace(one.clone());
+    links.up_veth(pair.0, pair.1).await.unwrap();
+    let gateway = ["192.0.2.2", "lladdr", "02:00:00:00:00:15", "dev", "cni0"];
+    ip_tool(
+        &pod,
+        &[&["neighbour", "replace"], gateway.as_slice()].concat(),
+    );
+    inside(&one, || {
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+    })
+    .unwrap();
+    nft(
+        &one,
+        "add table ip cni; add chain ip cni post { type nat hook postrouting priority 100; }; \
+         add rule ip cni post ip saddr 10.1.0.2 masquerade",
+    );
+
+    let other = listen(&two, (ip("192.0.2.2"), 7000).into());
+    let tunnels = listen(&two, (ip("192.0.2.2"), PORT).into());
+    let send = |own: u16, port: u16| {
+        inside(&pod, || {
+            let socket = UdpSocket::bind((ip("10.1.0.2"), own)).unwrap();
+            socket.send_to(b"x", (ip("192.0.2.2"), port)).unwrap();
+        });
+    };
+    // To the peer as the node, and as who would get the peer's answers.
+    send(0, PORT);
+    send(PORT, 7000);
+    eventually("the fence counts", || match fence.dropped().unwrap() {
+        Dropped { forwarded: 2, .. } => Ok(()),
+        dropped => Err(format!("{dropped:?}")),
+    });
+    // All else passes, and nothing was before it.
+    send(7001, 7000);
+    let (_, source) = other.recv_from(&mut [0; 8]).unwrap();
+    assert_eq!(source, (ip("192.0.2.1"), 7001).into());
+
+    fence.release(PORT).unwrap();
+    send(0, PORT);
+    assert!(received(&tunnels));
 }
 
 /// A pod of the node, on a link of its network, sends with the address of a peer.
