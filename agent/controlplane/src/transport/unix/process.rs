@@ -109,6 +109,12 @@ pub(crate) fn node() -> &'static Node {
     static NODE: OnceLock<Node> = OnceLock::new();
     NODE.get_or_init(|| {
         let known = ["/proc/self", "/proc/1"].map(facts);
+        if known[1].is_none() {
+            tracing::warn!(
+                "/proc/1/ns cannot be read, so that the network namespace of process 1 is not known as the node's own: a process in it \
+                 gets links there like a pod; run the agent as root, or with CAP_SYS_PTRACE"
+            );
+        }
         let known = || known.iter().flatten();
         Node {
             own_user: fs::metadata("/proc/self").ok().map(|process| process.uid()),
