@@ -63,6 +63,17 @@ impl Doomed {
         queue.waiting.contains_key(alias) || queue.going.contains(alias)
     }
 
+    /// Waits until those that are to go now are gone; not for what is added meanwhile.
+    pub(super) async fn those_are_gone(&self) {
+        let mut left = self.left.subscribe();
+        let those: Vec<LinkAlias> = {
+            let queue = self.queue();
+            queue.waiting.keys().chain(&queue.going).cloned().collect()
+        };
+        // The sender lives as long as this.
+        while those.iter().any(|alias| self.has(alias)) && left.changed().await.is_ok() {}
+    }
+
     /// Waits until there is none left.
     pub(super) async fn none_left(&self) {
         // The sender lives as long as this.

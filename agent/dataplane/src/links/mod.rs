@@ -283,6 +283,8 @@ impl Links {
         alias: &LinkAlias,
     ) -> Result<Vec<Holding>, LinkError> {
         let (pod, alias) = (pod.clone(), alias.clone());
+        // What a closed connection had is free again.
+        self.inner.doomed.those_are_gone().await;
         self.read(move || holdings::of_pod(&pod, &alias)).await
     }
 
