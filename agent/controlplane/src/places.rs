@@ -338,7 +338,7 @@ impl Budget {
         }
     }
 
-    /// Places for transport connections that count apart from the others: nobody else takes them.
+    /// Places for transport connections that are counted apart from all others.
     #[must_use]
     pub fn clients_apart(&self, most: usize) -> Places {
         let limit = Limit {

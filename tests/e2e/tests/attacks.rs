@@ -75,27 +75,21 @@ fn v4(text: &str) -> Result<Ipv4Addr> {
 
 /// The Ethernet address of a link, as text.
 fn mac(pod: &Pod, interface: &str) -> Result<String> {
-    let shown = pod
-        .command("ip")?
-        .args(["-json", "link", "show", "dev", interface])
-        .output()?;
-    let links: Value = serde_json::from_slice(&shown.stdout)?;
-    let mac = links[0]["address"].as_str();
-    Ok(mac
-        .with_context(|| format!("no link {interface}"))?
-        .to_owned())
+    shown(pod, &["link", "show", "dev", interface], "address")
 }
 
 /// The Ethernet address that a pod has for a neighbour.
 fn neighbour(pod: &Pod, address: &str) -> Result<String> {
-    let shown = pod
-        .command("ip")?
-        .args(["-json", "neigh", "show", "to", address])
-        .output()?;
+    shown(pod, &["neigh", "show", "to", address], "lladdr")
+}
+
+/// A field of the first entry that `ip` shows.
+fn shown(pod: &Pod, words: &[&str], field: &str) -> Result<String> {
+    let shown = pod.command("ip")?.arg("-json").args(words).output()?;
     let entries: Value = serde_json::from_slice(&shown.stdout)?;
-    let mac = entries[0]["lladdr"].as_str();
-    Ok(mac
-        .with_context(|| format!("no neighbour {address}"))?
+    let text = entries[0][field].as_str();
+    Ok(text
+        .with_context(|| format!("ip {words:?} shows no {field}"))?
         .to_owned())
 }
 

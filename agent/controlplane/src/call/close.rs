@@ -60,11 +60,11 @@ impl Calls {
         .unwrap_or(Err(RequestError::Internal))
     }
 
-    /// Closes what nobody refreshes, for the life of the agent.
+    /// Closes what is not refreshed, for the life of the agent.
     pub(crate) async fn close_expired(self: Arc<Self>) {
         loop {
             let id = self.held.expiries.next().await;
-            tracing::info!(connection.id = %id, "nobody refreshes the connection and the previous hop's token expires: closing");
+            tracing::info!(connection.id = %id, "the connection is not refreshed and the previous hop's token expires: closing");
             let calls = Arc::clone(&self);
             tokio::spawn(async move {
                 let deadline = Instant::now() + calls.config.request_timeout;

@@ -194,7 +194,7 @@ impl Registrar {
             return Ok((place, found.until(self.drained())));
         }
         let found = entries.find(wanted, deadline).await?;
-        // Whoever does not read them keeps them from being freed.
+        // A caller that does not read the entries holds their memory, which is charged to its source.
         let bytes: usize = found.here().iter().map(|entry| entry.encoded_len()).sum();
         let bytes = self.budget.bytes.take(holder, bytes + STREAM)?;
         Ok((place, found.holding([stream, bytes])))

@@ -1,4 +1,4 @@
-//! The agent connects to endpoints as root: nobody reaches a socket through it that the kernel keeps from him.
+//! The agent connects to endpoints as root. A caller must not reach through it a socket that the kernel refuses to the caller.
 //!
 //! The attacker is this program again, run as another user by util-linux's `setpriv`.
 

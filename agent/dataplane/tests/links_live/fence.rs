@@ -330,30 +330,36 @@ async fn nobody_else_sends_to_the_tunnels_port() {
     assert!(received(&peer));
 }
 
+/// A pod of the node with these addresses, on a link as a CNI makes it, that leads to one other address.
+async fn cni_pod(node: &Netns, addresses: &[&str], reaches: &str) -> Netns {
+    let pod = netns();
+    let end = |mac_end: u8, own: &[&str], other: &str| LinkSpec {
+        name: name("cni0"),
+        addresses: own.iter().map(|own| net(own)).collect(),
+        routes: vec![route(&format!("{other}/32"), None)],
+        neighbours: vec![],
+        ..link(mac_end, 0)
+    };
+    let node_end = end(21, &["10.1.0.1/32"], "10.1.0.2");
+    let pod_end = end(22, addresses, reaches);
+    let links = Links::in_namespace(node.clone());
+    let made = links.up_veth((node, &node_end), (&pod, &pod_end)).await;
+    made.unwrap();
+    let gateway = [reaches, "lladdr", "02:00:00:00:00:15", "dev", "cni0"];
+    ip_tool(
+        &pod,
+        &[&["neighbour", "replace"], gateway.as_slice()].concat(),
+    );
+    pod
+}
+
 /// A pod's packets leave with the node's address, as on most networks of clusters.
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn a_pod_is_not_forwarded_as_the_node() {
     let (one, two) = two_nodes().await;
     let fence = raise(&one);
-    let pod = netns();
-    let end = |mac_end: u8, own: &str, other: &str| LinkSpec {
-        name: name("cni0"),
-        addresses: vec![net(own)],
-        routes: vec![route(other, None)],
-        neighbours: vec![],
-        ..link(mac_end, 0)
-    };
-    let node_end = end(21, "10.1.0.1/32", "10.1.0.2/32");
-    let pod_end = end(22, "10.1.0.2/32", "192.0.2.2/32");
-    let pair = ((&one, &node_end), (&pod, &pod_end));
-    let links = Links::in_namespace(one.clone());
-    links.up_veth(pair.0, pair.1).await.unwrap();
-    let gateway = ["192.0.2.2", "lladdr", "02:00:00:00:00:15", "dev", "cni0"];
-    ip_tool(
-        &pod,
-        &[&["neighbour", "replace"], gateway.as_slice()].concat(),
-    );
+    let pod = cni_pod(&one, &["10.1.0.2/32"], "192.0.2.2").await;
     inside(&one, || {
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
     })
@@ -395,34 +401,7 @@ async fn a_pod_is_not_forwarded_as_the_node() {
 async fn a_pod_cannot_send_as_a_peer() {
     let (one, two) = two_nodes().await;
     let fence = raise(&one);
-    let pod = netns();
-    let end = |mac_end: u8, own: &str, other: &str| LinkSpec {
-        name: name("cni0"),
-        addresses: vec![net(own)],
-        routes: vec![route(other, None)],
-        neighbours: vec![],
-        ..link(mac_end, 0)
-    };
-    let node_end = end(21, "10.1.0.1/32", "10.1.0.2/32");
-    let mut pod_end = end(22, "10.1.0.2/32", "192.0.2.1/32");
-    pod_end.addresses.push(net("192.0.2.2/32"));
-    let pair = ((&one, &node_end), (&pod, &pod_end));
-    Links::in_namespace(one.clone())
-        .up_veth(pair.0, pair.1)
-        .await
-        .unwrap();
-    ip_tool(
-        &pod,
-        &[
-            "neighbour",
-            "replace",
-            "192.0.2.1",
-            "lladdr",
-            "02:00:00:00:00:15",
-            "dev",
-            "cni0",
-        ],
-    );
+    let pod = cni_pod(&one, &["10.1.0.2/32", "192.0.2.2/32"], "192.0.2.1").await;
 
     let node = listen(&one, (ip("192.0.2.1"), PORT).into());
     let send = |from: &Netns, address: &str| {
