@@ -159,7 +159,7 @@ func (a *Agent) configuration(config AgentConfig) map[string]any {
 		},
 		"forwarder": false,
 		// Pods are connected by BPF programs; an agent without pods loads none.
-		"bpf":         map[string]any{"pin_dir": filepath.Join("/sys/fs/bpf/proxy-nsmgr", filepath.Base(a.Dir))},
+		"bpf":         map[string]any{"pin_dir": "/sys/fs/bpf/proxy-nsmgr-interop-" + filepath.Base(a.Dir)},
 		"resolver":    resolver,
 		"tunnel":      map[string]any{"ip": a.IP},
 		"map_ip_file": a.MapIPFile(),

@@ -54,8 +54,9 @@ pub use world::{Node, Pod, World};
 /// Where worlds keep their sockets, configurations and logs: `/run/proxy-nsmgr-world/<world id>/`.
 pub const RUN_DIR: &str = "/run/proxy-nsmgr-world";
 
-/// Where agents pin their BPF objects: an agent of a world uses `<PIN_DIR>/<world id>-<node>`.
-pub const PIN_DIR: &str = "/sys/fs/bpf/proxy-nsmgr";
+/// Where agents pin their BPF objects: an agent of a world uses `<PIN_DIR>/<world id>-<node>`. It is the file system itself, so that no
+/// directory of all worlds is left behind.
+pub const PIN_DIR: &str = "/sys/fs/bpf";
 
 /// The alias prefix by which an agent's links are known as the agent's.
 pub const ALIAS_PREFIX: &str = "proxy-nsmgr/";
