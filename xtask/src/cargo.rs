@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn executables_are_told_from_libraries() {
+    fn executables_are_distinguished_from_libraries() {
         let program = r#"{"reason":"compiler-artifact","target":{"name":"proxy-nsmgr"},"executable":"/t/proxy-nsmgr"}"#;
         assert_eq!(
             executable(program),

@@ -122,7 +122,7 @@ const RULES: &[Rule] = &[
 /// Checks both workspaces.
 ///
 /// # Errors
-/// When a rule is violated; all violations are told.
+/// When a rule is violated; all violations are in the error.
 pub(crate) fn check() -> Result<()> {
     let mut violations = Vec::new();
     for manifest in ["Cargo.toml", BPF_PROGRAMS] {

@@ -85,20 +85,20 @@ impl Go {
     pub(crate) fn find() -> Result<Self> {
         let needed = needed()?;
         let shown = needed.0.clone();
-        let told = Command::new("go")
+        let output = Command::new("go")
             .args(["env", "GOVERSION", "GOROOT"])
             .env("GOTOOLCHAIN", "local")
             .current_dir(cargo::root())
             .output();
-        let Ok(told) = told else {
+        let Ok(output) = output else {
             bail!("Go is not installed: install Go {shown} or newer and have `go` in PATH");
         };
         ensure!(
-            told.status.success(),
+            output.status.success(),
             "`go env` failed: {}",
-            String::from_utf8_lossy(&told.stderr).trim()
+            String::from_utf8_lossy(&output.stderr).trim()
         );
-        let text = String::from_utf8(told.stdout).context("`go env` said no text")?;
+        let text = String::from_utf8(output.stdout).context("`go env` printed no text")?;
         let (version, root) = text
             .trim()
             .split_once('\n')

@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn ignored_tests_are_told_with_their_reason() {
+    fn ignored_tests_are_reported_with_their_reason() {
         assert_eq!(
             ignored("test link::creates ... ignored, needs root: links").as_deref(),
             Some("link::creates: needs root: links")

@@ -24,10 +24,10 @@ use super::{
 };
 use crate::demo::forget_tunnel;
 
-const TOLD_P99_MS: f64 = 200.0;
+const DETECTED_P99_MS: f64 = 200.0;
 
-/// A VNI that the peer lacks is seen by the peer, which looks a few times a second, and told by its agent.
-const VNI_TOLD_MS: f64 = 2000.0;
+/// A VNI that the peer lacks is seen by the peer, whose agent looks a few times a second and then reports it.
+const VNI_DETECTED_MS: f64 = 2000.0;
 
 /// The port of tunnels.
 const PORT: u16 = 4789;
@@ -40,8 +40,8 @@ const LOSS_PER_MILLE: u16 = 50;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Fifty times the bar: what takes longer is not told.
-const TOLD_DEADLINE: Duration = Duration::from_secs(10);
+/// Fifty times the bar: what takes longer counts as not detected.
+const DETECTION_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A session that is down probes once a second.
 const UP_DEADLINE: Duration = Duration::from_secs(30);
@@ -73,8 +73,8 @@ pub(super) fn measure(setting: &Setting<'_>, sink: &Sink) -> Result<()> {
     sink.step(format!("{rounds_of_vni} lost tunnels"));
     let times = lost_tunnels(&domains, &programs, rounds_of_vni)?;
     let worst = max(&times).context("no tunnel was lost")?;
-    let what = "told, VNI lost at the peer, worst";
-    sink.row(Row::new(what, worst, "ms", times.len() as u64).bar(AtMost(VNI_TOLD_MS)));
+    let what = "DOWN received, VNI lost at the peer, worst";
+    sink.row(Row::new(what, worst, "ms", times.len() as u64).bar(AtMost(VNI_DETECTED_MS)));
     sink.note(format!(
         "{rounds_of_vni} connections whose tunnel vanished at the endpoint's node while a ping ran"
     ));
@@ -86,7 +86,7 @@ fn all_cuts(domains: &Domains, watch: &Watch, rounds: usize, sink: &Sink) -> Res
     for busy in [0, BUSY] {
         let _busy = keep_busy(&domains.world, busy)?;
         for direction in [Direction::Out, Direction::In] {
-            let what = format!("told, way {} cut, {busy} busy", direction.name());
+            let what = format!("DOWN received, way {} cut, {busy} busy", direction.name());
             sink.step(format!("{rounds} times {what}"));
             let times =
                 cuts(domains, watch, direction, rounds).with_context(|| domains.world.logs())?;
@@ -95,7 +95,7 @@ fn all_cuts(domains: &Domains, watch: &Watch, rounds: usize, sink: &Sink) -> Res
             let p50 = median(&times).context("nothing was cut")?;
             let row =
                 |quantile: &str, value| Row::new(format!("{what}, {quantile}"), value, "ms", n);
-            sink.row(row(p99_name(n), p99).bar(AtMost(TOLD_P99_MS)));
+            sink.row(row(p99_name(n), p99).bar(AtMost(DETECTED_P99_MS)));
             sink.row(row("p50", p50));
         }
     }
@@ -130,20 +130,20 @@ impl Direction {
     }
 }
 
-/// Cuts the path again and again; milliseconds until each was told.
+/// Cuts the path again and again; milliseconds until the DOWN of each was received.
 fn cuts(domains: &Domains, watch: &Watch, direction: Direction, rounds: usize) -> Result<Vec<f64>> {
     let mut times = Vec::with_capacity(rounds);
     for round in 0..rounds {
-        let told = watch.lines().len();
+        let before = watch.lines().len();
         let cut_at = monotonic_ns()?;
         let cut = direction.inject(domains, Fault::BlockUdp { port: PORT })?;
         let at = watch
-            .wait(told, "DOWN", TOLD_DEADLINE, is_down)
+            .wait(before, "DOWN", DETECTION_DEADLINE, is_down)
             .with_context(|| format!("cut {round} of the way {}", direction.name()))?;
         times.push(at.saturating_sub(cut_at) as f64 / 1e6);
-        let told = watch.lines().len();
+        let before = watch.lines().len();
         cut.heal();
-        watch.wait(told, "UP", UP_DEADLINE, is_up)?;
+        watch.wait(before, "UP", UP_DEADLINE, is_up)?;
         thread::sleep(PAUSE);
     }
     Ok(times)
@@ -183,13 +183,13 @@ fn false_alarms(domains: &Domains, watch: &Watch, minutes: f64, sink: &Sink) -> 
         Ok(())
     })?;
     sink.note(format!(
-        "false alarms are DOWN told while the path was not cut, within {minutes} minutes each; at loss each direction loses \
+        "false alarms are DOWNs received while the path was not cut, within {minutes} minutes each; at loss each direction loses \
          {LOSS_PER_MILLE} of 1000 packets at random, of round trips nearly twice as many"
     ));
     Ok(())
 }
 
-/// Lets the endpoint's node lose its end of one tunnel after another; milliseconds until the client was told of each.
+/// Lets the endpoint's node lose its end of one tunnel after another; milliseconds until the client received the DOWN of each.
 fn lost_tunnels(domains: &Domains, programs: &Programs, rounds: usize) -> Result<Vec<f64>> {
     let mut times = Vec::with_capacity(rounds);
     for round in 0..rounds {
@@ -202,11 +202,11 @@ fn lost_tunnels(domains: &Domains, programs: &Programs, rounds: usize) -> Result
         ping.args(["-i", "0.05", &watch.address]);
         let ping = domains.world.spawn("ping", ping)?;
         ping.wait_for_line("time=", CONNECT_DEADLINE)?;
-        let told = watch.lines().len();
+        let before = watch.lines().len();
         let lost_at = monotonic_ns()?;
         forget_tunnel(domains.endpoint_agent.node(), vni)?;
         let at = watch
-            .wait(told, "DOWN for its VNI", TOLD_DEADLINE, |line| {
+            .wait(before, "DOWN for its VNI", DETECTION_DEADLINE, |line| {
                 let reason = line["metrics"]["sbfd_reason"].as_str();
                 is_down(line) && reason.is_some_and(|reason| reason.contains("VNI"))
             })
@@ -248,7 +248,7 @@ fn keep_busy(world: &World, count: usize) -> Result<Vec<Process>> {
     (0..count).map(spawn).collect()
 }
 
-/// `nsm-load watch`: a client that holds its connection and notes what it is told.
+/// `nsm-load watch`: a client that holds its connection and notes the events that it receives.
 struct Watch {
     process: Process,
     /// The endpoint's, in the tunnel.
@@ -287,7 +287,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Everything that was told.
+    /// All events.
     fn lines(&self) -> Vec<Value> {
         let text = self.process.stdout();
         // The last line may not be whole yet.
@@ -311,7 +311,7 @@ impl Watch {
             at = found.and_then(|line| line["at_ns"].as_u64());
             at.is_some()
         })
-        .with_context(|| format!("it was told {:?}", self.lines().last()))?;
+        .with_context(|| format!("the last event was {:?}", self.lines().last()))?;
         at.context("a line without its time")
     }
 }

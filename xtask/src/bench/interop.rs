@@ -152,7 +152,7 @@ fn ratio_rows(measured: &Measured) -> Vec<Row> {
     };
     let rounds = [real.rounds(), ours.rounds()];
     let monitored = [real.monitored(), ours.monitored()];
-    let told = [&real.down_fanout, &ours.down_fanout].map(|down| down.connections.into());
+    let subscribed = [&real.down_fanout, &ours.down_fanout].map(|down| down.connections.into());
     vec![
         row(
             "requests a CPU second",
@@ -168,10 +168,10 @@ fn ratio_rows(measured: &Measured) -> Vec<Row> {
             monitored,
         ),
         row(
-            "time to tell all DOWN",
+            "time until all DOWNs arrived",
             ratios.down_fanout,
             AtMost(DOWN),
-            told,
+            subscribed,
         ),
     ]
 }

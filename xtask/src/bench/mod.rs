@@ -5,7 +5,7 @@
 //! of the command: numbers of a busy or a small machine must not stop anybody. A part that could not measure is.
 //!
 //! Each part says in its notes what its numbers include. A fixed piece of work is timed before and after, so that numbers of two days
-//! can be told apart from numbers of two machines; for two versions there is [`compare`].
+//! can be distinguished from numbers of two machines; for two versions there is [`compare`].
 
 mod bpf;
 mod compare;
@@ -49,7 +49,7 @@ const READY_DEADLINE: Duration = Duration::from_secs(20);
 /// The longest load takes ten seconds where it is as fast as it should be.
 const LOAD_DEADLINE: Duration = Duration::from_secs(300);
 
-/// What `cargo xtask bench` can be told.
+/// The arguments of `cargo xtask bench`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Arguments {
     /// What to measure; all of it unless said.

@@ -26,7 +26,7 @@ const CPU_PERCENT: f64 = 5.0;
 /// A new session is up with the first answer.
 const UP_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The program sets up fifty nodes one after the other, before it measures for as long as it is told.
+/// The program sets up fifty nodes one after the other, before it measures for the time of its argument.
 const SET_UP_DEADLINE: Duration = Duration::from_secs(180);
 
 /// A saturated tunnel of agents that probe, against the same of agents that do not; BPF counts in both.

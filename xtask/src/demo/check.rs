@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_told_wrong_is_found() {
+    fn what_is_wrong_in_a_story_is_found() {
         let good = json!({
             "fault": {"kind": "one-way", "state": "down", "direction": "out", "reason": "5 probes left and none was answered for 110 \
                 ms: see whether UDP 4789 is let through on the way and into the peer"},

@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_that_is_wrong_is_told_with_its_place() {
+    fn everything_that_is_wrong_is_reported_with_its_place() {
         let program = Program {
             name: "crafted".to_owned(),
             instructions: vec![
