@@ -6,9 +6,11 @@ pub mod policy;
 mod process;
 pub mod relay;
 pub mod share;
+mod spiffe_id;
 
 pub use caller::{Caller, Transport};
 pub use owner::Owner;
 pub use process::{
     Facts, NamespaceId, NetnsCookie, Node, Process, Surroundings, UserNamespace, may_administer,
 };
+pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};

@@ -20,6 +20,7 @@ mod relay;
 mod sbfd;
 mod select;
 mod share;
+mod spiffe_id;
 mod users;
 mod vni_pool;
 

@@ -2,6 +2,7 @@
 
 mod dns;
 mod files;
+mod identity;
 mod metadata;
 mod names;
 mod nsm;
@@ -25,6 +26,7 @@ pub const ALL: &[Target] = &[
     target("registry_path", tokens::registry_path),
     target("request", nsm::request),
     target("sbfd", packets::sbfd),
+    target("spiffe_id", identity::spiffe_id),
     target("stun", packets::stun),
     target("token", tokens::token),
 ];
