@@ -1,6 +1,8 @@
 //! Who calls the agent, what that caller may do, and whose things are.
 
 mod caller;
+pub mod chain;
+pub mod claims;
 mod owner;
 pub mod policy;
 mod process;

@@ -2,6 +2,7 @@
 
 mod admission;
 mod card;
+mod chain;
 mod expiry;
 mod heal;
 mod health;

@@ -13,6 +13,7 @@ use crate::Target;
 
 /// Every target.
 pub const ALL: &[Target] = &[
+    target("claims", identity::claims),
     target("configuration", files::configuration),
     target("context", nsm::context),
     target("dns", dns::answer),
