@@ -203,19 +203,22 @@ mod tests {
 
     #[test]
     fn what_the_nsmgr_asks_its_forwarder_for_decides() {
-        let nsmgr = (Arrival::Forwarder, Caller::nsmgr(ADMINISTRATOR));
+        let nsmgr = || (Arrival::Forwarder, Caller::nsmgr(ADMINISTRATOR));
         let pod = || kernel("inode://4/4026539999");
         let tunnel = || vxlan("192.0.2.1");
         for socket in [ENDPOINT, "inode://65024/7"] {
-            assert!(matches!(of(nsmgr, pod(), socket), Ok(Case::LocalPair(..))));
             assert!(matches!(
-                of(nsmgr, tunnel(), socket),
+                of(nsmgr(), pod(), socket),
+                Ok(Case::LocalPair(..))
+            ));
+            assert!(matches!(
+                of(nsmgr(), tunnel(), socket),
                 Ok(Case::Terminate(..))
             ));
         }
-        assert!(matches!(of(nsmgr, pod(), PEER), Ok(Case::Initiate(..))));
-        assert!(matches!(of(nsmgr, tunnel(), PEER), Ok(Case::Through)));
-        let error = of(nsmgr, vxlan(""), ENDPOINT).unwrap_err().to_string();
+        assert!(matches!(of(nsmgr(), pod(), PEER), Ok(Case::Initiate(..))));
+        assert!(matches!(of(nsmgr(), tunnel(), PEER), Ok(Case::Through)));
+        let error = of(nsmgr(), vxlan(""), ENDPOINT).unwrap_err().to_string();
         assert!(error.contains("src_ip"), "{error}");
         // An NSMgr in a container passes descriptors as everybody.
         let nsmgr = (Arrival::Forwarder, Caller::nsmgr(Process::unknown()));

@@ -219,7 +219,7 @@ fn name_of(service: &NetworkService) -> Name<'_> {
 
 fn terms<T>(call: &Call<T>, owner: Option<PathHeader>) -> Terms {
     Terms {
-        caller: call.caller,
+        caller: call.caller.clone(),
         holder: call.holder,
         deadline: call.deadline,
         owner,

@@ -2,15 +2,15 @@
 
 use std::net::IpAddr;
 
-use super::{Owner, Process};
+use super::{Owner, Process, SpiffeId};
 
 /// Who calls. Built at the listener from what the transport proves; nothing of the message is in it.
-///
-/// Here belongs what a transport or a token proves later: the SPIFFE id of a TLS peer, and verified claims.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     /// How the caller reached the agent.
     pub transport: Transport,
+    /// The SPIFFE id in the certificate that it has shown; none without TLS.
+    pub id: Option<SpiffeId>,
 }
 
 /// How a caller reached the agent, with what that proves of it.
@@ -30,6 +30,7 @@ impl Caller {
     pub const fn on_node(process: Process) -> Self {
         Self {
             transport: Transport::Unix(process),
+            id: None,
         }
     }
 
@@ -38,6 +39,7 @@ impl Caller {
     pub const fn nsmgr(process: Process) -> Self {
         Self {
             transport: Transport::Forwarder(process),
+            id: None,
         }
     }
 
@@ -46,6 +48,7 @@ impl Caller {
     pub const fn over_network() -> Self {
         Self {
             transport: Transport::Tcp(None),
+            id: None,
         }
     }
 
@@ -54,7 +57,14 @@ impl Caller {
     pub fn from_address(address: Option<IpAddr>) -> Self {
         Self {
             transport: Transport::Tcp(address.map(|address| address.to_canonical())),
+            id: None,
         }
+    }
+
+    /// The same caller, with the id in the certificate that it has shown.
+    #[must_use]
+    pub fn with_id(self, id: Option<SpiffeId>) -> Self {
+        Self { id, ..self }
     }
 
     /// Its process, where it is one of this node.

@@ -53,6 +53,14 @@ impl P256Key {
     /// It is another key.
     pub fn from_spki(der: &[u8]) -> Result<Self, NotP256> {
         let point = der.strip_prefix(&SPKI_OF_P256).ok_or(NotP256)?;
+        Self::from_point(point)
+    }
+
+    /// The key of a point of that curve, as a certificate's parser gives it.
+    ///
+    /// # Errors
+    /// It is compressed, or of another length.
+    pub fn from_point(point: &[u8]) -> Result<Self, NotP256> {
         let point: [u8; Self::LENGTH] = point.try_into().map_err(|_| NotP256)?;
         if point[0] != 4 {
             return Err(NotP256);

@@ -220,19 +220,19 @@ fn a_name_is_its_owners_alone() {
 #[test]
 fn a_connection_is_its_owners_alone() {
     let [own, other] = [("client", "1"), ("client", "2")].map(Some);
-    let tenant = on_node(1000, CONTAINER);
+    let tenant = || on_node(1000, CONTAINER);
     let neighbour = Caller::on_node(process(1000, CONTAINER, NEIGHBOUR, true));
     let nsmgr = |net| Caller::nsmgr(process(0, CONTAINER, net, false));
     for (caller, owner, shown, allowed) in [
-        (tenant, tenant, own, true),
-        (tenant, tenant, other, true),
-        (neighbour, tenant, own, false),
-        (root(), tenant, own, false),
-        (peer(1), tenant, own, false),
-        (nsmgr(POD), tenant, own, false),
-        (tenant, nsmgr(POD), own, false),
+        (tenant(), tenant(), own, true),
+        (tenant(), tenant(), other, true),
+        (neighbour, tenant(), own, false),
+        (root(), tenant(), own, false),
+        (peer(1), tenant(), own, false),
+        (nsmgr(POD), tenant(), own, false),
+        (tenant(), nsmgr(POD), own, false),
         (nsmgr(NEIGHBOUR), nsmgr(POD), own, true),
-        (tenant, peer(1), own, false),
+        (tenant(), peer(1), own, false),
         (root(), peer(1), own, false),
         // Over the network a hop that is replaced has another address, and the same client at the head of its path.
         (peer(1), peer(1), own, true),
@@ -317,12 +317,12 @@ fn a_namespace_is_believed_of_who_is_in_it_or_could_enter_it() {
 #[test]
 fn the_nodes_own_namespace_takes_the_configuration_and_an_administrator() {
     let netns: NetnsUrl = "inode://4/99".parse().unwrap();
-    let inside = Caller::on_node(process(1000, HOST, NODES, true));
+    let inside = || Caller::on_node(process(1000, HOST, NODES, true));
     for (caller, allowed, wanted) in [
         (root(), false, Some("nodes")),
         (root(), true, None),
-        (inside, false, Some("nodes")),
-        (inside, true, Some("nodes")),
+        (inside(), false, Some("nodes")),
+        (inside(), true, Some("nodes")),
         (Caller::nsmgr(Process::unknown()), true, Some("nodes")),
         (peer(1), true, Some("nodes")),
     ] {

@@ -67,7 +67,7 @@ impl Registrar {
         let mut behind = Behind {
             socket: self.passed_socket(&url, &call).await?,
             url,
-            registrant: call.caller,
+            registrant: call.caller.clone(),
             place: None,
         };
         if behind.socket.is_none() {

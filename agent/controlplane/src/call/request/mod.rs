@@ -86,12 +86,13 @@ impl Calls {
         let avoid = self.reselect(&mut connection, &turn, call.deadline).await;
         let mechanisms = connection.mechanism.iter().chain(&preferences);
         let descriptors = call.descriptors.as_deref();
+        let owner = call.caller.owner();
         let named = self.named_netns(call.caller, descriptors, mechanisms).await;
         let mut ask = Ask {
             arrival: call.arrival,
             source: call.source,
             holder: call.holder,
-            owner: call.caller.owner(),
+            owner,
             named,
             connection,
             path,
