@@ -250,8 +250,8 @@ impl<E: Stored> Store<E> {
         if let Some(present) = self.inner.as_another_has_it(&state, &entry, terms)? {
             return Ok(present);
         }
-        let life = entry.admit(limits, now, bounds)?;
         entry.succeed(state.table.get(entry.name()).map(Arc::as_ref), now);
+        let life = entry.admit(limits, now, bounds)?;
         if let Some(terms) = terms {
             self.inner.charge(&mut state, &entry, terms)?;
         }

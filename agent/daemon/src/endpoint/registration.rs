@@ -3,6 +3,9 @@
 //! It is registered again at two thirds of its life. An agent that restarts has forgotten it: a
 //! watch on our own name ends with the agent, so that the endpoint is back as soon as the agent is
 //! and not when the old entry would have expired.
+//!
+//! Its services are registered only where the registry does not have them: a registration by the name alone would remove the matches
+//! that an operator has given one.
 
 use std::{
     collections::BTreeMap,
@@ -20,11 +23,12 @@ use nix::fcntl::OFlag;
 use nsm_core::{backoff::Backoff, net::PeerUrl, nsm::expiry::refresh_after};
 use nsm_proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceLabels,
+    NetworkServiceQuery,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient as Endpoints,
     network_service_registry_client::NetworkServiceRegistryClient as Services,
 };
 use prost_types::Timestamp;
-use tonic::{Code, Request, metadata::AsciiMetadataValue};
+use tonic::{Code, Request, Response, metadata::AsciiMetadataValue};
 
 use super::report::{Again, Reporter};
 use crate::tool::{Agent, CallError};
@@ -53,6 +57,8 @@ pub(crate) struct Registration {
     agent: Agent,
     payload: &'static str,
     entry: NetworkServiceEndpoint,
+    /// Its services as they were found last.
+    offered: BTreeMap<String, NetworkService>,
     socket: PathBuf,
 }
 
@@ -84,6 +90,7 @@ impl Registration {
             agent,
             payload,
             entry,
+            offered: BTreeMap::new(),
         }
     }
 
@@ -93,16 +100,7 @@ impl Registration {
     ///
     /// The registry refuses or gives no answer.
     pub(crate) async fn register(&mut self) -> Result<SystemTime, CallError> {
-        let mut services = Services::new(self.agent.channel.clone());
-        for name in self.entry.network_service_names.clone() {
-            let service = NetworkService {
-                name,
-                payload: self.payload.to_owned(),
-                ..NetworkService::default()
-            };
-            let request = self.call(service);
-            self.agent.answer(services.register(request)).await?;
-        }
+        self.offer_services().await?;
         let mut endpoints = Endpoints::new(self.agent.channel.clone());
         // It lives as long as our token at most; the registry shortens that as it likes.
         let expires = self.agent.tokens.token(SystemTime::now()).expires;
@@ -134,6 +132,62 @@ impl Registration {
             .and_then(|time| SystemTime::try_from(time).ok())
             .unwrap_or(expires);
         Ok(expires)
+    }
+
+    /// Registers the services that the registry does not have. Whose a service is decides what it carries and which clients it is for
+    /// (its matches): one that is there is left as it is, and one that a registry has lost comes back as it was found last.
+    async fn offer_services(&mut self) -> Result<(), CallError> {
+        let mut services = Services::new(self.agent.channel.clone());
+        for name in self.entry.network_service_names.clone() {
+            if let Some(found) = self.find_service(&name).await? {
+                let is_same = found.payload == self.payload;
+                self.offered.insert(name.clone(), found);
+                if is_same {
+                    continue;
+                }
+            }
+            let known = self.offered.get(&name).cloned().unwrap_or_default();
+            let service = NetworkService {
+                name,
+                payload: self.payload.to_owned(),
+                matches: known.matches,
+                ..NetworkService::default()
+            };
+            let request = self.call(service);
+            self.agent.answer(services.register(request)).await?;
+        }
+        Ok(())
+    }
+
+    /// The service of exactly this name; none, too, where the registry finds no services.
+    async fn find_service(&self, name: &str) -> Result<Option<NetworkService>, CallError> {
+        let query = NetworkServiceQuery {
+            network_service: Some(NetworkService {
+                name: name.to_owned(),
+                ..NetworkService::default()
+            }),
+            watch: false,
+        };
+        let mut services = Services::new(self.agent.channel.clone());
+        let searching = async {
+            let mut found = services.find(self.call(query)).await?.into_inner();
+            // Registries understand names as patterns, too.
+            while let Some(response) = found.message().await? {
+                let service = response.network_service.unwrap_or_default();
+                if service.name == name {
+                    return Ok(Response::new(Some(service)));
+                }
+            }
+            Ok(Response::new(None))
+        };
+        match self.agent.answer(searching).await {
+            Ok(found) => Ok(found.into_inner()),
+            Err(CallError::Refused {
+                code: Code::Unimplemented | Code::NotFound,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Keeps the entry alive from `expires` on. Never ends: a registry that is gone comes back.

@@ -14,6 +14,7 @@ use nsm_proto::{
         PathSegment, monitor_connection_client::MonitorConnectionClient,
     },
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
+    registry::{Match, NetworkService},
 };
 use tonic::{Code, Request, Status, transport::Channel};
 
@@ -265,6 +266,44 @@ async fn its_registration_is_refreshed_and_comes_back() {
     let event = served.tool.expect("registered").await;
     assert_eq!(event["again"], true);
     served.end(Signal::SIGINT).await;
+}
+
+/// A service is its operator's: an endpoint registers none that is there, and one that its registry has lost as it was.
+#[tokio::test]
+async fn the_matches_of_a_service_outlive_its_endpoints_and_its_registry() {
+    let mut stage = Stage::new([Reply::Grant(Duration::from_millis(600))]);
+    let operators = NetworkService {
+        name: "icmp-responder".to_owned(),
+        payload: "IP".to_owned(),
+        matches: vec![Match {
+            source_selector: [("app".to_owned(), "friend".to_owned())].into(),
+            ..Match::default()
+        }],
+        ..NetworkService::default()
+    };
+    let mut longer = operators.clone();
+    longer.name = "an-icmp-responder".to_owned();
+    longer.matches.clear();
+    stage.agent.has_service(longer);
+    stage.agent.has_service(operators.clone());
+    let dir = tempfile::tempdir().unwrap();
+    let mut tool = endpoint(&stage, &dir.path().join("nse.sock"), &[]);
+    // The first registration, and the one that refreshes it.
+    for _ in 0..2 {
+        let first = stage.call().await.0;
+        assert!(matches!(first, Call::Register(_)), "{first:?}");
+        tool.expect("registered").await;
+        let watch = stage.call().await.0;
+        assert!(matches!(watch, Call::Watch(_)), "{watch:?}");
+    }
+    stage.agent.forget_services();
+    stage.agent.end_streams();
+    let Call::RegisterService(service) = stage.call().await.0 else {
+        panic!("the service does not come back")
+    };
+    assert_eq!(service, operators);
+    tool.signal(Signal::SIGTERM);
+    assert_eq!(tool.end().await.0, 0);
 }
 
 #[tokio::test]

@@ -155,6 +155,7 @@ struct Script {
     replies: VecDeque<Reply>,
     monitors: Vec<Events<ConnectionEvent>>,
     watches: Vec<Events<NetworkServiceEndpointResponse>>,
+    services: BTreeMap<String, registry::NetworkService>,
 }
 
 /// An agent that does what the test says; a Request without a word of the test is granted for ten minutes.
@@ -262,6 +263,17 @@ impl FakeAgent {
         let mut script = self.script.lock().unwrap();
         script.monitors.clear();
         script.watches.clear();
+    }
+
+    /// Registers a network service.
+    pub(crate) fn has_service(&self, service: registry::NetworkService) {
+        let services = &mut self.script.lock().unwrap().services;
+        services.insert(service.name.clone(), service);
+    }
+
+    /// Forgets the network services.
+    pub(crate) fn forget_services(&self) {
+        self.script.lock().unwrap().services.clear();
     }
 
     fn reply(&self) -> Reply {
@@ -377,15 +389,28 @@ impl NetworkServiceRegistry for FakeAgent {
         request: Request<registry::NetworkService>,
     ) -> Result<Response<registry::NetworkService>, Status> {
         let service = request.get_ref().clone();
+        self.has_service(service.clone());
         self.note(request, Call::RegisterService);
         Ok(Response::new(service))
     }
 
     async fn find(
         &self,
-        _: Request<NetworkServiceQuery>,
+        request: Request<NetworkServiceQuery>,
     ) -> Result<Response<Self::FindStream>, Status> {
-        Err(Status::unimplemented("nobody asks"))
+        let wanted = request.into_inner().network_service.unwrap();
+        let services = self.script.lock().unwrap().services.clone();
+        let found = services
+            .into_values()
+            // As NSM's registry, which understands a name as a part of one.
+            .filter(move |service| service.name.contains(&wanted.name))
+            .map(|service| {
+                Ok(NetworkServiceResponse {
+                    network_service: Some(service),
+                    deleted: false,
+                })
+            });
+        Ok(Response::new(Box::pin(tokio_stream::iter(found))))
     }
 
     async fn unregister(

@@ -97,11 +97,11 @@ pub trait Stored: Entry + Message {
     /// Whether a registration of this entry changes nothing of `known`, so that it is no attempt on what another has registered.
     fn is_present_as(&self, known: &Self) -> bool;
 
-    /// Takes over what outlives a registration under the same name.
+    /// Takes over what outlives a registration under the same name. Called before [`Self::admit`].
     fn succeed(&mut self, known: Option<&Self>, now: SystemTime);
 }
 
-/// A service without a payload gets [`DEFAULT_PAYLOAD`]. Who offers a service registers it, mostly by its name alone.
+/// A new service without a payload gets [`DEFAULT_PAYLOAD`]. Who offers a service registers it, mostly by its name alone.
 impl Stored for NetworkService {
     fn admit(
         &mut self,
@@ -120,7 +120,16 @@ impl Stored for NetworkService {
             && (self.matches.is_empty() || self.matches == known.matches)
     }
 
-    fn succeed(&mut self, _: Option<&Self>, _: SystemTime) {}
+    /// A registration by the name alone leaves the payload and the matches that the service has. To take them away it is unregistered.
+    fn succeed(&mut self, known: Option<&Self>, _: SystemTime) {
+        let Some(known) = known else { return };
+        if self.payload.is_empty() {
+            self.payload.clone_from(&known.payload);
+        }
+        if self.matches.is_empty() {
+            self.matches.clone_from(&known.matches);
+        }
+    }
 }
 
 /// An endpoint's expiry is the earliest of what it asks, every bound and `now` plus [`Limits::max_expiry`]. Its initial registration

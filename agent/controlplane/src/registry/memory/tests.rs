@@ -157,6 +157,32 @@ async fn services_are_found_by_their_rules_as_a_whole() {
     assert!(registry.services.find(&with_rules).is_empty());
 }
 
+/// Who offers a service registers it by its name alone; its rules are its operator's, who may be the same user.
+#[tokio::test]
+async fn a_registration_by_the_name_alone_leaves_payload_and_matches() {
+    let registry = registry();
+    let mut with_rules = service("a");
+    with_rules.payload = "ETHERNET".to_owned();
+    with_rules.matches = vec![Match {
+        source_selector: [("app".to_owned(), "friend".to_owned())].into(),
+        ..Match::default()
+    }];
+    let services = &registry.services;
+    services.register(with_rules.clone(), now(), &[]).unwrap();
+    let bare = service("a");
+    let registered = services.register(bare.clone(), now(), &[]).unwrap();
+    assert_eq!(registered, with_rules);
+    assert_eq!(*services.find(&bare)[0], with_rules);
+    // What a registration has replaces what was.
+    with_rules.matches[0].source_selector.clear();
+    services.register(with_rules.clone(), now(), &[]).unwrap();
+    assert_eq!(*services.find(&bare)[0], with_rules);
+    // Without rules again, when it is a new one.
+    assert!(services.unregister("a"));
+    let registered = services.register(bare, now(), &[]).unwrap();
+    assert_eq!((registered.matches, &*registered.payload), (vec![], "IP"));
+}
+
 #[tokio::test]
 async fn endpoints_are_found_by_name_url_service_and_labels() {
     let registry = registry();
