@@ -80,6 +80,16 @@ pub enum RequestError {
         /// The domain that was asked.
         domain: String,
     },
+    /// Endpoints offer the service, and it is not registered itself: nobody has said which clients it is for.
+    #[error(
+        "network service `{service}` is not registered in domain `{domain}`, though endpoints offer it: register it, with its matches if it has any"
+    )]
+    Unregistered {
+        /// The service without its domain.
+        service: String,
+        /// The domain that was asked.
+        domain: String,
+    },
     /// The service exists, its endpoints do not.
     #[error("network service `{service}` in domain `{domain}` has no endpoint now")]
     NoEndpoint {
@@ -266,6 +276,7 @@ impl RequestError {
                 Code::Unavailable
             }
             Self::NoService { .. }
+            | Self::Unregistered { .. }
             | Self::NoEndpoint { .. }
             | Self::NoSuchEndpoint { .. }
             | Self::NoMatch { .. } => Code::NotFound,

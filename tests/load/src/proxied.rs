@@ -16,8 +16,9 @@ use nsm_proto::{
     connection::{Connection, Mechanism, Path, PathSegment},
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     registry::{
-        NetworkServiceEndpoint, NetworkServiceEndpointQuery,
+        NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery,
         network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+        network_service_registry_client::NetworkServiceRegistryClient,
     },
 };
 use serde::Serialize;
@@ -239,6 +240,15 @@ impl Load {
 
 async fn register(target: &Target, tokens: &TokenSource, url: &str) -> anyhow::Result<()> {
     let channel = dial(&target.endpoint_registry.parse()?, DIAL_TIMEOUT).await?;
+    let mut request = Request::new(NetworkService {
+        name: "load".to_owned(),
+        ..NetworkService::default()
+    });
+    tokens.apply(request.metadata_mut());
+    NetworkServiceRegistryClient::new(channel.clone())
+        .register(request)
+        .await
+        .context("cannot register the network service")?;
     let mut request = Request::new(NetworkServiceEndpoint {
         name: "load-endpoint".to_owned(),
         network_service_names: vec!["load".to_owned()],

@@ -457,6 +457,9 @@ impl Router {
         if !wanted.endpoint.is_empty() {
             return Ok(found.endpoints.iter().map(Arc::as_ref).collect());
         }
+        let Some(registered) = &found.service else {
+            return Err(RequestError::Unregistered { service, domain });
+        };
         let no_labels = std::collections::BTreeMap::new();
         let candidates: Vec<Candidate<'_>> = found
             .endpoints
@@ -469,13 +472,8 @@ impl Router {
                     .map_or(&no_labels, |labels| &labels.labels),
             })
             .collect();
-        let matches = found
-            .service
-            .as_deref()
-            .map(convert::matches)
-            .unwrap_or_default();
         let chosen = select(
-            &matches,
+            &convert::matches(registered),
             &connection.labels,
             &candidates,
             self.choices.fetch_add(1, Ordering::Relaxed),

@@ -86,6 +86,8 @@ async fn a_watch_reaches_through_and_ends_with_who_watches() {
     assert!(watches[1].next().await.deleted);
     drop((watches, client));
     eventually(0, watchers).await;
+    // The service outlives its endpoints.
+    assert!(b.registry.services.unregister("svc"));
     there.kill();
     eventually(true, || world.held().resembles(&before)).await;
 }

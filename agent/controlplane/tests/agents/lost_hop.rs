@@ -28,7 +28,7 @@ impl Connected {
     async fn register_again(&self, b: &Agent) {
         Client::on_node(b)
             .await
-            .register(registration(&self.endpoint, "icmp-responder", &[]))
+            .offer(registration(&self.endpoint, "icmp-responder", &[]))
             .await
             .expect("registered again");
     }

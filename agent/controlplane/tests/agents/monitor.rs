@@ -145,7 +145,7 @@ async fn an_endpoint_without_monitors_is_served_all_the_same() {
     let plain = world.keep(plain);
     Client::on_node(b)
         .await
-        .register(registration(&plain, "icmp-responder", &[]))
+        .offer(registration(&plain, "icmp-responder", &[]))
         .await
         .expect("registered");
     let before = world.held();

@@ -2,14 +2,15 @@
 
 use std::{
     net::SocketAddr,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use nsm_discovery::dns::ResolverConfig;
 use tonic::Code;
 
 use crate::support::{
-    Client, Endpoint, Silence, World, Zone, assert_refusal, client_side, eventually, registration,
+    Client, Endpoint, Silence, World, Zone, assert_refusal, client_side, eventually, offer,
+    registration,
 };
 
 const DOMAIN: &str = "twin.example";
@@ -21,8 +22,7 @@ async fn gate(name: &str) -> Endpoint {
     let mut entry = registration(&gate, "svc", &[]);
     entry.name = "nse".to_owned();
     let registry = gate.registry.as_ref().expect("a domain");
-    let registered = registry.endpoints.register(entry, SystemTime::now(), &[]);
-    registered.expect("registered");
+    offer(registry, entry);
     gate
 }
 

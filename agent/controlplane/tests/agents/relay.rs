@@ -109,7 +109,7 @@ async fn a_registered_url_is_no_probe() {
         ("two", "tcp://127.0.0.1:1".to_owned()),
     ] {
         stranger
-            .register(NetworkServiceEndpoint {
+            .offer(NetworkServiceEndpoint {
                 name: name.to_owned(),
                 network_service_names: vec![name.to_owned()],
                 url,
@@ -159,7 +159,7 @@ async fn a_stranger_is_answered_the_same_whatever_listens_at_a_registered_url() 
             url: url.to_owned(),
             ..NetworkServiceEndpoint::default()
         };
-        stranger.register(entry.clone()).await.expect("registered");
+        stranger.offer(entry.clone()).await.expect("registered");
         let status = stranger.refused(stranger.request_for("planted")).await;
         said.push((status.code(), status.message().to_owned()));
         stranger.unregister(entry).await.expect("gone");

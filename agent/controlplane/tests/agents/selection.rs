@@ -55,6 +55,25 @@ fn counted(pairs: &[(&str, usize)]) -> BTreeMap<String, usize> {
         .collect()
 }
 
+/// A service's matches say which clients it is for. Without the service nobody is served, as by NSM's own discovery; with it at once.
+#[tokio::test]
+async fn a_service_that_is_not_registered_is_not_found_though_endpoints_offer_it() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    world.endpoint(b, "nse-1", "db").await;
+    assert!(b.registry.services.unregister("db"));
+    let client = Client::on_node(a).await;
+    let status = client.refused(client.request_for(SERVICE)).await;
+    assert_refusal(&status, Code::NotFound, &["`db` is not registered"]);
+    let service = NetworkService {
+        name: "db".to_owned(),
+        ..NetworkService::default()
+    };
+    let registered = Client::on_node(b).await.register_service(service).await;
+    registered.expect("registered");
+    client.ask(SERVICE).await;
+}
+
 #[tokio::test]
 async fn labels_matches_and_weights_decide() {
     let world = World::two().await;

@@ -6,7 +6,7 @@ use nsm_proto::networkservice::NetworkServiceRequest;
 
 use crate::support::{
     Agent, Client, Endpoint, Setup, World, Zone, client_side, endpoint_side, eventually, mechanism,
-    names, parameter, registration,
+    names, offer, parameter, registration,
 };
 
 fn map(from: &str, to: &str) -> IpMap {
@@ -43,7 +43,7 @@ async fn register_floating(world: &World, agent: &Agent, floating: &Endpoint) ->
     let client = Client::on_node(agent).await;
     let mut entry = registration(&endpoint, "svc@floating.example", &[]);
     entry.name = "x@floating.example".to_owned();
-    let registered = client.register(entry).await.expect("registered");
+    let registered = client.offer(entry).await.expect("registered");
     assert_eq!(registered.name, "x@floating.example");
     assert_eq!(registered.network_service_names, ["svc@floating.example"]);
     assert_eq!(registered.url, endpoint.url);
@@ -147,10 +147,7 @@ async fn a_domain_of_two_gates_survives_the_loss_of_one() {
         let registry = gate.registry.as_ref().expect("a domain");
         let mut entry = registration(gate, "svc", &[]);
         entry.name = "nse".to_owned();
-        registry
-            .endpoints
-            .register(entry, std::time::SystemTime::now(), &[])
-            .expect("registered");
+        offer(registry, entry);
     }
     let world = World::with_dns([client_side()], zone).await;
     let [first, second] = gates.map(|gate| world.keep(gate));

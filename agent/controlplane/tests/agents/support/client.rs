@@ -227,6 +227,21 @@ impl Client {
         Watch { events }
     }
 
+    /// Registers an endpoint and the services that it offers, as real ones do.
+    pub(crate) async fn offer(
+        &self,
+        endpoint: NetworkServiceEndpoint,
+    ) -> Result<NetworkServiceEndpoint, Status> {
+        for name in endpoint.network_service_names.clone() {
+            let service = NetworkService {
+                name,
+                ..NetworkService::default()
+            };
+            self.register_service(service).await?;
+        }
+        self.register(endpoint).await
+    }
+
     pub(crate) async fn register(
         &self,
         endpoint: NetworkServiceEndpoint,

@@ -24,10 +24,13 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::{plane::Holdings, registry::Counts};
+use nsm_controlplane::{
+    plane::Holdings,
+    registry::{Counts, memory::Memory},
+};
 use nsm_core::nsm::name::Domain;
 use nsm_discovery::dns::{HostEntry, HostTarget, ResolverConfig};
-use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -215,7 +218,7 @@ impl World {
         let endpoint = self.keep(endpoint);
         let registered = Client::on_node(agent)
             .await
-            .register(registration(&endpoint, service, labels))
+            .offer(registration(&endpoint, service, labels))
             .await
             .expect("registered");
         assert_eq!(registered.url, endpoint.url, "it keeps its own URL");
@@ -226,11 +229,7 @@ impl World {
     pub(crate) async fn foreign_domain(&self, domain: &str, service: &str) -> Arc<Endpoint> {
         let peer = self.keep(Endpoint::domain("stranger").await);
         let registry = peer.registry.as_ref().expect("a domain");
-        let entry = registration(&peer, service, &[]);
-        registry
-            .endpoints
-            .register(entry, std::time::SystemTime::now(), &[])
-            .expect("registered");
+        offer(registry, registration(&peer, service, &[]));
         self.publish(domain, &peer.url);
         peer
     }
@@ -304,6 +303,21 @@ pub(crate) fn endpoint_side() -> Setup {
 }
 
 /// What an endpoint registers.
+/// Puts an endpoint and the services that it offers into a registry.
+pub(crate) fn offer(registry: &Memory, endpoint: NetworkServiceEndpoint) {
+    let now = std::time::SystemTime::now();
+    for name in endpoint.network_service_names.clone() {
+        let service = NetworkService {
+            name,
+            ..NetworkService::default()
+        };
+        let registered = registry.services.register(service, now, &[]);
+        registered.expect("registered");
+    }
+    let registered = registry.endpoints.register(endpoint, now, &[]);
+    registered.expect("registered");
+}
+
 pub(crate) fn registration(
     endpoint: &Endpoint,
     service: &str,
