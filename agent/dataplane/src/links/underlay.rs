@@ -3,8 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_route::{
-    RouteNetlinkMessage,
-    route::{RouteAttribute, RouteMessage, RouteMetric, RouteType},
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteAttribute, RouteMessage, RouteMetric, RouteNextHopFlags, RouteType},
 };
 use nix::errno::Errno;
 use nsm_core::link::Link;
@@ -13,6 +13,7 @@ use super::{LinkError, message, observe};
 use crate::netlink::{Netlink, Refusal};
 
 /// Where packets leave.
+#[derive(Clone, Copy, Default)]
 struct Way {
     out: u32,
     source: Option<IpAddr>,
@@ -61,14 +62,13 @@ pub(super) fn default_source(netlink: &mut Netlink) -> Result<IpAddr, LinkError>
     let routes = netlink.dump(&message::get_routes(None))?;
     let mut defaults: Vec<(bool, Way)> = routes
         .into_iter()
-        .filter_map(|route| match route {
+        .flat_map(|route| match route {
             RouteNetlinkMessage::NewRoute(route) if route.header.destination_prefix_length == 0 => {
-                Some((
-                    route.header.address_family != netlink_packet_route::AddressFamily::Inet,
-                    way_of(route)?,
-                ))
+                let is_v6 = route.header.address_family != AddressFamily::Inet;
+                let ways = ways_of(route).into_iter();
+                ways.map(|way| (is_v6, way)).collect()
             }
-            _ => None,
+            _ => Vec::new(),
         })
         .collect();
     defaults.sort_by_key(|(is_v6, way)| (*is_v6, way.metric));
@@ -106,30 +106,23 @@ fn look_up(netlink: &mut Netlink, remote: IpAddr) -> Result<Way, LinkError> {
     answer
         .into_iter()
         .find_map(|answer| match answer {
-            RouteNetlinkMessage::NewRoute(route) => way_of(route),
+            RouteNetlinkMessage::NewRoute(route) => ways_of(route).into_iter().next(),
             _ => None,
         })
         .ok_or_else(refused)
 }
 
-/// None for a route that delivers nothing, such as `unreachable`, or that has several ways.
-fn way_of(route: RouteMessage) -> Option<Way> {
+/// The ways of a route: several of a multipath route, none of one that delivers nothing, such as `unreachable`.
+fn ways_of(route: RouteMessage) -> Vec<Way> {
     if !matches!(route.header.kind, RouteType::Unicast | RouteType::Local) {
-        return None;
+        return Vec::new();
     }
-    let (mut out, mut way) = (
-        None,
-        Way {
-            out: 0,
-            source: None,
-            gateway: None,
-            mtu: None,
-            metric: 0,
-        },
-    );
+    let (mut out, mut next_hops) = (None, Vec::new());
+    let mut way = Way::default();
     for attribute in route.attributes {
         match attribute {
             RouteAttribute::Oif(index) => out = Some(index),
+            RouteAttribute::MultiPath(hops) => next_hops = hops,
             RouteAttribute::PrefSource(address) => way.source = observe::ip_of(&address),
             RouteAttribute::Gateway(address) => way.gateway = observe::ip_of(&address),
             RouteAttribute::Priority(metric) => way.metric = metric,
@@ -142,6 +135,25 @@ fn way_of(route: RouteMessage) -> Option<Way> {
             _ => {}
         }
     }
-    way.out = out?;
-    Some(way)
+    if let Some(out) = out {
+        return vec![Way { out, ..way }];
+    }
+    let dead = RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown;
+    let alive = next_hops
+        .into_iter()
+        .filter(|hop| !hop.flags.intersects(dead));
+    alive
+        .map(|hop| Way {
+            out: hop.interface_index,
+            gateway: hop.attributes.iter().find_map(gateway_of),
+            ..way
+        })
+        .collect()
+}
+
+fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {
+    match attribute {
+        RouteAttribute::Gateway(address) => observe::ip_of(address),
+        _ => None,
+    }
 }

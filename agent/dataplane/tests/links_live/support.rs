@@ -19,7 +19,7 @@ use netlink_packet_route::{
     link::{
         InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
     },
-    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteNextHop, RouteProtocol, RouteType},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -272,6 +272,25 @@ pub(crate) fn add_address(netns: &Netns, index: u32, address: IpNet) {
 
 /// Adds a route over a link, as a person with `ip route add` would.
 pub(crate) fn add_route(netns: &Netns, index: u32, prefix: IpNet, via: Option<IpAddr>) {
+    let ways = [RouteAttribute::Oif(index)]
+        .into_iter()
+        .chain(via.map(|via| RouteAttribute::Gateway(via.into())));
+    put_route(netns, prefix, ways);
+}
+
+/// A route of several ways: interface and gateway of each.
+pub(crate) fn add_multipath_route(netns: &Netns, prefix: IpNet, ways: &[(u32, IpAddr)]) {
+    let hop = |&(index, gateway): &(u32, IpAddr)| {
+        let mut hop = RouteNextHop::default();
+        hop.interface_index = index;
+        hop.attributes = vec![RouteAttribute::Gateway(gateway.into())];
+        hop
+    };
+    let ways = ways.iter().map(hop).collect();
+    put_route(netns, prefix, [RouteAttribute::MultiPath(ways)]);
+}
+
+fn put_route(netns: &Netns, prefix: IpNet, ways: impl IntoIterator<Item = RouteAttribute>) {
     let mut message = RouteMessage::default();
     message.header.address_family = if prefix.addr().is_ipv4() {
         AddressFamily::Inet
@@ -282,13 +301,8 @@ pub(crate) fn add_route(netns: &Netns, index: u32, prefix: IpNet, via: Option<Ip
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Boot;
     message.header.kind = RouteType::Unicast;
-    message.attributes = vec![
-        RouteAttribute::Destination(prefix.addr().into()),
-        RouteAttribute::Oif(index),
-    ];
-    message
-        .attributes
-        .extend(via.map(|via| RouteAttribute::Gateway(via.into())));
+    message.attributes = vec![RouteAttribute::Destination(prefix.addr().into())];
+    message.attributes.extend(ways);
     meddle(
         netns,
         RouteNetlinkMessage::NewRoute(message),
