@@ -19,67 +19,13 @@ use thiserror::Error;
 
 use super::{
     SpiffeId,
-    claims::{ReadToken, SIGNATURE, TokenFault},
+    claims::{ReadToken, TokenFault},
+    es256::{Es256, NotP256, P256Key},
 };
 use crate::nsm::path::MAX_SEGMENTS;
 
 /// The longest life of a token that is believed where nothing else is configured. NSM's components grant ten minutes.
 pub const LONGEST_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// A public key of the curve P-256, which ES256 is checked with: an uncompressed point, 0x04 and two numbers of 32 bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct P256Key([u8; Self::LENGTH]);
-
-/// What stands before the point in a certificate's SubjectPublicKeyInfo of such a key (RFC 5480, section 2). DER has one spelling.
-const SPKI_OF_P256: [u8; 26] = [
-    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a,
-    0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
-];
-
-/// A certificate's key is not one that tokens are checked with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error(
-    "the certificate's key is no uncompressed point of the curve P-256: tokens are signed by ES256, so give the SVID such a key"
-)]
-pub struct NotP256;
-
-impl P256Key {
-    /// The bytes of the point.
-    pub const LENGTH: usize = 65;
-
-    /// The key in a certificate's SubjectPublicKeyInfo, as DER. Whether the point is on the curve is for who checks signatures.
-    ///
-    /// # Errors
-    /// It is another key.
-    pub fn from_spki(der: &[u8]) -> Result<Self, NotP256> {
-        let point = der.strip_prefix(&SPKI_OF_P256).ok_or(NotP256)?;
-        Self::from_point(point)
-    }
-
-    /// The key of a point of that curve, as a certificate's parser gives it.
-    ///
-    /// # Errors
-    /// It is compressed, or of another length.
-    pub fn from_point(point: &[u8]) -> Result<Self, NotP256> {
-        let point: [u8; Self::LENGTH] = point.try_into().map_err(|_| NotP256)?;
-        if point[0] != 4 {
-            return Err(NotP256);
-        }
-        Ok(Self(point))
-    }
-
-    /// The point.
-    #[must_use]
-    pub const fn point(&self) -> &[u8; Self::LENGTH] {
-        &self.0
-    }
-}
-
-/// Checks signatures. This crate has no cryptography of its own.
-pub trait Es256 {
-    /// Whether `signature` is that of `message` by `key`: SHA-256, and the two numbers of 32 bytes one after the other.
-    fn verifies(&self, key: &P256Key, message: &[u8], signature: &[u8; SIGNATURE]) -> bool;
-}
 
 /// Who is at the other end of a transport connection, by the certificate that it has shown there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,7 +90,7 @@ pub enum TokensRefused {
     /// A token lives longer than is believed.
     #[error(
         "tokens_expired: the token of {subject} (path segment {segment}) is valid for {} s more, and {} s are believed: shorten the \
-         token lifetime there, or raise `tokens.longest` in the policy here",
+         token lifetime there",
         .left.as_secs(), .longest.as_secs()
     )]
     TooLong {

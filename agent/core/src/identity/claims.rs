@@ -22,6 +22,9 @@ pub const ALGORITHM: &str = "ES256";
 /// The bytes of a signature by ES256: two numbers of 32.
 pub const SIGNATURE: usize = 64;
 
+/// A signature by ES256: two numbers of 32 bytes, big-endian (RFC 7518, section 3.4).
+pub type Signature = [u8; SIGNATURE];
+
 /// The latest time that a token may name, in seconds: the end of the year 9999, as protobuf's timestamps have it.
 const LATEST: u64 = 253_402_300_799;
 
@@ -98,7 +101,7 @@ pub struct ReadToken<'a> {
     /// What it claims.
     pub claims: Claims,
     signed: &'a str,
-    signature: [u8; SIGNATURE],
+    signature: Signature,
 }
 
 #[derive(Deserialize)]
@@ -157,9 +160,9 @@ impl<'a> ReadToken<'a> {
         self.signed
     }
 
-    /// The signature: two numbers of 32 bytes, big-endian (RFC 7518, section 3.4).
+    /// The signature.
     #[must_use]
-    pub const fn signature(&self) -> &[u8; SIGNATURE] {
+    pub const fn signature(&self) -> &Signature {
         &self.signature
     }
 }

@@ -13,11 +13,9 @@ use super::at;
 use crate::{
     identity::{
         SpiffeId,
-        chain::{
-            Certified, Check, Es256, LONGEST_LIFE, NotP256, P256Key, TokensRefused, check_answer,
-            check_call,
-        },
-        claims::{LONGEST_TOKEN, ReadToken, SIGNATURE, TokenFault},
+        chain::{Certified, Check, LONGEST_LIFE, TokensRefused, check_answer, check_call},
+        claims::{self, LONGEST_TOKEN, ReadToken, TokenFault},
+        es256::{Es256, NotP256, P256Key},
     },
     nsm::path::MAX_SEGMENTS,
 };
@@ -25,7 +23,7 @@ use crate::{
 struct RustCrypto;
 
 impl Es256 for RustCrypto {
-    fn verifies(&self, key: &P256Key, message: &[u8], signature: &[u8; SIGNATURE]) -> bool {
+    fn verifies(&self, key: &P256Key, message: &[u8], signature: &claims::Signature) -> bool {
         let key = VerifyingKey::from_sec1_bytes(key.point());
         let signature = Signature::from_slice(signature);
         let (Ok(key), Ok(signature)) = (key, signature) else {

@@ -1,5 +1,6 @@
 //! Tests of the rules that other crates call, one file a module.
 
+mod access;
 mod admission;
 mod card;
 mod chain;
