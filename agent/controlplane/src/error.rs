@@ -67,6 +67,11 @@ pub enum RequestError {
     /// The registry in this process refused.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// There is nothing that could be registered as this node's URL.
+    #[error(
+        "this node has no address at which others could dial it: give it a default route, or set `tunnel.ip` or `advertise_url`"
+    )]
+    NoAddress,
     /// The domain of the name cannot be resolved.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
@@ -272,9 +277,11 @@ impl RequestError {
             Self::Expired { .. } => Code::Unauthenticated,
             Self::Registry(error) => error.code(),
             Self::Resolve(error) => resolve_code(error),
-            Self::Dial(_) | Self::Unreachable | Self::Draining | Self::Unproven { .. } => {
-                Code::Unavailable
-            }
+            Self::Dial(_)
+            | Self::Unreachable
+            | Self::Draining
+            | Self::NoAddress
+            | Self::Unproven { .. } => Code::Unavailable,
             Self::NoService { .. }
             | Self::Unregistered { .. }
             | Self::NoEndpoint { .. }

@@ -51,9 +51,9 @@ pub struct Settings {
     pub name: String,
     /// The domain this agent belongs to.
     pub domain: Domain,
-    /// The URL that agents and registries of our own domain know us by, `tcp://address:port`; others too, until
-    /// [`ControlPlane::set_public_url`] says otherwise.
-    pub advertise_url: String,
+    /// The URL that agents and registries of our own domain know us by at first, `tcp://address:port`; others too, until
+    /// [`ControlPlane::set_public_url`] says otherwise. None: the node has no address yet.
+    pub advertise_url: Option<String>,
     /// The NSMgr that this agent's forwarder works for, when that is not this agent itself.
     pub upstream_nsmgr_url: Option<PeerUrl>,
     /// The registry proxy that is asked for names of other domains; this agent is its own without.
@@ -254,8 +254,13 @@ impl ControlPlane {
         self.parts.lookup.addresses.set_map(map);
     }
 
-    /// Replaces the URL that other domains dial: behind NAT it is not the one that our own domain dials. None: it is
-    /// [`Settings::advertise_url`] too.
+    /// Replaces the URL that our own domain dials, in place of [`Settings::advertise_url`]. None: the node has no address, and nothing can
+    /// be registered that is reached through it.
+    pub fn set_internal_url(&self, url: Option<String>) {
+        self.parts.lookup.addresses.set_internal_url(url);
+    }
+
+    /// Replaces the URL that other domains dial: behind NAT it is not the one that our own domain dials. None: it is the same.
     pub fn set_public_url(&self, url: Option<String>) {
         let address = url.as_deref().and_then(|url| url.parse::<PeerUrl>().ok());
         let guard = self.parts.lookup.peers.guard();

@@ -71,7 +71,7 @@ impl Agent {
         let socket_files = sockets.files();
         let readiness = Readiness::waiting_for([listeners::GUARD, public_address::GUARD]);
         let forwarder = NodeForwarder::build(config, &readiness).await?;
-        let plane = control::build(config, forwarder.as_ref()).await?;
+        let plane = control::build(config, forwarder.as_ref())?;
         let maps = Arc::new(IpMaps::new(plane.clone()));
         let map_file = IpMapFile::load(&config.map_ip_file, &maps)?;
         let observer = Observer {

@@ -2,9 +2,9 @@
 
 use std::net::UdpSocket;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use nsm_e2e::{PATIENCE, Pair, REMOTE_SERVICE, SERVICE, Served, close, health};
-use nsm_world::{Agent, Cloud, binary, wait_until};
+use nsm_world::{Agent, Cloud, Node, binary, wait_until};
 use serde_json::Value;
 
 /// The main job in short; returns the near agent's status while the connection stood.
@@ -180,4 +180,49 @@ fn a_peer_that_is_not_there_is_named_with_its_address() -> Result<()> {
     let said = pair.refused(&format!("{SERVICE}@empty.example"), PATIENCE, |_| {})?;
     ensure!(said.contains("192.0.2.53"), "the address is not in: {said}");
     pair.assert_clean(&before)
+}
+
+/// Runs `ip` on a node; its output.
+fn ip(node: &Node, words: &str) -> Result<String> {
+    let output = node
+        .command("ip")?
+        .args(words.split_whitespace())
+        .output()?;
+    ensure!(output.status.success(), "ip {words}: {output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Nothing says where others reach the node, so nothing is registered that is reached through it. What is found later is advertised at once.
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn a_node_without_an_address_is_not_ready_until_it_has_one() -> Result<()> {
+    let world = Pair::world("no-address", Cloud::Packet, 1)?;
+    let node = world.node("node-2")?;
+    let default = ip(&node, "route show default")?;
+    for family in ["-4", "-6"] {
+        ip(&node, &format!("{family} route flush default"))?;
+    }
+    let program = binary("proxy-nsmgr")?;
+    let near = Agent::start(&world, &world.node("node-1")?, &program, |_| {})?;
+    let command = Agent::command(&node, &program)?;
+    let file = node.run_dir().join("agent.yaml");
+    let configured = std::fs::read_to_string(&file)?;
+    let address = format!("  ip: \"{}\"\n", node.private_ip());
+    ensure!(configured.contains(&address), "{configured}");
+    std::fs::write(&file, configured.replace(&address, ""))?;
+    let far = Agent::start_as(&world, &node, &program, command)?;
+    let mut waiting_for = Value::Null;
+    let missed = wait_until("the agent to miss an address", PATIENCE, || {
+        waiting_for = far.status().unwrap_or_default()["waiting_for"].take();
+        waiting_for.to_string().contains("advertise_url")
+    });
+    missed.with_context(|| format!("{waiting_for}\n{}", far.process.stderr()))?;
+    let pair = Pair { near, far, world };
+    let said = pair.endpoint().expect_err("no address").to_string();
+    ensure!(said.contains("no address at which others"), "{said}");
+    ip(&node, &format!("route add {default}"))?;
+    pair.near.wait_ready()?;
+    pair.far.wait_ready()?;
+    connects(&pair)?;
+    pair.assert_nothing_left()
 }

@@ -68,6 +68,19 @@ impl Agent {
     ) -> Result<Self, WorldError> {
         let mut command = Self::command(node, program)?;
         adjust(&mut command);
+        Self::start_as(world, node, program, command)
+    }
+
+    /// Starts what [`Self::command`] has given, after whoever asked for it has changed the node's configuration.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn start_as(
+        world: &World,
+        node: &Node,
+        program: &Path,
+        command: Command,
+    ) -> Result<Self, WorldError> {
         let process = world.spawn(&format!("agent-{}", node.name()), command)?;
         Ok(Self {
             process,

@@ -149,7 +149,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
     let settings = Settings {
         name: "agent-1".to_owned(),
         domain: "cluster-1.example".parse().unwrap(),
-        advertise_url: "tcp://192.0.2.1:5006".to_owned(),
+        advertise_url: Some("tcp://192.0.2.1:5006".to_owned()),
         upstream_nsmgr_url: None,
         registry_proxy_url: None,
         request_timeout: PATIENCE,

@@ -3,7 +3,7 @@
 
 use std::{
     net::IpAddr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
 };
 
@@ -12,10 +12,12 @@ use nsm_core::address::ipmap::IpMap;
 use nsm_proto::connection::Mechanism;
 use tokio::{sync::watch, time::Instant};
 
+use crate::error::RequestError;
+
 /// How long a Request waits for the public address of an agent that has just started: its sources have a second to answer.
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Public URLs that are remembered after they have changed: what was registered with them is refreshed, with the new one, within the
+/// URLs of each kind that are remembered after they have changed: what was registered with them is refreshed, with the new one, within the
 /// life of a token; in that time an address hardly changes twice.
 const EARLIER_URLS: usize = 4;
 
@@ -33,9 +35,10 @@ pub(crate) enum Crossing {
 /// The addresses by which this node is reached, and the map between internal and public ones.
 #[derive(Debug)]
 pub(crate) struct Addresses {
-    /// The URL that our own domain dials.
-    internal_url: String,
-    public_urls: RwLock<PublicUrls>,
+    /// What our own domain dials.
+    internal: RwLock<Urls>,
+    /// What other domains dial, where that is another.
+    public: RwLock<Urls>,
     map: RwLock<Arc<IpMap>>,
     /// Whether the map has the public address of this node, or nothing can find it.
     is_known: watch::Sender<bool>,
@@ -43,10 +46,14 @@ pub(crate) struct Addresses {
 
 impl Addresses {
     /// Without a map and a public URL; the public address counts as known.
-    pub(crate) fn new(internal_url: String) -> Self {
+    pub(crate) fn new(internal_url: Option<String>) -> Self {
+        let internal = Urls {
+            now: internal_url,
+            earlier: Vec::new(),
+        };
         Self {
-            internal_url,
-            public_urls: RwLock::default(),
+            internal: RwLock::new(internal),
+            public: RwLock::default(),
             map: RwLock::default(),
             is_known: watch::Sender::new(true),
         }
@@ -54,16 +61,17 @@ impl Addresses {
 
     /// Replaces the map.
     pub(crate) fn set_map(&self, map: IpMap) {
-        *self.map.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
+        *write(&self.map) = Arc::new(map);
+    }
+
+    /// Replaces the URL that our own domain dials. None: the node has no address.
+    pub(crate) fn set_internal_url(&self, url: Option<String>) {
+        write(&self.internal).replace(url);
     }
 
     /// Replaces the public URL. None: it is the internal one.
     pub(crate) fn set_public_url(&self, url: Option<String>) {
-        let mut urls = self
-            .public_urls
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        urls.replace(url);
+        write(&self.public).replace(url);
     }
 
     /// Sets whether the public address is known as far as it can be.
@@ -79,27 +87,28 @@ impl Addresses {
     }
 
     /// The URL that our own domain dials.
-    pub(crate) fn internal_url(&self) -> &str {
-        &self.internal_url
+    ///
+    /// # Errors
+    /// The node has no address.
+    pub(crate) fn internal_url(&self) -> Result<String, RequestError> {
+        read(&self.internal)
+            .now
+            .clone()
+            .ok_or(RequestError::NoAddress)
     }
 
     /// The URL that other domains dial.
-    pub(crate) fn public_url(&self) -> String {
-        let urls = self
-            .public_urls
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        urls.now.as_ref().unwrap_or(&self.internal_url).clone()
+    ///
+    /// # Errors
+    /// The node has no address.
+    pub(crate) fn public_url(&self) -> Result<String, RequestError> {
+        let public = read(&self.public).now.clone();
+        public.map_or_else(|| self.internal_url(), Ok)
     }
 
     /// Whether the URL is one of ours, today's or an earlier one.
     pub(crate) fn is_own_url(&self, url: &str) -> bool {
-        url == self.internal_url
-            || self
-                .public_urls
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .has(url)
+        read(&self.internal).has(url) || read(&self.public).has(url)
     }
 
     /// The public address of an internal one; itself where there is none.
@@ -156,19 +165,27 @@ impl Addresses {
     }
 
     fn map(&self) -> Arc<IpMap> {
-        Arc::clone(&self.map.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&read(&self.map))
     }
 }
 
-/// What other domains were given to dial.
+fn read<T>(value: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    value.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(value: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    value.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What others were given to dial.
 #[derive(Debug, Default)]
-struct PublicUrls {
+struct Urls {
     now: Option<String>,
     /// The latest last.
     earlier: Vec<String>,
 }
 
-impl PublicUrls {
+impl Urls {
     fn replace(&mut self, url: Option<String>) {
         if self.now == url {
             return;
@@ -190,11 +207,11 @@ impl PublicUrls {
 
 #[cfg(test)]
 mod tests {
-    use super::{EARLIER_URLS, PublicUrls};
+    use super::{EARLIER_URLS, Urls};
 
     #[test]
-    fn earlier_public_urls_are_still_ours_for_a_while() {
-        let mut urls = PublicUrls::default();
+    fn earlier_urls_are_still_ours_for_a_while() {
+        let mut urls = Urls::default();
         let url = |number: usize| format!("tcp://192.0.2.{number}:5006");
         for number in 0..=EARLIER_URLS {
             urls.replace(Some(url(number)));

@@ -21,8 +21,8 @@ use nsm_core::{
 };
 use nsm_discovery::dns::{MAX_FLIGHTS, Resolver, ResolverConfig};
 
-use super::forwarder::NodeForwarder;
-use crate::config::{Config, ListenUrl, TokenAlgorithm};
+use super::{advertised::Advertised, forwarder::NodeForwarder};
+use crate::config::{Config, TokenAlgorithm};
 
 /// Open files where the limit is not known: the usual one.
 const USUAL_OPEN_FILES: u64 = 1024;
@@ -31,7 +31,7 @@ const USUAL_OPEN_FILES: u64 = 1024;
 ///
 /// # Errors
 /// The key of tokens cannot be used.
-pub(crate) async fn build(
+pub(crate) fn build(
     config: &Config,
     forwarder: Option<&Arc<NodeForwarder>>,
 ) -> anyhow::Result<ControlPlane> {
@@ -43,7 +43,7 @@ pub(crate) async fn build(
     let settings = Settings {
         name: config.name.clone(),
         domain: config.domain.clone(),
-        advertise_url: advertise_url(config, forwarder.map(Arc::as_ref)).await,
+        advertise_url: Advertised::of(config).internal(config.tunnel.ip),
         upstream_nsmgr_url: config.upstream_nsmgr_url.clone(),
         registry_proxy_url: config.registry_proxy_url.clone(),
         request_timeout: config.request_timeout,
@@ -134,26 +134,4 @@ fn token_source(config: &Config) -> anyhow::Result<TokenSource> {
         }
     };
     Ok(source.with_audience(config.token.audience.clone()))
-}
-
-/// What peers dial: the configured URL, else the tunnel's address and the proxy's port.
-async fn advertise_url(config: &Config, forwarder: Option<&NodeForwarder>) -> String {
-    if let Some(url) = &config.advertise_url {
-        return url.to_string();
-    }
-    let ListenUrl::Tcp(listen) = &config.listen.proxy else {
-        return config.listen.proxy.to_string();
-    };
-    let mut address = *listen;
-    if address.ip().is_unspecified() {
-        let ip = match (config.tunnel.ip, forwarder) {
-            (Some(ip), _) => Some(ip),
-            (None, Some(forwarder)) => forwarder.tunnel_ip().await.ok(),
-            (None, None) => None,
-        };
-        if let Some(ip) = ip {
-            address.set_ip(ip);
-        }
-    }
-    format!("tcp://{address}")
 }

@@ -1,5 +1,6 @@
 //! The parts of a running agent, each with what it needs of the configuration; [`crate::run`] wires them.
 
+mod advertised;
 pub(crate) mod cluster;
 pub(crate) mod control;
 pub(crate) mod forwarder;

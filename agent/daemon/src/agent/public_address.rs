@@ -1,9 +1,9 @@
-//! This node's public address: found when the agent starts, each minute, and when an address of the node or the IP map changes; shown in
-//! `status`, and set in the control plane.
+//! This node's addresses, the one of its tunnels and the public one: found when the agent starts, each minute, and when an address or
+//! default route of the node or the IP map changes; shown in `status`, and set in the control plane.
 
 use std::{
     future,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -14,17 +14,23 @@ use nsm_controlplane::plane::ControlPlane;
 use nsm_core::address::public::{
     Decision, Firmware, Known, Outcome, Provider, Source, Tracker, is_globally_routable,
 };
-use nsm_dataplane::addresses::AddressEvents;
+use nsm_dataplane::addresses::{self, AddressEvents};
 use nsm_discovery::public_address::{
     BaseUrl, HTTP_TIMEOUT, IN_CLUSTER_ACCOUNT, KubernetesNode, Lookup, LookupConfig,
 };
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::{forwarder::NodeForwarder, ip_map::IpMaps, readiness::Readiness};
-use crate::config::{self, Config, KubernetesApi, ListenUrl, MetadataServices};
+use super::{
+    advertised::Advertised, forwarder::NodeForwarder, ip_map::IpMaps, readiness::Readiness,
+};
+use crate::config::{self, Config, KubernetesApi, MetadataServices};
 
 /// What readiness waits for: before, peers might get an address that they cannot reach.
 pub(crate) const GUARD: &str = "the public address";
+
+/// What readiness waits for where nothing says at which address others can dial this node.
+const ADDRESS_GUARD: &str =
+    "an address that others can dial: a default route, `tunnel.ip` or `advertise_url`";
 
 /// The shortest time between two rounds. A CNI adds an address a pod, and hosts renew IPv6 addresses all the time: a burst of changes is
 /// one round, and no change waits longer than a person would.
@@ -60,8 +66,7 @@ struct Watch {
     plane: ControlPlane,
     readiness: Readiness,
     lookup: Arc<Lookup>,
-    /// The proxy's listener, where other domains dial the public address at its port.
-    proxy: Option<SocketAddr>,
+    advertised: Advertised,
     tracker: Tracker,
 }
 
@@ -85,10 +90,7 @@ impl PublicAddress {
             plane,
             readiness,
             lookup: Arc::new(Lookup::new(lookup_config(config))),
-            proxy: match (&config.advertise_url, &config.listen.proxy) {
-                (None, ListenUrl::Tcp(address)) => Some(*address),
-                _ => None,
-            },
+            advertised: Advertised::of(config),
             tracker: Tracker::default(),
         };
         watch.run()
@@ -127,11 +129,14 @@ impl Watch {
     /// a slow service must not hold the agent up. Conflicts are reported once all sources have answered: an address that moves is no
     /// conflict between sources that were asked before and after.
     async fn round(&mut self, started: Instant) {
-        let local = match (self.tunnel_ip, &self.forwarder) {
-            (Some(ip), _) => Some(ip),
-            (None, Some(forwarder)) => forwarder.tunnel_ip().await.ok(),
-            (None, None) => None,
-        };
+        let local = self.local().await;
+        let internal = self.advertised.internal(local);
+        if internal.is_none() {
+            self.readiness.wait_for(ADDRESS_GUARD);
+        } else {
+            self.readiness.arrived(ADDRESS_GUARD);
+        }
+        self.plane.set_internal_url(internal);
         let now = SystemTime::now();
         if let Some(ip) = self.configured {
             self.tracker
@@ -162,6 +167,15 @@ impl Watch {
             self.observe(source, outcome);
         }
         self.conclude(local, self.tracker.decide(local));
+    }
+
+    /// The address that tunnels leave from, and that our own domain dials.
+    async fn local(&self) -> Option<IpAddr> {
+        match (self.tunnel_ip, &self.forwarder) {
+            (Some(ip), _) => Some(ip),
+            (None, Some(forwarder)) => forwarder.tunnel_ip().await.ok(),
+            (None, None) => addresses::default_source().ok(),
+        }
     }
 
     fn observe(&mut self, source: Source, outcome: Outcome) {
@@ -219,14 +233,8 @@ impl Watch {
         if let Err(error) = self.maps.set_own(own) {
             tracing::warn!(%error, "the public address cannot be taken into the IP map");
         }
-        self.plane.set_public_url(
-            self.proxy
-                .zip(public)
-                .filter(|(listen, _)| listen.ip().is_unspecified() || Some(listen.ip()) == local)
-                .map(|(listen, public)| {
-                    format!("tcp://{}", SocketAddr::new(public, listen.port()))
-                }),
-        );
+        self.plane
+            .set_public_url(self.advertised.public(local, public));
     }
 }
 

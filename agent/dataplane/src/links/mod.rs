@@ -46,7 +46,10 @@ pub use self::{
 };
 pub(crate) use self::{
     probe_link::Family,
-    underlay::{interface as outgoing_interface, source as source_address},
+    underlay::{
+        default_source as default_route_source, interface as outgoing_interface,
+        source as source_address,
+    },
 };
 use crate::{
     netlink::Netlink,

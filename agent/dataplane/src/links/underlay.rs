@@ -58,7 +58,7 @@ pub(crate) fn source(netlink: &mut Netlink, remote: IpAddr) -> Result<IpAddr, Li
         .ok_or(LinkError::NoRoute { remote, kernel })
 }
 
-pub(super) fn default_source(netlink: &mut Netlink) -> Result<IpAddr, LinkError> {
+pub(crate) fn default_source(netlink: &mut Netlink) -> Result<IpAddr, LinkError> {
     let routes = netlink.dump(&message::get_routes(None))?;
     let mut defaults: Vec<(bool, Way)> = routes
         .into_iter()

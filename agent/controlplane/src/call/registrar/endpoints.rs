@@ -80,7 +80,7 @@ impl Registrar {
             }
         }
         if through_us {
-            endpoint.url = self.url_in(&place);
+            endpoint.url = self.url_in(&place)?;
             behind.place = self.place_of(&place, &endpoint.name, call.holder)?;
         }
         let endpoints = place.registry.endpoints();
@@ -263,7 +263,8 @@ impl Registrar {
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Unregister)?;
         let name = endpoint.name.clone();
-        endpoint.url = self.url_in(&place);
+        // A registry goes by the name.
+        endpoint.url = self.url_in(&place).unwrap_or_default();
         place
             .registry
             .endpoints()
@@ -306,7 +307,7 @@ impl Registrar {
                 // A caller that was answered a name with a domain asks for it so, also for one of our own
                 // domain: our proxy takes the domain off.
                 if place.domain.is_some() {
-                    endpoint.url = lookup.addresses.internal_url().to_owned();
+                    endpoint.url = lookup.addresses.internal_url()?;
                 }
                 Ok(())
             },
@@ -314,9 +315,9 @@ impl Registrar {
     }
 
     /// Where we are reached, as it is registered there: another domain dials our public address.
-    fn url_in(&self, place: &Place) -> String {
+    fn url_in(&self, place: &Place) -> Result<String, RequestError> {
         if place.is_ours {
-            self.lookup.addresses.internal_url().to_owned()
+            self.lookup.addresses.internal_url()
         } else {
             self.lookup.addresses.public_url()
         }

@@ -25,7 +25,7 @@ fn registrar() -> Registrar {
         questions: budget.questions.clone(),
         peers: Arc::new(Peers::connecting_with(Arc::new(tokens), second, 1 << 16)),
         relays: Relays::default(),
-        addresses: Addresses::new("tcp://192.0.2.1:5006".to_owned()),
+        addresses: Addresses::new(Some("tcp://192.0.2.1:5006".to_owned())),
         bypass: Bypass::default(),
         local_endpoints: LocalEndpoints::default(),
     };

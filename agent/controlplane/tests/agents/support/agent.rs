@@ -263,7 +263,7 @@ async fn run(
         Settings {
             name: setup.name.clone(),
             domain: setup.domain.parse().expect("a domain"),
-            advertise_url: format!("tcp://{address}"),
+            advertise_url: Some(format!("tcp://{address}")),
             upstream_nsmgr_url: None,
             registry_proxy_url: None,
             request_timeout: setup.request_timeout,
