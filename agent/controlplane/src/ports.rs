@@ -9,7 +9,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use nsm_core::{
     identity::UserNamespace,
-    link::{LinkAlias, LinkSpec, VxlanSpec, admission::Holding},
+    link::{LinkAlias, LinkSpec, PodLinkSpec, VxlanSpec, admission::Holding},
     liveness::{Health, PathEvent, PathId, PeerReport, Reflector},
     mechanism::TunnelKey,
     net::NetnsUrl,
@@ -70,41 +70,44 @@ pub enum Plan {
         /// The link and the tunnel.
         spec: VxlanSpec,
     },
-    /// Client and endpoint are both on this node.
-    Veth {
-        /// The client's namespace and link.
-        client: (PodNetns, LinkSpec),
-        /// The endpoint's namespace and link.
-        endpoint: (PodNetns, LinkSpec),
+    /// Client and endpoint are both on this node: a link of each, which lead to each other.
+    Pair {
+        /// The client's.
+        client: PlannedLink,
+        /// The endpoint's. Its alias is that of the client's for the endpoint ([`LinkAlias::of_endpoint`]).
+        endpoint: PlannedLink,
     },
 }
 
+/// One of two links of a connection on this node.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlannedLink {
+    /// The pod's namespace.
+    pub netns: PodNetns,
+    /// The link, and what the pod may send.
+    pub spec: PodLinkSpec,
+}
+
 impl Plan {
-    /// Whether the links of this plan become those of `wanted` by changes, without one made anew. The pod's link of a tunnel does so
-    /// whatever the tunnel behind it becomes.
-    pub(crate) fn is_same_links(&self, wanted: &Self) -> bool {
-        match (self, wanted) {
-            (
-                Self::Vxlan { netns, spec },
-                Self::Vxlan {
-                    netns: new_netns,
-                    spec: new_spec,
-                },
-            ) => netns == new_netns && spec.link.name == new_spec.link.name,
-            (
-                Self::Veth { client, endpoint },
-                Self::Veth {
-                    client: new_client,
-                    endpoint: new_endpoint,
-                },
-            ) => {
-                client.0 == new_client.0
-                    && client.1.name == new_client.1.name
-                    && endpoint.0 == new_endpoint.0
-                    && endpoint.1.name == new_endpoint.1.name
-            }
-            _ => false,
-        }
+    /// The links of the plan, each with the pod's namespace: that of the client first, where both pods are on this node.
+    pub fn links(&self) -> impl Iterator<Item = (&PodNetns, &LinkSpec)> {
+        let (first, second) = match self {
+            Self::Vxlan { netns, spec } => ((netns, &spec.link), None),
+            Self::Pair { client, endpoint } => (client.link(), Some(endpoint.link())),
+        };
+        [first].into_iter().chain(second)
+    }
+
+    /// Whether the first link of this plan becomes that of `wanted` by changes, and is not made anew. It does so whatever it leads to:
+    /// another tunnel, another pod of this node.
+    pub(crate) fn keeps_its_link(&self, wanted: &Self) -> bool {
+        let place = |plan: &Self| {
+            let mut links = plan.links();
+            links
+                .next()
+                .map(|(netns, link)| (netns.url.clone(), link.name.clone()))
+        };
+        place(self) == place(wanted)
     }
 
     /// The tunnel of the plan; none of a pair of pods.
@@ -118,7 +121,7 @@ impl Plan {
                 remote: spec.remote,
                 port: spec.port,
             }),
-            Self::Veth { .. } => None,
+            Self::Pair { .. } => None,
         }
     }
 
@@ -126,7 +129,7 @@ impl Plan {
     pub(crate) fn tunnel_link_mut(&mut self) -> Option<&mut LinkSpec> {
         match self {
             Self::Vxlan { spec, .. } => Some(&mut spec.link),
-            Self::Veth { .. } => None,
+            Self::Pair { .. } => None,
         }
     }
 
@@ -134,12 +137,18 @@ impl Plan {
     pub(crate) fn without_descriptors(mut self) -> Self {
         match &mut self {
             Self::Vxlan { netns, .. } => netns.descriptor = None,
-            Self::Veth { client, endpoint } => {
-                client.0.descriptor = None;
-                endpoint.0.descriptor = None;
+            Self::Pair { client, endpoint } => {
+                client.netns.descriptor = None;
+                endpoint.netns.descriptor = None;
             }
         }
         self
+    }
+}
+
+impl PlannedLink {
+    const fn link(&self) -> (&PodNetns, &LinkSpec) {
+        (&self.netns, &self.spec.link)
     }
 }
 
@@ -220,11 +229,12 @@ pub trait Forwarder: Send + Sync + 'static {
     /// They cannot be read.
     async fn own_addresses(&self) -> Result<Arc<[IpNet]>, ForwarderError>;
 
-    /// Makes the plan real, or leaves nothing behind. Later calls may name the same namespaces
-    /// without their descriptors.
+    /// Makes the plan real. What stands of the connection is changed: links that the plan does not have go, and a link whose alias, namespace and
+    /// name it has stays. Later calls may name the same namespaces without their descriptors.
     ///
     /// # Errors
-    /// [`ForwarderError::KeyTaken`] where another tunnel has the key; nothing of the plan stands after any error.
+    /// [`ForwarderError::KeyTaken`] where another tunnel has the key. After any error nothing stands that this call made; what stood before may be
+    /// changed in part, and another call with its plan restores it.
     async fn up(&self, plan: &Plan) -> Result<(), ForwarderError>;
 
     /// Takes the plan's links away; a success when they are not there.

@@ -1,10 +1,10 @@
-//! Forwarding between pod links and the tunnels: what the programs at both ends of the way read.
+//! Forwarding between pod links and the tunnels, or between two pod links: what the programs at both ends of the way read.
 //!
-//! A pod link is a veth pair. What comes from the pod is looked up by the interface of the node's end ([`Forward`]), and leaves through an
-//! external VXLAN device ([`Device`]). What comes out of that device is looked up by VNI and outer source ([`crate::Tunnel`]). Probes have
+//! A pod link is a veth pair. What comes from the pod is looked up by the interface of the node's end ([`Forward`]). It leaves through an
+//! external VXLAN device ([`Device`]), or ends at the link of another pod of this node. What comes out of that device is looked up by VNI and outer source ([`crate::Tunnel`]). Probes have
 //! no pod link: they are looked up by their destination Ethernet address ([`ProbePath`]).
 
-use crate::{Address, Reason};
+use crate::{Address, Reason, Tunnel};
 
 /// External VXLAN devices of one node: one for each UDP port of tunnels.
 pub const MAX_DEVICES: u32 = 16;
@@ -92,11 +92,11 @@ const fn halves(address: &Address) -> [u64; 2] {
 pub struct Forward {
     /// The key again: the kernel gives the memory of an entry to another one while a program still reads it, and this tells.
     pub link: u32,
-    /// Index into DEVICES.
+    /// Index into DEVICES. This and the tunnel's VNI and addresses count only where `pod` has no link.
     pub device: u32,
     /// VNI of the tunnel.
     pub vni: u32,
-    /// Index into LINKS and COUNTERS.
+    /// Index into LINKS, and of a tunnel into COUNTERS.
     pub slot: u32,
     /// How many of `sources` count; 0: any source address is allowed.
     pub checked: u32,
@@ -110,6 +110,8 @@ pub struct Forward {
     pub reserved: u16,
     /// Addresses that the pod may send from.
     pub sources: [Prefix; MAX_SOURCES],
+    /// The pod at the other end where that is on this node too; its link is 0 where frames go through a tunnel.
+    pub pod: Tunnel,
 }
 
 /// Value of DEVICES: an external VXLAN device. An index of 0: there is none.
@@ -174,7 +176,10 @@ pub const fn is_same(one: MacWords, other: MacWords) -> bool {
 // A struct is free of padding exactly when it is as large as its fields together.
 const _: () = {
     assert!(size_of::<Prefix>() == 2 * 16);
-    assert!(size_of::<Forward>() == 5 * 4 + 2 * 16 + 6 + 2 + MAX_SOURCES * size_of::<Prefix>());
+    assert!(
+        size_of::<Forward>()
+            == 5 * 4 + 2 * 16 + 6 + 2 + MAX_SOURCES * size_of::<Prefix>() + size_of::<Tunnel>()
+    );
     assert!(size_of::<Device>() == 2 * 4);
     assert!(size_of::<ProbePath>() == 5 * 4 + 2 * 16);
 };

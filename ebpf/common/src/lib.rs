@@ -21,9 +21,10 @@ use forward::MacWords;
 use management::MAX_SESSIONS;
 
 /// Version of everything in this crate that is seen through a pinned map.
-pub const LAYOUT: u32 = 9;
+pub const LAYOUT: u32 = 10;
 
-/// Tunnels that one node can hold: the bar is 10,000 connections, the rest is head room.
+/// Pod links that one node can hold: the bar is 10,000 connections, the rest is head room. A connection between two pods of one node has
+/// two.
 pub const MAX_SLOTS: u32 = 16_384;
 
 /// Entries of the TUNNELS map: each tunnel has its own entry and at most one marker of its VNI, each peer its own (see
@@ -98,11 +99,11 @@ pub struct TunnelKey {
     pub peer: Address,
 }
 
-/// Value of TUNNELS.
+/// Value of TUNNELS, and in [`forward::Forward::pod`]: the pod at which frames end.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tunnel {
-    /// Index into COUNTERS. Of a marker: the slot of the tunnel that made it.
+    /// Index into LINKS, and of a tunnel into COUNTERS. Of a marker: the slot of the tunnel that made it.
     pub slot: u32,
     /// The interface index of the node's end of the pod link; 0: the tunnel has no pod link.
     pub link: u32,
@@ -265,6 +266,8 @@ reasons! {
     TunnelWrongMac = 20, "tunnel_wrong_mac", Dropped;
     /// A probe or answer to an Ethernet address of no path.
     ProbeUnknownPath = 21, "probe_unknown_path", Dropped;
+    /// From a pod to the pod at the other end of its connection, on this node, with another Ethernet destination address than that pod's.
+    PodWrongDestination = 22, "pod_wrong_destination", Dropped;
 }
 
 /// Entries of DROPS.

@@ -42,7 +42,7 @@ static DEVICES: Array<Device, { MAX_DEVICES as usize }> = Array::new();
 #[btf_map]
 static LINKS: PerCpuArray<Counters, { MAX_SLOTS as usize }> = PerCpuArray::new();
 
-/// From a pod to its peer.
+/// From a pod to its peer, or to the pod of this node at the other end of its connection.
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
     from_pod(&ctx).unwrap_or_else(refuse)
@@ -78,13 +78,19 @@ fn from_pod(ctx: &TcContext) -> Result<i32, Reason> {
     let frame = Skb::new(ctx);
     let header = ethernet(ctx, &frame).ok_or(Reason::PodWrongMac)?;
     pod::check(&frame, header, forward)?;
-    let route = Route {
-        device: forward.device,
-        vni: forward.vni,
-        local: &forward.local,
-        remote: &forward.remote,
+    let action = if forward.pod.link == 0 {
+        let route = Route {
+            device: forward.device,
+            vni: forward.vni,
+            local: &forward.local,
+            remote: &forward.remote,
+        };
+        encapsulate(ctx, &route)?
+    } else {
+        // A mark of the sender's namespace means nothing in the other pod.
+        set_mark(ctx, 0);
+        to_pod(ctx, &forward.pod).map_err(|_| Reason::PodWrongDestination)?
     };
-    let action = encapsulate(ctx, &route)?;
     count(ctx, Direction::Out, forward.slot);
     // Last of all reads: what was read before was this link's.
     // SAFETY: a field of the entry, volatile for user space writes it.
@@ -110,7 +116,7 @@ fn to_pod(ctx: &TcContext, tunnel: &Tunnel) -> Result<i32, Reason> {
     Ok(unsafe { bpf_redirect_peer(tunnel.link, 0) } as i32)
 }
 
-/// A unicast frame is of another host to the external device, whose address is not the pod's. Before Linux 6.15 the pod would see that.
+/// A unicast frame is of another host to the device that it came by, whose address is not the pod's. Before Linux 6.15 the pod would see that.
 #[inline(always)]
 fn be_received(skb: *mut __sk_buff) {
     // linux/if_packet.h

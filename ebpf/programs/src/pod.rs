@@ -1,4 +1,4 @@
-//! What a pod may send into its tunnel: frames from its own Ethernet address and, where its connection says so, from its own addresses.
+//! What a pod may send to the other end of its connection: frames from its own Ethernet address and, where its connection says so, from its own addresses.
 
 use nsm_ebpf_common::{
     Address, Reason,

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use nsm_ebpf_common::{
-    Reason, UNSPECIFIED,
+    Reason, Tunnel, UNSPECIFIED,
     forward::{Forward, MAX_SOURCES, Prefix, mac_words},
     mapped,
 };
@@ -28,6 +28,7 @@ fn forward(sources: &[Prefix]) -> Forward {
         mac: mac_words(POD),
         reserved: 0,
         sources: all,
+        pod: Tunnel::counted(0),
     }
 }
 

@@ -7,6 +7,7 @@
 
 pub mod forged;
 pub mod metrics;
+pub mod pings;
 mod served;
 
 use std::{
@@ -307,6 +308,19 @@ pub fn started(world: &World, node: &str, adjust: impl FnOnce(&mut Command)) -> 
     let agent = Agent::start(world, &world.node(node)?, &binary("proxy-nsmgr")?, adjust)?;
     agent.wait_ready()?;
     Ok(agent)
+}
+
+/// Waits until no connection has a link: links go a moment after the answer to a Close.
+///
+/// # Errors
+/// When one is left after [`PATIENCE`].
+pub fn links_go(world: &World) -> Result<()> {
+    let mut left = Vec::new();
+    let gone = wait_until("the links of connections to go", PATIENCE, || {
+        left = world.leaks().map(|leaks| leaks.links).unwrap_or_default();
+        !left.iter().any(Link::is_of_connection)
+    });
+    gone.with_context(|| format!("{left:?}"))
 }
 
 /// The only connection in an agent's status, once it is as `wanted`.

@@ -1,7 +1,7 @@
 //! Inside one domain: on one node, and on two nodes that share a registry.
 
-use anyhow::{Result, ensure};
-use nsm_e2e::{CIDR, PATIENCE, SERVICE, close, endpoint_address, ping, started};
+use anyhow::{Context as _, Result, ensure};
+use nsm_e2e::{CIDR, PATIENCE, SERVICE, close, endpoint_address, links_go, ping, started};
 use nsm_world::{Cloud, World};
 
 /// The kinds of the links that agents made for connections.
@@ -22,7 +22,6 @@ fn on_one_node_by_its_bare_and_its_full_name() -> Result<()> {
     let agent = started(&world, "node-1", |_| {})?;
     let (client_pod, endpoint_pod) = (world.pod("client")?, world.pod("endpoint")?);
     let _endpoint = agent.endpoint(&world, &endpoint_pod, SERVICE, CIDR, |_| {})?;
-    let before = world.leaks()?.links;
 
     for name in [SERVICE.to_owned(), format!("{SERVICE}@cluster-1.example")] {
         let client = agent.connect(&world, &client_pod, &name, |_| {})?;
@@ -34,11 +33,16 @@ fn on_one_node_by_its_bare_and_its_full_name() -> Result<()> {
         );
         assert_eq!(
             kinds(&world)?,
-            ["veth", "veth"],
-            "{name}: no tunnel on one node"
+            ["veth"; 4],
+            "{name}: two pod links, and no tunnel on one node"
         );
+        let pair = &agent.status()?["connections"][0]["pair"];
+        for (end, counted) in [(0, "tx_packets"), (1, "rx_packets")] {
+            let packets = pair[end]["counters"][counted].as_u64();
+            ensure!(packets >= Some(5), "{name}: {pair}");
+        }
         close(&client)?;
-        assert_eq!(world.leaks()?.links, before, "{name}");
+        links_go(&world).with_context(|| name.clone())?;
     }
     // No other party is asked about its own domain.
     assert_eq!(world.dns().queries()?, []);
@@ -76,7 +80,5 @@ fn on_two_nodes_that_share_a_registry() -> Result<()> {
     let tunnel = &near.status()?["connections"][0]["tunnel"];
     assert_eq!(tunnel["remote"], far.node().private_ip().to_string());
     close(&client)?;
-    let left = world.leaks()?.links;
-    ensure!(!left.iter().any(|link| link.is_of_connection()), "{left:?}");
-    Ok(())
+    links_go(&world)
 }

@@ -1,8 +1,11 @@
 //! Agents and endpoints that die: what they held is gone, or theirs again, once they are back.
 
-use anyhow::{Context as _, Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, Served, connection, endpoint_address, events, nth_event};
-use nsm_world::{Agent, Cloud, Pod, Process, binary, wait_until};
+use anyhow::{Result, ensure};
+use nsm_e2e::{
+    PATIENCE, Pair, Served, connection, endpoint_address, events, nth_event,
+    pings::{all_came_back, flows_on, link_index, pings},
+};
+use nsm_world::{Agent, Cloud, binary, wait_until};
 use serde_json::Value;
 
 #[test]
@@ -59,37 +62,6 @@ fn an_agent_that_ends_takes_its_links_and_pins_along() -> Result<()> {
     pair.assert_quiet()
 }
 
-/// The numbers of the pings that were answered, in the order of the answers.
-fn answered(pings: &Process) -> Vec<u64> {
-    let text = pings.stdout();
-    let number = |line: &str| {
-        let (_, after) = line.split_once("icmp_seq=")?;
-        after.split(' ').next()?.parse().ok()
-    };
-    text.lines().filter_map(number).collect()
-}
-
-/// Waits until `count` more pings are answered.
-fn flows_on(pings: &Process, count: usize) -> Result<()> {
-    let before = answered(pings).len();
-    wait_until("traffic to go on", PATIENCE, || {
-        answered(pings).len() >= before + count
-    })
-    .with_context(|| pings.stdout())
-}
-
-/// The kernel's index of the only link of a connection in a pod: another link has another.
-fn link_index(pod: &Pod) -> Result<u64> {
-    let mut command = pod.command("ip")?;
-    let output = command.args(["-json", "-details", "link"]).output()?;
-    let links: Vec<Value> = serde_json::from_slice(&output.stdout)?;
-    let link = links
-        .iter()
-        .find(|link| link["linkinfo"]["info_kind"] == "veth");
-    let index = link.and_then(|link| link["ifindex"].as_u64());
-    index.with_context(|| format!("no link in {}: {links:#?}", pod.name()))
-}
-
 /// The kernels carry what stands, the agents look after it: while the far one is away the client waits for it, and its next life takes
 /// over what it finds.
 #[test]
@@ -99,12 +71,7 @@ fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
     let (client, connected) = pair.connect(0)?;
     let pods = [pair.client_pod(0)?, pair.world.pod("endpoint")?];
     let links = [link_index(&pods[0])?, link_index(&pods[1])?];
-    let mut command = pods[0].command("ping")?;
-    command
-        .args(["-i", "0.05"])
-        .arg(endpoint_address(&connected)?);
-    let pings = pair.world.spawn("pings", command)?;
-    flows_on(&pings, 5)?;
+    let pings = pings(&pair.world, &pods[0], &endpoint_address(&connected)?)?;
 
     let node = pair.far.node().clone();
     pair.far.process.kill9();
@@ -146,12 +113,7 @@ fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
     pings.terminate(PATIENCE)?;
     println!("{}", client.process.stdout());
     // Neither link was touched: every single ping came back, once and in order.
-    let numbers = answered(&pings);
-    ensure!(
-        numbers.iter().copied().eq(1..=numbers.len() as u64),
-        "{}",
-        pings.stdout()
-    );
+    all_came_back(&pings)?;
     ensure!(links == [link_index(&pods[0])?, link_index(&pods[1])?]);
     ensure!(
         events(&client, "down").len() == 1,

@@ -2,7 +2,7 @@
 //!
 //! | previous hop | next hop | here |
 //! |---|---|---|
-//! | a client's pod | an endpoint's pod | [`Case::LocalPair`]: a veth pair |
+//! | a client's pod | an endpoint's pod | [`Case::LocalPair`]: two links that lead to each other |
 //! | a client's pod | another node | [`Case::Initiate`]: the client's end of a tunnel |
 //! | another node | an endpoint's pod | [`Case::Terminate`]: the server's end, which chooses the key |
 //! | another node | another node | [`Case::Through`]: nothing, mechanisms pass |

@@ -166,11 +166,12 @@ impl Calls {
     ) -> Result<(), RequestError> {
         let alias = self.alias(id)?;
         match plan {
-            Plan::Veth { client, endpoint } => {
-                let around = self.around(&client.0, &alias).await?;
+            Plan::Pair { client, endpoint } => {
+                let around = self.around(&client.netns, &alias).await?;
                 split_default_routes(terms, Some(&around), context);
                 self.admit_client(terms, context, Some(&around), None)?;
-                let around = self.around(&endpoint.0, &alias).await?;
+                let around = self.around(&endpoint.netns, &endpoint.spec.link.alias);
+                let around = around.await?;
                 self.admit_endpoint(terms, context, &around, None)
             }
             Plan::Vxlan { netns, spec } => {

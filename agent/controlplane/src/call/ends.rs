@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 use nsm_core::{
     identity::policy::End,
-    link::{LinkAlias, LinkSpec, VxlanSpec},
+    link::{LinkAlias, LinkSpec, PodLinkSpec, VxlanSpec},
     mechanism::{Kernel, TunnelKey},
     net::{IfName, MacAddr},
 };
@@ -16,11 +16,11 @@ use crate::{
     call::pod::Pod,
     convert,
     error::RequestError,
-    ports::{Plan, PodNetns},
+    ports::{Plan, PlannedLink, PodNetns},
 };
 
-/// The MTU of a veth pair for which nobody asked for another.
-const VETH_MTU: u32 = 1500;
+/// The MTU between two pods of this node for which nobody asked for another.
+const PAIR_MTU: u32 = 1500;
 
 /// The MAC address of an end of connection `id`: the same for every refresh, without keeping it.
 fn mac(end: End, id: &str) -> MacAddr {
@@ -56,13 +56,24 @@ pub(crate) fn interface(kernel: &Kernel, id: &str) -> IfName {
     })
 }
 
-/// The MTU of a veth pair.
+/// The MTU between two pods of this node.
 pub(crate) fn pair_mtu(context: &ConnectionContext) -> u32 {
     if context.mtu == 0 {
-        VETH_MTU
+        PAIR_MTU
     } else {
         context.mtu
     }
+}
+
+/// The alias of the endpoint's link, where the client has one on this node too.
+pub(crate) fn endpoint_alias(connection: &LinkAlias) -> Result<LinkAlias, RequestError> {
+    connection
+        .of_endpoint()
+        .map_err(|error| RequestError::Field {
+            field: "id of our path segment",
+            value: connection.connection_id().to_owned(),
+            reason: error.to_string(),
+        })
 }
 
 /// Both ends of a connection as its context describes them.
@@ -194,9 +205,11 @@ impl Ends {
     ) -> Result<Plan, RequestError> {
         let mut changed = plan.clone();
         match &mut changed {
-            Plan::Veth { client, endpoint } => {
-                client.1 = self.link(End::Client, client.1.name.clone())?;
-                endpoint.1 = self.link(End::Endpoint, endpoint.1.name.clone())?;
+            Plan::Pair { client, endpoint } => {
+                let names = [&client, &endpoint].map(|it| it.spec.link.name.clone());
+                let [own, others] = names;
+                client.spec = self.of_pair(End::Client, own)?;
+                endpoint.spec = self.of_pair(End::Endpoint, others)?;
             }
             Plan::Vxlan { spec, .. } => {
                 let end = if is_endpoint_here {
@@ -219,12 +232,27 @@ impl Ends {
         client: (&Pod, IfName),
         endpoint: (&Pod, IfName),
     ) -> Result<Plan, RequestError> {
-        Ok(Plan::Veth {
-            client: (client.0.netns.clone(), self.link(End::Client, client.1)?),
-            endpoint: (
-                endpoint.0.netns.clone(),
-                self.link(End::Endpoint, endpoint.1)?,
-            ),
+        Ok(Plan::Pair {
+            client: PlannedLink {
+                netns: client.0.netns.clone(),
+                spec: self.of_pair(End::Client, client.1)?,
+            },
+            endpoint: PlannedLink {
+                netns: endpoint.0.netns.clone(),
+                spec: self.of_pair(End::Endpoint, endpoint.1)?,
+            },
+        })
+    }
+
+    /// The link of one end where the other end is on this node too.
+    fn of_pair(&self, end: End, name: IfName) -> Result<PodLinkSpec, RequestError> {
+        let mut link = self.link(end, name)?;
+        if end == End::Endpoint {
+            link.alias = endpoint_alias(&self.alias)?;
+        }
+        Ok(PodLinkSpec {
+            link,
+            sources: self.sources(end)?,
         })
     }
 }

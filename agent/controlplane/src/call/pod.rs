@@ -232,7 +232,7 @@ impl Calls {
             return Some(held);
         }
         let proved = match established.plan.as_deref()? {
-            Plan::Veth { endpoint, .. } => &endpoint.0.url,
+            Plan::Pair { endpoint, .. } => &endpoint.netns.url,
             Plan::Vxlan { netns, .. } => &netns.url,
         };
         let (url, _) = answered_netns(peer, mechanism)?;

@@ -1,6 +1,5 @@
 //! The context of a connection changes at its endpoint, and the agents on the path follow.
 
-use nsm_controlplane::ports::Plan;
 use nsm_core::link::LinkSpec;
 use nsm_proto::{
     connection::{Connection, ConnectionEvent, ConnectionEventType::*, State},
@@ -32,10 +31,8 @@ fn changed(connection: &Connection, change: impl FnOnce(&mut Connection)) -> Con
 }
 
 fn links(agent: &Agent) -> Vec<LinkSpec> {
-    match agent.kernel().only().plan {
-        Plan::Vxlan { spec, .. } => vec![spec.link],
-        Plan::Veth { client, endpoint } => vec![client.1, endpoint.1],
-    }
+    let plan = agent.kernel().only().plan;
+    plan.links().map(|(_, link)| link.clone()).collect()
 }
 
 /// The routes of the link `at` of the agent.

@@ -12,7 +12,7 @@ use crate::support::{
 fn tunnel(standing: &Standing) -> &VxlanSpec {
     match &standing.plan {
         Plan::Vxlan { spec, .. } => spec,
-        Plan::Veth { .. } => panic!("a tunnel is wanted: {standing:?}"),
+        Plan::Pair { .. } => panic!("a tunnel is wanted: {standing:?}"),
     }
 }
 
@@ -255,20 +255,27 @@ async fn a_name_of_the_own_domain_is_served_here() {
         assert_eq!(asked.network_service, "icmp-responder");
         assert_eq!(asked.network_service_endpoint_name, "nse-1");
 
-        // Client and endpoint are pods of one node: a veth pair and no VNI.
-        let Plan::Veth {
+        // Client and endpoint are pods of one node: two links that lead to each other, and no VNI.
+        let Plan::Pair {
             client: ours,
             endpoint: theirs,
         } = a.kernel().only().plan
         else {
             panic!("{:?}", a.kernel().only());
         };
-        assert_eq!(ours.0.to_string(), client.netns());
+        assert_eq!(ours.netns.to_string(), client.netns());
+        let (ours, theirs) = (ours.spec, theirs.spec);
+        let [own, other] = [&ours, &theirs].map(|it| it.link.addresses[0].addr());
+        let others_mac = theirs.link.mac.expect("a MAC");
+        assert_eq!(ours.link.neighbours, [(other, others_mac)]);
+        assert_eq!((ours.link.mtu, theirs.link.mtu), (1500, 1500));
+        // Each sends as itself.
         assert_eq!(
-            ours.1.neighbours,
-            [(theirs.1.addresses[0].addr(), theirs.1.mac.expect("a MAC"))]
+            (ours.sources, theirs.sources),
+            (vec![own.into()], vec![other.into()])
         );
-        assert_eq!((ours.1.mtu, theirs.1.mtu), (1500, 1500));
+        let alias = ours.link.alias.of_endpoint().expect("an alias");
+        assert_eq!(theirs.link.alias, alias);
         assert_eq!(a.plane.holdings().vnis, 0);
 
         let refreshed = client.refresh(&granted).await.expect("refreshed");

@@ -34,14 +34,14 @@ fn told(connection: &Connection, hop: &str) -> Published {
 fn mtu(agent: &Agent) -> u32 {
     match agent.kernel().only().plan {
         Plan::Vxlan { spec, .. } => spec.link.mtu,
-        Plan::Veth { .. } => panic!("a tunnel"),
+        Plan::Pair { .. } => panic!("a tunnel"),
     }
 }
 
 fn remote(agent: &Agent) -> String {
     match agent.kernel().only().plan {
         Plan::Vxlan { spec, .. } => spec.remote.to_string(),
-        Plan::Veth { .. } => panic!("a tunnel"),
+        Plan::Pair { .. } => panic!("a tunnel"),
     }
 }
 

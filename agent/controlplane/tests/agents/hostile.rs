@@ -287,11 +287,11 @@ async fn a_refused_namespace_is_not_opened_for_the_endpoint() {
     // The undo of a connection that stood returns its namespace, although the endpoint has not passed one.
     endpoint.mend();
     let granted = client.ask("local").await;
-    let Plan::Veth { endpoint: pod, .. } = a.kernel().only().plan else {
+    let Plan::Pair { endpoint: pod, .. } = a.kernel().only().plan else {
         panic!("no pair: {:?}", a.kernel().only());
     };
     client.close(&granted.connection).await.expect("closed");
-    assert_eq!(a.kernel().opened(), [pod.0.url]);
+    assert_eq!(a.kernel().opened(), [pod.netns.url]);
     world.settles(&before).await;
 }
 

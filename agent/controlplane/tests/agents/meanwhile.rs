@@ -26,7 +26,7 @@ async fn the_mtu_that_is_found_while_the_link_is_made_holds() {
     let (granted, ()) = tokio::join!(client.ask(SERVICE), find);
     let mtu = || match a.kernel().only().plan {
         Plan::Vxlan { spec, .. } => spec.link.mtu,
-        Plan::Veth { .. } => 0,
+        Plan::Pair { .. } => 0,
     };
     eventually(1230, mtu).await;
     client.close(&granted.connection).await.expect("closed");

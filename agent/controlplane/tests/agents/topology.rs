@@ -82,7 +82,7 @@ async fn a_floating_domain_has_a_registry_and_no_proxy() {
         let ends: Vec<_> = [a, b]
             .map(|agent| match agent.kernel().only().plan {
                 Plan::Vxlan { spec, .. } => (spec.local.to_string(), spec.remote.to_string()),
-                Plan::Veth { .. } => panic!("a tunnel"),
+                Plan::Pair { .. } => panic!("a tunnel"),
             })
             .into();
         assert_eq!(ends[0], ("10.0.0.1".to_owned(), "203.0.113.2".to_owned()));
@@ -109,7 +109,7 @@ async fn a_floating_domain_has_a_registry_and_no_proxy() {
 
 /// Client and endpoint of a floating domain on one node need no tunnel.
 #[tokio::test]
-async fn a_floating_endpoint_of_this_node_is_a_veth_away() {
+async fn a_floating_endpoint_of_this_node_is_a_pair_away() {
     let (world, floating) = with_floating_domain().await;
     let [_, b] = world.agents();
     register_floating(&world, b, &floating).await;
@@ -121,7 +121,7 @@ async fn a_floating_endpoint_of_this_node_is_a_veth_away() {
         "x@Floating.example"
     );
     assert_eq!(names(&granted.connection), [client.name(), "agent-2", "x"]);
-    assert!(matches!(b.kernel().only().plan, Plan::Veth { .. }));
+    assert!(matches!(b.kernel().only().plan, Plan::Pair { .. }));
     client.refresh(&granted).await.expect("refreshed");
     client.close(&granted.connection).await.expect("closed");
     world.settles(&before).await;
@@ -209,7 +209,7 @@ async fn our_own_address_is_our_own_domain() {
         granted.connection.network_service_endpoint_name,
         format!("nse-1@{}", a.address)
     );
-    assert!(matches!(a.kernel().only().plan, Plan::Veth { .. }));
+    assert!(matches!(a.kernel().only().plan, Plan::Pair { .. }));
     client.close(&granted.connection).await.expect("closed");
     world.settles(&before).await;
 }

@@ -5,10 +5,14 @@ use std::{fmt, str::FromStr};
 /// What every alias of ours starts with.
 const PREFIX: &str = "proxy-nsmgr/";
 
+/// What the alias of an endpoint's link ends with, where the client of its connection has a link on the node too.
+const ENDPOINT: &str = "/endpoint";
+
 /// The longest alias that the kernel keeps, bytes: IFALIASZ without the closing zero.
 const MAX_LEN: usize = 255;
 
-/// The alias of a link of ours, `proxy-nsmgr/<domain>/<connection id>`.
+/// The alias of a link of ours, `proxy-nsmgr/<domain>/<connection id>`. Where both pods of a connection are on the node, the endpoint's link
+/// has `/endpoint` behind that.
 ///
 /// The kernel keeps the alias, so it outlives the agent: after a restart the agent finds and removes links whose connection is gone
 /// by their alias. A link without such an alias is never touched.
@@ -21,8 +25,9 @@ const MAX_LEN: usize = 255;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinkAlias {
-    domain: String,
-    connection_id: String,
+    domain: Box<str>,
+    connection_id: Box<str>,
+    is_second: bool,
 }
 
 /// Why a text or a pair is no [`LinkAlias`].
@@ -40,7 +45,7 @@ pub enum LinkAliasError {
     Domain(String),
     /// No connection id, or one that would end the alias early.
     #[error(
-        "connection id `{0}` is not possible in a link alias: it is empty or has a control character"
+        "connection id `{0}` is not possible in a link alias: it is empty, has a control character, or ends with `{ENDPOINT}`"
     )]
     ConnectionId(String),
     /// Longer than the kernel keeps.
@@ -62,17 +67,52 @@ impl LinkAlias {
         if domain.is_empty() || domain.contains('/') || domain.chars().any(char::is_control) {
             return Err(LinkAliasError::Domain(domain));
         }
-        if connection_id.is_empty() || connection_id.chars().any(char::is_control) {
+        let is_ambiguous = connection_id.ends_with(ENDPOINT);
+        if connection_id.is_empty() || is_ambiguous || connection_id.chars().any(char::is_control) {
             return Err(LinkAliasError::ConnectionId(connection_id));
         }
         let alias = Self {
-            domain,
-            connection_id,
+            domain: domain.into_boxed_str(),
+            connection_id: connection_id.into_boxed_str(),
+            is_second: false,
         };
-        if PREFIX.len() + alias.domain.len() + 1 + alias.connection_id.len() > MAX_LEN {
-            return Err(LinkAliasError::TooLong(alias.to_string()));
+        alias.fits()
+    }
+
+    fn fits(self) -> Result<Self, LinkAliasError> {
+        let end = if self.is_second { ENDPOINT.len() } else { 0 };
+        if PREFIX.len() + self.domain.len() + 1 + self.connection_id.len() + end > MAX_LEN {
+            return Err(LinkAliasError::TooLong(self.to_string()));
         }
-        Ok(alias)
+        Ok(self)
+    }
+
+    /// The alias of the endpoint's link, of a connection whose client has its link on the node too.
+    ///
+    /// # Errors
+    ///
+    /// It is longer than the kernel keeps.
+    pub fn of_endpoint(&self) -> Result<Self, LinkAliasError> {
+        let second = Self {
+            is_second: true,
+            ..self.clone()
+        };
+        second.fits()
+    }
+
+    /// The alias of the connection's first link: of the client's, or of the only one.
+    #[must_use]
+    pub fn of_connection(&self) -> Self {
+        Self {
+            is_second: false,
+            ..self.clone()
+        }
+    }
+
+    /// Whether this is the alias of an endpoint's link beside which the client has one.
+    #[must_use]
+    pub const fn is_of_endpoint(&self) -> bool {
+        self.is_second
     }
 
     /// The domain of the agent that made the link.
@@ -96,13 +136,17 @@ impl FromStr for LinkAlias {
             .strip_prefix(PREFIX)
             .and_then(|rest| rest.split_once('/'))
             .ok_or_else(|| LinkAliasError::NotOurs(text.to_owned()))?;
-        Self::new(domain, connection_id)
+        match connection_id.strip_suffix(ENDPOINT) {
+            Some(id) => Self::new(domain, id)?.of_endpoint(),
+            None => Self::new(domain, connection_id),
+        }
     }
 }
 
 impl fmt::Display for LinkAlias {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{PREFIX}{}/{}", self.domain, self.connection_id)
+        let end = if self.is_second { ENDPOINT } else { "" };
+        write!(f, "{PREFIX}{}/{}{end}", self.domain, self.connection_id)
     }
 }
 
@@ -143,9 +187,26 @@ mod tests {
     }
 
     #[test]
+    fn the_endpoints_link_has_the_alias_of_its_connection_and_more() {
+        let client = LinkAlias::new("d", "c").unwrap();
+        let endpoint = client.of_endpoint().unwrap();
+        assert_eq!(endpoint.to_string(), "proxy-nsmgr/d/c/endpoint");
+        assert_eq!(endpoint.to_string().parse(), Ok(endpoint.clone()));
+        assert_eq!(endpoint.connection_id(), "c");
+        assert_eq!(endpoint.of_connection(), client);
+        assert!(endpoint.is_of_endpoint() && !client.is_of_endpoint());
+        assert!(LinkAlias::new("d", "c/endpoint").is_err(), "ambiguous");
+        assert!("proxy-nsmgr/d//endpoint".parse::<LinkAlias>().is_err());
+    }
+
+    #[test]
     fn refuses_what_the_kernel_would_cut() {
         let room = MAX_LEN - PREFIX.len() - "d/".len();
-        assert!(LinkAlias::new("d", "c".repeat(room)).is_ok());
+        let longest = LinkAlias::new("d", "c".repeat(room)).unwrap();
+        assert!(matches!(
+            longest.of_endpoint(),
+            Err(LinkAliasError::TooLong(_))
+        ));
         assert!(matches!(
             LinkAlias::new("d", "c".repeat(room + 1)),
             Err(LinkAliasError::TooLong(_))

@@ -1,7 +1,7 @@
 //! The link of a connection: as it is wanted, as it was observed, and the steps from one to the other.
 //!
 //! A connection ends in one link inside the pod's network namespace: one end of a veth pair. Its other end is on the node, where BPF joins
-//! it with a tunnel, or in the pod of the other side where that is on the same node. [`LinkSpec`] is what is wanted of the pod's end,
+//! it with a tunnel, or with the link of the other pod where that is on the same node. [`LinkSpec`] is what is wanted of the pod's end,
 //! [`Link`] is what the kernel shows, and [`diff`] plans the operations between the two; [`NodeLink`] and [`repair_node_link`] are the same
 //! for the node's end. Each plan is made from the kernel's state and not from the expected result of an earlier plan: a refresh, a restart
 //! of the agent and a link that was changed by hand are one case.
@@ -30,5 +30,5 @@ pub use self::{
     observed::{Link, LinkKind, Route},
     plan::{Operation, diff, must_create},
     traffic::{Count, Traffic},
-    wanted::{LinkSpec, RouteSpec, VxlanSpec, vxlan_overhead},
+    wanted::{LinkSpec, PodLinkSpec, RouteSpec, VxlanSpec, vxlan_overhead},
 };

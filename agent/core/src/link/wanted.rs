@@ -51,6 +51,15 @@ pub struct RouteSpec {
     pub via: Option<IpAddr>,
 }
 
+/// A pod link, and what its pod may send: one of two that are joined with each other on the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodLinkSpec {
+    /// The pod's end of the link.
+    pub link: LinkSpec,
+    /// Addresses that the pod may send from. Empty: any.
+    pub sources: Vec<IpNet>,
+}
+
 /// A pod link whose frames go through a VXLAN tunnel (RFC 7348) of the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VxlanSpec {

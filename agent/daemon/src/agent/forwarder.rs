@@ -12,7 +12,7 @@ use futures_util::{StreamExt as _, stream};
 use ipnet::IpNet;
 use nix::errno::Errno;
 use nsm_controlplane::{
-    ports::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
+    ports::{Forwarder, ForwarderError, Plan, PlannedLink, PodNetns, Prober, Underlay},
     transport::unix::Passed,
 };
 use nsm_core::{
@@ -22,7 +22,7 @@ use nsm_core::{
     net::NetnsUrl,
 };
 use nsm_dataplane::{
-    forward::{ForwardError, Forwarding, TunnelDevices, TunnelTraffic},
+    forward::{ForwardError, Forwarding, Passed as PassedTraffic, TunnelDevices},
     links::{LinkError, LinkReading, Links},
     liveness::{Preflights, Report},
     netns::{Netns, NetnsError},
@@ -49,7 +49,7 @@ const AT_ONCE: usize = 4;
 /// How long the node's own addresses are taken as they were read: connections come by the thousand, addresses by the day.
 const OWN_ADDRESSES_LIFE: Duration = Duration::from_secs(1);
 
-/// The links of tunnels as the kernel shows them.
+/// The pods' links as the kernel shows them.
 pub(crate) type LinkReadings = HashMap<LinkAlias, LinkReading>;
 
 /// The dataplane of this node.
@@ -156,22 +156,19 @@ impl NodeForwarder {
         drops
     }
 
-    /// What passed a tunnel; none of a pair of pods.
-    pub(crate) fn passed(&self, plan: &Plan) -> Option<TunnelTraffic> {
-        match plan {
-            Plan::Vxlan { spec, .. } => self.forwarding.passed(&spec.link.alias),
-            Plan::Veth { .. } => None,
-        }
+    /// What passed the link with this alias; none where it leads nowhere.
+    pub(crate) fn passed(&self, alias: &LinkAlias) -> Option<PassedTraffic> {
+        self.forwarding.passed(alias)
     }
 
-    /// The links of tunnels as the kernel shows them. Each namespace is entered once, however many links it has: that takes a fraction of
+    /// The pods' links as the kernel shows them. Each namespace is entered once, however many links it has: that takes a fraction of
     /// a millisecond, and an agent may have thousands of pods.
     pub(crate) async fn link_readings(&self, plans: impl Iterator<Item = &Plan>) -> LinkReadings {
         let mut places = HashMap::new();
-        for tunnel in plans.filter_map(Plan::tunnel) {
+        for (netns, link) in plans.flat_map(Plan::links) {
             places
-                .entry(&tunnel.netns.url)
-                .or_insert_with(|| (tunnel.netns.clone(), tunnel.link.alias.clone()));
+                .entry(&netns.url)
+                .or_insert_with(|| (netns.clone(), link.alias.clone()));
         }
         let places: Vec<_> = places.into_values().collect();
         let read: Vec<_> = stream::iter(places)
@@ -225,17 +222,34 @@ impl NodeForwarder {
         opened.map_err(|error| namespace(&error))
     }
 
-    async fn down_in(&self, pod: &PodNetns, alias: &LinkAlias) -> Result<(), ForwarderError> {
-        match self.namespaces.open(pod, alias).await {
-            // The kernel has taken the link along with its namespace.
-            Err(error) if error.is_gone() => Ok(()),
-            Err(error) => Err(namespace(&error)),
-            Ok(netns) => {
-                self.links.down(&netns, alias).await.map_err(refusal)?;
-                self.namespaces.unlinked(pod, alias);
-                Ok(())
-            }
+    /// Makes the links of two pods of this node.
+    async fn up_pair(
+        &self,
+        client: &PlannedLink,
+        endpoint: &PlannedLink,
+    ) -> Result<(), ForwarderError> {
+        let (client_netns, endpoint_netns) = tokio::try_join!(
+            self.open(&client.netns, &client.spec.link.alias),
+            self.open(&endpoint.netns, &endpoint.spec.link.alias),
+        )?;
+        let up = self.forwarding.up_pair(
+            (&client_netns, &client.spec),
+            (&endpoint_netns, &endpoint.spec),
+        );
+        let (outcome, client_in_sight, endpoint_in_sight) = tokio::join!(
+            up,
+            self.namespaces.is_in_sight(&client.netns),
+            self.namespaces.is_in_sight(&endpoint.netns),
+        );
+        outcome.map_err(not_forwarded)?;
+        for (link, netns, in_sight) in [
+            (client, client_netns, client_in_sight),
+            (endpoint, endpoint_netns, endpoint_in_sight),
+        ] {
+            self.namespaces
+                .linked(&link.netns, &link.spec.link.alias, netns, in_sight);
         }
+        Ok(())
     }
 }
 
@@ -293,51 +307,26 @@ impl Forwarder for NodeForwarder {
                 let up = self.forwarding.up(&netns, spec);
                 let (outcome, in_sight) = tokio::join!(up, self.namespaces.is_in_sight(pod));
                 outcome.map_err(not_forwarded)?;
-                if !in_sight {
-                    self.namespaces.keep(pod, alias, netns);
+                self.namespaces.linked(pod, alias, netns, in_sight);
+                // The endpoint's link of a connection that was a pair before is gone.
+                if let Ok(second) = alias.of_endpoint() {
+                    self.namespaces.unlinked(&second);
                 }
                 Ok(())
             }
-            Plan::Veth { client, endpoint } => {
-                let client_netns = self.open(&client.0, &client.1.alias).await?;
-                let endpoint_netns = self.open(&endpoint.0, &endpoint.1.alias).await?;
-                let up = self
-                    .links
-                    .up_veth((&client_netns, &client.1), (&endpoint_netns, &endpoint.1));
-                let (outcome, client_in_sight, endpoint_in_sight) = tokio::join!(
-                    up,
-                    self.namespaces.is_in_sight(&client.0),
-                    self.namespaces.is_in_sight(&endpoint.0),
-                );
-                outcome.map_err(refusal)?;
-                for ((pod, link), netns, in_sight) in [
-                    (client, client_netns, client_in_sight),
-                    (endpoint, endpoint_netns, endpoint_in_sight),
-                ] {
-                    if !in_sight {
-                        self.namespaces.keep(pod, &link.alias, netns);
-                    }
-                }
-                Ok(())
-            }
+            Plan::Pair { client, endpoint } => self.up_pair(client, endpoint).await,
         }
     }
 
     async fn down(&self, plan: &Plan) -> Result<(), ForwarderError> {
-        match plan {
-            Plan::Vxlan { netns, spec } => {
-                let alias = &spec.link.alias;
-                self.forwarding.down(alias).await.map_err(not_forwarded)?;
-                self.namespaces.unlinked(netns, alias);
-                Ok(())
-            }
-            Plan::Veth { client, endpoint } => {
-                // Either end takes the other along; both are tried, for either namespace may be gone.
-                let first = self.down_in(&client.0, &client.1.alias).await;
-                let second = self.down_in(&endpoint.0, &endpoint.1.alias).await;
-                first.and(second)
-            }
+        // Each is tried.
+        let mut outcome = Ok(());
+        for (_, link) in plan.links() {
+            let down = self.forwarding.down(&link.alias).await;
+            outcome = outcome.and(down.map_err(not_forwarded));
+            self.namespaces.unlinked(&link.alias);
         }
+        outcome
     }
 
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {

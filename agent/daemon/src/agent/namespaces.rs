@@ -15,12 +15,10 @@ use nsm_controlplane::ports::PodNetns;
 use nsm_core::{link::LinkAlias, net::NetnsUrl};
 use nsm_dataplane::netns::{Netns, NetnsError};
 
-/// A connection's link in one namespace.
-type Place = (LinkAlias, NetnsUrl);
-
 #[derive(Debug, Default)]
 pub(super) struct Namespaces {
-    kept: Mutex<HashMap<Place, Netns>>,
+    /// By link: where it is, as its owner writes it, and the namespace.
+    kept: Mutex<HashMap<LinkAlias, (NetnsUrl, Netns)>>,
 }
 
 impl Namespaces {
@@ -33,9 +31,9 @@ impl Namespaces {
         if let Some(descriptor) = &pod.descriptor {
             return Netns::from_fd(descriptor.as_fd());
         }
-        let kept = self.kept().get(&place(pod, alias)).cloned();
-        match kept {
-            Some(netns) => Ok(netns),
+        let kept = self.kept().get(alias).cloned();
+        match kept.filter(|(url, _)| *url == pod.url) {
+            Some((_, netns)) => Ok(netns),
             None => find(&pod.url).await,
         }
     }
@@ -44,8 +42,8 @@ impl Namespaces {
     pub(super) async fn find(&self, url: &NetnsUrl) -> Result<Netns, NetnsError> {
         let kept = {
             let kept = self.kept();
-            let mut places = kept.iter();
-            let found = places.find(|((_, place), _)| place == url);
+            let mut places = kept.values();
+            let found = places.find(|(place, _)| place == url);
             found.map(|(_, netns)| netns.clone())
         };
         match kept {
@@ -59,23 +57,31 @@ impl Namespaces {
         pod.descriptor.is_none() || find(&pod.url).await.is_ok()
     }
 
-    /// A link stands there now, and nothing but its descriptor leads there: keeps it.
-    pub(super) fn keep(&self, pod: &PodNetns, alias: &LinkAlias, netns: Netns) {
-        self.kept().insert(place(pod, alias), netns);
+    /// A link stands there now. Keeps the namespace where nothing but its descriptor leads there, and that of the place where the link was
+    /// before no longer.
+    pub(super) fn linked(
+        &self,
+        pod: &PodNetns,
+        alias: &LinkAlias,
+        netns: Netns,
+        is_in_sight: bool,
+    ) {
+        let mut kept = self.kept();
+        if !is_in_sight {
+            kept.insert(alias.clone(), (pod.url.clone(), netns));
+        } else if kept.get(alias).is_some_and(|(url, _)| *url != pod.url) {
+            kept.remove(alias);
+        }
     }
 
     /// The link is gone.
-    pub(super) fn unlinked(&self, pod: &PodNetns, alias: &LinkAlias) {
-        self.kept().remove(&place(pod, alias));
+    pub(super) fn unlinked(&self, alias: &LinkAlias) {
+        self.kept().remove(alias);
     }
 
-    fn kept(&self) -> MutexGuard<'_, HashMap<Place, Netns>> {
+    fn kept(&self) -> MutexGuard<'_, HashMap<LinkAlias, (NetnsUrl, Netns)>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn place(pod: &PodNetns, alias: &LinkAlias) -> Place {
-    (alias.clone(), pod.url.clone())
 }
 
 /// Opens a namespace by path at once; by inode it may take a walk through /proc.

@@ -7,14 +7,14 @@ use nsm_core::{
     address::public::Finding,
     clock::Monotonic,
     identity::policy::{Action, decide},
-    link::Count,
+    link::{Count, Traffic},
     liveness::Direction,
     net::Vni,
 };
 use nsm_dataplane::links::LinkReading;
 use nsm_proto::admin::{
-    AddressFinding, Bpf, ConnectionStatus, Counters, DnsAnswer, Link, Listener, PathHealth, Peer,
-    PublicAddress, Status as AgentStatus, StatusRequest, Tunnel, WayHealth,
+    AddressFinding, Bpf, ConnectionStatus, Counters, DnsAnswer, Link, Listener, PairedLink,
+    PathHealth, Peer, PublicAddress, Status as AgentStatus, StatusRequest, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
 use tonic::{Request, Response, Status};
@@ -22,8 +22,8 @@ use tonic::{Request, Response, Status};
 use super::{
     Observer,
     evidence::{
-        ConnectionEvidence, DirectionEvidence, DnsEvidence, Evidence, PathEvidence, PeerEvidence,
-        TunnelEvidence,
+        ConnectionEvidence, DirectionEvidence, DnsEvidence, Evidence, PairedEvidence, PathEvidence,
+        PeerEvidence, TunnelEvidence,
     },
 };
 use crate::{
@@ -170,6 +170,7 @@ impl View {
         let path = evidence.path.as_ref();
         ConnectionStatus {
             tunnel: tunnel.map(|it| self.tunnel(it, inward, outward)),
+            pair: evidence.pair.iter().map(|it| self.paired(it)).collect(),
             health: path.map(|it| self.path(it, inward, outward)),
             down_reason: down_reason.map_or_else(String::new, ToString::to_string),
             id: evidence.id,
@@ -203,6 +204,19 @@ impl View {
             counters: self.counters(inward.card, outward.card).or(link),
             observed: evidence.observed.as_ref().map(observed),
             link,
+        }
+    }
+
+    fn paired(&self, evidence: &PairedEvidence) -> PairedLink {
+        let (received, sent) = match evidence.passed {
+            Some(Traffic { received, sent }) => (Some(received), Some(sent)),
+            None => (None, None),
+        };
+        PairedLink {
+            interface: evidence.interface.to_string(),
+            netns: evidence.netns.clone(),
+            counters: self.counters(received, sent),
+            observed: evidence.observed.as_ref().map(observed),
         }
     }
 

@@ -7,18 +7,19 @@ use std::{collections::BTreeMap, net::IpAddr, time::SystemTime};
 
 use nsm_controlplane::{
     plane::{ConnectionView, DownReason},
+    ports::Plan,
     registry::Counts,
 };
 use nsm_core::{
     clock::Monotonic,
-    link::Count,
+    link::{Count, LinkAlias, Traffic},
     liveness::{Health, PathId, sbfd::Statistics},
     mechanism::TunnelKey,
     net::IfName,
     nsm::name::{Domain, InterdomainName},
 };
 use nsm_dataplane::{
-    forward::TunnelTraffic,
+    forward::Passed,
     links::LinkReading,
     liveness::{Preflights, Report},
 };
@@ -98,6 +99,8 @@ pub(crate) struct ConnectionEvidence {
     pub(crate) mtu: u32,
     /// Its tunnel, where one ends on this node.
     pub(crate) tunnel: Option<TunnelEvidence>,
+    /// The client's link and the endpoint's, where both pods are on this node.
+    pub(crate) pair: Vec<PairedEvidence>,
     /// The path of the tunnel, where it is watched.
     pub(crate) path: Option<PathEvidence>,
     /// From the peer to this node.
@@ -119,6 +122,18 @@ pub(crate) struct TunnelEvidence {
     pub(crate) netns: String,
     /// The link in the pod as the kernel shows it at [`Evidence::at`]; none where it is not there.
     pub(crate) observed: Option<LinkReading>,
+}
+
+/// One of two links of this node that lead to each other.
+#[derive(Debug)]
+pub(crate) struct PairedEvidence {
+    /// The link in the pod, as it was made.
+    pub(crate) interface: IfName,
+    pub(crate) netns: String,
+    /// The link in the pod as the kernel shows it at [`Evidence::at`]; none where it is not there.
+    pub(crate) observed: Option<LinkReading>,
+    /// What passed it; none where it leads nowhere.
+    pub(crate) passed: Option<Traffic>,
 }
 
 /// The path between this node and a tunnel's peer.
@@ -149,8 +164,8 @@ pub(super) struct Sources<'a> {
     pub(super) own_domain: &'a Domain,
     /// All links.
     pub(super) links: &'a LinkReadings,
-    /// What the tunnel has passed.
-    pub(super) passed: Option<TunnelTraffic>,
+    /// What a link has passed.
+    pub(super) passed: &'a dyn Fn(&LinkAlias) -> Option<Passed>,
     /// All sessions.
     pub(super) sessions: &'a [Report],
     pub(super) at: Monotonic,
@@ -167,7 +182,7 @@ impl ConnectionEvidence {
         let hops = wire.path.iter().flat_map(|path| &path.path_segments);
         let client_mechanism = wire.mechanism.as_ref();
         let expires_in = view.expires().duration_since(SystemTime::now());
-        let tunnel = sources.tunnel();
+        let (tunnel, pair) = (sources.tunnel(), sources.pair());
         let (inward, outward) = sources.directions();
         Self {
             id: view.id().to_owned(),
@@ -184,6 +199,7 @@ impl ConnectionEvidence {
             mtu: context.mtu,
             path: sources.path(),
             tunnel,
+            pair,
             inward,
             outward,
             down_reason: sources.down_reason,
@@ -205,6 +221,19 @@ impl Sources<'_> {
         })
     }
 
+    fn pair(&self) -> Vec<PairedEvidence> {
+        let plan = self.view.plan().filter(|plan| plan.tunnel().is_none());
+        let links = plan.into_iter().flat_map(Plan::links);
+        links
+            .map(|(netns, link)| PairedEvidence {
+                interface: link.name.clone(),
+                netns: netns.to_string(),
+                observed: self.links.get(&link.alias).cloned(),
+                passed: (self.passed)(&link.alias).map(|it| it.link),
+            })
+            .collect()
+    }
+
     /// The session of the connection's very path: one address may have several reflectors.
     fn session(&self) -> Option<&Report> {
         let path: PathId = self.view.watched()?.canonical();
@@ -221,7 +250,9 @@ impl Sources<'_> {
 
     /// Both directions, in and out.
     fn directions(&self) -> (DirectionEvidence, DirectionEvidence) {
-        let (link, card) = (self.passed.map(|it| it.link), self.passed.map(|it| it.wire));
+        let tunnel = self.view.plan().and_then(Plan::tunnel);
+        let passed = tunnel.and_then(|it| (self.passed)(&it.link.alias));
+        let (link, card) = (passed.map(|it| it.link), passed.and_then(|it| it.wire));
         let snapshot = self.session().map(|report| &report.snapshot);
         let answered = snapshot.and_then(|snapshot| snapshot.last_answer);
         let probed = snapshot.and_then(|snapshot| snapshot.peer.map(|probe| probe.at));

@@ -88,7 +88,7 @@ impl Observer {
             down_reason: self.plane.down_reason(view),
             own_domain: self.domain(),
             links,
-            passed: forwarder.and_then(|it| it.passed(view.plan()?)),
+            passed: &|alias| forwarder.and_then(|it| it.passed(alias)),
             sessions,
             at,
         })

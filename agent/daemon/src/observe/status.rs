@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use nsm_controlplane::transport::dial::dial;
 use nsm_core::net::PeerUrl;
 use nsm_proto::admin::{
-    ConnectionStatus, DnsAnswer, Status, StatusRequest, admin_client::AdminClient,
+    ConnectionStatus, Counters, DnsAnswer, Status, StatusRequest, admin_client::AdminClient,
 };
 use tonic::Code;
 
@@ -21,7 +21,7 @@ mod paths;
 /// How long a connection to the agent may take; it is on this node.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the agent may take to answer: it enters the namespace of each pod that has a tunnel, of which there may be thousands.
+/// How long the agent may take to answer: it enters the namespace of each pod that has a link, of which there may be thousands.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The largest answer that is read, bytes: a connection takes 1 KiB or so, and an agent is meant for tens of thousands. A
@@ -132,6 +132,10 @@ fn render(status: &Status) -> String {
         section(&mut text, "DOWN", down);
     }
     section(&mut text, "TUNNELS", tunnels(&status.connections));
+    let pairs = pairs(&status.connections);
+    if !pairs.is_empty() {
+        section(&mut text, "PAIRS", pairs);
+    }
     if let Some(paths) = paths::table(status) {
         section(&mut text, "PATHS", paths);
     }
@@ -255,12 +259,7 @@ fn tunnels(connections: &[ConnectionStatus]) -> Table {
         let Some(tunnel) = &connection.tunnel else {
             continue;
         };
-        let count = |of: fn(&nsm_proto::admin::Counters) -> u64| {
-            tunnel
-                .counters
-                .as_ref()
-                .map_or_else(|| "-".to_owned(), |counters| of(counters).to_string())
-        };
+        let [tx_packets, tx_bytes, rx_packets, rx_bytes] = counts(tunnel.counters.as_ref());
         let cells = [
             short(&connection.id),
             tunnel.vni.to_string(),
@@ -269,14 +268,59 @@ fn tunnels(connections: &[ConnectionStatus]) -> Table {
             tunnel.remote.clone(),
             tunnel.interface.clone(),
             tunnel.netns.clone(),
-            count(|counters| counters.tx_packets),
-            count(|counters| counters.tx_bytes),
-            count(|counters| counters.rx_packets),
-            count(|counters| counters.rx_bytes),
+            tx_packets,
+            tx_bytes,
+            rx_packets,
+            rx_bytes,
         ];
         add(&mut table, cells);
     }
     table
+}
+
+/// The links of connections whose pods are both on this node.
+fn pairs(connections: &[ConnectionStatus]) -> Table {
+    let headers = [
+        "ID",
+        "END",
+        "INTERFACE",
+        "NETNS",
+        "TX PACKETS",
+        "TX BYTES",
+        "RX PACKETS",
+        "RX BYTES",
+    ];
+    let mut table = table(&headers, &[4, 5, 6, 7]);
+    for connection in connections {
+        for (end, link) in ["client", "endpoint"].into_iter().zip(&connection.pair) {
+            let [tx_packets, tx_bytes, rx_packets, rx_bytes] = counts(link.counters.as_ref());
+            let cells = [
+                short(&connection.id),
+                end.to_owned(),
+                link.interface.clone(),
+                link.netns.clone(),
+                tx_packets,
+                tx_bytes,
+                rx_packets,
+                rx_bytes,
+            ];
+            add(&mut table, cells);
+        }
+    }
+    table
+}
+
+/// Packets and bytes sent, then received.
+fn counts(counters: Option<&Counters>) -> [String; 4] {
+    let count = |of: fn(&Counters) -> u64| {
+        counters.map_or_else(|| "-".to_owned(), |counters| of(counters).to_string())
+    };
+    [
+        count(|counters| counters.tx_packets),
+        count(|counters| counters.tx_bytes),
+        count(|counters| counters.rx_packets),
+        count(|counters| counters.rx_bytes),
+    ]
 }
 
 /// What DNS answered about other domains.

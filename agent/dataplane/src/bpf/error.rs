@@ -297,7 +297,15 @@ pub enum BpfError {
         /// Slots there are.
         capacity: u32,
     },
-    /// No tunnel uses the slot.
+    /// All slots are taken, and a connection between two pods of this node needs some.
+    #[error(
+        "no slot is free for a connection between two pods of this node: all {capacity} are in use; close unused connections"
+    )]
+    PairSlotsExhausted {
+        /// Slots there are.
+        capacity: u32,
+    },
+    /// No connection uses the slot.
     #[error("slot {0} is not in use")]
     NoSlot(Slot),
     /// The address cannot be the other end of a tunnel.

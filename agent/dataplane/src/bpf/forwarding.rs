@@ -1,9 +1,12 @@
-//! The maps of forwarding: which pod link belongs to which tunnel, the external devices, the ways of probes.
+//! The maps of forwarding: which pod link belongs to which tunnel or other pod link, the external devices, the ways of probes.
 //!
 //! The order of writes leaves no frame without its checks: a tunnel can be received before the pod can send into it, and it is taken from
 //! the pod first.
 
-use std::net::IpAddr;
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
 
 use aya::{
     Ebpf,
@@ -15,7 +18,7 @@ use nsm_core::{
     net::{MacAddr, Vni},
 };
 use nsm_ebpf_common::{
-    Counters, Tunnel,
+    Counters, MAX_SLOTS, Tunnel, UNSPECIFIED,
     forward::{
         Device, Forward, MAX_DEVICES, MAX_SOURCES, Prefix, ProbePath, key_halves, mac_words,
         tunnel_flags,
@@ -23,7 +26,7 @@ use nsm_ebpf_common::{
 };
 
 use super::{
-    Bpf, BpfError, Slot,
+    Bpf, BpfError, Slot, State,
     tables::{address, forgiving_of, ip_addr, of_map, read, take},
 };
 
@@ -32,6 +35,8 @@ pub(super) struct ForwardingTables {
     devices: Array<MapData, Device>,
     links: PerCpuArray<MapData, Counters>,
     probe_paths: BpfHashMap<MapData, u64, ProbePath>,
+    /// The slots of pod links that are joined with each other, by link: their entries in FORWARD are all that there is of them.
+    paired: HashMap<u32, Slot>,
 }
 
 /// The ends of a pod link, as the programs need them.
@@ -45,14 +50,30 @@ pub(crate) struct PodEnds {
     pub(crate) same_namespace: bool,
 }
 
-/// A connection that the programs know.
+/// One of two pod links that are joined with each other.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PairedEnd<'a> {
+    pub(crate) ends: PodEnds,
+    /// Addresses that its pod may send from. Empty: any.
+    pub(crate) sources: &'a [IpNet],
+}
+
+/// A pod link that the programs know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Connected {
     /// The interface index of the node's end.
     pub(crate) node: u32,
-    pub(crate) vni: u32,
-    pub(crate) remote: IpAddr,
     pub(crate) slot: Slot,
+    pub(crate) to: LeadsTo,
+}
+
+/// Where the frames of a pod link go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LeadsTo {
+    /// Through a tunnel.
+    Tunnel { vni: u32, remote: IpAddr },
+    /// To the link whose node's end has this interface index.
+    Link(u32),
 }
 
 /// Where probes and answers to an Ethernet address go.
@@ -69,12 +90,40 @@ pub(crate) struct ProbeRoute {
 
 impl ForwardingTables {
     pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, BpfError> {
-        Ok(Self {
+        let mut tables = Self {
             forward: take(ebpf, "FORWARD")?,
             devices: take(ebpf, "DEVICES")?,
             links: take(ebpf, "LINKS")?,
             probe_paths: take(ebpf, "PROBE_PATHS")?,
-        })
+            paired: HashMap::new(),
+        };
+        let mut used = HashSet::new();
+        for (link, forward) in tables.entries()? {
+            if forward.pod.link == 0 {
+                continue;
+            }
+            if forward.slot < MAX_SLOTS && used.insert(forward.slot) {
+                tables.paired.insert(link, Slot(forward.slot));
+            } else {
+                forgiving_of("FORWARD", tables.forward.remove(&link))?;
+            }
+        }
+        Ok(tables)
+    }
+
+    /// The slots that are in use and not a tunnel's.
+    pub(super) fn slots(&self) -> HashSet<u32> {
+        self.paired.values().map(|slot| slot.get()).collect()
+    }
+
+    fn entries(&self) -> Result<Vec<(u32, Forward)>, BpfError> {
+        let entries = self.forward.iter().collect::<Result<_, _>>();
+        entries.map_err(of_map("FORWARD", "read"))
+    }
+
+    fn insert(&mut self, forward: Forward) -> Result<(), BpfError> {
+        let inserted = self.forward.insert(forward.link, forward, 0);
+        inserted.map_err(of_map("FORWARD", "add to"))
     }
 
     /// The place of a port in DEVICES, or the first free one.
@@ -154,62 +203,70 @@ impl Bpf {
         tables.set_device(place, Device::default())
     }
 
-    /// Joins a pod link and a tunnel, whose port has a device. What the link had before is replaced, but for the entry of another tunnel:
-    /// see [`Self::disconnect_tunnel`].
+    /// Joins a pod link and a tunnel, whose port has a device. What the link had before is replaced, but for the entries of another tunnel
+    /// and of another link: see [`Self::disconnect_link`] and [`Self::disconnect_tunnel`].
     ///
     /// # Errors
     ///
     /// When all slots are taken, when the peer cannot be a tunnel's end, when the kernel refuses.
     pub(crate) fn connect(&self, ends: &PodEnds, spec: &VxlanSpec) -> Result<Slot, BpfError> {
         let state = &mut *self.state();
-        let flags = if ends.same_namespace {
-            tunnel_flags::SAME_NAMESPACE
-        } else {
-            0
-        };
         let device = state.forwarding.place(spec.port)?;
-        let mac = mac_words(ends.mac.octets());
         let was_known = state.tables.slot(spec.vni.get(), spec.remote).is_some();
         let slot = state
             .tables
-            .add_tunnel(spec.vni.get(), spec.remote, |slot| Tunnel {
-                slot,
-                link: ends.node,
-                flags,
-                mac,
-                reserved: 0,
-            })?;
+            .add_tunnel(spec.vni.get(), spec.remote, |slot| ends.pod(Slot(slot)))?;
         if !was_known {
             state.forwarding.zero(slot.get())?;
         }
-        let (checked, sources) = checked_sources(&spec.sources);
         let forward = Forward {
-            link: ends.node,
             device,
             vni: spec.vni.get(),
-            slot: slot.get(),
-            checked,
             local: address(spec.local),
             remote: address(spec.remote),
-            mac,
-            reserved: 0,
-            sources,
+            ..ends.forward(slot, &spec.sources, Tunnel::counted(0))
         };
-        let inserted = state.forwarding.forward.insert(ends.node, forward, 0);
-        if let Err(error) = inserted {
+        if let Err(error) = state.forwarding.insert(forward) {
             if !was_known {
                 // The error that counts is the first one.
                 let _ = state.tables.remove_tunnel(spec.vni.get(), spec.remote);
             }
-            return Err(of_map("FORWARD", "add to")(error));
+            return Err(error);
         }
+        state.unpair(ends.node);
         Ok(slot)
+    }
+
+    /// Joins two pod links of this node. What they had before is replaced, but for the entries of tunnels: see [`Self::disconnect_tunnel`].
+    /// A link that is joined already keeps its slot and its counters. After an error, links that were not joined before are not.
+    ///
+    /// # Errors
+    ///
+    /// When all slots are taken, when the kernel refuses.
+    pub(crate) fn connect_pair(
+        &self,
+        [one, other]: [PairedEnd<'_>; 2],
+    ) -> Result<[Slot; 2], BpfError> {
+        let state = &mut *self.state();
+        let known = [one, other].map(|end| state.forwarding.paired.contains_key(&end.ends.node));
+        let joined = state.pair(one, other);
+        if joined.is_err() {
+            for (end, was_known) in [one, other].iter().zip(known) {
+                if !was_known {
+                    // The error that counts is the first one. An entry of before, which leads into a tunnel, stays.
+                    let _ = state.forget_pair(end.ends.node);
+                }
+            }
+        }
+        joined
     }
 
     /// Forgets where a pod link's frames go. They are dropped from now on.
     pub(crate) fn disconnect_link(&self, node: u32) -> Result<(), BpfError> {
         let state = &mut *self.state();
-        forgiving_of("FORWARD", state.forwarding.forward.remove(&node))
+        forgiving_of("FORWARD", state.forwarding.forward.remove(&node))?;
+        state.unpair(node);
+        Ok(())
     }
 
     /// Forgets a tunnel and frees its slot; whether there was one.
@@ -219,18 +276,19 @@ impl Bpf {
 
     /// The connections that the programs know, among them those of an earlier agent.
     pub(crate) fn connected(&self) -> Result<Vec<Connected>, BpfError> {
-        let state = self.state();
-        let mut all = Vec::new();
-        for entry in state.forwarding.forward.iter() {
-            let (node, forward) = entry.map_err(of_map("FORWARD", "read"))?;
-            all.push(Connected {
-                node,
-                vni: forward.vni,
-                remote: ip_addr(forward.remote),
-                slot: Slot(forward.slot),
-            });
-        }
-        Ok(all)
+        let entries = self.state().forwarding.entries()?;
+        let connected = |(node, forward): (u32, Forward)| Connected {
+            node,
+            slot: Slot(forward.slot),
+            to: match forward.pod.link {
+                0 => LeadsTo::Tunnel {
+                    vni: forward.vni,
+                    remote: ip_addr(forward.remote),
+                },
+                link => LeadsTo::Link(link),
+            },
+        };
+        Ok(entries.into_iter().map(connected).collect())
     }
 
     /// What passed the pod link of a slot: "received" is what the pod got.
@@ -254,7 +312,7 @@ impl Bpf {
             device: tables.place(route.port)?,
             vni: route.vni.get(),
             port: route.port.into(),
-            local: route.local.map_or(nsm_ebpf_common::UNSPECIFIED, address),
+            local: route.local.map_or(UNSPECIFIED, address),
             remote: address(route.remote),
         };
         let inserted = tables.probe_paths.insert(key, path, 0);
@@ -291,6 +349,86 @@ impl Bpf {
             ));
         }
         Ok(all)
+    }
+}
+
+impl PodEnds {
+    /// What the programs need to bring frames to the pod.
+    fn pod(&self, slot: Slot) -> Tunnel {
+        let flags = if self.same_namespace {
+            tunnel_flags::SAME_NAMESPACE
+        } else {
+            0
+        };
+        Tunnel {
+            slot: slot.get(),
+            link: self.node,
+            flags,
+            mac: mac_words(self.mac.octets()),
+            reserved: 0,
+        }
+    }
+
+    /// What the programs need of what the pod sends, without a tunnel.
+    fn forward(&self, slot: Slot, sources: &[IpNet], pod: Tunnel) -> Forward {
+        let (checked, sources) = checked_sources(sources);
+        Forward {
+            link: self.node,
+            device: 0,
+            vni: 0,
+            slot: slot.get(),
+            checked,
+            local: UNSPECIFIED,
+            remote: UNSPECIFIED,
+            mac: mac_words(self.mac.octets()),
+            reserved: 0,
+            sources,
+            pod,
+        }
+    }
+}
+
+impl State {
+    fn pair(&mut self, one: PairedEnd<'_>, other: PairedEnd<'_>) -> Result<[Slot; 2], BpfError> {
+        let slots = [
+            self.pair_slot(one.ends.node)?,
+            self.pair_slot(other.ends.node)?,
+        ];
+        let [own, others] = slots;
+        let back = other.ends.forward(others, other.sources, one.ends.pod(own));
+        let forth = one.ends.forward(own, one.sources, other.ends.pod(others));
+        // The way back first: who is answered finds it.
+        self.forwarding.insert(back)?;
+        self.forwarding.insert(forth)?;
+        Ok(slots)
+    }
+
+    /// The slot of a link that is, or is about to be, joined with another link.
+    fn pair_slot(&mut self, node: u32) -> Result<Slot, BpfError> {
+        if let Some(slot) = self.forwarding.paired.get(&node) {
+            return Ok(*slot);
+        }
+        let slot = self.tables.take_slot()?;
+        self.forwarding.paired.insert(node, slot);
+        self.forwarding.zero(slot.get())?;
+        Ok(slot)
+    }
+
+    /// Removes the entry of a link that leads to another link, and frees its slot.
+    fn forget_pair(&mut self, node: u32) -> Result<(), BpfError> {
+        let leads_to_link = self.forwarding.forward.get(&node, 0);
+        if leads_to_link.is_ok_and(|it| it.pod.link != 0) {
+            forgiving_of("FORWARD", self.forwarding.forward.remove(&node))?;
+        }
+        self.unpair(node);
+        Ok(())
+    }
+
+    /// Frees the slot of a link that is not joined with another link any more.
+    fn unpair(&mut self, node: u32) {
+        if let Some(slot) = self.forwarding.paired.remove(&node) {
+            self.tables.free_slot(slot);
+        }
     }
 }
 

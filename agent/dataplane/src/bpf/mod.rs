@@ -64,7 +64,7 @@ use self::{
     watch::Repairs,
 };
 pub(crate) use self::{
-    forwarding::{PodEnds, ProbeRoute},
+    forwarding::{Connected, LeadsTo, PairedEnd, PodEnds, ProbeRoute},
     links::Own,
     management::Hooked,
     sessions::{PinnedSessions, Sessions},
@@ -262,11 +262,11 @@ impl Bpf {
         let mut ebpf = loader.load(OBJECT).map_err(error::loading)?;
         load_programs(&mut ebpf)?;
         pins.hold_maps()?;
-        let mut tables = Tables::adopt(&mut ebpf)?;
+        let forwarding = ForwardingTables::adopt(&mut ebpf)?;
+        let mut tables = Tables::adopt(&mut ebpf, forwarding.slots())?;
         for port in &config.ports {
             tables.add_port(*port)?;
         }
-        let forwarding = ForwardingTables::adopt(&mut ebpf)?;
         let sessions = PinnedSessions::take(&mut ebpf)?;
 
         // Last, so that no error finds programs attached.

@@ -40,14 +40,14 @@ pub(super) struct Tables {
     /// How many tunnels each VNI has.
     vnis: HashMap<u32, u32>,
     slots: Slots,
-    /// The slots of `known`.
+    /// The slots of `known`, and those of pod links that are joined with each other.
     used: HashSet<u32>,
     cpus: usize,
 }
 
 impl Tables {
-    /// Takes the maps out of a loaded object, with what an earlier agent left in them.
-    pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, BpfError> {
+    /// Takes the maps out of a loaded object, with what an earlier agent left in them. `used` are the slots that FORWARD has for itself.
+    pub(super) fn adopt(ebpf: &mut Ebpf, mut used: HashSet<u32>) -> Result<Self, BpfError> {
         let mut layout: Array<_, u32> = take(ebpf, "LAYOUT")?;
         layout
             .set(0, LAYOUT, 0)
@@ -58,7 +58,6 @@ impl Tables {
         for entry in tunnels.iter() {
             entries.push(entry.map_err(of_map("TUNNELS", "read"))?);
         }
-        let mut used = HashSet::new();
         let mut known = HashMap::new();
         let mut vnis: HashMap<u32, u32> = HashMap::new();
         let (peers, entries): (Vec<_>, Vec<_>) = entries
@@ -315,7 +314,23 @@ impl Tables {
     }
 
     pub(super) fn slots_in_use(&self) -> usize {
-        self.known.len()
+        self.used.len()
+    }
+
+    /// Takes a slot for a pod link that has no tunnel.
+    pub(super) fn take_slot(&mut self) -> Result<Slot, BpfError> {
+        let slot = self.slots.take().ok_or(BpfError::PairSlotsExhausted {
+            capacity: MAX_SLOTS,
+        })?;
+        self.used.insert(slot);
+        Ok(Slot(slot))
+    }
+
+    /// Gives a slot back that [`Self::take_slot`] gave, now or to an earlier agent.
+    pub(super) fn free_slot(&mut self, slot: Slot) {
+        if self.used.remove(&slot.0) {
+            self.slots.free(slot.0);
+        }
     }
 
     /// The slot of a tunnel that is known.

@@ -59,10 +59,7 @@ impl TunnelDevices {
         if state.devices.contains_key(&port) {
             return Ok(());
         }
-        let fence = match &mut state.fence {
-            Some(fence) => fence,
-            none => none.insert(Fence::raise(&self.bpf.pin_dir())?),
-        };
+        let fence = raised(&mut state.fence, &self.bpf)?;
         let made = self.make(netlink, port);
         guard(fence, port, &made)?;
         state.devices.insert(port, made?);
@@ -72,11 +69,13 @@ impl TunnelDevices {
     /// Has the fence, which may be an earlier agent's, guard the ports of the present devices and no others.
     pub(crate) fn guard_present(&self) -> Result<(), ForwardError> {
         let State { fence, devices } = &mut *self.state();
-        let fence = match fence {
-            Some(fence) => fence,
-            none => none.insert(Fence::raise(&self.bpf.pin_dir())?),
-        };
+        let fence = raised(fence, &self.bpf)?;
         Ok(fence.guard_only(devices.keys().copied())?)
+    }
+
+    /// Raises the fence where there is none yet: before the first link of a connection that needs no device.
+    pub(crate) fn ensure_fence(&self) -> Result<(), ForwardError> {
+        raised(&mut self.state().fence, &self.bpf).map(drop)
     }
 
     /// Packets that the fence has dropped.
@@ -206,6 +205,14 @@ impl TunnelDevices {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The fence, raised where there is none.
+fn raised<'a>(fence: &'a mut Option<Fence>, bpf: &Bpf) -> Result<&'a mut Fence, ForwardError> {
+    match fence {
+        Some(fence) => Ok(fence),
+        none => Ok(none.insert(Fence::raise(&bpf.pin_dir())?)),
     }
 }
 

@@ -1,14 +1,14 @@
-//! Which connection has which tunnel and which link.
+//! Which connection has which tunnel and which links.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{LinkAlias, NodeLink, VxlanSpec},
+    link::{LinkAlias, NodeLink, PodLinkSpec, VxlanSpec},
     net::Vni,
 };
 
@@ -18,7 +18,7 @@ use crate::bpf::{PodEnds, Slot};
 /// What a tunnel is found by.
 pub(super) type Tunnel = (Vni, IpAddr);
 
-/// The connections of a node, for each question that is asked.
+/// The connections of a node, for each question that is asked. A connection is called by the alias of its first link.
 #[derive(Default)]
 pub(super) struct Joined {
     by_alias: HashMap<LinkAlias, Connection>,
@@ -26,39 +26,64 @@ pub(super) struct Joined {
     by_tunnel: HashMap<Tunnel, LinkAlias>,
     /// The nodes' ends of their links as they were made, by index. Who looks at them has a copy, which costs nothing while none changes.
     nodes: Arc<HashMap<u32, NodeLink>>,
+    /// Connections that had two links and have one at most: the endpoint's may still be on the node.
+    halved: HashSet<LinkAlias>,
 }
 
 /// A connection as it was joined last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Connection {
-    pub(super) vni: Vni,
-    pub(super) peer: IpAddr,
-    pub(super) slot: Slot,
-    /// The index of the node's end of its link.
-    pub(super) node: u32,
+    /// The link of its pod; where both pods are on this node, of the client.
+    pub(super) link: Joint,
+    pub(super) to: To,
     /// What the maps were written from; none where an earlier agent wrote them.
     pub(super) written: Option<Written>,
 }
 
+/// A pod link in the maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Joint {
+    /// The index of the node's end.
+    pub(super) node: u32,
+    pub(super) slot: Slot,
+}
+
+/// What the first link of a connection is joined with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum To {
+    Tunnel(Tunnel),
+    /// The link of the endpoint, whose pod is on this node too.
+    Link(Joint),
+}
+
 /// What the maps of a connection are written from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Written {
-    ends: PodEnds,
-    tunnel: Tunnel,
-    local: IpAddr,
-    port: u16,
-    sources: Vec<IpNet>,
+pub(super) enum Written {
+    Tunnel {
+        ends: PodEnds,
+        tunnel: Tunnel,
+        local: IpAddr,
+        port: u16,
+        sources: Vec<IpNet>,
+    },
+    /// The client's and the endpoint's, each with the addresses that its pod may send from.
+    Pair([(PodEnds, Vec<IpNet>); 2]),
 }
 
 impl Written {
-    pub(super) fn of(ends: &PodEnds, spec: &VxlanSpec) -> Self {
-        Self {
+    pub(super) fn tunnel(ends: &PodEnds, spec: &VxlanSpec) -> Self {
+        Self::Tunnel {
             ends: *ends,
             tunnel: (spec.vni, spec.remote.to_canonical()),
             local: spec.local,
             port: spec.port,
             sources: spec.sources.clone(),
         }
+    }
+
+    pub(super) fn pair(ends: &[PodEnds; 2], specs: [&PodLinkSpec; 2]) -> Self {
+        let [client, endpoint] = specs.map(|spec| spec.sources.clone());
+        Self::Pair([(ends[0], client), (ends[1], endpoint)])
     }
 }
 
@@ -96,8 +121,25 @@ impl Drop for Reserved<'_> {
 }
 
 impl Connection {
-    pub(super) const fn tunnel(&self) -> Tunnel {
-        (self.vni, self.peer)
+    pub(super) const fn tunnel(&self) -> Option<Tunnel> {
+        match self.to {
+            To::Tunnel(tunnel) => Some(tunnel),
+            To::Link(_) => None,
+        }
+    }
+
+    /// The link of the endpoint, of a pair.
+    pub(super) const fn second(&self) -> Option<Joint> {
+        match self.to {
+            To::Tunnel(_) => None,
+            To::Link(second) => Some(second),
+        }
+    }
+
+    /// The indexes of the nodes' ends of its links.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = u32> + use<> {
+        let second = self.second().map(|link| link.node);
+        [self.link.node].into_iter().chain(second)
     }
 }
 
@@ -118,46 +160,66 @@ impl Joined {
         let has_it = self
             .by_alias
             .get(alias)
-            .is_some_and(|it| it.tunnel() == tunnel);
+            .is_some_and(|it| it.tunnel() == Some(tunnel));
         if !has_it && self.by_tunnel.get(&tunnel) == Some(alias) {
             self.by_tunnel.remove(&tunnel);
         }
     }
 
-    /// Notes a connection, whose tunnel was taken, with the node's end of its link; what it was before.
+    /// Notes a connection, whose tunnel was taken, with the nodes' ends of its links; what it was before.
     pub(super) fn join(
         &mut self,
         alias: &LinkAlias,
         connection: Connection,
-        node: NodeLink,
+        ends: impl IntoIterator<Item = NodeLink>,
     ) -> Option<Connection> {
         let nodes = Arc::make_mut(&mut self.nodes);
-        let (tunnel, index) = (connection.tunnel(), connection.node);
+        let tunnel = connection.tunnel();
         let before = self.by_alias.insert(alias.clone(), connection);
         if let Some(before) = &before {
-            if before.tunnel() != tunnel {
-                self.by_tunnel.remove(&before.tunnel());
+            if let Some(freed) = before.tunnel().filter(|it| Some(*it) != tunnel) {
+                self.by_tunnel.remove(&freed);
             }
-            nodes.remove(&before.node);
+            for node in before.nodes() {
+                nodes.remove(&node);
+            }
         }
-        nodes.insert(index, node);
+        nodes.extend(ends.into_iter().map(|end| (end.index, end)));
         before
     }
 
     /// Forgets a connection: what it was.
     pub(super) fn leave(&mut self, alias: &LinkAlias) -> Option<Connection> {
         let connection = self.by_alias.remove(alias)?;
-        self.by_tunnel.remove(&connection.tunnel());
-        Arc::make_mut(&mut self.nodes).remove(&connection.node);
+        if let Some(tunnel) = connection.tunnel() {
+            self.by_tunnel.remove(&tunnel);
+        }
+        let nodes = Arc::make_mut(&mut self.nodes);
+        for node in connection.nodes() {
+            nodes.remove(&node);
+        }
         Some(connection)
     }
 
     /// Forgets the connection that has this link: which, and what it was.
     pub(super) fn lose(&mut self, link: u32) -> Option<(LinkAlias, Connection)> {
-        let alias = self.nodes.get(&link)?.alias.clone()?;
-        let is_its = self.by_alias.get(&alias).is_some_and(|it| it.node == link);
-        let connection = is_its.then(|| self.leave(&alias))??;
+        let alias = self.nodes.get(&link)?.alias.as_ref()?.of_connection();
+        let mut its = self.by_alias.get(&alias)?.nodes();
+        let connection = its.any(|node| node == link).then(|| self.leave(&alias))??;
+        if connection.second().is_some() {
+            self.halve(&alias);
+        }
         Some((alias, connection))
+    }
+
+    /// Notes that a connection of two links has one at most.
+    pub(super) fn halve(&mut self, alias: &LinkAlias) {
+        self.halved.insert(alias.clone());
+    }
+
+    /// Whether a connection of two links came to have one at most since this was asked last.
+    pub(super) fn was_halved(&mut self, alias: &LinkAlias) -> bool {
+        self.halved.remove(alias)
     }
 
     pub(super) fn get(&self, alias: &LinkAlias) -> Option<&Connection> {
@@ -191,14 +253,32 @@ mod tests {
         (vni.try_into().unwrap(), "192.0.2.1".parse().unwrap())
     }
 
-    fn connection((vni, peer): Tunnel, node: u32) -> Connection {
+    fn connection(tunnel: Tunnel, node: u32) -> Connection {
         Connection {
-            vni,
-            peer,
-            slot: Slot::at(0),
-            node,
+            link: joint(node),
+            to: To::Tunnel(tunnel),
             written: None,
         }
+    }
+
+    fn joint(node: u32) -> Joint {
+        Joint {
+            node,
+            slot: Slot::at(node),
+        }
+    }
+
+    fn pair(client: u32, endpoint: u32) -> (Connection, [NodeLink; 2]) {
+        let connection = Connection {
+            link: joint(client),
+            to: To::Link(joint(endpoint)),
+            written: None,
+        };
+        let second = NodeLink {
+            alias: Some(alias("one").of_endpoint().unwrap()),
+            ..link(endpoint)
+        };
+        (connection, [link(client), second])
     }
 
     fn link(index: u32) -> NodeLink {
@@ -226,7 +306,7 @@ mod tests {
         assert!(!joined.reserve(tunnel(5), &two));
         joined.give_up(tunnel(5), &one);
         assert!(joined.reserve(tunnel(5), &two), "nothing came of it");
-        joined.join(&two, connection(tunnel(5), 3), link(3));
+        joined.join(&two, connection(tunnel(5), 3), [link(3)]);
         joined.give_up(tunnel(5), &two);
         assert!(
             !joined.reserve(tunnel(5), &one),
@@ -253,7 +333,7 @@ mod tests {
         joined
             .lock()
             .unwrap()
-            .join(&one, connection(tunnel(5), 3), link(3));
+            .join(&one, connection(tunnel(5), 3), [link(3)]);
         drop(taken);
         assert!(Reserved::take(&joined, tunnel(5), &two).is_err());
         assert!(joined.lock().unwrap().has_tunnel(tunnel(5)));
@@ -264,7 +344,7 @@ mod tests {
         let mut joined = Joined::default();
         let one = alias("one");
         assert!(joined.reserve(tunnel(5), &one));
-        joined.join(&one, connection(tunnel(5), 3), link(3));
+        joined.join(&one, connection(tunnel(5), 3), [link(3)]);
         assert_eq!(joined.lose(4), None);
         assert_eq!(
             joined.lose(3),
@@ -275,12 +355,41 @@ mod tests {
     }
 
     #[test]
+    fn a_pair_goes_with_either_of_its_links() {
+        for lost in [3, 4] {
+            let mut joined = Joined::default();
+            let one = alias("one");
+            let (connection, links) = pair(3, 4);
+            assert_eq!(joined.join(&one, connection.clone(), links), None);
+            assert_eq!(joined.nodes().len(), 2);
+            assert_eq!(joined.lose(lost), Some((one.clone(), connection)));
+            assert!(joined.nodes().is_empty());
+            assert!(joined.was_halved(&one) && !joined.was_halved(&one));
+        }
+    }
+
+    #[test]
+    fn a_switch_between_a_tunnel_and_a_pair_frees_what_was_before() {
+        let mut joined = Joined::default();
+        let one = alias("one");
+        assert!(joined.reserve(tunnel(5), &one));
+        joined.join(&one, connection(tunnel(5), 3), [link(3)]);
+        let (both, links) = pair(3, 4);
+        joined.join(&one, both.clone(), links);
+        assert!(!joined.has_tunnel(tunnel(5)));
+        assert!(joined.reserve(tunnel(6), &one));
+        let before = joined.join(&one, connection(tunnel(6), 3), [link(3)]);
+        assert_eq!(before, Some(both));
+        assert_eq!(joined.nodes().keys().copied().collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
     fn a_switch_frees_the_tunnel_and_the_link_of_before() {
         let mut joined = Joined::default();
         let one = alias("one");
         for (vni, node) in [(5, 3), (6, 4)] {
             assert!(joined.reserve(tunnel(vni), &one));
-            joined.join(&one, connection(tunnel(vni), node), link(node));
+            joined.join(&one, connection(tunnel(vni), node), [link(node)]);
         }
         assert!(!joined.has_tunnel(tunnel(5)));
         assert!(joined.has_tunnel(tunnel(6)));

@@ -1,4 +1,4 @@
-//! Forwarding: pod links and tunnels, joined by BPF.
+//! Forwarding: pod links and tunnels, or two pod links, joined by BPF.
 //!
 //! A connection has a pod link ([`crate::links`]): a veth pair, one end in the pod, the other on the node. The tunnel is on the node, where
 //! no pod can change it: one external VXLAN device for each UDP port, which takes VNI and addresses of each packet from a program.
@@ -10,9 +10,11 @@
 //!     └─────────── bpf_redirect_peer ◀─ external_ingress ◀─ UDP 4789 ◀─ underlay
 //! ```
 //!
-//! The state is in the kernel: the pinned maps FORWARD (node's end → tunnel) and TUNNELS ((VNI, peer) → node's end), and the aliases of the
-//! links (link → connection). A new agent reads it back ([`Forwarding::start`]); programs and maps work on meanwhile. A change of tunnel
-//! is a write to both maps, and the pod's link stays.
+//! Where both pods of a connection are on this node, `pod_ingress` redirects from the one pod's link into the other pod.
+//!
+//! The state is in the kernel: the pinned maps FORWARD (node's end → tunnel, or the other node's end) and TUNNELS ((VNI, peer) → node's
+//! end), and the aliases of the links (link → connection). A new agent reads it back ([`Forwarding::start`]); programs and maps work on
+//! meanwhile. A change of tunnel, or between a tunnel and a pair, is a write to the maps, and the client's link stays.
 //!
 //! It fails closed. A frame without an entry is dropped and counted by a program; where a program is missing, a table of nftables drops
 //! what comes in by our links.
@@ -20,43 +22,43 @@
 //! Cancellation: a dropped future leaves what its call has reached, but no tunnel that is taken for nothing; the next call for the connection
 //! goes on from there, and [`Forwarding::down`] removes it.
 
+mod adopt;
 mod devices;
 mod error;
 mod joined;
+mod pair;
 mod watch;
 
 use std::{
-    collections::HashMap,
+    slice,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use nsm_core::{
-    link::{LinkAlias, NodeLink, Traffic, VxlanSpec},
-    net::Vni,
-};
+use nsm_core::link::{LinkAlias, NodeLink, Traffic, VxlanSpec};
 
 pub use self::{devices::TunnelDevices, error::ForwardError};
 use self::{
-    joined::{Connection, Joined, Reserved, Written},
+    joined::{Connection, Joined, Joint, Reserved, To, Written},
     watch::Watch,
 };
 use crate::{
     bpf::{Bpf, PodEnds},
     fence::Dropped,
     links::{Links, PodLink},
+    netlink::Netlink,
     netns::Netns,
 };
 
-/// What a connection has passed.
+/// What a pod link has passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TunnelTraffic {
+pub struct Passed {
     /// At the pod's link: "sent" is what the pod sent and the program accepted, "received" what the pod got.
     pub link: Traffic,
-    /// At the underlay.
-    pub wire: Traffic,
+    /// At the underlay; none where the other pod is on this node.
+    pub wire: Option<Traffic>,
 }
 
-/// The connections of a node whose other end is elsewhere.
+/// The connections of a node.
 pub struct Forwarding {
     links: Links,
     devices: Arc<TunnelDevices>,
@@ -65,7 +67,8 @@ pub struct Forwarding {
 }
 
 impl Forwarding {
-    /// Adopts what an earlier agent of this domain left: its links whose tunnel is in the maps. The rest of the maps is cleaned.
+    /// Adopts what an earlier agent of this domain left: its links that lead somewhere by the maps. The rest of the maps is cleaned, and the
+    /// links of endpoints are removed whose client has none.
     ///
     /// # Errors
     ///
@@ -106,40 +109,9 @@ impl Forwarding {
                 Ok::<_, ForwardError>(())
             })
             .await?;
-        forwarding.adopt(ends)?;
+        let halves = forwarding.adopt(ends)?;
+        forwarding.links.down_pod_links(&halves).await?;
         Ok(forwarding)
-    }
-
-    fn adopt(&self, ends: Vec<NodeLink>) -> Result<(), ForwardError> {
-        let mut ends: HashMap<u32, NodeLink> = ends.into_iter().map(|it| (it.index, it)).collect();
-        let mut joined = self.joined();
-        for known in self.bpf().connected()? {
-            let end = ends.remove(&known.node);
-            let alias = end.as_ref().and_then(|end| end.alias.clone());
-            match (end, alias, Vni::try_from(known.vni)) {
-                (Some(node), Some(alias), Ok(vni))
-                    if joined.reserve((vni, known.remote), &alias) =>
-                {
-                    let connection = Connection {
-                        vni,
-                        peer: known.remote,
-                        slot: known.slot,
-                        node: node.index,
-                        written: None,
-                    };
-                    joined.join(&alias, connection, node);
-                }
-                _ => self.bpf().disconnect_link(known.node)?,
-            }
-        }
-        for tunnel in self.bpf().tunnels() {
-            if let Ok(vni) = Vni::try_from(tunnel.vni)
-                && !joined.has_tunnel((vni, tunnel.peer))
-            {
-                self.bpf().disconnect_tunnel(vni, tunnel.peer)?;
-            }
-        }
-        Ok(())
     }
 
     /// The connections that are joined, among them those that were adopted.
@@ -148,7 +120,8 @@ impl Forwarding {
         self.joined().aliases().cloned().collect()
     }
 
-    /// Makes a connection as wanted: its pod link, and the tunnel behind it. One that is there is changed in place.
+    /// Makes a connection through a tunnel as wanted: its pod link, and the tunnel behind it. One that is there is changed in place; of a
+    /// pair, the link with the alias stays, and the endpoint's goes.
     ///
     /// # Errors
     ///
@@ -166,11 +139,11 @@ impl Forwarding {
         if let Err(error) = self.join(&link, spec).await {
             if link.pod.created {
                 self.disconnect(alias)?;
-                let links = std::slice::from_ref(alias);
-                self.links.down_pod_links(links).await?;
+                self.links.down_pod_links(slice::from_ref(alias)).await?;
             }
             return Err(error);
         }
+        self.remove_half(alias).await?;
         Ok(link)
     }
 
@@ -178,44 +151,65 @@ impl Forwarding {
     /// where nothing has changed.
     async fn join(&self, link: &PodLink, spec: &VxlanSpec) -> Result<(), ForwardError> {
         let alias = &spec.link.alias;
-        let ends = PodEnds {
-            node: link.node.index,
-            mac: link.pod.mac,
-            same_namespace: link.node.peer.is_none_or(|peer| peer.netns.is_none()),
-        };
-        let written = Written::of(&ends, spec);
+        let ends = ends_of(link);
+        let written = Written::tunnel(&ends, spec);
         let is_same = |known: &Connection| known.written.as_ref() == Some(&written);
         if self.joined().get(alias).is_some_and(is_same) {
             return Ok(());
         }
-        let (devices, node) = (Arc::clone(&self.devices), link.node.index);
-        self.links
-            .on_node_of(move |netlink| {
-                let hooked = devices.bpf().hook_pod_link(netlink, node);
-                hooked.map_err(ForwardError::from)
-            })
-            .await?;
+        self.hook([link.node.index]).await?;
+        let slot = self.bpf().connect(&ends, spec)?;
         let connection = Connection {
-            vni: spec.vni,
-            peer: spec.remote.to_canonical(),
-            slot: self.bpf().connect(&ends, spec)?,
-            node: link.node.index,
+            link: Joint {
+                node: link.node.index,
+                slot,
+            },
+            to: To::Tunnel((spec.vni, spec.remote.to_canonical())),
             written: Some(written),
         };
-        let now = connection.tunnel();
-        let before = self.joined().join(alias, connection, link.node.clone());
+        self.note(alias, connection, [link.node.clone()])
+    }
+
+    /// Puts the program on pod links.
+    async fn hook<const N: usize>(&self, nodes: [u32; N]) -> Result<(), ForwardError> {
+        let devices = Arc::clone(&self.devices);
+        let hook = move |netlink: &mut Netlink| {
+            let mut hooked = nodes
+                .map(|node| devices.bpf().hook_pod_link(netlink, node))
+                .into_iter();
+            Ok(hooked.try_for_each(|outcome| outcome)?)
+        };
+        self.links.on_node_of(hook).await
+    }
+
+    /// Notes what the maps have of a connection now, and removes from them what it had before.
+    fn note<const N: usize>(
+        &self,
+        alias: &LinkAlias,
+        connection: Connection,
+        ends: [NodeLink; N],
+    ) -> Result<(), ForwardError> {
+        let (now, tunnel) = (ends.each_ref().map(|end| end.index), connection.tunnel());
+        let before = {
+            let joined = &mut *self.joined();
+            let before = joined.join(alias, connection, ends);
+            if N == 1 && before.as_ref().is_some_and(|it| it.second().is_some()) {
+                joined.halve(alias);
+            }
+            before
+        };
         let Some(before) = before else { return Ok(()) };
-        if before.node != link.node.index {
-            self.bpf().disconnect_link(before.node)?;
+        for node in before.nodes().filter(|node| !now.contains(node)) {
+            self.bpf().disconnect_link(node)?;
         }
-        if before.tunnel() != now {
-            self.bpf().disconnect_tunnel(before.vni, before.peer)?;
+        if let Some((vni, peer)) = before.tunnel().filter(|freed| Some(*freed) != tunnel) {
+            self.bpf().disconnect_tunnel(vni, peer)?;
         }
         Ok(())
     }
 
-    /// Removes a connection; a success when there is none. The maps are empty of it then: what the pod sends is dropped. The link itself goes
-    /// a moment later.
+    /// Removes a connection and its link with this alias; a success when there is none. The maps are empty of it then: what its pods send is
+    /// dropped. The link itself goes a moment later. Of a pair, each link is removed by its own alias.
     ///
     /// # Errors
     ///
@@ -226,20 +220,49 @@ impl Forwarding {
     }
 
     fn disconnect(&self, alias: &LinkAlias) -> Result<(), ForwardError> {
-        let connection = self.joined().leave(alias);
+        let connection = {
+            let joined = &mut *self.joined();
+            let connection = alias.of_connection();
+            joined.was_halved(&connection);
+            joined.leave(&connection)
+        };
         match connection {
             Some(connection) => empty_maps(self.bpf(), &connection),
             None => Ok(()),
         }
     }
 
-    /// What a connection has passed; None: it is not joined.
+    /// Removes the endpoint's link of a connection that had two and has one now.
+    async fn remove_half(&self, alias: &LinkAlias) -> Result<(), ForwardError> {
+        let was_halved = self.joined().was_halved(alias);
+        if let (true, Ok(second)) = (was_halved, alias.of_endpoint()) {
+            self.links.down_pod_link_soon(&second).await?;
+        }
+        Ok(())
+    }
+
+    /// What the link with this alias has passed; None: it is not joined.
     #[must_use]
-    pub fn passed(&self, alias: &LinkAlias) -> Option<TunnelTraffic> {
-        let slot = self.joined().get(alias)?.slot;
-        Some(TunnelTraffic {
-            link: self.bpf().link_counters(slot).ok()?,
-            wire: self.bpf().counters(slot).ok()?,
+    pub fn passed(&self, alias: &LinkAlias) -> Option<Passed> {
+        let (link, has_tunnel) = {
+            let joined = self.joined();
+            let connection = joined.get(&alias.of_connection())?;
+            let second = connection.second();
+            let link = if alias.is_of_endpoint() {
+                second?
+            } else {
+                connection.link
+            };
+            (link, second.is_none())
+        };
+        let wire = if has_tunnel {
+            Some(self.bpf().counters(link.slot).ok()?)
+        } else {
+            None
+        };
+        Some(Passed {
+            link: self.bpf().link_counters(link.slot).ok()?,
+            wire,
         })
     }
 
@@ -313,11 +336,29 @@ fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
     value.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Removes what the maps have of a connection: the pod's side first, so that nothing is sent whose answer would be dropped.
+/// The ends of a pod link, as the programs need them.
+fn ends_of(link: &PodLink) -> PodEnds {
+    PodEnds {
+        node: link.node.index,
+        mac: link.pod.mac,
+        same_namespace: link.node.peer.is_none_or(|peer| peer.netns.is_none()),
+    }
+}
+
+/// Removes what the maps have of a connection: the pods' side first, so that nothing is sent whose answer would be dropped.
 fn empty_maps(bpf: &Bpf, connection: &Connection) -> Result<(), ForwardError> {
-    let unlinked = bpf.disconnect_link(connection.node);
-    let freed = bpf.disconnect_tunnel(connection.vni, connection.peer);
-    unlinked.and(freed.map(drop)).map_err(ForwardError::from)
+    let unlinked = connection.nodes().map(|node| bpf.disconnect_link(node));
+    // Each is tried.
+    let unlinked: Vec<_> = unlinked.collect();
+    let freed = match connection.tunnel() {
+        Some((vni, peer)) => bpf.disconnect_tunnel(vni, peer).map(drop),
+        None => Ok(()),
+    };
+    let outcome = unlinked
+        .into_iter()
+        .chain([freed])
+        .collect::<Result<_, _>>();
+    outcome.map_err(ForwardError::from)
 }
 
 /// Empties the maps of a connection whose link is gone, with its pod or by the pod's own doing. The next Request for the connection makes
@@ -326,6 +367,6 @@ fn forget(joined: &Mutex<Joined>, bpf: &Bpf, link: u32) -> Result<(), String> {
     let Some((alias, connection)) = lock(joined).lose(link) else {
         return Ok(());
     };
-    tracing::warn!(%alias, "a pod link is gone: its tunnel leads nowhere until the client asks again");
-    empty_maps(bpf, &connection).map_err(|error| format!("the tunnel of {alias}: {error}"))
+    tracing::warn!(%alias, "a pod link is gone: its connection leads nowhere until the client asks again");
+    empty_maps(bpf, &connection).map_err(|error| format!("the connection of {alias}: {error}"))
 }

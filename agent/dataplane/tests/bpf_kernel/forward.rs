@@ -1,10 +1,10 @@
 //! The programs of forwarding on crafted frames: what of a pod's frames leaves, and that nothing passes without an entry.
 
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use nsm_dataplane::bpf::Bpf;
 use nsm_ebpf_common::{
-    UNSPECIFIED,
-    forward::{Device, Forward, MAX_SOURCES, Prefix, mac_words},
+    Counters, Tunnel, UNSPECIFIED,
+    forward::{Device, Forward, MAX_SOURCES, Prefix, mac_words, tunnel_flags},
     mapped,
 };
 
@@ -22,8 +22,13 @@ fn open(name: &str) -> Map {
     Map::from_map_data(map).expect("a map")
 }
 
-/// Programs that know the pod link with this index.
+/// Programs that know the pod link with this index, whose frames go through a tunnel.
 fn load(link: u32, remote: [u8; 16], device: Device) -> (Bpf, Programs) {
+    load_with(link, remote, Tunnel::counted(0), device)
+}
+
+/// Likewise, with the pod of this node to which they go.
+fn load_with(link: u32, remote: [u8; 16], pod: Tunnel, device: Device) -> (Bpf, Programs) {
     let bpf = load_detached().expect("loaded");
     let mut sources = [Prefix::default(); MAX_SOURCES];
     sources[0] = Prefix::new(mapped(OWN), 128);
@@ -38,6 +43,7 @@ fn load(link: u32, remote: [u8; 16], device: Device) -> (Bpf, Programs) {
         mac: mac_words(POD),
         reserved: 0,
         sources,
+        pod,
     };
     let mut forward: HashMap<_, u32, Forward> = open("FORWARD").try_into().expect("a hash");
     forward.insert(link, entry, 0).expect("inserted");
@@ -67,6 +73,20 @@ fn run(programs: &Programs, program: &str, link: u32, frame: &[u8]) -> i32 {
     run.return_value.cast_signed()
 }
 
+/// Frames and bytes at the pod link of a slot, in and out.
+fn counted(slot: u32) -> [(u64, u64); 2] {
+    let links: PerCpuArray<_, Counters> = open("LINKS").try_into().expect("an array");
+    let cpus = links.get(&slot, 0).expect("a slot");
+    let sum = |value: fn(&Counters) -> (u64, u64)| {
+        let values = cpus.iter().map(value);
+        values.fold((0, 0), |sum, it| (sum.0 + it.0, sum.1 + it.1))
+    };
+    [
+        sum(|it| (it.in_packets, it.in_bytes)),
+        sum(|it| (it.out_packets, it.out_bytes)),
+    ]
+}
+
 fn index_of(name: &str) -> u32 {
     nix::net::if_::if_nametoindex(name).expect("a link")
 }
@@ -86,6 +106,40 @@ fn a_pods_own_frames_leave_through_its_tunnel_and_no_others() {
             assert_eq!(sends(&frame(PEER, OWN)), DROP);
             assert_eq!(sends(&frame(POD, [172, 16, 1, 3])), DROP);
             assert_eq!(drops(&bpf), [("pod_wrong_mac", 1), ("pod_wrong_source", 1)]);
+            bpf.detach_and_unpin().expect("unpinned");
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: BPF"]
+fn a_pods_own_frames_reach_the_pod_of_its_connection_and_no_other() {
+    sandbox(|| {
+        ip("link add pod type veth peer name far");
+        let link = index_of("pod");
+        for flags in [0, tunnel_flags::SAME_NAMESPACE] {
+            let pod = Tunnel {
+                slot: 8,
+                link: index_of("far"),
+                flags,
+                mac: mac_words(PEER),
+                reserved: 0,
+            };
+            // No device: none is needed.
+            let (bpf, programs) = load_with(link, UNSPECIFIED, pod, Device::default());
+            let sends = |frame: &[u8]| run(&programs, "pod_ingress", link, frame);
+            assert_eq!(sends(&frame(POD, OWN)), REDIRECT);
+            assert_eq!(counted(7), [(0, 0), (1, 98)], "sent by the one pod");
+            assert_eq!(counted(8), [(1, 98), (0, 0)], "received by the other");
+            let elsewhere = [&[2, 0, 0, 0, 0, 3][..], &frame(POD, OWN)[6..]].concat();
+            let to_all = [&[0xff; 6][..], &frame(POD, OWN)[6..]].concat();
+            assert_eq!(sends(&to_all), REDIRECT);
+            assert_eq!(sends(&elsewhere), DROP);
+            assert_eq!(sends(&frame(PEER, OWN)), DROP);
+            assert_eq!(sends(&frame(POD, [172, 16, 1, 3])), DROP);
+            let reasons = ["pod_wrong_destination", "pod_wrong_mac", "pod_wrong_source"];
+            assert_eq!(drops(&bpf), reasons.map(|reason| (reason, 1)));
+            assert_eq!(counted(7), [(0, 0), (2, 196)], "nothing that was dropped");
             bpf.detach_and_unpin().expect("unpinned");
         }
     });

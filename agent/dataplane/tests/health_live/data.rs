@@ -22,21 +22,21 @@ use super::support::{
     By, CLSACT, TCX, World, addr, eventually, ip, link_names, netns, pin_dir, run, sandbox, within,
 };
 
-const DOMAIN: &str = "test.example";
+pub(super) const DOMAIN: &str = "test.example";
 
 /// The port on which pods echo.
 const ECHO: u16 = 7000;
 
 /// The dataplane of one node, without probes.
-struct Dataplane {
-    number: usize,
-    netns: Netns,
-    bpf: Arc<Bpf>,
-    forwarding: Forwarding,
+pub(super) struct Dataplane {
+    pub(super) number: usize,
+    pub(super) netns: Netns,
+    pub(super) bpf: Arc<Bpf>,
+    pub(super) forwarding: Forwarding,
 }
 
 impl Dataplane {
-    async fn start(world: &World, number: usize, by: By) -> Self {
+    pub(super) async fn start(world: &World, number: usize, by: By) -> Self {
         let netns = world.nodes[number - 1].clone();
         let config = BpfConfig {
             pin_dir: pin_dir(number),
@@ -57,23 +57,26 @@ impl Dataplane {
     }
 
     /// Removes everything, and checks that it is gone.
-    async fn end(self) {
+    pub(super) async fn end(self) {
         for alias in self.forwarding.connections() {
             self.forwarding.down(&alias).await.expect("down");
+            let second = alias.of_endpoint().expect("an alias");
+            self.forwarding.down(&second).await.expect("down");
         }
         self.forwarding.close().await.expect("closed");
         assert_eq!(self.bpf.tunnels(), []);
+        assert_eq!(self.bpf.slots_in_use(), 0);
         assert_eq!(link_names(&self.netns), ["eth0"]);
         within(&self.netns, || self.bpf.detach_and_unpin()).expect("unpinned");
     }
 
-    fn dropped(&self, reason: &str) -> u64 {
+    pub(super) fn dropped(&self, reason: &str) -> u64 {
         self.bpf.drops().expect("drops")[reason]
     }
 }
 
 /// A connection's end on a node. Pods of node 1 are 172.16.1.1, those of node 2 are 172.16.1.2.
-fn spec(node: &Dataplane, id: &str, vni: u32, family: u8) -> VxlanSpec {
+pub(super) fn spec(node: &Dataplane, id: &str, vni: u32, family: u8) -> VxlanSpec {
     let (own, other) = (node.number, 3 - node.number);
     let mac = |number: usize| MacAddr::new([2, 0, 0, 0, 0, number as u8]);
     let underlay = |number: usize| match family {
@@ -109,13 +112,13 @@ fn spec(node: &Dataplane, id: &str, vni: u32, family: u8) -> VxlanSpec {
 }
 
 /// A pod that sends back each datagram.
-struct Echo {
-    pod: Netns,
+pub(super) struct Echo {
+    pub(super) pod: Netns,
     socket: UdpSocket,
 }
 
 impl Echo {
-    fn start(pod: Netns) -> Self {
+    pub(super) fn start(pod: Netns) -> Self {
         let socket = within(&pod, || UdpSocket::bind(("::", ECHO))).expect("bound");
         socket.set_nonblocking(true).expect("set");
         Self { pod, socket }
@@ -131,7 +134,7 @@ impl Echo {
 }
 
 /// A socket in a pod, towards the echo of the other.
-fn towards(pod: &Netns, target: &str) -> UdpSocket {
+pub(super) fn towards(pod: &Netns, target: &str) -> UdpSocket {
     let any = if target.contains(':') {
         "::"
     } else {
@@ -148,7 +151,7 @@ fn towards(pod: &Netns, target: &str) -> UdpSocket {
 }
 
 /// Whether one datagram of this size comes back.
-fn comes_back(socket: &UdpSocket, echoes: &[&Echo], size: usize) -> bool {
+pub(super) fn comes_back(socket: &UdpSocket, echoes: &[&Echo], size: usize) -> bool {
     let sent: Vec<u8> = (0..size).map(|at| at as u8).collect();
     if socket.send(&sent).is_err() {
         return false;
@@ -181,14 +184,14 @@ async fn connect(nodes: &[Dataplane; 2], id: &str, vni: u32, family: u8) -> Conn
     Connected { pods, echo }
 }
 
-async fn two_nodes(world: &World, by: By) -> [Dataplane; 2] {
+pub(super) async fn two_nodes(world: &World, by: By) -> [Dataplane; 2] {
     [
         Dataplane::start(world, 1, by).await,
         Dataplane::start(world, 2, by).await,
     ]
 }
 
-async fn end(nodes: [Dataplane; 2]) {
+pub(super) async fn end(nodes: [Dataplane; 2]) {
     for node in nodes {
         node.end().await;
     }
@@ -218,11 +221,12 @@ fn pods_talk_over_either_family_and_are_counted() {
             for node in &nodes {
                 let alias = &node.forwarding.connections()[0];
                 let passed = node.forwarding.passed(alias).expect("counted");
+                let wire = passed.wire.expect("a tunnel");
                 for count in [
                     passed.link.sent,
                     passed.link.received,
-                    passed.wire.sent,
-                    passed.wire.received,
+                    wire.sent,
+                    wire.received,
                 ] {
                     assert!(count.packets >= 6, "{passed:?}");
                 }

@@ -4,6 +4,7 @@ mod attack;
 mod data;
 mod fault;
 mod lifecycle;
+mod pair;
 mod path;
 mod stages;
 mod support;

@@ -20,7 +20,7 @@ use crate::{
     call::{
         Calls,
         case::{Case, Client},
-        ends::{Ends, interface, set_mac},
+        ends::{Ends, endpoint_alias, interface, set_mac},
     },
     connection::model::Established,
     error::RequestError,
@@ -102,7 +102,7 @@ impl Calls {
         })
     }
 
-    /// A veth pair between two pods of this node.
+    /// The links of two pods of this node, which lead to each other.
     async fn make_pair(
         &self,
         attempt: &Attempt<'_>,
@@ -115,7 +115,8 @@ impl Calls {
         let terms = attempt.terms();
         split_default_routes(&terms, attempt.around_client.as_ref(), context);
         self.admit_client(&terms, context, attempt.around_client.as_ref(), None)?;
-        let around = self.around(&endpoint.netns, &self.alias(id)?).await?;
+        let alias = endpoint_alias(&self.alias(id)?)?;
+        let around = self.around(&endpoint.netns, &alias).await?;
         self.admit_endpoint(&terms, context, &around, None)?;
         set_mac(context, End::Endpoint, id);
         let name = interface(&client.pod.kernel, id);

@@ -197,12 +197,7 @@ impl Forwarder for FakeKernel {
         let connections = table
             .standing
             .values()
-            .flat_map(|standing| match &standing.plan {
-                Plan::Vxlan { netns, spec } => vec![(netns, &spec.link)],
-                Plan::Veth { client, endpoint } => {
-                    vec![(&client.0, &client.1), (&endpoint.0, &endpoint.1)]
-                }
-            });
+            .flat_map(|standing| standing.plan.links());
         let others = connections.filter(|(netns, link)| *netns == pod && link.alias != *alias);
         let of_link = |(_, link): (_, &LinkSpec)| {
             let held = |prefix, kind| Holding {
@@ -235,7 +230,7 @@ impl Forwarder for FakeKernel {
             return Err(fault);
         }
         let (alias, wanted) = standing(plan);
-        for link in specs(plan) {
+        for (_, link) in plan.links() {
             if !(68..=65_535).contains(&link.mtu) {
                 return Err(ForwarderError::Kernel(format!("mtu {} invalid", link.mtu)));
             }
@@ -248,10 +243,8 @@ impl Forwarder for FakeKernel {
         }
         for (other, theirs) in &table.standing {
             if *other == alias {
-                // The tunnel behind a link is changed in place; a pair of pods has none.
-                if theirs.tunnel.is_some() != wanted.tunnel.is_some()
-                    || theirs.names != wanted.names
-                {
+                // What the first link leads to is changed in place.
+                if theirs.first() != wanted.first() {
                     return Err(ForwarderError::Kernel(format!(
                         "File exists: {alias} has other links: {theirs:?}"
                     )));
@@ -303,32 +296,31 @@ impl Forwarder for FakeKernel {
     }
 }
 
-fn specs(plan: &Plan) -> Vec<&LinkSpec> {
-    match plan {
-        Plan::Vxlan { spec, .. } => vec![&spec.link],
-        Plan::Veth { client, endpoint } => vec![&client.1, &endpoint.1],
+impl Standing {
+    /// Namespace and name of the first link.
+    fn first(&self) -> Option<(String, String)> {
+        places(&self.plan).next()
     }
 }
 
+/// Namespace and name of each link.
+fn places(plan: &Plan) -> impl Iterator<Item = (String, String)> {
+    let place = |(netns, link): (&PodNetns, &LinkSpec)| (netns.to_string(), link.name.to_string());
+    plan.links().map(place)
+}
+
 fn standing(plan: &Plan) -> (String, Standing) {
-    let alias = specs(plan)[0].alias.to_string();
-    let (tunnel, names) = match plan {
-        Plan::Vxlan { netns, spec } => (
-            Some((spec.vni.get(), spec.port)),
-            BTreeSet::from([(netns.to_string(), spec.link.name.to_string())]),
-        ),
-        Plan::Veth { client, endpoint } => (
-            None,
-            [client, endpoint]
-                .map(|(netns, link)| (netns.to_string(), link.name.to_string()))
-                .into(),
-        ),
+    let (_, first) = plan.links().next().expect("a plan has a link");
+    let alias = first.alias.to_string();
+    let tunnel = match plan {
+        Plan::Vxlan { spec, .. } => Some((spec.vni.get(), spec.port)),
+        Plan::Pair { .. } => None,
     };
     (
         alias,
         Standing {
             tunnel,
-            names,
+            names: places(plan).collect(),
             plan: plan.clone(),
         },
     )

@@ -1,5 +1,7 @@
 //! Metrics of the present state and of the kernel's counters.
 
+use std::{fmt::Debug, hash::Hash};
+
 use nsm_core::{link::Count, liveness::Verdict};
 use nsm_dataplane::bpf::Bpf;
 use nsm_proto::connection::State as ConnectionState;
@@ -63,6 +65,7 @@ pub(super) fn register(evidence: &Evidence, registry: &mut Registry) {
         return;
     }
     tunnels(&evidence.connections, registry);
+    pairs(&evidence.connections, registry);
     let drops = Family::<Reason, Counter>::default();
     for (&reason, &packets) in &evidence.drops {
         drops.get_or_create(&Reason { reason }).inc_by(packets);
@@ -165,30 +168,51 @@ fn peers(all: &[PeerEvidence], registry: &mut Registry) {
     );
 }
 
-/// One stage that a tunnel's packets pass on this node.
-#[derive(Default)]
-struct Stage {
-    packets: Family<OfConnection, Counter>,
-    bytes: Family<OfConnection, Counter>,
+/// One of two links of this node that lead to each other.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPairedLink {
+    connection: String,
+    domain: String,
+    end: &'static str,
 }
 
-impl Stage {
-    fn add(&self, labels: &OfConnection, count: Option<Count>) {
+/// One stage that a connection's packets pass on this node.
+struct Stage<L> {
+    packets: Family<L, Counter>,
+    bytes: Family<L, Counter>,
+}
+
+impl<L: Labels> Default for Stage<L> {
+    fn default() -> Self {
+        Self {
+            packets: Family::default(),
+            bytes: Family::default(),
+        }
+    }
+}
+
+/// What a series can be told apart by.
+trait Labels: EncodeLabelSet + Clone + Eq + Hash + Debug + Send + Sync + 'static {}
+
+impl<L: EncodeLabelSet + Clone + Eq + Hash + Debug + Send + Sync + 'static> Labels for L {}
+
+impl<L: Labels> Stage<L> {
+    fn add(&self, labels: &L, count: Option<Count>) {
         if let Some(Count { packets, bytes, .. }) = count {
             self.packets.get_or_create(labels).inc_by(packets);
             self.bytes.get_or_create(labels).inc_by(bytes);
         }
     }
 
-    fn register(self, registry: &mut Registry, name: &str, what: &str) {
+    fn register(self, registry: &mut Registry, name: &str, of: &str, what: &str) {
         registry.register(
-            format!("tunnel_{name}_packets"),
-            format!("Packets of a tunnel that {what}"),
+            format!("{name}_packets"),
+            format!("Packets of {of} that {what}"),
             self.packets,
         );
         registry.register_with_unit(
-            format!("tunnel_{name}"),
-            format!("Bytes of a tunnel's packets that {what}"),
+            name,
+            format!("Bytes of packets of {of} that {what}"),
             Unit::Bytes,
             self.bytes,
         );
@@ -209,10 +233,41 @@ fn tunnels(connections: &[ConnectionEvidence], registry: &mut Registry) {
         underlay_rx.add(&labels, inward.card);
         link_rx.add(&labels, inward.link);
     }
-    link_tx.register(registry, "link_transmit", "left the link in the pod");
-    underlay_tx.register(registry, "underlay_transmit", "left the node's card");
-    underlay_rx.register(registry, "underlay_receive", "came to the node's card");
-    link_rx.register(registry, "link_receive", "came to the link in the pod");
+    let mut register = |stage: Stage<_>, name: &str, what: &str| {
+        stage.register(registry, &format!("tunnel_{name}"), "a tunnel", what);
+    };
+    register(link_tx, "link_transmit", "left the link in the pod");
+    register(underlay_tx, "underlay_transmit", "left the node's card");
+    register(underlay_rx, "underlay_receive", "came to the node's card");
+    register(link_rx, "link_receive", "came to the link in the pod");
+}
+
+fn pairs(connections: &[ConnectionEvidence], registry: &mut Registry) {
+    let [transmit, receive] = [(); 2].map(|()| Stage::default());
+    for connection in connections {
+        for (end, link) in ["client", "endpoint"].into_iter().zip(&connection.pair) {
+            let labels = OfPairedLink {
+                connection: connection.id.clone(),
+                domain: connection.domain.to_string(),
+                end,
+            };
+            transmit.add(&labels, link.passed.map(|it| it.sent));
+            receive.add(&labels, link.passed.map(|it| it.received));
+        }
+    }
+    let of = "a connection between two pods of this node";
+    transmit.register(
+        registry,
+        "pair_link_transmit",
+        of,
+        "left the link in the pod",
+    );
+    receive.register(
+        registry,
+        "pair_link_receive",
+        of,
+        "came to the link in the pod",
+    );
 }
 
 fn gauge(registry: &mut Registry, name: &str, help: &str, value: usize) {

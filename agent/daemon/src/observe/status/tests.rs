@@ -1,5 +1,6 @@
 use nsm_proto::admin::{
-    AddressFinding, Bpf, Counters, Listener, PathHealth, Peer, PublicAddress, Tunnel, WayHealth,
+    AddressFinding, Bpf, Counters, Listener, PairedLink, PathHealth, Peer, PublicAddress, Tunnel,
+    WayHealth,
     admin_server::{Admin, AdminServer},
 };
 
@@ -23,6 +24,7 @@ fn full() -> Status {
         tunnel,
         health: None,
         down_reason: String::new(),
+        pair: Vec::new(),
     };
     let tunnel = Tunnel {
         vni: 4242,
@@ -249,6 +251,41 @@ DOWN
 TUNNELS
 ";
     let text = render(&status);
+    assert!(text.contains(expected), "{text}");
+}
+
+#[test]
+fn both_links_of_a_pair_are_shown() {
+    let mut status = full();
+    let link = |netns: &str, counters| PairedLink {
+        interface: "nsm-1".to_owned(),
+        netns: netns.to_owned(),
+        counters,
+        observed: None,
+    };
+    let counters = Counters {
+        tx_packets: 20,
+        tx_bytes: 1960,
+        rx_packets: 19,
+        rx_bytes: 1862,
+        ..Counters::default()
+    };
+    status.connections.truncate(1);
+    status.connections[0].tunnel = None;
+    let ends = [
+        link("inode://4/1", Some(counters)),
+        link("inode://4/2", None),
+    ];
+    status.connections[0].pair = ends.into();
+    let text = render(&status);
+    let expected = "
+TUNNELS: none
+
+PAIRS
+  ID        END       INTERFACE  NETNS        TX PACKETS  TX BYTES  RX PACKETS  RX BYTES
+  11111111  client    nsm-1      inode://4/1          20      1960          19      1862
+  11111111  endpoint  nsm-1      inode://4/2           -         -           -         -
+";
     assert!(text.contains(expected), "{text}");
 }
 
