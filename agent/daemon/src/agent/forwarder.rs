@@ -379,8 +379,7 @@ fn refusal(error: LinkError) -> ForwarderError {
         LinkError::NameTaken { .. }
         | LinkError::AddressRefused { .. }
         | LinkError::RouteRefused { .. }
-        | LinkError::NeighbourRefused { .. }
-        | LinkError::SameAlias { .. } => ForwarderError::Invalid(error.to_string()),
+        | LinkError::NeighbourRefused { .. } => ForwarderError::Invalid(error.to_string()),
         _ => ForwarderError::Kernel(error.to_string()),
     }
 }

@@ -103,16 +103,6 @@ pub enum LinkError {
     /// The domain is not possible in the alias that marks a link as ours.
     #[error(transparent)]
     Alias(#[from] LinkAliasError),
-    /// Both ends of a pair would be the same link to us.
-    #[error(
-        "both ends of a veth pair have the alias `{alias}` in network namespace {netns}: give the ends two connection ids"
-    )]
-    SameAlias {
-        /// The alias of both.
-        alias: LinkAlias,
-        /// The namespace of both.
-        netns: NamespaceId,
-    },
     /// It was set as wanted, and then was not.
     #[error(
         "link `{name}` does not stay as it was set, {rest} is still to do: does something else in the pod manage its interfaces?"

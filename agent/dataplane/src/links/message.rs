@@ -41,16 +41,6 @@ pub(super) const DOOMED_GROUPS: RangeInclusive<u32> = NODE_GROUP + 1..=*NODE_GRO
 /// RTPROT_STATIC that rtnetlink.h does not list.
 pub(super) const ROUTE_PROTOCOL: RouteProtocol = RouteProtocol::Other(78);
 
-/// Create a veth pair, each end in its namespace.
-pub(super) fn create_veth(a: (&Netns, &LinkSpec), b: (&Netns, &LinkSpec)) -> Request {
-    let (a_name, b_name) = (a.1.name.as_str(), b.1.name.as_str());
-    // Up in the peer's part makes the kernel refuse; both ends are taken up afterwards.
-    let peer = place(LinkUnspec::new_with_name(b_name), b.0, b.1).build();
-    // The builder's own peer has a name and nothing else.
-    let pair = LinkVeth::new(a_name, b_name).set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
-    create(place(pair, a.0, a.1).build())
-}
-
 /// Create a pod link; sent in the node's namespace, where the end with the index and the name stays.
 pub(super) fn create_pod_link(
     index: u32,

@@ -222,30 +222,6 @@ impl Links {
             .await
     }
 
-    /// Makes a veth pair with an end in each namespace as wanted: creates it, or changes what differs on the pair that has the aliases.
-    ///
-    /// # Errors
-    ///
-    /// See [`LinkError`]. Then nothing is left that this call created.
-    pub async fn up_veth(
-        &self,
-        a: (&Netns, &LinkSpec),
-        b: (&Netns, &LinkSpec),
-    ) -> Result<(UpLink, UpLink), LinkError> {
-        let turn = self.inner.turns.take([&a.1.alias, &b.1.alias]).await;
-        let node = self.inner.node.clone();
-        let (a, b) = ((a.0.clone(), a.1.clone()), (b.0.clone(), b.1.clone()));
-        // The other end goes with it.
-        let undo = undo_of(&a.0, &a.1.alias, |ends: &(UpLink, UpLink)| ends.0.created);
-        self.work(
-            &self.inner.workers,
-            turn,
-            move || session::up_veth(&node, (&a.0, &a.1), (&b.0, &b.1)),
-            undo,
-        )
-        .await
-    }
-
     /// Removes the pod's link with exactly this alias, and the other end with it. False: there was none.
     ///
     /// The links of a pod are gone with its namespace: opening the namespace then fails with [`NetnsError::is_gone`].
@@ -408,17 +384,6 @@ impl Links {
             ))),
         }
     }
-}
-
-/// Removes what a call created.
-fn undo_of<T: 'static>(pod: &Netns, alias: &LinkAlias, created: fn(&T) -> bool) -> Undo<T> {
-    let (pod, alias) = (pod.clone(), alias.clone());
-    Box::new(move |result| {
-        if !created(&result) {
-            return;
-        }
-        log_undo(&alias, session::down(&pod, &alias).map(usize::from));
-    })
 }
 
 /// Removes a pod link that a call created.

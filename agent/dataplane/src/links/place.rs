@@ -6,7 +6,7 @@ use std::{
 };
 
 use nix::errno::Errno;
-use nsm_core::link::{Link, LinkKind, LinkSpec, Operation, diff};
+use nsm_core::link::{Link, LinkSpec, Operation, diff};
 
 use super::{
     LinkError, LinkHolder, UpLink,
@@ -41,20 +41,6 @@ impl<'a> Maker<'a> {
             node,
         })
     }
-
-    pub(super) fn create_veth<'b>(
-        &mut self,
-        a: &mut Place<'b>,
-        b: &mut Place<'b>,
-    ) -> Result<(Link, Link), LinkError> {
-        let (request, flags) = message::create_veth((a.netns, a.spec), (b.netns, b.spec));
-        if let Err(kernel) = self.netlink.ask(request, flags)? {
-            let blamed = if a.name_is_free()? { b } else { a };
-            return Err(blamed.create_refused("veth", kernel)?);
-        }
-        (a.created, b.created) = (Created::Named, Created::Named);
-        Ok((a.adopt()?, b.adopt()?))
-    }
 }
 
 /// Where a link is to be: a pod's namespace.
@@ -62,18 +48,8 @@ pub(super) struct Place<'a> {
     netlink: Netlink,
     netns: &'a Netns,
     spec: &'a LinkSpec,
-    created: Created,
     /// The index of the link, where something better than its alias shows that it is ours.
     index: Option<u32>,
-}
-
-/// What this call created, to be removed when it fails.
-enum Created {
-    Nothing,
-    /// A link with the wanted name, not looked at yet.
-    Named,
-    /// The link with this index.
-    Indexed(u32),
 }
 
 impl<'a> Place<'a> {
@@ -82,7 +58,6 @@ impl<'a> Place<'a> {
             netlink: open_in(netns)?,
             netns,
             spec,
-            created: Created::Nothing,
             index: None,
         })
     }
@@ -152,35 +127,6 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Whether the two are ends of one pair, the second in that other namespace.
-    pub(super) fn is_pair(
-        &mut self,
-        own: Option<&Link>,
-        other_netns: &Netns,
-        other: Option<&Link>,
-    ) -> Result<bool, LinkError> {
-        let (Some(own), Some(other)) = (own, other) else {
-            return Ok(false);
-        };
-        let (LinkKind::Veth { peer, peer_netns }, LinkKind::Veth { peer: back, .. }) =
-            (&own.kind, &other.kind)
-        else {
-            return Ok(false);
-        };
-        // Indexes alone prove little: in pods' namespaces they are all alike.
-        if (*peer, *back) != (other.index, own.index) {
-            return Ok(false);
-        }
-        let Some(leads_to) = *peer_netns else {
-            return Ok(self.netns.id() == other_netns.id());
-        };
-        let (request, flags) = message::get_netns_id(other_netns);
-        let known = self.netlink.ask(request, flags)?.unwrap_or_default();
-        Ok(known
-            .iter()
-            .any(|answer| observe::netns_id_of(answer) == Some(leads_to)))
-    }
-
     pub(super) fn name_is_free(&mut self) -> Result<bool, LinkError> {
         Ok(self.named()?.is_none())
     }
@@ -222,31 +168,6 @@ impl<'a> Place<'a> {
             self.netns.id(),
             kernel,
         ))
-    }
-
-    /// Takes a link that was just created for ours: learns its index, marks it.
-    fn adopt(&mut self) -> Result<Link, LinkError> {
-        let name = self.spec.name.as_str();
-        let requests = vec![
-            message::get_link_named(name),
-            message::set_alias(name, &self.spec.alias.to_string()),
-        ];
-        let mut answers = self.netlink.transact(requests)?.into_iter();
-        let refused = |kernel| LinkError::refused(format!("mark link `{name}` as ours"), kernel);
-        let (found, marked) = (answers.next(), answers.next());
-        let found = found
-            .and_then(Result::ok)
-            .into_iter()
-            .flatten()
-            .find_map(observe::link_of);
-        if let Some(link) = &found {
-            self.created = Created::Indexed(link.index);
-        }
-        marked.transpose().map_err(refused)?;
-        found.ok_or_else(|| {
-            NetlinkError::Malformed(format!("link `{name}` is not shown after it was created"))
-                .into()
-        })
     }
 
     /// Takes the link with this index, which was just created, for ours: marks it.
@@ -400,11 +321,6 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// As the free function does.
-    pub(super) fn await_running(&mut self, link: &Link) -> Result<(), LinkError> {
-        await_running(&mut self.netlink, link.index, &link.name)
-    }
-
     pub(super) fn up_link(
         &self,
         link: &Link,
@@ -423,19 +339,6 @@ impl<'a> Place<'a> {
             created,
             operations,
         })
-    }
-
-    /// Removes what this call created, after a failure; that one is the error to report.
-    pub(super) fn undo(&mut self) {
-        let name = self.spec.name.as_str();
-        let request = match std::mem::replace(&mut self.created, Created::Nothing) {
-            Created::Nothing => return,
-            Created::Named => message::delete_link_named(name),
-            Created::Indexed(index) => message::delete_link(index),
-        };
-        if let Err(error) = delete(&mut self.netlink, request, name) {
-            tracing::error!(%error, link.name = name, "a link that could not be completed stays");
-        }
     }
 }
 

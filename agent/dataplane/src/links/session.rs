@@ -3,55 +3,16 @@
 use std::collections::HashMap;
 
 use netlink_packet_route::RouteNetlinkMessage;
-use nsm_core::link::{Count, Link, LinkAlias, LinkSpec, Traffic, must_create};
+use nsm_core::link::{Count, Link, LinkAlias, Traffic};
 
 use super::{
-    LinkError, LinkReading, UpLink,
+    LinkError, LinkReading,
     basics::{delete, open_in},
     external::is_external,
     message, observe,
-    place::{Maker, Place},
     probe_link::is_probe_link,
 };
 use crate::netns::Netns;
-
-pub(super) fn up_veth(
-    node: &Netns,
-    a: (&Netns, &LinkSpec),
-    b: (&Netns, &LinkSpec),
-) -> Result<(UpLink, UpLink), LinkError> {
-    if a.0.id() == b.0.id() && a.1.alias == b.1.alias {
-        return Err(LinkError::SameAlias {
-            alias: a.1.alias.clone(),
-            netns: a.0.id(),
-        });
-    }
-    let mut maker = Maker::open(node)?;
-    let (mut place_a, mut place_b) = (Place::open(a.0, a.1)?, Place::open(b.0, b.1)?);
-    let (observed_a, observed_b) = (place_a.observe()?, place_b.observe()?);
-    let anew = must_create(a.1, observed_a.as_ref())
-        || must_create(b.1, observed_b.as_ref())
-        || !place_a.is_pair(observed_a.as_ref(), b.0, observed_b.as_ref())?;
-    if !anew {
-        return Ok((place_a.converge(observed_a)?, place_b.converge(observed_b)?));
-    }
-    place_a.remove(observed_a)?;
-    // It may have gone with the first.
-    place_b.remove(observed_b)?;
-    let created = maker
-        .create_veth(&mut place_a, &mut place_b)
-        .and_then(|(end_a, end_b)| {
-            let operations_a = place_a.fill(&end_a)?;
-            let operations_b = place_b.fill(&end_b)?;
-            place_a.await_running(&end_a)?;
-            place_b.await_running(&end_b)?;
-            Ok((
-                place_a.up_link(&end_a, true, operations_a)?,
-                place_b.up_link(&end_b, true, operations_b)?,
-            ))
-        });
-    created.inspect_err(|_| place_a.undo())
-}
 
 /// Whether there was a link with this alias.
 pub(super) fn down(pod: &Netns, alias: &LinkAlias) -> Result<bool, LinkError> {

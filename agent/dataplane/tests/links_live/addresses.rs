@@ -12,7 +12,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn an_address_that_comes_or_goes_is_told_and_one_of_another_namespace_is_not() {
-    let (node, other) = two_nodes().await;
+    let (node, other) = two_nodes();
     let runtime = tokio::runtime::Handle::current();
     let mut events = inside(&node, || {
         let _runtime = runtime.enter();

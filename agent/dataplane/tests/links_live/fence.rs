@@ -8,7 +8,6 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
-use nsm_core::link::LinkSpec;
 use nsm_dataplane::{
     bpf::DEFAULT_PIN_DIR,
     fence::{Dropped, Fence, FenceError, Look},
@@ -18,8 +17,8 @@ use nsm_dataplane::{
 use nsm_ebpf_common::TUNNEL_MARK;
 
 use crate::support::{
-    add_foreign_vxlan, eventually, in_thread, inside, ip, ip_tool, link, name, net, netns, route,
-    two_nodes,
+    add_foreign_vxlan, eventually, in_thread, inside, ip, ip_tool, link, mac, net, netns, route,
+    two_nodes, veth,
 };
 
 const PORT: u16 = 4789;
@@ -291,7 +290,7 @@ async fn a_pod_finds_no_neighbour_on_the_node() {
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn nobody_else_sends_to_the_tunnels_port() {
-    let (one, two) = two_nodes().await;
+    let (one, two) = two_nodes();
     let peer = listen(&two, (ip("192.0.2.2"), PORT).into());
     let fence = raise(&one);
     let send = |mark: u32| {
@@ -331,21 +330,19 @@ async fn nobody_else_sends_to_the_tunnels_port() {
 }
 
 /// A pod of the node with these addresses, on a link as a CNI makes it, that leads to one other address.
-async fn cni_pod(node: &Netns, addresses: &[&str], reaches: &str) -> Netns {
+fn cni_pod(node: &Netns, addresses: &[&str], reaches: &str) -> Netns {
     let pod = netns();
-    let end = |mac_end: u8, own: &[&str], other: &str| LinkSpec {
-        name: name("cni0"),
-        addresses: own.iter().map(|own| net(own)).collect(),
-        routes: vec![route(&format!("{other}/32"), None)],
-        neighbours: vec![],
-        ..link(mac_end, 0)
-    };
-    let node_end = end(21, &["10.1.0.1/32"], "10.1.0.2");
-    let pod_end = end(22, addresses, reaches);
-    let links = Links::in_namespace(node.clone());
-    let made = links.up_veth((node, &node_end), (&pod, &pod_end)).await;
-    made.unwrap();
-    let gateway = [reaches, "lladdr", "02:00:00:00:00:15", "dev", "cni0"];
+    veth((node, "cni0"), (&pod, "cni0"));
+    let [node_mac, pod_mac] = [21, 22].map(|last| mac(last).to_string());
+    ip_tool(node, &["link", "set", "cni0", "address", &node_mac]);
+    ip_tool(&pod, &["link", "set", "cni0", "address", &pod_mac]);
+    ip_tool(node, &["address", "add", "10.1.0.1/32", "dev", "cni0"]);
+    ip_tool(node, &["route", "add", "10.1.0.2/32", "dev", "cni0"]);
+    for address in addresses {
+        ip_tool(&pod, &["address", "add", address, "dev", "cni0"]);
+    }
+    ip_tool(&pod, &["route", "add", reaches, "dev", "cni0"]);
+    let gateway = [reaches, "lladdr", &node_mac, "dev", "cni0"];
     ip_tool(
         &pod,
         &[&["neighbour", "replace"], gateway.as_slice()].concat(),
@@ -357,9 +354,9 @@ async fn cni_pod(node: &Netns, addresses: &[&str], reaches: &str) -> Netns {
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn a_pod_is_not_forwarded_as_the_node() {
-    let (one, two) = two_nodes().await;
+    let (one, two) = two_nodes();
     let fence = raise(&one);
-    let pod = cni_pod(&one, &["10.1.0.2/32"], "192.0.2.2").await;
+    let pod = cni_pod(&one, &["10.1.0.2/32"], "192.0.2.2");
     inside(&one, || {
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
     })
@@ -399,9 +396,9 @@ async fn a_pod_is_not_forwarded_as_the_node() {
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn a_pod_cannot_send_as_a_peer() {
-    let (one, two) = two_nodes().await;
+    let (one, two) = two_nodes();
     let fence = raise(&one);
-    let pod = cni_pod(&one, &["10.1.0.2/32", "192.0.2.2/32"], "192.0.2.1").await;
+    let pod = cni_pod(&one, &["10.1.0.2/32", "192.0.2.2/32"], "192.0.2.1");
 
     let node = listen(&one, (ip("192.0.2.1"), PORT).into());
     let send = |from: &Netns, address: &str| {

@@ -2,8 +2,8 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream, UdpSocket},
-    sync::Arc,
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
@@ -21,12 +21,8 @@ use nsm_dataplane::{
 };
 use tokio::runtime::Runtime;
 
-use crate::{
-    support::{
-        add_foreign_vxlan, domain, eventually, inside, ip, ip_tool, link, link_names, netns,
-        two_nodes,
-    },
-    traffic::echo,
+use crate::support::{
+    add_foreign_vxlan, domain, eventually, inside, ip, ip_tool, link, link_names, netns, two_nodes,
 };
 
 const PORT: u16 = 4789;
@@ -99,7 +95,7 @@ impl Node {
 
 /// Two nodes that are joined, and a connection between their pods that is up.
 fn joined(runtime: &Runtime, local: [&str; 2]) -> (Node, Node) {
-    let nodes = runtime.block_on(two_nodes());
+    let nodes = two_nodes();
     let spec = |own: u8, other: u8, local: &str, remote: &str| VxlanSpec {
         link: LinkSpec {
             mtu: 1500 - vxlan_overhead(ip(remote)),
@@ -137,6 +133,53 @@ fn stream(from: &Netns, to: &Netns, address: &str) {
     socket.write_all(&data).unwrap();
     drop(socket);
     assert!(receiver.join().unwrap() == data, "other bytes came");
+}
+
+/// Sends a datagram from one namespace to another and back. Retries, for a datagram may be lost.
+fn echo(from: &Netns, to: &Netns, address: &str, size: usize) {
+    let address: SocketAddr = address.parse().unwrap();
+    let (server, client) = (
+        inside(to, || UdpSocket::bind(address).unwrap()),
+        inside(from, || {
+            UdpSocket::bind(if address.is_ipv4() {
+                "0.0.0.0:0"
+            } else {
+                "[::]:0"
+            })
+            .unwrap()
+        }),
+    );
+    for socket in [&server, &client] {
+        socket
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
+    }
+    client.connect(address).unwrap();
+    let sent: Vec<u8> = (0..size).map(|at| at.to_le_bytes()[0]).collect();
+    let (stop, stopped) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut buffer = vec![0; 65536];
+            while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
+                if let Ok((length, peer)) = server.recv_from(&mut buffer) {
+                    server.send_to(&buffer[..length], peer).unwrap();
+                }
+            }
+        });
+        eventually(&format!("the echo of {size} bytes from {address}"), || {
+            client.send(&sent).map_err(|error| error.to_string())?;
+            let mut buffer = vec![0; 65536];
+            let length = client
+                .recv(&mut buffer)
+                .map_err(|error| error.to_string())?;
+            if buffer[..length] == sent {
+                Ok(())
+            } else {
+                Err("another datagram came back".to_owned())
+            }
+        });
+        drop(stop);
+    });
 }
 
 #[test]
@@ -214,7 +257,7 @@ fn a_port_that_was_lost_comes_back() {
 #[ignore = "needs root: makes network namespaces, links and BPF programs"]
 fn a_foreign_device_on_the_port_is_named_and_works_on() {
     sandbox(|runtime| {
-        let (one, two) = runtime.block_on(two_nodes());
+        let (one, two) = two_nodes();
         add_foreign_vxlan(&one, &one, (PORT, PORT));
         ip_tool(&one, &["address", "add", "172.17.0.1/24", "dev", "vxlan0"]);
         let spec = VxlanSpec {

@@ -27,7 +27,7 @@ use nsm_core::{
     link::{LinkAlias, LinkSpec, RouteSpec},
     net::{IfName, MacAddr},
 };
-use nsm_dataplane::{links::Links, netns::Netns};
+use nsm_dataplane::netns::Netns;
 
 /// Longer than anything takes on a busy machine; nothing waits it out unless it fails.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -310,33 +310,49 @@ fn put_route(netns: &Netns, prefix: IpNet, ways: impl IntoIterator<Item = RouteA
     );
 }
 
-/// Two nodes on one wire, 192.0.2.1 and 192.0.2.2.
-pub(crate) async fn two_nodes() -> (Netns, Netns) {
-    let (one, two) = (netns(), netns());
-    let end = |own: &str| LinkSpec {
-        name: name("eth0"),
-        mtu: 1500,
-        addresses: vec![
-            net(own),
-            net(&own.replace("192.0.2.", "2001:db8::").replace("/24", "/64")),
-        ],
-        routes: vec![],
-        neighbours: vec![],
-        ..link(1, 2)
-    };
-    let (a, b) = (
-        LinkSpec {
-            mac: None,
-            ..end("192.0.2.1/24")
-        },
-        LinkSpec {
-            mac: None,
-            ..end("192.0.2.2/24")
-        },
+/// A veth pair as a person makes it, each end in its namespace by its name, and up. The second is in a namespace of its own.
+pub(crate) fn veth(one: (&Netns, &str), two: (&Netns, &str)) {
+    let place = format!(
+        "/proc/{}/fd/{}",
+        std::process::id(),
+        two.0.as_fd().as_raw_fd()
     );
-    Links::in_namespace(one.clone())
-        .up_veth((&one, &a), (&two, &b))
-        .await
-        .unwrap();
+    let words = format!(
+        "link add {} type veth peer name {} netns {place}",
+        one.1, two.1
+    );
+    ip_tool(one.0, &words.split(' ').collect::<Vec<_>>());
+    for (netns, name) in [one, two] {
+        ip_tool(netns, &["link", "set", name, "up"]);
+    }
+    for (netns, name) in [one, two] {
+        eventually("the carrier", || {
+            let output = inside(netns, || {
+                std::process::Command::new("ip")
+                    .args(["-o", "link", "show", name])
+                    .output()
+            });
+            let shown = String::from_utf8(output.unwrap().stdout).unwrap();
+            if shown.contains("state UP") {
+                Ok(())
+            } else {
+                Err(shown)
+            }
+        });
+    }
+}
+
+/// Two nodes on one wire, 192.0.2.1 and 192.0.2.2.
+pub(crate) fn two_nodes() -> (Netns, Netns) {
+    let (one, two) = (netns(), netns());
+    veth((&one, "eth0"), (&two, "eth0"));
+    for (node, number) in [(&one, 1), (&two, 2)] {
+        for address in [
+            format!("192.0.2.{number}/24"),
+            format!("2001:db8::{number}/64"),
+        ] {
+            ip_tool(node, &["address", "add", &address, "dev", "eth0", "nodad"]);
+        }
+    }
     (one, two)
 }

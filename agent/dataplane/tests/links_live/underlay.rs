@@ -10,7 +10,7 @@ use crate::support::{
 #[tokio::test]
 #[ignore = "needs root: makes network namespaces and links"]
 async fn is_read_from_the_nodes_routes() {
-    let (node, _other) = two_nodes().await;
+    let (node, _other) = two_nodes();
     let links = Links::in_namespace(node.clone());
     assert_eq!(links.underlay_mtu(ip("192.0.2.2")).await.unwrap(), 1500);
     assert_eq!(links.underlay_mtu(ip("2001:db8::2")).await.unwrap(), 1500);
@@ -69,7 +69,7 @@ async fn a_default_route_of_several_ways_has_a_source() {
             "2001:db8:9::9",
         ),
     ] {
-        let (node, _other) = two_nodes().await;
+        let (node, _other) = two_nodes();
         add_foreign_link(&node, "eth1");
         let [eth0, eth1] = ["eth0", "eth1"]
             .map(|name| inside(&node, move || nix::net::if_::if_nametoindex(name).unwrap()));
