@@ -8,7 +8,7 @@ mod registry;
 use std::time::Duration;
 
 use nsm_core::{
-    identity::{policy::Refusal, relay::NotServed},
+    identity::{access::Denied, chain::TokensRefused, policy::Refusal, relay::NotServed},
     link::admission::Inadmissible,
     mechanism::{MechanismError, TunnelKey, vni_pool::VniPoolError},
     net::PeerUrl,
@@ -244,6 +244,12 @@ pub enum RequestError {
     /// The policy refuses the call.
     #[error(transparent)]
     Forbidden(#[from] Refusal),
+    /// The tokens of the path prove nothing.
+    #[error(transparent)]
+    Tokens(#[from] TokensRefused),
+    /// The policy denies the call to the id in the certificate, or the answer to the server's.
+    #[error(transparent)]
+    Denied(#[from] Denied),
     /// A task of the agent died; its log has the panic.
     #[error("internal fault: the request's task ended early, see the agent's log")]
     Internal,
@@ -293,7 +299,10 @@ impl RequestError {
             Self::Forwarder(error) => error.code(),
             Self::NoForwarder(_) | Self::Inadmissible { .. } => Code::FailedPrecondition,
             Self::Vni(_) | Self::KeyTaken { .. } | Self::NoPlace(_) => Code::ResourceExhausted,
-            Self::Forbidden(_) | Self::NotServed(_) => Code::PermissionDenied,
+            // As NSM's own policies refuse.
+            Self::Forbidden(_) | Self::NotServed(_) | Self::Tokens(_) | Self::Denied(_) => {
+                Code::PermissionDenied
+            }
         }
     }
 

@@ -9,7 +9,10 @@ use std::{
 use ipnet::IpNet;
 use nsm_core::{
     address::ipmap::IpMap,
-    identity::relay::Relays,
+    identity::{
+        access::{self, BadRules},
+        relay::Relays,
+    },
     link::admission,
     liveness::{Health, PathId},
     mechanism::vni_pool::VniPool,
@@ -24,7 +27,7 @@ use crate::{
     api::server::{Front, Services},
     call::{CallConfig, Calls, admission::Admission, context::Contexts, registrar::Registrar},
     connection::{Held, model::Established},
-    identity::token::TokenSource,
+    identity::{gate::Gate, token::TokenSource},
     liveness::{Liveness, LivenessConfig, Reachability},
     metrics::CallMetrics,
     peer::peers::Peers,
@@ -74,6 +77,8 @@ pub struct Settings {
     pub admission: admission::Rules,
     /// UDP ports of tunnels that other nodes may choose beside this node's own.
     pub peer_ports: Vec<u16>,
+    /// What decides on callers and servers that show certificates.
+    pub gate: Arc<Gate>,
     /// Which callers of the network may use this agent to reach others.
     pub relays: Relays,
     /// Ranges of loopback, link-local and own addresses that may be dialled although others named them.
@@ -162,6 +167,7 @@ impl ControlPlane {
             questions: budget.questions.clone(),
             peers: Arc::clone(&peers),
             addresses: Addresses::new(settings.advertise_url.clone()),
+            gate: Arc::clone(&settings.gate),
             relays: settings.relays.clone(),
             bypass: Bypass::default(),
             local_endpoints: LocalEndpoints::default(),
@@ -273,6 +279,17 @@ impl ControlPlane {
         self.parts.services.calls.protect(found);
     }
 
+    /// Takes other rules of who may do what by a proven id. Connections of callers that they do not allow are closed, one after the
+    /// other, after this has returned.
+    ///
+    /// # Errors
+    /// The rules contradict each other; the old ones stay.
+    pub fn set_rules(&self, rules: access::Rules) -> Result<(), BadRules> {
+        self.parts.lookup.gate.set_rules(rules)?;
+        tokio::spawn(Arc::clone(&self.parts.services.calls).close_denied());
+        Ok(())
+    }
+
     /// Sets whether this node's public address is known as far as it can be: until then Requests from and to other domains wait a
     /// little, because their tunnels end at the address that they carry. It counts as known until this is called.
     pub fn set_public_address_known(&self, is_known: bool) {
@@ -331,6 +348,7 @@ impl ControlPlane {
     pub fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
         self.parts.services.metrics.register(registry);
         self.parts.budget.register_metrics(registry);
+        self.parts.lookup.gate.register_metrics(registry);
         self.parts.held.monitors.register_metrics(registry);
         self.parts.lookup.resolver.register_metrics(registry);
     }

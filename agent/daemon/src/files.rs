@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use nsm_core::address::ipmap::IpMap;
+use nsm_core::{address::ipmap::IpMap, identity::access::Rules};
 
 use crate::config;
 
@@ -79,6 +79,15 @@ pub fn ip_map(text: &str) -> anyhow::Result<IpMap> {
         .map(|(internal, external)| Ok((address(internal)?, address(external)?)))
         .collect::<anyhow::Result<Vec<_>>>()?;
     Ok(IpMap::from_pairs(pairs)?)
+}
+
+/// Reads a policy: who may do what by the id in a certificate. An empty text has no rules.
+///
+/// # Errors
+/// The text is no policy; the error has line and column.
+pub fn policy(text: &str) -> anyhow::Result<Rules> {
+    let rules: Option<Rules> = serde_saphyr::from_str(text)?;
+    Ok(rules.unwrap_or_default())
 }
 
 fn address(text: &str) -> anyhow::Result<IpAddr> {

@@ -16,7 +16,7 @@ use crate::{
         hooks,
         ip_map::{self, IpMapFile, IpMaps},
         listeners::{self, Listeners, Sockets},
-        orphans,
+        orphans, policy,
         public_address::{self, PublicAddress},
         readiness::Readiness,
         signals::{Signal, Signals},
@@ -142,6 +142,7 @@ impl Agent {
         }
         self.plane.resolver().reload(control::resolver_config(&new));
         ip_map::reload(&current.map_ip_file.path, &self.maps);
+        policy::reload(current.policy_file.as_deref(), &self.plane);
         current.log.level.clone_from(&new.log.level);
         current.resolver = new.resolver;
         tracing::info!(keys = ?changes.reloadable, "reloaded");

@@ -7,6 +7,7 @@ use std::{net::SocketAddr, os::unix::fs::FileTypeExt as _, path::Path, sync::Arc
 
 use nsm_core::identity::{
     Caller, Process,
+    access::Ask,
     policy::{Action, decide},
     relay::Source,
     share::Holder,
@@ -49,7 +50,10 @@ use crate::{
     call::{Answer, Call, Calls, registrar::Registrar},
     connection::monitor::{Events, Monitors, Reader},
     error::RequestError,
-    identity::token::{self, TokenError, TokenSource},
+    identity::{
+        gate::{Gate, Shown},
+        token::{self, TokenError, TokenSource},
+    },
     metrics::CallMetrics,
     occasional::Occasional,
     peer::stream::SKIP_ANSWERED,
@@ -288,6 +292,11 @@ pub fn node_caller<T>(request: &Request<T>) -> Caller {
     Caller::on_node(peer_process(request))
 }
 
+/// What both ends of the request's transport connection have shown; none in plain text.
+fn shown<T>(request: &Request<T>) -> Option<Arc<Shown>> {
+    request.extensions().get::<Arc<Shown>>().cloned()
+}
+
 fn peer_process<T>(request: &Request<T>) -> Process {
     let peer = request.extensions().get::<NodePeer>();
     peer.map_or_else(Process::unknown, |peer| peer.process.look())
@@ -295,11 +304,31 @@ fn peer_process<T>(request: &Request<T>) -> Process {
 
 impl Front {
     fn caller<T>(&self, request: &Request<T>) -> Caller {
-        match self.arrival {
+        let caller = match self.arrival {
             Arrival::Local => node_caller(request),
             Arrival::Forwarder => Caller::nsmgr(peer_process(request)),
             Arrival::Network => Caller::from_address(request.remote_addr().map(|at| at.ip())),
+        };
+        caller.with_id(shown(request).map(|shown| shown.peer.clone()))
+    }
+
+    fn gate(&self) -> &Gate {
+        &self.services.calls.lookup.gate
+    }
+
+    /// Whose connections a caller follows.
+    fn follower<T>(&self, request: &Request<T>) -> Result<Caller, RequestError> {
+        let caller = self.caller(request);
+        let Some(shown) = shown(request) else {
+            return Ok(caller);
+        };
+        if self.arrival != Arrival::Network {
+            self.gate().admit_on_node(&shown, None)?;
+            return Ok(caller);
         }
+        self.gate().admit(&shown, Ask::Follow)?;
+        // It shows no path, and follows what its station made for whoever has begun one.
+        Ok(caller.with_workload(self.gate().workload(&shown, &shown.peer)))
     }
 
     fn holder(&self, caller: &Caller) -> Holder {
@@ -319,7 +348,12 @@ impl Front {
         let descriptors = peer.map(|peer| Arc::clone(&peer.descriptors));
         let source = match self.arrival {
             Arrival::Local | Arrival::Forwarder => Source::Node,
-            Arrival::Network => Source::Network(request.remote_addr().map(|it| it.ip())),
+            Arrival::Network => match shown(&request) {
+                Some(shown) => Source::Proven {
+                    is_own: self.gate().is_own(&shown),
+                },
+                None => Source::Network(request.remote_addr().map(|it| it.ip())),
+            },
         };
         let token = token::read(request.metadata()).map(Some).or_else(|error| {
             if matches!(error, TokenError::Missing(_)) {
@@ -336,6 +370,7 @@ impl Front {
             descriptors,
             holder: self.holder(&caller),
             caller,
+            shown: shown(&request),
             token,
             deadline: Instant::now() + timeout,
             message: request.into_inner(),
@@ -401,7 +436,7 @@ impl MonitorConnection for Front {
         &self,
         request: Request<MonitorScopeSelector>,
     ) -> Result<Response<Events>, Status> {
-        let caller = self.caller(&request);
+        let caller = self.follower(&request)?;
         decide(&caller, Action::Monitor).map_err(RequestError::from)?;
         let reader = Reader {
             owner: caller.owner(),

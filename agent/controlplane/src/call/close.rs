@@ -40,7 +40,10 @@ impl Calls {
         // Boxed: see `request`.
         tokio::spawn(Box::pin(async move {
             let mut connection = call.message;
-            let Entered { path, hop, .. } = calls.enter(&mut connection, call.token)?;
+            let shown = call.shown.as_ref();
+            let entered = calls.enter(&mut connection, call.token, call.arrival, shown)?;
+            let caller = entered.name(call.caller);
+            let Entered { path, hop, .. } = entered;
             let turn = calls
                 .held
                 .connections
@@ -48,7 +51,7 @@ impl Calls {
                 .await?;
             if let Some(turn) = turn {
                 if let Some(current) = turn.current() {
-                    current.is_open_to(&call.caller, &path)?;
+                    current.is_open_to(&caller, &path)?;
                 }
                 // However long it waited for its turn, the next hop has its full time.
                 let deadline = Instant::now() + CLOSE_TIMEOUT;
@@ -88,6 +91,35 @@ impl Calls {
                 self.held.expiries.set_if_none(id, CLOSE_TIMEOUT);
             }
         }
+    }
+
+    /// Closes the connections of callers that the rules do not allow any more.
+    pub(crate) async fn close_denied(self: Arc<Self>) {
+        for id in self.held.connections.ids() {
+            let deadline = Instant::now() + self.config.request_timeout;
+            // One at work is looked at when it is done: it may have been admitted by the rules before.
+            match self.held.connections.admit_known(&id, deadline).await {
+                Ok(Some(turn)) if let Some(denied) = self.denied(&turn) => {
+                    tracing::warn!(connection.id = %id, %denied, "the policy does not allow the connection any more: closing");
+                    self.tear_down(&turn, deadline, Cause::Own).await;
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(connection.id = %id, %error, "could not look at the connection with the new policy: send SIGHUP again");
+                }
+            }
+        }
+    }
+
+    /// Why a connection is not allowed; none where it is.
+    fn denied(&self, turn: &Turn) -> Option<RequestError> {
+        let current = turn.current()?;
+        let shown = current.shown.as_ref()?;
+        let view = &current.view;
+        let endpoint = &view.network_service_endpoint_name;
+        self.router
+            .recheck(shown, current.owner, &view.network_service, endpoint)
+            .err()
     }
 
     /// Refuses new connections, then closes all that are left. Returns when all are gone or `grace` is over.

@@ -25,7 +25,10 @@ use self::{admission::Admission, context::Contexts};
 use crate::{
     connection::Held,
     error::RequestError,
-    identity::token::{Token, TokenSource},
+    identity::{
+        gate::Shown,
+        token::{Token, TokenSource},
+    },
     liveness::Liveness,
     ports::Forwarder,
     route::{
@@ -48,6 +51,8 @@ pub struct Call<T> {
     pub descriptors: Option<Arc<Descriptors>>,
     /// Who calls.
     pub caller: Caller,
+    /// What both ends of its transport connection have shown; none in plain text.
+    pub shown: Option<Arc<Shown>>,
     /// Who is charged for what the call leaves here.
     pub holder: Holder,
     /// The previous hop's token, from the call's metadata.

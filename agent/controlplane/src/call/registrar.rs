@@ -14,6 +14,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use nsm_core::{
     identity::{
+        access::Ask,
         policy::{Action, Name, decide},
         relay::Source,
         share::Holder,
@@ -30,15 +31,13 @@ use self::names::Named;
 use crate::{
     call::Call,
     error::RequestError,
+    identity::gate::Shown,
     places::Budget,
     registry::{
-        Asker, DomainRegistry, Events, Terms,
-        memory::STREAM,
-        path_header::PathHeader,
-        remote::Remote,
-        wire::{Answers, Wire},
+        Asker, DomainRegistry, Events, Terms, memory::STREAM, path_header::PathHeader,
+        remote::Remote, wire::Answers,
     },
-    route::lookup::Lookup,
+    route::{lookup::Lookup, router::Arrival},
 };
 
 /// Which registry a message belongs to, and how its names change on the way there.
@@ -141,12 +140,79 @@ impl Registrar {
         Ok((place, entry, terms(call, path)))
     }
 
+    /// Decides a registration, or its end, by the caller's certificate and the tokens of the path. The caller is then the workload that
+    /// they prove, and the entry has the ids of the path.
+    fn admit<E: Named>(
+        &self,
+        mut call: Call<E>,
+        path: Option<&PathHeader>,
+    ) -> Result<Call<E>, RequestError> {
+        let Some(shown) = &call.shown else {
+            return Ok(call);
+        };
+        let alone = call.token.as_ref().map_or("", |token| token.text.as_str());
+        let tokens = path.map_or_else(|| vec![alone], PathHeader::tokens);
+        let gate = &self.lookup.gate;
+        let proved = gate.prove_call(shown, &tokens)?;
+        let first = proved.first();
+        let domain = self.other_domain(&call.message)?;
+        if call.arrival == Arrival::Network {
+            let name = call.message.bare_name()?;
+            gate.admit(
+                shown,
+                Ask::Register {
+                    name: &name,
+                    domain: domain.as_ref(),
+                    first,
+                },
+            )?;
+            call.caller = call.caller.with_workload(gate.workload(shown, first));
+        } else {
+            gate.admit_on_node(shown, domain.as_ref())?;
+        }
+        let ids = proved.subjects().chain([&shown.own]);
+        let ids = ids.map(ToString::to_string).collect();
+        call.message.set_path_ids(ids);
+        // What a message claims can end it sooner, and never later.
+        if let Some(token) = &mut call.token {
+            token.expires = token.expires.min(proved.expires());
+        }
+        Ok(call)
+    }
+
+    /// The domain of an entry, where that is not ours.
+    fn other_domain(&self, entry: &impl Named) -> Result<Option<Domain>, RequestError> {
+        let domain = entry.domain()?;
+        Ok(domain.filter(|domain| *domain != self.domain))
+    }
+
+    /// Decides a Find by the caller's certificate.
+    fn admit_find(
+        &self,
+        shown: Option<&Shown>,
+        arrival: Arrival,
+        wanted: &impl Named,
+    ) -> Result<(), RequestError> {
+        let Some(shown) = shown else {
+            return Ok(());
+        };
+        let domain = self.other_domain(wanted)?;
+        let domain = domain.as_ref();
+        let gate = &self.lookup.gate;
+        match arrival {
+            Arrival::Network => gate.admit(shown, Ask::Find { domain })?,
+            Arrival::Local | Arrival::Forwarder => gate.admit_on_node(shown, domain)?,
+        }
+        Ok(())
+    }
+
     /// Registers a network service.
     pub(crate) async fn register_service(
         &self,
         call: Call<NetworkService>,
         path: Option<PathHeader>,
     ) -> Result<NetworkService, RequestError> {
+        let call = self.admit(call, path.as_ref())?;
         decide(&call.caller, Action::Register(name_of(&call.message)))?;
         call.message.check()?;
         let (place, service, terms) = self.enter(&call, path).await?;
@@ -161,6 +227,7 @@ impl Registrar {
         call: Call<NetworkService>,
         path: Option<PathHeader>,
     ) -> Result<(), RequestError> {
+        let call = self.admit(call, path.as_ref())?;
         decide(&call.caller, Action::Unregister(name_of(&call.message)))?;
         let (place, service, terms) = self.enter(&call, path).await?;
         place.registry.services().unregister(service, terms).await
@@ -171,10 +238,24 @@ impl Registrar {
         &self,
         call: Call<NetworkServiceQuery>,
     ) -> Result<Answers<NetworkService>, RequestError> {
+        let sight = self.sight(&call);
         let (place, found) = self.find(call).await?;
-        Ok(answers(found, move |service: &mut NetworkService| {
-            service.join(place.domain.as_ref())
-        }))
+        let sight = sight.filter(|_| place.is_ours);
+        Ok(answers(
+            found,
+            sight,
+            move |service: &mut NetworkService| service.join(place.domain.as_ref()),
+        ))
+    }
+
+    /// What the caller sees of our entries; none where it sees all.
+    fn sight<T>(&self, call: &Call<T>) -> Option<Sight> {
+        let shown = call.shown.as_ref()?;
+        let sees_all = call.arrival != Arrival::Network || self.lookup.gate.is_own(shown);
+        (!sees_all).then(|| Sight {
+            lookup: Arc::clone(&self.lookup),
+            shown: Arc::clone(shown),
+        })
     }
 
     /// Finds or watches what a query asks for, in the registry that its names belong to. A watch ends with the agent.
@@ -185,6 +266,7 @@ impl Registrar {
         let (holder, deadline) = (call.holder, call.deadline);
         let stream = self.budget.streams.take(holder, 1)?;
         let (mut wanted, watch) = E::from_query(call.message);
+        self.admit_find(call.shown.as_deref(), call.arrival, &wanted)?;
         let place = self.place(&wanted, call.source, holder).await?;
         place.strip(&mut wanted)?;
         let entries = E::part_of(&*place.registry);
@@ -209,6 +291,18 @@ impl Registrar {
     }
 }
 
+/// What a caller of another domain sees of our entries.
+struct Sight {
+    lookup: Arc<Lookup>,
+    shown: Arc<Shown>,
+}
+
+impl Sight {
+    fn leave(&self, entry: &mut impl Named) -> bool {
+        entry.leave(|service| self.lookup.gate.sees(&self.shown, service))
+    }
+}
+
 /// Whose a network service is the registry knows that has it.
 fn name_of(service: &NetworkService) -> Name<'_> {
     Name {
@@ -227,14 +321,22 @@ fn terms<T>(call: &Call<T>, owner: Option<PathHeader>) -> Terms {
     }
 }
 
-/// What was found, with the names that the caller asked by.
-fn answers<E: Wire>(
+/// What was found and is seen, with the names that the caller asked by.
+fn answers<E: Named>(
     found: Events<E>,
+    sight: Option<Sight>,
     change: impl Fn(&mut E) -> Result<(), RequestError> + Send + 'static,
 ) -> Answers<E> {
-    Box::pin(found.map(move |event| {
-        let mut event = event?;
-        change(Arc::make_mut(&mut event.entry))?;
-        Ok(E::into_answer(event))
+    Box::pin(found.filter_map(move |event| {
+        let mut event = match event {
+            Ok(event) => event,
+            Err(error) => return Some(Err(error.into())),
+        };
+        let entry = Arc::make_mut(&mut event.entry);
+        if sight.as_ref().is_some_and(|sight| !sight.leave(entry)) {
+            return None;
+        }
+        let changed = change(entry).map_err(Into::into);
+        Some(changed.map(|()| E::into_answer(event)))
     }))
 }

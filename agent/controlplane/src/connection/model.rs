@@ -8,7 +8,7 @@
 //! A connection that was granted although its path was known to be down (`prefer`) is UP until the path has been up once: DOWN would
 //! only trigger a retry that changes nothing, and the metrics carry the health.
 
-use std::{net::IpAddr, time::SystemTime};
+use std::{net::IpAddr, sync::Arc, time::SystemTime};
 
 use nsm_core::{
     identity::{Caller, Owner, policy},
@@ -20,7 +20,7 @@ use nsm_core::{
 use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
 use tokio::time::Instant;
 
-use crate::{ports::Plan, route::router::Route};
+use crate::{identity::gate::Shown, ports::Plan, route::router::Route};
 
 /// A connection that a Request made and a Close or its expiry will take away.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub(crate) struct Established {
     pub(crate) view: Connection,
     /// Whose it is.
     pub(crate) owner: Owner,
+    /// What the caller has shown that made or refreshed it last; none in plain text.
+    pub(crate) shown: Option<Arc<Shown>>,
     /// The next hop, and the names it knows the connection by.
     pub(crate) route: Route,
     /// The mechanism agreed with the next hop, with the addresses of this node's own view.

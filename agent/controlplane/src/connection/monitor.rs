@@ -406,7 +406,7 @@ fn segments(connection: &Connection) -> BTreeSet<&str> {
 }
 
 fn matches(selector: &MonitorScopeSelector, owner: Owner, established: &Established) -> bool {
-    established.owner == owner && selects(selector, &established.view)
+    owner.may_follow(&established.owner) && selects(selector, &established.view)
 }
 
 fn selects(selector: &MonitorScopeSelector, connection: &Connection) -> bool {

@@ -88,6 +88,12 @@ impl PathHeader {
         Ok(Some(path))
     }
 
+    /// The tokens of the hops before ours, the first one first.
+    pub(crate) fn tokens(&self) -> Vec<&str> {
+        let before = self.path_segments.iter().take(self.index);
+        before.map(|segment| segment.token.as_str()).collect()
+    }
+
     /// Puts the path into the metadata of the call to the next hop.
     pub(crate) fn apply(&self, metadata: &mut MetadataMap) {
         if let Ok(json) = serde_json::to_string(self)

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     api::server::{ListenerLimits, Socket, serve},
-    identity::token::TokenSource,
+    identity::{gate::Gate, token::TokenSource},
     liveness::Reachability,
     peer::peers::Peers,
     places::{Budget, Limits as Wide},
@@ -159,6 +159,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         reachability: Reachability::Off,
         node_namespace: false,
         admission: Rules::default(),
+        gate: Arc::new(Gate::of_own_domain("cluster-1.example".parse().unwrap())),
         relays: Relays::default(),
         dial_inside: Vec::new(),
         peer_ports: Vec::new(),

@@ -14,6 +14,7 @@ use nsm_discovery::dns::{Resolved, Resolver};
 
 use crate::{
     error::RequestError,
+    identity::gate::Gate,
     occasional::Occasional,
     peer::peers::Peers,
     places::Places,
@@ -30,6 +31,8 @@ pub(crate) struct Lookup {
     pub(crate) questions: Places,
     pub(crate) peers: Arc<Peers>,
     pub(crate) addresses: Addresses,
+    /// Proofs and permissions of those that show certificates.
+    pub(crate) gate: Arc<Gate>,
     /// Which callers of the network may use us to reach others.
     pub(crate) relays: Relays,
     pub(crate) bypass: Bypass,

@@ -1,6 +1,7 @@
 //! Where a Request goes next.
 
 pub(crate) mod addresses;
+mod admit;
 pub(crate) mod bypass;
 pub(crate) mod directory;
 pub(crate) mod local;

@@ -31,6 +31,7 @@ use tokio::time::Instant;
 use crate::{
     convert,
     error::RequestError,
+    identity::gate::Guest,
     peer::peers::{PassedSocket, Peer},
     registry::remote::Remote,
     route::{
@@ -119,13 +120,15 @@ pub(crate) struct Asked<'a> {
     pub(crate) arrival: Arrival,
     pub(crate) source: Source,
     pub(crate) holder: Holder,
+    /// Who asks, where it has shown a certificate.
+    pub(crate) guest: Option<&'a Guest>,
     pub(crate) connection: &'a Connection,
 }
 
 /// Decides where Requests go.
 pub(crate) struct Router {
-    config: RouterConfig,
-    lookup: Arc<Lookup>,
+    pub(super) config: RouterConfig,
+    pub(super) lookup: Arc<Lookup>,
     /// Grows with every choice, to spread load.
     choices: AtomicU64,
 }
@@ -150,8 +153,10 @@ impl Router {
             source,
             holder,
             connection,
+            ..
         } = asked;
         if let Arrival::Forwarder = arrival {
+            self.admit_nsmgr(asked.guest)?;
             let nsmgr = self.config.upstream_nsmgr_url.as_ref();
             let nsmgr = nsmgr.ok_or(RequestError::Missing("NSMgr that the forwarder works for"))?;
             return self.routes_as_named(nsmgr, connection, deadline).await;
@@ -166,6 +171,7 @@ impl Router {
             service: service.as_ref().map_or("", InterdomainName::target),
             endpoint: endpoint.as_ref().map_or("", InterdomainName::target),
         };
+        self.admit(asked, domain.as_ref(), wanted.service)?;
         match (arrival, domain) {
             (Arrival::Network, Some(_))
                 if let Some(way) = self.way(&connection.network_service_endpoint_name) =>
@@ -173,20 +179,7 @@ impl Router {
                 if !way.registered_here {
                     self.lookup.check_relay(source)?;
                 }
-                Ok(vec![Route {
-                    url: way.url,
-                    crossing: if way.registered_here {
-                        Crossing::In
-                    } else {
-                        Crossing::Out
-                    },
-                    service: connection.network_service.clone(),
-                    endpoint: connection.network_service_endpoint_name.clone(),
-                    endpoint_answered: connection.network_service_endpoint_name.clone(),
-                    payload: connection.payload.clone(),
-                    resolution: None,
-                    _socket: None,
-                }])
+                Ok(vec![known_route(way, connection)])
             }
             (Arrival::Local, Some(domain))
                 if domain != self.config.domain
@@ -400,7 +393,7 @@ impl Router {
     }
 
     /// Where an endpoint of another domain is served, as it was learnt.
-    fn way(&self, name: &str) -> Option<Way> {
+    pub(super) fn way(&self, name: &str) -> Option<Way> {
         self.lookup.bypass.way(name, std::time::Instant::now())
     }
 
@@ -545,6 +538,25 @@ fn resolution(domain: &Domain, resolved: &Resolved) -> Arc<Resolution> {
     })
 }
 
+/// The way to an endpoint of another domain that was learnt, or registered there through us.
+fn known_route(way: Way, connection: &Connection) -> Route {
+    let endpoint = &connection.network_service_endpoint_name;
+    Route {
+        url: way.url,
+        crossing: if way.registered_here {
+            Crossing::In
+        } else {
+            Crossing::Out
+        },
+        service: connection.network_service.clone(),
+        endpoint: endpoint.clone(),
+        endpoint_answered: endpoint.clone(),
+        payload: connection.payload.clone(),
+        resolution: None,
+        _socket: None,
+    }
+}
+
 /// The domain that service and endpoint are of.
 fn common_domain(
     service: Option<&InterdomainName>,
@@ -565,7 +577,7 @@ fn common_domain(
 }
 
 /// A name that may be absent.
-fn parse(name: &str) -> Result<Option<InterdomainName>, RequestError> {
+pub(super) fn parse(name: &str) -> Result<Option<InterdomainName>, RequestError> {
     if name.is_empty() {
         return Ok(None);
     }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Owner, Process, SpiffeId};
+use super::{Owner, Process, SpiffeId, Workload};
 
 /// Who calls. Built at the listener from what the transport proves; nothing of the message is in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub struct Caller {
     pub transport: Transport,
     /// The SPIFFE id in the certificate that it has shown; none without TLS.
     pub id: Option<SpiffeId>,
+    /// Whose its things are, once its tokens have proved who has begun the path.
+    pub workload: Option<Workload>,
 }
 
 /// How a caller reached the agent, with what that proves of it.
@@ -31,6 +33,7 @@ impl Caller {
         Self {
             transport: Transport::Unix(process),
             id: None,
+            workload: None,
         }
     }
 
@@ -40,6 +43,7 @@ impl Caller {
         Self {
             transport: Transport::Forwarder(process),
             id: None,
+            workload: None,
         }
     }
 
@@ -49,6 +53,7 @@ impl Caller {
         Self {
             transport: Transport::Tcp(None),
             id: None,
+            workload: None,
         }
     }
 
@@ -58,6 +63,7 @@ impl Caller {
         Self {
             transport: Transport::Tcp(address.map(|address| address.to_canonical())),
             id: None,
+            workload: None,
         }
     }
 
@@ -65,6 +71,15 @@ impl Caller {
     #[must_use]
     pub fn with_id(self, id: Option<SpiffeId>) -> Self {
         Self { id, ..self }
+    }
+
+    /// The same caller, with what its tokens have proved.
+    #[must_use]
+    pub fn with_workload(self, workload: Workload) -> Self {
+        Self {
+            workload: Some(workload),
+            ..self
+        }
     }
 
     /// Its process, where it is one of this node.
@@ -95,7 +110,7 @@ impl Caller {
                 home: process.home,
             },
             Transport::Forwarder(_) => Owner::Nsmgr,
-            Transport::Tcp(from) => Owner::Network(*from),
+            Transport::Tcp(from) => self.workload.map_or(Owner::Network(*from), Owner::Workload),
         }
     }
 }

@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use super::{
     SpiffeId,
-    claims::{ReadToken, TokenFault},
+    claims::{Claims, ReadToken, TokenFault},
     es256::{Es256, NotP256, P256Key},
 };
 use crate::nsm::path::MAX_SEGMENTS;
@@ -50,12 +50,28 @@ pub struct Check<'a> {
 /// What the tokens of a path prove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proved {
-    /// The id of the path's first segment: that of the client, or of the registrant. The neighbour vouches for it.
-    pub first: SpiffeId,
+    /// What each segment's token claims, the first one first; there is one at least. The neighbour vouches for those further off.
+    pub hops: Vec<Claims>,
+}
+
+impl Proved {
+    /// The id of the path's first segment: that of the client, or of the registrant.
+    #[must_use]
+    pub fn first(&self) -> &SpiffeId {
+        &self.hops[0].subject
+    }
+
     /// When the first of the tokens ends.
-    pub expires: SystemTime,
-    /// The ids of all segments, the first one first.
-    pub subjects: Vec<SpiffeId>,
+    #[must_use]
+    pub fn expires(&self) -> SystemTime {
+        let ends = self.hops.iter().map(|hop| hop.expires);
+        ends.min().expect("a path has a segment")
+    }
+
+    /// The ids of the segments, the first one first.
+    pub fn subjects(&self) -> impl Iterator<Item = &SpiffeId> {
+        self.hops.iter().map(|hop| &hop.subject)
+    }
 }
 
 /// The rule that refused the tokens of a path.
@@ -199,7 +215,7 @@ pub fn check_call(
     let last = read.len() - 1;
     is_for(&read[last], last, own)?;
     signed(&read[last], last, caller, PREVIOUS, check)?;
-    Ok(proved(&read))
+    Ok(proved(read))
 }
 
 /// What a client checks of an answer: `tokens` are those of the path's segments from the first to the last, `own` is the index of this
@@ -222,7 +238,7 @@ pub fn check_answer(
         return Err(TokensRefused::NoNext { peer });
     };
     signed(token, next, server, NEXT, check)?;
-    Ok(proved(&read))
+    Ok(proved(read))
 }
 
 fn read_all<'a>(tokens: &[&'a str]) -> Result<Vec<ReadToken<'a>>, TokensRefused> {
@@ -318,13 +334,8 @@ fn signed(
     })
 }
 
-fn proved(tokens: &[ReadToken<'_>]) -> Proved {
-    let claims = tokens.iter().map(|token| &token.claims);
-    let expires = claims.clone().map(|claims| claims.expires).min();
-    let subjects: Vec<SpiffeId> = claims.map(|claims| claims.subject.clone()).collect();
+fn proved(tokens: Vec<ReadToken<'_>>) -> Proved {
     Proved {
-        first: subjects[0].clone(),
-        expires: expires.expect("a path has a token"),
-        subjects,
+        hops: tokens.into_iter().map(|token| token.claims).collect(),
     }
 }

@@ -4,11 +4,15 @@
 //! |---|---|
 //! | the NSMgr's socket | the user, user namespace and network namespace of the process: whichever process of them comes back |
 //! | the forwarder's socket | the NSMgr, whichever process of it comes back: one that restarts has another pod |
-//! | the network | whoever has its path: see [`Owner::Network`] |
+//! | the network, with a certificate | the workload that its tokens prove: see [`Workload`] |
+//! | the network, in plain text | whoever has its path: see [`Owner::Network`] |
 
 use std::net::IpAddr;
 
-use super::process::{NamespaceId, NetnsCookie};
+use super::{
+    Workload,
+    process::{NamespaceId, NetnsCookie},
+};
 
 /// Whose something is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -27,9 +31,20 @@ pub enum Owner {
     /// Another node. Its address may change, as that of an NSMgr whose pod is replaced, so that it is asked for only where nothing
     /// better is at hand: for what a monitor shows. Who changes or closes a connection shows its path instead.
     Network(Option<IpAddr>),
+    /// A workload with a proven id, wherever it calls from.
+    Workload(Workload),
 }
 
 impl Owner {
+    /// Whether `self`, which follows connections and shows no path, gets news of what `other` has made.
+    #[must_use]
+    pub fn may_follow(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Workload(one), Self::Workload(other)) => one.is_of_station(other),
+            _ => self == other,
+        }
+    }
+
     /// Whether both came by the same kind of socket and are the same there, as far as that is known without a path.
     #[must_use]
     pub fn is_alike(&self, other: &Self) -> bool {

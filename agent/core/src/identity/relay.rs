@@ -17,6 +17,12 @@ pub enum Source {
     Node,
     /// The network: the caller's address, where the transport has one.
     Network(Option<IpAddr>),
+    /// A caller of the network that has proved its id. What it may ask for is decided by that, in
+    /// [`Access::check_caller`](super::access::Access::check_caller), and its address plays no part.
+    Proven {
+        /// Whether it is of our own trust domain.
+        is_own: bool,
+    },
 }
 
 /// The callers of the network that the configuration names.
@@ -45,7 +51,7 @@ impl Relays {
     /// # Errors
     /// It may not.
     pub fn check_relay(&self, source: Source) -> Result<(), NotServed> {
-        if is_from(source, &self.relay_for) {
+        if is_proven(source) || is_from(source, &self.relay_for) {
             return Ok(());
         }
         Err(NotServed::Relay)
@@ -56,7 +62,7 @@ impl Relays {
     /// # Errors
     /// It may not.
     pub fn check_registrant(&self, source: Source) -> Result<(), NotServed> {
-        let is_open = self.registrants.is_empty();
+        let is_open = is_proven(source) || self.registrants.is_empty();
         if is_open || is_from(source, &self.registrants) || is_from(source, &self.relay_for) {
             return Ok(());
         }
@@ -70,9 +76,14 @@ impl Relays {
     }
 }
 
+const fn is_proven(source: Source) -> bool {
+    matches!(source, Source::Proven { .. })
+}
+
 fn is_from(source: Source, ranges: &[IpNet]) -> bool {
     match source {
         Source::Node => true,
+        Source::Proven { is_own } => is_own,
         Source::Network(None) => false,
         Source::Network(Some(address)) => {
             let address = address.to_canonical();

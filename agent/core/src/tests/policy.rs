@@ -6,8 +6,8 @@ use proptest::prelude::*;
 
 use crate::{
     identity::{
-        Caller, Facts, NamespaceId, NetnsCookie, Node, Owner, Process, Surroundings, UserNamespace,
-        may_administer,
+        Caller, Facts, NamespaceId, NetnsCookie, Node, Owner, Process, SpiffeId, Surroundings,
+        UserNamespace, Workload, may_administer,
         policy::{Action, Claim, Connection, End, Name, Refusal, decide},
     },
     net::NetnsUrl,
@@ -434,4 +434,53 @@ fn an_owner_over_the_network_is_alike_whatever_its_address() {
     let [one, two] = [peer(1).owner(), peer(2).owner()];
     assert!(one.is_alike(&two) && one != two);
     assert!(!one.is_alike(&Owner::Nsmgr));
+}
+
+#[test]
+fn a_proven_workload_owns_what_it_made_wherever_it_calls_from() {
+    let id = |text: &str| text.parse::<SpiffeId>().unwrap();
+    let [nsc, other] = ["spiffe://td/nsc", "spiffe://td/other"].map(id);
+    let role = |first: &SpiffeId| Workload::of_role(nsc.trust_domain(), "nsmgr", first);
+    let by = |last, workload| peer(last).with_workload(workload);
+    let owner = by(1, role(&nsc)).owner();
+    let shown = Some(("client", "1"));
+    for (caller, is_own, follows) in [
+        (by(1, role(&nsc)), true, true),
+        (by(2, role(&nsc)), true, true),
+        (by(1, role(&other)), false, true),
+        (by(1, Workload::of_id(&nsc, &nsc)), false, false),
+        // The path alone proves nothing any more.
+        (peer(1), false, false),
+        (root(), false, false),
+    ] {
+        let connection = Connection {
+            owner,
+            first: shown,
+            shown,
+        };
+        let decided = decide(&caller, Action::Change(connection));
+        assert_eq!(decided.is_ok(), is_own, "{caller:?}");
+        let full = "nse-1";
+        let name = Name {
+            full,
+            owner: Some(owner),
+        };
+        assert_eq!(decide(&caller, Action::Register(name)).is_ok(), is_own);
+        assert_eq!(decide(&caller, Action::Unregister(name)).is_ok(), is_own);
+        assert_eq!(caller.owner().may_follow(&owner), follows);
+    }
+    // What came in plain text is no workload's.
+    let connection = Connection {
+        owner: peer(1).owner(),
+        first: shown,
+        shown,
+    };
+    let decided = decide(&by(1, role(&nsc)), Action::Change(connection));
+    assert_eq!(decided, Err(Refusal::ConnectionOfAnother));
+    // On a socket of the node the process is the owner, whatever it has proved.
+    let process = on_node(1000, CONTAINER);
+    assert_eq!(
+        process.clone().with_workload(role(&nsc)).owner(),
+        process.owner()
+    );
 }

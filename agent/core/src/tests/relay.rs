@@ -102,3 +102,18 @@ fn nothing_of_this_node_is_dialled_for_others() {
     assert_eq!(dial("10.0.0.5", true, &["10.0.0.5/32"]), Ok(()));
     assert!(dial("169.254.169.254", false, &["127.0.0.0/8"]).is_err());
 }
+
+#[test]
+fn who_has_proved_an_id_is_decided_on_by_that() {
+    let relays = Relays {
+        relay_for: nets(&["10.1.0.0/16"]),
+        registrants: nets(&["10.1.0.0/16"]),
+    };
+    for is_own in [true, false] {
+        let proven = Source::Proven { is_own };
+        assert_eq!(relays.check_relay(proven), Ok(()));
+        assert_eq!(relays.check_registrant(proven), Ok(()));
+        // Another domain's learns no more of what lies behind us than before.
+        assert_eq!(relays.is_stranger(proven), !is_own);
+    }
+}

@@ -21,7 +21,7 @@ use nsm_core::{
 };
 use nsm_discovery::dns::{MAX_FLIGHTS, Resolver, ResolverConfig};
 
-use super::{advertised::Advertised, forwarder::NodeForwarder};
+use super::{advertised::Advertised, forwarder::NodeForwarder, policy};
 use crate::config::{Config, TokenAlgorithm};
 
 /// Open files where the limit is not known: the usual one.
@@ -30,7 +30,7 @@ const USUAL_OPEN_FILES: u64 = 1024;
 /// The control plane of an agent.
 ///
 /// # Errors
-/// The key of tokens cannot be used.
+/// The key of tokens, or the policy's file, cannot be used.
 pub(crate) fn build(
     config: &Config,
     forwarder: Option<&Arc<NodeForwarder>>,
@@ -53,6 +53,7 @@ pub(crate) fn build(
         reachability: config.reachability,
         node_namespace: config.node_namespace,
         admission: admission(config),
+        gate: Arc::new(policy::gate(config)?),
         relays: relays(config),
         dial_inside: config.dial_inside.clone(),
         peer_ports: config.tunnel.peer_ports.clone(),

@@ -9,6 +9,7 @@ pub(crate) mod ip_map;
 pub(crate) mod listeners;
 mod namespaces;
 pub(crate) mod orphans;
+pub(crate) mod policy;
 pub(crate) mod prober;
 pub(crate) mod probing;
 pub(crate) mod programs;

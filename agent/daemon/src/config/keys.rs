@@ -54,6 +54,8 @@ Config {
     relay_for: Vec<IpNet> = Vec::new() => prefix().list();
     /// Address ranges that may register over the network, beside `relay_for`; without any all may
     registrants: Vec<IpNet> = Vec::new() => prefix().list();
+    /// A YAML file of who may do what by the id in a certificate: the domains that this one has to do with. SIGHUP reads it again
+    policy_file: Option<PathBuf> = None => file().optional();
     /// Ranges of loopback, link-local and own addresses that are dialled although DNS or other domains named them; the configured URLs
     /// and hosts need none
     dial_inside: Vec<IpNet> = Vec::new() => prefix().list();

@@ -23,6 +23,7 @@ pub const ALL: &[Target] = &[
     target("ip_map", files::ip_map),
     target("metadata", metadata::answer),
     target("name", names::text),
+    target("policy", files::policy),
     target("registry", nsm::registry),
     target("registry_path", tokens::registry_path),
     target("request", nsm::request),

@@ -54,6 +54,7 @@ impl Registrar {
         path: Option<PathHeader>,
     ) -> Result<NetworkServiceEndpoint, RequestError> {
         call.message.check()?;
+        let call = self.admit(call, path.as_ref())?;
         let (place, mut endpoint, terms) = self.enter(&call, path).await?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Register)?;
@@ -259,6 +260,7 @@ impl Registrar {
         call: Call<NetworkServiceEndpoint>,
         path: Option<PathHeader>,
     ) -> Result<(), RequestError> {
+        let call = self.admit(call, path.as_ref())?;
         let (place, mut endpoint, terms) = self.enter(&call, path).await?;
         let full_name = joined(&endpoint.name, place.domain.as_ref());
         self.decide(&call.caller, &full_name, &endpoint.name, Action::Unregister)?;
@@ -285,6 +287,7 @@ impl Registrar {
         call: Call<NetworkServiceEndpointQuery>,
     ) -> Result<Answers<NetworkServiceEndpoint>, RequestError> {
         let holder = call.holder;
+        let sight = self.sight(&call);
         let (place, found) = self.find(call).await?;
         let proxy = match &place.domain {
             Some(domain) if !place.is_ours => {
@@ -294,8 +297,10 @@ impl Registrar {
             _ => None,
         };
         let lookup = Arc::clone(&self.lookup);
+        let sight = sight.filter(|_| place.is_ours);
         Ok(answers(
             found,
+            sight,
             move |endpoint: &mut NetworkServiceEndpoint| {
                 endpoint.join(place.domain.as_ref())?;
                 if !place.is_ours {

@@ -18,11 +18,26 @@ pub(super) trait Named: Wire {
     /// Every name that it holds.
     fn names(&self) -> impl Iterator<Item = &str>;
 
+    /// Its own name, without the domain.
+    fn bare_name(&self) -> Result<String, RequestError> {
+        let name = self.names().next().unwrap_or_default();
+        if name.is_empty() {
+            return Ok(String::new());
+        }
+        Ok(name.parse::<InterdomainName>()?.target().to_owned())
+    }
+
     /// Replaces every name.
     fn rename(
         &mut self,
         change: impl Fn(&str) -> Result<String, RequestError>,
     ) -> Result<(), RequestError>;
+
+    /// Keeps the ids of the hops that a registration came through, as NSM's registries do.
+    fn set_path_ids(&mut self, ids: Vec<String>);
+
+    /// Leaves what names the network services that are seen; whether the entry is seen at all.
+    fn leave(&mut self, is_seen: impl Fn(&str) -> bool) -> bool;
 
     /// Checks every name as a Request for it is checked: what is registered can be asked for. A name that is absent is none.
     fn check(&self) -> Result<(), RequestError> {
@@ -88,6 +103,14 @@ impl Named for NetworkService {
         self.name = change(&self.name)?;
         Ok(())
     }
+
+    fn set_path_ids(&mut self, ids: Vec<String>) {
+        self.path_ids = ids;
+    }
+
+    fn leave(&mut self, is_seen: impl Fn(&str) -> bool) -> bool {
+        is_seen(&self.name)
+    }
 }
 
 /// Its own name and its services', labels included.
@@ -117,6 +140,17 @@ impl Named for NetworkServiceEndpoint {
             .map(|(service, labels)| Ok((change(&service)?, labels)))
             .collect::<Result<BTreeMap<_, _>, RequestError>>()?;
         Ok(())
+    }
+
+    fn set_path_ids(&mut self, ids: Vec<String>) {
+        self.path_ids = ids;
+    }
+
+    /// An endpoint of several services is one of those that are seen. What it is labelled for the others is not shown either.
+    fn leave(&mut self, is_seen: impl Fn(&str) -> bool) -> bool {
+        self.network_service_names.retain(|name| is_seen(name));
+        self.network_service_labels.retain(|name, _| is_seen(name));
+        !self.network_service_names.is_empty()
     }
 }
 

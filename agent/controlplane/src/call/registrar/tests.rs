@@ -8,7 +8,10 @@ use tonic::Code;
 
 use super::*;
 use crate::{
-    identity::token::{Token, TokenSource},
+    identity::{
+        gate::Gate,
+        token::{Token, TokenSource},
+    },
     peer::peers::Peers,
     places::Limits as Wide,
     registry::memory::{Limits, Memory},
@@ -24,6 +27,9 @@ fn registrar() -> Registrar {
         resolver: Resolver::new(ResolverConfig::default()),
         questions: budget.questions.clone(),
         peers: Arc::new(Peers::connecting_with(Arc::new(tokens), second, 1 << 16)),
+        gate: Arc::new(Gate::of_own_domain(
+            "cluster-1.example".parse().expect("a domain"),
+        )),
         relays: Relays::default(),
         addresses: Addresses::new(Some("tcp://192.0.2.1:5006".to_owned())),
         bypass: Bypass::default(),
@@ -54,6 +60,7 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
         arrival: Arrival::Local,
         source: Source::Node,
         descriptors: None,
+        shown: None,
         holder: Holder::our_own(),
         caller: Caller::on_node(Process {
             user: Some(uid),

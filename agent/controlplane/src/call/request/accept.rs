@@ -1,5 +1,7 @@
 //! Step: the next hop's reply is checked, and this node's part of the connection is made real.
 
+use std::sync::Arc;
+
 use nsm_core::{
     identity::policy::End,
     mechanism::{Kernel, Parameters, TunnelKey},
@@ -156,6 +158,7 @@ impl Calls {
         Established {
             view,
             owner: ask.owner,
+            shown: ask.guest.as_ref().map(|guest| Arc::clone(&guest.shown)),
             route: route.clone(),
             next_mechanism,
             plan: made.plan.map(|plan| Box::new(plan.without_descriptors())),

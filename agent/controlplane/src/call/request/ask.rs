@@ -22,6 +22,7 @@ use crate::{
     connection::{model::Established, store::Turn},
     convert,
     error::RequestError,
+    identity::gate::Guest,
     peer::peers::Peer,
     route::router::{Arrival, Route},
 };
@@ -34,6 +35,8 @@ pub(super) struct Ask {
     pub(super) holder: Holder,
     /// Who will own the connection.
     pub(super) owner: Owner,
+    /// Who asks, where it has shown a certificate.
+    pub(super) guest: Option<Guest>,
     /// The namespaces that the caller's mechanisms name.
     pub(super) named: NamedNetns,
     /// As it came, but for `id` and `path`, which are those of our segment.

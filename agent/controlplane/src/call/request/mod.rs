@@ -73,7 +73,16 @@ impl Calls {
         if call.arrival == Arrival::Local {
             add_missing(&mut connection.labels, &self.config.client_info);
         }
-        let Entered { path, hop, expires } = self.enter(&mut connection, call.token)?;
+        let shown = call.shown.as_ref();
+        let entered = self.enter(&mut connection, call.token, call.arrival, shown)?;
+        let caller = entered.name(call.caller);
+        let Entered {
+            path,
+            hop,
+            expires,
+            guest,
+            ..
+        } = entered;
         let claim = Claim {
             holder: call.holder,
             bytes,
@@ -81,18 +90,19 @@ impl Calls {
         };
         let turn = self.held.connections.admit(&hop.id, claim).await?;
         if let Some(current) = turn.current() {
-            current.is_open_to(&call.caller, &path)?;
+            current.is_open_to(&caller, &path)?;
         }
         let avoid = self.reselect(&mut connection, &turn, call.deadline).await;
         let mechanisms = connection.mechanism.iter().chain(&preferences);
         let descriptors = call.descriptors.as_deref();
-        let owner = call.caller.owner();
-        let named = self.named_netns(call.caller, descriptors, mechanisms).await;
+        let owner = caller.owner();
+        let named = self.named_netns(caller, descriptors, mechanisms).await;
         let mut ask = Ask {
             arrival: call.arrival,
             source: call.source,
             holder: call.holder,
             owner,
+            guest,
             named,
             connection,
             path,

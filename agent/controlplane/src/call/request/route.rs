@@ -42,6 +42,7 @@ impl Calls {
             arrival: ask.arrival,
             source: ask.source,
             holder: ask.holder,
+            guest: ask.guest.as_ref(),
             connection: &ask.connection,
         };
         let routes = self.router.routes(asked, ask.deadline);

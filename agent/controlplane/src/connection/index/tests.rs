@@ -73,6 +73,7 @@ fn established(segments: &[u8], to: Option<u8>, watched: Option<u8>) -> Establis
             ..Connection::default()
         },
         owner: nsm_core::identity::Owner::Nsmgr,
+        shown: None,
         route: Route {
             url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
             crossing: Crossing::Inside,

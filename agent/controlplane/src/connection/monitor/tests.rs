@@ -32,6 +32,7 @@ fn established(number: usize, labels: usize) -> Arc<Established> {
             ..Connection::default()
         },
         owner: Owner::Nsmgr,
+        shown: None,
         route: Route {
             url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
             crossing: Crossing::Inside,

@@ -12,7 +12,7 @@ use std::{
 use ipnet::IpNet;
 use nsm_controlplane::{
     api::server::{ListenerLimits, Socket, serve},
-    identity::token::TokenSource,
+    identity::{gate::Gate, token::TokenSource},
     liveness::Reachability,
     places::{self, Budget},
     plane::{ControlPlane, Settings},
@@ -273,6 +273,7 @@ async fn run(
             reachability: setup.reachability,
             node_namespace: false,
             admission: setup.admission.clone(),
+            gate: Arc::new(Gate::of_own_domain(setup.domain.parse().expect("a domain"))),
             relays: setup.relays.clone(),
             dial_inside: setup.dial_inside.clone(),
             peer_ports: setup.peer_ports.clone(),

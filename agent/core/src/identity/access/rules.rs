@@ -1,6 +1,6 @@
 //! The rules as an operator writes them, and as they are looked up.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
@@ -182,6 +182,28 @@ pub enum BadRules {
     TooMany(usize),
 }
 
+impl Rules {
+    /// Checks that the rules hold together for an agent of `domain`.
+    ///
+    /// # Errors
+    /// They contradict each other.
+    pub fn check(&self, domain: &Domain) -> Result<(), BadRules> {
+        if self.domains.len() > MOST_DOMAINS {
+            return Err(BadRules::TooMany(self.domains.len()));
+        }
+        let mut named = HashSet::new();
+        for remote in &self.domains {
+            if remote.domain == *domain {
+                return Err(BadRules::Own(domain.clone()));
+            }
+            if !named.insert(&remote.domain) {
+                return Err(BadRules::Twice(remote.domain.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The rules of one agent, ready to be asked.
 #[derive(Debug, Clone)]
 pub struct Access {
@@ -199,19 +221,12 @@ impl Access {
     /// # Errors
     /// They contradict each other.
     pub fn new(domain: Domain, trust_domain: TrustDomain, rules: Rules) -> Result<Self, BadRules> {
+        rules.check(&domain)?;
         let Rules { roles, domains } = rules;
-        if domains.len() > MOST_DOMAINS {
-            return Err(BadRules::TooMany(domains.len()));
-        }
         let mut by_domain = HashMap::new();
         let mut by_trust_domain: HashMap<_, Vec<_>> = HashMap::new();
         for (at, remote) in domains.iter().enumerate() {
-            if remote.domain == domain {
-                return Err(BadRules::Own(domain));
-            }
-            if by_domain.insert(remote.domain.clone(), at).is_some() {
-                return Err(BadRules::Twice(remote.domain.clone()));
-            }
+            by_domain.insert(remote.domain.clone(), at);
             let of_trust_domain = by_trust_domain.entry(remote.trust_domain.clone());
             of_trust_domain.or_default().push(at);
         }
