@@ -8,9 +8,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/networkservicemesh/api/pkg/api/registry"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"proxy-nsmgr/tests/interop/harness"
 )
@@ -24,6 +26,8 @@ type Recording struct {
 	calls   []*call
 	names   *names
 	omitted []string
+	// Whether agents' watches of network services are part of the recording.
+	serviceWatches bool
 }
 
 // NewRecording starts an empty recording.
@@ -45,6 +49,14 @@ func (r *Recording) Omit(methodsAndFields ...string) {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
 	r.omitted = append(r.omitted, methodsAndFields...)
+}
+
+// ShowServiceWatches records the watches of network services that agents have at registries. An agent has one as long as it has
+// connections to a service; when it begins and ends beside them depends on how fast they are, so that they are left out otherwise.
+func (r *Recording) ShowServiceWatches() {
+	r.mutex.Lock()
+	defer r.mutex.Unlock()
+	r.serviceWatches = true
 }
 
 // Step begins a part of the scene: what is recorded from here on stands below its title. All that the
@@ -205,6 +217,19 @@ func (r *Recording) begin(
 func (c *call) is(method string) bool {
 	rest, found := strings.CutSuffix(c.method, method)
 	return found && (strings.HasSuffix(rest, "/") || strings.HasSuffix(rest, "."))
+}
+
+// watchesService is whether an agent watches a network service by the call.
+func (c *call) watchesService() bool {
+	if !strings.HasPrefix(c.edge, "agents > ") || !c.is("NetworkServiceRegistry/Find") {
+		return false
+	}
+	asked := slices.IndexFunc(c.entries, func(e entry) bool { return e.kind == requestEntry })
+	if asked < 0 {
+		return false
+	}
+	var query registry.NetworkServiceQuery
+	return proto.Unmarshal(c.entries[asked].message, &query) == nil && query.GetWatch()
 }
 
 // step is the number of the current step; before the first one it is -1.

@@ -107,6 +107,7 @@ func registryScene(w *world) {
 // The registry of another domain, asked through ours.
 func registryOfOthersScene(w *world) {
 	client := w.one.client
+	w.ShowServiceWatches()
 	w.Step("watches of the other domain that find nothing yet")
 	stopServices := w.watchServices(client, &registry.NetworkService{Name: "web@two.example"})
 	stopEndpoints := w.watchEndpoints(client,

@@ -35,7 +35,9 @@ func (r *Recording) Text() string {
 		}
 		return ordered[i].method < ordered[j].method
 	})
-	ordered = slices.DeleteFunc(ordered, func(c *call) bool { return slices.ContainsFunc(r.omitted, c.is) })
+	ordered = slices.DeleteFunc(ordered, func(c *call) bool {
+		return slices.ContainsFunc(r.omitted, c.is) || !r.serviceWatches && c.watchesService()
+	})
 	p := &printer{names: r.names, omitted: r.omitted}
 	for step := -1; step < len(r.steps); step++ {
 		if step >= 0 {

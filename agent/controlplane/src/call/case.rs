@@ -13,7 +13,7 @@ use nsm_proto::connection::{Connection, Mechanism};
 use crate::{
     call::pod::{NamedNetns, Pod},
     error::RequestError,
-    route::router::{Arrival, Route},
+    route::{next::Route, router::Arrival},
 };
 
 /// What this node does for a connection.
@@ -129,20 +129,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{convert, route::addresses::Crossing};
-
-    fn route(url: &str) -> Route {
-        Route {
-            url: url.parse().unwrap(),
-            crossing: Crossing::Inside,
-            service: "svc".to_owned(),
-            endpoint: "nse".to_owned(),
-            endpoint_answered: "nse".to_owned(),
-            payload: String::new(),
-            resolution: None,
-            _socket: None,
-        }
-    }
+    use crate::convert;
 
     fn of(
         (arrival, caller): (Arrival, Caller),
@@ -155,7 +142,7 @@ mod tests {
             &Connection::default(),
             &[offered],
             &NamedNetns::none_of(caller, false),
-            &route(url),
+            &Route::example(url),
         )
     }
 
@@ -196,7 +183,7 @@ mod tests {
             &Connection::default(),
             &[],
             &NamedNetns::none_of(Caller::on_node(Process::unknown()), false),
-            &route(ENDPOINT),
+            &Route::example(ENDPOINT),
         );
         assert!(matches!(through, Ok(Case::Through)));
     }

@@ -184,6 +184,9 @@ impl Calls {
         if let Some(key) = established.key {
             self.held.keys.release(key);
         }
+        if let Some(service) = &established.route.matched {
+            self.held.services.leave(service, id);
+        }
         turn.set(None);
         peer.leave(id);
         let monitors = &self.held.monitors;

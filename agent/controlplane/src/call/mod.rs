@@ -6,6 +6,7 @@ mod close;
 pub(crate) mod context;
 mod ends;
 mod enter;
+mod matching;
 mod next_hop;
 pub(crate) mod pod;
 pub(crate) mod registrar;
@@ -33,7 +34,8 @@ use crate::{
     ports::Forwarder,
     route::{
         lookup::Lookup,
-        router::{Arrival, Resolution, Router},
+        next::Resolution,
+        router::{Arrival, Router},
     },
     transport::unix::Descriptors,
 };

@@ -23,7 +23,7 @@ use crate::{
     error::RequestError,
     peer::peers::Peer,
     ports::{Forwarder, Plan, PodNetns},
-    route::router::Route,
+    route::next::Route,
     transport::unix::{
         Descriptors, FileId, Kind, MissingDescriptor, PATIENCE, Passed, namespace_at, node,
     },

@@ -6,12 +6,16 @@ mod index;
 pub(crate) mod keys;
 pub(crate) mod model;
 pub(crate) mod monitor;
+pub(crate) mod services;
 pub(crate) mod store;
 
 use nsm_core::mechanism::vni_pool::VniPool;
 
 pub use self::down::DownReason;
-use self::{expiry::Expiries, keys::TunnelKeys, monitor::Monitors, store::Connections};
+use self::{
+    expiry::Expiries, keys::TunnelKeys, monitor::Monitors, services::ServiceUsers,
+    store::Connections,
+};
 use crate::places::Budget;
 
 /// What this agent holds of its connections. Cheap to clone; clones are the same.
@@ -21,6 +25,7 @@ pub(crate) struct Held {
     pub(crate) expiries: Expiries,
     pub(crate) monitors: Monitors,
     pub(crate) keys: TunnelKeys,
+    pub(crate) services: ServiceUsers,
 }
 
 impl Held {
@@ -32,6 +37,7 @@ impl Held {
             connections,
             expiries: Expiries::default(),
             keys: TunnelKeys::of(vnis),
+            services: ServiceUsers::default(),
         }
     }
 }

@@ -20,7 +20,7 @@ use nsm_core::{
 use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
 use tokio::time::Instant;
 
-use crate::{identity::gate::Shown, ports::Plan, route::router::Route};
+use crate::{identity::gate::Shown, ports::Plan, route::next::Route};
 
 /// A connection that a Request made and a Close or its expiry will take away.
 #[derive(Debug, Clone)]

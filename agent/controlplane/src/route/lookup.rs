@@ -39,7 +39,40 @@ pub(crate) struct Lookup {
     pub(crate) local_endpoints: LocalEndpoints,
 }
 
+/// A registry, as a service of it is found again.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum RegistryAt {
+    /// That of our own domain.
+    Own,
+    /// That of another domain, wherever DNS has it.
+    Domain(Domain),
+    /// Another agent or manager, which is asked for names as they are.
+    Url(PeerUrl),
+}
+
+/// A network service, as its registry has it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct ServiceAt {
+    pub(crate) registry: RegistryAt,
+    pub(crate) name: String,
+}
+
 impl Lookup {
+    /// Opens a registry that was found before.
+    pub(crate) async fn open(
+        &self,
+        registry: &RegistryAt,
+    ) -> Result<Arc<dyn DomainRegistry>, RequestError> {
+        Ok(match registry {
+            RegistryAt::Own => Arc::clone(&self.registry),
+            RegistryAt::Domain(domain) => {
+                let resolved = self.resolve(domain, Holder::our_own()).await?;
+                Arc::new(self.registry_of(&resolved))
+            }
+            RegistryAt::Url(url) => Arc::new(Remote::at(&self.peers, [url.clone()])),
+        })
+    }
+
     /// Where another domain's services are. What the operator has configured of it may be dialled, wherever it leads.
     pub(crate) async fn resolve(
         &self,

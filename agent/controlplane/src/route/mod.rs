@@ -6,5 +6,6 @@ pub(crate) mod bypass;
 pub(crate) mod directory;
 pub(crate) mod local;
 pub(crate) mod lookup;
+pub mod next;
 pub mod router;
 pub mod upstream;

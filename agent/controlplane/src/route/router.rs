@@ -9,7 +9,8 @@
 //!   stripped (NSM `interdomainbypass`).
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    collections::BTreeMap,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -25,7 +26,10 @@ use nsm_core::{
     },
 };
 use nsm_discovery::dns::Resolved;
-use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
+use nsm_proto::{
+    connection::Connection,
+    registry::{NetworkService, NetworkServiceEndpoint},
+};
 use tokio::time::Instant;
 
 use crate::{
@@ -38,7 +42,8 @@ use crate::{
         addresses::Crossing,
         bypass::Way,
         directory::{Found, Wanted},
-        lookup::Lookup,
+        lookup::{Lookup, RegistryAt, ServiceAt},
+        next::{Resolution, Route},
     },
     transport::{
         dial::DialError,
@@ -55,52 +60,6 @@ pub enum Arrival {
     Forwarder,
     /// The proxy's port: another agent, NSMgr or proxy.
     Network,
-}
-
-/// The next hop of a connection, and the names by which it is asked.
-#[derive(Debug, Clone)]
-pub(crate) struct Route {
-    pub(crate) url: PeerUrl,
-    pub(crate) crossing: Crossing,
-    /// The service as the next hop is asked for it.
-    pub(crate) service: String,
-    /// The endpoint as the next hop is asked for it.
-    pub(crate) endpoint: String,
-    /// The endpoint as the previous hop is answered it.
-    pub(crate) endpoint_answered: String,
-    /// What the service carries, where the registry has that.
-    pub(crate) payload: String,
-    pub(crate) resolution: Option<Arc<Resolution>>,
-    /// Keeps the descriptor of the next hop's socket, when that was passed in the place of a path.
-    pub(crate) _socket: Option<Arc<Peer>>,
-}
-
-/// How a domain was resolved, for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resolution {
-    /// The domain asked for.
-    pub domain: String,
-    /// The DNS question, as its name and type.
-    pub question: String,
-    /// The answer in short.
-    pub answer: String,
-}
-
-impl Route {
-    /// Whether the next hop is an endpoint on this node.
-    pub(crate) fn is_local(&self) -> bool {
-        self.url.is_local()
-    }
-
-    /// Whether another way leads to the same endpoint by the same hop.
-    pub(crate) fn is_to_same(&self, other: &Self) -> bool {
-        self.url == other.url && self.endpoint == other.endpoint
-    }
-
-    /// The next hop's address, when its URL holds one.
-    pub(crate) fn address(&self) -> Option<IpAddr> {
-        self.url.address()
-    }
 }
 
 /// What is fixed for the life of the agent.
@@ -246,8 +205,10 @@ impl Router {
         };
         let mut routes = Vec::new();
         let mut bad = BadUrl::default();
+        let at = RegistryAt::Domain(domain.clone());
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
+            let matched = matched(&at, &found, endpoint, connection);
             let out = |url| (url, Crossing::Out);
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
@@ -271,6 +232,7 @@ impl Router {
                     endpoint_answered: answered_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: Some(Arc::clone(&resolution)),
+                    matched: matched.clone(),
                     _socket: None,
                 });
             }
@@ -333,6 +295,7 @@ impl Router {
                     endpoint_answered: answered_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: None,
+                    matched: matched(&RegistryAt::Own, &found, endpoint, connection),
                     _socket: None,
                 })
             })
@@ -361,6 +324,7 @@ impl Router {
         let payload = payload(&found);
         let mut routes = Vec::new();
         let mut bad = BadUrl::default();
+        let at = RegistryAt::Url(registry.clone());
         for endpoint in self.choose(&found, wanted, own, connection)? {
             let (url, crossing, socket) = if self.lookup.addresses.is_own_url(&endpoint.url) {
                 // Found through us in the proxy's place: the way is known.
@@ -383,6 +347,7 @@ impl Router {
                 endpoint_answered: endpoint.name.clone(),
                 payload: payload.clone(),
                 resolution: None,
+                matched: matched(&at, &found, endpoint, connection),
                 _socket: socket,
             });
         }
@@ -425,7 +390,8 @@ impl Router {
         Ok(Some(peers.get_passed(url, socket)))
     }
 
-    /// The endpoints that serve the connection, best first; never empty.
+    /// The endpoints that serve the connection, best first; never empty. One that is named must meet the service's matches like any
+    /// other, or whoever knows its name would be served whom they exclude.
     fn choose<'a>(
         &self,
         found: &'a Found,
@@ -447,23 +413,17 @@ impl Router {
                 RequestError::NoService { service, domain }
             });
         }
-        if !wanted.endpoint.is_empty() {
-            return Ok(found.endpoints.iter().map(Arc::as_ref).collect());
-        }
-        let Some(registered) = &found.service else {
-            return Err(RequestError::Unregistered { service, domain });
+        let registered = match &found.service {
+            Some(registered) => registered,
+            None if wanted.endpoint.is_empty() => {
+                return Err(RequestError::Unregistered { service, domain });
+            }
+            None => return Ok(found.endpoints.iter().map(Arc::as_ref).collect()),
         };
-        let no_labels = std::collections::BTreeMap::new();
         let candidates: Vec<Candidate<'_>> = found
             .endpoints
             .iter()
-            .map(|endpoint| Candidate {
-                name: &endpoint.name,
-                labels: endpoint
-                    .network_service_labels
-                    .get(wanted.service)
-                    .map_or(&no_labels, |labels| &labels.labels),
-            })
+            .map(|endpoint| candidate(endpoint, wanted.service))
             .collect();
         let chosen = select(
             &convert::matches(registered),
@@ -507,6 +467,43 @@ impl BadUrl {
             },
         }
     }
+}
+
+/// The endpoint as one that a service's matches can choose.
+fn candidate<'a>(endpoint: &'a NetworkServiceEndpoint, service: &str) -> Candidate<'a> {
+    static NO_LABELS: BTreeMap<String, String> = BTreeMap::new();
+    let labels = endpoint.network_service_labels.get(service);
+    Candidate {
+        name: &endpoint.name,
+        labels: labels.map_or(&NO_LABELS, |labels| &labels.labels),
+    }
+}
+
+/// Whether the matches of `service` allow a client with these labels to use the endpoint.
+pub(crate) fn is_match(
+    service: &NetworkService,
+    labels: &BTreeMap<String, String>,
+    endpoint: &NetworkServiceEndpoint,
+) -> bool {
+    let candidates = [candidate(endpoint, &service.name)];
+    !select(&convert::matches(service), labels, &candidates, 0).is_empty()
+}
+
+/// The service whose matches the connection meets with this endpoint; none where the client has named an endpoint that they would not
+/// give it.
+fn matched(
+    at: &RegistryAt,
+    found: &Found,
+    endpoint: &NetworkServiceEndpoint,
+    connection: &Connection,
+) -> Option<Arc<ServiceAt>> {
+    let service = found.service.as_deref()?;
+    is_match(service, &connection.labels, endpoint).then(|| {
+        Arc::new(ServiceAt {
+            registry: at.clone(),
+            name: service.name.clone(),
+        })
+    })
 }
 
 /// The endpoint `target` as the previous hop is answered it: with the domain in the spelling in which it
@@ -553,6 +550,7 @@ fn known_route(way: Way, connection: &Connection) -> Route {
         endpoint_answered: endpoint.clone(),
         payload: connection.payload.clone(),
         resolution: None,
+        matched: None,
         _socket: None,
     }
 }

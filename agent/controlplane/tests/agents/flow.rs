@@ -315,6 +315,9 @@ async fn a_domain_in_capitals_is_the_same_domain() {
         assert_eq!(granted.connection.network_service_endpoint_name, told);
         let far = usize::from(told.contains("uster-2") || told.contains("USTER-2"));
         eventually(far, || b.plane.holdings().monitors).await;
+        // Each agent on the path watches the service.
+        let watchers = || a.registry.counts().watchers + b.registry.counts().watchers;
+        eventually(1 + far, watchers).await;
         let (asked, held) = (there.requests().len() + here.requests().len(), world.held());
         let links = (a.kernel().links(), b.kernel().links());
 

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use nsm_proto::registry::{Destination, Match, Metadata, NetworkService};
+use nsm_proto::{
+    connection::{ConnectionEventType::Delete, State},
+    registry::{Destination, Match, Metadata, NetworkService},
+};
 use tonic::{Code, Status};
 
-use crate::support::{Client, World, assert_refusal};
+use crate::support::{Client, Watch, World, assert_refusal, eventually};
 
 const SERVICE: &str = "db@cluster-2.example";
 
@@ -72,6 +75,57 @@ async fn a_service_that_is_not_registered_is_not_found_though_endpoints_offer_it
     let registered = Client::on_node(b).await.register_service(service).await;
     registered.expect("registered");
     client.ask(SERVICE).await;
+}
+
+/// Whoever may not use a service any more is let go, at the endpoint's node and at the client's, and asks again. The others stay.
+#[tokio::test]
+async fn connections_end_that_new_matches_do_not_allow() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "db").await;
+    let operator = Client::on_node(b).await;
+    let before = world.held();
+    let client = Client::on_node(a).await;
+    let mut granted = Vec::new();
+    for app in ["friend", "stranger"] {
+        let mut request = client.request_for(SERVICE);
+        let connection = request.connection.as_mut().expect("a connection");
+        connection.labels = labels(&[("app", app)]);
+        granted.push(client.send(request).await.expect("granted"));
+    }
+    let mut watch = client.monitor().await;
+    assert_eq!(watch.next().await.connections.len(), 2);
+    let mut service = NetworkService {
+        name: "db".to_owned(),
+        matches: vec![rule(&[("app", "friend")], &[(&[], 1)])],
+        ..NetworkService::default()
+    };
+    let registered = operator.register_service(service.clone()).await;
+    registered.expect("registered");
+    assert_eq!(deleted(&mut watch).await, granted[1].agent_id());
+    eventually(1, || endpoint.standing().len()).await;
+    assert_eq!(a.plane.connections()[0].id(), granted[0].agent_id());
+    let again = client.refresh(&granted[1]).await.expect_err("not for it");
+    assert_refusal(&again, Code::NotFound, &["matches the client's labels"]);
+    // The other is let go when its time has come.
+    service.matches[0].source_selector = labels(&[("app", "nobody")]);
+    let registered = operator.register_service(service).await;
+    registered.expect("registered");
+    assert_eq!(deleted(&mut watch).await, granted[0].agent_id());
+    drop(watch);
+    world.settles(&before).await;
+}
+
+/// The connection that ends next. It may be DOWN before, where the other agent is first.
+async fn deleted(watch: &mut Watch) -> String {
+    loop {
+        let event = watch.next().await;
+        let connection = event.connections.values().next().expect("one");
+        match event.r#type() {
+            Delete => return connection.id.clone(),
+            _ => assert_eq!(connection.state(), State::Down, "{event:?}"),
+        }
+    }
 }
 
 #[tokio::test]
@@ -220,7 +274,7 @@ async fn a_refresh_goes_to_another_endpoint_when_asked_to() {
             format!("{}@cluster-2.example", new.name)
         );
         // The one before is closed, and each side has one link.
-        crate::support::eventually(Vec::new(), || old.standing()).await;
+        eventually(Vec::new(), || old.standing()).await;
         assert_eq!(new.standing().len(), 1);
         assert_eq!(a.kernel().only().tunnel, b.kernel().only().tunnel);
     }

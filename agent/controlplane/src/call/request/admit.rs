@@ -29,7 +29,7 @@ use crate::{
     convert,
     error::RequestError,
     ports::PodNetns,
-    route::{addresses::Crossing, router::Route},
+    route::{addresses::Crossing, next::Route},
 };
 
 /// Prefixes that we exclude beside the client's own. They are aggregates; a node with more networks than that has them in a few ranges,

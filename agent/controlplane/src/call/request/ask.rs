@@ -24,7 +24,7 @@ use crate::{
     error::RequestError,
     identity::gate::Guest,
     peer::peers::Peer,
-    route::router::{Arrival, Route},
+    route::{next::Route, router::Arrival},
 };
 
 /// A Request in the terms of its next hop's side.

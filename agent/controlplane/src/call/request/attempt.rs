@@ -22,7 +22,7 @@ use crate::{
     connection::model::Established,
     error::RequestError,
     ports::ForwarderError,
-    route::{addresses::Crossing, router::Route},
+    route::{addresses::Crossing, next::Route},
 };
 
 impl Calls {

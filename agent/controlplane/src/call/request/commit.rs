@@ -28,6 +28,7 @@ impl Calls {
     ) -> Answer {
         let id = turn.id();
         let answer = answer(&established, hop, asked_id);
+        self.join_service(id, prior.as_deref(), &established);
         if let Some(prior) = prior {
             self.leave_prior(turn, &prior, &established);
         }

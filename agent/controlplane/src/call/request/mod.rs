@@ -35,7 +35,7 @@ use crate::{
     call::{Answer, Call, Calls, add_missing, close::Cause, enter::Entered},
     connection::store::{Claim, Turn},
     error::RequestError,
-    route::router::{Arrival, Route},
+    route::{next::Route, router::Arrival},
 };
 
 /// Keys of tunnels asked for in one Request. A server chooses a VNI among eight million at random: a second collision in a row means

@@ -13,7 +13,7 @@ use crate::{
     error::RequestError,
     liveness::Reachability,
     occasional::Occasional,
-    route::router::{Asked, Route},
+    route::{next::Route, router::Asked},
 };
 
 /// Endpoints tried for one Request. Each may cost a dial timeout; the deadline bounds them all.

@@ -9,11 +9,7 @@ use nsm_proto::connection::{Connection, Path};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{
-    connection::model::PathState,
-    ports::Plan,
-    route::{addresses::Crossing, router::Route},
-};
+use crate::{connection::model::PathState, ports::Plan, route::next::Route};
 
 fn remote(number: u8) -> IpAddr {
     IpAddr::from([192, 0, 2, number])
@@ -74,16 +70,7 @@ fn established(segments: &[u8], to: Option<u8>, watched: Option<u8>) -> Establis
         },
         owner: nsm_core::identity::Owner::Nsmgr,
         shown: None,
-        route: Route {
-            url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
-            crossing: Crossing::Inside,
-            service: String::new(),
-            endpoint: String::new(),
-            endpoint_answered: String::new(),
-            payload: String::new(),
-            resolution: None,
-            _socket: None,
-        },
+        route: Route::example("tcp://192.0.2.1:5006"),
         next_mechanism: None,
         plan: to.map(|number| Box::new(plan(number))),
         key: None,

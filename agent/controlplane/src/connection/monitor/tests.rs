@@ -12,7 +12,7 @@ use crate::{
         store::Claim,
     },
     places::Limits,
-    route::{addresses::Crossing, router::Route},
+    route::next::Route,
 };
 
 fn established(number: usize, labels: usize) -> Arc<Established> {
@@ -33,16 +33,7 @@ fn established(number: usize, labels: usize) -> Arc<Established> {
         },
         owner: Owner::Nsmgr,
         shown: None,
-        route: Route {
-            url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
-            crossing: Crossing::Inside,
-            service: String::new(),
-            endpoint: String::new(),
-            endpoint_answered: String::new(),
-            payload: String::new(),
-            resolution: None,
-            _socket: None,
-        },
+        route: Route::example("tcp://192.0.2.1:5006"),
         next_mechanism: None,
         plan: None,
         key: None,
