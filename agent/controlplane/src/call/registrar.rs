@@ -238,7 +238,7 @@ impl Registrar {
         &self,
         call: Call<NetworkServiceQuery>,
     ) -> Result<Answers<NetworkService>, RequestError> {
-        let sight = self.sight(&call);
+        let sight = self.sight::<NetworkService>(&call);
         let (place, found) = self.find(call).await?;
         let sight = sight.filter(|_| place.is_ours);
         Ok(answers(
@@ -249,13 +249,19 @@ impl Registrar {
     }
 
     /// What the caller sees of our entries; none where it sees all.
-    fn sight<T>(&self, call: &Call<T>) -> Option<Sight> {
+    fn sight<E: Named>(&self, call: &Call<E::Query>) -> Option<Sight> {
         let shown = call.shown.as_ref()?;
-        let sees_all = call.arrival != Arrival::Network || self.lookup.gate.is_own(shown);
-        (!sees_all).then(|| Sight {
+        if call.arrival != Arrival::Network || self.lookup.gate.is_own(shown) {
+            return None;
+        }
+        let mut sight = Sight {
             lookup: Arc::clone(&self.lookup),
             shown: Arc::clone(shown),
-        })
+            is_blind: false,
+        };
+        let (wanted, _) = E::from_query(call.message.clone());
+        sight.is_blind = !wanted.asked_services().all(|service| sight.sees(service));
+        Some(sight)
     }
 
     /// Finds or watches what a query asks for, in the registry that its names belong to. A watch ends with the agent.
@@ -295,11 +301,17 @@ impl Registrar {
 struct Sight {
     lookup: Arc<Lookup>,
     shown: Arc<Shown>,
+    /// It asks by a service that it does not see: what it finds would show that an endpoint of another service serves that one too.
+    is_blind: bool,
 }
 
 impl Sight {
+    fn sees(&self, service: &str) -> bool {
+        self.lookup.gate.sees(&self.shown, service)
+    }
+
     fn leave(&self, entry: &mut impl Named) -> bool {
-        entry.leave(|service| self.lookup.gate.sees(&self.shown, service))
+        !self.is_blind && entry.leave(|service| self.sees(service))
     }
 }
 

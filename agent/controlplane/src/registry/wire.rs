@@ -20,7 +20,7 @@ pub(crate) type Answers<E> =
 /// The messages and calls for one kind of entries.
 pub trait Wire: Entry {
     /// What Find is asked.
-    type Query: Send + 'static;
+    type Query: Clone + Send + 'static;
     /// One item of what Find answers.
     type Answer: Send + 'static;
     /// How errors name a Find of this kind.

@@ -20,6 +20,7 @@ mod monitor;
 mod node;
 mod nsmgr;
 mod owners;
+mod proven;
 mod reaching;
 mod reasons;
 mod refresh;

@@ -287,7 +287,7 @@ impl Registrar {
         call: Call<NetworkServiceEndpointQuery>,
     ) -> Result<Answers<NetworkServiceEndpoint>, RequestError> {
         let holder = call.holder;
-        let sight = self.sight(&call);
+        let sight = self.sight::<NetworkServiceEndpoint>(&call);
         let (place, found) = self.find(call).await?;
         let proxy = match &place.domain {
             Some(domain) if !place.is_ours => {

@@ -27,6 +27,9 @@ pub(super) trait Named: Wire {
         Ok(name.parse::<InterdomainName>()?.target().to_owned())
     }
 
+    /// The network services among its names, without their domain.
+    fn asked_services(&self) -> impl Iterator<Item = &str>;
+
     /// Replaces every name.
     fn rename(
         &mut self,
@@ -96,6 +99,12 @@ impl Named for NetworkService {
         std::iter::once(self.name.as_str())
     }
 
+    fn asked_services(&self) -> impl Iterator<Item = &str> {
+        // An empty one asks for all.
+        let name = bare(&self.name);
+        (!name.is_empty()).then_some(name).into_iter()
+    }
+
     fn rename(
         &mut self,
         change: impl Fn(&str) -> Result<String, RequestError>,
@@ -126,6 +135,10 @@ impl Named for NetworkServiceEndpoint {
             .map(String::as_str)
     }
 
+    fn asked_services(&self) -> impl Iterator<Item = &str> {
+        self.names().skip(1).map(bare)
+    }
+
     fn rename(
         &mut self,
         change: impl Fn(&str) -> Result<String, RequestError>,
@@ -152,6 +165,11 @@ impl Named for NetworkServiceEndpoint {
         self.network_service_labels.retain(|name, _| is_seen(name));
         !self.network_service_names.is_empty()
     }
+}
+
+/// The name without its domain.
+fn bare(name: &str) -> &str {
+    name.split_once('@').map_or(name, |(target, _)| target)
 }
 
 /// The name with its domain. A name that is none stays none.

@@ -24,7 +24,7 @@ use nsm_controlplane::{
     transport::clients::Clients,
 };
 use nsm_core::{
-    identity::{relay::Relays, share::Limit},
+    identity::{access, relay::Relays, share::Limit},
     link::admission::Rules,
     mechanism::vni_pool::VniPool,
     nsm::name::Domain,
@@ -55,6 +55,8 @@ pub(crate) struct Setup {
     pub(crate) registry: Option<String>,
     /// What others may put into pods.
     pub(crate) admission: Rules,
+    /// What those may do that show certificates.
+    pub(crate) policy: access::Rules,
     /// Who may relay over the network: by default everybody on loopback, where all agents of these tests are.
     pub(crate) relays: Relays,
     /// What is dialled although it is of this node: loopback.
@@ -80,6 +82,7 @@ impl Setup {
             shares_registry: false,
             registry: None,
             admission: Rules::default(),
+            policy: access::Rules::default(),
             relays: Relays {
                 relay_for: vec![loopback()],
                 registrants: Vec::new(),
@@ -104,6 +107,11 @@ impl Setup {
     /// Loopback is dialled only where the configuration leads there.
     pub(crate) fn dialling_outside_only(mut self) -> Self {
         self.dial_inside.clear();
+        self
+    }
+
+    pub(crate) fn policy(mut self, rules: access::Rules) -> Self {
+        self.policy = rules;
         self
     }
 
@@ -273,7 +281,13 @@ async fn run(
             reachability: setup.reachability,
             node_namespace: false,
             admission: setup.admission.clone(),
-            gate: Arc::new(Gate::of_own_domain(setup.domain.parse().expect("a domain"))),
+            gate: Arc::new(
+                Gate::new(
+                    setup.domain.parse().expect("a domain"),
+                    setup.policy.clone(),
+                )
+                .expect("the rules hold together"),
+            ),
             relays: setup.relays.clone(),
             dial_inside: setup.dial_inside.clone(),
             peer_ports: setup.peer_ports.clone(),

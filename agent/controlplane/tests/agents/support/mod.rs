@@ -9,6 +9,7 @@ mod endpoint;
 mod kernel;
 mod prober;
 mod process;
+mod proven;
 mod registry;
 mod silence;
 mod wire;
@@ -43,6 +44,7 @@ pub(crate) use self::{
     kernel::{PORT, Standing, taken},
     prober::Path,
     process::apart,
+    proven::{AGENT, Chain, Pod, id},
     silence::Silence,
     wire::Wire,
 };
