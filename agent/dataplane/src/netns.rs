@@ -109,6 +109,12 @@ impl NetnsError {
     pub const fn is_gone(&self) -> bool {
         matches!(self, Self::Missing(_) | Self::UnknownId(_))
     }
+
+    /// Whether no namespace is there, in whatever way: that of a pod which was deleted where this process does not see mounts leaves a file.
+    #[must_use]
+    pub const fn is_no_namespace(&self) -> bool {
+        self.is_gone() || matches!(self, Self::NotANamespace(_))
+    }
 }
 
 /// `ip netns add` leaves an empty file when its mount is gone or was made in another mount namespace.

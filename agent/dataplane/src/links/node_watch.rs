@@ -9,9 +9,11 @@ use std::{
     io,
 };
 
+use ipnet::IpNet;
 use netlink_packet_core::NLMSG_OVERRUN;
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use nix::{
+    errno::Errno,
     libc,
     sys::socket::{setsockopt, sockopt},
 };
@@ -20,11 +22,18 @@ use nsm_core::{
     net::IfName,
 };
 
-use super::{LinkError, basics::take_steps, message, observe};
-use crate::netlink::{Netlink, NetlinkError};
+use super::{
+    LinkError,
+    basics::{disable_ipv6, take_steps},
+    message, observe,
+};
+use crate::netlink::{Netlink, NetlinkError, Request};
 
-/// RTNLGRP_LINK and RTNLGRP_TC of linux/rtnetlink.h: links, and the filters on them.
-const GROUPS: [u32; 2] = [1, 4];
+/// RTNLGRP_LINK, _TC, _IPV4_IFADDR and _IPV6_IFADDR of linux/rtnetlink.h: links, the filters on them, and addresses.
+const GROUPS: [u32; 4] = [1, 4, 5, 9];
+
+/// RTM_NEWADDR of linux/rtnetlink.h.
+const NEW_ADDRESS: u16 = 20;
 
 /// The receive buffer, bytes: room for the announcements of some 2,000 new links between two looks.
 const BUFFER: usize = 8 << 20;
@@ -35,7 +44,7 @@ const DATAGRAM: usize = 32 * 1024;
 /// `struct nlmsghdr`: 16 bytes, with length and type in front.
 const HEADER: usize = 16;
 
-/// Where `struct ifinfomsg` and `struct tcmsg` have the link's index.
+/// Where `struct ifinfomsg`, `struct tcmsg` and `struct ifaddrmsg` have the link's index.
 const INDEX: usize = HEADER + 4;
 
 /// Links that changed since the last look.
@@ -104,8 +113,8 @@ impl NodeWatch {
     ///
     /// The links cannot be read. The next look reads all again.
     pub fn look(&mut self, made: &HashMap<u32, NodeLink>) -> Result<Looked, LinkError> {
-        let changed = self.announcements.changed()?;
-        let mended = mend(&mut self.netlink, made, &changed)
+        let (changed, addressed) = self.announcements.changed()?;
+        let mended = mend(&mut self.netlink, made, &changed, &addressed)
             .inspect_err(|_| self.announcements.is_unknown = true)?;
         Ok(Looked { changed, mended })
     }
@@ -137,30 +146,35 @@ impl Announcements {
         })
     }
 
-    /// What changed since the last call; the first time, everything may have.
-    fn changed(&mut self) -> Result<Changed, NetlinkError> {
-        let mut links = BTreeSet::new();
+    /// What changed since the last call, and the links that got addresses; the first time, everything may have changed.
+    fn changed(&mut self) -> Result<(Changed, BTreeSet<u32>), NetlinkError> {
+        let (mut links, mut addressed) = (BTreeSet::new(), BTreeSet::new());
         let mut is_unknown = std::mem::take(&mut self.is_unknown);
         loop {
             self.buffer.clear();
             match self.socket.recv(&mut self.buffer, 0) {
-                Ok(_) => is_unknown |= read(&self.buffer, &mut links).is_none(),
+                Ok(_) => {
+                    let read = read(&self.buffer, &mut links, &mut addressed);
+                    is_unknown |= read.is_none();
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => is_unknown = true,
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(if is_unknown {
+        let changed = if is_unknown {
             Changed::Unknown
         } else {
             Changed::Links(links)
-        })
+        };
+        Ok((changed, addressed))
     }
 }
 
-/// The indexes of the links that a datagram is about. None: it cannot be read, or announcements were lost before it.
-fn read(datagram: &[u8], links: &mut BTreeSet<u32>) -> Option<()> {
+/// The indexes of the links that a datagram is about, and of those that got an address. None: it cannot be read, or announcements were lost
+/// before it.
+fn read(datagram: &[u8], links: &mut BTreeSet<u32>, addressed: &mut BTreeSet<u32>) -> Option<()> {
     let mut rest = datagram;
     while !rest.is_empty() {
         let length = u32_at(rest, 0)? as usize;
@@ -169,7 +183,11 @@ fn read(datagram: &[u8], links: &mut BTreeSet<u32>) -> Option<()> {
             return None;
         }
         let message = rest.get(..length)?;
-        links.insert(u32_at(message, INDEX)?);
+        let index = u32_at(message, INDEX)?;
+        links.insert(index);
+        if kind == NEW_ADDRESS {
+            addressed.insert(index);
+        }
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     Some(())
@@ -183,6 +201,7 @@ fn mend(
     netlink: &mut Netlink,
     made: &HashMap<u32, NodeLink>,
     changed: &Changed,
+    addressed: &BTreeSet<u32>,
 ) -> Result<Vec<(u32, Mended)>, LinkError> {
     let meant: Vec<&NodeLink> = made
         .values()
@@ -192,15 +211,18 @@ fn mend(
         return Ok(Vec::new());
     }
     let found = found(netlink, &meant, changed)?;
+    let mut strange = addresses(netlink, made, changed, addressed)?;
     let mut mended = Vec::new();
     for link in meant {
+        let strange = strange.remove(&link.index).unwrap_or_default();
+        // No other link has had the index: one without its alias is ours all the same.
         let outcome = match found.get(&link.index) {
-            Some(now) if now.alias == link.alias => match repair(netlink, link, now) {
+            Some(now) => match repair(netlink, link, now, &strange) {
                 Ok(0) => continue,
                 Ok(steps) => Mended::Repaired(steps),
                 Err(error) => Mended::Refused(error),
             },
-            _ => Mended::Gone,
+            None => Mended::Gone,
         };
         mended.push((link.index, outcome));
     }
@@ -227,15 +249,63 @@ fn found(
     Ok(found.map(|link| (link.index, link)).collect())
 }
 
+/// The addresses that somebody gave to links of ours, which have none.
+fn addresses(
+    netlink: &mut Netlink,
+    made: &HashMap<u32, NodeLink>,
+    changed: &Changed,
+    addressed: &BTreeSet<u32>,
+) -> Result<HashMap<u32, Vec<IpNet>>, LinkError> {
+    let ours = addressed.iter().filter(|index| made.contains_key(index));
+    let questions: Vec<u32> = match changed {
+        // Of all links.
+        Changed::Unknown => vec![0],
+        Changed::Links(_) => ours.copied().collect(),
+    };
+    let mut found: HashMap<u32, Vec<IpNet>> = HashMap::new();
+    for question in questions {
+        let answers = netlink.dump(&message::get_addresses(question))?;
+        let addresses = answers.into_iter().filter_map(observe::any_address);
+        for (index, address) in addresses.filter(|(index, _)| made.contains_key(index)) {
+            found.entry(index).or_default().push(address);
+        }
+    }
+    Ok(found)
+}
+
 /// Makes a link what it was. How many steps that took. The MTU is left alone: the agent itself changes it in between, and the next refresh
 /// of the connection sets it.
-fn repair(netlink: &mut Netlink, made: &NodeLink, now: &NodeLink) -> Result<usize, LinkError> {
+fn repair(
+    netlink: &mut Netlink,
+    made: &NodeLink,
+    now: &NodeLink,
+    strange: &[IpNet],
+) -> Result<usize, LinkError> {
     let name = IfName::try_from(made.name.as_str())
         .map_err(|error| NetlinkError::Malformed(error.to_string()))?;
+    let refused = |kernel| LinkError::refused(format!("repair link `{name}`"), kernel);
+    let index = now.index;
+    let alias = made.alias.as_ref().filter(|_| now.alias != made.alias);
+    let mut requests: Vec<Request> = strange
+        .iter()
+        .map(|address| message::remove_address(index, *address))
+        .collect();
+    requests.extend(alias.map(|alias| message::set_alias_at(index, &alias.to_string())));
+    let mut count = requests.len();
+    for answer in netlink.transact(requests)? {
+        match answer {
+            // Gone meanwhile.
+            Err(kernel) if kernel.errno == Errno::EADDRNOTAVAIL => {}
+            answer => drop(answer.map_err(refused)?),
+        }
+    }
     let steps = repair_node_link(&name, None, now);
-    take_steps(netlink, now.index, &name, &steps)?
-        .map_err(|refused| LinkError::refused(format!("repair link `{name}`"), refused.1))?;
-    Ok(steps.len())
+    take_steps(netlink, index, &name, &steps)?.map_err(|it| refused(it.1))?;
+    if !strange.is_empty() {
+        disable_ipv6(&name);
+    }
+    count += steps.len();
+    Ok(count)
 }
 
 #[cfg(test)]
@@ -257,16 +327,21 @@ mod tests {
     fn all_links_of_a_datagram_are_read() {
         const RTM_NEWLINK: u16 = 16;
         let datagram = [announcement(RTM_NEWLINK, 7), announcement(RTM_NEWLINK, 9)].concat();
-        let mut links = BTreeSet::new();
-        assert_eq!(read(&datagram, &mut links), Some(()));
+        let (mut links, mut addressed) = (BTreeSet::new(), BTreeSet::new());
+        assert_eq!(read(&datagram, &mut links, &mut addressed), Some(()));
         assert_eq!(links, BTreeSet::from([7, 9]));
-        assert_eq!(read(&announcement(NLMSG_OVERRUN, 7), &mut links), None);
+        assert_eq!(addressed, BTreeSet::new());
+        let datagram = announcement(NEW_ADDRESS, 8);
+        assert_eq!(read(&datagram, &mut links, &mut addressed), Some(()));
+        assert_eq!(addressed, BTreeSet::from([8]));
+        let lost = announcement(NLMSG_OVERRUN, 7);
+        assert_eq!(read(&lost, &mut links, &mut addressed), None);
     }
 
     proptest! {
         #[test]
         fn no_datagram_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            read(&bytes, &mut BTreeSet::new());
+            read(&bytes, &mut BTreeSet::new(), &mut BTreeSet::new());
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -24,6 +25,9 @@ const ROUNDS: usize = 3;
 /// How long the kernel's link watch may take to activate a link: it runs at once unless another
 /// event came within the last second, and then within that second.
 const CARRIER_TIMEOUT: Duration = Duration::from_millis(1_200);
+
+/// The settings of links for IPv6; there are none where the kernel has no IPv6.
+const IPV6_SETTINGS: &str = "/proc/sys/net/ipv6/conf";
 
 /// How often that is checked: a check costs some 10 µs.
 const CARRIER_INTERVAL: Duration = Duration::from_micros(200);
@@ -191,7 +195,7 @@ impl<'a> Place<'a> {
 
     /// Lays on a link that was just created what is wanted there. How many operations it took, the creation included.
     pub(super) fn fill(&mut self, link: &Link) -> Result<usize, LinkError> {
-        let plan = diff(self.spec, None);
+        let plan = self.possible(diff(self.spec, None));
         let rest: Vec<Operation> = plan
             .iter()
             .filter(|operation| **operation != Operation::Create)
@@ -208,7 +212,7 @@ impl<'a> Place<'a> {
     fn refuse_advertisements(&self) -> Result<(), LinkError> {
         self.netns.enter()?;
         for key in ["accept_ra", "accept_redirects"] {
-            let path = format!("/proc/sys/net/ipv6/conf/{}/{key}", self.spec.name);
+            let path = format!("{IPV6_SETTINGS}/{}/{key}", self.spec.name);
             match std::fs::write(&path, "0") {
                 // A kernel or a pod without IPv6.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -225,7 +229,7 @@ impl<'a> Place<'a> {
     pub(super) fn converge(&mut self, mut observed: Option<Link>) -> Result<UpLink, LinkError> {
         let mut operations = 0;
         for _ in 0..ROUNDS {
-            let plan = diff(self.spec, observed.as_ref());
+            let plan = self.possible(diff(self.spec, observed.as_ref()));
             let Some(link) = observed else { break };
             if plan.is_empty() {
                 return self.up_link(&link, false, operations);
@@ -234,7 +238,7 @@ impl<'a> Place<'a> {
             operations += plan.len();
             observed = self.observe()?;
         }
-        let rest = diff(self.spec, observed.as_ref());
+        let rest = self.possible(diff(self.spec, observed.as_ref()));
         match (rest.first(), observed) {
             (None, Some(link)) => self.up_link(&link, false, operations),
             (rest, _) => Err(LinkError::Unstable {
@@ -244,8 +248,39 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// The operations of a plan that the kernel can do. One without IPv6 carries the IPv4 part of a connection that has one; of another the
+    /// first operation is refused.
+    pub(super) fn possible(&self, plan: Vec<Operation>) -> Vec<Operation> {
+        let has_ipv4 = self.spec.addresses.iter().any(|it| it.addr().is_ipv4());
+        if !has_ipv4 || !plan.iter().any(is_of_ipv6) || Path::new(IPV6_SETTINGS).exists() {
+            return plan;
+        }
+        let name = self.spec.name.as_str();
+        tracing::warn!(
+            link = name,
+            "the kernel has no IPv6: the connection has its IPv4 addresses and routes only"
+        );
+        let is_possible = |operation: &Operation| !is_of_ipv6(operation);
+        plan.into_iter().filter(is_possible).collect()
+    }
+
+    /// Switches IPv6 on for the link, where the pod has it off for all: the connection was agreed with IPv6. The calling thread stays in the
+    /// pod's namespace.
+    fn enable_ipv6(&self) -> Result<(), LinkError> {
+        self.netns.enter()?;
+        let path = format!("{IPV6_SETTINGS}/{}/disable_ipv6", self.spec.name);
+        let is_off = std::fs::read_to_string(&path).is_ok_and(|value| value.trim() != "0");
+        if is_off && let Err(error) = std::fs::write(&path, "0") {
+            tracing::warn!(%error, path, "IPv6 stays switched off for a pod's link");
+        }
+        Ok(())
+    }
+
     /// Sends all operations, then reads the answers in order: the first refusal is the cause of the later ones.
     fn apply(&mut self, index: u32, plan: &[Operation]) -> Result<(), LinkError> {
+        if plan.iter().any(is_of_ipv6) {
+            self.enable_ipv6()?;
+        }
         let requests = plan
             .iter()
             .filter_map(|operation| request(index, operation))
@@ -339,6 +374,16 @@ impl<'a> Place<'a> {
             created,
             operations,
         })
+    }
+}
+
+/// Whether an operation gives the link something of IPv6.
+fn is_of_ipv6(operation: &Operation) -> bool {
+    match operation {
+        Operation::AddAddress(address) => address.addr().is_ipv6(),
+        Operation::AddRoute(route) => route.prefix.addr().is_ipv6(),
+        Operation::SetNeighbour(ip, _) => ip.is_ipv6(),
+        _ => false,
     }
 }
 

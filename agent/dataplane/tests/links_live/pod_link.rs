@@ -180,14 +180,22 @@ async fn the_nodes_end_is_watched_and_repaired() {
     ip_tool(&node, &["link", "set", name, "down"]);
     ip_tool(&node, &["link", "set", name, "group", "0", "arp", "on"]);
     ip_tool(&node, &["link", "set", name, "addrgenmode", "random"]);
+    ip_tool(&node, &["address", "add", "192.0.2.7/32", "dev", name]);
+    ip_tool(&node, &["link", "set", name, "alias", "somebody's"]);
     ip_tool(&node, &["link", "set", name, "name", "other"]);
     let found = look();
     assert!(
-        matches!(found.mended.as_slice(), [(index, Mended::Repaired(6..))] if *index == made.index),
+        matches!(found.mended.as_slice(), [(index, Mended::Repaired(8..))] if *index == made.index),
         "{found:?}"
     );
     connection.assert_is_wanted().await;
     assert_eq!(connection.node_end().await.as_ref(), Some(&made));
+    let addresses = inside(&node, || {
+        let mut ip = std::process::Command::new("ip");
+        ip.args(["address", "show", "dev", name]).output().unwrap()
+    });
+    let addresses = String::from_utf8(addresses.stdout).unwrap();
+    assert!(!addresses.contains("inet"), "{addresses}");
     // What the repair itself changed is announced, and right.
     eventually("no change is announced", || match look() {
         found if !found.mended.is_empty() => panic!("{found:?}"),
@@ -201,6 +209,26 @@ async fn the_nodes_end_is_watched_and_repaired() {
         matches!(found.mended.as_slice(), [(index, Mended::Gone)] if *index == other.index),
         "{found:?}"
     );
+}
+
+/// Off for all links of the pod, then for the connection's alone.
+#[tokio::test]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_pod_without_ipv6_has_it_on_its_link() {
+    let connection = Connection::wanted();
+    let switch_off = |link: &str| {
+        inside(&connection.pod, || {
+            let path = format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6");
+            std::fs::write(path, "1").unwrap();
+        });
+    };
+    ["all", "default"].into_iter().for_each(switch_off);
+    connection.up().await.unwrap();
+    connection.assert_is_wanted().await;
+    switch_off(connection.spec.name.as_str());
+    let again = connection.up().await.unwrap();
+    assert!(!again.pod.created && again.pod.operations > 0, "{again:?}");
+    connection.assert_is_wanted().await;
 }
 
 #[tokio::test]
