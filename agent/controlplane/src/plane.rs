@@ -25,7 +25,10 @@ use tokio::sync::watch;
 
 use crate::{
     api::server::{Front, Services},
-    call::{CallConfig, Calls, admission::Admission, context::Contexts, registrar::Registrar},
+    call::{
+        CallConfig, Calls, admission::Admission, context::Contexts, mend::Mends,
+        registrar::Registrar,
+    },
     connection::{Held, model::Established},
     identity::{gate::Gate, token::TokenSource},
     liveness::{Liveness, LivenessConfig, Reachability},
@@ -183,6 +186,7 @@ impl ControlPlane {
             held: held.clone(),
             liveness: Arc::clone(&liveness),
             contexts: Contexts::default(),
+            mends: Mends::default(),
         });
         let drained = watch::Sender::new(false);
         let registrar = Registrar::new(
@@ -200,6 +204,7 @@ impl ControlPlane {
             Arc::clone(&tokens),
         );
         tokio::spawn(Arc::clone(&calls).close_expired());
+        tokio::spawn(Arc::clone(&calls).watch_links());
         tokio::spawn(Arc::clone(&liveness).watch_paths());
         let services = Arc::new(Services {
             calls,

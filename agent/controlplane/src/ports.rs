@@ -184,9 +184,23 @@ pub enum ForwarderError {
     /// The agent has no descriptors left, or the machine.
     #[error("{0}: raise the agent's limit of open files (ulimit -n), or close unused connections")]
     Exhausted(String),
+    /// The pod is gone, and its link with it.
+    #[error("{0}")]
+    Gone(String),
     /// The kernel refused; its message is in the text.
     #[error("{0}")]
     Kernel(String),
+}
+
+/// What a look at the pods' links of a plan found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mended {
+    /// Nothing is missing.
+    AsWanted,
+    /// They are as wanted again. What was missing: a clause about the link.
+    Repaired(String),
+    /// This is missing, and was not to be repaired.
+    Lacking(String),
 }
 
 impl ForwarderError {
@@ -194,7 +208,7 @@ impl ForwarderError {
     pub fn code(&self) -> Code {
         match self {
             Self::KeyTaken(_) | Self::Exhausted(_) => Code::ResourceExhausted,
-            Self::Invalid(_) => Code::InvalidArgument,
+            Self::Invalid(_) | Self::Gone(_) => Code::InvalidArgument,
             Self::NotPermitted(_) | Self::Kernel(_) => Code::FailedPrecondition,
         }
     }
@@ -249,6 +263,19 @@ pub trait Forwarder: Send + Sync + 'static {
     /// The user namespaces that a passed network namespace belongs to: its owner, that one's parent, and so on as far as the agent sees.
     /// Answers at once. Empty where the descriptor is of something else.
     fn owners(&self, netns: &Passed) -> Vec<UserNamespace>;
+
+    /// The next link that somebody may have changed or removed, by its alias: [`Self::mend`] shows whether it lacks something. One caller
+    /// at a time.
+    async fn next_changed_link(&self) -> LinkAlias {
+        std::future::pending().await
+    }
+
+    /// Looks at the pods' links of a plan that is up, and makes them as wanted where `repairs` is set. An IPv6 address that the pod's
+    /// kernel cannot have is not missed.
+    ///
+    /// # Errors
+    /// As [`Self::up`]; [`ForwarderError::Gone`] where the pod is gone.
+    async fn mend(&self, plan: &Plan, repairs: bool) -> Result<Mended, ForwarderError>;
 
     /// What proves and watches the paths to other nodes; `None` where nothing does.
     fn prober(&self) -> Option<&dyn Prober> {

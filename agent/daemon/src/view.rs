@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use nsm_controlplane::api::server::facts;
 use nsm_core::{
-    liveness::{LostHop, Published, Verdict},
+    liveness::{BadLink, LostHop, Published, Verdict},
     mechanism::{MTU, NAME, VNI, VXLAN},
 };
 use nsm_proto::connection::{Connection, PathSegment};
@@ -128,6 +128,13 @@ pub(crate) fn health(connection: &Connection) -> impl Iterator<Item = Published>
 pub(crate) fn path_down(connection: &Connection) -> Option<String> {
     let down = health(connection).find(Published::is_down)?;
     Some(down.reason.unwrap_or_else(|| "the path is down".to_owned()))
+}
+
+/// What is wrong with the link of a pod, by the first hop that publishes so.
+pub(crate) fn bad_link(connection: &Connection) -> Option<String> {
+    let mut hops = connection.path.iter().flat_map(|path| &path.path_segments);
+    let bad = hops.find_map(|hop| BadLink::read(&hop.metrics))?;
+    Some(bad.reason.to_string())
 }
 
 /// The first hop whose next one is lost, and whether packets are known to pass. What hops behind a lost one published is old: it does not

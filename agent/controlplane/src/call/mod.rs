@@ -7,6 +7,7 @@ pub(crate) mod context;
 mod ends;
 mod enter;
 mod matching;
+pub(crate) mod mend;
 mod next_hop;
 pub(crate) mod pod;
 pub(crate) mod registrar;
@@ -22,7 +23,7 @@ use nsm_core::{
 use nsm_proto::connection::Connection;
 use tokio::time::Instant;
 
-use self::{admission::Admission, context::Contexts};
+use self::{admission::Admission, context::Contexts, mend::Mends};
 use crate::{
     connection::Held,
     error::RequestError,
@@ -105,6 +106,7 @@ pub(crate) struct Calls {
     pub(crate) held: Held,
     pub(crate) liveness: Arc<Liveness>,
     pub(crate) contexts: Contexts,
+    pub(crate) mends: Mends,
 }
 
 impl Calls {

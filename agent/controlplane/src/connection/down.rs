@@ -3,7 +3,7 @@
 use std::fmt;
 
 use nsm_core::{
-    liveness::{Health, LostHop, Published, Verdict},
+    liveness::{BadLink, Health, LostHop, Published, Verdict},
     net::PeerUrl,
 };
 use nsm_proto::connection::State;
@@ -13,6 +13,8 @@ use super::model::{Established, below};
 /// Why a connection is DOWN. As text: a sentence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum DownReason {
+    /// The link of its pod on this node is not as it must be.
+    Link(BadLink),
     /// The path of its packets is down.
     Path(Health),
     /// The monitor stream from the next hop is lost, or the last refresh was refused.
@@ -22,7 +24,7 @@ pub enum DownReason {
         /// What is known of the path meanwhile.
         path: Option<Verdict>,
     },
-    /// A hop behind us reports its path down, or its next hop lost.
+    /// A hop behind us reports its path down, the link of its pod bad, or its next hop lost.
     Reported {
         /// The name of its segment.
         hop: String,
@@ -39,6 +41,9 @@ impl Established {
         if self.view.state() != State::Down {
             return None;
         }
+        if let Some(bad) = &self.path.bad_link {
+            return Some(DownReason::Link(bad.clone()));
+        }
         if let Some(health) = path.filter(Health::is_down) {
             return Some(DownReason::Path(health));
         }
@@ -50,10 +55,11 @@ impl Established {
         }
         let reported = below(&self.view).iter().find_map(|hop| {
             let down = Some(Published::read(&hop.metrics)).filter(Published::is_down);
+            let bad = || Some(BadLink::read(&hop.metrics)?.reason.to_string());
             let lost = || Some(LostHop::read(&hop.metrics)?.reason.to_string());
             Some(DownReason::Reported {
                 hop: hop.name.clone(),
-                reason: down.and_then(|it| it.reason).or_else(lost)?,
+                reason: down.and_then(|it| it.reason).or_else(bad).or_else(lost)?,
             })
         });
         Some(reported.unwrap_or_else(|| DownReason::NextHop(self.route.url.clone())))
@@ -63,6 +69,7 @@ impl Established {
 impl fmt::Display for DownReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Link(bad) => f.write_str(&bad.reason),
             Self::Path(health) => health.fmt(f),
             Self::LostHop { lost, path } => {
                 let path = match path {

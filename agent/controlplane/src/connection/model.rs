@@ -1,7 +1,7 @@
 //! A connection as this agent holds it: the view that monitors get, the next hop, the links on this node, and what is known of its path.
 //!
-//! Three things decide a connection's state, and any of them that is bad makes it DOWN: the verdict on its path, a peer that has no
-//! tunnel for its VNI, and what the next hop reports. A next hop whose monitor stream is lost makes it DOWN too, and so does a refresh
+//! Four things decide a connection's state, and any of them that is bad makes it DOWN: the verdict on its path, a peer that has no
+//! tunnel for its VNI, the link of its pod on this node, and what the next hop reports. A next hop whose monitor stream is lost makes it DOWN too, and so does a refresh
 //! that is refused; both are published beside the path's health, because packets pass without the agents and the client may keep the
 //! tunnel.
 //!
@@ -12,7 +12,7 @@ use std::{net::IpAddr, sync::Arc, time::SystemTime};
 
 use nsm_core::{
     identity::{Caller, Owner, policy},
-    liveness::{ForeignVnis, Health, LostHop, PathId, Published},
+    liveness::{BadLink, ForeignVnis, Health, LostHop, PathId, Published},
     mechanism::TunnelKey,
     net::Vni,
     nsm::path::Path,
@@ -60,6 +60,8 @@ pub(crate) struct PathState {
     pub(crate) lost_hop: Option<LostHop>,
     /// Set after a refresh was refused, until a Request succeeds: events of the next hop may be older than the refusal.
     pub(crate) refused: Option<LostHop>,
+    /// Set while the link of its pod is not as it must be, until it is or a Request succeeds.
+    pub(crate) bad_link: Option<BadLink>,
     /// It was granted although the path was down.
     pub(crate) granted_down: bool,
     /// The MTU that both sides agreed on, whatever the path carries.
@@ -74,6 +76,7 @@ impl Default for PathState {
             reported: State::Up,
             lost_hop: None,
             refused: None,
+            bad_link: None,
             granted_down: false,
             agreed_mtu: 0,
         }
@@ -111,13 +114,16 @@ impl Established {
     }
 
     /// Whether its packets may still pass although it is DOWN, or may pass again later: its path is down by our verdict or by that of
-    /// a hop behind us (which may notice first), an agent on the path is lost, or a refresh was refused. Its tunnel stays until another
+    /// a hop behind us (which may notice first), the link of a pod is bad, an agent on the path is lost, or a refresh was refused. Its tunnel stays until another
     /// one stands.
     pub(crate) fn is_left_standing(&self) -> bool {
         let is_reported = |hop: &PathSegment| {
-            Published::read(&hop.metrics).is_down() || LostHop::read(&hop.metrics).is_some()
+            Published::read(&hop.metrics).is_down()
+                || BadLink::read(&hop.metrics).is_some()
+                || LostHop::read(&hop.metrics).is_some()
         };
         self.path_is_down()
+            || self.path.bad_link.is_some()
             || self.missed_hop().is_some()
             || below(&self.view).iter().any(is_reported)
     }
@@ -154,11 +160,30 @@ impl Established {
         changed
     }
 
+    /// The connection with the link of its pod bad, or right again; `None` when that is known.
+    pub(crate) fn with_link(&self, bad: Option<BadLink>) -> Option<Self> {
+        if self.path.bad_link == bad {
+            return None;
+        }
+        let mut changed = self.clone();
+        changed.path.bad_link = bad;
+        changed.view.set_state(changed.state());
+        changed.write_link();
+        Some(changed)
+    }
+
+    fn write_link(&mut self) {
+        let bad = self.path.bad_link.clone();
+        if let Some(own) = own_segment_mut(&mut self.view) {
+            BadLink::write(bad.as_ref(), &mut own.metrics);
+        }
+    }
+
     /// What is published of its state.
     fn state(&self) -> State {
         // A path that is down stays so, whatever is reported.
         let is_down = self.path_is_down() && !self.path.granted_down;
-        if is_down || self.path.refused.is_some() {
+        if is_down || self.path.refused.is_some() || self.path.bad_link.is_some() {
             State::Down
         } else {
             self.path.reported
@@ -184,6 +209,7 @@ impl Established {
             Published::write(self.path.health.as_ref(), foreign, &mut own.metrics);
         }
         self.write_missed_hop();
+        self.write_link();
     }
 
     /// Whether `other` publishes the same state and the same health. Another kind of reason is another health: it may name the

@@ -4,6 +4,7 @@
 //! streams, links in the kernels, registry entries, and the endpoints' own connections.
 
 mod admission;
+mod bad_link;
 mod bounds;
 mod claims;
 mod context;

@@ -10,11 +10,13 @@
 
 pub mod admission;
 mod alias;
+mod fault;
 #[cfg(test)]
 mod model;
 mod node_link;
 mod observed;
 mod plan;
+mod repair;
 mod traffic;
 mod wanted;
 
@@ -23,12 +25,14 @@ pub use nsm_ebpf_common::VXLAN_PORT;
 
 pub use self::{
     alias::{LinkAlias, LinkAliasError},
+    fault::{LinkFault, faults},
     node_link::{
         NODE_GROUP, NODE_GROUP_MASK, NODE_GROUPS, NodeLink, NodeLinkStep, VethPeer, node_end_name,
         repair_node_link,
     },
     observed::{Link, LinkKind, Route},
     plan::{Operation, diff, must_create},
+    repair::Repairs,
     traffic::{Count, Traffic},
     wanted::{LinkSpec, PodLinkSpec, RouteSpec, VxlanSpec, vxlan_overhead},
 };

@@ -77,7 +77,7 @@ pub struct NodeLink {
 }
 
 /// The other end of a veth pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct VethPeer {
     /// Its index in its own namespace.
     pub index: u32,

@@ -12,6 +12,8 @@
 //! | `vxlan_foreign_vnis` | decimal VNIs, separated by commas, at most 16: packets of these arrived from the peer, and the node has no tunnel for them | while there are any |
 //! | `next_hop` | `lost`: the monitor stream from the publishing node's next hop is broken, or the last refresh was refused | until a Request succeeds |
 //! | `next_hop_reason` | a sentence for people, which names the next hop and the cause | with `next_hop` |
+//! | `link_state` | `down`: the link of the connection's pod on the publishing node was changed by somebody else and is not repaired | until it is right again |
+//! | `link_reason` | a sentence for people: the link, what is wrong with it, and what can be done | with `link_state` |
 //!
 //! A reader treats a value that does not parse as absent: other components may use the same keys. A publisher leaves all other keys
 //! of the map alone. A change of a sentence alone is not published ([`Published::is_same`]).
@@ -33,6 +35,12 @@ const PATH_MTU: &str = "sbfd_path_mtu";
 const FOREIGN: &str = "vxlan_foreign_vnis";
 const NEXT_HOP: &str = "next_hop";
 const NEXT_HOP_REASON: &str = "next_hop_reason";
+
+const LINK_STATE: &str = "link_state";
+const LINK_REASON: &str = "link_reason";
+
+/// The only value of [`LINK_STATE`].
+const DOWN: &str = "down";
 
 /// The only value of [`NEXT_HOP`].
 const LOST: &str = "lost";
@@ -110,6 +118,40 @@ impl LostHop {
             None => {
                 metrics.remove(NEXT_HOP);
                 metrics.remove(NEXT_HOP_REASON);
+            }
+        }
+    }
+}
+
+/// The link of a connection's pod is not as it must be, and is not repaired: packets do not pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadLink {
+    /// Which link, what is wrong with it, and what can be done: a sentence that is safe to print.
+    pub reason: Arc<str>,
+}
+
+impl BadLink {
+    /// Reads a segment's metrics.
+    #[must_use]
+    pub fn read(metrics: &BTreeMap<String, String>) -> Option<Self> {
+        (metrics.get(LINK_STATE)? == DOWN).then(|| Self {
+            reason: metrics.get(LINK_REASON).map_or_else(
+                || "the link of the connection's pod is not as it must be".into(),
+                |text| printable(text, LONGEST_REASON).into(),
+            ),
+        })
+    }
+
+    /// Writes it into the metrics of our own segment, or removes it. Other keys are left alone.
+    pub fn write(bad: Option<&Self>, metrics: &mut BTreeMap<String, String>) {
+        match bad {
+            Some(bad) => {
+                metrics.insert(LINK_STATE.to_owned(), DOWN.to_owned());
+                metrics.insert(LINK_REASON.to_owned(), bad.reason.to_string());
+            }
+            None => {
+                metrics.remove(LINK_STATE);
+                metrics.remove(LINK_REASON);
             }
         }
     }
@@ -200,7 +242,7 @@ impl Published {
     #[must_use]
     pub fn is_same(one: &BTreeMap<String, String>, other: &BTreeMap<String, String>) -> bool {
         let keys = [
-            STATE_IN, STATE_OUT, REASON_IN, REASON_OUT, PATH_MTU, FOREIGN, NEXT_HOP,
+            STATE_IN, STATE_OUT, REASON_IN, REASON_OUT, PATH_MTU, FOREIGN, NEXT_HOP, LINK_STATE,
         ];
         keys.iter().all(|key| one.get(*key) == other.get(*key))
     }

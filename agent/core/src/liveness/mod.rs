@@ -20,7 +20,7 @@ pub use self::{
     card::{Card, Look},
     evidence::{Evidence, Stages},
     judge::{PEER_INSISTS, judge},
-    metrics::{ForeignVnis, LostHop, Published},
+    metrics::{BadLink, ForeignVnis, LostHop, Published},
     path::{PathEvent, PathId, Reflector},
     peer_report::{PEER_NOTICES, PeerReport, ReceivedReport},
     reason::Reason,

@@ -5,6 +5,7 @@
 //! | our own agent | the same Request is repeated until it answers: there is no other agent; then what it cannot reach is waited for |
 //! | the control plane behind it, the path is good | the same endpoint is asked for again, within [`PATIENCE`]; traffic goes on meanwhile |
 //! | the control plane behind it, nothing is known of the path | the same, within [`BLIND_PATIENCE`] |
+//! | the link of a pod on the path | the same endpoint is asked for again, within [`PATIENCE`]: a Request repairs links |
 //! | the path | another endpoint is asked for; the old tunnel is kept until the new one exists |
 //! | nothing but a refresh, which was refused | the same |
 //! | the endpoint | what there was is closed, and another endpoint is asked for |
@@ -52,6 +53,8 @@ pub enum Loss {
         /// Whether the remaining hops report that packets pass.
         is_path_good: bool,
     },
+    /// The link of a pod on the path is not as it must be. A Request repairs it, and another endpoint is no better where it is our own.
+    Link,
     /// Packets do not pass.
     Path,
     /// A hop refused to go on. Packets may pass all the same.
@@ -127,14 +130,19 @@ enum Phase {
 }
 
 impl Phase {
+    fn wait(is_path_good: bool, now: Monotonic) -> Self {
+        Self::ControlPlane {
+            since: now,
+            until: now + patience(is_path_good),
+            unknown: None,
+        }
+    }
+
     fn begin(loss: Loss, now: Monotonic) -> Self {
         match loss {
             Loss::Agent => Self::Agent,
-            Loss::ControlPlane { is_path_good } => Self::ControlPlane {
-                since: now,
-                until: now + patience(is_path_good),
-                unknown: None,
-            },
+            Loss::ControlPlane { is_path_good } => Self::wait(is_path_good, now),
+            Loss::Link => Self::wait(true, now),
             Loss::Path | Loss::Refused => Self::Another { closes: false },
             Loss::Endpoint => Self::Another { closes: true },
         }

@@ -7,8 +7,9 @@ const BLIND: Loss = Loss::ControlPlane {
     is_path_good: false,
 };
 
-const LOSSES: [Loss; 6] = [
+const LOSSES: [Loss; 7] = [
     Loss::Agent,
+    Loss::Link,
     UNHEARD,
     BLIND,
     Loss::Path,
@@ -44,6 +45,7 @@ fn what_is_lost_decides_what_is_asked_for() {
         (Loss::Agent, Step::Same),
         (UNHEARD, Step::Same),
         (BLIND, Step::Same),
+        (Loss::Link, Step::Same),
         (Loss::Path, KEEPING),
         (Loss::Refused, KEEPING),
         (Loss::Endpoint, CLOSING),
@@ -67,9 +69,9 @@ fn what_a_failed_try_means_depends_on_what_was_lost() {
                     // It is back: from now on what lies behind it is waited for.
                     (Loss::Agent, Unavailable | Unknown, _) => Step::Same,
                     // A refusal is no proof that packets do not pass.
-                    (Loss::Agent | Loss::ControlPlane { .. }, Refused, _) => KEEPING,
-                    (Loss::ControlPlane { .. }, _, false) => Step::Same,
-                    (Loss::ControlPlane { .. }, _, true) => KEEPING,
+                    (Loss::Agent | Loss::Link | Loss::ControlPlane { .. }, Refused, _) => KEEPING,
+                    (Loss::Link | Loss::ControlPlane { .. }, _, false) => Step::Same,
+                    (Loss::Link | Loss::ControlPlane { .. }, _, true) => KEEPING,
                 };
                 let patience = match loss {
                     BLIND => BLIND_PATIENCE,
@@ -154,8 +156,10 @@ fn news_count_while_the_control_plane_is_waited_for() {
     for loss in LOSSES {
         for news in LOSSES {
             let expected = match (loss, news) {
-                (Loss::ControlPlane { .. }, Loss::Path | Loss::Refused) => Some(KEEPING),
-                (Loss::ControlPlane { .. }, Loss::Endpoint) => Some(CLOSING),
+                (Loss::Link | Loss::ControlPlane { .. }, Loss::Path | Loss::Refused) => {
+                    Some(KEEPING)
+                }
+                (Loss::Link | Loss::ControlPlane { .. }, Loss::Endpoint) => Some(CLOSING),
                 _ => None,
             };
             let mut healer = lost(loss);

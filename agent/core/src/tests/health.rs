@@ -284,6 +284,26 @@ fn a_lost_next_hop_travels_beside_health() {
     assert_eq!(LostHop::read(&metrics), None);
 }
 
+#[test]
+fn a_bad_link_travels_beside_health() {
+    let mut metrics = BTreeMap::from([("rx".to_owned(), "5".to_owned())]);
+    let before = metrics.clone();
+    assert_eq!(BadLink::read(&metrics), None);
+    let bad = BadLink {
+        reason: "`nsm-1`: it is down".into(),
+    };
+    BadLink::write(Some(&bad), &mut metrics);
+    assert_eq!(metrics["link_state"], "down");
+    assert_eq!(BadLink::read(&metrics), Some(bad));
+    assert!(!Published::is_same(&metrics, &before), "it is news");
+    metrics.remove("link_reason");
+    assert!(BadLink::read(&metrics).is_some());
+    metrics.insert("link_state".to_owned(), "fine".to_owned());
+    assert_eq!(BadLink::read(&metrics), None);
+    BadLink::write(None, &mut metrics);
+    assert_eq!(metrics, before);
+}
+
 /// A hop of another domain writes what it likes, and `connect` shows it.
 #[test]
 fn what_another_hop_says_is_only_words() {

@@ -12,12 +12,12 @@ use futures_util::{StreamExt as _, stream};
 use ipnet::IpNet;
 use nix::errno::Errno;
 use nsm_controlplane::{
-    ports::{Forwarder, ForwarderError, Plan, PlannedLink, PodNetns, Prober, Underlay},
+    ports::{Forwarder, ForwarderError, Mended, Plan, PlannedLink, PodNetns, Prober, Underlay},
     transport::unix::Passed,
 };
 use nsm_core::{
     identity::UserNamespace,
-    link::{LinkAlias, admission::Holding},
+    link::{LinkAlias, LinkSpec, admission::Holding},
     mechanism::TunnelKey,
     net::NetnsUrl,
 };
@@ -222,6 +222,27 @@ impl NodeForwarder {
         opened.map_err(|error| namespace(&error))
     }
 
+    /// What a pod's link lacks: a clause, where it lacks something.
+    async fn lacks(
+        &self,
+        pod: &PodNetns,
+        link: &LinkSpec,
+    ) -> Result<Option<String>, ForwarderError> {
+        let netns = match self.namespaces.open(pod, &link.alias).await {
+            Ok(netns) => netns,
+            // The link went with it. One that is there keeps the namespace, whatever has become of the way to it.
+            Err(error) if error.is_no_namespace() && !self.forwarding.has(&link.alias) => {
+                return Err(ForwarderError::Gone(error.to_string()));
+            }
+            Err(error) => return Err(namespace(&error)),
+        };
+        let lacking = self.forwarding.lacks(&netns, link).await;
+        let lacking = lacking.map_err(not_forwarded)?;
+        let clauses: Vec<String> = lacking.iter().map(ToString::to_string).collect();
+        let what = || format!("link `{}` in {pod}: {}", link.name, clauses.join(", "));
+        Ok((!clauses.is_empty()).then(what))
+    }
+
     /// Makes the links of two pods of this node.
     async fn up_pair(
         &self,
@@ -327,6 +348,26 @@ impl Forwarder for NodeForwarder {
             self.namespaces.unlinked(&link.alias);
         }
         outcome
+    }
+
+    async fn next_changed_link(&self) -> LinkAlias {
+        self.forwarding.next_changed().await
+    }
+
+    async fn mend(&self, plan: &Plan, repairs: bool) -> Result<Mended, ForwarderError> {
+        let mut lacking = Vec::new();
+        for (pod, link) in plan.links() {
+            lacking.extend(self.lacks(pod, link).await?);
+        }
+        if lacking.is_empty() {
+            return Ok(Mended::AsWanted);
+        }
+        let what = lacking.join("; ");
+        if !repairs {
+            return Ok(Mended::Lacking(what));
+        }
+        self.up(plan).await?;
+        Ok(Mended::Repaired(what))
     }
 
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {

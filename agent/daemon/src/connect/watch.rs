@@ -14,7 +14,7 @@ use tonic::Code;
 use super::session::Session;
 use crate::{
     tool::shown,
-    view::{health, lost_hop, path_down},
+    view::{bad_link, health, lost_hop, path_down},
 };
 
 /// What a monitor reports.
@@ -122,12 +122,13 @@ fn interpret(event: &ConnectionEvent, id: &str) -> Option<News> {
     match ours.state() {
         State::Up => is_path_up(ours).then_some(News::PathUp),
         State::RefreshRequested => Some(News::RefreshRequested),
-        State::Down => match (path_down(ours), lost_hop(ours)) {
-            (Some(reason), _) => Some(News::Lost(Loss::Path, reason)),
-            (None, Some((reason, is_path_good))) => {
+        State::Down => match (path_down(ours), bad_link(ours), lost_hop(ours)) {
+            (Some(reason), ..) => Some(News::Lost(Loss::Path, reason)),
+            (None, Some(reason), _) => Some(News::Lost(Loss::Link, reason)),
+            (None, None, Some((reason, is_path_good))) => {
                 Some(News::Lost(Loss::ControlPlane { is_path_good }, reason))
             }
-            (None, None) => lost("the path or the endpoint is down"),
+            (None, None, None) => lost("the path or the endpoint is down"),
         },
         State::ReselectRequested => lost("another endpoint is wanted"),
     }
@@ -208,6 +209,11 @@ mod tests {
             Some(lost),
             "the worse of the two"
         );
+        // A link that is repaired by the next Request.
+        let bad = [("link_state", "down"), ("link_reason", "what")];
+        tell(&mut event, &[unheard, bad].concat());
+        let lost = News::Lost(Loss::Link, "what".to_owned());
+        assert_eq!(interpret(&event, "nsc-id"), Some(lost));
         // A good path both ways, and those of which less is known.
         for (inward, outward) in [
             ("up", "up"),

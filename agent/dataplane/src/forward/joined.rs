@@ -13,7 +13,10 @@ use nsm_core::{
 };
 
 use super::ForwardError;
-use crate::bpf::{PodEnds, Slot};
+use crate::{
+    bpf::{PodEnds, Slot},
+    links::{PodEnd, PodEndPlaces},
+};
 
 /// What a tunnel is found by.
 pub(super) type Tunnel = (Vni, IpAddr);
@@ -26,6 +29,8 @@ pub(super) struct Joined {
     by_tunnel: HashMap<Tunnel, LinkAlias>,
     /// The nodes' ends of their links as they were made, by index. Who looks at them has a copy, which costs nothing while none changes.
     nodes: Arc<HashMap<u32, NodeLink>>,
+    /// The pods' ends, likewise; not those of connections that were adopted, until they are asked for again.
+    pods: Arc<PodEndPlaces>,
     /// Connections that had two links and have one at most: the endpoint's may still be on the node.
     halved: HashSet<LinkAlias>,
 }
@@ -173,7 +178,6 @@ impl Joined {
         connection: Connection,
         ends: impl IntoIterator<Item = NodeLink>,
     ) -> Option<Connection> {
-        let nodes = Arc::make_mut(&mut self.nodes);
         let tunnel = connection.tunnel();
         let before = self.by_alias.insert(alias.clone(), connection);
         if let Some(before) = &before {
@@ -181,11 +185,38 @@ impl Joined {
                 self.by_tunnel.remove(&freed);
             }
             for node in before.nodes() {
-                nodes.remove(&node);
+                self.forget_ends(node);
             }
         }
-        nodes.extend(ends.into_iter().map(|end| (end.index, end)));
+        let ends = ends.into_iter().map(|end| (end.index, end));
+        Arc::make_mut(&mut self.nodes).extend(ends);
         before
+    }
+
+    /// Forgets both ends of a link.
+    fn forget_ends(&mut self, node: u32) {
+        let end = Arc::make_mut(&mut self.nodes).remove(&node);
+        // The place may be another link's by now.
+        if let Some(at) = end.and_then(|end| end.peer)
+            && self.pods.get(&at).is_some_and(|end| end.node == node)
+        {
+            Arc::make_mut(&mut self.pods).remove(&at);
+        }
+    }
+
+    /// Notes the pod's end of a link of a connection that is joined, as it was made.
+    pub(super) fn note_pod(&mut self, end: PodEnd) {
+        let at = self.nodes.get(&end.node).and_then(|it| it.peer);
+        if let Some(at) = at {
+            Arc::make_mut(&mut self.pods).insert(at, end);
+        }
+    }
+
+    /// The connections that have these nodes' ends.
+    pub(super) fn of_nodes(&self, nodes: impl IntoIterator<Item = u32>) -> Vec<LinkAlias> {
+        let nodes = nodes.into_iter();
+        let links = nodes.filter_map(|node| self.nodes.get(&node)?.alias.as_ref());
+        links.map(LinkAlias::of_connection).collect()
     }
 
     /// Forgets a connection: what it was.
@@ -194,9 +225,8 @@ impl Joined {
         if let Some(tunnel) = connection.tunnel() {
             self.by_tunnel.remove(&tunnel);
         }
-        let nodes = Arc::make_mut(&mut self.nodes);
         for node in connection.nodes() {
-            nodes.remove(&node);
+            self.forget_ends(node);
         }
         Some(connection)
     }
@@ -237,11 +267,17 @@ impl Joined {
     pub(super) fn nodes(&self) -> Arc<HashMap<u32, NodeLink>> {
         Arc::clone(&self.nodes)
     }
+
+    pub(super) fn pods(&self) -> Arc<PodEndPlaces> {
+        Arc::clone(&self.pods)
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use nsm_core::net::MacAddr;
+    use std::time::Instant;
+
+    use nsm_core::{link::VethPeer, net::MacAddr};
 
     use super::*;
 
@@ -315,6 +351,39 @@ mod tests {
         assert_eq!(joined.leave(&two), Some(connection(tunnel(5), 3)));
         assert!(joined.reserve(tunnel(5), &one));
         assert!(joined.nodes().is_empty());
+    }
+
+    fn pod(node: u32) -> PodEnd {
+        PodEnd {
+            node,
+            name: "nsm-1".parse().unwrap(),
+            mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
+            since: Instant::now(),
+        }
+    }
+
+    /// The kernel gives the index of a link that is gone to the next one in the pod.
+    #[test]
+    fn a_pods_end_is_found_by_its_place_until_its_link_is_gone() {
+        let at = VethPeer {
+            index: 2,
+            netns: Some(7),
+        };
+        let mut joined = Joined::default();
+        let (one, two) = (alias("one"), alias("two"));
+        for (alias, vni, node) in [(&one, 5, 3), (&two, 6, 4)] {
+            assert!(joined.reserve(tunnel(vni), alias));
+            let mut node_end = link(node);
+            (node_end.alias, node_end.peer) = (Some(alias.clone()), Some(at));
+            joined.join(alias, connection(tunnel(vni), node), [node_end]);
+            joined.note_pod(pod(node));
+            assert_eq!(joined.pods()[&at].node, node);
+        }
+        joined.leave(&one);
+        assert_eq!(joined.pods()[&at].node, 4, "it is the second's by now");
+        assert_eq!(joined.of_nodes([3, 4]), std::slice::from_ref(&two));
+        joined.leave(&two);
+        assert!(joined.pods().is_empty());
     }
 
     #[test]

@@ -23,6 +23,7 @@
 //! goes on from there, and [`Forwarding::down`] removes it.
 
 mod adopt;
+mod changed;
 mod devices;
 mod error;
 mod joined;
@@ -32,19 +33,21 @@ mod watch;
 use std::{
     slice,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
-use nsm_core::link::{LinkAlias, NodeLink, Traffic, VxlanSpec};
+use nsm_core::link::{LinkAlias, LinkFault, LinkSpec, Traffic, VxlanSpec};
 
-pub use self::{devices::TunnelDevices, error::ForwardError};
 use self::{
+    changed::ChangedLinks,
     joined::{Connection, Joined, Joint, Reserved, To, Written},
     watch::Watch,
 };
+pub use self::{devices::TunnelDevices, error::ForwardError};
 use crate::{
     bpf::{Bpf, PodEnds},
     fence::Dropped,
-    links::{Links, PodLink},
+    links::{Links, PodEnd, PodLink},
     netlink::Netlink,
     netns::Netns,
 };
@@ -64,6 +67,7 @@ pub struct Forwarding {
     devices: Arc<TunnelDevices>,
     joined: Arc<Mutex<Joined>>,
     watch: Arc<Mutex<Watch>>,
+    changed: Arc<ChangedLinks>,
 }
 
 impl Forwarding {
@@ -84,6 +88,7 @@ impl Forwarding {
             devices,
             joined: Arc::default(),
             watch: Arc::default(),
+            changed: Arc::default(),
         };
         let adopted = Arc::clone(&forwarding.devices);
         let ports: Vec<u16> = adopted
@@ -130,13 +135,14 @@ impl Forwarding {
     pub async fn up(&self, pod: &Netns, spec: &VxlanSpec) -> Result<PodLink, ForwardError> {
         let alias = &spec.link.alias;
         let tunnel = (spec.vni, spec.remote.to_canonical());
+        let since = Instant::now();
         let _reserved = Reserved::take(&self.joined, tunnel, alias)?;
         let (devices, port) = (Arc::clone(&self.devices), spec.port);
         self.links
             .on_node_of(move |netlink| devices.ensure(netlink, port))
             .await?;
         let link = self.links.up_pod_link(pod, &spec.link).await?;
-        if let Err(error) = self.join(&link, spec).await {
+        if let Err(error) = self.join(&link, spec, since).await {
             if link.pod.created {
                 self.disconnect(alias)?;
                 self.links.down_pod_links(slice::from_ref(alias)).await?;
@@ -149,7 +155,12 @@ impl Forwarding {
 
     /// Puts the program on a link, then joins the link and its tunnel in the maps. After an error the maps are as before. Nothing is done
     /// where nothing has changed.
-    async fn join(&self, link: &PodLink, spec: &VxlanSpec) -> Result<(), ForwardError> {
+    async fn join(
+        &self,
+        link: &PodLink,
+        spec: &VxlanSpec,
+        since: Instant,
+    ) -> Result<(), ForwardError> {
         let alias = &spec.link.alias;
         let ends = ends_of(link);
         let written = Written::tunnel(&ends, spec);
@@ -167,7 +178,7 @@ impl Forwarding {
             to: To::Tunnel((spec.vni, spec.remote.to_canonical())),
             written: Some(written),
         };
-        self.note(alias, connection, [link.node.clone()])
+        self.note(alias, connection, [link], since)
     }
 
     /// Puts the program on pod links.
@@ -182,17 +193,22 @@ impl Forwarding {
         self.links.on_node_of(hook).await
     }
 
-    /// Notes what the maps have of a connection now, and removes from them what it had before.
+    /// Notes what the maps have of a connection now, and removes from them what it had before. `since`: when the call began that made it so.
     fn note<const N: usize>(
         &self,
         alias: &LinkAlias,
         connection: Connection,
-        ends: [NodeLink; N],
+        links: [&PodLink; N],
+        since: Instant,
     ) -> Result<(), ForwardError> {
-        let (now, tunnel) = (ends.each_ref().map(|end| end.index), connection.tunnel());
+        let (now, tunnel) = (links.map(|link| link.node.index), connection.tunnel());
         let before = {
             let joined = &mut *self.joined();
+            let ends = links.map(|link| link.node.clone());
             let before = joined.join(alias, connection, ends);
+            for link in links {
+                joined.note_pod(pod_end(link, since));
+            }
             if N == 1 && before.as_ref().is_some_and(|it| it.second().is_some()) {
                 joined.halve(alias);
             }
@@ -266,17 +282,51 @@ impl Forwarding {
         })
     }
 
-    /// Repairs devices and links that somebody changed, and programs that were taken off. What cannot be repaired is returned, a sentence
-    /// each. To be called regularly; it takes microseconds where nothing has changed.
+    /// Whether a connection is joined: the nodes' ends of its links were there at the last look.
+    #[must_use]
+    pub fn has(&self, alias: &LinkAlias) -> bool {
+        self.joined().get(&alias.of_connection()).is_some()
+    }
+
+    /// Waits for the next connection one of whose pod links somebody may have changed or removed, by the alias of its first link:
+    /// [`Self::lacks`] shows whether one lacks something. They are found by [`Self::look_after`]. One caller at a time.
+    pub async fn next_changed(&self) -> LinkAlias {
+        self.changed.next().await
+    }
+
+    /// What a pod link lacks in the pod; empty where it is as wanted.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered or read, or the name is another link's.
+    pub async fn lacks(
+        &self,
+        pod: &Netns,
+        spec: &LinkSpec,
+    ) -> Result<Vec<LinkFault>, ForwardError> {
+        let lacking = self.links.lacks(pod, spec).await?;
+        // The maps have nothing of a connection whose links were gone for a moment.
+        let is_lost = lacking.is_empty() && !self.has(&spec.alias);
+        Ok(if is_lost {
+            vec![LinkFault::gone()]
+        } else {
+            lacking
+        })
+    }
+
+    /// Repairs devices and the nodes' ends of links that somebody changed, and programs that were taken off; notices pods' ends that may
+    /// have changed, for [`Self::next_changed`]. What cannot be repaired is returned, a sentence each. To be called regularly; it takes
+    /// microseconds where nothing has changed.
     ///
     /// # Errors
     ///
     /// The node's links cannot be read.
     pub async fn look_after(&self) -> Result<Vec<String>, ForwardError> {
-        let (devices, joined, watch) = (
+        let (devices, joined, watch, changed) = (
             Arc::clone(&self.devices),
             Arc::clone(&self.joined),
             Arc::clone(&self.watch),
+            Arc::clone(&self.changed),
         );
         self.links
             .on_node_of(move |netlink| {
@@ -293,10 +343,18 @@ impl Forwarding {
                     Ok(looked) => {
                         faults.extend(looked.faults);
                         for link in looked.gone {
-                            faults.extend(forget(&joined, devices.bpf(), link).err());
+                            match forget(&joined, devices.bpf(), link) {
+                                Ok(lost) => changed.extend(lost),
+                                Err(error) => faults.push(error),
+                            }
                         }
                     }
                     Err(error) => faults.push(format!("the links of connections: {error}")),
+                }
+                let pods = lock(&joined).pods();
+                match watch.suspects(&pods) {
+                    Ok(suspects) => changed.extend(lock(&joined).of_nodes(suspects)),
+                    Err(error) => faults.push(format!("the links in pods: {error}")),
                 }
                 Ok(faults)
             })
@@ -336,6 +394,16 @@ fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
     value.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The pod's end of a link, made by a call that began then.
+fn pod_end(link: &PodLink, since: Instant) -> PodEnd {
+    PodEnd {
+        node: link.node.index,
+        name: link.pod.name.clone(),
+        mac: link.pod.mac,
+        since,
+    }
+}
+
 /// The ends of a pod link, as the programs need them.
 fn ends_of(link: &PodLink) -> PodEnds {
     PodEnds {
@@ -361,12 +429,12 @@ fn empty_maps(bpf: &Bpf, connection: &Connection) -> Result<(), ForwardError> {
     outcome.map_err(ForwardError::from)
 }
 
-/// Empties the maps of a connection whose link is gone, with its pod or by the pod's own doing. The next Request for the connection makes
-/// both anew.
-fn forget(joined: &Mutex<Joined>, bpf: &Bpf, link: u32) -> Result<(), String> {
+/// Empties the maps of a connection whose link is gone, with its pod or by the pod's own doing: which connection that is.
+fn forget(joined: &Mutex<Joined>, bpf: &Bpf, link: u32) -> Result<Option<LinkAlias>, String> {
     let Some((alias, connection)) = lock(joined).lose(link) else {
-        return Ok(());
+        return Ok(None);
     };
-    tracing::warn!(%alias, "a pod link is gone: its connection leads nowhere until the client asks again");
-    empty_maps(bpf, &connection).map_err(|error| format!("the connection of {alias}: {error}"))
+    tracing::info!(%alias, "a pod link is gone");
+    empty_maps(bpf, &connection).map_err(|error| format!("the connection of {alias}: {error}"))?;
+    Ok(Some(alias))
 }

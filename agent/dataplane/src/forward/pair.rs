@@ -1,6 +1,6 @@
 //! Connections between two pods of this node: two pod links, each of which leads into the other pod.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use nsm_core::link::{LinkAlias, PodLinkSpec};
 
@@ -23,7 +23,7 @@ impl Forwarding {
         client: (&Netns, &PodLinkSpec),
         endpoint: (&Netns, &PodLinkSpec),
     ) -> Result<[PodLink; 2], ForwardError> {
-        let devices = Arc::clone(&self.devices);
+        let (devices, since) = (Arc::clone(&self.devices), Instant::now());
         self.links
             .on_node_of(move |_| devices.ensure_fence())
             .await?;
@@ -33,7 +33,10 @@ impl Forwarding {
         );
         let aliases = [&client.1.link.alias, &endpoint.1.link.alias];
         let outcome = match (&near, &far) {
-            (Ok(near), Ok(far)) => self.join_pair([near, far], [client.1, endpoint.1]).await,
+            (Ok(near), Ok(far)) => {
+                self.join_pair([near, far], [client.1, endpoint.1], since)
+                    .await
+            }
             _ => Ok(()),
         };
         let (near, far, error) = match (near, far, outcome) {
@@ -67,6 +70,7 @@ impl Forwarding {
         &self,
         links: [&PodLink; 2],
         specs: [&PodLinkSpec; 2],
+        since: Instant,
     ) -> Result<(), ForwardError> {
         let alias = &specs[0].link.alias;
         let ends = links.map(ends_of);
@@ -91,7 +95,7 @@ impl Forwarding {
             to: To::Link(joint(1)),
             written: Some(written),
         };
-        self.note(alias, connection, links.map(|link| link.node.clone()))?;
+        self.note(alias, connection, links, since)?;
         self.joined().was_halved(alias);
         Ok(())
     }

@@ -1,4 +1,7 @@
-//! The look at the nodes' ends of pod links, and at the program on them.
+//! The look at both ends of pod links, and at the program on them.
+//!
+//! The nodes' ends are repaired here. What a pod's end must have is known to whoever asked for it: here is only noticed which may lack
+//! something.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,17 +10,24 @@ use nsm_core::link::NodeLink;
 use super::ForwardError;
 use crate::{
     bpf::Bpf,
-    links::{Changed, Mended, NodeWatch},
-    netlink::Netlink,
+    links::{Changed, Mended, NodeWatch, PodEndPlaces, PodWatch, Suspects},
+    netlink::{Netlink, NetlinkError},
 };
 
 /// What the kernel announces instead of an interface for a block of filters that several share.
 const SHARED_BLOCK: u32 = u32::MAX;
 
+/// How many pods' ends are looked at in a row where any may have changed. With two looks a second, a node of 10,000 connections is through
+/// in five minutes and uses some percents of a processor meanwhile.
+const AT_ONCE: usize = 16;
+
 /// What was found so far.
 #[derive(Default)]
 pub(super) struct Watch {
     links: Option<NodeWatch>,
+    pods: Option<PodWatch>,
+    /// The nodes' ends of links whose pods' ends are still to be looked at.
+    rest: Vec<u32>,
     /// What could not be repaired, by link.
     faults: BTreeMap<u32, String>,
 }
@@ -66,6 +76,29 @@ impl Watch {
         }
         let faults = self.faults.values().cloned().collect();
         Ok(Found { faults, gone })
+    }
+
+    /// The nodes' ends of links whose pods' ends may lack something.
+    pub(super) fn suspects(&mut self, ends: &PodEndPlaces) -> Result<Vec<u32>, ForwardError> {
+        let pods = match &mut self.pods {
+            Some(pods) => pods,
+            none => none.insert(PodWatch::open().map_err(NetlinkError::from)?),
+        };
+        let mut suspects: Vec<u32> = match pods.suspects(ends).map_err(NetlinkError::from)? {
+            Suspects::Ends(places) => {
+                let found = places.iter().filter_map(|place| ends.get(place));
+                found.map(|end| end.node).collect()
+            }
+            // A round that is under way goes to its end first.
+            Suspects::Any if self.rest.is_empty() => {
+                self.rest = ends.values().map(|end| end.node).collect();
+                Vec::new()
+            }
+            Suspects::Any => Vec::new(),
+        };
+        let first = self.rest.len().saturating_sub(AT_ONCE);
+        suspects.extend(self.rest.drain(first..));
+        Ok(suspects)
     }
 
     fn note(&mut self, link: u32, interface: &str, mended: Mended) {

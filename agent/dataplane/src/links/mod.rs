@@ -22,6 +22,7 @@ mod node_watch;
 mod observe;
 mod place;
 pub(crate) mod pod_link;
+mod pod_watch;
 mod pool;
 mod port;
 pub(crate) mod probe_link;
@@ -33,7 +34,7 @@ use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use nsm_core::{
-    link::{Link, LinkAlias, LinkSpec, NodeLink, Traffic, admission::Holding},
+    link::{Link, LinkAlias, LinkFault, LinkSpec, NodeLink, Traffic, admission::Holding, faults},
     net::{IfName, MacAddr},
 };
 use tokio::sync::oneshot;
@@ -45,6 +46,7 @@ pub use self::{
     node_watch::{Changed, Looked, Mended, NodeWatch},
 };
 pub(crate) use self::{
+    pod_watch::{PodEnd, PodEndPlaces, PodWatch, Suspects},
     probe_link::Family,
     underlay::{
         default_source as default_route_source, interface as outgoing_interface,
@@ -249,6 +251,23 @@ impl Links {
     pub async fn observe(&self, pod: &Netns, alias: &LinkAlias) -> Result<Option<Link>, LinkError> {
         let (pod, alias) = (pod.clone(), alias.clone());
         self.read(move || session::observe(&pod, &alias)).await
+    }
+
+    /// What a connection's pod link lacks in the pod.
+    ///
+    /// # Errors
+    ///
+    /// A namespace cannot be entered or read, or the name is another link's.
+    pub(crate) async fn lacks(
+        &self,
+        pod: &Netns,
+        spec: &LinkSpec,
+    ) -> Result<Vec<LinkFault>, LinkError> {
+        let turn = self.inner.turns.take([&spec.alias]).await;
+        let (node, pod, spec) = (self.inner.node.clone(), pod.clone(), spec.clone());
+        let look = move || Ok(faults(&pod_link::lacks(&node, &pod, &spec)?));
+        self.work(&self.inner.workers, turn, look, nothing_to_undo())
+            .await
     }
 
     /// The addresses and routes of the pod's links, but for the link with this alias: what a new connection may not take from it.

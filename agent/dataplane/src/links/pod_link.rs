@@ -10,8 +10,8 @@ use std::{collections::HashSet, iter::zip};
 use nix::errno::Errno;
 use nsm_core::{
     link::{
-        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeLink, VethPeer, must_create, node_end_name,
-        repair_node_link,
+        Link, LinkAlias, LinkSpec, NODE_GROUPS, NodeLink, Operation, VethPeer, diff, must_create,
+        node_end_name, repair_node_link,
     },
     net::IfName,
 };
@@ -33,13 +33,7 @@ use crate::{
 pub(super) fn up(node: &Netns, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
     let mut side = NodeSide::open(node, &spec.alias)?;
     let end = side.find()?;
-    let peer = end
-        .as_ref()
-        .and_then(|end| end.peer.filter(|_| end.alias.is_some()));
-    let peer = match peer {
-        Some(peer) if side.is_in(pod, peer)? => Some(peer.index),
-        _ => None,
-    };
+    let peer = side.peer_in(pod, end.as_ref())?;
     let mut place = Place::open(pod, spec)?;
     let observed = place.observe_end(peer)?;
     let is_other_end = |index: &u32| observed.as_ref().is_some_and(|link| link.index == *index);
@@ -66,6 +60,21 @@ pub(super) fn up(node: &Netns, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, 
             side.create(place, spec)
         }
     }
+}
+
+/// What would make the pod's end as wanted.
+pub(super) fn lacks(
+    node: &Netns,
+    pod: &Netns,
+    spec: &LinkSpec,
+) -> Result<Vec<Operation>, LinkError> {
+    let mut side = NodeSide::open(node, &spec.alias)?;
+    let end = side.find()?;
+    let peer = side.peer_in(pod, end.as_ref())?;
+    let mut place = Place::open(pod, spec)?;
+    let observed = place.observe_end(peer)?;
+    // Without the node's end in its place, the link is no pod link.
+    Ok(place.possible(diff(spec, observed.as_ref().filter(|_| peer.is_some()))))
 }
 
 /// How many of the connections had a pod link, all of which are deleted now.
@@ -154,6 +163,14 @@ impl<'a> NodeSide<'a> {
         match end.filter(is_ours) {
             Some(end) => Ok(Some(end)),
             None => Err(self.name_taken(found.into_iter().find_map(observe::link_of))),
+        }
+    }
+
+    /// The index of the other end, where that is in the pod.
+    fn peer_in(&mut self, pod: &Netns, end: Option<&NodeLink>) -> Result<Option<u32>, LinkError> {
+        match end.and_then(|end| end.peer.filter(|_| end.alias.is_some())) {
+            Some(peer) if self.is_in(pod, peer)? => Ok(Some(peer.index)),
+            _ => Ok(None),
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 
 use ipnet::IpNet;
 use nsm_controlplane::{
-    ports::{Forwarder, ForwarderError, Plan, PodNetns, Prober, Underlay},
+    ports::{Forwarder, ForwarderError, Mended, Plan, PodNetns, Prober, Underlay},
     transport::unix::Passed,
 };
 use nsm_core::{
@@ -23,6 +23,8 @@ use nsm_core::{
     mechanism::TunnelKey,
     net::NetnsUrl,
 };
+
+use tokio::sync::Notify;
 
 use super::prober::FakeProber;
 
@@ -61,6 +63,13 @@ struct Table {
     opened: Vec<NetnsUrl>,
     ups: usize,
     downs: usize,
+    /// What the links lack.
+    lacking: Option<String>,
+    /// What the next looks at links end with.
+    refusals: VecDeque<ForwarderError>,
+    /// Links that somebody may have changed.
+    changed: VecDeque<LinkAlias>,
+    repairs: usize,
 }
 
 /// The dataplane of one node.
@@ -75,6 +84,7 @@ pub(crate) struct FakeKernel {
     making: tokio::sync::Mutex<()>,
     /// Times that links were asked for.
     asked: AtomicUsize,
+    changes: Notify,
     prober: Option<FakeProber>,
 }
 
@@ -87,6 +97,7 @@ impl FakeKernel {
             deleting: tokio::sync::Mutex::default(),
             making: tokio::sync::Mutex::default(),
             asked: AtomicUsize::new(0),
+            changes: Notify::new(),
             prober: probes.then(|| FakeProber::of(ip)),
         }
     }
@@ -137,6 +148,29 @@ impl FakeKernel {
     /// VNIs asked for that something else had.
     pub(crate) fn refused_vnis(&self) -> Vec<u32> {
         self.table().refused.clone()
+    }
+
+    /// Somebody changes the links, so that they lack this; nothing: makes them right.
+    pub(crate) fn change_links(&self, lacking: Option<&str>) {
+        let aliases: Vec<_> = {
+            let mut table = self.table();
+            table.lacking = lacking.map(str::to_owned);
+            let links = table.standing.values().flat_map(|it| it.plan.links());
+            links.map(|(_, link)| link.alias.of_connection()).collect()
+        };
+        self.table().changed.extend(aliases);
+        self.changes.notify_one();
+    }
+
+    /// As [`Self::change_links`], and the next look at a link ends so.
+    pub(crate) fn refuse_links(&self, refusal: ForwarderError) {
+        self.table().refusals.push_back(refusal);
+        self.change_links(Some("it is gone"));
+    }
+
+    /// How often links were repaired.
+    pub(crate) fn repairs(&self) -> usize {
+        self.table().repairs
     }
 
     /// Lets the next `up` fail.
@@ -280,6 +314,32 @@ impl Forwarder for FakeKernel {
         }
         table.downs += 1;
         Ok(())
+    }
+
+    async fn next_changed_link(&self) -> LinkAlias {
+        loop {
+            let next = self.table().changed.pop_front();
+            match next {
+                Some(alias) => return alias,
+                None => self.changes.notified().await,
+            }
+        }
+    }
+
+    async fn mend(&self, _: &Plan, repairs: bool) -> Result<Mended, ForwarderError> {
+        let mut table = self.table();
+        if let Some(refusal) = table.refusals.pop_front() {
+            return Err(refusal);
+        }
+        match table.lacking.clone() {
+            None => Ok(Mended::AsWanted),
+            Some(what) if repairs => {
+                table.lacking = None;
+                table.repairs += 1;
+                Ok(Mended::Repaired(what))
+            }
+            Some(what) => Ok(Mended::Lacking(what)),
+        }
     }
 
     fn owners(&self, _: &Passed) -> Vec<UserNamespace> {
