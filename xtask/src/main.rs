@@ -3,6 +3,7 @@
 mod bench;
 mod cache;
 mod cargo;
+mod chaos;
 mod ci;
 mod demo;
 mod deny;
@@ -39,6 +40,8 @@ enum Command {
     Deny,
     /// Show a client of one domain that pings an endpoint of another.
     Demo(demo::Arguments),
+    /// Break three domains in all ways that a seed draws, and check what must hold meanwhile.
+    Chaos(chaos::Arguments),
     /// Fuzz the parsers of bytes that others choose, or replay an input (needs a C++ compiler).
     Fuzz(fuzz::Arguments),
     /// Test our agents against the real Network Service Mesh (needs Go).
@@ -66,6 +69,7 @@ fn main() -> Result<ExitCode> {
         Command::CheckDependencies => dependencies::check(),
         Command::Deny => deny::run(),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Chaos(arguments) => chaos::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Interop { pattern } => interop::run(pattern.as_deref()),
         Command::Test => test::run(),

@@ -85,7 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// The programs of the release profile, or those that the environment names.
-fn programs() -> Result<Programs> {
+pub(crate) fn programs() -> Result<Programs> {
     let named = |variable: &str| std::env::var_os(variable).map(PathBuf::from);
     if let (Some(agent), Some(dns)) = (named("PROXY_NSMGR_BIN"), named("NSM_WORLD_DNS_BIN")) {
         return Ok(Programs { agent, dns });
