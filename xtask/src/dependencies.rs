@@ -64,7 +64,7 @@ const RULES: &[Rule] = &[
     rule(
         "nsm-controlplane",
         &["nsm-core", "nsm-discovery", "nsm-proto"],
-        &["nsm-world"],
+        &["nsm-spiffe", "nsm-world"],
         &["aya", "netlink-packet-route", "rtnetlink"],
     ),
     rule(
@@ -77,7 +77,7 @@ const RULES: &[Rule] = &[
             "nsm-ebpf-common",
             "nsm-proto",
         ],
-        &["nsm-world"],
+        &["nsm-spiffe", "nsm-world"],
         &[],
     ),
     rule("nsm-ebpf-programs", &["nsm-ebpf-common"], &[], &["tokio"]),
@@ -88,12 +88,19 @@ const RULES: &[Rule] = &[
         &[],
         &["tokio", "tonic"],
     ),
+    rule("nsm-spiffe", &["nsm-proto"], &[], &["aya"]),
     rule("nsm-stats", &[], &[], IMPURE),
     rule("nsm-world", &[], &[], &["tokio"]),
     rule("nsm-world-dns", &[], &[], &[]),
     rule(
         "nsm-e2e",
-        &["nsm-core", "nsm-ebpf-common", "nsm-proto", "nsm-world"],
+        &[
+            "nsm-core",
+            "nsm-ebpf-common",
+            "nsm-proto",
+            "nsm-spiffe",
+            "nsm-world",
+        ],
         &[],
         &[],
     ),

@@ -45,7 +45,7 @@ use crate::{
         router::{Arrival, Router, RouterConfig},
         upstream::{ForwarderEntry, Upstream},
     },
-    transport::guard::DialGuard,
+    transport::{guard::DialGuard, tls::Tls},
 };
 
 pub use crate::{connection::DownReason, peer::peers::PeerView};
@@ -88,6 +88,8 @@ pub struct Settings {
     pub dial_inside: Vec<IpNet>,
     /// Labels of this node (`nodeName`, `podName`, `clusterName`), which its clients and endpoints get where they have none of that name.
     pub client_info: BTreeMap<String, String>,
+    /// What peers are dialled with; plain text without.
+    pub tls: Option<Arc<Tls>>,
 }
 
 impl Settings {
@@ -162,7 +164,8 @@ impl ControlPlane {
                 settings.dial_timeout,
                 settings.max_message_bytes,
             )
-            .guarded_by(settings.guard(&registry)),
+            .guarded_by(settings.guard(&registry))
+            .secured_by(settings.tls.clone()),
         );
         let lookup = Arc::new(Lookup {
             registry: registry.open(&peers),

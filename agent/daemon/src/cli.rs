@@ -6,15 +6,18 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use nsm_controlplane::identity::pem::PemFiles;
 use nsm_core::{
+    identity::TrustDomain,
     link::admission::DEFAULT_ROUTE_LABEL,
     net::{IfName, PeerUrl},
     nsm::name::InterdomainName,
 };
 
-use crate::config::{ConfigFlags, parse_duration};
+use crate::config::{ConfigFlags, IdentitySource, parse_duration};
 
 /// Where a local agent serves clients by default.
 const DEFAULT_CONNECT_TO: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
@@ -135,6 +138,65 @@ pub(crate) struct ClientArgs {
     /// One JSON object a line on standard output
     #[arg(long)]
     pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) identity: IdentityArgs,
+}
+
+/// Who a tool is in mutual TLS, and whom it believes; without, it speaks plain text.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct IdentityArgs {
+    /// The socket of SPIFFE's Workload API: the tool then speaks mutual TLS
+    #[arg(long = "identity-workload-api", value_name = "URL", env = "SPIFFE_ENDPOINT_SOCKET", value_parser = PeerUrl::configured)]
+    workload_api: Option<PeerUrl>,
+
+    /// A PEM file with the chain of an X.509-SVID, leaf first, in place of the Workload API
+    #[arg(
+        long = "identity-certificate-file",
+        value_name = "FILE",
+        env = "NSM_IDENTITY_CERTIFICATE_FILE"
+    )]
+    certificate_file: Option<PathBuf>,
+
+    /// The PEM file of its key
+    #[arg(
+        long = "identity-key-file",
+        value_name = "FILE",
+        env = "NSM_IDENTITY_KEY_FILE"
+    )]
+    key_file: Option<PathBuf>,
+
+    /// A PEM file with the authorities of a trust domain; may be given again
+    #[arg(long = "identity-bundles", value_name = "TRUST-DOMAIN=FILE", env = "NSM_IDENTITY_BUNDLES", value_delimiter = ',', value_parser = bundle)]
+    bundles: Vec<(TrustDomain, PathBuf)>,
+}
+
+impl IdentityArgs {
+    /// Where the identity comes from; none where there is none.
+    ///
+    /// # Errors
+    /// Some of it is missing.
+    pub(crate) fn source(&self) -> anyhow::Result<Option<IdentitySource>> {
+        if let Some(url) = &self.workload_api {
+            let socket = url.socket_path().with_context(|| {
+                format!("{url} is no socket of a Workload API: unix:///run/spire/sockets/agent.sock is one")
+            })?;
+            return Ok(Some(IdentitySource::WorkloadApi(socket.to_owned())));
+        }
+        match (&self.certificate_file, &self.key_file) {
+            (None, None) if self.bundles.is_empty() => Ok(None),
+            (Some(certificate), Some(key)) if !self.bundles.is_empty() => {
+                Ok(Some(IdentitySource::Files(PemFiles {
+                    certificate: certificate.clone(),
+                    key: key.clone(),
+                    bundles: self.bundles.iter().cloned().collect(),
+                })))
+            }
+            _ => anyhow::bail!(
+                "an identity in files has all three: --identity-certificate-file, --identity-key-file and --identity-bundles"
+            ),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -265,6 +327,16 @@ fn name(text: &str) -> Result<String, String> {
     InterdomainName::new(text, None)
         .map(|name| name.target().to_owned())
         .map_err(|error| error.to_string())
+}
+
+fn bundle(text: &str) -> Result<(TrustDomain, PathBuf), String> {
+    match text.split_once('=') {
+        Some((domain, file)) if !file.is_empty() => {
+            let domain: TrustDomain = domain.parse().map_err(|error| format!("{error}"))?;
+            Ok((domain, file.into()))
+        }
+        _ => Err("expected TRUST-DOMAIN=FILE".to_owned()),
+    }
 }
 
 fn label(text: &str) -> Result<(String, String), String> {

@@ -12,6 +12,7 @@ mod config;
 mod connect;
 mod endpoint;
 pub mod files;
+mod identity;
 mod logging;
 mod netns;
 mod observe;

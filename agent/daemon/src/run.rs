@@ -13,7 +13,7 @@ use crate::{
     agent::{
         cluster, control,
         forwarder::NodeForwarder,
-        hooks,
+        hooks, identity,
         ip_map::{self, IpMapFile, IpMaps},
         listeners::{self, Listeners, Sockets},
         orphans, policy,
@@ -71,7 +71,9 @@ impl Agent {
         let socket_files = sockets.files();
         let readiness = Readiness::waiting_for([listeners::GUARD, public_address::GUARD]);
         let forwarder = NodeForwarder::build(config, &readiness).await?;
-        let plane = control::build(config, forwarder.as_ref())?;
+        let mut tasks = JoinSet::new();
+        let tls = identity::start(config, &readiness, &mut tasks)?;
+        let plane = control::build(config, forwarder.as_ref(), tls.clone())?;
         let maps = Arc::new(IpMaps::new(plane.clone()));
         let map_file = IpMapFile::load(&config.map_ip_file, &maps)?;
         let observer = Observer {
@@ -79,8 +81,8 @@ impl Agent {
             forwarder: forwarder.clone(),
             public_address: PublicAddress::default(),
             readiness: readiness.clone(),
+            tls: tls.clone(),
         };
-        let mut tasks = JoinSet::new();
         tasks.spawn(map_file.follow(Arc::clone(&maps)));
         let prefixes_file = config.admission.excluded_prefixes_file.clone();
         tasks.spawn(cluster::follow(prefixes_file, plane.clone()));
@@ -176,7 +178,9 @@ impl Agent {
 /// Which service is on which socket.
 fn serve(config: &Config, sockets: Sockets, observer: Observer) -> anyhow::Result<Listeners> {
     let plane = observer.plane.clone();
-    let mut listeners = Listeners::new(config, plane.budget(), observer.readiness.clone());
+    let tls = observer.tls.clone();
+    let readiness = observer.readiness.clone();
+    let mut listeners = Listeners::new(config, tls, plane.budget(), readiness);
     if let Some(listener) = sockets.metrics {
         listeners.run(Metrics::new(observer.clone()).serve(listener));
     }

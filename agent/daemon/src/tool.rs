@@ -13,16 +13,20 @@ use nsm_controlplane::{
     identity::token::TokenSource,
     transport::{
         dial::{DialError, dial_with},
+        tls::{Tls, alert},
         unix::{Descriptors, Passed},
     },
 };
 use nsm_core::{net::PeerUrl, text::printable};
 use nsm_proto::connection::PathSegment;
 use prost_types::Timestamp;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+};
 use tonic::{Code, Request, Response, Status, transport::Channel};
 
-use crate::cli::ClientArgs;
+use crate::{cli::ClientArgs, identity};
 
 /// How long closing may take: the person who pressed Ctrl-C waits for it.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(5);
@@ -37,6 +41,10 @@ pub(crate) struct Agent {
     pub(crate) url: PeerUrl,
     /// The connection to it, which comes back by itself after a break.
     pub(crate) channel: Channel,
+    /// What this tool serves with, too; none in plain text.
+    pub(crate) tls: Option<Arc<Tls>>,
+    /// What follows the source of the identity.
+    _following: JoinSet<()>,
     /// What travels beside the calls to it.
     descriptors: Arc<Descriptors>,
     /// The tool's identity.
@@ -94,8 +102,10 @@ impl Agent {
         let url = args.connect_to.clone();
         let descriptors = Arc::default();
         let timeout = args.timeout.min(DIAL_TIMEOUT);
-        let dialed = dial_with(&url, &descriptors, timeout).await;
-        let channel = dialed.map_err(|error: DialError| {
+        let mut following = JoinSet::new();
+        let tls = open_identity(args, &mut following).await?;
+        let dialed = dial_with(&url, &descriptors, tls.as_ref(), timeout).await;
+        let link = dialed.map_err(|error: DialError| {
             anyhow::Error::new(error).context(
                 "is the agent running, and is this its listen.nsmgr? (--connect-to, NSM_CONNECT_TO)",
             )
@@ -104,7 +114,9 @@ impl Agent {
         let secret = args.token_secret.as_bytes();
         Ok(Self {
             url,
-            channel,
+            channel: link.channel.clone(),
+            tls,
+            _following: following,
             descriptors,
             tokens: TokenSource::hs256(&spiffe_id, secret, args.max_token_lifetime),
             timeout: args.timeout,
@@ -157,6 +169,10 @@ impl Agent {
     /// What a status of the agent means.
     pub(crate) fn failed(&self, status: &Status) -> CallError {
         let url = self.url.clone();
+        if let Some(alert) = alert(status) {
+            let message = alert.to_string();
+            return CallError::Unreachable { url, message };
+        }
         // A status that never was on the wire has the transport's error as its source.
         if let Some(mut cause) = std::error::Error::source(status) {
             while let Some(next) = cause.source() {
@@ -195,6 +211,24 @@ impl Agent {
             metrics: std::collections::BTreeMap::new(),
         }
     }
+}
+
+/// TLS by the identity of the command line, once there is one; none where there is to be none.
+async fn open_identity(
+    args: &ClientArgs,
+    following: &mut JoinSet<()>,
+) -> anyhow::Result<Option<Arc<Tls>>> {
+    let Some(source) = args.identity.source()? else {
+        return Ok(None);
+    };
+    let (tls, follow) = identity::open(source)?;
+    following.spawn(follow);
+    let arrived = tokio::time::timeout(args.timeout, tls.identity().arrived()).await;
+    arrived.map_err(|_| {
+        let origin = tls.identity().origin();
+        anyhow::anyhow!("{origin} has given no SVID within {:?}: is it running, and has it an entry for this process?", args.timeout)
+    })?;
+    Ok(Some(tls))
 }
 
 /// Whether this process is root and in no container, as far as it can see: in the machine's first pid namespace, and not elsewhere than

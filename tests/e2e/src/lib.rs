@@ -9,6 +9,7 @@ pub mod forged;
 pub mod metrics;
 pub mod pings;
 mod served;
+pub mod trust;
 
 use std::{
     collections::BTreeSet,

@@ -148,8 +148,9 @@ func (a *Agent) configuration(config AgentConfig) map[string]any {
 		resolver["servers"] = []string{config.DNS.Address()}
 	}
 	all := map[string]any{
-		"name":   a.Name,
-		"domain": config.Domain,
+		"name":     a.Name,
+		"domain":   config.Domain,
+		"insecure": true,
 		"listen": map[string]any{
 			"nsmgr":    a.NSMgrURL().String(),
 			"proxy":    a.ProxyURL().String(),

@@ -302,11 +302,11 @@ impl Client {
     }
 }
 
-/// The program on a node, deaf to the `NSM_*` variables of whoever runs the test: they would override its configuration.
+/// The program on a node, deaf to the variables of whoever runs the test: they would override its configuration.
 fn program_on(node: &Node, program: &Path) -> Result<Command, WorldError> {
     let mut command = node.command(program)?;
     for (name, _) in std::env::vars_os() {
-        if name.as_encoded_bytes().starts_with(b"NSM_") {
+        if name.as_encoded_bytes().starts_with(b"NSM_") || name == "SPIFFE_ENDPOINT_SOCKET" {
             command.env_remove(name);
         }
     }
@@ -333,6 +333,7 @@ fn configuration(node: &Node) -> String {
     format!(
         "name: {name}\n\
          domain: {domain}\n\
+         insecure: true\n\
          listen:\n\
         \x20 nsmgr: \"unix://{run}/nsm.sock\"\n\
         \x20 admin: \"{admin}\"\n\

@@ -1,9 +1,9 @@
-//! The agent's listeners: NSM v1 on a Unix socket for this node, and on TCP for everyone else.
+//! The services of NSM v1, on a Unix socket for this node, and on TCP for everyone else.
 //!
-//! Both serve the same services; what differs is the [`Arrival`], and with it what a caller may
+//! All listeners serve the same services; what differs is the [`Arrival`], and with it what a caller may
 //! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
 
-use std::{net::SocketAddr, os::unix::fs::FileTypeExt as _, path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use nsm_core::identity::{
     Caller, Process,
@@ -30,22 +30,14 @@ use nsm_proto::{
         network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
     },
 };
-use tokio::{
-    net::{TcpListener, TcpStream, UnixListener},
-    time::Instant,
-};
-use tokio_stream::{
-    Stream, StreamExt as _,
-    wrappers::{TcpListenerStream, UnixListenerStream},
-};
+use tokio::time::Instant;
 use tonic::{
     Request, Response, Status,
     metadata::{AsciiMetadataValue, MetadataMap},
     service::Routes,
-    transport::Server,
 };
-use tower::util::MapRequestLayer;
 
+use super::listener::ListenerLimits;
 use crate::{
     call::{Answer, Call, Calls, registrar::Registrar},
     connection::monitor::{Events, Monitors, Reader},
@@ -55,30 +47,11 @@ use crate::{
         token::{self, TokenError, TokenSource},
     },
     metrics::CallMetrics,
-    occasional::Occasional,
     peer::stream::SKIP_ANSWERED,
-    places::Places,
     registry::{path_header::PathHeader, wire::Answers},
     route::router::Arrival,
-    transport::{
-        clients::{Clients, Origin},
-        coalesce::Coalesced,
-        dial::MAX_SEGMENT,
-        incoming::Incoming,
-        unix::{NodePeer, UnixStream},
-    },
+    transport::unix::NodePeer,
 };
-
-/// How often an idle HTTP/2 connection is probed. A peer that vanished without a word is noticed
-/// after this and [`KEEPALIVE_TIMEOUT`] together; gRPC's own rule allows servers any interval.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-
-/// How long the answer to such a probe may take.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long nothing is accepted after that has failed: a process that is out of descriptors would otherwise try as fast as it can,
-/// since the connection still waits, and its other work get nothing done that gives one back.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Metadata of a Request's answer for people: what happened behind the agent. Real NSM clients
 /// ignore keys they do not know.
@@ -93,72 +66,6 @@ pub mod facts {
     pub const REMOTE_MECHANISM: &str = "nsm-remote-mechanism";
     /// The VNI of the tunnel.
     pub const VNI: &str = "nsm-vni";
-}
-
-/// What bounds one listener.
-#[derive(Debug, Clone)]
-pub struct ListenerLimits {
-    /// The connections that it keeps, perhaps together with other listeners.
-    pub clients: Clients,
-    /// What is kept of messages that are not whole yet.
-    pub messages: Places,
-    /// The largest message that is read, in bytes.
-    pub max_message_bytes: usize,
-    /// Calls and streams that one client connection may have open.
-    pub max_streams: u32,
-}
-
-/// The socket of a listener: bound before anything is served, so that a taken port fails early.
-#[derive(Debug)]
-pub enum Socket {
-    /// The NSMgr's socket.
-    Unix(UnixListener),
-    /// The proxy's or registry's port.
-    Tcp(TcpListener),
-}
-
-impl Socket {
-    /// Binds a TCP address.
-    ///
-    /// # Errors
-    /// The address is taken or not ours.
-    pub async fn tcp(address: SocketAddr) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(address).await?;
-        // What is accepted inherits it.
-        socket2::SockRef::from(&listener).set_tcp_mss(MAX_SEGMENT)?;
-        Ok(Self::Tcp(listener))
-    }
-
-    /// Binds a Unix socket; one that an agent left behind is replaced, one that somebody still
-    /// listens on and what is no socket is not.
-    ///
-    /// # Errors
-    /// Somebody listens there, something else is there, or the folder cannot be written.
-    pub fn unix(path: &Path) -> std::io::Result<Self> {
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
-        // Connecting to a plain file is refused too, and an agent may run as root.
-        if std::fs::symlink_metadata(path).is_ok_and(|there| !there.file_type().is_socket()) {
-            return Err(std::io::Error::new(
-                std::io::ErrorKind::AlreadyExists,
-                "what is there is not a socket: name another path, or remove it",
-            ));
-        }
-        match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => {
-                return Err(std::io::Error::new(
-                    std::io::ErrorKind::AddrInUse,
-                    "another process listens on this socket",
-                ));
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path)?;
-            }
-            Err(_) => {}
-        }
-        UnixListener::bind(path).map(Self::Unix)
-    }
 }
 
 /// What calls are handed on to.
@@ -211,79 +118,6 @@ impl Front {
                 NetworkServiceEndpointRegistryServer::new(self).max_decoding_message_size(size),
             )
     }
-}
-
-/// Serves `routes` on `socket` until `shutdown` resolves.
-///
-/// # Errors
-/// The listener broke.
-pub async fn serve(
-    socket: Socket,
-    routes: Routes,
-    limits: &ListenerLimits,
-    shutdown: impl Future<Output = ()>,
-) -> Result<(), tonic::transport::Error> {
-    let incoming = Incoming::of(limits.clients.clone(), limits.messages.clone());
-    let router = Server::builder()
-        .layer(MapRequestLayer::new(move |request| {
-            incoming.charge(request)
-        }))
-        .max_concurrent_streams(limits.max_streams)
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .add_routes(routes);
-    let clients = limits.clients.clone();
-    match socket {
-        Socket::Unix(listener) => {
-            let incoming = paused_by_errors(UnixListenerStream::new(listener));
-            let incoming = incoming.filter_map(move |stream| {
-                let kept = |stream: UnixStream| {
-                    let origin = stream.process().origin();
-                    clients.keep(origin, stream)
-                };
-                stream.map(UnixStream::accepted).map(kept).transpose()
-            });
-            router
-                .serve_with_incoming_shutdown(incoming, shutdown)
-                .await
-        }
-        Socket::Tcp(listener) => {
-            // The builder's own `tcp_nodelay` does not reach sockets that come from outside.
-            let incoming = paused_by_errors(TcpListenerStream::new(listener));
-            let incoming = incoming.filter_map(move |stream| {
-                let kept = |stream: TcpStream| {
-                    // Gone already where it has no address.
-                    let address = stream.peer_addr().ok()?.ip().to_canonical();
-                    let _ = stream.set_nodelay(true);
-                    let origin = Origin::Address(address);
-                    clients.keep(origin, Coalesced::new(stream))
-                };
-                stream.map(kept).transpose()
-            });
-            router
-                .serve_with_incoming_shutdown(incoming, shutdown)
-                .await
-        }
-    }
-}
-
-/// What a listener accepts, with a pause after each failure.
-fn paused_by_errors<T>(
-    accepted: impl Stream<Item = std::io::Result<T>>,
-) -> impl Stream<Item = std::io::Result<T>> {
-    let failures = Occasional::default();
-    accepted.then(move |stream| {
-        let failures = failures.clone();
-        async move {
-            if let Err(error) = &stream {
-                if failures.is_due() {
-                    tracing::warn!(%error, "cannot accept connections: if files are too many, raise the agent's limit (ulimit -n)");
-                }
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-            stream
-        }
-    })
 }
 
 /// The caller of a request that came in by one of this node's sockets.
@@ -571,35 +405,6 @@ fn caller_timeout(metadata: &MetadataMap) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[tokio::test]
-    async fn a_left_socket_is_replaced_and_nothing_else() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("run/nsm.sock");
-        let socket = Socket::unix(&path).unwrap();
-        let error = Socket::unix(&path).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse, "{error}");
-        drop(socket);
-        drop(Socket::unix(&path).unwrap());
-
-        let file = folder.path().join("precious");
-        std::fs::write(&file, "data").unwrap();
-        let error = Socket::unix(&file).unwrap_err();
-        assert!(error.to_string().contains("not a socket"), "{error}");
-        assert_eq!(std::fs::read(&file).unwrap(), b"data");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_failure_to_accept_is_followed_by_a_pause() {
-        let outcomes = [Ok(1), Err(std::io::Error::from_raw_os_error(24)), Ok(2)];
-        let mut stream = Box::pin(paused_by_errors(tokio_stream::iter(outcomes)));
-        let start = Instant::now();
-        assert!(stream.next().await.is_some_and(|it| it.is_ok()));
-        assert_eq!(start.elapsed(), Duration::ZERO);
-        assert!(stream.next().await.is_some_and(|it| it.is_err()));
-        assert!(start.elapsed() >= ACCEPT_PAUSE);
-        assert!(stream.next().await.is_some_and(|it| it.is_ok()));
-    }
 
     #[test]
     fn a_grpc_timeout_is_read_and_a_bad_one_is_none() {

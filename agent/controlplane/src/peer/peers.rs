@@ -7,11 +7,11 @@ use std::{
         Arc, Mutex, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use nsm_core::{
-    identity::Process,
+    identity::{Process, SpiffeId},
     liveness::PathId,
     net::{PeerPlace, PeerUrl},
 };
@@ -32,8 +32,9 @@ use crate::{
     places::Place,
     sync::lock,
     transport::{
-        dial::{self, DialError},
+        dial::{self, DialError, Link, Rules},
         guard::DialGuard,
+        tls::{self, Tls},
         unix::{Descriptors, Passed},
     },
 };
@@ -104,6 +105,8 @@ pub struct PeerView {
     pub is_monitored: bool,
     /// Since when the stream is open or lost.
     pub since: Instant,
+    /// Who it is by the certificate that it has shown last; none in plain text.
+    pub spiffe_id: Option<SpiffeId>,
 }
 
 /// A next hop.
@@ -114,8 +117,9 @@ pub(crate) struct Peer {
     socket: Option<PassedSocket>,
     /// What the peer passes beside its answers, and what we pass it.
     pub(crate) descriptors: Arc<Descriptors>,
-    /// Another one after a failure: a channel may answer with the error of an earlier try to connect.
-    channel: Mutex<Arc<OnceCell<Channel>>>,
+    /// Another one after a failure: a channel may answer with the error of an earlier try to connect. Another one also before the
+    /// certificates of a TLS connection end.
+    link: Mutex<Arc<OnceCell<Link>>>,
     /// What came of the last calls.
     state: PeerState,
     users: Mutex<HashSet<String>>,
@@ -126,17 +130,14 @@ pub(crate) struct Peer {
     tunnel: Mutex<Option<PathId>>,
     max_message_bytes: usize,
     guard: Arc<DialGuard>,
+    tls: Option<Arc<Tls>>,
 }
 
 impl Peer {
-    /// The channel, dialled by the first caller. A caller that waits for another's attempt waits no
+    /// The link, dialled by the first caller. A caller that waits for another's attempt waits no
     /// longer than for its own, so that callers of a dead peer do not queue up behind each other.
-    async fn channel(
-        &self,
-        dial_timeout: Duration,
-        budget: Duration,
-    ) -> Result<Channel, RequestError> {
-        let place = Arc::clone(&lock(&self.channel));
+    async fn link(&self, dial_timeout: Duration, budget: Duration) -> Result<Link, RequestError> {
+        let place = self.place();
         // Boxed: dialling is rare, and its state would make every call's future larger.
         let dialling = place.get_or_try_init(|| Box::pin(self.dial(dial_timeout)));
         let dialled = match timeout(budget, dialling).await {
@@ -150,9 +151,27 @@ impl Peer {
         Ok(dialled?)
     }
 
+    /// Where the link is, or the next one will be.
+    fn place(&self) -> Arc<OnceCell<Link>> {
+        let mut place = lock(&self.link);
+        if place
+            .get()
+            .is_some_and(|link| link.is_spent(SystemTime::now()))
+        {
+            *place = Arc::default();
+        }
+        Arc::clone(&place)
+    }
+
+    /// Who it is by the certificate that it has shown last.
+    fn spiffe_id(&self) -> Option<SpiffeId> {
+        let session = lock(&self.link).get()?.session()?;
+        Some(session.peer().clone())
+    }
+
     /// Whether there is a channel, which was good when it was used last.
     pub(super) fn is_reached(&self) -> bool {
-        lock(&self.channel).initialized() && !self.state.is_unreached()
+        lock(&self.link).initialized() && !self.state.is_unreached()
     }
 
     /// Whether the last try to connect failed.
@@ -164,7 +183,7 @@ impl Peer {
     pub(crate) fn note<T>(&self, outcome: &Result<T, RequestError>) {
         let is_unreached = matches!(outcome, Err(RequestError::Dial(_)));
         if is_unreached {
-            *lock(&self.channel) = Arc::default();
+            *lock(&self.link) = Arc::default();
         }
         self.state.set_unreached(is_unreached);
         let is_doubtful = matches!(outcome, Err(error) if error.code() == Code::Unavailable)
@@ -172,10 +191,17 @@ impl Peer {
         self.state.set_doubtful(is_doubtful);
     }
 
-    async fn dial(&self, dial_timeout: Duration) -> Result<Channel, DialError> {
+    async fn dial(&self, dial_timeout: Duration) -> Result<Link, DialError> {
+        let guard = Some(&self.guard).filter(|guard| !guard.is_configured(&self.url));
+        let rules = Rules {
+            tls: self.tls.clone(),
+            guard: guard.cloned(),
+            is_once: true,
+        };
         match &self.socket {
             Some(socket) => {
                 let dialed = dial::dial_passed(
+                    rules,
                     &socket.socket,
                     socket.registrant,
                     &self.url,
@@ -184,10 +210,7 @@ impl Peer {
                 );
                 dialed.await
             }
-            None => {
-                let guard = Some(&self.guard).filter(|guard| !guard.is_configured(&self.url));
-                dial::dial_guarded(&self.url, &self.descriptors, guard, dial_timeout).await
-            }
+            None => dial::dial_by(rules, &self.url, &self.descriptors, dial_timeout).await,
         }
     }
 
@@ -295,6 +318,7 @@ pub(crate) struct Peers {
     max_message_bytes: usize,
     tokens: Arc<TokenSource>,
     guard: Arc<DialGuard>,
+    tls: Option<Arc<Tls>>,
 }
 
 impl Peers {
@@ -311,7 +335,14 @@ impl Peers {
             max_message_bytes,
             tokens,
             guard: Arc::default(),
+            tls: None,
         }
+    }
+
+    /// Speaks TLS with every peer; plain text without.
+    pub(crate) fn secured_by(mut self, tls: Option<Arc<Tls>>) -> Self {
+        self.tls = tls;
+        self
     }
 
     /// Dials only what this guard admits.
@@ -370,7 +401,7 @@ impl Peers {
             url: url.clone(),
             socket,
             descriptors: Arc::default(),
-            channel: Mutex::default(),
+            link: Mutex::default(),
             state: PeerState::default(),
             users: Mutex::default(),
             monitor: Mutex::new(Monitor {
@@ -381,6 +412,7 @@ impl Peers {
             tunnel: Mutex::default(),
             max_message_bytes: self.max_message_bytes,
             guard: Arc::clone(&self.guard),
+            tls: self.tls.clone(),
         })
     }
 
@@ -395,6 +427,7 @@ impl Peers {
                 connections,
                 is_monitored: monitor.is_running(),
                 since: monitor.since,
+                spiffe_id: peer.spiffe_id(),
             }
         });
         views.filter(|view| view.connections > 0).collect()
@@ -406,14 +439,14 @@ impl Peers {
         all
     }
 
-    pub(super) async fn channel_of(
+    pub(super) async fn link_to(
         &self,
         peer: &Peer,
         deadline: Instant,
-    ) -> Result<Channel, RequestError> {
+    ) -> Result<Link, RequestError> {
         let left = deadline.saturating_duration_since(Instant::now());
         let budget = self.dial_timeout.min(left);
-        peer.channel(self.dial_timeout, budget).await
+        peer.link(self.dial_timeout, budget).await
     }
 
     /// Sends a Request to the peer.
@@ -435,10 +468,10 @@ impl Peers {
         request: NetworkServiceRequest,
         deadline: Instant,
     ) -> Result<Connection, RequestError> {
-        let channel = self.channel_of(peer, deadline).await?;
-        let mut client =
-            NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
-        let request = self.outgoing(request, Some(deadline));
+        let link = self.link_to(peer, deadline).await?;
+        let request = self.outgoing(&link, request, Some(deadline));
+        let mut client = NetworkServiceClient::new(link.channel)
+            .max_decoding_message_size(peer.max_message_bytes);
         let response = call(
             &peer.url,
             "Request",
@@ -468,10 +501,10 @@ impl Peers {
         connection: Connection,
         deadline: Instant,
     ) -> Result<(), RequestError> {
-        let channel = self.channel_of(peer, deadline).await?;
-        let mut client =
-            NetworkServiceClient::new(channel).max_decoding_message_size(peer.max_message_bytes);
-        let request = self.outgoing(connection, Some(deadline));
+        let link = self.link_to(peer, deadline).await?;
+        let request = self.outgoing(&link, connection, Some(deadline));
+        let mut client = NetworkServiceClient::new(link.channel)
+            .max_decoding_message_size(peer.max_message_bytes);
         call(
             &peer.url,
             "Close",
@@ -482,17 +515,24 @@ impl Peers {
         Ok(())
     }
 
-    /// A monitor client of the peer.
+    /// A monitor client of the peer, and the link that it uses.
     pub(crate) async fn monitor(
         &self,
         peer: &Peer,
-    ) -> Result<MonitorConnectionClient<Channel>, RequestError> {
-        let channel = peer.channel(self.dial_timeout, self.dial_timeout).await?;
-        Ok(MonitorConnectionClient::new(channel).max_decoding_message_size(peer.max_message_bytes))
+    ) -> Result<(MonitorConnectionClient<Channel>, Link), RequestError> {
+        let link = peer.link(self.dial_timeout, self.dial_timeout).await?;
+        let client = MonitorConnectionClient::new(link.channel.clone());
+        let client = client.max_decoding_message_size(peer.max_message_bytes);
+        Ok((client, link))
     }
 
-    /// A message with our token, and with what is left of the time as its gRPC timeout.
-    pub(crate) fn outgoing<T>(&self, message: T, deadline: Option<Instant>) -> Request<T> {
+    /// A message with our token for who is at the other end of `link`, and with what is left of the time as its gRPC timeout.
+    pub(crate) fn outgoing<T>(
+        &self,
+        _link: &Link,
+        message: T,
+        deadline: Option<Instant>,
+    ) -> Request<T> {
         let mut request = Request::new(message);
         self.tokens.apply(request.metadata_mut());
         if let Some(deadline) = deadline {
@@ -556,7 +596,8 @@ pub(crate) async fn call<T>(
 /// The peer's status as our error. Tonic reports a broken transport as `Unknown`, and one that broke under the call as `Cancelled`: our
 /// caller must get that the peer could not be reached.
 pub(crate) fn refused(url: &PeerUrl, method: &'static str, status: &Status) -> RequestError {
-    let cause = root_cause(status);
+    let alert = tls::alert(status).map(|alert| alert.to_string());
+    let cause = alert.or_else(|| root_cause(status));
     if let (true, Some(cause)) = (dial::is_unsent(status), &cause) {
         let (url, cause) = (url.clone(), cause.clone());
         return DialError::Connect { url, cause }.into();

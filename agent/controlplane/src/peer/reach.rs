@@ -5,16 +5,18 @@ use std::sync::Arc;
 
 use nsm_core::net::PeerUrl;
 use tokio::time::Instant;
-use tonic::transport::Channel;
 
 use super::peers::{Peer, Peers};
 use crate::{
     error::RequestError,
-    transport::{dial::DialError, stagger},
+    transport::{
+        dial::{DialError, Link},
+        stagger,
+    },
 };
 
 impl Peers {
-    /// A channel to the first of `urls` that takes the connection, and which that is.
+    /// A link to the first of `urls` that takes the connection, and which that is.
     ///
     /// # Errors
     /// None takes it: why, of each.
@@ -22,12 +24,12 @@ impl Peers {
         &self,
         urls: &[PeerUrl],
         deadline: Instant,
-    ) -> Result<(Arc<Peer>, Channel), RequestError> {
+    ) -> Result<(Arc<Peer>, Link), RequestError> {
         let mut peers: Vec<Arc<Peer>> = urls.iter().map(|url| self.get(url)).collect();
         peers.sort_by_key(|peer| (peer.is_unreached(), !peer.is_reached()));
         let attempts = peers.into_iter().map(|peer| async move {
-            let channel = self.channel_of(&peer, deadline).await?;
-            Ok::<_, RequestError>((peer, channel))
+            let link = self.link_to(&peer, deadline).await?;
+            Ok::<_, RequestError>((peer, link))
         });
         stagger::first(attempts)
             .await

@@ -91,8 +91,8 @@ async fn follow(
         }],
         network_services: Vec::new(),
     };
-    let mut client = peers.monitor(peer).await?;
-    let mut request = peers.outgoing(selector, None);
+    let (mut client, link) = peers.monitor(peer).await?;
+    let mut request = peers.outgoing(&link, selector, None);
     let yes = MetadataValue::from_static("true");
     request.metadata_mut().insert(SKIP_ANSWERED, yes);
     let mut events = client.monitor_connections(request).await?.into_inner();

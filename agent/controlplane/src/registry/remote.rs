@@ -7,12 +7,13 @@ use nsm_core::net::PeerUrl;
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Code, Request, Response, Status, Streaming, transport::Channel};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{Asker, DomainRegistry, Entries, Events, Terms, entry::Event, wire::Wire};
 use crate::{
     error::RequestError,
     peer::peers::{Peer, Peers, call, refused},
+    transport::dial::Link,
 };
 
 /// A registry behind one URL or several. Cheap to make; its HTTP/2 connections are those of the agent's peers.
@@ -32,12 +33,12 @@ impl Remote {
         }
     }
 
-    /// A channel to the first of `urls` that takes the connection.
+    /// A link to the first of `urls` that takes the connection.
     async fn reached(
         &self,
         urls: &[PeerUrl],
         deadline: Instant,
-    ) -> Result<(Arc<Peer>, Channel), RequestError> {
+    ) -> Result<(Arc<Peer>, Link), RequestError> {
         if urls.is_empty() {
             return Err(RequestError::Missing("registry address"));
         }
@@ -50,15 +51,15 @@ impl Remote {
         &self,
         method: &'static str,
         deadline: Instant,
-        send: impl Fn(Channel) -> F + Send + Sync,
+        send: impl Fn(Link) -> F + Send + Sync,
     ) -> Result<T, RequestError>
     where
         F: Future<Output = Result<Response<T>, Status>> + Send,
     {
         let mut may_repeat = true;
         loop {
-            let (peer, channel) = self.reached(&self.urls, deadline).await?;
-            let outcome = call(&peer.url, method, deadline, send(channel)).await;
+            let (peer, link) = self.reached(&self.urls, deadline).await?;
+            let outcome = call(&peer.url, method, deadline, send(link)).await;
             peer.note(&outcome);
             match outcome {
                 Err(RequestError::Dial(_)) if may_repeat => may_repeat = false,
@@ -67,8 +68,9 @@ impl Remote {
         }
     }
 
-    fn outgoing<T>(&self, message: T, terms: Terms) -> Request<T> {
-        let mut request = self.peers.outgoing(message, Some(terms.deadline));
+    fn outgoing<T>(&self, link: &Link, message: T, terms: Terms) -> Request<T> {
+        let deadline = Some(terms.deadline);
+        let mut request = self.peers.outgoing(link, message, deadline);
         if let Some(owner) = terms.owner {
             owner.apply(request.metadata_mut());
         }
@@ -78,12 +80,14 @@ impl Remote {
     async fn find_at<E: Wire>(
         &self,
         peer: &Peer,
-        channel: Channel,
+        link: Link,
         query: E,
         deadline: Instant,
     ) -> Result<Events<E>, RequestError> {
-        let request = self.peers.outgoing(query.into_query(false), Some(deadline));
-        let answer = call(&peer.url, E::FIND, deadline, E::find(channel, request)).await;
+        let query = query.into_query(false);
+        let request = self.peers.outgoing(&link, query, Some(deadline));
+        let find = E::find(link.channel, request);
+        let answer = call(&peer.url, E::FIND, deadline, find).await;
         peer.note(&answer);
         let source = Source {
             url: peer.url.clone(),
@@ -107,13 +111,18 @@ impl DomainRegistry for Remote {
 #[tonic::async_trait]
 impl<E: Wire> Entries<E> for Remote {
     async fn register(&self, entry: E, terms: Terms) -> Result<E, RequestError> {
-        let register = |channel| E::register(channel, self.outgoing(entry.clone(), terms.clone()));
+        let register = |link: Link| {
+            let request = self.outgoing(&link, entry.clone(), terms.clone());
+            E::register(link.channel, request)
+        };
         self.called("Register", terms.deadline, register).await
     }
 
     async fn unregister(&self, entry: E, terms: Terms) -> Result<(), RequestError> {
-        let unregister =
-            |channel| E::unregister(channel, self.outgoing(entry.clone(), terms.clone()));
+        let unregister = |link: Link| {
+            let request = self.outgoing(&link, entry.clone(), terms.clone());
+            E::unregister(link.channel, request)
+        };
         self.called("Unregister", terms.deadline, unregister).await
     }
 
@@ -121,8 +130,8 @@ impl<E: Wire> Entries<E> for Remote {
         let mut left = self.urls.clone();
         let mut may_repeat = true;
         loop {
-            let (peer, channel) = self.reached(&left, deadline).await?;
-            let found = self.find_at(&peer, channel, query.clone(), deadline).await;
+            let (peer, link) = self.reached(&left, deadline).await?;
+            let found = self.find_at(&peer, link, query.clone(), deadline).await;
             match found {
                 // The channel's error may be an old one.
                 Err(RequestError::Dial(_)) if may_repeat => may_repeat = false,
@@ -138,14 +147,14 @@ impl<E: Wire> Entries<E> for Remote {
     /// A registry may send no headers before the first entry (gRPC for Go does so). The call is therefore made by the first poll of
     /// the stream.
     async fn watch(&self, query: E, asker: Asker) -> Result<Events<E>, RequestError> {
-        let (peer, channel) = self.reached(&self.urls, asker.deadline).await?;
-        let request = self.peers.outgoing(query.into_query(true), None);
+        let (peer, link) = self.reached(&self.urls, asker.deadline).await?;
+        let request = self.peers.outgoing(&link, query.into_query(true), None);
         let source = Source {
             url: peer.url.clone(),
             deadline: None,
             began: Instant::now(),
         };
-        let answer = E::find(channel, request).map(|answer| match answer {
+        let answer = E::find(link.channel, request).map(|answer| match answer {
             Ok(answer) => Ok(source.events(answer.into_inner())),
             Err(status) => Err(refused(&source.url, E::FIND, &status)),
         });

@@ -25,7 +25,7 @@ use super::{
     remote::Remote,
 };
 use crate::{
-    api::server::{ListenerLimits, Socket, serve},
+    api::listener::{ListenerLimits, Socket, serve},
     identity::{gate::Gate, token::TokenSource},
     liveness::Reachability,
     peer::peers::Peers,
@@ -164,6 +164,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         dial_inside: Vec::new(),
         peer_ports: Vec::new(),
         client_info: Default::default(),
+        tls: None,
     };
     let plane = ControlPlane::start(
         settings,
@@ -179,6 +180,7 @@ async fn serving(memory: &Memory) -> (ControlPlane, PeerUrl) {
         messages: budget.messages,
         max_message_bytes: 1 << 20,
         max_streams: 100,
+        tls: None,
     };
     let socket = Socket::tcp(SocketAddr::from(([127, 0, 0, 1], 0))).await;
     let socket = socket.unwrap();

@@ -4,6 +4,7 @@
 //! outside, so that links, peers and the administrator's socket have the other half; [`crate::places`] says who has which part of these.
 
 use std::{
+    fmt,
     io::{self, IoSlice},
     net::IpAddr,
     pin::Pin,
@@ -33,6 +34,16 @@ pub(crate) enum Origin {
     Process(Option<u32>, Option<NetnsCookie>),
     /// An address of the network.
     Address(IpAddr),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(Some(user), _) => write!(f, "user {user} of this node"),
+            Self::Process(None, _) => f.write_str("a process of this node"),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
 }
 
 /// The connections of some listeners together. Clones count together.
@@ -73,15 +84,35 @@ impl Clients {
         }
     }
 
-    /// A connection that was accepted, unless there is no place for it.
-    pub(crate) fn keep<S>(&self, origin: Origin, stream: S) -> Option<Kept<S>> {
-        Some(Kept {
-            _place: self.places.take(self.holder(Some(origin)), 1).ok()?,
-            origin,
+    /// A place for a connection that was accepted, unless there is none.
+    pub(crate) fn admit(&self, origin: Origin) -> Option<Admitted> {
+        let place = self.places.take(self.holder(Some(origin)), 1).ok()?;
+        Some(Admitted { place, origin })
+    }
+}
+
+/// A place for a connection.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    place: Place,
+    origin: Origin,
+}
+
+impl Admitted {
+    /// Where the connection comes from.
+    pub(crate) const fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    /// The connection in its place; HTTP/2 must begin on it soon.
+    pub(crate) fn keep<S>(self, stream: S) -> Kept<S> {
+        Kept {
             stream,
+            origin: self.origin,
+            _place: self.place,
             received: 0,
             opening: Some(Box::pin(sleep(OPENING))),
-        })
+        }
     }
 }
 
@@ -193,7 +224,7 @@ mod tests {
     #[tokio::test]
     async fn an_nsmgr_of_ours_has_more_than_a_stranger() {
         let clients = clients(64, 1);
-        let kept = |origin| clients.keep(origin, tokio::io::empty());
+        let kept = |origin| Some(clients.admit(origin)?.keep(tokio::io::empty()));
         let _ours = [(); 5].map(|()| kept(address(1)).unwrap());
         for origin in [address(2), user(1)] {
             let first = kept(origin).unwrap();
@@ -202,15 +233,15 @@ mod tests {
             kept(origin).unwrap();
         }
         let apart = Clients::of_our_own(Budget::new(&Limits::wide()).clients_apart(2));
-        let _both = [(); 2].map(|()| apart.keep(user(1), tokio::io::empty()).unwrap());
-        assert!(apart.keep(user(2), tokio::io::empty()).is_none());
+        let _both = [(); 2].map(|()| apart.admit(user(1)).unwrap());
+        assert!(apart.admit(user(2)).is_none());
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_does_not_begin_ends_and_what_has_begun_does_not() {
         let clients = clients(8, 8);
         let (mut silent, far) = tokio::io::duplex(64);
-        let mut kept = clients.keep(user(1), far).unwrap();
+        let mut kept = clients.admit(user(1)).unwrap().keep(far);
         // A byte is no beginning.
         silent.write_all(b"P").await.unwrap();
         assert_eq!(kept.read_u8().await.unwrap(), b'P');
@@ -218,7 +249,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
 
         let (mut client, far) = tokio::io::duplex(64);
-        let mut kept = clients.keep(user(1), far).unwrap();
+        let mut kept = clients.admit(user(1)).unwrap().keep(far);
         client.write_all(&[7; PREFACE]).await.unwrap();
         kept.read_exact(&mut [0; PREFACE]).await.unwrap();
         let later = async {

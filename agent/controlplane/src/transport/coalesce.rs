@@ -37,6 +37,8 @@ pub(crate) struct Coalesced<S> {
     turn: Turn,
     /// Flushes that have waited since the buffer was empty.
     waited: u8,
+    /// Whether writes go out as they come.
+    is_direct: bool,
 }
 
 /// What has happened since the last flush.
@@ -59,6 +61,15 @@ impl<S> Coalesced<S> {
             sent: 0,
             turn: Turn::Flushed,
             waited: 0,
+            is_direct: false,
+        }
+    }
+
+    /// Lets each write to `socket` go out as it comes: on a unix socket in plain text a write is cheap, and nothing waits for another.
+    pub(crate) fn direct(socket: S) -> Self {
+        Self {
+            is_direct: true,
+            ..Self::new(socket)
         }
     }
 
@@ -117,7 +128,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Coalesced<S> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        if !ready!(self.poll_room(context, bytes.len()))? {
+        if self.is_direct || !ready!(self.poll_room(context, bytes.len()))? {
             return Pin::new(&mut self.socket).poll_write(context, bytes);
         }
         self.buffer.extend_from_slice(bytes);
@@ -131,7 +142,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Coalesced<S> {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let length = slices.iter().map(|slice| slice.len()).sum();
-        if !ready!(self.poll_room(context, length))? {
+        if self.is_direct || !ready!(self.poll_room(context, length))? {
             return Pin::new(&mut self.socket).poll_write_vectored(context, slices);
         }
         for slice in slices {

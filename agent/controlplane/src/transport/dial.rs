@@ -9,8 +9,11 @@ use std::{
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
 };
 
 use http::uri::{Authority, Uri};
@@ -20,14 +23,22 @@ use nsm_core::{
     net::{PeerPlace, PeerUrl, PeerUrlError},
 };
 use socket2::TcpKeepalive;
-use tokio::net::{TcpSocket, TcpStream, lookup_host};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpSocket, TcpStream, lookup_host},
+};
 use tonic::transport::{Channel, Endpoint};
 
-use crate::transport::{
-    coalesce::Coalesced,
-    guard::DialGuard,
-    stagger,
-    unix::{Descriptors, Passed, UnixStream},
+use crate::{
+    identity::session::Session,
+    sync::lock,
+    transport::{
+        coalesce::Coalesced,
+        guard::DialGuard,
+        stagger,
+        tls::{self, Secured, Tls},
+        unix::{Descriptors, Passed, UnixStream},
+    },
 };
 
 /// How long a TCP connection may be silent before the kernel probes it. A peer that
@@ -86,17 +97,113 @@ pub enum DialError {
 /// What a Unix connection's HTTP/2 requests call the other end, as gRPC does.
 const UNIX_AUTHORITY: &str = "http://localhost";
 
-/// Connects to `url` within `dial_timeout`.
+/// A connection to a peer.
+#[derive(Debug, Clone)]
+pub struct Link {
+    /// What calls go over.
+    pub channel: Channel,
+    state: Arc<LinkState>,
+}
+
+/// What is known of the stream below a channel.
+#[derive(Debug, Default)]
+struct LinkState {
+    /// Of the stream that was made last; none in plain text.
+    session: Mutex<Option<Arc<Session>>>,
+    /// Whether the stream in TLS is gone.
+    ended: Arc<AtomicBool>,
+}
+
+impl Link {
+    /// What both ends have shown each other; none in plain text.
+    #[must_use]
+    pub fn session(&self) -> Option<Arc<Session>> {
+        lock(&self.state.session).clone()
+    }
+
+    /// Whether the next call needs another link: this one's TLS connection has ended, or its certificates soon will.
+    #[must_use]
+    pub fn is_spent(&self, now: SystemTime) -> bool {
+        match &*lock(&self.state.session) {
+            Some(session) => self.state.ended.load(Ordering::Relaxed) || session.is_due(now),
+            None => false,
+        }
+    }
+}
+
+/// How the streams of a channel are made.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Rules {
+    /// What each stream is secured with; none is plain text.
+    pub(crate) tls: Option<Arc<Tls>>,
+    /// What admits the addresses that are connected to; none admits all.
+    pub(crate) guard: Option<Arc<DialGuard>>,
+    /// Whether a channel in TLS has one connection in its life: what is signed for a call must fit the certificates that the call goes
+    /// by, and a channel that connects again would show others.
+    pub(crate) is_once: bool,
+}
+
+/// Makes the streams of one channel.
+#[derive(Debug, Clone)]
+struct Maker {
+    rules: Rules,
+    /// What is dialled, as logs name it.
+    peer: Arc<str>,
+    state: Arc<LinkState>,
+}
+
+impl Maker {
+    fn new(rules: Rules, url: &PeerUrl) -> Self {
+        Self {
+            rules,
+            peer: url.to_string().into(),
+            state: Arc::default(),
+        }
+    }
+
+    /// A stream, secured where it has to be.
+    async fn secure<S>(&self, stream: S) -> io::Result<Secured<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let secured = tls::dialled(self.rules.tls.as_deref(), stream, &self.peer).await?;
+        let Some(session) = secured.session() else {
+            return Ok(secured);
+        };
+        *lock(&self.state.session) = Some(Arc::clone(session));
+        self.state.ended.store(false, Ordering::Relaxed);
+        Ok(secured.noting_its_end(Arc::clone(&self.state.ended)))
+    }
+
+    /// Whether another stream may be made.
+    fn check(&self) -> io::Result<()> {
+        if self.rules.is_once && lock(&self.state.session).is_some() {
+            let what = "the TLS connection has ended; the next call makes another";
+            return Err(io::Error::new(io::ErrorKind::NotConnected, what));
+        }
+        Ok(())
+    }
+
+    fn link(self, channel: Channel) -> Link {
+        Link {
+            channel,
+            state: self.state,
+        }
+    }
+}
+
+/// Connects to `url` in plain text within `dial_timeout`.
 ///
 /// # Errors
 ///
 /// The peer cannot be connected to in time.
 pub async fn dial(url: &PeerUrl, dial_timeout: Duration) -> Result<Channel, DialError> {
-    dial_with(url, &Arc::default(), dial_timeout).await
+    let link = dial_with(url, &Arc::default(), None, dial_timeout).await?;
+    Ok(link.channel)
 }
 
-/// Connects to `url` within `dial_timeout`; descriptors travel beside the calls by way of `descriptors`,
-/// where the connection can carry any.
+/// Connects to `url` within `dial_timeout`, by `tls` where there is any; descriptors travel beside the calls by way of `descriptors`,
+/// where the connection can carry any. The link connects again by itself.
 ///
 /// # Errors
 ///
@@ -104,28 +211,33 @@ pub async fn dial(url: &PeerUrl, dial_timeout: Duration) -> Result<Channel, Dial
 pub async fn dial_with(
     url: &PeerUrl,
     descriptors: &Arc<Descriptors>,
+    tls: Option<&Arc<Tls>>,
     dial_timeout: Duration,
-) -> Result<Channel, DialError> {
-    dial_guarded(url, descriptors, None, dial_timeout).await
+) -> Result<Link, DialError> {
+    let rules = Rules {
+        tls: tls.cloned(),
+        ..Rules::default()
+    };
+    dial_by(rules, url, descriptors, dial_timeout).await
 }
 
-/// As [`dial_with`]; with a guard, what it does not admit is not connected to.
+/// As [`dial_with`], by rules.
 ///
 /// # Errors
 ///
 /// The peer cannot be connected to in time, or the guard does not admit where it is.
-pub(crate) async fn dial_guarded(
+pub(crate) async fn dial_by(
+    rules: Rules,
     url: &PeerUrl,
     descriptors: &Arc<Descriptors>,
-    guard: Option<&Arc<DialGuard>>,
     dial_timeout: Duration,
-) -> Result<Channel, DialError> {
+) -> Result<Link, DialError> {
     match url.place() {
         PeerPlace::Unix(path) => {
             let peer = UnixPeer::At(path.clone());
-            dial_unix(peer, descriptors, url, dial_timeout).await
+            dial_unix(rules, peer, descriptors, url, dial_timeout).await
         }
-        PeerPlace::Tcp { host, port } => dial_tcp(url, (host, *port), guard, dial_timeout).await,
+        PeerPlace::Tcp { host, port } => dial_tcp(rules, url, (host, *port), dial_timeout).await,
         PeerPlace::Passed { .. } => Err(DialError::Released(url.clone())),
     }
 }
@@ -135,22 +247,23 @@ pub(crate) async fn dial_guarded(
 /// Where there is a `registrant`, it or one of its pod must listen there. The agent may connect to sockets that the registrant may not,
 /// and a descriptor shows only that its file could be looked up; the agent's own socket could be passed, too.
 pub(crate) async fn dial_passed(
+    rules: Rules,
     socket: &Passed,
     registrant: Option<Process>,
     url: &PeerUrl,
     descriptors: &Arc<Descriptors>,
     dial_timeout: Duration,
-) -> Result<Channel, DialError> {
+) -> Result<Link, DialError> {
     let peer = UnixPeer::Passed(socket.clone(), registrant);
-    dial_unix(peer, descriptors, url, dial_timeout).await
+    dial_unix(rules, peer, descriptors, url, dial_timeout).await
 }
 
 async fn dial_tcp(
+    rules: Rules,
     url: &PeerUrl,
     (host, port): (&str, u16),
-    guard: Option<&Arc<DialGuard>>,
     dial_timeout: Duration,
-) -> Result<Channel, DialError> {
+) -> Result<Link, DialError> {
     let authority = match host.contains(':') {
         true => format!("[{host}]:{port}"),
         false => format!("{host}:{port}"),
@@ -161,10 +274,13 @@ async fn dial_tcp(
         cause: root_cause(&error),
     })?;
     let endpoint = endpoint.connect_timeout(dial_timeout);
-    let guard = guard.cloned();
-    let connect = move |uri| connect_tcp(uri, guard.clone());
-    let connecting = endpoint.connect_with_connector(tower::service_fn(connect));
-    in_time(url, dial_timeout, connecting).await
+    let maker = Maker::new(rules, url);
+    let connecting = endpoint.connect_with_connector(tower::service_fn({
+        let maker = maker.clone();
+        move |uri| connect_tcp(uri, maker.clone())
+    }));
+    let channel = in_time(url, dial_timeout, connecting).await?;
+    Ok(maker.link(channel))
 }
 
 /// A socket to connect to, and to connect to again.
@@ -197,22 +313,30 @@ impl UnixPeer {
 }
 
 async fn dial_unix(
+    rules: Rules,
     peer: UnixPeer,
     descriptors: &Arc<Descriptors>,
     url: &PeerUrl,
     dial_timeout: Duration,
-) -> Result<Channel, DialError> {
-    let descriptors = Arc::clone(descriptors);
+) -> Result<Link, DialError> {
+    let maker = Maker::new(rules, url);
+    let (making, descriptors) = (maker.clone(), Arc::clone(descriptors));
     let connector = tower::service_fn(move |_: Uri| {
-        let (peer, descriptors) = (peer.clone(), Arc::clone(&descriptors));
+        let (peer, descriptors, maker) = (peer.clone(), Arc::clone(&descriptors), making.clone());
         async move {
+            maker.check()?;
             let stream = peer.connect(descriptors).await?;
-            Ok::<_, io::Error>(TokioIo::new(stream))
+            let stream = maker.secure(stream).await?;
+            Ok::<_, io::Error>(TokioIo::new(match stream.session() {
+                Some(_) => Coalesced::new(stream),
+                None => Coalesced::direct(stream),
+            }))
         }
     });
     let endpoint = Endpoint::from_static(UNIX_AUTHORITY).connect_timeout(dial_timeout);
     let connecting = endpoint.connect_with_connector(connector);
-    in_time(url, dial_timeout, connecting).await
+    let channel = in_time(url, dial_timeout, connecting).await?;
+    Ok(maker.link(channel))
 }
 
 async fn in_time(
@@ -234,12 +358,10 @@ async fn in_time(
 }
 
 /// A TCP connection on which a dead peer is noticed by the kernel.
-async fn connect_tcp(
-    uri: Uri,
-    guard: Option<Arc<DialGuard>>,
-) -> io::Result<TokioIo<Coalesced<TcpStream>>> {
+async fn connect_tcp(uri: Uri, maker: Maker) -> io::Result<TokioIo<Coalesced<Secured<TcpStream>>>> {
+    maker.check()?;
     let authority = uri.authority().map(Authority::as_str).unwrap_or_default();
-    let stream = connect_to_one(authority, guard.as_deref()).await?;
+    let stream = connect_to_one(authority, maker.rules.guard.as_deref()).await?;
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(&stream);
     socket.set_tcp_keepalive(
@@ -249,7 +371,7 @@ async fn connect_tcp(
             .with_retries(PROBES),
     )?;
     socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
-    Ok(TokioIo::new(Coalesced::new(stream)))
+    Ok(TokioIo::new(Coalesced::new(maker.secure(stream).await?)))
 }
 
 /// Connects to the first of a name's addresses that takes the connection. A segment's size is a matter of the handshake, so it is

@@ -6,4 +6,5 @@ pub mod dial;
 pub(crate) mod guard;
 pub(crate) mod incoming;
 pub(crate) mod stagger;
+pub mod tls;
 pub mod unix;

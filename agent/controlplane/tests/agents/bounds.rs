@@ -174,8 +174,9 @@ async fn sockets_that_are_passed_count_as_open_files() {
     let [agent] = world.agents();
     let descriptors = Arc::<Descriptors>::default();
     let url = agent.node_url.parse().expect("a URL");
-    let dialled = dial_with(&url, &descriptors, Duration::from_secs(5)).await;
-    let mut endpoints = NetworkServiceEndpointRegistryClient::new(dialled.expect("the agent"));
+    let dialled = dial_with(&url, &descriptors, None, Duration::from_secs(5)).await;
+    let mut endpoints =
+        NetworkServiceEndpointRegistryClient::new(dialled.expect("the agent").channel);
     let mut sockets = Vec::new();
     let status: Status = loop {
         assert!(sockets.len() < 50, "no limit");

@@ -133,8 +133,8 @@ async fn the_attacker() {
     );
     let descriptors = Arc::<Descriptors>::default();
     let url = agent.parse().expect("a URL");
-    let dialled = dial_with(&url, &descriptors, Duration::from_secs(5)).await;
-    let channel = dialled.expect("the agent's socket is open to all");
+    let dialled = dial_with(&url, &descriptors, None, Duration::from_secs(5)).await;
+    let channel = dialled.expect("the agent's socket is open to all").channel;
     let registered = register(&channel, format!("unix://{victim}")).await;
     println!("registers its path: {registered}");
     // O_PATH asks for no right of the file's.

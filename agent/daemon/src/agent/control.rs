@@ -13,6 +13,7 @@ use nsm_controlplane::{
         backend::Backend,
         memory::{self, Memory},
     },
+    transport::tls::Tls,
 };
 use nsm_core::{
     identity::{relay::Relays, share::Limit},
@@ -34,6 +35,7 @@ const USUAL_OPEN_FILES: u64 = 1024;
 pub(crate) fn build(
     config: &Config,
     forwarder: Option<&Arc<NodeForwarder>>,
+    tls: Option<Arc<Tls>>,
 ) -> anyhow::Result<ControlPlane> {
     let budget = Budget::new(&limits(config));
     let registry = match &config.registry_url {
@@ -58,6 +60,7 @@ pub(crate) fn build(
         dial_inside: config.dial_inside.clone(),
         peer_ports: config.tunnel.peer_ports.clone(),
         client_info: config.client_info.labels(),
+        tls,
     };
     Ok(ControlPlane::start(
         settings,

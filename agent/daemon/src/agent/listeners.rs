@@ -1,12 +1,18 @@
 //! The agent's sockets and the servers behind them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 use nsm_controlplane::{
-    api::server::{Front, ListenerLimits, Socket, serve},
+    api::{
+        listener::{ListenerLimits, Socket, serve},
+        server::Front,
+    },
     places::Budget,
-    transport::clients::Clients,
+    transport::{clients::Clients, tls::Tls},
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tonic::service::Routes;
@@ -41,8 +47,9 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    /// Binds all sockets; a taken port or path fails at once.
+    /// Binds all sockets, unless the agent would be open to the network without being told so; a taken port or path fails at once.
     pub(crate) async fn bind(config: &Config) -> anyhow::Result<Self> {
+        config.check_openness()?;
         let listen = &config.listen;
         let mut files = Vec::new();
         let nsmgr = match config.upstream_nsmgr_url {
@@ -86,7 +93,12 @@ pub(crate) struct Listeners {
 }
 
 impl Listeners {
-    pub(crate) fn new(config: &Config, budget: &Budget, readiness: Readiness) -> Self {
+    pub(crate) fn new(
+        config: &Config,
+        tls: Option<Arc<Tls>>,
+        budget: &Budget,
+        readiness: Readiness,
+    ) -> Self {
         Self {
             servers: JoinSet::new(),
             budget: budget.clone(),
@@ -95,6 +107,7 @@ impl Listeners {
                 messages: budget.messages.clone(),
                 max_message_bytes: config.limits.max_message_bytes,
                 max_streams: config.limits.max_streams_per_client,
+                tls,
             },
             readiness,
             stop: watch::channel(false).0,
@@ -127,10 +140,12 @@ impl Listeners {
         Ok(())
     }
 
-    /// Serves the administrators of the node, whose connections count apart: nobody else's take their place.
+    /// Serves the administrators of the node, whose connections count apart: nobody else's take their place. The kernel proves who they
+    /// are, so that there is no TLS.
     pub(crate) fn serve_admin(&mut self, name: &'static str, socket: Socket, routes: Routes) {
         let limits = ListenerLimits {
             clients: Clients::of_our_own(self.budget.clients_apart(ADMIN_CLIENTS)),
+            tls: None,
             ..self.limits.clone()
         };
         self.serve(name, socket, routes, limits);

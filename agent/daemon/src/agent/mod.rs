@@ -5,6 +5,7 @@ pub(crate) mod cluster;
 pub(crate) mod control;
 pub(crate) mod forwarder;
 pub(crate) mod hooks;
+pub(crate) mod identity;
 pub(crate) mod ip_map;
 pub(crate) mod listeners;
 mod namespaces;

@@ -13,6 +13,7 @@ use std::{
 use ipnet::IpNet;
 use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
+    identity::TrustDomain,
     link::admission::{cluster_domains, private_ranges},
     net::{IfName, PeerUrl, Vni},
     nsm::name::Domain,
@@ -59,6 +60,10 @@ Config {
     /// Ranges of loopback, link-local and own addresses that are dialled although DNS or other domains named them; the configured URLs
     /// and hosts need none
     dial_inside: Vec<IpNet> = Vec::new() => prefix().list();
+    /// Who this agent is in mutual TLS, and whom it believes: SPIFFE's Workload API, or PEM files
+    identity: Identity = Identity::default() => Section;
+    /// Whether this agent speaks plain text with everybody: who reaches it may then ask, register and monitor in anybody's name
+    insecure: bool = false => boolean();
     /// Whether this agent makes links on this node
     forwarder: bool = true => boolean();
     /// Whether root of the node may have links in the node's own network namespace; other callers may not in any case
@@ -114,6 +119,20 @@ Listen {
     admin: ListenUrl = unix("/run/proxy-nsmgr/admin.sock") => socket("the admin API is for this machine only");
     /// Where Prometheus scrapes metrics; on loopback by default, because ids and peers of connections are not public
     metrics: Option<SocketAddr> = Some((Ipv4Addr::LOCALHOST, 9006).into()) => metrics();
+}
+}
+
+settings! {
+/// Who this agent is in mutual TLS, and whom it believes.
+Identity {
+    /// The socket of SPIFFE's Workload API, which gives the SVID and the bundles, and renews them
+    workload_api: Option<PeerUrl> = None => workload_api().optional(), variable_is("SPIFFE_ENDPOINT_SOCKET");
+    /// A PEM file with the chain of an X.509-SVID, leaf first; it, the key and the bundles are followed while the agent runs
+    certificate_file: Option<PathBuf> = None => file().optional();
+    /// The PEM file of its key, of the curve P-256
+    key_file: Option<PathBuf> = None => file().optional();
+    /// PEM files with the authorities of each trust domain that is believed
+    bundles: BTreeMap<TrustDomain, PathBuf> = BTreeMap::new() => bundles();
 }
 }
 
@@ -344,6 +363,7 @@ impl Config {
                 ));
             }
         }
+        found.extend(self.identity_contradictions());
         if self.token.key_file.is_some() && self.token.algorithm != TokenAlgorithm::Es256 {
             let what = "token.key_file is the key of es256: set token.algorithm to es256";
             found.push(("token.key_file", what.to_owned()));

@@ -13,6 +13,7 @@ use std::{
 use nsm_controlplane::liveness::Reachability;
 use nsm_core::{
     address::public::Provider,
+    identity::TrustDomain,
     net::{PeerUrl, Vni},
     nsm::name::{Domain, InterdomainName},
 };
@@ -516,4 +517,46 @@ fn provider_word(provider: Provider) -> &'static str {
         Provider::Equinix => "equinix",
         Provider::Azure => "azure",
     }
+}
+
+/// The socket of the Workload API (`unix:///run/spire/sockets/agent.sock`).
+pub(super) fn workload_api() -> Kind<PeerUrl> {
+    let parse = |text: &str| {
+        let url = PeerUrl::configured(text).ok();
+        let url = url.filter(|url| url.socket_path().is_some());
+        url.ok_or(
+            "the socket of SPIFFE's Workload API such as unix:///run/spire/sockets/agent.sock",
+        )
+    };
+    Kind::one("URL", Shape::Text, parse, PeerUrl::to_string)
+}
+
+/// Each trust domain with its file.
+pub(super) fn bundles() -> Kind<BTreeMap<TrustDomain, PathBuf>> {
+    Kind::new(
+        "TRUST-DOMAIN=FILE,…",
+        Shape::Map,
+        read_bundles,
+        |bundles| {
+            let entry = |(domain, file): (&TrustDomain, &PathBuf)| {
+                (domain.to_string(), file.display().to_string().into())
+            };
+            Value::Object(bundles.iter().map(entry).collect())
+        },
+    )
+}
+
+fn read_bundles(node: &Node) -> Result<BTreeMap<TrustDomain, PathBuf>, Bad> {
+    let mut bundles = BTreeMap::new();
+    for (name, node) in node.pairs()? {
+        let domain = Node::text(&name).at(node.line);
+        let file = node.parse(|text| match text {
+            "" => Err("the path of a file"),
+            path => Ok(PathBuf::from(path)),
+        })?;
+        if bundles.insert(domain.parse(str::parse)?, file).is_some() {
+            return Err(domain.bad("each trust domain once"));
+        }
+    }
+    Ok(bundles)
 }

@@ -15,6 +15,7 @@ use std::{
 };
 
 mod flags;
+mod identity;
 mod keys;
 mod kinds;
 mod names;
@@ -26,6 +27,7 @@ mod value;
 
 pub(crate) use self::{
     flags::ConfigFlags,
+    identity::Source as IdentitySource,
     keys::{Config, Log, PublicAddress, Tunnel},
     kinds::{Hook, KubernetesApi, LogFormat, MapIpFile, MetadataServices, TokenAlgorithm},
     value::{ListenUrl, parse_duration},

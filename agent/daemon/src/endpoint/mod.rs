@@ -69,6 +69,7 @@ async fn serve(args: &EndpointArgs, reporter: Reporter) -> anyhow::Result<()> {
         args.client.token_secret.as_bytes(),
         args.client.max_token_lifetime,
     );
+    let tls = agent.tls.clone();
     let endpoint = Endpoint::new(Book::new(identity, addresses), tokens, reporter);
     let mut registration = Registration::new(
         agent,
@@ -81,7 +82,7 @@ async fn serve(args: &EndpointArgs, reporter: Reporter) -> anyhow::Result<()> {
 
     let (end, ended) = oneshot::channel::<()>();
     // Its sender is gone at the latest when we are.
-    let serving = endpoint.serve(listener, async {
+    let serving = endpoint.serve(listener, tls, async {
         let _ = ended.await;
     });
     tokio::pin!(serving);

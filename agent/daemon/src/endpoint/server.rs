@@ -6,7 +6,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_controlplane::identity::token::{self, TokenSource};
+use nsm_controlplane::{
+    api::listener::{ListenerLimits, Socket, serve},
+    identity::token::{self, TokenSource},
+    transport::tls::Tls,
+};
 use nsm_proto::{
     connection::{
         Connection, ConnectionEvent, MonitorScopeSelector,
@@ -18,11 +22,8 @@ use nsm_proto::{
     },
 };
 use tokio::{net::UnixListener, sync::Notify};
-use tokio_stream::{
-    Stream,
-    wrappers::{ReceiverStream, UnixListenerStream},
-};
-use tonic::{Request, Response, Status, transport::Server};
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, service::Routes};
 
 use super::{
     book::Book,
@@ -58,7 +59,7 @@ impl Endpoint {
         }
     }
 
-    /// Serves on `listener` until `stopped` is done; open calls are answered first.
+    /// Serves on `listener`, by TLS where there is any, until `stopped` is done; open calls are answered first.
     ///
     /// # Errors
     ///
@@ -66,13 +67,13 @@ impl Endpoint {
     pub(crate) async fn serve(
         &self,
         listener: UnixListener,
+        tls: Option<Arc<Tls>>,
         stopped: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
-        Server::builder()
-            .add_service(NetworkServiceServer::new(self.clone()))
-            .add_service(MonitorConnectionServer::new(self.clone()))
-            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped)
-            .await
+        let routes = Routes::new(NetworkServiceServer::new(self.clone()))
+            .add_service(MonitorConnectionServer::new(self.clone()));
+        let limits = ListenerLimits::of_one_agent(tls);
+        serve(Socket::Unix(listener), routes, &limits, stopped).await
     }
 
     /// Closes each connection whose caller does not refresh it. Never ends.

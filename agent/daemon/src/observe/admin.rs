@@ -13,8 +13,9 @@ use nsm_core::{
 };
 use nsm_dataplane::links::LinkReading;
 use nsm_proto::admin::{
-    AddressFinding, Bpf, ConnectionStatus, Counters, DnsAnswer, Link, Listener, PairedLink,
-    PathHealth, Peer, PublicAddress, Status as AgentStatus, StatusRequest, Tunnel, WayHealth,
+    AddressFinding, Bpf, Bundle, ConnectionStatus, Counters, DnsAnswer, Identity, Link, Listener,
+    PairedLink, PathHealth, Peer, PublicAddress, Status as AgentStatus, StatusRequest, Tunnel,
+    WayHealth,
     admin_server::{Admin, AdminServer},
 };
 use tonic::{Request, Response, Status};
@@ -22,8 +23,8 @@ use tonic::{Request, Response, Status};
 use super::{
     Observer,
     evidence::{
-        ConnectionEvidence, DirectionEvidence, DnsEvidence, Evidence, PairedEvidence, PathEvidence,
-        PeerEvidence, TunnelEvidence,
+        ConnectionEvidence, DirectionEvidence, DnsEvidence, Evidence, IdentityEvidence,
+        PairedEvidence, PathEvidence, PeerEvidence, TunnelEvidence,
     },
 };
 use crate::{
@@ -37,6 +38,7 @@ pub(crate) struct AdminService {
     name: String,
     domain: String,
     listeners: Vec<Listener>,
+    is_insecure: bool,
 }
 
 /// The admin service of this agent.
@@ -60,6 +62,7 @@ pub(crate) fn service(config: &Config, observer: Observer) -> AdminServer<AdminS
         name: config.name.clone(),
         domain: config.domain.to_string(),
         listeners: listeners.into_iter().map(listener).collect(),
+        is_insecure: config.insecure,
     })
 }
 
@@ -76,6 +79,14 @@ impl Admin for AdminService {
 }
 
 impl AdminService {
+    fn identity(&self, evidence: Option<&IdentityEvidence>) -> Identity {
+        let plain = || Identity {
+            insecure: self.is_insecure,
+            ..Identity::default()
+        };
+        evidence.map_or_else(plain, identity)
+    }
+
     fn status(&self, evidence: Evidence) -> AgentStatus {
         let view = View { at: evidence.at };
         let drops = evidence.drops.into_iter();
@@ -102,8 +113,35 @@ impl AdminService {
                 .collect(),
             listeners: self.listeners.clone(),
             public_address: Some(public_address(&evidence.public_address)),
+            identity: Some(self.identity(evidence.identity.as_ref())),
             dns: evidence.dns.into_iter().map(|it| view.dns(it)).collect(),
         }
+    }
+}
+
+fn identity(evidence: &IdentityEvidence) -> Identity {
+    let source = evidence.source.clone();
+    let Some(current) = &evidence.current else {
+        return Identity {
+            source,
+            ..Identity::default()
+        };
+    };
+    let bundles = current.bundles.domains();
+    let age = evidence.at.duration_since(current.since);
+    Identity {
+        insecure: false,
+        source,
+        spiffe_id: current.svid.id().to_string(),
+        ends_in_seconds: current.svid.left(evidence.at).as_secs(),
+        age_seconds: age.unwrap_or_default().as_secs(),
+        generation: current.generation,
+        bundles: bundles
+            .map(|(trust_domain, authorities)| Bundle {
+                trust_domain: trust_domain.to_string(),
+                authorities: u32::try_from(authorities).unwrap_or(u32::MAX),
+            })
+            .collect(),
     }
 }
 
@@ -137,6 +175,9 @@ impl View {
             state: state.to_owned(),
             connections: u32::try_from(evidence.connections).unwrap_or(u32::MAX),
             state_for_ms: self.age(evidence.since),
+            spiffe_id: evidence
+                .spiffe_id
+                .map_or_else(String::new, |id| id.to_string()),
         }
     }
 
@@ -343,6 +384,7 @@ mod tests {
                 connections: 2,
                 is_lost,
                 since: ago(61_000),
+                spiffe_id: None,
             })
         };
         // A stream that is older than the clock began with it.

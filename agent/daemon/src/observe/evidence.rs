@@ -3,15 +3,22 @@
 //! `status` ([`super::admin`]) and metrics ([`super::metrics`]) are such views: sentences and units are made there. All times are of the
 //! clock of [`Evidence::at`], so the age of each part is `at` less its time, and what expires has a time after `at`.
 
-use std::{collections::BTreeMap, net::IpAddr, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use nsm_controlplane::{
+    identity::source::Material,
     plane::{ConnectionView, DownReason},
     ports::Plan,
     registry::Counts,
 };
 use nsm_core::{
     clock::Monotonic,
+    identity::SpiffeId,
     link::{Count, LinkAlias, Traffic},
     liveness::{Health, PathId, sbfd::Statistics},
     mechanism::TunnelKey,
@@ -54,6 +61,8 @@ pub(crate) struct Evidence {
     pub(crate) registry: Option<Counts>,
     /// How the proofs of paths went; none where nothing is probed.
     pub(crate) preflights: Option<Preflights>,
+    /// None in plain text.
+    pub(crate) identity: Option<IdentityEvidence>,
 }
 
 /// One peer that carries connections.
@@ -64,6 +73,26 @@ pub(crate) struct PeerEvidence {
     pub(crate) is_lost: bool,
     /// Since when its monitor stream is open or lost.
     pub(crate) since: Monotonic,
+    /// Who it is by its certificate; none in plain text.
+    pub(crate) spiffe_id: Option<SpiffeId>,
+}
+
+/// Who the agent is in TLS.
+#[derive(Debug)]
+pub(crate) struct IdentityEvidence {
+    /// Where SVID and bundles come from.
+    pub(crate) source: String,
+    /// None where there is no SVID yet.
+    pub(crate) current: Option<Arc<Material>>,
+    /// When this was gathered, by the clock that certificates go by.
+    pub(crate) at: SystemTime,
+}
+
+impl IdentityEvidence {
+    /// How long the SVID lives; none where there is none.
+    pub(crate) fn left(&self) -> Option<Duration> {
+        Some(self.current.as_ref()?.svid.left(self.at))
+    }
 }
 
 /// What DNS answered about one domain.

@@ -1,14 +1,19 @@
 //! What can be seen of a running agent: [`Observer`] gathers the evidence, `status` and metrics are views of it.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::SystemTime};
 
-use nsm_controlplane::plane::{ConnectionView, ControlPlane, PeerView};
+use nsm_controlplane::{
+    plane::{ConnectionView, ControlPlane, PeerView},
+    transport::tls::Tls,
+};
 use nsm_core::{clock::Monotonic, nsm::name::Domain};
 use nsm_dataplane::{bpf, liveness::Report};
 use nsm_discovery::dns::Remembered;
 use tokio::time::Instant;
 
-use self::evidence::{ConnectionEvidence, DnsEvidence, Evidence, PeerEvidence, Sources};
+use self::evidence::{
+    ConnectionEvidence, DnsEvidence, Evidence, IdentityEvidence, PeerEvidence, Sources,
+};
 use crate::agent::{
     forwarder::{LinkReadings, NodeForwarder},
     public_address::PublicAddress,
@@ -30,6 +35,8 @@ pub(crate) struct Observer {
     pub(crate) forwarder: Option<Arc<NodeForwarder>>,
     pub(crate) public_address: PublicAddress,
     pub(crate) readiness: Readiness,
+    /// None in plain text.
+    pub(crate) tls: Option<Arc<Tls>>,
 }
 
 impl Observer {
@@ -71,7 +78,17 @@ impl Observer {
             public_address: self.public_address.findings(),
             registry: self.plane.registry_counts(),
             preflights: forwarder.and_then(NodeForwarder::preflights),
+            identity: self.identity(),
         }
+    }
+
+    fn identity(&self) -> Option<IdentityEvidence> {
+        let identity = self.tls.as_ref()?.identity();
+        Some(IdentityEvidence {
+            source: identity.origin().to_owned(),
+            current: identity.current().ok(),
+            at: SystemTime::now(),
+        })
     }
 
     fn connection(
@@ -100,6 +117,7 @@ impl Observer {
             connections: peer.connections,
             is_lost: !peer.is_monitored,
             since: at - peer.since.elapsed(),
+            spiffe_id: peer.spiffe_id,
         };
         self.plane.peers().into_iter().map(evidence).collect()
     }

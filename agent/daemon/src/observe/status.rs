@@ -7,7 +7,8 @@ use comfy_table::{CellAlignment, Table, presets};
 use nsm_controlplane::transport::dial::dial;
 use nsm_core::net::PeerUrl;
 use nsm_proto::admin::{
-    ConnectionStatus, Counters, DnsAnswer, Status, StatusRequest, admin_client::AdminClient,
+    ConnectionStatus, Counters, DnsAnswer, Identity, Status, StatusRequest,
+    admin_client::AdminClient,
 };
 use tonic::Code;
 
@@ -123,6 +124,9 @@ fn render(status: &Status) -> String {
     for words in public_address(status) {
         line(words);
     }
+    for words in status.identity.iter().flat_map(identity) {
+        line(words);
+    }
     for listener in &status.listeners {
         line(format!("  {}: {}", listener.role, listener.url));
     }
@@ -139,7 +143,7 @@ fn render(status: &Status) -> String {
     if let Some(paths) = paths::table(status) {
         section(&mut text, "PATHS", paths);
     }
-    let mut peers = table(&["PEER", "STATE", "CONNECTIONS"], &[2]);
+    let mut peers = table(&["PEER", "STATE", "CONNECTIONS", "SPIFFE ID"], &[2]);
     for peer in &status.peers {
         add(
             &mut peers,
@@ -147,6 +151,7 @@ fn render(status: &Status) -> String {
                 peer.url.clone(),
                 peer.state.clone(),
                 peer.connections.to_string(),
+                peer.spiffe_id.clone(),
             ],
         );
     }
@@ -161,6 +166,33 @@ fn render(status: &Status) -> String {
     }
     section(&mut text, "DROPS", drops);
     text
+}
+
+/// Who the agent is, and whom it believes.
+pub(super) fn identity(identity: &Identity) -> Vec<String> {
+    if identity.insecure {
+        let what = "  INSECURE: plain text, everybody who reaches this agent may do everything (`insecure`)";
+        return vec![what.to_owned()];
+    }
+    if identity.source.is_empty() {
+        return vec!["  identity: none, plain text on this node only".to_owned()];
+    }
+    if identity.spiffe_id.is_empty() {
+        return vec![format!(
+            "  identity: none yet, waiting for {}",
+            identity.source
+        )];
+    }
+    let bundles = identity.bundles.iter();
+    let bundles = bundles.map(|bundle| format!("{} ({})", bundle.trust_domain, bundle.authorities));
+    let ends = seconds(identity.ends_in_seconds);
+    vec![
+        format!(
+            "  identity: {}, ends in {ends}, from {}",
+            identity.spiffe_id, identity.source
+        ),
+        format!("  believed: {}", list(&bundles.collect::<Vec<_>>())),
+    ]
 }
 
 /// The public address, and the sources with another.

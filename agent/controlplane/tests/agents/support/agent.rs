@@ -11,7 +11,7 @@ use std::{
 
 use ipnet::IpNet;
 use nsm_controlplane::{
-    api::server::{ListenerLimits, Socket, serve},
+    api::listener::{ListenerLimits, Socket, serve},
     identity::{gate::Gate, token::TokenSource},
     liveness::Reachability,
     places::{self, Budget},
@@ -292,6 +292,7 @@ async fn run(
             dial_inside: setup.dial_inside.clone(),
             peer_ports: setup.peer_ports.clone(),
             client_info: setup.client_info.clone(),
+            tls: None,
         },
         Arc::new(TokenSource::hs256(
             &format!("spiffe://{}/{}", setup.domain, setup.name),
@@ -314,6 +315,7 @@ async fn run(
         messages: budget.messages,
         max_message_bytes: MAX_MESSAGE,
         max_streams: 1000,
+        tls: None,
     };
     let fronts = [(network, plane.network_front()), (node, plane.node_front())];
     for (socket, front) in fronts {

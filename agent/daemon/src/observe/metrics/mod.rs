@@ -55,6 +55,9 @@ impl Metrics {
     pub(crate) fn new(observer: Observer) -> Arc<Self> {
         let mut counted = Registry::with_prefix(PREFIX);
         observer.plane.register_metrics(&mut counted);
+        if let Some(tls) = &observer.tls {
+            tls.handshakes().register(&mut counted);
+        }
         Arc::new(Self {
             observer,
             counted,

@@ -1,6 +1,6 @@
 //! Metrics of the present state and of the kernel's counters.
 
-use std::{fmt::Debug, hash::Hash};
+use std::{fmt::Debug, hash::Hash, sync::atomic::AtomicU64};
 
 use nsm_core::{link::Count, liveness::Verdict};
 use nsm_dataplane::bpf::Bpf;
@@ -11,7 +11,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::observe::evidence::{ConnectionEvidence, Evidence, PeerEvidence};
+use crate::observe::evidence::{ConnectionEvidence, Evidence, IdentityEvidence, PeerEvidence};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct State {
@@ -105,6 +105,12 @@ fn agent(evidence: &Evidence, registry: &mut Registry) {
         "Sources with another public address than the one that holds",
         evidence.public_address.decision.conflicts.len(),
     );
+    let identity = evidence.identity.as_ref();
+    if let Some(left) = identity.and_then(IdentityEvidence::left) {
+        let days = Gauge::<f64, AtomicU64>::default();
+        days.set(left.as_secs_f64() / 86_400.0);
+        registry.register("svid_days_left", "Days until the agent's SVID ends", days);
+    }
     if let Some(counts) = &evidence.registry {
         gauge(
             registry,

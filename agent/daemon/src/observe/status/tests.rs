@@ -1,6 +1,6 @@
 use nsm_proto::admin::{
-    AddressFinding, Bpf, Counters, Listener, PairedLink, PathHealth, Peer, PublicAddress, Tunnel,
-    WayHealth,
+    AddressFinding, Bpf, Bundle, Counters, Identity, Listener, PairedLink, PathHealth, Peer,
+    PublicAddress, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
 
@@ -75,7 +75,18 @@ fn full() -> Status {
             state: "watched".to_owned(),
             connections: 2,
             state_for_ms: 61_000,
+            spiffe_id: "spiffe://two.example/nsmgr".to_owned(),
         }],
+        identity: Some(Identity {
+            source: "the file /svid.pem".to_owned(),
+            spiffe_id: "spiffe://one.example/agent".to_owned(),
+            ends_in_seconds: 1800,
+            bundles: vec![Bundle {
+                trust_domain: "two.example".to_owned(),
+                authorities: 2,
+            }],
+            ..Identity::default()
+        }),
         dns: vec![
             DnsAnswer {
                 domain: "cluster-2.example".to_owned(),
@@ -119,6 +130,8 @@ node-1 of cluster-1.example, version 0.1.0: ready
   bpf: clsact on eth0, maps in /sys/fs/bpf/proxy-nsmgr, object 01234567
   public address: 203.0.113.1 (AWS metadata)
   conflict: 203.0.113.1 by AWS metadata, but 203.0.113.9 by STUN stun.example:3478
+  identity: spiffe://one.example/agent, ends in 30m0s, from the file /svid.pem
+  believed: two.example (2)
   proxy: tcp://0.0.0.0:5006
 
 CONNECTIONS
@@ -133,8 +146,8 @@ TUNNELS
   22222222  4242  4789  10.0.0.1  203.0.113.2  nsm-1      file:///run/netns/pod           -         -           -         -
 
 PEERS
-  PEER                    STATE    CONNECTIONS
-  tcp://203.0.113.2:5006  watched            2
+  PEER                    STATE    CONNECTIONS  SPIFFE ID
+  tcp://203.0.113.2:5006  watched            2  spiffe://two.example/nsmgr
 
 DNS
   DOMAIN             ANSWER            BY             AGE  EXPIRES

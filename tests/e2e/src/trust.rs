@@ -1,0 +1,75 @@
+//! Identities of the scenarios' processes, in PEM files of the world.
+
+use std::{path::PathBuf, process::Command};
+
+use anyhow::Result;
+use nsm_spiffe::{Authority, Issued, replace};
+use nsm_world::World;
+
+/// Trust domains that believe each other, and the folder where their files are.
+#[derive(Debug)]
+pub struct Trust {
+    /// One authority a trust domain.
+    pub authorities: Vec<Authority>,
+    folder: PathBuf,
+}
+
+impl Trust {
+    /// An authority for each of these trust domains, with its bundle in the world's folder.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn of(world: &World, trust_domains: &[&str]) -> Result<Self> {
+        let folder = world.run_dir().to_owned();
+        let authorities: Vec<_> = trust_domains
+            .iter()
+            .map(|name| Authority::of(name))
+            .collect();
+        for authority in &authorities {
+            let file = folder.join(format!("{}.pem", authority.trust_domain()));
+            replace(&file, &authority.bundle_pem())?;
+        }
+        Ok(Self {
+            authorities,
+            folder,
+        })
+    }
+
+    /// Gives a process a good SVID of the `n`-th trust domain, by flags.
+    ///
+    /// # Errors
+    /// Its files cannot be written.
+    pub fn give(&self, command: &mut Command, n: usize, name: &str) -> Result<()> {
+        self.show(command, &self.authorities[n].svid(name), name)
+    }
+
+    /// Lets a process show a certificate, by flags; it believes all trust domains.
+    ///
+    /// # Errors
+    /// Its files cannot be written.
+    pub fn show(&self, command: &mut Command, issued: &Issued, name: &str) -> Result<()> {
+        issued.write(&self.folder, name)?;
+        let file = |name: String| self.folder.join(name);
+        command
+            .arg("--identity-certificate-file")
+            .arg(file(format!("{name}.pem")));
+        command
+            .arg("--identity-key-file")
+            .arg(file(format!("{name}_key.pem")));
+        let bundles = self.authorities.iter().map(|authority| {
+            let name = authority.trust_domain();
+            format!("{name}={}", file(format!("{name}.pem")).display())
+        });
+        let bundles: Vec<String> = bundles.collect();
+        command.arg("--identity-bundles").arg(bundles.join(","));
+        Ok(())
+    }
+
+    /// Renews the SVID of a process that has it from [`Self::give`].
+    ///
+    /// # Errors
+    /// Its files cannot be written.
+    pub fn renew(&self, n: usize, name: &str) -> Result<()> {
+        Ok(self.authorities[n].svid(name).write(&self.folder, name)?)
+    }
+}
