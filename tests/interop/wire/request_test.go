@@ -147,8 +147,6 @@ func reselectScene(w *world) {
 
 // Endpoints are chosen by the client's labels.
 func labelsScene(w *world) {
-	// The endpoints are looked up again when the watch of the service begins.
-	w.Omit("NetworkServiceEndpointRegistry/Find")
 	w.Step("a service with matches, and two endpoints")
 	_, err := services(w.two.client).Register(w.as("nse"), &registry.NetworkService{
 		Name: service, Payload: "ETHERNET", Matches: []*registry.Match{{

@@ -184,8 +184,8 @@ impl Calls {
         if let Some(key) = established.key {
             self.held.keys.release(key);
         }
-        if let Some(service) = &established.route.matched {
-            self.held.services.leave(service, id);
+        if let Some(matched) = &established.route.matched {
+            self.held.services.leave(&matched.service, id);
         }
         turn.set(None);
         peer.leave(id);

@@ -1,7 +1,7 @@
 //! A connection lasts as long as the matches of its network service allow it: each service is watched while connections use it, and
 //! one that does not meet the matches any more is closed, so that its client asks again (NSM `netsvcmonitor`).
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use nsm_core::{backoff::Backoff, identity::share::Holder, nsm::name::InterdomainName};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
@@ -14,7 +14,7 @@ use crate::{
     error::RequestError,
     registry::{Asker, DomainRegistry},
     route::{
-        lookup::{RegistryAt, ServiceAt},
+        lookup::{Matched, RegistryAt, Rules, ServiceAt},
         router::is_match,
     },
 };
@@ -27,23 +27,34 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 const MAX_FOUND: usize = 1024;
 
 impl Calls {
-    /// Watches the service of a connection that has been granted, in the place of its former one.
+    /// Watches the service of a connection that stands now, in the place of its former one. Matches that have changed since its endpoint
+    /// was chosen are applied to it.
     pub(super) fn join_service(
         self: &Arc<Self>,
         id: &str,
         prior: Option<&Established>,
-        now: &Established,
+        now: &Arc<Established>,
     ) {
         let former = prior.and_then(|prior| prior.route.matched.as_ref());
-        if former == now.route.matched.as_ref() {
+        let matched = now.route.matched.as_ref();
+        let service = matched.map(|matched| &matched.service);
+        if let Some(former) = former
+            && Some(&former.service) != service
+        {
+            self.held.services.leave(&former.service, id);
+        }
+        let Some(Matched { service, rules }) = matched else {
             return;
-        }
-        if let Some(former) = former {
-            self.held.services.leave(former, id);
-        }
-        if let Some(service) = &now.route.matched {
-            let start = |service| self.watch_service(service);
-            self.held.services.join(service, id, start);
+        };
+        let start = |service| self.watch_service(service);
+        let seen = self.held.services.join(service, id, start);
+        if let Some(seen) = seen.filter(|seen| Rules::of(seen) != *rules) {
+            let (calls, service, id) = (Arc::clone(self), Arc::clone(service), id.to_owned());
+            tokio::spawn(async move {
+                if let Err(error) = calls.apply_to(&service, &seen, [id]).await {
+                    tracing::debug!(service = %service.name, %error, "the endpoints of a network service cannot be looked up");
+                }
+            });
         }
     }
 
@@ -80,68 +91,92 @@ impl Calls {
         let mut events = registry.services().watch(query, asker).await?;
         while let Some(event) = events.next().await {
             let event = event?;
-            backoff.reset();
             if event.entry.name == service.name && !event.deleted {
-                self.apply_matches(service, &*registry, &event.entry)
-                    .await?;
+                let users = self.held.services.see(service, &event.entry);
+                self.apply_to(service, &event.entry, users).await?;
+            }
+            backoff.reset();
+        }
+        Ok(())
+    }
+
+    /// Closes those of the connections `ids` whose endpoints were chosen by other matches and do not meet these.
+    async fn apply_to(
+        self: &Arc<Self>,
+        service: &ServiceAt,
+        registered: &Arc<NetworkService>,
+        ids: impl IntoIterator<Item = String>,
+    ) -> Result<(), RequestError> {
+        let rules = Rules::of(registered);
+        let is_of_others = |current: &Arc<Established>| {
+            let matched = current.route.matched.as_ref();
+            matched.is_some_and(|matched| *matched.service == *service && matched.rules != rules)
+        };
+        let mut by_endpoint: BTreeMap<String, Vec<(String, Arc<Established>)>> = BTreeMap::new();
+        for id in ids {
+            let current = self.held.connections.current(&id);
+            if let Some(current) = current.filter(is_of_others) {
+                let endpoint = name_in(&service.registry, &current.route.endpoint);
+                by_endpoint.entry(endpoint).or_default().push((id, current));
+            }
+        }
+        if by_endpoint.is_empty() {
+            return Ok(());
+        }
+        let registry = self.lookup.open(&service.registry).await?;
+        for (name, connections) in by_endpoint {
+            // One that is not registered now may be away: its connections end by themselves.
+            let Some(endpoint) = self.endpoint(&*registry, name).await? else {
+                continue;
+            };
+            for (id, current) in connections {
+                if !is_match(registered, &current.view.labels, &endpoint) {
+                    let calls = Arc::clone(self);
+                    tokio::spawn(async move { calls.close_unmatched(&id, &current).await });
+                }
             }
         }
         Ok(())
     }
 
-    async fn apply_matches(
-        self: &Arc<Self>,
-        service: &ServiceAt,
+    /// The endpoint of exactly this name.
+    async fn endpoint(
+        &self,
         registry: &dyn DomainRegistry,
-        registered: &NetworkService,
-    ) -> Result<(), RequestError> {
-        if registered.matches.is_empty() {
-            return Ok(());
-        }
+        name: String,
+    ) -> Result<Option<Arc<NetworkServiceEndpoint>>, RequestError> {
+        let deadline = Instant::now() + self.config.request_timeout;
         let query = NetworkServiceEndpoint {
-            network_service_names: vec![service.name.clone()],
+            name: name.clone(),
             ..NetworkServiceEndpoint::default()
         };
-        let deadline = Instant::now() + self.config.request_timeout;
         let found = registry.endpoints().find(query, deadline).await?;
-        let endpoints = found.collect(MAX_FOUND).await?;
-        for id in self.held.services.of(service) {
-            let Some(current) = self.held.connections.current(&id) else {
-                continue;
-            };
-            let name = name_in(&service.registry, &current.route.endpoint);
-            // One that is not registered now may be away: its connections end by themselves.
-            let endpoint = endpoints.iter().find(|found| found.name == name);
-            if endpoint.is_some_and(|it| !is_match(registered, &current.view.labels, it)) {
-                let calls = Arc::clone(self);
-                tokio::spawn(async move { calls.close_unmatched(&id, &current).await });
-            }
-        }
-        Ok(())
+        let mut endpoints = found.collect(MAX_FOUND).await?.into_iter();
+        Ok(endpoints.find(|found| found.name == name))
     }
 
     /// Closes the connection of our segment `id` unless a Request has changed it meanwhile.
     async fn close_unmatched(&self, id: &str, unmatched: &Arc<Established>) {
-        let deadline = Instant::now() + self.config.request_timeout;
-        let turn = match self.held.connections.admit_known(id, deadline).await {
-            Ok(Some(turn)) => turn,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::warn!(connection.id = %id, %error, "could not close; its next refresh is not bound by the new matches");
-                return;
-            }
-        };
         let is_same = |current: Arc<Established>| {
             current.route.is_to_same(&unmatched.route)
                 && current.view.labels == unmatched.view.labels
         };
-        if turn.current().is_some_and(is_same) {
-            tracing::info!(
-                connection.id = %id, service = %unmatched.view.network_service,
-                endpoint = %unmatched.view.network_service_endpoint_name,
-                "the matches of the network service have changed and do not give the client this endpoint any more: closing"
-            );
-            self.tear_down(&turn, deadline, Cause::Own).await;
+        loop {
+            let deadline = Instant::now() + self.config.request_timeout;
+            match self.held.connections.admit_known(id, deadline).await {
+                Ok(Some(turn)) if turn.current().is_some_and(is_same) => {
+                    tracing::info!(
+                        connection.id = %id, service = %unmatched.view.network_service,
+                        endpoint = %unmatched.view.network_service_endpoint_name,
+                        "the matches of the network service have changed and do not give the client this endpoint any more: closing"
+                    );
+                    return self.tear_down(&turn, deadline, Cause::Own).await;
+                }
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::warn!(connection.id = %id, %error, "could not close; trying again");
+                }
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use nsm_proto::registry::NetworkService;
 use tokio::task::AbortHandle;
 
 use crate::{route::lookup::ServiceAt, sync::lock};
@@ -18,25 +19,39 @@ pub(crate) struct ServiceUsers {
 #[derive(Debug)]
 struct Watched {
     users: HashSet<String>,
+    /// The service as its registry had it last.
+    seen: Option<Arc<NetworkService>>,
     watch: AbortHandle,
 }
 
 impl ServiceUsers {
-    /// Counts a connection in. The first one of a service starts the watch.
+    /// Counts a connection in. The first one of a service starts the watch; to the others the service is given as it was seen last.
     pub(crate) fn join(
         &self,
         service: &Arc<ServiceAt>,
         id: &str,
         start: impl FnOnce(Arc<ServiceAt>) -> AbortHandle,
-    ) {
+    ) -> Option<Arc<NetworkService>> {
         let mut services = lock(&self.services);
         let watched = services
             .entry(Arc::clone(service))
             .or_insert_with_key(|service| Watched {
                 users: HashSet::new(),
+                seen: None,
                 watch: start(Arc::clone(service)),
             });
         watched.users.insert(id.to_owned());
+        watched.seen.clone()
+    }
+
+    /// The service is as `seen` now; gives its connections.
+    pub(crate) fn see(&self, service: &ServiceAt, seen: &Arc<NetworkService>) -> Vec<String> {
+        let mut services = lock(&self.services);
+        let Some(watched) = services.get_mut(service) else {
+            return Vec::new();
+        };
+        watched.seen = Some(Arc::clone(seen));
+        watched.users.iter().cloned().collect()
     }
 
     /// Counts a connection out. The watch ends with the last one.
@@ -50,13 +65,6 @@ impl ServiceUsers {
             watched.watch.abort();
             services.remove(service);
         }
-    }
-
-    /// The connections of a service.
-    pub(crate) fn of(&self, service: &ServiceAt) -> Vec<String> {
-        let services = lock(&self.services);
-        let users = services.get(service).map(|watched| watched.users.iter());
-        users.into_iter().flatten().cloned().collect()
     }
 }
 
@@ -77,14 +85,20 @@ mod tests {
         let users = ServiceUsers::default();
         let watch = tokio::spawn(std::future::pending::<()>());
         let handle = watch.abort_handle();
-        users.join(&service("a"), "one", |_| handle);
-        users.join(&service("a"), "two", |_| panic!("it is watched already"));
+        assert_eq!(users.join(&service("a"), "one", |_| handle), None);
+        let seen = Arc::new(NetworkService::default());
+        assert_eq!(users.see(&service("a"), &seen), ["one"]);
+        let started = |_| panic!("it is watched already");
+        assert_eq!(
+            users.join(&service("a"), "two", started),
+            Some(seen.clone())
+        );
         users.leave(&service("b"), "one");
         users.leave(&service("a"), "one");
-        assert_eq!(users.of(&service("a")), ["two"]);
+        assert_eq!(users.see(&service("a"), &seen), ["two"]);
         assert!(!watch.is_finished());
         users.leave(&service("a"), "two");
         assert!(watch.await.expect_err("aborted").is_cancelled());
-        assert!(users.of(&service("a")).is_empty());
+        assert!(users.see(&service("a"), &seen).is_empty());
     }
 }

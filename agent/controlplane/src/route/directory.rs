@@ -27,37 +27,28 @@ pub(crate) struct Found {
 }
 
 impl Wanted<'_> {
-    /// Looks it up in `registry`.
+    /// Looks it up in `registry`. A client that names an endpoint alone gets its first service.
     pub(crate) async fn find_in(
         &self,
         registry: &dyn DomainRegistry,
         deadline: Instant,
     ) -> Result<Found, RequestError> {
-        let services = async {
-            let query = self.service_query();
-            let found = registry.services().find(query, deadline).await?;
-            found.collect(MAX_FOUND).await
-        };
+        let service = service_of(registry, self.service, deadline);
         let endpoints = async {
             let query = self.endpoint_query();
             let found = registry.endpoints().find(query, deadline).await?;
             found.collect(MAX_FOUND).await
         };
-        let (services, mut endpoints) = tokio::try_join!(services, endpoints)?;
+        let (service, mut endpoints) = tokio::try_join!(service, endpoints)?;
         // A registry may understand names more loosely than they are meant.
         endpoints.retain(|found| self.endpoint.is_empty() || found.name == self.endpoint);
-        let is_wanted = |found: &Arc<NetworkService>| found.name == self.service;
-        Ok(Found {
-            service: services.into_iter().find(is_wanted),
-            endpoints,
-        })
-    }
-
-    fn service_query(&self) -> NetworkService {
-        NetworkService {
-            name: self.service.to_owned(),
-            ..NetworkService::default()
+        let mut found = Found { service, endpoints };
+        let of_endpoint = found.endpoints.first().cloned();
+        if let (true, Some(endpoint)) = (self.service.is_empty(), of_endpoint) {
+            let name = endpoint.network_service_names.first();
+            found.service = service_of(registry, name.map_or("", String::as_str), deadline).await?;
         }
+        Ok(found)
     }
 
     fn endpoint_query(&self) -> NetworkServiceEndpoint {
@@ -70,4 +61,22 @@ impl Wanted<'_> {
             ..NetworkServiceEndpoint::default()
         }
     }
+}
+
+/// The service of exactly this name; none where the name is empty.
+async fn service_of(
+    registry: &dyn DomainRegistry,
+    name: &str,
+    deadline: Instant,
+) -> Result<Option<Arc<NetworkService>>, RequestError> {
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let query = NetworkService {
+        name: name.to_owned(),
+        ..NetworkService::default()
+    };
+    let found = registry.services().find(query, deadline).await?;
+    let mut services = found.collect(MAX_FOUND).await?.into_iter();
+    Ok(services.find(|found| found.name == name))
 }

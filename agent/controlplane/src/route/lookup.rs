@@ -1,6 +1,9 @@
 //! What names are looked up in: the registries, DNS, and what was learnt of both. Callers that may not use it find out here.
 
-use std::sync::{Arc, LazyLock};
+use std::{
+    hash::{DefaultHasher, Hash, Hasher as _},
+    sync::{Arc, LazyLock},
+};
 
 use nsm_core::{
     identity::{
@@ -11,6 +14,8 @@ use nsm_core::{
     nsm::name::Domain,
 };
 use nsm_discovery::dns::{Resolved, Resolver};
+use nsm_proto::registry::NetworkService;
+use prost::Message as _;
 
 use crate::{
     error::RequestError,
@@ -55,6 +60,28 @@ pub(crate) enum RegistryAt {
 pub(crate) struct ServiceAt {
     pub(crate) registry: RegistryAt,
     pub(crate) name: String,
+}
+
+/// The service whose matches allow a client its endpoint.
+#[derive(Debug, Clone)]
+pub(crate) struct Matched {
+    pub(crate) service: Arc<ServiceAt>,
+    /// Which matches it had then.
+    pub(crate) rules: Rules,
+}
+
+/// Distinguishes the matches that a service has from those that it had before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rules(u64);
+
+impl Rules {
+    pub(crate) fn of(service: &NetworkService) -> Self {
+        let mut hasher = DefaultHasher::new();
+        for rule in &service.matches {
+            rule.encode_to_vec().hash(&mut hasher);
+        }
+        Self(hasher.finish())
+    }
 }
 
 impl Lookup {

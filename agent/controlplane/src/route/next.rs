@@ -6,7 +6,7 @@ use nsm_core::net::PeerUrl;
 
 use crate::{
     peer::peers::Peer,
-    route::{addresses::Crossing, lookup::ServiceAt},
+    route::{addresses::Crossing, lookup::Matched},
 };
 
 /// The next hop of a connection, and the names by which it is asked.
@@ -24,7 +24,7 @@ pub(crate) struct Route {
     pub(crate) payload: String,
     pub(crate) resolution: Option<Arc<Resolution>>,
     /// The service whose matches allow the client this endpoint.
-    pub(crate) matched: Option<Arc<ServiceAt>>,
+    pub(crate) matched: Option<Matched>,
     /// Keeps the descriptor of the next hop's socket, when that was passed in the place of a path.
     pub(crate) _socket: Option<Arc<Peer>>,
 }

@@ -42,7 +42,7 @@ use crate::{
         addresses::Crossing,
         bypass::Way,
         directory::{Found, Wanted},
-        lookup::{Lookup, RegistryAt, ServiceAt},
+        lookup::{Lookup, Matched, RegistryAt, Rules, ServiceAt},
         next::{Resolution, Route},
     },
     transport::{
@@ -205,10 +205,9 @@ impl Router {
         };
         let mut routes = Vec::new();
         let mut bad = BadUrl::default();
-        let at = RegistryAt::Domain(domain.clone());
+        let matched = matched(&RegistryAt::Domain(domain.clone()), &found);
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
-            let matched = matched(&at, &found, endpoint, connection);
             let out = |url| (url, Crossing::Out);
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
@@ -273,6 +272,7 @@ impl Router {
             (Some(_), Arrival::Network) => Crossing::In,
             _ => Crossing::Inside,
         };
+        let matched = matched(&RegistryAt::Own, &found);
         let mut bad = BadUrl::default();
         let routes: Vec<Route> = chosen
             .into_iter()
@@ -295,7 +295,7 @@ impl Router {
                     endpoint_answered: answered_name(connection, &endpoint.name),
                     payload: payload.clone(),
                     resolution: None,
-                    matched: matched(&RegistryAt::Own, &found, endpoint, connection),
+                    matched: matched.clone(),
                     _socket: None,
                 })
             })
@@ -324,7 +324,7 @@ impl Router {
         let payload = payload(&found);
         let mut routes = Vec::new();
         let mut bad = BadUrl::default();
-        let at = RegistryAt::Url(registry.clone());
+        let matched = matched(&RegistryAt::Url(registry.clone()), &found);
         for endpoint in self.choose(&found, wanted, own, connection)? {
             let (url, crossing, socket) = if self.lookup.addresses.is_own_url(&endpoint.url) {
                 // Found through us in the proxy's place: the way is known.
@@ -347,7 +347,7 @@ impl Router {
                 endpoint_answered: endpoint.name.clone(),
                 payload: payload.clone(),
                 resolution: None,
-                matched: matched(&at, &found, endpoint, connection),
+                matched: matched.clone(),
                 _socket: socket,
             });
         }
@@ -413,17 +413,13 @@ impl Router {
                 RequestError::NoService { service, domain }
             });
         }
-        let registered = match &found.service {
-            Some(registered) => registered,
-            None if wanted.endpoint.is_empty() => {
-                return Err(RequestError::Unregistered { service, domain });
-            }
-            None => return Ok(found.endpoints.iter().map(Arc::as_ref).collect()),
+        let Some(registered) = &found.service else {
+            return Err(RequestError::Unregistered { service, domain });
         };
         let candidates: Vec<Candidate<'_>> = found
             .endpoints
             .iter()
-            .map(|endpoint| candidate(endpoint, wanted.service))
+            .map(|endpoint| candidate(endpoint, &registered.name))
             .collect();
         let chosen = select(
             &convert::matches(registered),
@@ -489,20 +485,15 @@ pub(crate) fn is_match(
     !select(&convert::matches(service), labels, &candidates, 0).is_empty()
 }
 
-/// The service whose matches the connection meets with this endpoint; none where the client has named an endpoint that they would not
-/// give it.
-fn matched(
-    at: &RegistryAt,
-    found: &Found,
-    endpoint: &NetworkServiceEndpoint,
-    connection: &Connection,
-) -> Option<Arc<ServiceAt>> {
+/// The service that was chosen by.
+fn matched(at: &RegistryAt, found: &Found) -> Option<Matched> {
     let service = found.service.as_deref()?;
-    is_match(service, &connection.labels, endpoint).then(|| {
-        Arc::new(ServiceAt {
+    Some(Matched {
+        service: Arc::new(ServiceAt {
             registry: at.clone(),
             name: service.name.clone(),
-        })
+        }),
+        rules: Rules::of(service),
     })
 }
 

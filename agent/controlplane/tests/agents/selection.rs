@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 use crate::support::{Client, Watch, World, assert_refusal, eventually};
 
 const SERVICE: &str = "db@cluster-2.example";
+const NSE: &str = "nse-1@cluster-2.example";
 
 fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs
@@ -66,8 +67,13 @@ async fn a_service_that_is_not_registered_is_not_found_though_endpoints_offer_it
     world.endpoint(b, "nse-1", "db").await;
     assert!(b.registry.services.unregister("db"));
     let client = Client::on_node(a).await;
-    let status = client.refused(client.request_for(SERVICE)).await;
-    assert_refusal(&status, Code::NotFound, &["`db` is not registered"]);
+    for (service, endpoint) in [(SERVICE, ""), (SERVICE, NSE), ("", NSE)] {
+        let mut request = client.request_for(service);
+        let connection = request.connection.as_mut().expect("a connection");
+        endpoint.clone_into(&mut connection.network_service_endpoint_name);
+        let status = client.refused(request).await;
+        assert_refusal(&status, Code::NotFound, &["is not registered"]);
+    }
     let service = NetworkService {
         name: "db".to_owned(),
         ..NetworkService::default()
@@ -114,6 +120,61 @@ async fn connections_end_that_new_matches_do_not_allow() {
     assert_eq!(deleted(&mut watch).await, granted[0].agent_id());
     drop(watch);
     world.settles(&before).await;
+}
+
+/// A connection is granted while the matches change: it was chosen by the former ones.
+#[tokio::test]
+async fn matches_that_change_during_a_request_hold_for_its_connection() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "db").await;
+    let operator = Client::on_node(b).await;
+    let client = Client::on_node(a).await;
+    client.ask(SERVICE).await;
+    let asked = endpoint.requests().len();
+    endpoint.hold(true);
+    let second = client.send(client.request_for(SERVICE));
+    let (second, ()) = tokio::join!(second, async {
+        eventually(asked + 1, || endpoint.requests().len()).await;
+        let service = NetworkService {
+            name: "db".to_owned(),
+            matches: vec![rule(&[("app", "nobody")], &[(&[], 1)])],
+            ..NetworkService::default()
+        };
+        let registered = operator.register_service(service).await;
+        registered.expect("registered");
+        // The first connection is gone, so the change has been applied.
+        let connections = || {
+            (
+                a.plane.holdings().connections,
+                b.plane.holdings().connections,
+            )
+        };
+        eventually((1, 1), connections).await;
+        endpoint.hold(false);
+    });
+    drop(second);
+    // The endpoint did not answer while it was held: what it has of the first ends with its token.
+    let connections = || a.plane.holdings().connections + b.plane.holdings().connections;
+    eventually(0, connections).await;
+}
+
+/// The endpoint's answer has no say in who the client is.
+#[tokio::test]
+async fn labels_that_an_endpoint_answers_are_not_the_clients() {
+    let world = World::two().await;
+    let [a, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "db").await;
+    endpoint.twist(|mut connection| {
+        connection.labels = labels(&[("app", "friend")]);
+        Ok(connection)
+    });
+    let client = Client::on_node(a).await;
+    let mut request = client.request_for(SERVICE);
+    request.connection.as_mut().expect("a connection").labels = labels(&[("app", "stranger")]);
+    let granted = client.send(request).await.expect("granted");
+    assert_eq!(granted.connection.labels["app"], "stranger");
+    endpoint.mend();
 }
 
 /// The connection that ends next. It may be DOWN before, where the other agent is first.

@@ -148,6 +148,8 @@ impl Calls {
             .clone_from(&ask.connection.network_service);
         view.network_service_endpoint_name
             .clone_from(&route.endpoint_answered);
+        // They are the client's, and what it may have follows from them.
+        view.labels.clone_from(&ask.connection.labels);
         view.mechanism = made.mechanism;
         view.set_state(State::Up);
         let path = self.liveness.path_state(

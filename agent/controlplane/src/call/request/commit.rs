@@ -28,13 +28,13 @@ impl Calls {
     ) -> Answer {
         let id = turn.id();
         let answer = answer(&established, hop, asked_id);
-        self.join_service(id, prior.as_deref(), &established);
-        if let Some(prior) = prior {
-            self.leave_prior(turn, &prior, &established);
+        if let Some(prior) = &prior {
+            self.leave_prior(turn, prior, &established);
         }
         let established = Arc::new(established);
         let peer = self.lookup.peers.get(&established.route.url);
         turn.set(Some(Arc::clone(&established)));
+        self.join_service(id, prior.as_deref(), &established);
         self.held.expiries.set(id, established.expires);
         peer.join(id, || self.monitor(&peer));
         self.held
