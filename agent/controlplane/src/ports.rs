@@ -277,6 +277,9 @@ pub trait Forwarder: Send + Sync + 'static {
     /// As [`Self::up`]; [`ForwarderError::Gone`] where the pod is gone.
     async fn mend(&self, plan: &Plan, repairs: bool) -> Result<Mended, ForwarderError>;
 
+    /// Whether a network namespace is that of process 1, for an agent that does not see process 1; none where that cannot be found out.
+    async fn is_of_process_1(&self, netns: &PodNetns) -> Option<bool>;
+
     /// What proves and watches the paths to other nodes; `None` where nothing does.
     fn prober(&self) -> Option<&dyn Prober> {
         None

@@ -1,10 +1,10 @@
 //! Nodes that lack something: a port that is taken, no BPF, no rights, a peer that is not there.
 
-use std::net::UdpSocket;
+use std::{net::UdpSocket, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use nsm_e2e::{PATIENCE, Pair, REMOTE_SERVICE, SERVICE, Served, close, health};
-use nsm_world::{Agent, Cloud, Node, binary, wait_until};
+use nsm_e2e::{CIDR, PATIENCE, Pair, REMOTE_SERVICE, SERVICE, Served, close, health, started};
+use nsm_world::{Agent, Cloud, Node, Pod, binary, wait_until};
 use serde_json::Value;
 
 /// The main job in short; returns the near agent's status while the connection stood.
@@ -166,6 +166,61 @@ fn without_rights_the_missing_capability_is_named() -> Result<()> {
         said.contains("CAP_NET_ADMIN") || said.contains("CAP_BPF"),
         "{said}"
     );
+    Ok(())
+}
+
+/// In a pid namespace whose process 1 is in the network namespace of a pod, and has a right that the agent lacks: that pod's namespace is the
+/// node's own, however it is named, and another one is not.
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn an_agent_that_may_not_look_at_process_1_keeps_pods_out_of_its_namespace() -> Result<()> {
+    let world = Pair::world("unseen-1", Cloud::Packet, 2)?;
+    let (node, program) = (world.node("node-1")?, binary("proxy-nsmgr")?);
+    let far = started(&world, "node-2", |_| {})?;
+    let pod = world.pod("endpoint")?;
+    let _endpoint = far.endpoint(&world, &pod, SERVICE, CIDR, |_| {})?;
+    let words = |command: &Command| {
+        let all = [command.get_program()]
+            .into_iter()
+            .chain(command.get_args());
+        let words = all.map(|word| format!("'{}'", word.to_string_lossy()));
+        words.collect::<Vec<_>>().join(" ")
+    };
+    let agent = words(&Agent::command(&node, &program)?);
+    let [first, other] = ["client-0", "client-1"].map(|name| world.pod(name));
+    let (first, other) = (first?, other?);
+    let nsmgr = node.run_dir().join("nsm.sock");
+    let connect = |pod: &Pod| {
+        format!(
+            "$less '{}' connect {REMOTE_SERVICE} --connect-to unix://{} --netns {}",
+            program.display(),
+            nsmgr.display(),
+            pod.netns().display()
+        )
+    };
+    let script = format!(
+        "less='nsenter --net={net} setpriv --bounding-set=-sys_ptrace --inh-caps=-sys_ptrace'\n\
+         $less {agent} & agent=$!\n\
+         until [ -S '{nsmgr}' ]; do sleep 0.05; done\n\
+         timeout 20 {refused} && echo first granted\n\
+         timeout 3 {granted}\n\
+         kill $agent; wait",
+        net = node.netns().display(),
+        nsmgr = nsmgr.display(),
+        refused = connect(&first),
+        granted = connect(&other),
+    );
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net={}", first.netns().display()));
+    command.args(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+    command.args(["sh", "-c", &script]);
+    let process = world.spawn("agent", command)?;
+    process.wait(2 * PATIENCE)?;
+    let said = process.stderr();
+    ensure!(said.contains("the node's own network namespace"), "{said}");
+    let written = process.stdout();
+    ensure!(!written.contains("first granted"), "{written}{said}");
+    ensure!(written.matches("connected").count() == 1, "{written}{said}");
     Ok(())
 }
 

@@ -38,12 +38,24 @@ pub(crate) struct Pod {
 }
 
 /// What is known of a namespace that a caller names.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 struct Evidence {
     id: Option<NamespaceId>,
+    /// It is one of the node's own; none where that is not known.
+    is_nodes_own: Option<bool>,
     passed: Option<Result<Passed, MissingDescriptor>>,
     /// Asked for only where the caller is not in the namespace.
     owners: Vec<UserNamespace>,
+}
+
+impl Evidence {
+    /// Where nothing is there, nothing is the node's.
+    const NOTHING: Self = Self {
+        id: None,
+        is_nodes_own: Some(false),
+        passed: None,
+        owners: Vec::new(),
+    };
 }
 
 /// Who may name which namespaces: a caller, and what is known of those that its mechanisms name.
@@ -88,7 +100,7 @@ impl NamedNetns {
         if self.found.contains_key(&url) {
             return;
         }
-        let mut evidence = Evidence::default();
+        let mut evidence = Evidence::NOTHING;
         match &url {
             &NetnsUrl::Inode { dev: device, inode } => {
                 evidence.id = Some(NamespaceId { device, inode });
@@ -110,7 +122,32 @@ impl NamedNetns {
         {
             evidence.owners = forwarder.owners(passed);
         }
+        if let Some(id) = evidence.id {
+            evidence.is_nodes_own = match node().owns(id) {
+                None => self.is_of_process_1(&url, &evidence, forwarder).await,
+                known => known,
+            };
+        }
         self.found.insert(url, evidence);
+    }
+
+    /// Whether it is the network namespace of process 1, which the agent does not see; none where that cannot be found out.
+    async fn is_of_process_1(
+        &self,
+        url: &NetnsUrl,
+        evidence: &Evidence,
+        forwarder: Option<&dyn Forwarder>,
+    ) -> Option<bool> {
+        let passed = evidence.passed.as_ref();
+        let named = PodNetns {
+            url: url.clone(),
+            descriptor: passed.and_then(|passed| passed.as_ref().ok()).cloned(),
+        };
+        if named.descriptor.is_none() && !self.caller.is_administrator() {
+            // It is refused for want of the descriptor, and nothing is opened for it.
+            return Some(false);
+        }
+        forwarder?.is_of_process_1(&named).await
     }
 
     fn is_in(&self, id: Option<NamespaceId>) -> bool {
@@ -120,7 +157,8 @@ impl NamedNetns {
 
     /// The namespace of a pod, as the policy admits it.
     fn prove(&self, end: End, netns: NetnsUrl) -> Result<PodNetns, Doubt> {
-        let evidence = self.found.get(&netns).cloned().unwrap_or_default();
+        let evidence = self.found.get(&netns).cloned();
+        let evidence = evidence.unwrap_or(Evidence::NOTHING);
         let descriptor = match evidence.passed {
             Some(Err(reason @ MissingDescriptor::Kind { .. })) => {
                 return Err(Doubt::Kind(netns, reason));
@@ -128,13 +166,12 @@ impl NamedNetns {
             Some(Ok(descriptor)) => Some(descriptor),
             None | Some(Err(MissingDescriptor::NotPassed)) => None,
         };
-        let networks = &node().networks;
         let claim = Claim {
             end,
             netns: &netns,
             id: evidence.id,
             is_passed: descriptor.is_some(),
-            is_nodes_own: evidence.id.is_some_and(|id| networks.contains(&id)),
+            is_nodes_own: evidence.is_nodes_own,
             nodes_own_allowed: self.nodes_own_allowed,
             owners: &evidence.owners,
         };
@@ -353,6 +390,7 @@ mod tests {
         let mut named = NamedNetns::none_of(caller, false);
         let evidence = Evidence {
             id: Some(id),
+            is_nodes_own: Some(node().networks.contains(&id)),
             passed: Some(passed),
             owners: Vec::new(),
         };

@@ -8,7 +8,7 @@
 //! | the socket of an endpoint, by path | administrators of the node |
 //! | a network namespace, by path or inode number | administrators of the node |
 //! | a network namespace, by its passed descriptor | who is in it or could enter it; the NSMgr on the forwarder's socket |
-//! | the network namespaces of the node itself | nobody, unless the configuration allows administrators to |
+//! | the network namespaces of the node itself, and all where the agent does not know which those are | nobody, unless the configuration allows administrators to |
 //! | status | administrators of the node |
 //!
 //! A rule is a variant of [`Refusal`] and an arm of [`decide`]; its table of cases is in `tests/policy.rs`.
@@ -77,8 +77,8 @@ pub struct Claim<'a> {
     pub id: Option<NamespaceId>,
     /// Its descriptor was passed. That alone proves nothing: a mounted namespace can be opened by every user.
     pub is_passed: bool,
-    /// It is one of the node's own: that of the agent, or of process 1.
-    pub is_nodes_own: bool,
+    /// It is one of the node's own: that of the agent, or of process 1; none where that is not known.
+    pub is_nodes_own: Option<bool>,
     /// The configuration lets administrators name the node's own.
     pub nodes_own_allowed: bool,
     /// The user namespaces that it belongs to, innermost first; may be empty where the process is in it.
@@ -175,6 +175,18 @@ pub enum Refusal {
         /// The namespace.
         netns: NetnsUrl,
     },
+    /// It may be a way into the node.
+    #[error(
+        "the agent cannot find out the node's own network namespace, so that {netns} may be it, and {} gets no link in it: run the \
+         agent as root with CAP_SYS_PTRACE, and in a container with the host's processes (hostPID)",
+        who(*.end)
+    )]
+    UnknownNode {
+        /// Who names it.
+        end: End,
+        /// The namespace.
+        netns: NetnsUrl,
+    },
     /// What the agent holds is for those who administer the node.
     #[error(
         "only root of the node, outside of any other container than the agent's, may ask for the agent's status: ask there"
@@ -258,9 +270,17 @@ fn own_name(caller: &Caller, name: Name<'_>) -> Result<(), Refusal> {
 
 fn own_namespace(caller: &Caller, claim: Claim<'_>) -> Result<(), Refusal> {
     let (end, netns) = (claim.end, || claim.netns.clone());
-    if claim.is_nodes_own && !(claim.nodes_own_allowed && caller.is_administrator()) {
-        let netns = netns();
-        return Err(Refusal::NodesNamespace { end, netns });
+    let may_be_nodes = claim.nodes_own_allowed && caller.is_administrator();
+    match claim.is_nodes_own {
+        Some(true) if !may_be_nodes => {
+            let netns = netns();
+            return Err(Refusal::NodesNamespace { end, netns });
+        }
+        None if !may_be_nodes => {
+            let netns = netns();
+            return Err(Refusal::UnknownNode { end, netns });
+        }
+        _ => {}
     }
     if caller.is_administrator() {
         return Ok(());

@@ -57,8 +57,21 @@ pub struct Node {
     pub own_user: Option<u32>,
     /// Where administrators of the node are: with process 1, and with the agent.
     pub surroundings: Vec<Surroundings>,
-    /// The network namespaces of process 1 and of the agent.
+    /// The network namespaces of process 1 and of the agent, as far as they are seen.
     pub networks: Vec<NamespaceId>,
+    /// Process 1 is seen: what is not in `networks` is not the node's own.
+    pub has_all_networks: bool,
+}
+
+impl Node {
+    /// Whether a network namespace is one of the node's own; none where that is not known.
+    #[must_use]
+    pub fn owns(&self, netns: NamespaceId) -> Option<bool> {
+        if self.networks.contains(&netns) {
+            return Some(true);
+        }
+        self.has_all_networks.then_some(false)
+    }
 }
 
 /// A process of this node.

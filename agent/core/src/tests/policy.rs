@@ -52,6 +52,7 @@ fn node() -> Node {
         own_user: Some(AGENTS_OWN),
         surroundings: [HOST, AGENTS].map(surroundings).into(),
         networks: vec![NODES],
+        has_all_networks: true,
     }
 }
 
@@ -262,7 +263,7 @@ fn claim<'a>(netns: &'a NetnsUrl, net: NamespaceId, owners: &'a [UserNamespace])
         netns,
         id: Some(net),
         is_passed: true,
-        is_nodes_own: node().networks.contains(&net),
+        is_nodes_own: node().owns(net),
         nodes_own_allowed: false,
         owners,
     }
@@ -277,6 +278,7 @@ fn refused_by(caller: &Caller, claim: Claim<'_>) -> Option<&'static str> {
         Refusal::ForeignNamespace { .. } => "foreign",
         Refusal::UnseenProcess { .. } => "unseen",
         Refusal::NodesNamespace { .. } => "nodes",
+        Refusal::UnknownNode { .. } => "unknown",
         other => panic!("{other}"),
     })
 }
@@ -332,6 +334,38 @@ fn the_nodes_own_namespace_takes_the_configuration_and_an_administrator() {
             ..claim(&netns, NODES, &owners)
         };
         assert_eq!(refused_by(&caller, claim), wanted, "{caller:?} {allowed}");
+    }
+}
+
+/// Where process 1 is not seen, each namespace may be its: nobody gets a link in one, whatever else is proved.
+#[test]
+fn what_may_be_the_nodes_own_namespace_is_refused_as_that_is() {
+    let netns: NetnsUrl = "inode://4/100".parse().unwrap();
+    let blind = Node {
+        has_all_networks: false,
+        ..node()
+    };
+    assert_eq!(blind.owns(NODES), Some(true));
+    assert_eq!(blind.owns(POD), None);
+    let inside = || Caller::on_node(process(1000, HOST, POD, true));
+    for (caller, allowed, wanted) in [
+        (root(), false, Some("unknown")),
+        (root(), true, None),
+        (inside(), false, Some("unknown")),
+        (inside(), true, Some("unknown")),
+        (Caller::nsmgr(Process::unknown()), true, Some("unknown")),
+        (peer(1), true, Some("unknown")),
+    ] {
+        for is_passed in [false, true] {
+            let owners = [FIRST];
+            let claim = Claim {
+                is_nodes_own: blind.owns(POD),
+                is_passed,
+                nodes_own_allowed: allowed,
+                ..claim(&netns, POD, &owners)
+            };
+            assert_eq!(refused_by(&caller, claim), wanted, "{caller:?} {allowed}");
+        }
     }
 }
 
@@ -403,7 +437,7 @@ proptest! {
         let decided = decide(&Caller::on_node(process), Action::Namespace(claim));
         let admin = process.is_administrator;
         let reaches = net == wanted || may_administer(&process, &owners);
-        let allowed = match claim.is_nodes_own {
+        let allowed = match claim.is_nodes_own == Some(true) {
             true => admin && nodes_own_allowed,
             false => admin || (is_passed && reaches),
         };

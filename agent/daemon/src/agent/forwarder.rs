@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use nix::errno::Errno;
 use nsm_controlplane::{
     ports::{Forwarder, ForwarderError, Mended, Plan, PlannedLink, PodNetns, Prober, Underlay},
-    transport::unix::Passed,
+    transport::unix::{Passed, sees_process_1},
 };
 use nsm_core::{
     identity::UserNamespace,
@@ -94,7 +94,8 @@ impl NodeForwarder {
         let forwarding = Forwarding::start(links.clone(), Arc::clone(&devices), &domain).await?;
         let probing = Arc::new(Probing::start(config, devices).await);
         let faults = programs.hook_faults().iter().cloned();
-        for reason in faults.chain(probing.degraded()) {
+        let faults = faults.chain(probing.degraded());
+        for reason in faults.chain(unknown_node(&links).await) {
             tracing::warn!(reason, "degraded");
             readiness.degraded(reason);
         }
@@ -370,6 +371,23 @@ impl Forwarder for NodeForwarder {
         Ok(Mended::Repaired(what))
     }
 
+    async fn is_of_process_1(&self, netns: &PodNetns) -> Option<bool> {
+        let opened = match &netns.descriptor {
+            Some(descriptor) => Netns::from_fd(descriptor.as_fd()),
+            None => self.namespaces.find(&netns.url).await,
+        };
+        let opened = match opened {
+            // Nothing is there, which is refused where the link is to be made.
+            Err(error) if error.is_gone() => return Some(false),
+            opened => opened.ok()?,
+        };
+        let asked = self.links.is_of_process_1(&opened).await;
+        let known = asked.inspect_err(|error| {
+            tracing::warn!(%error, "a namespace that may be the node's own is refused");
+        });
+        known.ok()
+    }
+
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {
         let netns = self.namespaces.find(url).await.ok()?;
         Some(Passed::new(netns.as_fd().try_clone_to_owned().ok()?))
@@ -386,6 +404,23 @@ impl Forwarder for NodeForwarder {
     fn prober(&self) -> Option<&dyn Prober> {
         self.probing.prober().map(|prober| prober as &dyn Prober)
     }
+}
+
+/// Why no pod of this node gets a link, where the agent cannot tell the node's own network namespace from a pod's.
+async fn unknown_node(links: &Links) -> Option<String> {
+    if sees_process_1() {
+        return None;
+    }
+    let own = Netns::current().map_err(LinkError::from);
+    let known = match own {
+        Ok(own) => links.is_of_process_1(&own).await,
+        Err(error) => Err(error),
+    };
+    let error = known.err()?;
+    Some(format!(
+        "no pods: the node's own network namespace is not known, so that none is taken for a pod's. /proc/1/ns cannot be read, and {error}: \
+         run the agent as root with CAP_SYS_PTRACE"
+    ))
 }
 
 fn namespace(error: &NetnsError) -> ForwarderError {

@@ -1,8 +1,9 @@
-//! What a pod has beside a connection, and what the node has: a connection must leave it alone.
+//! What a pod has beside a connection, and what the node has, its own namespace among that: a connection must leave it alone.
 
 use std::collections::{HashMap, HashSet};
 
 use ipnet::IpNet;
+use nix::errno::Errno;
 use nsm_core::{
     link::{
         Link, LinkAlias,
@@ -13,7 +14,7 @@ use nsm_core::{
 
 use super::{LinkError, basics::open_in, message, observe};
 use crate::{
-    netlink::{Netlink, NetlinkError},
+    netlink::{Netlink, NetlinkError, Request},
     netns::Netns,
 };
 
@@ -68,6 +69,38 @@ pub(super) fn own_addresses(netlink: &mut Netlink) -> Result<Vec<IpNet>, LinkErr
         .filter(|(index, _)| !connections.contains(index))
         .map(|(_, address)| address)
         .collect())
+}
+
+/// Whether a namespace has the number that the kernel gives to the one of process 1. Numbers are given once, and stay.
+pub(super) fn is_of_process_1(netlink: &mut Netlink, netns: &Netns) -> Result<bool, LinkError> {
+    const FIRST: u32 = 1;
+    let refused = |kernel| {
+        let action = "number the network namespace of process 1".to_owned();
+        LinkError::refused(action, kernel)
+    };
+    let number = |netlink: &mut Netlink, (request, flags): Request| {
+        let answer = netlink.ask(request, flags)?;
+        let answer = answer.map(|all| all.iter().find_map(observe::netns_id_of));
+        Ok::<_, LinkError>(answer)
+    };
+    let first = message::get_netns_id_of_process(FIRST);
+    let mut wanted = number(netlink, first.clone())?.map_err(refused)?;
+    if wanted.is_none() {
+        let (request, flags) = message::number_netns_of_process(FIRST);
+        // Another one may have given it one meanwhile.
+        if let Err(kernel) = netlink.ask(request, flags)?
+            && kernel.errno != Errno::EEXIST
+        {
+            return Err(refused(kernel));
+        }
+        wanted = number(netlink, first)?.map_err(refused)?;
+    }
+    let Some(wanted) = wanted else {
+        let missing = "the network namespace of process 1 has no number".to_owned();
+        return Err(NetlinkError::Malformed(missing).into());
+    };
+    let found = number(netlink, message::get_netns_id(netns))?.map_err(refused)?;
+    Ok(found == Some(wanted))
 }
 
 /// Every address outside of special ranges, with the index of its link.

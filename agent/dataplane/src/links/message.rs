@@ -191,6 +191,21 @@ pub(super) fn get_netns_id(netns: &Netns) -> Request {
     (RouteNetlinkMessage::GetNsId(message), 0)
 }
 
+/// The number of a process's network namespace in the socket's own. The kernel asks no rights over that process.
+pub(super) fn get_netns_id_of_process(pid: u32) -> Request {
+    let mut message = NsidMessage::default();
+    message.attributes.push(NsidAttribute::Pid(pid));
+    (RouteNetlinkMessage::GetNsId(message), 0)
+}
+
+/// Give a process's network namespace a number in the socket's own, of the kernel's choice.
+pub(super) fn number_netns_of_process(pid: u32) -> Request {
+    let mut message = NsidMessage::default();
+    let any = NsidAttribute::Id(-1);
+    message.attributes = vec![any, NsidAttribute::Pid(pid)];
+    (RouteNetlinkMessage::NewNsId(message), 0)
+}
+
 /// The addresses of a link.
 pub(super) fn get_addresses(index: u32) -> RouteNetlinkMessage {
     let mut message = AddressMessage::default();

@@ -295,6 +295,17 @@ impl Links {
         self.on_node(holdings::own_addresses).await
     }
 
+    /// Whether a network namespace is that of process 1, whether or not this process may look at process 1.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not number the namespace of process 1.
+    pub async fn is_of_process_1(&self, netns: &Netns) -> Result<bool, LinkError> {
+        let netns = netns.clone();
+        self.on_node(move |netlink| holdings::is_of_process_1(netlink, &netns))
+            .await
+    }
+
     /// Each of our links in the pod's namespace, with its traffic. All are read at once: a pod may have thousands, and finding one takes
     /// as long as reading all.
     ///

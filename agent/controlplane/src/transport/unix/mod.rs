@@ -20,7 +20,10 @@ use tonic::transport::server::Connected;
 mod descriptors;
 mod process;
 
-pub use self::descriptors::{Descriptors, Passed};
+pub use self::{
+    descriptors::{Descriptors, Passed},
+    process::sees_process_1,
+};
 pub(crate) use self::{
     descriptors::{FileId, Kind, MissingDescriptor, PATIENCE},
     process::{PeerProcess, namespace_at, node},

@@ -109,19 +109,20 @@ pub(crate) fn node() -> &'static Node {
     static NODE: OnceLock<Node> = OnceLock::new();
     NODE.get_or_init(|| {
         let known = ["/proc/self", "/proc/1"].map(facts);
-        if known[1].is_none() {
-            tracing::warn!(
-                "/proc/1/ns cannot be read, so that the network namespace of process 1 is not known as the node's own: a process in it \
-                 gets links there like a pod; run the agent as root, or with CAP_SYS_PTRACE"
-            );
-        }
+        let has_all_networks = known[1].is_some();
         let known = || known.iter().flatten();
         Node {
             own_user: fs::metadata("/proc/self").ok().map(|process| process.uid()),
             surroundings: known().map(|facts| facts.surroundings).collect(),
             networks: known().map(|facts| facts.net).collect(),
+            has_all_networks,
         }
     })
+}
+
+/// Whether this process may look at process 1, whose namespaces are the node's.
+pub fn sees_process_1() -> bool {
+    node().has_all_networks
 }
 
 /// The namespace, or whatever is at a path.

@@ -346,6 +346,10 @@ impl Forwarder for FakeKernel {
         Vec::new()
     }
 
+    async fn is_of_process_1(&self, _: &PodNetns) -> Option<bool> {
+        Some(false)
+    }
+
     async fn netns(&self, url: &NetnsUrl) -> Option<Passed> {
         self.table().opened.push(url.clone());
         None
