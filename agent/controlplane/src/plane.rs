@@ -108,6 +108,16 @@ impl Settings {
         DialGuard::new(self.dial_inside.clone(), configured.cloned())
     }
 
+    fn peers(&self, tokens: &Arc<TokenSource>, registry: &Backend) -> Peers {
+        Peers::connecting_with(
+            Arc::clone(tokens),
+            self.dial_timeout,
+            self.max_message_bytes,
+        )
+        .guarded_by(self.guard(registry))
+        .secured_by(self.tls.clone())
+    }
+
     fn liveness(&self) -> LivenessConfig {
         LivenessConfig {
             policy: self.reachability,
@@ -158,15 +168,7 @@ impl ControlPlane {
         vnis: VniPool,
     ) -> Self {
         let budget = settings.budget.clone();
-        let peers = Arc::new(
-            Peers::connecting_with(
-                Arc::clone(&tokens),
-                settings.dial_timeout,
-                settings.max_message_bytes,
-            )
-            .guarded_by(settings.guard(&registry))
-            .secured_by(settings.tls.clone()),
-        );
+        let peers = Arc::new(settings.peers(&tokens, &registry));
         let lookup = Arc::new(Lookup {
             registry: registry.open(&peers),
             resolver,

@@ -10,9 +10,9 @@ use std::{
 
 use anyhow::Context as _;
 use nsm_controlplane::{
-    identity::token::TokenSource,
+    identity::token::{Token, TokenSource},
     transport::{
-        dial::{DialError, dial_with},
+        dial::{DialError, Link, dial_with},
         tls::{Tls, alert},
         unix::{Descriptors, Passed},
     },
@@ -41,6 +41,8 @@ pub(crate) struct Agent {
     pub(crate) url: PeerUrl,
     /// The connection to it, which comes back by itself after a break.
     pub(crate) channel: Channel,
+    /// What both have shown each other on it; none in plain text.
+    link: Link,
     /// What this tool serves with, too; none in plain text.
     pub(crate) tls: Option<Arc<Tls>>,
     /// What follows the source of the identity.
@@ -115,6 +117,7 @@ impl Agent {
         Ok(Self {
             url,
             channel: link.channel.clone(),
+            link,
             tls,
             _following: following,
             descriptors,
@@ -143,7 +146,9 @@ impl Agent {
     /// The same for a stream, which ends when it ends.
     pub(crate) fn stream_request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        self.tokens.apply(request.metadata_mut());
+        let session = self.link.session();
+        self.tokens
+            .apply_for(session.as_deref(), request.metadata_mut());
         request
     }
 
@@ -192,6 +197,12 @@ impl Agent {
         }
     }
 
+    /// A token for the agent that is valid now.
+    pub(crate) fn token(&self) -> Token {
+        let session = self.link.session();
+        self.tokens.token_for(session.as_deref(), SystemTime::now())
+    }
+
     /// An answer that cannot be.
     pub(crate) fn bad_answer(&self, reason: impl ToString) -> CallError {
         CallError::BadAnswer {
@@ -202,7 +213,7 @@ impl Agent {
 
     /// Our segment of a path, with a token that is valid now.
     pub(crate) fn segment(&self, name: &str, id: &str) -> PathSegment {
-        let token = self.tokens.token(SystemTime::now());
+        let token = self.token();
         PathSegment {
             name: name.to_owned(),
             id: id.to_owned(),

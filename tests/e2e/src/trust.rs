@@ -40,7 +40,36 @@ impl Trust {
     /// # Errors
     /// Its files cannot be written.
     pub fn give(&self, command: &mut Command, n: usize, name: &str) -> Result<()> {
-        self.show(command, &self.authorities[n].svid(name), name)
+        self.show(command, &self.svid(n, name), name)
+    }
+
+    /// A good SVID of the pod of that name, in the namespace where NSM runs.
+    #[must_use]
+    pub fn svid(&self, n: usize, name: &str) -> Issued {
+        self.authorities[n].svid(&format!("ns/nsm-system/pod/{name}"))
+    }
+
+    /// Gives an agent an SVID of the `n`-th trust domain, and the policy that lets `other` in, whose ids are of the `of`-th.
+    ///
+    /// # Errors
+    /// Its files cannot be written.
+    pub fn give_agent(
+        &self,
+        command: &mut Command,
+        n: usize,
+        name: &str,
+        (other, of): (&str, usize),
+    ) -> Result<()> {
+        let policy = self.folder.join(format!("{name}-policy.yaml"));
+        let trust_domain = self.authorities[of].trust_domain();
+        let text = format!(
+            "domains:\n- domain: {other}\n  trust_domain: {trust_domain}\n  services: [\"*\"]\n"
+        );
+        replace(&policy, &text)?;
+        command
+            .args(["--insecure", "false", "--policy-file"])
+            .arg(policy);
+        self.give(command, n, name)
     }
 
     /// Lets a process show a certificate, by flags; it believes all trust domains.
@@ -70,6 +99,6 @@ impl Trust {
     /// # Errors
     /// Its files cannot be written.
     pub fn renew(&self, n: usize, name: &str) -> Result<()> {
-        Ok(self.authorities[n].svid(name).write(&self.folder, name)?)
+        Ok(self.svid(n, name).write(&self.folder, name)?)
     }
 }

@@ -11,6 +11,9 @@ use serde_json::Value;
 /// The trust domains; what they are called has nothing to do with the names of the domains.
 const DOMAINS: [&str; 2] = ["trust-1.example", "trust-2.example"];
 
+/// The pods of the agents.
+const AGENTS: [&str; 2] = ["proxy-nsmgr-1", "proxy-nsmgr-2"];
+
 /// Two domains whose processes speak TLS.
 struct Secured {
     trust: Trust,
@@ -22,17 +25,17 @@ impl Secured {
         let world = Pair::world(name, Cloud::Packet, 1)?;
         let trust = Trust::of(&world, &DOMAINS)?;
         let program = binary("proxy-nsmgr")?;
-        let start = |n: usize, node: &str| -> Result<Agent> {
+        let start = |n: usize, node: &str, name: &str, other: &str| -> Result<Agent> {
             let node: Node = world.node(node)?;
             let mut outcome = Ok(());
             let agent = Agent::start(&world, &node, &program, |command| {
-                command.args(["--insecure", "false"]);
-                outcome = trust.give(command, n, node.name());
+                outcome = trust.give_agent(command, n, name, (other, 1 - n));
             })?;
             outcome?;
             Ok(agent)
         };
-        let (near, far) = (start(0, "node-1")?, start(1, "node-2")?);
+        let near = start(0, "node-1", AGENTS[0], "cluster-2.example")?;
+        let far = start(1, "node-2", AGENTS[1], "cluster-1.example")?;
         near.wait_ready()?;
         far.wait_ready()?;
         let pair = Pair { near, far, world };
@@ -89,7 +92,7 @@ fn two_trust_domains_are_joined_in_mutual_tls() -> Result<()> {
     let status = pair.near.status()?;
     assert_eq!(
         status["identity"]["spiffe_id"],
-        "spiffe://trust-1.example/node-1"
+        "spiffe://trust-1.example/ns/nsm-system/pod/proxy-nsmgr-1"
     );
     assert_eq!(status["identity"]["insecure"], false);
     let ids = |status: &Value| -> Vec<String> {
@@ -99,8 +102,14 @@ fn two_trust_domains_are_joined_in_mutual_tls() -> Result<()> {
             .map(str::to_owned)
             .collect()
     };
-    assert_eq!(ids(&status), ["spiffe://trust-2.example/node-2"]);
-    assert_eq!(ids(&pair.far.status()?), ["spiffe://trust-2.example/nse"]);
+    assert_eq!(
+        ids(&status),
+        ["spiffe://trust-2.example/ns/nsm-system/pod/proxy-nsmgr-2"]
+    );
+    assert_eq!(
+        ids(&pair.far.status()?),
+        ["spiffe://trust-2.example/ns/nsm-system/pod/nse"]
+    );
     secured.served.close([client])
 }
 
@@ -157,7 +166,7 @@ fn an_svid_is_renewed_under_a_connection() -> Result<()> {
     let pair = &secured.served.pair;
     let client = secured.client(|command| secured.trust.give(command, 0, "nsc"))?;
     let connected = client.wait_for_event("connected", PATIENCE)?;
-    for (n, name) in [(0, "node-1"), (1, "node-2")] {
+    for (n, name) in AGENTS.into_iter().enumerate() {
         secured.trust.renew(n, name)?;
     }
     for agent in [&pair.near, &pair.far] {

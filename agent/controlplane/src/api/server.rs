@@ -3,7 +3,10 @@
 //! All listeners serve the same services; what differs is the [`Arrival`], and with it what a caller may
 //! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use nsm_core::identity::{
     Caller, Process,
@@ -44,6 +47,7 @@ use crate::{
     error::RequestError,
     identity::{
         gate::{Gate, Shown},
+        session::Session,
         token::{self, TokenError, TokenSource},
     },
     metrics::CallMetrics,
@@ -205,6 +209,7 @@ impl Front {
             holder: self.holder(&caller),
             caller,
             shown: shown(&request),
+            session: request.extensions().get::<Arc<Session>>().cloned(),
             token,
             deadline: Instant::now() + timeout,
             message: request.into_inner(),
@@ -239,7 +244,8 @@ impl Front {
     ) -> Result<(Call<T>, Option<PathHeader>), RequestError> {
         let metadata = request.metadata().clone();
         let call = self.call(request)?;
-        let own = self.services.tokens.token(std::time::SystemTime::now());
+        let session = call.session.as_deref();
+        let own = self.services.tokens.token_for(session, SystemTime::now());
         let previous = call.token.as_ref().map(|token| token.text.as_str());
         let path = PathHeader::descend(&metadata, previous, &own.text)?;
         Ok((call, path))

@@ -7,7 +7,11 @@ use nsm_proto::connection::{Connection, ConnectionEventType};
 use tokio::time::Instant;
 
 use crate::{
-    call::{Call, Calls, enter::Entered, next_hop::downstream_view},
+    call::{
+        Call, Calls,
+        enter::{Entered, Entering},
+        next_hop::downstream_view,
+    },
     connection::{model::Established, store::Turn},
     error::RequestError,
     peer::peers::Peer,
@@ -40,8 +44,13 @@ impl Calls {
         // Boxed: see `request`.
         tokio::spawn(Box::pin(async move {
             let mut connection = call.message;
-            let shown = call.shown.as_ref();
-            let entered = calls.enter(&mut connection, call.token, call.arrival, shown)?;
+            let entering = Entering {
+                token: call.token,
+                arrival: call.arrival,
+                shown: call.shown,
+                session: call.session,
+            };
+            let entered = calls.enter(&mut connection, entering)?;
             let caller = entered.name(call.caller);
             let Entered { path, hop, .. } = entered;
             let turn = calls

@@ -15,6 +15,7 @@ use crate::{
     error::RequestError,
     identity::{
         gate::{Guest, Shown},
+        session::Session,
         token::Token,
     },
     route::router::Arrival,
@@ -43,6 +44,18 @@ impl Entered {
     }
 }
 
+/// What a call brings beside its message.
+pub(crate) struct Entering {
+    /// The previous hop's token.
+    pub(crate) token: Option<Token>,
+    /// The listener that it came in by.
+    pub(crate) arrival: Arrival,
+    /// What both ends have shown; none in plain text.
+    pub(crate) shown: Option<Arc<Shown>>,
+    /// The TLS connection; our token is signed with the key that was shown on it.
+    pub(crate) session: Option<Arc<Session>>,
+}
+
 impl Calls {
     /// Puts the previous hop's token into its segment, adds our own segment or finds it again, and puts our token into it. The
     /// connection's id becomes that of our segment; its path is taken out.
@@ -53,10 +66,15 @@ impl Calls {
     pub(crate) fn enter(
         &self,
         connection: &mut Connection,
-        token: Option<Token>,
-        arrival: Arrival,
-        shown: Option<&Arc<Shown>>,
+        entering: Entering,
     ) -> Result<Entered, RequestError> {
+        let Entering {
+            token,
+            arrival,
+            shown,
+            session,
+        } = entering;
+        let shown = shown.as_ref();
         let mut path = convert::path(connection.path.take().unwrap_or_default());
         let now = SystemTime::now();
         if let Some(token) = token
@@ -88,7 +106,7 @@ impl Calls {
                 ago,
             });
         }
-        let ours = self.tokens.token(now);
+        let ours = self.tokens.token_for(session.as_deref(), now);
         if let Some(own) = path.segments.get_mut(hop.index as usize) {
             own.token = ours.text;
             own.expires = Some(ours.expires);

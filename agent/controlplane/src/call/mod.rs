@@ -29,6 +29,7 @@ use crate::{
     error::RequestError,
     identity::{
         gate::Shown,
+        session::Session,
         token::{Token, TokenSource},
     },
     liveness::Liveness,
@@ -56,6 +57,8 @@ pub struct Call<T> {
     pub caller: Caller,
     /// What both ends of its transport connection have shown; none in plain text.
     pub shown: Option<Arc<Shown>>,
+    /// Its TLS connection; none in plain text.
+    pub session: Option<Arc<Session>>,
     /// Who is charged for what the call leaves here.
     pub holder: Holder,
     /// The previous hop's token, from the call's metadata.

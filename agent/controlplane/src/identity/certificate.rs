@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use nsm_core::identity::{SpiffeId, SpiffeIdError, TrustDomain};
+use nsm_core::identity::{SpiffeId, SpiffeIdError, TrustDomain, es256::P256Key};
 use rustls::{
     crypto::WebPkiSupportedAlgorithms,
     pki_types::{CertificateDer, TrustAnchor, UnixTime},
@@ -20,9 +20,6 @@ use webpki::{
 use x509_parser::{
     certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _, time::ASN1Time,
 };
-
-/// The length of a public key of the curve P-256, uncompressed (SEC 1, section 2.3.3).
-const POINT: usize = 65;
 
 /// Why a certificate is not believed, or is no SVID.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -94,8 +91,8 @@ pub struct Leaf {
     pub not_before: SystemTime,
     /// When it ends.
     pub not_after: SystemTime,
-    /// The public key where it is one of the curve P-256, as 65 bytes (SEC 1, uncompressed): tokens are checked with it.
-    pub point: Option<Vec<u8>>,
+    /// The public key where it is one of the curve P-256: tokens are checked with it.
+    pub key: Option<P256Key>,
 }
 
 impl Leaf {
@@ -121,13 +118,11 @@ impl Leaf {
             return Err(BadCertificate::MaySign(id));
         }
         let validity = certificate.validity();
-        let point = &certificate.public_key().subject_public_key.data;
-        let is_point = point.len() == POINT && point.first() == Some(&4);
         Ok(Self {
             id,
             not_before: time(validity.not_before),
             not_after: time(validity.not_after),
-            point: is_point.then(|| point.to_vec()),
+            key: P256Key::from_spki(certificate.public_key().raw).ok(),
         })
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use nsm_core::identity::SpiffeId;
 
-use super::{certificate::Leaf, source::Material, svid::Svid};
+use super::{certificate::Leaf, gate::Shown, source::Material, svid::Svid};
 
 /// One TLS connection's identities.
 #[derive(Debug)]
@@ -15,12 +15,28 @@ pub struct Session {
     own: Arc<Material>,
     peer: Leaf,
     began: SystemTime,
+    shown: Arc<Shown>,
 }
 
 impl Session {
     /// A connection that has begun at `began`: we have shown `own`, and the peer's certificate is believed.
-    pub(crate) const fn new(own: Arc<Material>, peer: Leaf, began: SystemTime) -> Self {
-        Self { own, peer, began }
+    pub(crate) fn new(own: Arc<Material>, peer: Leaf, began: SystemTime) -> Self {
+        let shown = Arc::new(Shown {
+            peer: peer.id.clone(),
+            key: peer.key,
+            own: own.svid.id().clone(),
+        });
+        Self {
+            own,
+            peer,
+            began,
+            shown,
+        }
+    }
+
+    /// The ids of both ends, for what decides by them.
+    pub(crate) const fn shown(&self) -> &Arc<Shown> {
+        &self.shown
     }
 
     /// Who the peer is.

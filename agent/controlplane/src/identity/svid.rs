@@ -10,6 +10,7 @@ use jsonwebtoken::EncodingKey;
 use nsm_core::identity::SpiffeId;
 use p256::{
     SecretKey,
+    elliptic_curve::sec1::ToEncodedPoint as _,
     pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _},
 };
 use rustls::{
@@ -44,7 +45,6 @@ pub enum BadSvid {
 pub struct Svid {
     leaf: Leaf,
     certified: Arc<CertifiedKey>,
-    #[expect(dead_code, reason = "tokens are signed with it next")]
     signing: EncodingKey,
 }
 
@@ -60,8 +60,9 @@ impl Svid {
         let leaf = Leaf::read(chain.first().ok_or(BadSvid::Empty)?)?;
         let secret = secret_key(key).ok_or(BadSvid::Key)?;
         let signing = secret.to_pkcs8_der().map_err(|_| BadSvid::Key)?;
-        let public = secret.public_key().to_sec1_bytes();
-        if leaf.point.as_deref() != Some(&*public) {
+        // Uncompressed, as certificates have it.
+        let public = secret.public_key().to_encoded_point(false);
+        if leaf.key.as_ref().map(|key| key.point().as_slice()) != Some(public.as_bytes()) {
             return Err(BadSvid::OtherKey(leaf.id));
         }
         let rustls_key = any_supported_type(key).map_err(|_| BadSvid::Key)?;
@@ -96,6 +97,11 @@ impl Svid {
     pub fn life(&self) -> Duration {
         let life = self.leaf.not_after.duration_since(self.leaf.not_before);
         life.unwrap_or_default()
+    }
+
+    /// The key, as tokens are signed with it.
+    pub(super) const fn signing(&self) -> &EncodingKey {
+        &self.signing
     }
 
     /// The chain and the key, as TLS shows them.

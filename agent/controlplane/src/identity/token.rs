@@ -9,18 +9,21 @@
 //! would cost more than the call, and a token with half a life left still carries a connection over
 //! several refreshes.
 //!
-//! The key is a shared secret (HS256), as NSM's own test chains use over plain HTTP/2: such a token
+//! In mutual TLS it is the key of the SVID that the connection was made with (ES256): whoever has the certificate checks the token, and it
+//! is for the other end alone. In plain text the key is a shared secret (HS256), as NSM's own test chains use over plain HTTP/2: such a token
 //! names the caller, it does not prove who it is. Or it is an elliptic curve's (ES256), as NSM signs
 //! with the key of its SVID: whoever knows the public key can check the token.
 
 use std::{
+    collections::HashMap,
     fmt,
     str::FromStr as _,
     sync::{Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use jsonwebtoken::Header;
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use nsm_core::identity::SpiffeId;
 use prost_types::Timestamp;
 use serde::Serialize;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
@@ -29,6 +32,7 @@ mod key;
 
 use self::key::SigningKey;
 pub use self::key::{Es256Key, KeyError};
+use super::session::Session;
 
 /// The metadata key of the token itself.
 pub const TOKEN_KEY: &str = "nsm-client-token";
@@ -92,7 +96,20 @@ pub struct TokenSource {
 struct State {
     key: SigningKey,
     current: Option<Signed>,
+    /// Those for peers with certificates.
+    of_sessions: HashMap<Addressed, Signed>,
 }
+
+/// Whom a token is for, and what it was signed by: another certificate of either makes another token.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Addressed {
+    peer: SpiffeId,
+    generation: u64,
+    ends: SystemTime,
+}
+
+/// The most tokens for peers that are kept; of more, those whose time is over go, or all.
+const MOST_TOKENS: usize = 4096;
 
 impl TokenSource {
     /// Tokens of `spiffe_id`, signed by HS256 with `secret`, each valid for `lifetime`.
@@ -117,7 +134,11 @@ impl TokenSource {
             spiffe_id: spiffe_id.to_owned(),
             audience: Vec::new(),
             lifetime,
-            state: Mutex::new(State { key, current: None }),
+            state: Mutex::new(State {
+                key,
+                current: None,
+                of_sessions: HashMap::new(),
+            }),
         }
     }
 
@@ -133,33 +154,80 @@ impl TokenSource {
         &self.spiffe_id
     }
 
-    /// A token that is valid at `now`.
+    /// A token that is valid at `now`, for nobody in particular.
     pub fn token(&self, now: SystemTime) -> Token {
-        self.with_current(now, |signed| {
-            let text = signed.token.to_str().expect("a JWT is base64url and dots");
-            Token {
-                text: text.to_owned(),
-                expires: signed.expires,
-            }
-        })
+        self.with_current(now, Signed::token)
     }
 
-    /// Puts the token and its expiry into the metadata of a call, in place of what is there.
+    /// A token for the other end of a TLS connection, signed with the key of the certificate that we have shown on it (NSM sdk,
+    /// `pkg/tools/spiffejwt`). It lives no longer than the certificates of both. In plain text it is [`Self::token`].
+    pub fn token_for(&self, session: Option<&Session>, now: SystemTime) -> Token {
+        match session {
+            Some(session) => self.with_addressed(session, now, Signed::token),
+            None => self.token(now),
+        }
+    }
+
+    /// Puts the token for the other end of a connection and its expiry into the metadata of a call, in place of what is there.
+    pub fn apply_for(&self, session: Option<&Session>, metadata: &mut MetadataMap) {
+        self.apply_at(SystemTime::now(), session, metadata);
+    }
+
+    /// The same with the token for nobody in particular.
     pub fn apply(&self, metadata: &mut MetadataMap) {
-        self.apply_at(SystemTime::now(), metadata);
+        self.apply_for(None, metadata);
     }
 
-    fn apply_at(&self, now: SystemTime, metadata: &mut MetadataMap) {
-        let (token, expires) = self.with_current(now, |signed| {
-            (signed.token.clone(), signed.expires_text.clone())
-        });
+    fn apply_at(&self, now: SystemTime, session: Option<&Session>, metadata: &mut MetadataMap) {
+        let both = |signed: &Signed| (signed.token.clone(), signed.expires_text.clone());
+        let (token, expires) = match session {
+            Some(session) => self.with_addressed(session, now, both),
+            None => self.with_current(now, both),
+        };
         metadata.insert(TOKEN_KEY, token);
         metadata.insert(EXPIRES_KEY, expires);
     }
 
+    fn with_addressed<T>(
+        &self,
+        session: &Session,
+        now: SystemTime,
+        use_it: impl FnOnce(&Signed) -> T,
+    ) -> T {
+        let addressed = Addressed {
+            peer: session.peer().clone(),
+            generation: session.generation(),
+            ends: session.ends(),
+        };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let signed = &mut state.of_sessions;
+        if let Some(known) = signed.get(&addressed)
+            && known.is_fresh(now)
+        {
+            return use_it(known);
+        }
+        if signed.len() >= MOST_TOKENS {
+            signed.retain(|_, signed| signed.is_fresh(now));
+        }
+        if signed.len() >= MOST_TOKENS {
+            signed.clear();
+        }
+        let claims = Claims {
+            sub: session.svid().id().as_str(),
+            aud: &[session.peer().to_string()],
+            exp: 0,
+        };
+        let expires = session.ends().min(now + self.lifetime);
+        let key = (Algorithm::ES256, session.svid().signing());
+        let fresh = Signed::new(key, claims, now, expires);
+        let used = use_it(&fresh);
+        signed.insert(addressed, fresh);
+        used
+    }
+
     fn with_current<T>(&self, now: SystemTime, use_it: impl FnOnce(&Signed) -> T) -> T {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { key, current } = &mut *state;
+        let State { key, current, .. } = &mut *state;
         match current {
             Some(signed) if signed.is_fresh(now) => use_it(signed),
             _ => {
@@ -170,27 +238,13 @@ impl TokenSource {
     }
 
     fn sign(&self, key: &SigningKey, now: SystemTime) -> Signed {
-        let expires = now + self.lifetime;
-        let since_epoch = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
-        // `exp` counts whole seconds: rounded up, so that the token never dies before the time
-        // that its metadata promises.
-        let exp = since_epoch.as_secs() + u64::from(since_epoch.subsec_nanos() > 0);
         let claims = Claims {
             sub: &self.spiffe_id,
             aud: &self.audience,
-            exp,
+            exp: 0,
         };
-        let token = jsonwebtoken::encode(&Header::new(key.algorithm), &claims, &key.encoding)
-            .expect("a key that was checked signs any claims that are plain JSON");
-        Signed {
-            token: token.parse().expect("a JWT is base64url and dots"),
-            expires_text: Timestamp::from(expires)
-                .to_string()
-                .parse()
-                .expect("a time of RFC 3339 is ASCII"),
-            issued: now,
-            expires,
-        }
+        let key = (key.algorithm, &key.encoding);
+        Signed::new(key, claims, now, now + self.lifetime)
     }
 }
 
@@ -206,6 +260,39 @@ impl fmt::Debug for TokenSource {
 }
 
 impl Signed {
+    /// A token of these claims, but for its end.
+    fn new(
+        (algorithm, key): (Algorithm, &EncodingKey),
+        claims: Claims<'_>,
+        now: SystemTime,
+        expires: SystemTime,
+    ) -> Self {
+        let since_epoch = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
+        // `exp` counts whole seconds: rounded up, so that the token never dies before the time
+        // that its metadata promises.
+        let exp = since_epoch.as_secs() + u64::from(since_epoch.subsec_nanos() > 0);
+        let claims = Claims { exp, ..claims };
+        let token = jsonwebtoken::encode(&Header::new(algorithm), &claims, key)
+            .expect("a key that was checked signs any claims that are plain JSON");
+        Self {
+            token: token.parse().expect("a JWT is base64url and dots"),
+            expires_text: Timestamp::from(expires)
+                .to_string()
+                .parse()
+                .expect("a time of RFC 3339 is ASCII"),
+            issued: now,
+            expires,
+        }
+    }
+
+    fn token(&self) -> Token {
+        let text = self.token.to_str().expect("a JWT is base64url and dots");
+        Token {
+            text: text.to_owned(),
+            expires: self.expires,
+        }
+    }
+
     /// Whether the first half of the token's life is still running. A clock that was set back
     /// makes a token look as if it came from the future: such a token is not handed out either.
     fn is_fresh(&self, now: SystemTime) -> bool {
@@ -250,10 +337,16 @@ fn text<'m>(metadata: &'m MetadataMap, key: &'static str) -> Result<&'m str, Tok
 
 #[cfg(test)]
 mod tests {
-    use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+    use jsonwebtoken::{DecodingKey, Validation};
+    use rustls::pki_types::PrivateKeyDer;
     use serde::Deserialize;
 
     use super::*;
+    use crate::identity::{
+        certificate::{Bundles, Leaf},
+        source::Identity,
+        svid::Svid,
+    };
 
     const ID: &str = "spiffe://cluster-1.example/agent";
     const SECRET: &[u8] = b"insecure";
@@ -321,6 +414,48 @@ mod tests {
     }
 
     #[test]
+    fn a_token_in_tls_is_for_the_other_end_and_of_the_certificate_that_it_has_seen() {
+        let source = TokenSource::hs256(ID, SECRET, LIFETIME);
+        let [first, second] = [(); 2].map(|()| session_of("nsc", "nsmgr", 3600));
+        let now = SystemTime::now();
+        let token = source.token_for(Some(&first), now);
+        let mut validation = Validation::new(Algorithm::ES256);
+        validation.set_audience(&["spiffe://one.example/nsmgr"]);
+        let key = |session: &Session| {
+            let leaf = Leaf::read(&session.svid().certified().cert[0]).unwrap();
+            DecodingKey::from_ec_der(leaf.key.unwrap().point())
+        };
+        let decode = |key| jsonwebtoken::decode::<Decoded>(&token.text, &key, &validation);
+        let claims = decode(key(&first)).unwrap().claims;
+        assert_eq!(claims.sub, "spiffe://one.example/nsc");
+        assert_eq!(claims.aud.map(|aud| aud.len()), Some(1));
+        assert!(decode(key(&second)).is_err(), "another connection's key");
+        assert_eq!(source.token_for(Some(&first), now), token);
+        assert_eq!(token.expires, now + LIFETIME);
+        // No longer than the certificates.
+        let short = session_of("nsc", "nsmgr", 60);
+        assert_eq!(source.token_for(Some(&short), now).expires, short.ends());
+    }
+
+    /// A connection from one id to another, of certificates with this life in seconds.
+    fn session_of(own: &str, peer: &str, life: i64) -> Session {
+        let authority = nsm_spiffe::Authority::of("one.example");
+        let issued = [own, peer].map(|path| {
+            authority.issue(&nsm_spiffe::Wanted {
+                ends: life,
+                ..nsm_spiffe::Wanted::of(&authority.id(path))
+            })
+        });
+        let [own, peer] = issued;
+        let key = PrivateKeyDer::try_from(own.key).unwrap();
+        let chain = own.chain.into_iter().map(Into::into).collect();
+        let identity = Identity::from_source("a test");
+        identity.replace(Svid::new(chain, &key).unwrap(), Bundles::default());
+        let leaf = Leaf::read(&peer.chain[0].clone().into()).unwrap();
+        Session::new(identity.current().unwrap(), leaf, SystemTime::now())
+    }
+
+    #[test]
     fn a_generated_key_is_another_for_each() {
         let new = || TokenSource::es256(ID, Es256Key::Generated, LIFETIME).unwrap();
         assert_ne!(new().token(at(0.0)).text, new().token(at(0.0)).text);
@@ -355,7 +490,7 @@ mod tests {
         let now = at(0.0) + Duration::from_nanos(123_456_789);
         let mut metadata = MetadataMap::new();
         metadata.insert(TOKEN_KEY, "stale".parse().unwrap());
-        source.apply_at(now, &mut metadata);
+        source.apply_at(now, None, &mut metadata);
         assert_eq!(
             metadata.get(EXPIRES_KEY).unwrap(),
             "2027-01-15T08:10:00.123456789Z"

@@ -28,7 +28,7 @@ use tonic::{Code, Request, Response, Status, transport::Channel};
 
 use crate::{
     error::RequestError,
-    identity::token::TokenSource,
+    identity::{session::Session, token::TokenSource},
     places::Place,
     sync::lock,
     transport::{
@@ -163,10 +163,9 @@ impl Peer {
         Arc::clone(&place)
     }
 
-    /// Who it is by the certificate that it has shown last.
-    fn spiffe_id(&self) -> Option<SpiffeId> {
-        let session = lock(&self.link).get()?.session()?;
-        Some(session.peer().clone())
+    /// What both have shown each other last; none in plain text.
+    pub(crate) fn session(&self) -> Option<Arc<Session>> {
+        lock(&self.link).get()?.session()
     }
 
     /// Whether there is a channel, which was good when it was used last.
@@ -427,7 +426,7 @@ impl Peers {
                 connections,
                 is_monitored: monitor.is_running(),
                 since: monitor.since,
-                spiffe_id: peer.spiffe_id(),
+                spiffe_id: peer.session().map(|session| session.peer().clone()),
             }
         });
         views.filter(|view| view.connections > 0).collect()
@@ -529,12 +528,14 @@ impl Peers {
     /// A message with our token for who is at the other end of `link`, and with what is left of the time as its gRPC timeout.
     pub(crate) fn outgoing<T>(
         &self,
-        _link: &Link,
+        link: &Link,
         message: T,
         deadline: Option<Instant>,
     ) -> Request<T> {
         let mut request = Request::new(message);
-        self.tokens.apply(request.metadata_mut());
+        let session = link.session();
+        self.tokens
+            .apply_for(session.as_deref(), request.metadata_mut());
         if let Some(deadline) = deadline {
             request.set_timeout(sent_timeout(
                 deadline.saturating_duration_since(Instant::now()),

@@ -202,7 +202,8 @@ impl Upstream {
         let url = self.url.as_ref().ok_or(RequestError::Missing(
             "NSMgr: the agent has no upstream_nsmgr_url",
         ))?;
-        let token = self.tokens.token(SystemTime::now()).text;
+        let session = self.peers.get(url).session();
+        let token = self.tokens.token_for(session.as_deref(), SystemTime::now());
         Ok(Nsmgr {
             url,
             registry: Remote::at(&self.peers, [url.clone()]),
@@ -210,7 +211,7 @@ impl Upstream {
                 holder: Holder::our_own(),
                 caller: Caller::on_node(Process::unknown()),
                 deadline: Instant::now() + self.request_timeout,
-                owner: Some(PathHeader::begin(token)),
+                owner: Some(PathHeader::begin(token.text)),
                 expires: None,
             },
         })

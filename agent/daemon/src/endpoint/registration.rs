@@ -103,7 +103,7 @@ impl Registration {
         self.offer_services().await?;
         let mut endpoints = Endpoints::new(self.agent.channel.clone());
         // It lives as long as our token at most; the registry shortens that as it likes.
-        let expires = self.agent.tokens.token(SystemTime::now()).expires;
+        let expires = self.agent.token().expires;
         let mut entry = NetworkServiceEndpoint {
             expiration_time: Some(Timestamp::from(expires)),
             ..self.entry.clone()
@@ -272,7 +272,7 @@ impl Registration {
     /// A call with the registry's path in its metadata, which begins with us.
     fn call<T>(&self, message: T) -> Request<T> {
         let mut request = self.agent.request(message);
-        let token = self.agent.tokens.token(SystemTime::now()).text;
+        let token = self.agent.token().text;
         let path = serde_json::json!({ "Index": 0, "PathSegments": [{ "token": token }] });
         let path =
             AsciiMetadataValue::try_from(path.to_string()).expect("JSON of ASCII texts is ASCII");

@@ -8,7 +8,10 @@ use std::{
 
 use nsm_controlplane::{
     api::listener::{ListenerLimits, Socket, serve},
-    identity::token::{self, TokenSource},
+    identity::{
+        session::Session,
+        token::{self, TokenSource},
+    },
     transport::tls::Tls,
 };
 use nsm_proto::{
@@ -116,7 +119,8 @@ impl NetworkService for Endpoint {
         let now = SystemTime::now();
         let theirs = token::read(request.metadata())
             .map_err(|error| Status::unauthenticated(error.to_string()))?;
-        let ours = self.shared.tokens.token(now);
+        let session = request.extensions().get::<Arc<Session>>().map(Arc::as_ref);
+        let ours = self.shared.tokens.token_for(session, now);
         let granted = self.book().grant(request.into_inner(), theirs, ours, now)?;
         self.shared.moved.notify_one();
         if granted.is_new {

@@ -61,6 +61,7 @@ fn call_of(uid: u32, life: Duration) -> Call<NetworkServiceEndpoint> {
         source: Source::Node,
         descriptors: None,
         shown: None,
+        session: None,
         holder: Holder::our_own(),
         caller: Caller::on_node(Process {
             user: Some(uid),

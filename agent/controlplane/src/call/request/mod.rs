@@ -32,7 +32,11 @@ use tokio::time::Instant;
 
 use self::ask::Ask;
 use crate::{
-    call::{Answer, Call, Calls, add_missing, close::Cause, enter::Entered},
+    call::{
+        Answer, Call, Calls, add_missing,
+        close::Cause,
+        enter::{Entered, Entering},
+    },
     connection::store::{Claim, Turn},
     error::RequestError,
     route::{next::Route, router::Arrival},
@@ -73,8 +77,13 @@ impl Calls {
         if call.arrival == Arrival::Local {
             add_missing(&mut connection.labels, &self.config.client_info);
         }
-        let shown = call.shown.as_ref();
-        let entered = self.enter(&mut connection, call.token, call.arrival, shown)?;
+        let entering = Entering {
+            token: call.token,
+            arrival: call.arrival,
+            shown: call.shown,
+            session: call.session,
+        };
+        let entered = self.enter(&mut connection, entering)?;
         let caller = entered.name(call.caller);
         let Entered {
             path,

@@ -262,6 +262,7 @@ impl<I: Clone + Send + Sync + 'static> SecuredInfo<I> {
         if let Some(info) = extensions.remove::<Self>() {
             extensions.insert(info.transport);
             if let Some(session) = info.session {
+                extensions.insert(Arc::clone(session.shown()));
                 extensions.insert(session);
             }
         }
