@@ -4,10 +4,12 @@
 //! ask. A stream or message beyond its limit is refused by HTTP/2 itself.
 
 use std::{
+    pin::Pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use futures_util::StreamExt as _;
 use nsm_core::identity::{
     Caller, Process,
     access::Ask,
@@ -17,7 +19,7 @@ use nsm_core::identity::{
 };
 use nsm_proto::{
     connection::{
-        Connection, MonitorScopeSelector,
+        Connection, ConnectionEvent, MonitorScopeSelector,
         monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
     },
     networkservice::{
@@ -34,6 +36,7 @@ use nsm_proto::{
     },
 };
 use tokio::time::Instant;
+use tokio_stream::Stream;
 use tonic::{
     Request, Response, Status,
     metadata::{AsciiMetadataValue, MetadataMap},
@@ -43,7 +46,7 @@ use tonic::{
 use super::listener::ListenerLimits;
 use crate::{
     call::{Answer, Call, Calls, registrar::Registrar},
-    connection::monitor::{Events, Monitors, Reader},
+    connection::monitor::{Monitors, Reader},
     error::RequestError,
     identity::{
         gate::{Gate, Shown},
@@ -169,6 +172,21 @@ impl Front {
         Ok(caller.with_workload(self.gate().workload(&shown, &shown.peer)))
     }
 
+    /// When a follower of the network loses what it follows by, its station among it: its stream ends then.
+    fn until_unfollowed<T>(
+        &self,
+        request: &Request<T>,
+        caller: &Caller,
+    ) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let workload = caller.workload?;
+        let shown = shown(request)?;
+        let gate = Arc::clone(&self.services.calls.lookup.gate);
+        Some(gate.until_not(move |gate| {
+            gate.admit(&shown, Ask::Follow).is_ok()
+                && gate.workload(&shown, &shown.peer) == workload
+        }))
+    }
+
     fn holder(&self, caller: &Caller) -> Holder {
         Holder::of(caller, &self.services.calls.lookup.relays)
     }
@@ -270,13 +288,14 @@ impl NetworkService for Front {
 
 #[tonic::async_trait]
 impl MonitorConnection for Front {
-    type MonitorConnectionsStream = Events;
+    type MonitorConnectionsStream = Followed;
 
     async fn monitor_connections(
         &self,
         request: Request<MonitorScopeSelector>,
-    ) -> Result<Response<Events>, Status> {
+    ) -> Result<Response<Followed>, Status> {
         let caller = self.follower(&request)?;
+        let denied = self.until_unfollowed(&request, &caller);
         decide(&caller, Action::Monitor).map_err(RequestError::from)?;
         let reader = Reader {
             owner: caller.owner(),
@@ -287,9 +306,16 @@ impl MonitorConnection for Front {
             .services
             .monitors
             .subscribe(reader, request.into_inner());
-        Ok(Response::new(events.map_err(RequestError::from)?))
+        let events = events.map_err(RequestError::from)?;
+        Ok(Response::new(match denied {
+            Some(denied) => Box::pin(events.take_until(Box::pin(denied))),
+            None => Box::pin(events),
+        }))
     }
 }
+
+/// The events of a monitor.
+type Followed = Pin<Box<dyn Stream<Item = Result<ConnectionEvent, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl NetworkServiceRegistry for Front {

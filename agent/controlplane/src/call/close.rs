@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use nsm_core::nsm::expiry::CLOSE_TIME;
+use nsm_core::{identity::access::Ask, nsm::expiry::CLOSE_TIME};
 use nsm_proto::connection::{Connection, ConnectionEventType};
 use tokio::time::Instant;
 
@@ -15,11 +15,15 @@ use crate::{
     connection::{model::Established, store::Turn},
     error::RequestError,
     peer::peers::Peer,
+    route::router::Arrival,
 };
 
 /// How long a next hop may take to answer a Close. What it holds ends with its token anyway; the
 /// client that closes should not wait for a dead peer longer than a person would.
 const CLOSE_TIMEOUT: Duration = CLOSE_TIME;
+
+/// How many connections are closed at the same time when the policy has changed.
+const CLOSED_TOGETHER: usize = 64;
 
 /// Why a connection is taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +56,10 @@ impl Calls {
             };
             let entered = calls.enter(&mut connection, entering)?;
             let caller = entered.name(call.caller);
+            if let (Arrival::Network, Some(guest)) = (call.arrival, &entered.guest) {
+                let gate = &calls.lookup.gate;
+                gate.admit(&guest.shown, Ask::Follow)?;
+            }
             let Entered { path, hop, .. } = entered;
             let turn = calls
                 .held
@@ -102,20 +110,32 @@ impl Calls {
         }
     }
 
-    /// Closes the connections of callers that the rules do not allow any more.
+    /// Closes the connections of callers that the rules do not allow any more: many at the same time, for a peer that was shut out need
+    /// not answer.
     pub(crate) async fn close_denied(self: Arc<Self>) {
+        let mut closing = tokio::task::JoinSet::new();
         for id in self.held.connections.ids() {
-            let deadline = Instant::now() + self.config.request_timeout;
-            // One at work is looked at when it is done: it may have been admitted by the rules before.
-            match self.held.connections.admit_known(&id, deadline).await {
-                Ok(Some(turn)) if let Some(denied) = self.denied(&turn) => {
-                    tracing::warn!(connection.id = %id, %denied, "the policy does not allow the connection any more: closing");
-                    self.tear_down(&turn, deadline, Cause::Own).await;
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::error!(connection.id = %id, %error, "could not look at the connection with the new policy: send SIGHUP again");
-                }
+            if closing.len() >= CLOSED_TOGETHER {
+                closing.join_next().await;
+            }
+            let calls = Arc::clone(&self);
+            closing.spawn(async move { calls.close_one_denied(&id).await });
+        }
+        closing.join_all().await;
+    }
+
+    /// Closes the connection of our segment `id` if the rules do not allow it.
+    async fn close_one_denied(&self, id: &str) {
+        let deadline = Instant::now() + self.config.request_timeout;
+        // One at work is looked at when it is done: it may have been admitted by the rules before.
+        match self.held.connections.admit_known(id, deadline).await {
+            Ok(Some(turn)) if let Some(denied) = self.denied(&turn) => {
+                tracing::warn!(connection.id = %id, %denied, "the policy does not allow the connection any more: closing");
+                self.tear_down(&turn, deadline, Cause::Own).await;
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::error!(connection.id = %id, %error, "could not look at the connection with the new policy: its next refresh is decided by it");
             }
         }
     }
@@ -124,11 +144,9 @@ impl Calls {
     fn denied(&self, turn: &Turn) -> Option<RequestError> {
         let current = turn.current()?;
         let shown = current.shown.as_ref()?;
-        let view = &current.view;
-        let endpoint = &view.network_service_endpoint_name;
-        self.router
-            .recheck(shown, current.owner, &view.network_service, endpoint)
-            .err()
+        let (view, route) = (&current.view, &current.route);
+        let checked = self.router.recheck(shown, current.arrival, view, route);
+        checked.err()
     }
 
     /// Refuses new connections, then closes all that are left. Returns when all are gone or `grace` is over.

@@ -87,10 +87,10 @@ impl Calls {
         let (guest, proved_until) = proved.transpose()?.unzip();
         let name = &self.config.name;
         let bound = guest.as_ref().filter(|_| arrival == Arrival::Network);
-        let workload = bound.map(|guest| self.lookup.gate.workload(&guest.shown, &guest.first));
-        if let Some(guest) = bound {
-            self.check_own_id(&mut path, guest)?;
-        }
+        let workload = match bound {
+            Some(guest) => Some(self.owner(&mut path, guest)?),
+            None => None,
+        };
         let fresh_id = (!path.knows(name)).then(|| own_id(&path, name, workload));
         let hop = path.descend(&connection.id, name, || fresh_id.unwrap_or_default())?;
         let previous = hop
@@ -149,21 +149,23 @@ impl Calls {
         Ok((guest, proved.expires()))
     }
 
-    /// Checks that the id which the path has for our segment is the caller's to show. One of the time before identities is nobody's and
-    /// is taken out: the caller gets a connection of its own.
-    fn check_own_id(&self, path: &mut Path, guest: &Guest) -> Result<(), RequestError> {
-        if !path.knows(&self.config.name) {
-            return Ok(());
-        }
-        let Some(own) = path.segments.get_mut(path.index as usize + 1) else {
-            return Ok(());
+    /// Whose the connection is, and that the id which the path has for our segment is the caller's to show. One of the time before
+    /// identities is nobody's and is taken out: the caller gets a connection of its own.
+    fn owner(&self, path: &mut Path, guest: &Guest) -> Result<Workload, RequestError> {
+        let gate = &self.lookup.gate;
+        let new = || gate.workload(&guest.shown, &guest.first);
+        let own = path.segments.get_mut(path.index as usize + 1);
+        let Some(own) = own.filter(|own| own.name == self.config.name) else {
+            return Ok(new());
         };
         match Uuid::parse_str(&own.id).map(|id| id.as_u128()) {
-            Ok(id) if is_bound(id) && self.lookup.gate.owns(guest, id) => Ok(()),
-            Ok(id) if is_bound(id) => Err(Refusal::ConnectionOfAnother.into()),
+            Ok(id) if is_bound(id) => {
+                let owner = gate.owner_of(guest, id);
+                owner.ok_or_else(|| Refusal::ConnectionOfAnother.into())
+            }
             _ => {
                 own.id.clear();
-                Ok(())
+                Ok(new())
             }
         }
     }

@@ -10,10 +10,14 @@ mod names;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
 
 use nsm_core::{
     identity::{
+        SpiffeId,
         access::Ask,
         policy::{Action, Name, decide},
         relay::Source,
@@ -34,8 +38,8 @@ use crate::{
     identity::gate::Shown,
     places::Budget,
     registry::{
-        Asker, DomainRegistry, Events, Terms, memory::STREAM, path_header::PathHeader,
-        remote::Remote, wire::Answers,
+        Asker, DomainRegistry, Events, Terms, entry::Event, memory::STREAM,
+        path_header::PathHeader, remote::Remote, wire::Answers,
     },
     route::{lookup::Lookup, router::Arrival},
 };
@@ -51,6 +55,11 @@ struct Place {
 }
 
 impl Place {
+    /// Whether the entries are those of our own domain. A registry proxy has others' under their full names.
+    const fn has_our_entries(&self) -> bool {
+        self.is_ours && !self.by_proxy
+    }
+
     fn strip(&self, entry: &mut impl Named) -> Result<(), RequestError> {
         if self.by_proxy {
             return Ok(());
@@ -157,11 +166,12 @@ impl Registrar {
         let first = proved.first();
         let domain = self.other_domain(&call.message)?;
         if call.arrival == Arrival::Network {
-            let name = call.message.bare_name()?;
+            let names = call.message.names().map(names::bare);
+            let names: Vec<&str> = names.filter(|name| !name.is_empty()).collect();
             gate.admit(
                 shown,
                 Ask::Register {
-                    name: &name,
+                    names: &names,
                     domain: domain.as_ref(),
                     first,
                 },
@@ -240,7 +250,7 @@ impl Registrar {
     ) -> Result<Answers<NetworkService>, RequestError> {
         let sight = self.sight::<NetworkService>(&call);
         let (place, found) = self.find(call).await?;
-        let sight = sight.filter(|_| place.is_ours);
+        let sight = sight.filter(|_| place.has_our_entries());
         Ok(answers(
             found,
             sight,
@@ -258,9 +268,11 @@ impl Registrar {
             lookup: Arc::clone(&self.lookup),
             shown: Arc::clone(shown),
             is_blind: false,
+            was_shown: HashSet::new(),
         };
         let (wanted, _) = E::from_query(call.message.clone());
-        sight.is_blind = !wanted.asked_services().all(|service| sight.sees(service));
+        let mut services = wanted.asked_services();
+        sight.is_blind = wanted.asks_inside() || !services.all(|it| sight.sees(it));
         Some(sight)
     }
 
@@ -273,19 +285,35 @@ impl Registrar {
         let stream = self.budget.streams.take(holder, 1)?;
         let (mut wanted, watch) = E::from_query(call.message);
         self.admit_find(call.shown.as_deref(), call.arrival, &wanted)?;
+        let changed = self.until_rules_change(call.shown.as_ref(), call.arrival);
         let place = self.place(&wanted, call.source, holder).await?;
         place.strip(&mut wanted)?;
         let entries = E::part_of(&*place.registry);
         if watch {
             let asker = Asker { holder, deadline };
             let found = entries.watch(wanted, asker).await?.holding([stream]);
-            return Ok((place, found.until(self.drained())));
+            let found = found.until(self.drained());
+            let found = match changed {
+                Some(changed) => found.until(changed),
+                None => found,
+            };
+            return Ok((place, found));
         }
         let found = entries.find(wanted, deadline).await?;
         // A caller that does not read the entries holds their memory, which is charged to its source.
         let bytes: usize = found.here().iter().map(|entry| entry.encoded_len()).sum();
         let bytes = self.budget.bytes.take(holder, bytes + STREAM)?;
         Ok((place, found.holding([stream, bytes])))
+    }
+
+    /// Returns when the rules have changed by which a caller of the network sees entries: it watches anew then, and gets what it sees now.
+    fn until_rules_change(
+        &self,
+        shown: Option<&Arc<Shown>>,
+        arrival: Arrival,
+    ) -> Option<impl Future<Output = ()> + Send + use<>> {
+        let is_bound = shown.is_some() && arrival == Arrival::Network;
+        is_bound.then(|| Arc::clone(&self.lookup.gate).until_not(|_| false))
     }
 
     /// Returns when the drain has closed all connections.
@@ -301,8 +329,10 @@ impl Registrar {
 struct Sight {
     lookup: Arc<Lookup>,
     shown: Arc<Shown>,
-    /// It asks by a service that it does not see: what it finds would show that an endpoint of another service serves that one too.
+    /// It asks by what it does not see: what it finds would show that an endpoint of another service serves that one too.
     is_blind: bool,
+    /// The names of entries that it was shown: one that it does not see any more is gone for it.
+    was_shown: HashSet<String>,
 }
 
 impl Sight {
@@ -310,8 +340,27 @@ impl Sight {
         self.lookup.gate.sees(&self.shown, service)
     }
 
-    fn leave(&self, entry: &mut impl Named) -> bool {
-        !self.is_blind && entry.leave(|service| self.sees(service))
+    /// Leaves of an event what is seen; whether anything is. Ids of our own systems are not.
+    fn leave<E: Named>(&mut self, event: &mut Event<E>) -> bool {
+        if self.is_blind {
+            return false;
+        }
+        let entry = Arc::make_mut(&mut event.entry);
+        let first = entry.path_ids().first();
+        let first = first.and_then(|id| id.parse::<SpiffeId>().ok());
+        let own = self.shown.own.trust_domain();
+        if first.is_some_and(|first| first.trust_domain() == own) {
+            entry.set_path_ids(Vec::new());
+        }
+        let is_seen = entry.leave(|service| self.lookup.gate.sees(&self.shown, service));
+        let name = entry.name();
+        if is_seen && !event.deleted {
+            self.was_shown.insert(name.to_owned());
+            return true;
+        }
+        let was_shown = self.was_shown.remove(name);
+        event.deleted = true;
+        was_shown
     }
 }
 
@@ -336,7 +385,7 @@ fn terms<T>(call: &Call<T>, owner: Option<PathHeader>) -> Terms {
 /// What was found and is seen, with the names that the caller asked by.
 fn answers<E: Named>(
     found: Events<E>,
-    sight: Option<Sight>,
+    mut sight: Option<Sight>,
     change: impl Fn(&mut E) -> Result<(), RequestError> + Send + 'static,
 ) -> Answers<E> {
     Box::pin(found.filter_map(move |event| {
@@ -344,11 +393,11 @@ fn answers<E: Named>(
             Ok(event) => event,
             Err(error) => return Some(Err(error.into())),
         };
-        let entry = Arc::make_mut(&mut event.entry);
-        if sight.as_ref().is_some_and(|sight| !sight.leave(entry)) {
+        let is_hidden = |sight: &mut Sight| !sight.leave(&mut event);
+        if sight.as_mut().is_some_and(is_hidden) {
             return None;
         }
-        let changed = change(entry).map_err(Into::into);
+        let changed = change(Arc::make_mut(&mut event.entry)).map_err(Into::into);
         Some(changed.map(|()| E::into_answer(event)))
     }))
 }

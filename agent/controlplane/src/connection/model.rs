@@ -20,7 +20,11 @@ use nsm_core::{
 use nsm_proto::connection::{Connection, Mechanism, PathSegment, State};
 use tokio::time::Instant;
 
-use crate::{identity::gate::Shown, ports::Plan, route::next::Route};
+use crate::{
+    identity::gate::Shown,
+    ports::Plan,
+    route::{next::Route, router::Arrival},
+};
 
 /// A connection that a Request made and a Close or its expiry will take away.
 #[derive(Debug, Clone)]
@@ -31,6 +35,8 @@ pub(crate) struct Established {
     pub(crate) owner: Owner,
     /// What the caller has shown that made or refreshed it last; none in plain text.
     pub(crate) shown: Option<Arc<Shown>>,
+    /// The listener that the caller came by.
+    pub(crate) arrival: Arrival,
     /// The next hop, and the names it knows the connection by.
     pub(crate) route: Route,
     /// The mechanism agreed with the next hop, with the addresses of this node's own view.

@@ -116,7 +116,7 @@ pub(crate) struct Monitors {
 /// What there was when it began comes first: as the initial state as much as one event holds, the rest as updates, for a reader may
 /// take another initial state for the whole of it.
 #[derive(Debug)]
-pub struct Events {
+pub(crate) struct Events {
     initial: Option<ConnectionEventType>,
     owner: Owner,
     selector: MonitorScopeSelector,

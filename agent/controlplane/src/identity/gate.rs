@@ -24,6 +24,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
+use tokio::sync::watch;
 
 use super::es256::Verifier;
 use crate::{occasional::Occasional, sync::lock};
@@ -63,6 +64,8 @@ pub struct Gate {
     rules: RwLock<Current>,
     verifier: Verifier,
     refusals: Refusals,
+    /// Moves with each change of the rules.
+    changes: watch::Sender<()>,
 }
 
 /// The rules, and what they come to for our trust domain. Ours is known with our first certificate.
@@ -93,6 +96,7 @@ impl Gate {
             }),
             verifier: Verifier::default(),
             refusals: Refusals::default(),
+            changes: watch::Sender::new(()),
         })
     }
 
@@ -113,7 +117,24 @@ impl Gate {
             rules,
             access: None,
         };
+        drop(current);
+        self.changes.send_replace(());
         Ok(())
+    }
+
+    /// Returns when the rules have changed and `holds` does not hold any more. Cancelled with the stream that it ends.
+    pub(crate) fn until_not(
+        self: Arc<Self>,
+        holds: impl Fn(&Self) -> bool + Send + 'static,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let mut changes = self.changes.subscribe();
+        async move {
+            while changes.changed().await.is_ok() {
+                if !holds(&self) {
+                    return;
+                }
+            }
+        }
     }
 
     /// The rules for an agent of a trust domain.
@@ -190,11 +211,13 @@ impl Gate {
         shown.peer.trust_domain() == shown.own.trust_domain()
     }
 
-    /// Whether a caller's proofs make it the owner of a connection's id that is bound to one. A role that was given or taken meanwhile
-    /// takes nothing from whoever made the id.
-    pub(crate) fn owns(&self, guest: &Guest, id: u128) -> bool {
+    /// As whom a caller's proofs make it the owner of a connection's id that is bound to one; none where it is another's. A role that was
+    /// given meanwhile takes nothing from whoever made the id; one that was taken does.
+    pub(crate) fn owner_of(&self, guest: &Guest, id: u128) -> Option<Workload> {
         let Guest { shown, first } = guest;
-        self.workload(shown, first).owns(id) || Workload::of_id(&shown.peer, first).owns(id)
+        let as_itself = Workload::of_id(&shown.peer, first);
+        let owners = [self.workload(shown, first), as_itself];
+        owners.into_iter().find(|owner| owner.owns(id))
     }
 
     /// Whose the things are that the caller makes on a path that `first` has begun.

@@ -1,16 +1,21 @@
 //! What a caller with a certificate may ask the router for.
 
-use std::sync::Arc;
-
 use nsm_core::{
     identity::{
-        Owner, SpiffeId,
+        SpiffeId,
         access::{Ask, Denied},
     },
     nsm::name::{Domain, InterdomainName},
 };
 
-use super::router::{Arrival, Asked, Router, parse};
+use nsm_proto::connection::Connection;
+
+use super::{
+    addresses::Crossing,
+    bypass::Way,
+    next::Route,
+    router::{Arrival, Asked, Router, common_domain, parse},
+};
 use crate::{
     error::RequestError,
     identity::gate::{Guest, Shown},
@@ -18,12 +23,11 @@ use crate::{
 
 /// A Request as the policy decides on it.
 struct Wanted<'a> {
-    arrival: Arrival,
     domain: Option<&'a Domain>,
     /// The service, without its domain.
     service: &'a str,
-    /// The endpoint as it is named.
-    endpoint: &'a str,
+    /// It leads to another domain, by a way that was learnt.
+    is_relayed: bool,
     /// The id of the path's first segment.
     first: &'a SpiffeId,
 }
@@ -37,74 +41,86 @@ impl Router {
         Ok(())
     }
 
-    /// Decides whether the caller may ask for a service of a domain, by the certificate that it has shown. A caller without one is not
-    /// decided on here.
+    /// Decides whether the caller may ask for a service of a domain, by the certificate that it has shown; `way` is the one that is known
+    /// to the endpoint. A caller without a certificate is not decided on here.
     pub(super) fn admit(
         &self,
         asked: Asked<'_>,
         domain: Option<&Domain>,
         service: &str,
+        way: Option<&Way>,
     ) -> Result<(), RequestError> {
-        let Some(guest) = asked.guest else {
+        let Some(Guest { shown, first }) = asked.guest else {
             return Ok(());
         };
         let wanted = Wanted {
-            arrival: asked.arrival,
             domain,
             service,
-            endpoint: &asked.connection.network_service_endpoint_name,
-            first: &guest.first,
+            is_relayed: way.is_some_and(|way| !way.registered_here),
+            first,
         };
-        self.decide(&guest.shown, &wanted)
+        // What was decided on is a service, and a way leads to an endpoint: it has to serve that one.
+        let name = &asked.connection.network_service;
+        let serves = |way: &Way| !way.registered_here || way.services.contains(name);
+        if !name.is_empty() && !way.is_none_or(serves) {
+            return Err(RequestError::NoService {
+                service: service.to_owned(),
+                domain: domain.unwrap_or(&self.config.domain).to_string(),
+            });
+        }
+        match asked.arrival {
+            Arrival::Network => self.decide(shown, &wanted),
+            Arrival::Local | Arrival::Forwarder => self.decide_on_node(shown, &wanted),
+        }
     }
 
-    /// Decides again on what a caller once asked for and was given.
+    /// Decides again on a connection that stands, as it was decided on when it was made: `route` is the way that it has.
     ///
     /// # Errors
     /// The rule that would deny it now.
     pub(crate) fn recheck(
         &self,
-        shown: &Arc<Shown>,
-        owner: Owner,
-        service: &str,
-        endpoint: &str,
+        shown: &Shown,
+        arrival: Arrival,
+        view: &Connection,
+        route: &Route,
     ) -> Result<(), RequestError> {
-        let name = parse(service)?;
-        let arrival = match owner {
-            Owner::Workload(_) => Arrival::Network,
-            _ => Arrival::Local,
-        };
+        let service = parse(&view.network_service)?;
+        let endpoint = parse(&view.network_service_endpoint_name)?;
+        let domain = common_domain(service.as_ref(), endpoint.as_ref())?;
         let wanted = Wanted {
-            arrival,
-            domain: name.as_ref().and_then(InterdomainName::domain),
-            service: name.as_ref().map_or("", InterdomainName::target),
-            endpoint,
+            domain: domain.as_ref(),
+            service: service.as_ref().map_or("", InterdomainName::target),
+            is_relayed: route.crossing == Crossing::Out,
             // Whose client it is was decided when it came, and no rule changes that.
             first: &shown.peer,
         };
-        self.decide(shown, &wanted)
+        match arrival {
+            Arrival::Forwarder => Ok(self.lookup.gate.admit_on_node(shown, None)?),
+            Arrival::Local => self.decide_on_node(shown, &wanted),
+            Arrival::Network => self.decide(shown, &wanted),
+        }
+    }
+
+    fn decide_on_node(&self, shown: &Shown, wanted: &Wanted<'_>) -> Result<(), RequestError> {
+        let own = &self.config.domain;
+        let other = wanted.domain.filter(|domain| *domain != own);
+        Ok(self.lookup.gate.admit_on_node(shown, other)?)
     }
 
     /// A service that the caller does not see is as one that does not exist.
     fn decide(&self, shown: &Shown, wanted: &Wanted<'_>) -> Result<(), RequestError> {
-        let gate = &self.lookup.gate;
-        let own = &self.config.domain;
-        if wanted.arrival != Arrival::Network {
-            let other = wanted.domain.filter(|domain| *domain != own);
-            return Ok(gate.admit_on_node(shown, other)?);
-        }
-        // Any other domain means us, under whatever name the caller has for it.
-        let way = self.way(wanted.endpoint);
-        let is_relayed = way.is_some_and(|way| !way.registered_here);
         let ask = Ask::Request {
             service: wanted.service,
-            domain: wanted.domain.filter(|_| is_relayed),
+            // Any other domain means us, under whatever name the caller has for it.
+            domain: wanted.domain.filter(|_| wanted.is_relayed),
             first: wanted.first,
         };
-        gate.admit(shown, ask).map_err(|denied| match denied {
+        let decided = self.lookup.gate.admit(shown, ask);
+        decided.map_err(|denied| match denied {
             Denied::Service { service, .. } => RequestError::NoService {
                 service,
-                domain: own.to_string(),
+                domain: self.config.domain.to_string(),
             },
             other => other.into(),
         })

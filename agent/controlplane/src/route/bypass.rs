@@ -58,6 +58,8 @@ pub(crate) struct Way {
     pub(crate) url: PeerUrl,
     /// The endpoint registered through us: what is asked of it comes in, what we found leaves.
     pub(crate) registered_here: bool,
+    /// The services that it was registered for through us, with their domain; none where we found it.
+    pub(crate) services: Vec<String>,
     /// Who registered it through us; the network where we found it.
     pub(crate) registrant: Caller,
     /// Keeps the descriptor of its socket, when it has passed one in the place of a path.
@@ -165,6 +167,7 @@ mod tests {
         Way {
             url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
             registered_here,
+            services: Vec::new(),
             registrant: Caller::over_network(),
             _socket: None,
             place: None,

@@ -130,11 +130,14 @@ impl Router {
             service: service.as_ref().map_or("", InterdomainName::target),
             endpoint: endpoint.as_ref().map_or("", InterdomainName::target),
         };
-        self.admit(asked, domain.as_ref(), wanted.service)?;
+        // Looked up once: what was admitted is what is gone.
+        let way = domain
+            .as_ref()
+            .and_then(|_| self.way(&connection.network_service_endpoint_name))
+            .filter(|_| arrival == Arrival::Network);
+        self.admit(asked, domain.as_ref(), wanted.service, way.as_ref())?;
         match (arrival, domain) {
-            (Arrival::Network, Some(_))
-                if let Some(way) = self.way(&connection.network_service_endpoint_name) =>
-            {
+            (Arrival::Network, Some(_)) if let Some(way) = way => {
                 if !way.registered_here {
                     self.lookup.check_relay(source)?;
                 }
@@ -547,7 +550,7 @@ fn known_route(way: Way, connection: &Connection) -> Route {
 }
 
 /// The domain that service and endpoint are of.
-fn common_domain(
+pub(super) fn common_domain(
     service: Option<&InterdomainName>,
     endpoint: Option<&InterdomainName>,
 ) -> Result<Option<Domain>, RequestError> {

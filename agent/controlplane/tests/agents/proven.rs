@@ -2,18 +2,19 @@
 
 use nsm_core::identity::access::Rules;
 use nsm_proto::{connection::Connection, registry::NetworkServiceEndpoint};
+use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 
 use crate::support::{
     AGENT, Agent, Chain, Client, Pod, World, assert_refusal, client_side, endpoint_side,
-    eventually, id, registration,
+    eventually, id, registration, within,
 };
 
 /// The endpoint's domain: the client's sees one service of it.
 fn rules(services: &[&str]) -> Rules {
     let rules = serde_json::json!({"domains": [
         {"domain": "cluster-1.example", "trust_domain": "td-1", "services": services},
-        {"domain": "cluster-3.example", "trust_domain": "td-3", "services": ["*"], "registers": ["nse-*"]},
+        {"domain": "cluster-3.example", "trust_domain": "td-3", "services": ["*"], "registers": ["nse-*", "svc"]},
     ]});
     serde_json::from_value(rules).expect("rules")
 }
@@ -197,7 +198,7 @@ async fn a_domain_registers_relays_and_asks_for_what_it_was_given_alone() {
     );
     refused(
         first.register(b, entry("nse-9@cluster-3.example")).await,
-        &["relay"],
+        &["register there itself"],
     );
     refused(first.ask(b, "icmp-responder").await, &["role proxy"]);
     let unknown = chain("td-9", "nsc", "nsmgr-proxy-a");
@@ -223,6 +224,15 @@ async fn a_domain_registers_relays_and_asks_for_what_it_was_given_alone() {
         id(AGENT).to_string(),
     ];
     assert_eq!(registered.path_ids, ids);
+    // What would get the traffic of a service's clients is registered by who may have that name, too.
+    let mut planted = entry("nse-8");
+    planted
+        .network_service_names
+        .push("icmp-responder".to_owned());
+    refused(
+        third.register(b, planted).await,
+        &["registers", "icmp-responder"],
+    );
     let other = chain("td-3", "other", "registry-a");
     let own = Chain::of(&[&pod("td-2", "nsmgr-a")]);
     for thief in [&other, &own] {
@@ -303,9 +313,7 @@ async fn send(
 ) -> Result<Connection, Status> {
     use nsm_proto::networkservice::network_service_server::NetworkService as _;
     let front = agent.plane.network_front();
-    Ok(crate::support::within(front.request(call))
-        .await?
-        .into_inner())
+    Ok(within(front.request(call)).await?.into_inner())
 }
 
 #[tokio::test]
@@ -341,4 +349,101 @@ async fn a_policy_that_is_replaced_closes_what_it_does_not_allow() {
     eventually(2, || b.plane.holdings().connections).await;
     refused(chains[1].ask(b, "icmp-responder").await, &["trust_domain"]);
     chains[2].ask(b, "icmp-responder").await.expect("granted");
+}
+
+#[tokio::test]
+async fn a_role_that_is_given_takes_nothing_from_who_has_it_now() {
+    let world = world().await;
+    let [_, b] = world.agents();
+    world.endpoint(b, "nse-1", "svc").await;
+    let client = Pod::new("td-2/ns/default/pod/nsc");
+    let chain = Chain::of(&[&client, &Pod::new("td-2/ns/x/pod/y")]);
+    let connection = chain.ask(b, "svc").await.expect("granted");
+    let mut with_role = rules(&[]);
+    let pattern = "/ns/x/pod/*".parse().expect("a pattern");
+    with_role.roles.forwarder.push(pattern);
+    b.plane.set_rules(with_role).expect("rules");
+    let again = chain.refresh(b, &connection).await.expect("its own");
+    assert_eq!(again.id, connection.id);
+    // What it makes now is its role's.
+    let of_role = chain.ask(b, "svc").await.expect("granted");
+    let other = Chain::of(&[&client, &Pod::new("td-2/ns/x/pod/z")]);
+    refused(other.close(b, &again).await, &["made by another"]);
+    other.close(b, &of_role).await.expect("its role's");
+    chain.close(b, &again).await.expect("its own");
+    eventually(0, || b.plane.holdings().connections).await;
+}
+
+#[tokio::test]
+async fn streams_end_when_the_policy_does_not_allow_them() {
+    let world = world().await;
+    let [_, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let proxies = ["td-1", "td-3"].map(|domain| chain(domain, "nsc", "nsmgr-proxy-a"));
+    let mut monitors = Vec::new();
+    for proxy in &proxies {
+        proxy.ask(b, "icmp-responder").await.expect("granted");
+        let mut events = proxy.monitor(b).await.expect("followed");
+        let first = within(events.next()).await.expect("an event");
+        assert_eq!(first.expect("no error").connections.len(), 1);
+        monitors.push(events);
+    }
+    let mut watch = proxies[0]
+        .watch(b, "icmp-responder")
+        .await
+        .expect("watched");
+    let first = within(watch.next())
+        .await
+        .expect("an entry")
+        .expect("no error");
+    let first = first.network_service_endpoint.expect("an endpoint");
+    assert_eq!(
+        (first.name, first.path_ids),
+        (endpoint.name.clone(), Vec::new())
+    );
+    // The second domain goes; the first one stays, and watches anew.
+    let mut without = rules(&["icmp-responder"]);
+    without.domains.pop();
+    b.plane.set_rules(without).expect("rules");
+    let [first, second] = monitors.try_into().ok().expect("two");
+    while within(watch.next()).await.is_some() {}
+    let last = within(second.collect::<Vec<_>>()).await;
+    assert!(last.iter().all(Result::is_ok), "{last:?}");
+    let mut first = first;
+    proxies[0].ask(b, "icmp-responder").await.expect("granted");
+    within(first.next())
+        .await
+        .expect("it goes on")
+        .expect("an event");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_hidden_later_is_gone_for_who_watches() {
+    let world = world().await;
+    let [_, b] = world.agents();
+    let endpoint = world.endpoint(b, "nse-1", "icmp-responder").await;
+    let stranger = chain("td-1", "nsc", "proxy-nsmgr-a");
+    let query = NetworkServiceEndpoint::default();
+    let mut watch = stranger.watch_by(b, query).await.expect("watched");
+    let mut next = async || {
+        let answer = within(watch.next()).await.expect("an entry");
+        let answer = answer.expect("no error");
+        let found = answer.network_service_endpoint.expect("an endpoint");
+        (found.name, found.network_service_names, answer.deleted)
+    };
+    let seen = vec!["icmp-responder".to_owned()];
+    assert_eq!(next().await, ("nse-1".to_owned(), seen.clone(), false));
+    let local = Client::on_node(b).await;
+    let entry = registration(&endpoint, "secret", &[]);
+    local.offer(entry).await.expect("registered");
+    assert_eq!(next().await, ("nse-1".to_owned(), Vec::new(), true));
+    let entry = registration(&endpoint, "icmp-responder", &[]);
+    local.offer(entry).await.expect("registered");
+    assert_eq!(next().await, ("nse-1".to_owned(), seen, false));
+    // A URL is not found out by its parts.
+    let query = NetworkServiceEndpoint {
+        url: "unix".to_owned(),
+        ..NetworkServiceEndpoint::default()
+    };
+    assert_eq!(stranger.find(b, query).await.expect("found"), []);
 }

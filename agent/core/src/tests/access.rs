@@ -80,7 +80,7 @@ fn inside_the_own_trust_domain_standard_ids_need_no_rules() {
     ] {
         let id = pod("td-1", name);
         let register = Ask::Register {
-            name: "nse",
+            names: &["nse"],
             domain: None,
             first: &nsc,
         };
@@ -151,7 +151,7 @@ fn a_remote_domain_gets_what_it_is_given() {
         ),
         (
             Ask::Register {
-                name: "nse-1",
+                names: &["nse-1"],
                 domain: None,
                 first: &client,
             },
@@ -159,11 +159,11 @@ fn a_remote_domain_gets_what_it_is_given() {
         ),
         (
             Ask::Register {
-                name: "nse-1",
+                names: &["nse-1"],
                 domain: Some(&third),
                 first: &client,
             },
-            "relay",
+            "registers",
         ),
         (Ask::Follow, "-"),
     ] {
@@ -206,20 +206,23 @@ fn a_remote_domain_gets_what_it_is_given() {
     // One that registers here.
     let four = pod("td-4", "registry-x");
     let nse = id("td-4/nse");
-    for (name, first, wanted) in [
-        ("nse-1", &nse, "-"),
-        ("nse", &nse, "registers"),
-        ("nse-1", &client, "first_segment"),
+    for (names, first, wanted) in [
+        (&["nse-1"][..], &nse, "-"),
+        (&["nse-1", "nse-svc"], &nse, "-"),
+        (&["nse"], &nse, "registers"),
+        // An endpoint of a name that is given, for a service that is not.
+        (&["nse-1", "payments"], &nse, "registers"),
+        (&["nse-1"], &client, "first_segment"),
     ] {
         let ask = Ask::Register {
-            name,
+            names,
             domain: None,
             first,
         };
         assert_eq!(
             verdict(access.check_caller(&four, ask)),
             wanted,
-            "{name} {first}"
+            "{names:?} {first}"
         );
     }
     assert!(!access.sees(&four, "icmp-responder"));

@@ -40,6 +40,8 @@ const FILES: usize = 2;
 struct Behind {
     url: PeerUrl,
     registrant: Caller,
+    /// Its services, with their domain.
+    services: Vec<String>,
     /// Holds the descriptor of its socket, when it has passed one in the place of a path.
     socket: Option<Arc<Peer>>,
     /// Its place among those of its registrant, where that is not the registry's.
@@ -69,6 +71,7 @@ impl Registrar {
             socket: self.passed_socket(&url, &call).await?,
             url,
             registrant: call.caller.clone(),
+            services: call.message.network_service_names.clone(),
             place: None,
         };
         if behind.socket.is_none() {
@@ -156,6 +159,7 @@ impl Registrar {
             let way = Way {
                 url: behind.url,
                 registered_here: true,
+                services: behind.services,
                 registrant: behind.registrant,
                 _socket: behind.socket,
                 place: behind.place,
@@ -297,7 +301,7 @@ impl Registrar {
             _ => None,
         };
         let lookup = Arc::clone(&self.lookup);
-        let sight = sight.filter(|_| place.is_ours);
+        let sight = sight.filter(|_| place.has_our_entries());
         Ok(answers(
             found,
             sight,
@@ -347,6 +351,7 @@ fn learn_way(lookup: &Lookup, name: &str, url: Option<PeerUrl>) {
         let way = Way {
             url,
             registered_here: false,
+            services: Vec::new(),
             registrant: Caller::over_network(),
             _socket: None,
             place: None,

@@ -18,15 +18,6 @@ pub(super) trait Named: Wire {
     /// Every name that it holds.
     fn names(&self) -> impl Iterator<Item = &str>;
 
-    /// Its own name, without the domain.
-    fn bare_name(&self) -> Result<String, RequestError> {
-        let name = self.names().next().unwrap_or_default();
-        if name.is_empty() {
-            return Ok(String::new());
-        }
-        Ok(name.parse::<InterdomainName>()?.target().to_owned())
-    }
-
     /// The network services among its names, without their domain.
     fn asked_services(&self) -> impl Iterator<Item = &str>;
 
@@ -38,6 +29,12 @@ pub(super) trait Named: Wire {
 
     /// Keeps the ids of the hops that a registration came through, as NSM's registries do.
     fn set_path_ids(&mut self, ids: Vec<String>);
+
+    /// The ids of the hops that its registration came through.
+    fn path_ids(&self) -> &[String];
+
+    /// Whether it asks, as a query, by what is not shown to other domains.
+    fn asks_inside(&self) -> bool;
 
     /// Leaves what names the network services that are seen; whether the entry is seen at all.
     fn leave(&mut self, is_seen: impl Fn(&str) -> bool) -> bool;
@@ -117,6 +114,14 @@ impl Named for NetworkService {
         self.path_ids = ids;
     }
 
+    fn path_ids(&self) -> &[String] {
+        &self.path_ids
+    }
+
+    fn asks_inside(&self) -> bool {
+        false
+    }
+
     fn leave(&mut self, is_seen: impl Fn(&str) -> bool) -> bool {
         is_seen(&self.name)
     }
@@ -159,6 +164,15 @@ impl Named for NetworkServiceEndpoint {
         self.path_ids = ids;
     }
 
+    fn path_ids(&self) -> &[String] {
+        &self.path_ids
+    }
+
+    /// A URL is matched by its parts, so that one could be found out.
+    fn asks_inside(&self) -> bool {
+        !self.url.is_empty()
+    }
+
     /// An endpoint of several services is one of those that are seen. What it is labelled for the others is not shown either.
     fn leave(&mut self, is_seen: impl Fn(&str) -> bool) -> bool {
         self.network_service_names.retain(|name| is_seen(name));
@@ -168,7 +182,7 @@ impl Named for NetworkServiceEndpoint {
 }
 
 /// The name without its domain.
-fn bare(name: &str) -> &str {
+pub(super) fn bare(name: &str) -> &str {
     name.split_once('@').map_or(name, |(target, _)| target)
 }
 

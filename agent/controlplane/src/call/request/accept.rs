@@ -161,6 +161,7 @@ impl Calls {
             view,
             owner: ask.owner,
             shown: ask.guest.as_ref().map(|guest| Arc::clone(&guest.shown)),
+            arrival: ask.arrival,
             route: route.clone(),
             next_mechanism,
             plan: made.plan.map(|plan| Box::new(plan.without_descriptors())),

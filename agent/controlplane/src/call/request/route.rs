@@ -11,6 +11,7 @@ use crate::{
     call::Calls,
     connection::model::Established,
     error::RequestError,
+    identity::gate::Guest,
     liveness::Reachability,
     occasional::Occasional,
     route::{next::Route, router::Asked},
@@ -29,6 +30,10 @@ impl Calls {
         let mut failures = Vec::new();
         let stood = prior.filter(|prior| ask.avoid.is_none() && serves(prior, &ask.connection));
         if let Some(prior) = stood {
+            if let Some(Guest { shown, .. }) = &ask.guest {
+                let (view, route) = (&prior.view, &prior.route);
+                self.router.recheck(shown, ask.arrival, view, route)?;
+            }
             let strict = self.liveness.policy() == Reachability::Require;
             let attempt = self.attempt(ask, &prior.route, Some(prior), strict).await?;
             match self.try_route(&attempt).await {

@@ -70,6 +70,7 @@ fn established(segments: &[u8], to: Option<u8>, watched: Option<u8>) -> Establis
         },
         owner: nsm_core::identity::Owner::Nsmgr,
         shown: None,
+        arrival: crate::route::router::Arrival::Local,
         route: Route::example("tcp://192.0.2.1:5006"),
         next_mechanism: None,
         plan: to.map(|number| Box::new(plan(number))),

@@ -33,6 +33,7 @@ fn established(number: usize, labels: usize) -> Arc<Established> {
         },
         owner: Owner::Nsmgr,
         shown: None,
+        arrival: crate::route::router::Arrival::Local,
         route: Route::example("tcp://192.0.2.1:5006"),
         next_mechanism: None,
         plan: None,

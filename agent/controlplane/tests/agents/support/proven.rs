@@ -10,18 +10,18 @@ use nsm_controlplane::identity::gate::Shown;
 use nsm_core::identity::{SpiffeId, es256::P256Key};
 use nsm_proto::{
     connection::{
-        Connection, MonitorScopeSelector, Path, PathSegment,
+        Connection, ConnectionEvent, MonitorScopeSelector, Path, PathSegment,
         monitor_connection_server::MonitorConnection as _,
     },
     networkservice::{NetworkServiceRequest, network_service_server::NetworkService as _},
     registry::{
-        NetworkServiceEndpoint, NetworkServiceEndpointQuery,
+        NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceEndpointResponse,
         network_service_endpoint_registry_server::NetworkServiceEndpointRegistry as _,
     },
 };
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::json;
-use tokio_stream::StreamExt as _;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Status};
 
 use super::{Agent, mechanism, unique, within};
@@ -71,6 +71,9 @@ fn base64_url(bytes: &[u8]) -> String {
     use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
     URL_SAFE_NO_PAD.encode(bytes)
 }
+
+/// What a watch gives.
+type Found = Result<NetworkServiceEndpointResponse, Status>;
 
 /// The hops that a call comes through; the last one sends it.
 #[derive(Clone)]
@@ -203,11 +206,46 @@ impl Chain {
 
     /// The ids in the first event of a monitor that selects everything.
     pub(crate) async fn follows(&self, agent: &Agent) -> Result<Vec<String>, Status> {
-        let front = agent.plane.network_front();
-        let call = self.call(MonitorScopeSelector::default());
-        let mut events = within(front.monitor_connections(call)).await?.into_inner();
+        let mut events = self.monitor(agent).await?;
         let first = within(events.next()).await.expect("an event")?;
         Ok(first.connections.into_keys().collect())
+    }
+
+    /// Follows all that it may.
+    pub(crate) async fn monitor(
+        &self,
+        agent: &Agent,
+    ) -> Result<impl Stream<Item = Result<ConnectionEvent, Status>> + Unpin + use<>, Status> {
+        let front = agent.plane.network_front();
+        let call = self.call(MonitorScopeSelector::default());
+        Ok(within(front.monitor_connections(call)).await?.into_inner())
+    }
+
+    /// Watches the endpoints of a service.
+    pub(crate) async fn watch(
+        &self,
+        agent: &Agent,
+        service: &str,
+    ) -> Result<impl Stream<Item = Found> + Unpin + use<>, Status> {
+        let query = NetworkServiceEndpoint {
+            network_service_names: vec![service.to_owned()],
+            ..NetworkServiceEndpoint::default()
+        };
+        self.watch_by(agent, query).await
+    }
+
+    /// Watches endpoints.
+    pub(crate) async fn watch_by(
+        &self,
+        agent: &Agent,
+        query: NetworkServiceEndpoint,
+    ) -> Result<impl Stream<Item = Found> + Unpin + use<>, Status> {
+        let query = NetworkServiceEndpointQuery {
+            network_service_endpoint: Some(query),
+            watch: true,
+        };
+        let front = agent.plane.network_front();
+        Ok(within(front.find(self.call(query))).await?.into_inner())
     }
 
     pub(crate) async fn register(
@@ -245,7 +283,7 @@ impl Chain {
         let found = within(front.find(self.call(query))).await?.into_inner();
         let found: Vec<_> = within(found.collect::<Vec<_>>()).await;
         let entries = found.into_iter().map(|answer| {
-            let answer: nsm_proto::registry::NetworkServiceEndpointResponse = answer?;
+            let answer: NetworkServiceEndpointResponse = answer?;
             Ok(answer.network_service_endpoint.expect("an endpoint"))
         });
         entries.collect()

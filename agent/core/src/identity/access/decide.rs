@@ -27,9 +27,9 @@ pub enum Ask<'a> {
     },
     /// To register an entry, or to take it out.
     Register {
-        /// The name, without its domain.
-        name: &'a str,
-        /// Its domain.
+        /// Every name of the entry, those of the services that it says it serves as well, without their domain.
+        names: &'a [&'a str],
+        /// Their domain.
         domain: Option<&'a Domain>,
         /// The id of the path's first segment: the registrant.
         first: &'a SpiffeId,
@@ -123,6 +123,17 @@ pub enum Denied {
         /// The name.
         name: String,
     },
+    /// A name of a third domain is to be registered through us, under our id.
+    #[error(
+        "{id} may not register names of {domain} through this agent: they would be registered under this agent's id; let it register there \
+         itself"
+    )]
+    RegistersElsewhere {
+        /// Who is meant.
+        id: SpiffeId,
+        /// The domain of the names.
+        domain: Domain,
+    },
     /// A process of this node has an id of elsewhere.
     #[error(
         "{id} is not of this agent's trust domain {trust_domain}, and sockets of the node are for that: give the pod an identity of {trust_domain}"
@@ -174,7 +185,7 @@ impl Denied {
             Self::Relay { .. } => "relay",
             Self::OfThird { .. } => "first_segment",
             Self::UnnamedDomain { .. } => "domains",
-            Self::Registers { .. } => "registers",
+            Self::Registers { .. } | Self::RegistersElsewhere { .. } => "registers",
             Self::OnNode { .. } => "node",
             Self::Server { .. } | Self::Registrant { .. } => "server",
         }
@@ -353,21 +364,13 @@ impl Access {
                 self.check_relay(remote, id, domain)
             }
             Ask::Register {
-                name,
+                names,
                 domain,
                 first,
             } => {
                 has_one(remote, id, OF_REGISTER)?;
                 begun_there(id, first)?;
-                self.check_relay(remote, id, domain)?;
-                let mut patterns = remote.registers.iter();
-                if domain.is_none() && !patterns.any(|it| it.matches(name)) {
-                    return Err(Denied::Registers {
-                        id: id.clone(),
-                        name: name.to_owned(),
-                    });
-                }
-                Ok(())
+                check_names(remote, id, names, domain)
             }
             Ask::Follow => has_one(remote, id, ANY),
         }
@@ -441,4 +444,27 @@ fn begun_there(id: &SpiffeId, first: &SpiffeId) -> Result<(), Denied> {
         id: id.clone(),
         first: first.clone(),
     })
+}
+
+/// What serves a service gets the traffic of its clients, so that its name has to be given as the entry's own.
+fn check_names(
+    remote: &Remote,
+    id: &SpiffeId,
+    names: &[&str],
+    domain: Option<&Domain>,
+) -> Result<(), Denied> {
+    if let Some(domain) = domain {
+        return Err(Denied::RegistersElsewhere {
+            id: id.clone(),
+            domain: domain.clone(),
+        });
+    }
+    let is_given = |name: &str| remote.registers.iter().any(|it| it.matches(name));
+    match names.iter().find(|name| !is_given(name)) {
+        None => Ok(()),
+        Some(name) => Err(Denied::Registers {
+            id: id.clone(),
+            name: (*name).to_owned(),
+        }),
+    }
 }

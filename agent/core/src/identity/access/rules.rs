@@ -137,10 +137,11 @@ pub struct Remote {
     /// Which of our network services it may find and ask for; none where this is not given.
     #[serde(default)]
     pub services: Vec<NamePattern>,
-    /// Which names its endpoints and services may register here; none where this is not given. For registries that several domains use.
+    /// Which names it may register here, of endpoints and of the services that they serve; none where this is not given. For registries that
+    /// several domains use.
     #[serde(default)]
     pub registers: Vec<NamePattern>,
-    /// Which other domains it may reach through us; none where this is not given.
+    /// In which other domains it may find and ask for services through us; none where this is not given.
     #[serde(default, deserialize_with = "domains")]
     pub relay: Vec<Domain>,
 }
