@@ -121,7 +121,7 @@ impl NodeForwarder {
         &self.programs
     }
 
-    /// The connections whose other end is elsewhere.
+    /// The connections of this node.
     pub(crate) fn forwarding(&self) -> &Arc<Forwarding> {
         &self.forwarding
     }
@@ -131,12 +131,9 @@ impl NodeForwarder {
         &self.probing
     }
 
-    /// The address our tunnels leave from.
-    pub(crate) async fn tunnel_ip(&self) -> Result<IpAddr, ForwarderError> {
-        match self.tunnel.ip {
-            Some(ip) => Ok(ip),
-            None => self.links.default_source().await.map_err(refusal),
-        }
+    /// The address our tunnels leave from where none is configured.
+    pub(crate) async fn default_source(&self) -> Result<IpAddr, LinkError> {
+        self.links.default_source().await
     }
 
     /// What is attached, and where.

@@ -14,7 +14,10 @@ use nsm_controlplane::plane::ControlPlane;
 use nsm_core::address::public::{
     Decision, Firmware, Known, Outcome, Provider, Source, Tracker, is_globally_routable,
 };
-use nsm_dataplane::addresses::{self, AddressEvents};
+use nsm_dataplane::{
+    addresses::{self, AddressEvents},
+    links::LinkError,
+};
 use nsm_discovery::public_address::{
     BaseUrl, HTTP_TIMEOUT, IN_CLUSTER_ACCOUNT, KubernetesNode, Lookup, LookupConfig,
 };
@@ -28,9 +31,8 @@ use crate::config::{self, Config, KubernetesApi, MetadataServices};
 /// What readiness waits for: before, peers might get an address that they cannot reach.
 pub(crate) const GUARD: &str = "the public address";
 
-/// What readiness waits for where nothing says at which address others can dial this node.
-const ADDRESS_GUARD: &str =
-    "an address that others can dial: a default route, `tunnel.ip` or `advertise_url`";
+/// What is degraded where nothing says at which address others can dial this node. Requests to others work all the same.
+const NO_ADDRESS: &str = "this node has no address at which others could dial it: give it a default route, or set `tunnel.ip` or `advertise_url`";
 
 /// The shortest time between two rounds. A CNI adds an address a pod, and hosts renew IPv6 addresses all the time: a burst of changes is
 /// one round, and no change waits longer than a person would.
@@ -131,11 +133,9 @@ impl Watch {
     async fn round(&mut self, started: Instant) {
         let local = self.local().await;
         let internal = self.advertised.internal(local);
-        if internal.is_none() {
-            self.readiness.wait_for(ADDRESS_GUARD);
-        } else {
-            self.readiness.arrived(ADDRESS_GUARD);
-        }
+        let degraded = internal.is_none().then(|| NO_ADDRESS.to_owned());
+        self.readiness
+            .replace_degradations(&[NO_ADDRESS.to_owned()], degraded.into_iter().collect());
         self.plane.set_internal_url(internal);
         let now = SystemTime::now();
         if let Some(ip) = self.configured {
@@ -169,12 +169,20 @@ impl Watch {
         self.conclude(local, self.tracker.decide(local));
     }
 
-    /// The address that tunnels leave from, and that our own domain dials.
+    /// The address that tunnels leave from, and that our own domain dials. Where the kernel cannot be asked it is the one that was known.
     async fn local(&self) -> Option<IpAddr> {
-        match (self.tunnel_ip, &self.forwarder) {
-            (Some(ip), _) => Some(ip),
-            (None, Some(forwarder)) => forwarder.tunnel_ip().await.ok(),
-            (None, None) => addresses::default_source().ok(),
+        let found = match (self.tunnel_ip, &self.forwarder) {
+            (Some(ip), _) => return Some(ip),
+            (None, Some(forwarder)) => forwarder.default_source().await,
+            (None, None) => addresses::default_source(),
+        };
+        match found {
+            Ok(ip) => Some(ip),
+            Err(LinkError::NoDefaultRoute) => None,
+            Err(error) => {
+                tracing::warn!(%error, "the address of this node cannot be looked up: the one that was known holds");
+                self.known.state().local
+            }
         }
     }
 

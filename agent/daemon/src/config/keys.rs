@@ -43,7 +43,7 @@ Config {
     /// Where each role listens
     listen: Listen = Listen::default() => Section;
     /// What peers dial to reach this agent's proxy; by default the tunnel's address and the proxy's port
-    advertise_url: Option<PeerUrl> = None => peer_url().optional();
+    advertise_url: Option<PeerUrl> = None => advertised_url().optional();
     /// An NSMgr that serves this node's clients; with `forwarder`, this agent is a forwarder of it. Without it this agent is the
     /// node's NSMgr
     upstream_nsmgr_url: Option<PeerUrl> = None => peer_url().optional();

@@ -244,6 +244,21 @@ pub(super) fn peer_url() -> Kind<PeerUrl> {
     Kind::one("URL", Shape::Text, PeerUrl::configured, PeerUrl::to_string)
 }
 
+/// A URL that others dial: no address that means another node to each of them.
+pub(super) fn advertised_url() -> Kind<PeerUrl> {
+    let parse = |text: &str| {
+        let url = PeerUrl::configured(text).map_err(|error| error.to_string())?;
+        let means_none = |ip: IpAddr| ip.is_unspecified() || ip.is_multicast();
+        match url.address() {
+            Some(ip) if means_none(ip) => {
+                Err("tcp://address:port with an address of this node that others reach".to_owned())
+            }
+            _ => Ok(url),
+        }
+    };
+    Kind::one("URL", Shape::Text, parse, PeerUrl::to_string)
+}
+
 /// A socket that only this node reaches.
 pub(super) fn socket(reason: &'static str) -> Kind<ListenUrl> {
     let parse = move |text: &str| match text.parse().map_err(str::to_owned)? {

@@ -292,6 +292,8 @@ fn a_bad_value_names_file_line_key_value_and_what_is_allowed() {
         ("name: ''", "name"),
         ("domain: a..b", "domain"),
         ("domain: [a]", "domain"),
+        ("advertise_url: 'tcp://0.0.0.0:5006'", "advertise_url"),
+        ("advertise_url: 'tcp://[::]:5006'", "advertise_url"),
         ("listen: {proxy: 'tcp://0.0.0.0:0'}", "listen.proxy"),
         ("listen: {admin: 'tcp://0.0.0.0:1'}", "listen.admin"),
         ("registry_url: 192.0.2.1", "registry_url"),
