@@ -5,7 +5,7 @@
 //! turn of its connection until it is gone, so a new Request of that connection finds none.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -63,15 +63,17 @@ impl Doomed {
         queue.waiting.contains_key(alias) || queue.going.contains(alias)
     }
 
-    /// Waits until those that are to go now are gone; not for what is added meanwhile.
-    pub(super) async fn those_are_gone(&self) {
+    /// The connections whose links are to go.
+    pub(super) fn aliases(&self) -> HashSet<LinkAlias> {
+        let queue = self.queue();
+        queue.waiting.keys().chain(&queue.going).cloned().collect()
+    }
+
+    /// Waits until the links of these connections are gone.
+    pub(super) async fn are_gone(&self, aliases: &HashSet<LinkAlias>) {
         let mut left = self.left.subscribe();
-        let those: Vec<LinkAlias> = {
-            let queue = self.queue();
-            queue.waiting.keys().chain(&queue.going).cloned().collect()
-        };
         // The sender lives as long as this.
-        while those.iter().any(|alias| self.has(alias)) && left.changed().await.is_ok() {}
+        while aliases.iter().any(|alias| self.has(alias)) && left.changed().await.is_ok() {}
     }
 
     /// Waits until there is none left.

@@ -18,13 +18,17 @@ use crate::{
     netns::Netns,
 };
 
-/// The addresses and routes of a pod's links other than the one with this alias. Special ranges are left out: each link has link-local
+/// The addresses and routes of a pod's links other than those with these aliases. Special ranges are left out: each link has link-local
 /// addresses, and no connection gets any of them.
-pub(super) fn of_pod(pod: &Netns, alias: &LinkAlias) -> Result<Vec<Holding>, LinkError> {
+pub(super) fn of_pod(pod: &Netns, without: &HashSet<LinkAlias>) -> Result<Vec<Holding>, LinkError> {
     let mut netlink = open_in(pod)?;
     let links: HashMap<u32, Link> = observe::links(&mut netlink)?
         .into_iter()
-        .filter(|link| link.alias.as_ref() != Some(alias))
+        .filter(|link| {
+            link.alias
+                .as_ref()
+                .is_none_or(|alias| !without.contains(alias))
+        })
         .map(|link| (link.index, link))
         .collect();
     let mut holdings = Vec::new();

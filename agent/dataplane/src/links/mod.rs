@@ -33,6 +33,7 @@ mod underlay;
 use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
+use nix::errno::Errno;
 use nsm_core::{
     link::{Link, LinkAlias, LinkFault, LinkSpec, NodeLink, Traffic, admission::Holding, faults},
     net::{IfName, MacAddr},
@@ -150,18 +151,24 @@ impl Links {
     ///
     /// See [`LinkError`]. Then nothing is left that this call created.
     pub async fn up_pod_link(&self, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
+        let going = self.inner.doomed.aliases();
         let outcome = self.try_up_pod_link(pod, spec).await;
-        let Err(LinkError::NameTaken { holder, .. }) = &outcome else {
-            return outcome;
-        };
-        match &holder.alias {
-            // Its connection is closed.
-            Some(holder) if self.inner.doomed.has(holder) => {
-                drop(self.inner.turns.take([holder]).await);
-                self.try_up_pod_link(pod, spec).await
+        match &outcome {
+            // What is in the way may be of a closed connection.
+            Err(LinkError::NameTaken { holder, .. }) => match &holder.alias {
+                Some(holder) if self.inner.doomed.has(holder) => {
+                    drop(self.inner.turns.take([holder]).await);
+                }
+                _ => return outcome,
+            },
+            Err(LinkError::RouteRefused { kernel, .. })
+                if kernel.errno == Errno::EEXIST && !going.is_empty() =>
+            {
+                self.inner.doomed.are_gone(&going).await;
             }
-            _ => outcome,
+            _ => return outcome,
         }
+        self.try_up_pod_link(pod, spec).await
     }
 
     async fn try_up_pod_link(&self, pod: &Netns, spec: &LinkSpec) -> Result<PodLink, LinkError> {
@@ -196,7 +203,7 @@ impl Links {
     }
 
     /// Has a connection's pod link removed, without waiting for it: with others, as soon as the kernel has time. What the connection does
-    /// next with its link comes after that; a link of its name in the pod is made when this one is gone.
+    /// next with its link comes after that; a link of its name in the pod, or with one of its routes, is made when this one is gone.
     ///
     /// # Errors
     ///
@@ -270,7 +277,8 @@ impl Links {
             .await
     }
 
-    /// The addresses and routes of the pod's links, but for the link with this alias: what a new connection may not take from it.
+    /// The addresses and routes of the pod's links, but for the link with this alias and those that are to be removed soon: what a new
+    /// connection may not take from it.
     ///
     /// # Errors
     ///
@@ -281,9 +289,10 @@ impl Links {
         alias: &LinkAlias,
     ) -> Result<Vec<Holding>, LinkError> {
         let (pod, alias) = (pod.clone(), alias.clone());
-        // What a closed connection had is free again.
-        self.inner.doomed.those_are_gone().await;
-        self.read(move || holdings::of_pod(&pod, &alias)).await
+        // What a closed connection had is free again, also while its link is still there.
+        let mut without = self.inner.doomed.aliases();
+        without.insert(alias.clone());
+        self.read(move || holdings::of_pod(&pod, &without)).await
     }
 
     /// The node's own addresses, each with the length of its network; those of loopback, of single links and of connections are left out.

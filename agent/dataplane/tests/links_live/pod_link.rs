@@ -390,6 +390,45 @@ async fn a_request_that_is_given_up_leaves_nothing() {
     assert_eq!(link_names(&connection.node), [""; 0]);
 }
 
+/// What a closed connection had in a pod is free, although the kernel takes its time to delete the link.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root: makes network namespaces and links"]
+async fn a_link_that_is_to_go_soon_holds_nothing() {
+    let connection = Connection::wanted();
+    let next = Connection {
+        links: connection.links.clone(),
+        node: connection.node.clone(),
+        pod: connection.pod.clone(),
+        // Of other name, with the same addresses and routes.
+        spec: LinkSpec {
+            name: name("nsm-2"),
+            ..link(1, 2)
+        },
+    };
+    let mut was_still_there = false;
+    for _ in 0..20 {
+        connection.up().await.unwrap();
+        let links = &connection.links;
+        let own = alias();
+        let held = links.holdings(&connection.pod, &own).await.unwrap();
+        assert!(held.iter().any(|it| it.link == "nsm-1"), "{held:?}");
+        links
+            .down_pod_link_soon(&connection.spec.alias)
+            .await
+            .unwrap();
+        let held = links.holdings(&connection.pod, &own).await.unwrap();
+        assert_eq!(held, []);
+        was_still_there |= link_names(&connection.pod) == ["nsm-1"];
+        next.up().await.unwrap();
+        next.assert_is_wanted().await;
+        let links = &next.links;
+        links.down_pod_link_soon(&next.spec.alias).await.unwrap();
+    }
+    assert!(was_still_there, "the pod was looked at after the deletions");
+    connection.links.settled().await;
+    assert_eq!(link_names(&connection.pod), [""; 0]);
+}
+
 /// Closed connections do not wait for the kernel, and whoever comes next does.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs root: makes network namespaces and links"]
