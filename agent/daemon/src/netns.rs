@@ -94,6 +94,11 @@ impl Netns {
         })
     }
 
+    /// What no other namespace has as long as it exists: device and inode.
+    pub(crate) fn number(&self) -> String {
+        format!("{}/{}", self.device, self.inode)
+    }
+
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.path

@@ -286,9 +286,10 @@ pub(crate) fn print_line(line: &str) -> anyhow::Result<()> {
         .context("standard output is closed")
 }
 
-/// Ctrl-C and SIGTERM.
+/// Ctrl-C, SIGTERM, and SIGHUP, by which a terminal that is closed ends what runs in it.
 #[derive(Debug)]
 pub(crate) struct Stop {
+    hangup: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
 }
@@ -302,6 +303,7 @@ impl Stop {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let listen = |kind| signal(kind).context("cannot listen to signals");
         Ok(Self {
+            hangup: listen(SignalKind::hangup())?,
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
         })
@@ -310,6 +312,7 @@ impl Stop {
     /// Waits for the next of them.
     pub(crate) async fn wait(&mut self) {
         tokio::select! {
+            _ = self.hangup.recv() => {}
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }

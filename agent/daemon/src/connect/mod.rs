@@ -6,7 +6,8 @@
 //! lost is not, for its tunnel stands until the new one does; and where an agent on the way is gone
 //! the same is asked for, while its packets go on. A connection that was granted although its path
 //! is down is asked for again and again until there is another, or the path is back. Whatever ends
-//! it, it closes what it has.
+//! it, it closes what it has; what is killed is found again by the next one for the same interface
+//! ([`identity`]).
 
 use std::{
     convert::Infallible,
@@ -27,14 +28,16 @@ use tonic::Code;
 use crate::{
     cli::ConnectArgs,
     netns::Netns,
-    tool::{Agent, CallError, Stop, goodbye, random_name},
+    tool::{Agent, CallError, Stop, goodbye},
 };
 
+mod identity;
 mod report;
 mod session;
 mod watch;
 
 use self::{
+    identity::Identity,
     report::Reporter,
     session::{Answer, Session, Wanted},
     watch::{News, Watch},
@@ -42,7 +45,7 @@ use self::{
 
 /// Why the client does not go on.
 enum Ended {
-    /// Somebody pressed Ctrl-C or sent SIGTERM.
+    /// Somebody pressed Ctrl-C, closed the terminal or sent SIGTERM.
     Asked,
     /// The first Request was refused, or standard output is closed.
     Failed(anyhow::Error),
@@ -54,7 +57,7 @@ impl From<anyhow::Error> for Ended {
     }
 }
 
-/// Connects, stays connected, and closes on Ctrl-C or SIGTERM.
+/// Connects, stays connected, and closes on Ctrl-C, SIGTERM or SIGHUP.
 ///
 /// # Errors
 ///
@@ -100,8 +103,8 @@ impl Client {
     async fn prepare(args: &ConnectArgs, reporter: Reporter) -> anyhow::Result<Self> {
         let stop = Stop::new()?;
         let netns = Netns::open(&args.netns)?;
-        let name = args.name.clone().unwrap_or_else(|| random_name("nsc"));
-        let agent = Agent::connect(&args.client, &name).await?;
+        let identity = Identity::of(args.name.as_deref(), &netns, &args.interface);
+        let agent = Agent::connect(&args.client, &identity.name).await?;
         let service = args.service.to_string();
         reporter.asking(&service, &agent.url, netns.path(), &args.interface)?;
         let wanted = Wanted {
@@ -111,7 +114,7 @@ impl Client {
             netns,
         };
         Ok(Self {
-            session: Session::begin(agent, name, wanted),
+            session: Session::begin(agent, identity, wanted),
             stop,
             reporter,
             healer: Healer::default(),

@@ -13,8 +13,8 @@ use nsm_proto::{
     connection::{Connection, Mechanism, MonitorScopeSelector, Path, PathSegment, State},
     networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
 };
-use uuid::Uuid;
 
+use super::identity::Identity;
 use crate::{
     netns::Netns,
     tool::{Agent, CallError},
@@ -55,8 +55,7 @@ pub(crate) struct Answer {
 #[derive(Debug)]
 pub(crate) struct Session {
     agent: Agent,
-    name: String,
-    id: String,
+    identity: Identity,
     wanted: Wanted,
     /// What was answered last; until then, and after a Close, what is asked for.
     connection: Connection,
@@ -66,13 +65,11 @@ pub(crate) struct Session {
 
 impl Session {
     /// A connection before its first Request.
-    pub(crate) fn begin(agent: Agent, name: String, wanted: Wanted) -> Self {
-        let id = Uuid::new_v4().to_string();
-        let connection = question(&name, &id, &wanted, State::Up);
+    pub(crate) fn begin(agent: Agent, identity: Identity, wanted: Wanted) -> Self {
+        let connection = question(&identity, &wanted, State::Up);
         Self {
             agent,
-            name,
-            id,
+            identity,
             wanted,
             connection,
             is_open: false,
@@ -93,8 +90,8 @@ impl Session {
     pub(super) fn selector(&self) -> MonitorScopeSelector {
         MonitorScopeSelector {
             path_segments: vec![PathSegment {
-                name: self.name.clone(),
-                id: self.id.clone(),
+                name: self.identity.name.clone(),
+                id: self.identity.id.clone(),
                 ..PathSegment::default()
             }],
             network_services: Vec::new(),
@@ -103,7 +100,7 @@ impl Session {
 
     /// Whether an event's connection is this one.
     pub(super) fn id(&self) -> &str {
-        &self.id
+        &self.identity.id
     }
 
     /// Asks, for the first time or to refresh.
@@ -138,8 +135,8 @@ impl Session {
         let took = began.elapsed();
         let facts = Facts::read(response.metadata());
         let connection = response.into_inner();
-        let expires =
-            check(&connection, &self.id).map_err(|reason| self.agent.bad_answer(reason))?;
+        let expires = check(&connection, &self.identity.id)
+            .map_err(|reason| self.agent.bad_answer(reason))?;
         self.connection = connection;
         Ok(Answer {
             view: View::of(&self.connection, &facts),
@@ -169,7 +166,7 @@ impl Session {
             // What it holds is freed now or when its tokens expire; either way we go on.
             let _ = tokio::time::timeout(CLOSE_BEFORE_RESELECT, self.close()).await;
         }
-        self.connection = question(&self.name, &self.id, &self.wanted, State::ReselectRequested);
+        self.connection = question(&self.identity, &self.wanted, State::ReselectRequested);
         self.request().await
     }
 
@@ -192,7 +189,8 @@ impl Session {
 
     /// Puts a token that is valid now into our segment.
     fn sign(&mut self) {
-        let own = self.agent.segment(&self.name, &self.id);
+        let Identity { name, id, .. } = &self.identity;
+        let own = self.agent.segment(name, id);
         let path = self.connection.path.get_or_insert_default();
         path.index = 0;
         match path.path_segments.first_mut() {
@@ -203,16 +201,17 @@ impl Session {
 }
 
 /// A connection that is asked for and not agreed yet.
-fn question(name: &str, id: &str, wanted: &Wanted, state: State) -> Connection {
+fn question(identity: &Identity, wanted: &Wanted, state: State) -> Connection {
+    let Identity { name, id, .. } = identity;
     Connection {
-        id: id.to_owned(),
+        id: id.clone(),
         network_service: wanted.service.clone(),
         labels: wanted.labels.clone(),
         path: Some(Path {
             index: 0,
             path_segments: vec![PathSegment {
-                name: name.to_owned(),
-                id: id.to_owned(),
+                name: name.clone(),
+                id: id.clone(),
                 ..PathSegment::default()
             }],
         }),

@@ -104,13 +104,16 @@ async fn an_agent_that_stays_silent_is_not_waited_for() {
 
 #[tokio::test]
 async fn whoever_gives_up_while_it_asks_leaves_nothing() {
-    let mut stage = Stage::new([Reply::Silence]);
-    let mut tool = connect(&stage, &[]);
-    let asked = stage.request().await.connection.unwrap();
-    tool.signal(Signal::SIGTERM);
-    assert_eq!(stage.close().await.id, asked.id);
-    tool.expect("closed").await;
-    assert_eq!(tool.end().await.0, 0);
+    // By whatever signal: the last one is that of a terminal that is closed.
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let mut stage = Stage::new([Reply::Silence]);
+        let mut tool = connect(&stage, &[]);
+        let asked = stage.request().await.connection.unwrap();
+        tool.signal(signal);
+        assert_eq!(stage.close().await.id, asked.id);
+        tool.expect("closed").await;
+        assert_eq!(tool.end().await.0, 0, "{signal}");
+    }
 }
 
 #[tokio::test]
