@@ -58,6 +58,8 @@ pub(crate) struct Established {
 pub(crate) struct PathState {
     /// The path that is watched for it; none where nothing is, or cannot be.
     pub(crate) watched: Option<PathId>,
+    /// The path that would be watched for it if this node probed.
+    pub(crate) watchable: Option<PathId>,
     /// The health of the path to the other end of its tunnel; none where there is no tunnel, or nothing is probed.
     pub(crate) health: Option<Health>,
     /// The state that the next hop reported last.
@@ -78,6 +80,7 @@ impl Default for PathState {
     fn default() -> Self {
         Self {
             watched: None,
+            watchable: None,
             health: None,
             reported: State::Up,
             lost_hop: None,

@@ -17,6 +17,7 @@ use std::{
 
 use nsm_core::liveness::{ForeignVnis, Health, PathEvent, PathId, Published, Reason, Reflector};
 use nsm_proto::connection::ConnectionEventType;
+use tokio::time::Instant;
 
 pub(crate) use self::downstream::TakeContext;
 use self::foreign::Foreign;
@@ -28,7 +29,7 @@ use crate::{
         model::{Established, below},
         store::News,
     },
-    ports::{Forwarder, Prober},
+    ports::{Forwarder, PeerSpec, Prober},
     sync::lock,
 };
 
@@ -150,17 +151,58 @@ impl Liveness {
     }
 
     /// Follows the node's prober, for the life of the agent; returns at once when there is none. Where a prober starts later, this is
-    /// called then: connections join it when they are refreshed, for only then does the peer get our reflector.
+    /// called then: the connections that were made before join it.
     pub(crate) async fn watch_paths(self: Arc<Self>) {
         let Some(prober) = self.prober() else {
             return;
         };
+        for established in self.held.connections.all() {
+            if established.path.watched.is_none() && established.path.watchable.is_some() {
+                tokio::spawn(Arc::clone(&self).join_late(established.view.id.clone()));
+            }
+        }
         loop {
             match prober.next_event().await {
                 PathEvent::Changed { path, health } => self.on_health(path, health),
                 PathEvent::ForeignVni { peer, vni } => self.on_foreign_vni(peer, vni),
             }
         }
+    }
+
+    /// Has the path of a connection watched that was made while this node did not probe. The peer has our reflector from the next Request
+    /// on; its own answers us already.
+    async fn join_late(self: Arc<Self>, id: String) {
+        let patience = Instant::now() + self.config.patience;
+        let turn = match self.held.connections.admit_known(&id, patience).await {
+            Ok(Some(turn)) => turn,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!(connection.id = %id, %error, "its path is watched from its next refresh on");
+                return;
+            }
+        };
+        let (Some(current), Some(prober)) = (turn.current(), self.prober()) else {
+            return;
+        };
+        let (None, Some(path)) = (current.path.watched, current.path.watchable) else {
+            return;
+        };
+        let mtu = current.path.agreed_mtu;
+        if let Err(error) = prober.join(&id, &PeerSpec { path, mtu }).await {
+            tracing::warn!(connection.id = %id, %error, "a path is not watched");
+            return;
+        }
+        let mut changed = (*current).clone();
+        changed.path.watched = Some(path);
+        changed.path.health = None;
+        let changed = self.with_health(&changed).unwrap_or(changed);
+        let changed = Arc::new(changed);
+        turn.set(Some(Arc::clone(&changed)));
+        drop(turn);
+        self.held
+            .monitors
+            .publish(ConnectionEventType::Update, &changed);
+        self.follow_mtu(&changed);
     }
 
     fn on_health(self: &Arc<Self>, path: PathId, health: Health) {

@@ -24,6 +24,8 @@ pub(crate) struct JoinedPath {
     pub(crate) port: u16,
     /// What is watched: none where nothing is.
     pub(crate) watched: Option<PathId>,
+    /// What would be watched if this node probed: none where the peer has no reflector.
+    pub(crate) watchable: Option<PathId>,
     /// The health where there can be no session.
     pub(crate) unverified: Option<Health>,
     /// Whether the connection did not have this path before.
@@ -72,6 +74,7 @@ impl Liveness {
             remote: address,
             port,
             watched,
+            watchable: path,
             unverified,
             is_new: prior.and_then(Established::remote).map(|(ip, _)| ip) != Some(address)
                 || before.is_some_and(|before| before.port != port),
@@ -175,6 +178,7 @@ impl Liveness {
         };
         PathState {
             watched: joined.and_then(|path| path.watched),
+            watchable: joined.and_then(|path| path.watchable),
             health,
             granted_down: is_down && was_granted_so,
             agreed_mtu,

@@ -13,6 +13,7 @@ mod finding;
 mod flow;
 mod health;
 mod hostile;
+mod late_prober;
 mod lifetime;
 mod lost_hop;
 mod many;

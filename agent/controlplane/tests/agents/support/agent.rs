@@ -49,6 +49,8 @@ pub(crate) struct Setup {
     pub(crate) reachability: Reachability,
     /// Whether the node has a prober.
     pub(crate) probes: bool,
+    /// Whether it starts later.
+    pub(crate) probes_late: bool,
     /// The first agent of the world has the registry.
     pub(crate) shares_registry: bool,
     /// The URL of another agent that has the domain's registry.
@@ -79,6 +81,7 @@ impl Setup {
             token_lifetime: Duration::from_secs(600),
             reachability: Reachability::default(),
             probes: true,
+            probes_late: false,
             shares_registry: false,
             registry: None,
             admission: Rules::default(),
@@ -122,6 +125,11 @@ impl Setup {
 
     pub(crate) fn without_prober(mut self) -> Self {
         self.probes = false;
+        self
+    }
+
+    pub(crate) fn probing_late(mut self) -> Self {
+        self.probes_late = true;
         self
     }
 
@@ -195,7 +203,12 @@ impl Agent {
     pub(crate) async fn start(setup: Setup) -> Self {
         let kernel = setup
             .kernel
-            .map(|(ip, mtu)| Arc::new(FakeKernel::new(ip, mtu, setup.probes)));
+            .map(|(ip, mtu)| FakeKernel::new(ip, mtu, setup.probes))
+            .map(|kernel| match setup.probes_late {
+                true => kernel.probing_late(),
+                false => kernel,
+            })
+            .map(Arc::new);
         Self::start_at(setup, kernel, "127.0.0.1:0".parse().expect("an address")).await
     }
 

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -86,6 +86,8 @@ pub(crate) struct FakeKernel {
     asked: AtomicUsize,
     changes: Notify,
     prober: Option<FakeProber>,
+    /// Whether the prober has started.
+    is_probing: AtomicBool,
 }
 
 impl FakeKernel {
@@ -99,7 +101,19 @@ impl FakeKernel {
             asked: AtomicUsize::new(0),
             changes: Notify::new(),
             prober: probes.then(|| FakeProber::of(ip)),
+            is_probing: AtomicBool::new(true),
         }
+    }
+
+    /// Probes nothing until [`Self::start_probing`].
+    pub(crate) fn probing_late(self) -> Self {
+        self.is_probing.store(false, Ordering::SeqCst);
+        self
+    }
+
+    /// Starts the prober.
+    pub(crate) fn start_probing(&self) {
+        self.is_probing.store(true, Ordering::SeqCst);
     }
 
     /// What watches its paths.
@@ -356,7 +370,9 @@ impl Forwarder for FakeKernel {
     }
 
     fn prober(&self) -> Option<&dyn Prober> {
-        self.prober.as_ref().map(|prober| prober as &dyn Prober)
+        let started = self.prober.as_ref();
+        let started = started.filter(|_| self.is_probing.load(Ordering::SeqCst));
+        started.map(|prober| prober as &dyn Prober)
     }
 }
 
