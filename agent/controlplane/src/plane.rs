@@ -208,8 +208,7 @@ impl ControlPlane {
             peers,
             Arc::clone(&tokens),
         );
-        tokio::spawn(Arc::clone(&calls).close_expired());
-        tokio::spawn(Arc::clone(&calls).watch_links());
+        calls.keep_connections();
         tokio::spawn(Arc::clone(&liveness).watch_paths());
         let services = Arc::new(Services {
             calls,
@@ -384,13 +383,19 @@ impl ControlPlane {
         Arc::clone(&self.parts.liveness).watch_paths().await;
     }
 
+    /// Ends watches and monitors, so that their listeners can end. All connections stay as they are: on this node, at the next hops and in
+    /// the kernel.
+    pub fn end_streams(&self) {
+        self.parts.held.monitors.end_all();
+        self.parts.lookup.registry.close();
+        self.parts.drained.send_replace(true);
+    }
+
     /// Refuses new connections, then closes all that are left: towards the endpoints, on this
     /// node, and for the monitors. Returns when all is gone or `grace` is over.
     pub async fn drain(&self, grace: Duration) {
         self.parts.services.calls.drain(grace).await;
-        self.parts.held.monitors.end_all();
-        self.parts.lookup.registry.close();
-        self.parts.drained.send_replace(true);
+        self.end_streams();
     }
 }
 

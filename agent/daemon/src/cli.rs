@@ -49,11 +49,15 @@ pub(crate) enum Command {
     /// Shows the connections, tunnels, counters and peers of the agent on this node
     #[command(after_help = STATUS_HELP)]
     Status(StatusArgs),
+    /// Closes all connections of the agent on this node, on both sides, removes what it made, and ends it
+    #[command(after_help = DRAIN_HELP)]
+    Drain(DrainArgs),
 }
 
 const AGENT_HELP: &str = "\
 The file, the environment and the command line may each set every key; the later overrides the earlier.
-SIGTERM drains and ends; SIGHUP reloads the IP map, the log level and the resolver.
+SIGTERM ends it and leaves connections and their links to the next agent; Ctrl-C (SIGINT) and `proxy-nsmgr drain` close
+everything first. SIGHUP reloads the IP map, the log level and the resolver.
 
 Examples:
   proxy-nsmgr agent                                  one agent that is a whole domain
@@ -91,6 +95,14 @@ Examples:
   proxy-nsmgr status --json | jq '.connections[].tunnel.vni'
 
 Exit codes: 0 the agent answered, 1 it did not (the reason is on standard error), 2 the command line is wrong.";
+
+const DRAIN_HELP: &str = "\
+For a node that is to have no agent any more. An agent that is only replaced needs SIGTERM: its connections stand meanwhile.
+
+Examples:
+  proxy-nsmgr drain
+
+Exit codes: 0 everything is closed and the agent has ended, 1 it is not (the reason is on standard error), 2 the command line is wrong.";
 
 #[derive(Debug, Args)]
 pub(crate) struct AgentArgs {
@@ -290,6 +302,13 @@ pub(crate) struct StatusArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
+    /// The agent's admin socket
+    #[arg(long, value_name = "URL", env = "NSM_ADMIN_URL", default_value = DEFAULT_ADMIN, value_parser = PeerUrl::configured)]
+    pub(crate) admin: PeerUrl,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
     /// The agent's admin socket
     #[arg(long, value_name = "URL", env = "NSM_ADMIN_URL", default_value = DEFAULT_ADMIN, value_parser = PeerUrl::configured)]
     pub(crate) admin: PeerUrl,

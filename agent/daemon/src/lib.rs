@@ -2,7 +2,7 @@
 //!
 //! `agent` is the product; `connect` and `endpoint` are an NSM v1 client and endpoint that a person
 //! can run by hand, with nothing but the wire API between them and the agent; `status` shows
-//! a running agent.
+//! a running agent, and `drain` ends one for good.
 
 #![forbid(unsafe_code)]
 
@@ -10,6 +10,7 @@ mod agent;
 mod cli;
 mod config;
 mod connect;
+mod drain;
 mod endpoint;
 pub mod files;
 mod identity;
@@ -49,6 +50,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
         Command::Connect(args) => one_thread()?.block_on(connect::run(&args)),
         Command::Endpoint(args) => one_thread()?.block_on(endpoint::run(&args)),
         Command::Status(args) => one_thread()?.block_on(observe::status::run(&args)),
+        Command::Drain(args) => one_thread()?.block_on(drain::run(&args)),
     }
 }
 

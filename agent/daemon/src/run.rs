@@ -1,17 +1,21 @@
 //! `proxy-nsmgr agent`: all parts wired together.
 //!
 //! Start: sockets first (a taken port fails at once), then the dataplane, the control plane, the tasks, the listeners. The agent is ready
-//! when all guards of [`Readiness`] are gone. Stop: no new connections, every connection closed on both sides, the listeners' streams
-//! ended, the programs detached.
+//! when all guards of [`Readiness`] are gone.
+//!
+//! Stop (SIGTERM): the listeners end, and everything else stays in the kernel for the next agent, as after a crash: links, tunnels,
+//! programs, pins, the table of nftables. Drain (`proxy-nsmgr drain`, Ctrl-C): no new connections, every connection closed on both sides,
+//! the listeners' streams ended, the programs detached.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use nsm_controlplane::plane::ControlPlane;
-use tokio::task::JoinSet;
+use tokio::{sync::oneshot, task::JoinSet};
 
 use crate::{
     agent::{
         cluster, control,
+        drains::{self, Asked, Drained, Drains},
         forwarder::NodeForwarder,
         hooks, identity,
         ip_map::{self, IpMapFile, IpMaps},
@@ -39,18 +43,40 @@ const LISTENER_GRACE: Duration = Duration::from_secs(2);
 /// What keeps it from starting: a taken port or socket, a bad IP map file, no rights.
 pub(crate) async fn run(mut config: Config, inputs: Inputs, log: LogHandle) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
-    let agent = Agent::start(&config).await?;
+    let mut agent = Agent::start(&config).await?;
     tracing::info!(
         name = %config.name, domain = %config.domain, nsmgr = %config.listen.nsmgr,
         proxy = %config.listen.proxy, registry = %config.listen.registry, "the agent serves"
     );
-    while signals.next().await == Signal::Reload {
-        agent.reload(&mut config, &inputs, &log);
+    let end = loop {
+        tokio::select! {
+            signal = signals.next() => match signal {
+                Signal::Reload => agent.reload(&mut config, &inputs, &log),
+                Signal::Stop => break End::Stop,
+                Signal::Drain => break End::Drain(None),
+            },
+            answer = agent.asked.next() => break End::Drain(Some(answer)),
+        }
+    };
+    match end {
+        End::Stop => {
+            tracing::info!("stopping: connections stand, the next agent takes them over");
+            agent.stop().await;
+        }
+        End::Drain(answer) => {
+            tracing::info!("draining");
+            agent.drain(answer).await;
+        }
     }
-    tracing::info!("draining");
-    agent.stop().await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// How the agent ends.
+enum End {
+    Stop,
+    /// And who is to get the outcome.
+    Drain(Option<oneshot::Sender<Drained>>),
 }
 
 /// The parts of a running agent.
@@ -60,9 +86,10 @@ struct Agent {
     plane: ControlPlane,
     maps: Arc<IpMaps>,
     tasks: JoinSet<()>,
-    listeners: Listeners,
+    listeners: Option<Listeners>,
     registration: Option<Registration>,
     socket_files: Vec<PathBuf>,
+    asked: Asked,
 }
 
 impl Agent {
@@ -111,7 +138,8 @@ impl Agent {
                 config.max_token_lifetime,
             ));
         }
-        let listeners = serve(config, sockets, observer)?;
+        let (drains, asked) = drains::channel();
+        let listeners = serve(config, sockets, observer, drains)?;
         let registration = Registration::keep(config, &plane, &readiness);
         readiness.arrived(listeners::GUARD);
         Ok(Self {
@@ -120,9 +148,10 @@ impl Agent {
             plane,
             maps,
             tasks,
-            listeners,
+            listeners: Some(listeners),
             registration,
             socket_files,
+            asked,
         })
     }
 
@@ -150,33 +179,69 @@ impl Agent {
         tracing::info!(keys = ?changes.reloadable, "reloaded");
     }
 
+    /// Ends, and leaves all that stands to the next agent.
     async fn stop(mut self) {
-        self.readiness
-            .wait_for("its end: the agent is shutting down");
-        if let Some(registration) = self.registration {
+        self.begin_end();
+        // Nothing is taken out of the kernel when this process ends: what would do so when it is dropped is kept until then.
+        std::mem::forget(self.forwarder.clone());
+        self.plane.end_streams();
+        self.end_listeners().await;
+    }
+
+    /// Closes everything, and ends.
+    async fn drain(mut self, answer: Option<oneshot::Sender<Drained>>) {
+        self.begin_end();
+        if let Some(registration) = self.registration.take() {
             registration.end().await;
         }
         if let Some(forwarder) = &self.forwarder {
             forwarder.leave_paths().await;
         }
+        let before = self.plane.connections().len();
         self.plane.drain(DRAIN_GRACE).await;
-        let ended = tokio::time::timeout(LISTENER_GRACE, self.listeners.end());
-        if ended.await.is_err() {
+        let left = self.plane.connections().len();
+        let closed = before.saturating_sub(left);
+        // What looks after links and programs would put them back.
+        self.tasks.shutdown().await;
+        if let Some(forwarder) = &self.forwarder {
+            forwarder.close().await;
+        }
+        if let Some(answer) = answer {
+            // Who asked may have gone.
+            let _ = answer.send(Drained { closed, left });
+        }
+        self.end_listeners().await;
+    }
+
+    fn begin_end(&self) {
+        self.readiness
+            .wait_for("its end: the agent is shutting down");
+        // While this agent still listens there: the next one may have its own in that place a moment later.
+        for path in &self.socket_files {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    async fn end_listeners(&mut self) {
+        let listeners = std::mem::take(&mut self.listeners);
+        let ended =
+            listeners.map(|listeners| tokio::time::timeout(LISTENER_GRACE, listeners.end()));
+        if let Some(ended) = ended
+            && ended.await.is_err()
+        {
             tracing::warn!("some clients kept their streams open: cut off");
         }
         self.tasks.shutdown().await;
-        for path in self.socket_files {
-            let _ = std::fs::remove_file(path);
-        }
-        drop(self.plane);
-        if let Some(forwarder) = self.forwarder {
-            forwarder.close().await;
-        }
     }
 }
 
 /// Which service is on which socket.
-fn serve(config: &Config, sockets: Sockets, observer: Observer) -> anyhow::Result<Listeners> {
+fn serve(
+    config: &Config,
+    sockets: Sockets,
+    observer: Observer,
+    drains: Drains,
+) -> anyhow::Result<Listeners> {
     let plane = observer.plane.clone();
     let tls = observer.tls.clone();
     let readiness = observer.readiness.clone();
@@ -194,7 +259,7 @@ fn serve(config: &Config, sockets: Sockets, observer: Observer) -> anyhow::Resul
     listeners.serve_nsm("registry", sockets.registry, plane.network_front())?;
     let routes = listeners
         .common_services()?
-        .add_service(admin::service(config, observer));
+        .add_service(admin::service(config, observer, drains));
     listeners.serve_admin("admin", sockets.admin, routes);
     Ok(listeners)
 }

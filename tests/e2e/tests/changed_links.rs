@@ -82,7 +82,8 @@ fn changes_are_repaired(
             .replace("OWN", own)
             .replace("OTHER", other);
         let changed = std::time::Instant::now();
-        ip(&pod, &lines).context(*what)?;
+        // The agent may be quicker than the second of several commands.
+        wait_until(*what, PATIENCE, || ip(&pod, &lines).is_ok())?;
         wait_until(*what, PATIENCE, || {
             ping(&pair.client_pod(0).expect("a pod"), &theirs, 3, &[]).is_ok_and(|it| it == 3)
         })

@@ -5,7 +5,7 @@ use nsm_e2e::{
     PATIENCE, Pair, Served, connection, endpoint_address, events, nth_event,
     pings::{all_came_back, flows_on, link_index, pings},
 };
-use nsm_world::{Agent, Cloud, binary, wait_until};
+use nsm_world::{Agent, Cloud, Signal, binary, wait_until};
 use serde_json::Value;
 
 #[test]
@@ -35,14 +35,11 @@ fn a_killed_agent_comes_back_and_its_client_is_connected_again() -> Result<()> {
 
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
-fn an_agent_that_ends_takes_its_links_and_pins_along() -> Result<()> {
+fn an_agent_that_is_drained_takes_its_links_and_pins_along() -> Result<()> {
     let pair = Pair::start("ended-agent", Cloud::Packet, 1)?;
     let _endpoint = pair.endpoint()?;
     let (_client, _) = pair.connect(0)?;
-    ensure!(
-        pair.near.process.terminate(PATIENCE)?.success(),
-        "the agent did not end well"
-    );
+    pair.near.drain(PATIENCE)?;
     let pod = pair.client_pod(0)?;
     let links = pod.links()?;
     ensure!(links.iter().all(|link| link.name == "lo"), "{links:?}");
@@ -121,5 +118,47 @@ fn a_killed_far_agent_is_waited_for_while_traffic_flows() -> Result<()> {
         client.process.stdout()
     );
 
+    pair.close([client])
+}
+
+/// An update: the next agent is started at once, as long as the first one still ends. No packet is lost, at neither end of a
+/// tunnel, and nothing is made anew.
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn an_agent_that_is_stopped_leaves_what_stands_to_the_next() -> Result<()> {
+    let mut pair = Served::start("stopped", Cloud::Aws, 1)?;
+    let (client, connected) = pair.connect(0)?;
+    let pods = [pair.client_pod(0)?, pair.world.pod("endpoint")?];
+    let links = [link_index(&pods[0])?, link_index(&pods[1])?];
+    let pings = pings(&pair.world, &pods[0], &endpoint_address(&connected)?)?;
+    flows_on(&pings, 5)?;
+    for is_near in [true, false] {
+        let agent = if is_near { &pair.near } else { &pair.far };
+        let node = agent.node().clone();
+        agent.process.signal(Signal::SIGTERM);
+        let next = Agent::start(&pair.world, &node, &binary("proxy-nsmgr")?, |_| {})?;
+        ensure!(agent.process.wait(PATIENCE)?.success(), "it ended badly");
+        next.wait_ready()?;
+        *(if is_near {
+            &mut pair.pair.near
+        } else {
+            &mut pair.pair.far
+        }) = next;
+        flows_on(&pings, 5)?;
+    }
+    for agent in [&pair.near, &pair.far] {
+        connection(agent, "the connection to be known and UP", |it| {
+            it["state"] == "UP"
+        })?;
+    }
+    let status = pair.near.status()?;
+    ensure!(
+        status["connections"][0]["tunnel"]["vni"] == connected["connection"]["vni"],
+        "another tunnel: {status:#}"
+    );
+    flows_on(&pings, 5)?;
+    pings.terminate(PATIENCE)?;
+    all_came_back(&pings)?;
+    ensure!(links == [link_index(&pods[0])?, link_index(&pods[1])?]);
     pair.close([client])
 }

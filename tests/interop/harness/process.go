@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -91,7 +92,7 @@ func (p *Process) Kill() {
 func (p *Process) Stop() {
 	p.t.Helper()
 	p.once.Do(func() {
-		_ = p.command.Process.Signal(syscall.SIGTERM)
+		_ = p.command.Process.Signal(p.stopSignal())
 		select {
 		case <-p.exited:
 			if p.err != nil {
@@ -100,7 +101,7 @@ func (p *Process) Stop() {
 		case <-time.After(StopDeadline):
 			_ = p.command.Process.Kill()
 			<-p.exited
-			p.t.Errorf("%s did not end within %v of SIGTERM", p.name, StopDeadline)
+			p.t.Errorf("%s did not end within %v of %v", p.name, StopDeadline, p.stopSignal())
 		}
 		for line := range strings.Lines(p.Log()) {
 			if strings.Contains(line, `"level":"ERROR"`) {
@@ -108,6 +109,14 @@ func (p *Process) Stop() {
 			}
 		}
 	})
+}
+
+// stopSignal is SIGTERM, or SIGINT for an agent: by SIGTERM it would leave its links to the next one.
+func (p *Process) stopSignal() syscall.Signal {
+	if len(p.command.Args) > 1 && slices.Contains(p.command.Args, "agent") {
+		return syscall.SIGINT
+	}
+	return syscall.SIGTERM
 }
 
 // Exited tells whether the process has ended.

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::{
     Node, Pod, Process, World, WorldError,
+    process::AGENT_PREFIX,
     wait::{patient, wait_for},
 };
 
@@ -81,7 +82,7 @@ impl Agent {
         program: &Path,
         command: Command,
     ) -> Result<Self, WorldError> {
-        let process = world.spawn(&format!("agent-{}", node.name()), command)?;
+        let process = world.spawn(&format!("{AGENT_PREFIX}{}", node.name()), command)?;
         Ok(Self {
             process,
             program: program.to_owned(),
@@ -195,6 +196,30 @@ impl Agent {
             program: "proxy-nsmgr status".into(),
             input: admin,
             message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        })
+    }
+
+    /// Has the agent close everything and end, by `proxy-nsmgr drain`, and waits for it.
+    ///
+    /// # Errors
+    /// When the command fails, or the agent does not end well in `deadline`.
+    pub fn drain(&self, deadline: Duration) -> Result<(), WorldError> {
+        let admin = self.admin_url();
+        let mut command = program_on(&self.node, &self.program)?;
+        command.args(["drain", "--admin", &admin]);
+        let output = command.output();
+        let output = output.map_err(WorldError::io("start proxy-nsmgr drain"))?;
+        let status = self.process.wait(deadline)?;
+        if output.status.success() && status.success() {
+            return Ok(());
+        }
+        Err(WorldError::Program {
+            program: "proxy-nsmgr drain".into(),
+            input: admin,
+            message: format!(
+                "{}; the agent ended with {status}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            ),
         })
     }
 

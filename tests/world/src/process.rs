@@ -27,6 +27,9 @@ use crate::{WorldError, wait::wait_for};
 /// How many lines of a process's output an error shows.
 const TAIL_LINES: usize = 15;
 
+/// What the names of agents' processes start with.
+pub(crate) const AGENT_PREFIX: &str = "agent-";
+
 /// SIGKILL takes effect at once unless the process sits in the kernel; a process that is still there after this is a finding.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -286,10 +289,17 @@ impl Body {
         self.child().try_wait().ok().flatten()
     }
 
-    /// Sends SIGTERM without waiting; for a world that stops all its processes at once.
+    /// Asks the process to end without waiting, by SIGTERM; an agent by SIGINT, so that it closes what it has. For a world that stops all
+    /// its processes at once.
     pub(crate) fn ask_to_end(&self) {
         if self.exited().is_none() {
-            let _ = kill(self.group(), Signal::SIGTERM);
+            let is_agent = self.name().starts_with(AGENT_PREFIX);
+            let signal = if is_agent {
+                Signal::SIGINT
+            } else {
+                Signal::SIGTERM
+            };
+            let _ = kill(self.group(), signal);
         }
     }
 

@@ -36,7 +36,7 @@ const PINGS: u32 = 20;
 /// A Request takes milliseconds; on a machine that is busy with a build it may take seconds.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Each process drains on SIGTERM; the slowest, an agent, within its own deadline.
+/// Each process closes what it has; the slowest, an agent, within its own deadline.
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Counters are per packet, but read after the ping has ended.
@@ -357,8 +357,7 @@ fn tear_down(scene: Scene, transcript: &mut Transcript) -> Result<Leaked> {
     endpoint.stop(END_DEADLINE).context("end the endpoint")?;
     for agent in [&client_agent, &endpoint_agent] {
         agent
-            .process
-            .terminate(END_DEADLINE)
+            .drain(END_DEADLINE)
             .with_context(|| format!("end the agent on {}", agent.node().name()))?;
     }
     // Tearing down would remove what agents forgot, and so hide it.

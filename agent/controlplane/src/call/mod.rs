@@ -118,6 +118,12 @@ impl Calls {
         self.config.admission.protect(found);
     }
 
+    /// Closes what expires and keeps links right, for the life of the agent.
+    pub(crate) fn keep_connections(self: &Arc<Self>) {
+        tokio::spawn(Arc::clone(self).close_expired());
+        tokio::spawn(Arc::clone(self).watch_links());
+    }
+
     fn forwarder(&self) -> Result<&dyn Forwarder, RequestError> {
         self.forwarder
             .as_deref()

@@ -42,6 +42,8 @@ pub enum Action<'a> {
     Find,
     /// Asks the agent about itself.
     Status,
+    /// Has the agent close everything and end.
+    Drain,
     /// Names the network namespace of a pod as the caller's own.
     Namespace(Claim<'a>),
 }
@@ -192,6 +194,11 @@ pub enum Refusal {
         "only root of the node, outside of any other container than the agent's, may ask for the agent's status: ask there"
     )]
     Status,
+    /// To have the agent close everything.
+    #[error(
+        "only root of the node, outside of any other container than the agent's, may have the agent close everything: ask there"
+    )]
+    Drain,
 }
 
 fn runs(end: End) -> &'static str {
@@ -229,6 +236,7 @@ pub fn decide(caller: &Caller, action: Action<'_>) -> Result<(), Refusal> {
         }),
         Action::Namespace(claim) => own_namespace(caller, claim),
         Action::Status => admin(caller, || Refusal::Status),
+        Action::Drain => admin(caller, || Refusal::Drain),
     }
 }
 

@@ -162,6 +162,7 @@ fn status_and_paths_of_sockets_are_for_administrators() {
         let path = "unix:///run/priv.sock";
         for (action, words) in [
             (Action::Status, "root of the node"),
+            (Action::Drain, "root of the node"),
             (Action::SocketPath(path), path),
         ] {
             match decide(&caller, action) {

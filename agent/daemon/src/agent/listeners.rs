@@ -1,6 +1,7 @@
 //! The agent's sockets and the servers behind them.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -17,7 +18,7 @@ use nsm_controlplane::{
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tonic::service::Routes;
 
-use super::{control, readiness::Readiness};
+use super::{control, handover::when_free, readiness::Readiness};
 use crate::config::{Config, ListenUrl};
 
 /// Every pod of the node may connect to the NSMgr's socket, whatever user it runs as; who a client is and what it passes decides what
@@ -221,26 +222,31 @@ async fn bind(
 }
 
 async fn open(key: &str, url: &ListenUrl) -> anyhow::Result<Socket> {
-    match url {
+    let opened = when_free(url, is_taken, async || match url {
         ListenUrl::Unix(path) => Socket::unix(path),
         ListenUrl::Tcp(address) => Socket::tcp(*address).await,
-    }
-    .with_context(|| {
+    });
+    opened.await.with_context(|| {
         format!(
             "cannot listen on {url}: choose another `{key}`, or stop the program that listens there"
         )
     })
 }
 
+fn is_taken(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrInUse
+}
+
 async fn bind_metrics(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
+    let bound = when_free(address, is_taken, async || TcpListener::bind(address).await);
+    bound.await.with_context(|| {
         format!(
             "cannot listen on tcp://{address}: choose another `listen.metrics`, or `off`, or stop the program that listens there"
         )
     })
 }
 
-fn set_mode(path: &Path, mode: u32) -> std::io::Result<()> {
+fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }

@@ -3,7 +3,9 @@
 mod advertised;
 pub(crate) mod cluster;
 pub(crate) mod control;
+pub(crate) mod drains;
 pub(crate) mod forwarder;
+mod handover;
 pub(crate) mod hooks;
 pub(crate) mod identity;
 pub(crate) mod ip_map;

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Hook};
 
+use super::handover::when_free;
 use crate::config::{self, Config};
 
 /// The programs of one agent.
@@ -33,7 +34,9 @@ impl Programs {
         if !config.bpf.enabled {
             return Err("BPF is switched off (`bpf.enabled`): no pod is connected on this node, and Requests are only passed on".to_owned());
         }
-        let loaded = load(bpf_config(config)).await;
+        let is_taken = |error: &BpfError| matches!(error, BpfError::InUse { .. });
+        let load = async || load(bpf_config(config)).await;
+        let loaded = when_free("the pin directory", is_taken, load).await;
         let (bpf, hook_faults) = loaded.map_err(|error| {
             format!(
                 "no BPF: {}; no pod is connected on this node, and Requests are only passed on",

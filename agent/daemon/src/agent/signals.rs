@@ -8,8 +8,10 @@ use tokio::signal::unix::{Signal as Stream, SignalKind, signal};
 pub(crate) enum Signal {
     /// SIGHUP: read the configuration again.
     Reload,
-    /// SIGTERM or SIGINT: drain and stop.
+    /// SIGTERM: end, and leave to the next agent what stands. Service managers send it for an update, too.
     Stop,
+    /// SIGINT, as by Ctrl-C: close everything and end. A person ends what runs in the foreground.
+    Drain,
 }
 
 /// The signals of this process from now on.
@@ -33,7 +35,7 @@ impl Signals {
         tokio::select! {
             _ = self.hangup.recv() => Signal::Reload,
             _ = self.terminate.recv() => Signal::Stop,
-            _ = self.interrupt.recv() => Signal::Stop,
+            _ = self.interrupt.recv() => Signal::Drain,
         }
     }
 }

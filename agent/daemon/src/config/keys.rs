@@ -115,7 +115,7 @@ Listen {
     proxy: ListenUrl = tcp(5006) => text("URL");
     /// Where other domains, and other nodes of this one, find endpoints
     registry: ListenUrl = tcp(5005) => text("URL");
-    /// The socket of `proxy-nsmgr status`
+    /// The socket of `proxy-nsmgr status` and `drain`
     admin: ListenUrl = unix("/run/proxy-nsmgr/admin.sock") => socket("the admin API is for this machine only");
     /// Where Prometheus scrapes metrics; on loopback by default, because ids and peers of connections are not public
     metrics: Option<SocketAddr> = Some((Ipv4Addr::LOCALHOST, 9006).into()) => metrics();

@@ -13,9 +13,9 @@ use nsm_core::{
 };
 use nsm_dataplane::links::LinkReading;
 use nsm_proto::admin::{
-    AddressFinding, Bpf, Bundle, ConnectionStatus, Counters, DnsAnswer, Identity, Link, Listener,
-    PairedLink, PathHealth, Peer, PublicAddress, Status as AgentStatus, StatusRequest, Tunnel,
-    WayHealth,
+    AddressFinding, Bpf, Bundle, ConnectionStatus, Counters, DnsAnswer, DrainRequest,
+    DrainResponse, Identity, Link, Listener, PairedLink, PathHealth, Peer, PublicAddress,
+    Status as AgentStatus, StatusRequest, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
 use tonic::{Request, Response, Status};
@@ -28,13 +28,14 @@ use super::{
     },
 };
 use crate::{
-    agent::{programs::Facts, public_address::Findings},
+    agent::{drains::Drains, programs::Facts, public_address::Findings},
     config::Config,
 };
 
 /// The service of one agent.
 pub(crate) struct AdminService {
     observer: Observer,
+    drains: Drains,
     name: String,
     domain: String,
     listeners: Vec<Listener>,
@@ -42,7 +43,11 @@ pub(crate) struct AdminService {
 }
 
 /// The admin service of this agent.
-pub(crate) fn service(config: &Config, observer: Observer) -> AdminServer<AdminService> {
+pub(crate) fn service(
+    config: &Config,
+    observer: Observer,
+    drains: Drains,
+) -> AdminServer<AdminService> {
     let mut listeners = vec![
         ("proxy", &config.listen.proxy),
         ("registry", &config.listen.registry),
@@ -59,6 +64,7 @@ pub(crate) fn service(config: &Config, observer: Observer) -> AdminServer<AdminS
     };
     AdminServer::new(AdminService {
         observer,
+        drains,
         name: config.name.clone(),
         domain: config.domain.to_string(),
         listeners: listeners.into_iter().map(listener).collect(),
@@ -75,6 +81,21 @@ impl Admin for AdminService {
         decide(&node_caller(&request), Action::Status)
             .map_err(|refusal| Status::permission_denied(refusal.to_string()))?;
         Ok(Response::new(self.status(self.observer.evidence().await)))
+    }
+
+    async fn drain(
+        &self,
+        request: Request<DrainRequest>,
+    ) -> Result<Response<DrainResponse>, Status> {
+        decide(&node_caller(&request), Action::Drain)
+            .map_err(|refusal| Status::permission_denied(refusal.to_string()))?;
+        let drained = self.drains.ask().await;
+        let drained = drained.ok_or_else(|| Status::unavailable("the agent is ending already"))?;
+        let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(DrainResponse {
+            closed: count(drained.closed),
+            left: count(drained.left),
+        }))
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
 mod paths;
 
 /// How long a connection to the agent may take; it is on this node.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long the agent may take to answer: it enters the namespace of each pod that has a link, of which there may be thousands.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -55,24 +55,26 @@ async fn ask(admin: &PeerUrl) -> anyhow::Result<Status> {
     let mut client = AdminClient::new(channel).max_decoding_message_size(LONGEST_ANSWER);
     match tokio::time::timeout(TIMEOUT, client.get_status(request)).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) if status.code() == Code::Unimplemented => anyhow::bail!(
-            "{admin} serves no admin API: it is not the admin socket of an agent (see listen.admin)"
-        ),
-        Ok(Err(status)) => {
-            anyhow::bail!(
-                "{admin} refused ({:?}): {}",
-                status.code(),
-                shown(status.message())
-            )
-        }
+        Ok(Err(status)) => Err(refused(admin, &status)),
         Err(_) => {
             anyhow::bail!("{admin} took the connection and gave no answer within {TIMEOUT:?}")
         }
     }
 }
 
+/// Why an admin socket gives no answer.
+pub(crate) fn refused(admin: &PeerUrl, status: &tonic::Status) -> anyhow::Error {
+    if status.code() == Code::Unimplemented {
+        return anyhow::anyhow!(
+            "{admin} serves no admin API: it is not the admin socket of an agent (see listen.admin)"
+        );
+    }
+    let (code, message) = (status.code(), shown(status.message()));
+    anyhow::anyhow!("{admin} refused ({code:?}): {message}")
+}
+
 /// What to do about an admin socket that does not take us.
-fn no_agent(admin: &PeerUrl) -> String {
+pub(crate) fn no_agent(admin: &PeerUrl) -> String {
     let Some(path) = admin.socket_path() else {
         return "is the agent running?".to_owned();
     };

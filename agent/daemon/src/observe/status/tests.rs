@@ -1,6 +1,6 @@
 use nsm_proto::admin::{
-    AddressFinding, Bpf, Bundle, Counters, Identity, Listener, PairedLink, PathHealth, Peer,
-    PublicAddress, Tunnel, WayHealth,
+    AddressFinding, Bpf, Bundle, Counters, DrainRequest, DrainResponse, Identity, Listener,
+    PairedLink, PathHealth, Peer, PublicAddress, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
 
@@ -347,6 +347,13 @@ impl Admin for Fixed {
         _: tonic::Request<StatusRequest>,
     ) -> Result<tonic::Response<Status>, tonic::Status> {
         Ok(tonic::Response::new(self.0.clone()))
+    }
+
+    async fn drain(
+        &self,
+        _: tonic::Request<DrainRequest>,
+    ) -> Result<tonic::Response<DrainResponse>, tonic::Status> {
+        Err(tonic::Status::unimplemented("this one goes on"))
     }
 }
 
