@@ -166,6 +166,20 @@ pub fn check_destination(destination: MacWords, pod: MacWords) -> Result<(), Rea
     }
 }
 
+/// Whether a frame from the tunnel is the peer's own, where its Ethernet address is known (all zero: it is not).
+///
+/// # Errors
+///
+/// [`Reason::TunnelWrongSourceMac`] for a frame of another station.
+#[inline(always)]
+pub fn check_source(source: MacWords, peer: MacWords) -> Result<(), Reason> {
+    if is_same(source, peer) || is_same(peer, [0; 3]) {
+        Ok(())
+    } else {
+        Err(Reason::TunnelWrongSourceMac)
+    }
+}
+
 /// Whether two Ethernet addresses are the same.
 #[inline(always)]
 #[must_use]
@@ -230,5 +244,8 @@ mod tests {
         );
         let other = mac_words([2, 0, 0, 0, 0, 2]);
         assert_eq!(check_destination(other, pod), Err(Reason::TunnelWrongMac));
+        assert_eq!(check_source(pod, pod), Ok(()));
+        assert_eq!(check_source(other, pod), Err(Reason::TunnelWrongSourceMac));
+        assert_eq!(check_source(other, [0; 3]), Ok(()), "it is not known");
     }
 }

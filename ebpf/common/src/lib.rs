@@ -10,6 +10,7 @@
 
 #![no_std]
 
+pub mod fast;
 pub mod forward;
 pub mod management;
 pub mod sbfd;
@@ -21,7 +22,7 @@ use forward::MacWords;
 use management::MAX_SESSIONS;
 
 /// Version of everything in this crate that is seen through a pinned map.
-pub const LAYOUT: u32 = 10;
+pub const LAYOUT: u32 = 11;
 
 /// Pod links that one node can hold: the bar is 10,000 connections, the rest is head room. A connection between two pods of one node has
 /// two.
@@ -111,8 +112,14 @@ pub struct Tunnel {
     pub flags: u32,
     /// The Ethernet address of the pod's end.
     pub mac: MacWords,
-    /// Always 0.
-    pub reserved: u16,
+    /// That of the peer's pod, the only source of its frames; all zero: it is not known.
+    pub peer_mac: MacWords,
+    /// Our IPv4 address on the underlay, as it lies in a packet. 0: every packet takes the slow path.
+    pub local: u32,
+    /// The pod's own IPv4 address, likewise; 0: it has none. Only what is for the pod itself takes the fast path in.
+    pub own_v4: u32,
+    /// The pod's own IPv6 address, likewise; unspecified: it has none.
+    pub own_v6: Address,
 }
 
 impl Tunnel {
@@ -124,7 +131,10 @@ impl Tunnel {
             link: 0,
             flags: 0,
             mac: [0; 3],
-            reserved: 0,
+            peer_mac: [0; 3],
+            local: 0,
+            own_v4: 0,
+            own_v6: UNSPECIFIED,
         }
     }
 }
@@ -170,6 +180,8 @@ pub struct Recent {
     pub key: TunnelKey,
     /// What was found; its slot is [`NO_SLOT`] when that was nothing.
     pub tunnel: Tunnel,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 /// Value of CLOCK, one for each CPU.
@@ -268,6 +280,10 @@ reasons! {
     ProbeUnknownPath = 21, "probe_unknown_path", Dropped;
     /// From a pod to the pod at the other end of its connection, on this node, with another Ethernet destination address than that pod's.
     PodWrongDestination = 22, "pod_wrong_destination", Dropped;
+    /// From a tunnel, from another Ethernet address than that of the peer's pod.
+    TunnelWrongSourceMac = 23, "tunnel_wrong_source_mac", Dropped;
+    /// From a tunnel, an IPv6 router advertisement (RFC 4861): routes come from the connection, never from the peer's pod.
+    TunnelRouterAdvertisement = 24, "tunnel_router_advertisement", Dropped;
 }
 
 /// Entries of DROPS.
@@ -284,11 +300,11 @@ impl Reason {
 // A struct is free of padding exactly when it is as large as its fields together.
 const _: () = {
     assert!(size_of::<TunnelKey>() == 4 + 16);
-    assert!(size_of::<Tunnel>() == 3 * 4 + 6 + 2);
+    assert!(size_of::<Tunnel>() == 3 * 4 + 2 * 6 + 2 * 4 + 16);
     assert!(size_of::<Counters>() == 6 * 8);
     assert!(size_of::<Foreign>() == 2 * 8);
     assert!(size_of::<Clock>() == 2 * 8);
-    assert!(size_of::<Recent>() == 8 + 20 + 20);
+    assert!(size_of::<Recent>() == 8 + 20 + 48 + 4);
     assert!(RECENT_ENTRIES.is_power_of_two());
     let mut i = 0;
     while i < Reason::ALL.len() {

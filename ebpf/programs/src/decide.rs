@@ -38,6 +38,23 @@ pub struct Size {
     pub gso_size: u32,
 }
 
+impl Size {
+    /// Packets that a frame with `headers` bytes of headers stands for.
+    #[inline(always)]
+    #[must_use]
+    pub const fn segments(self, headers: u32) -> u32 {
+        match (self.gso_segs, self.gso_size) {
+            // Frames from virtual machines, and those that BPF has encapsulated, come with the size of a segment only.
+            (0, 1..) => match self.len.saturating_sub(headers).div_ceil(self.gso_size) {
+                0 => 1,
+                segments => segments,
+            },
+            (0, 0) => 1,
+            (known, _) => known,
+        }
+    }
+}
+
 /// Traffic of a tunnel, in units of the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Traffic {
@@ -145,7 +162,7 @@ pub fn attribute<B: Bytes + ?Sized, N: Node>(
     if peer != UNSPECIFIED
         && let Some(tunnel) = node.tunnel(&key)
     {
-        let (packets, bytes) = on_the_wire(frame, size(), &vxlan);
+        let (packets, bytes) = on_the_wire(frame, size(), vxlan.payload);
         return Ok(Traffic {
             slot: tunnel.slot,
             packets,
@@ -164,22 +181,14 @@ pub fn attribute<B: Bytes + ?Sized, N: Node>(
 }
 
 /// Packets and bytes that `frame` is on the wire. A frame that waits for segmentation holds its headers once; each of its
-/// segments will carry them.
+/// segments will carry them. `payload` is the offset of the inner frame.
 #[inline(always)]
-fn on_the_wire<B: Bytes + ?Sized>(frame: &B, size: Size, vxlan: &Vxlan) -> (u64, u64) {
+pub fn on_the_wire<B: Bytes + ?Sized>(frame: &B, size: Size, payload: u32) -> (u64, u64) {
     if size.gso_size == 0 {
         return (1, u64::from(size.len));
     }
-    let headers = vxlan.payload + packet::inner_headers(frame, vxlan.payload);
-    let segments = match size.gso_segs {
-        // Frames from virtual machines may come with the size of a segment only.
-        0 => size
-            .len
-            .saturating_sub(headers)
-            .div_ceil(size.gso_size)
-            .max(1),
-        known => known,
-    };
+    let headers = payload + packet::inner_headers(frame, payload);
+    let segments = size.segments(headers);
     (
         u64::from(segments),
         u64::from(size.len) + u64::from(segments - 1) * u64::from(headers),

@@ -1,6 +1,7 @@
 //! What the BPF programs decide, as plain Rust: it runs in the kernel and, unchanged, in the tests of the host.
 //!
-//! [`packet`] finds the VXLAN header in a frame, [`decide`] says what the frame is to us, [`pod`] what a pod may send. They see the world only through
+//! [`packet`] finds the VXLAN header in a frame, [`decide`] says what the frame is to us, [`pod`] what a pod may send, [`fast`]
+//! what takes the fast path. They see the world only through
 //! two small traits: [`Bytes`] (a frame) and [`decide::Node`] (the maps). The kernel's side of them is in `main.rs`.
 //!
 //! Rules that keep the verifier content: a loop turns a few times and is unrolled by the compiler, nothing recurses, nothing can
@@ -12,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod decide;
+pub mod fast;
 pub mod packet;
 pub mod pod;
 

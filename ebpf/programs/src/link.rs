@@ -20,15 +20,17 @@ use aya_ebpf::{
 };
 use nsm_ebpf_common::{
     Address, Counters, MAX_SLOTS, Reason, TUNNEL_MARK, Tunnel, TunnelKey, UNSPECIFIED,
-    forward::{Device, Forward, MAX_DEVICES, check_destination, tunnel_flags},
+    fast::Taken,
+    forward::{Device, Forward, MAX_DEVICES, check_destination, check_source, tunnel_flags},
     mapped,
 };
 use nsm_ebpf_programs::{
     decide::Direction,
+    packet,
     pod::{self, EthernetWords},
 };
 
-use crate::{Skb, add, bump, load_by_helper, look_up, management, set_mark};
+use crate::{Skb, add, bump, express, load_by_helper, look_up, management, set_mark, size};
 
 /// Node's end of a pod link to where its frames go.
 #[btf_map]
@@ -52,14 +54,18 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn external_ingress(ctx: TcContext) -> i32 {
     // It has come past the fence, and means nothing in a pod.
+    let is_known = is_marked(&ctx);
     set_mark(&ctx, 0);
-    let Some(tunnel) = received(&ctx) else {
+    let Some((key, tunnel)) = received(&ctx) else {
         return refuse(Reason::TunnelUnknown);
     };
+    if is_known {
+        express::accept(&key);
+    }
     if tunnel.flags & tunnel_flags::PROBES != 0 {
         return management::receive(&ctx);
     }
-    to_pod(&ctx, tunnel).unwrap_or_else(refuse)
+    from_peer(&ctx, tunnel).unwrap_or_else(refuse)
 }
 
 /// A frame ends here.
@@ -78,6 +84,7 @@ fn from_pod(ctx: &TcContext) -> Result<i32, Reason> {
     let frame = Skb::new(ctx);
     let header = ethernet(ctx, &frame).ok_or(Reason::PodWrongMac)?;
     pod::check(&frame, header, forward)?;
+    let (packets, length) = packets(ctx, &frame);
     let action = if forward.pod.link == 0 {
         let route = Route {
             device: forward.device,
@@ -85,13 +92,19 @@ fn from_pod(ctx: &TcContext) -> Result<i32, Reason> {
             local: &forward.local,
             remote: &forward.remote,
         };
-        encapsulate(ctx, &route)?
+        match express::send(ctx, &frame, header, forward, port_of(&route)) {
+            Some(sent) => sent?,
+            None => {
+                express::take(Taken::SlowOut);
+                encapsulate(ctx, &route)?
+            }
+        }
     } else {
         // A mark of the sender's namespace means nothing in the other pod.
         set_mark(ctx, 0);
         to_pod(ctx, &forward.pod).map_err(|_| Reason::PodWrongDestination)?
     };
-    count(ctx, Direction::Out, forward.slot);
+    count(Direction::Out, forward.slot, packets, length);
     // Last of all reads: what was read before was this link's.
     // SAFETY: a field of the entry, volatile for user space writes it.
     if unsafe { (&raw const forward.link).read_volatile() } == link {
@@ -101,12 +114,27 @@ fn from_pod(ctx: &TcContext) -> Result<i32, Reason> {
     }
 }
 
+/// Gives a frame that the kernel has decapsulated to its pod.
+#[inline(always)]
+fn from_peer(ctx: &TcContext, tunnel: &Tunnel) -> Result<i32, Reason> {
+    let frame = Skb::new(ctx);
+    let header = ethernet(ctx, &frame).ok_or(Reason::TunnelWrongMac)?;
+    check_source(pod::source(header), tunnel.peer_mac)?;
+    if packet::is_router_advertisement(&frame) {
+        return Err(Reason::TunnelRouterAdvertisement);
+    }
+    let action = to_pod(ctx, tunnel)?;
+    express::take(Taken::SlowIn);
+    Ok(action)
+}
+
 #[inline(always)]
 fn to_pod(ctx: &TcContext, tunnel: &Tunnel) -> Result<i32, Reason> {
     let frame = Skb::new(ctx);
     let header = ethernet(ctx, &frame).ok_or(Reason::TunnelWrongMac)?;
     check_destination(pod::destination(header), tunnel.mac)?;
-    count(ctx, Direction::In, tunnel.slot);
+    let (packets, length) = packets(ctx, &frame);
+    count(Direction::In, tunnel.slot, packets, length);
     if tunnel.flags & tunnel_flags::SAME_NAMESPACE != 0 {
         // SAFETY: the helper takes numbers.
         return Ok(unsafe { bpf_redirect(tunnel.link, 0) } as i32);
@@ -131,14 +159,14 @@ fn be_received(skb: *mut __sk_buff) {
 
 /// The entry of the tunnel that a packet came through; none for a marker or a source that is no peer of this VNI.
 #[inline(always)]
-fn received(ctx: &TcContext) -> Option<&'static Tunnel> {
+fn received(ctx: &TcContext) -> Option<(TunnelKey, &'static Tunnel)> {
     let key = tunnel_key(ctx)?;
     // The unspecified address is that of the markers.
     if key.peer == UNSPECIFIED || key.peer == mapped([0; 4]) {
         return None;
     }
     let tunnel = look_up(&key)?;
-    (tunnel.link != 0 || tunnel.flags & tunnel_flags::PROBES != 0).then_some(tunnel)
+    (tunnel.link != 0 || tunnel.flags & tunnel_flags::PROBES != 0).then_some((key, tunnel))
 }
 
 /// VNI and outer source of a packet that the kernel has decapsulated, after the reassembly of fragments.
@@ -271,13 +299,34 @@ fn ethernet(ctx: &TcContext, frame: &Skb<'_>) -> Option<EthernetWords> {
     }
 }
 
-/// Counts frames at the pod link, in the units of the pod: one that the kernel segments later counts as its segments.
+/// Packets that a frame stands for at the pod link, and its bytes: one that the kernel segments later counts as its segments.
 #[inline(always)]
-fn count(ctx: &TcContext, direction: Direction, slot: u32) {
-    // SAFETY: as in `from_pod`.
-    let segments = unsafe { (*ctx.skb.skb).gso_segs };
-    let packets = if segments == 0 { 1 } else { segments };
+fn packets(ctx: &TcContext, frame: &Skb<'_>) -> (u64, u64) {
+    let size = size(ctx);
+    let headers = match (size.gso_segs, size.gso_size) {
+        (0, 1..) => packet::inner_headers(frame, 0),
+        _ => 0,
+    };
+    (size.segments(headers).into(), size.len.into())
+}
+
+/// Counts packets at the pod link.
+#[inline(always)]
+pub(crate) fn count(direction: Direction, slot: u32, packets: u64, bytes: u64) {
     if let Some(counters) = LINKS.get_ptr_mut(slot) {
-        add(counters, direction, packets.into(), ctx.len().into());
+        add(counters, direction, packets, bytes);
     }
+}
+
+/// The UDP port of a tunnel's device; 0: there is no device.
+#[inline(always)]
+fn port_of(route: &Route<'_>) -> u32 {
+    DEVICES.get(route.device).map_or(0, |device| device.port)
+}
+
+/// Whether a packet has the mark that the program at the underlay has given it.
+#[inline(always)]
+fn is_marked(ctx: &TcContext) -> bool {
+    // SAFETY: as in `from_pod`. Others may have set bits of their own meanwhile.
+    unsafe { (*ctx.skb.skb).mark & TUNNEL_MARK == TUNNEL_MARK }
 }

@@ -1,5 +1,5 @@
 //! The BPF programs: tcx (or clsact) classifiers for ingress and egress of the underlay, ([`link`]) of pod links and external devices,
-//! and ([`management`]) of the probe link. The decisions are in the library; here are the maps, the access to a packet, and the one
+//! ([`express`]) of the fast path between the two, and ([`management`]) of the probe link. The decisions are in the library; here are the maps, the access to a packet, and the one
 //! place where a decision becomes an action.
 //!
 //! Those of the underlay return TC_ACT_UNSPEC, which is also TCX_NEXT: other programs on the hook have their say. Only our VNI from a wrong
@@ -13,6 +13,7 @@
     reason = "the macros of aya-ebpf export each program under a second, undocumented name"
 )]
 
+mod express;
 mod link;
 mod management;
 
@@ -91,12 +92,19 @@ fn handle(ctx: &TcContext, direction: Direction) -> i32 {
     if let Some(plain) = frame.head().map(PlainV4)
         && plain.is_plain()
     {
-        return handle_plain(ctx, direction, &frame, plain.vxlan(is_tunnel_port));
+        let vxlan = plain.vxlan(is_tunnel_port);
+        if direction == Direction::In
+            && vxlan.is_ok()
+            && let Some(action) = express::receive(ctx)
+        {
+            return action;
+        }
+        return handle_plain(ctx, direction, vxlan);
     }
     if let Some(plain) = frame.head().map(PlainV6)
         && plain.is_plain()
     {
-        return handle_plain(ctx, direction, &frame, plain.vxlan(is_tunnel_port));
+        return handle_plain(ctx, direction, plain.vxlan(is_tunnel_port));
     }
     match direction {
         Direction::In => not_plain_ingress(ctx.skb.skb),
@@ -105,13 +113,12 @@ fn handle(ctx: &TcContext, direction: Direction) -> i32 {
 }
 
 #[inline(always)]
-fn handle_plain(
-    ctx: &TcContext,
-    direction: Direction,
-    frame: &Skb<'_>,
-    vxlan: Result<Vxlan, NotVxlan>,
-) -> i32 {
-    let decided = attribute(direction, frame, vxlan, || size(ctx), &Maps);
+fn handle_plain(ctx: &TcContext, direction: Direction, vxlan: Result<Vxlan, NotVxlan>) -> i32 {
+    // Read anew: the fast path may have moved the frame.
+    let decided = attribute(direction, &Skb::new(ctx), vxlan, || size(ctx), &Maps);
+    if direction == Direction::Out && decided.is_ok() && !express::unmark(ctx) {
+        express::learn(ctx);
+    }
     conclude(ctx, direction, decided)
 }
 
@@ -296,7 +303,9 @@ fn look_up(key: &TunnelKey) -> Option<&'static Tunnel> {
     // SAFETY: as in `add`.
     let recent = unsafe { &mut *RECENT.get_ptr_mut(recent_place(key))? };
     if recent.generation != generation || !is_same(&recent.key, key) {
-        recent.tunnel = find(key)?;
+        if !find(recent, key)? && !find(recent, key)? {
+            recent.tunnel.slot = NO_SLOT;
+        }
         recent.key = *key;
         recent.generation = generation;
     }
@@ -309,28 +318,19 @@ fn generation() -> Option<u64> {
     Some(unsafe { GENERATION.get_ptr(0)?.read_volatile() })
 }
 
-/// Looks in TUNNELS. An entry that user space removes meanwhile may be filled for another tunnel while it is copied. Between the two user
-/// space changes GENERATION, so a copy counts only if that is the same before and after; else a second one is taken.
+/// Looks in TUNNELS; whether what was found is whole. An entry that user space removes meanwhile may be filled for another tunnel while it is
+/// copied. Between the two user space changes GENERATION, so a copy counts only if that is the same before and after.
+///
+/// It is copied to where it stays: on the stack of 512 bytes there is no room for it.
 #[inline(always)]
-fn find(key: &TunnelKey) -> Option<Tunnel> {
-    let (before, first) = (generation()?, copy(key));
-    let (between, second) = match generation()? {
-        same if same == before => return Some(first),
-        other => (other, copy(key)),
-    };
-    let is_whole = generation()? == between;
-    Some(if is_whole {
-        second
-    } else {
-        Tunnel::counted(NO_SLOT)
-    })
-}
-
-#[inline(always)]
-fn copy(key: &TunnelKey) -> Tunnel {
-    // SAFETY: this program never changes the map; for what user space does, see `find`.
-    let found = unsafe { TUNNELS.get(key) };
-    found.copied().unwrap_or(Tunnel::counted(NO_SLOT))
+fn find(recent: &mut Recent, key: &TunnelKey) -> Option<bool> {
+    let before = generation()?;
+    // SAFETY: this program never changes the map; for what user space does, see above.
+    match unsafe { TUNNELS.get(key) } {
+        Some(tunnel) => recent.tunnel = *tunnel,
+        None => recent.tunnel.slot = NO_SLOT,
+    }
+    Some(generation()? == before)
 }
 
 /// Equality by words: of byte arrays the compiler compares bytes.
@@ -377,6 +377,23 @@ impl Skb<'_> {
         // SAFETY: within the linear part, as just compared; the verifier proves it again. A frame begins at an even address: the
         // kernel's buffers are aligned, and an Ethernet header is moved by 0 or NET_IP_ALIGN = 2.
         Some(unsafe { (self.data as *const [u16; WORDS]).read() })
+    }
+
+    /// The first words of the frame, in place: they are valid until a helper changes the frame, which the verifier ensures.
+    #[inline(always)]
+    fn head_ref<const WORDS: usize>(&self) -> Option<&[u16; WORDS]> {
+        self.words_at::<0, WORDS>()
+    }
+
+    /// Words from an even offset on, likewise.
+    #[inline(always)]
+    fn words_at<const OFFSET: usize, const WORDS: usize>(&self) -> Option<&[u16; WORDS]> {
+        let start = self.data + OFFSET;
+        if start + 2 * WORDS > self.data_end {
+            return None;
+        }
+        // SAFETY: as in `head`. Nothing writes there while the reference is used.
+        Some(unsafe { &*(start as *const [u16; WORDS]) })
     }
 }
 

@@ -21,11 +21,15 @@ const ETHERNET_TYPE_OFFSET: u32 = 12;
 const VLAN_TAG: u32 = 4;
 const IPV4_HEADER: u32 = 20;
 const IPV6_HEADER: u32 = 40;
-const UDP_HEADER: u32 = 8;
+pub(crate) const UDP_HEADER: u32 = 8;
 const VXLAN_HEADER: u32 = 8;
 
-const PROTOCOL_TCP: u8 = 6;
-const PROTOCOL_UDP: u8 = 17;
+pub(crate) const PROTOCOL_TCP: u8 = 6;
+pub(crate) const PROTOCOL_UDP: u8 = 17;
+pub(crate) const PROTOCOL_ICMPV6: u8 = 58;
+
+/// RFC 4861, section 4.2.
+const ROUTER_ADVERTISEMENT: u8 = 134;
 
 // IPv6 extension headers (RFC 8200, section 4; AH: RFC 4302).
 const HOP_BY_HOP: u8 = 0;
@@ -56,9 +60,11 @@ pub struct Vxlan {
 ///
 /// A word is two bytes as they lie in memory: the compiler for BPF reads single bytes where it is not told that two belong together.
 #[derive(Clone, Copy, Debug)]
-pub struct PlainV4(
-    pub [u16; (ETHERNET_HEADER + IPV4_HEADER + UDP_HEADER + VXLAN_HEADER) as usize / 2],
-);
+pub struct PlainV4(pub PlainV4Words);
+
+/// The words of [`PlainV4`].
+pub type PlainV4Words =
+    [u16; (ETHERNET_HEADER + IPV4_HEADER + UDP_HEADER + VXLAN_HEADER) as usize / 2];
 
 /// Likewise of IPv6 without extension headers.
 #[derive(Clone, Copy, Debug)]
@@ -470,6 +476,31 @@ fn measure_inner<B: Bytes + ?Sized>(frame: &B, payload: u32) -> Option<u32> {
         }
         PROTOCOL_UDP => Some(transport + UDP_HEADER),
         _ => None,
+    }
+}
+
+/// Whether a frame is a router advertisement (RFC 4861), behind extension headers or not. One in fragments is not seen: hosts ignore those
+/// (RFC 6980).
+#[inline(always)]
+pub fn is_router_advertisement<B: Bytes + ?Sized>(frame: &B) -> bool {
+    if load_u16(frame, ETHERNET_TYPE_OFFSET) != Ok(ETHERTYPE_IPV6) {
+        return false;
+    }
+    // Two bytes, here and below: the verifier learns nothing from the bound of a single one.
+    let Some([kind, _hop_limit]) = frame.load(ETHERNET_HEADER + 6) else {
+        return false;
+    };
+    let first = Header {
+        kind,
+        offset: ETHERNET_HEADER + IPV6_HEADER,
+        more_fragments: false,
+    };
+    match follow_eight(frame, Step::Header(first)) {
+        Step::Header(header) if header.kind == PROTOCOL_ICMPV6 => {
+            let start: Option<[u8; 2]> = frame.load(header.offset);
+            start.is_some_and(|[kind, _code]| kind == ROUTER_ADVERTISEMENT)
+        }
+        _ => false,
     }
 }
 

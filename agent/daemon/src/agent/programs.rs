@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Hook};
+use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Hook, PathsTaken};
 
 use super::handover::when_free;
 use crate::config::{self, Config};
@@ -23,6 +23,8 @@ pub(crate) struct Facts {
     pub(crate) object_sha256: &'static str,
     pub(crate) pin_dir: String,
     pub(crate) interfaces: Vec<String>,
+    /// Frames by the path that they took; none where the kernel does not show them.
+    pub(crate) taken: Option<PathsTaken>,
 }
 
 impl Programs {
@@ -67,6 +69,7 @@ impl Programs {
             object_sha256: Bpf::object_sha256(),
             pin_dir: self.pin_dir.clone(),
             interfaces: self.bpf.interfaces(),
+            taken: self.bpf.paths_taken().ok(),
         }
     }
 
@@ -102,6 +105,7 @@ fn bpf_config(config: &Config) -> BpfConfig {
         interfaces: interfaces.map(ToString::to_string).collect(),
         tunnel_addresses: config.tunnel.ip.into_iter().collect(),
         ports: vec![config.tunnel.port],
+        slow_only: config.tunnel.respect_host_firewall,
         hook: match config.bpf.hook {
             config::Hook::Auto => None,
             config::Hook::Tcx => Some(Hook::Tcx),

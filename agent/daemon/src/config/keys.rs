@@ -194,6 +194,9 @@ Tunnel {
     peer_ports: Vec<u16> = Vec::new() => port().list();
     /// The MTU of the underlay; 0 takes that of its link
     mtu: u32 = 0 => mtu();
+    /// Whether every packet of a tunnel passes this node's firewall; by default most take a faster path, and rules for the tunnels' port
+    /// show on it half a second later
+    respect_host_firewall: bool = false => boolean();
     /// The VNI of the probes between nodes, which no connection gets; peers may have another
     management_vni: Vni = Vni::MANAGEMENT => vni();
 }

@@ -14,7 +14,7 @@ use nsm_core::{
 use nsm_dataplane::links::LinkReading;
 use nsm_proto::admin::{
     AddressFinding, Bpf, Bundle, ConnectionStatus, Counters, DnsAnswer, DrainRequest,
-    DrainResponse, Identity, Link, Listener, PairedLink, PathHealth, Peer, PublicAddress,
+    DrainResponse, Frames, Identity, Link, Listener, PairedLink, PathHealth, Peer, PublicAddress,
     Status as AgentStatus, StatusRequest, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
@@ -174,6 +174,12 @@ fn bpf(facts: Facts) -> Bpf {
         object_sha256: facts.object_sha256.to_owned(),
         pin_path: facts.pin_dir,
         interfaces: facts.interfaces,
+        frames: facts.taken.map(|taken| Frames {
+            fast_out: taken.fast_out,
+            slow_out: taken.slow_out,
+            fast_in: taken.fast_in,
+            slow_in: taken.slow_in,
+        }),
     }
 }
 

@@ -123,6 +123,12 @@ fn render(status: &Status) -> String {
             ),
         });
     }
+    if let Some(frames) = status.bpf.as_ref().and_then(|bpf| bpf.frames) {
+        line(format!(
+            "  frames out: {} fast, {} slow; in: {} fast, {} slow",
+            frames.fast_out, frames.slow_out, frames.fast_in, frames.slow_in
+        ));
+    }
     for words in public_address(status) {
         line(words);
     }

@@ -14,11 +14,11 @@ use aya::{
 };
 use ipnet::IpNet;
 use nsm_core::{
-    link::{Traffic, VxlanSpec},
+    link::{LinkSpec, Traffic, VxlanSpec},
     net::{MacAddr, Vni},
 };
 use nsm_ebpf_common::{
-    Counters, MAX_SLOTS, Tunnel, UNSPECIFIED,
+    Address, Counters, MAX_SLOTS, Tunnel, UNSPECIFIED,
     forward::{
         Device, Forward, MAX_DEVICES, MAX_SOURCES, Prefix, ProbePath, key_halves, mac_words,
         tunnel_flags,
@@ -213,9 +213,17 @@ impl Bpf {
         let state = &mut *self.state();
         let device = state.forwarding.place(spec.port)?;
         let was_known = state.tables.slot(spec.vni.get(), spec.remote).is_some();
+        let own = Own::of(&spec.link);
+        let tunnel = |slot| Tunnel {
+            peer_mac: mac_words(peer_mac(&spec.link)),
+            local: in_packet(spec.local).unwrap_or(0),
+            own_v4: own.v4,
+            own_v6: own.v6,
+            ..ends.pod(Slot(slot))
+        };
         let slot = state
             .tables
-            .add_tunnel(spec.vni.get(), spec.remote, |slot| ends.pod(Slot(slot)))?;
+            .add_tunnel(spec.vni.get(), spec.remote, tunnel)?;
         if !was_known {
             state.forwarding.zero(slot.get())?;
         }
@@ -365,7 +373,7 @@ impl PodEnds {
             link: self.node,
             flags,
             mac: mac_words(self.mac.octets()),
-            reserved: 0,
+            ..Tunnel::counted(slot.get())
         }
     }
 
@@ -429,6 +437,40 @@ impl State {
         if let Some(slot) = self.forwarding.paired.remove(&node) {
             self.tables.free_slot(slot);
         }
+    }
+}
+
+/// The addresses of a pod's end, the first of each family: what is for them takes the fast path.
+struct Own {
+    v4: u32,
+    v6: Address,
+}
+
+impl Own {
+    fn of(link: &LinkSpec) -> Self {
+        let addresses = || link.addresses.iter().map(IpNet::addr);
+        Self {
+            v4: addresses().find_map(in_packet).unwrap_or(0),
+            v6: addresses()
+                .find(IpAddr::is_ipv6)
+                .map_or(UNSPECIFIED, address),
+        }
+    }
+}
+
+/// An IPv4 address as it lies in a packet; none of another family.
+fn in_packet(address: IpAddr) -> Option<u32> {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => Some(u32::from_ne_bytes(v4.octets())),
+        IpAddr::V6(_) => None,
+    }
+}
+
+/// The Ethernet address of the peer's pod, all zero where it is not known: the one that all neighbours of the link have.
+fn peer_mac(link: &LinkSpec) -> [u8; 6] {
+    match link.neighbours.split_first() {
+        Some(((_, mac), others)) if others.iter().all(|(_, other)| other == mac) => mac.octets(),
+        _ => [0; 6],
     }
 }
 

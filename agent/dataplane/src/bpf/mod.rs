@@ -18,6 +18,7 @@
 
 mod attach;
 mod error;
+mod fast;
 mod forwarding;
 mod links;
 mod management;
@@ -52,11 +53,13 @@ use sha2::{Digest as _, Sha256};
 pub use self::{
     attach::Hook,
     error::{BpfError, Capability, Predecessor, Predecessors},
+    fast::PathsTaken,
     underlay::underlay_interfaces,
     verifier::VerifierLog,
 };
 use self::{
     attach::{Attachments, Block},
+    fast::FastTables,
     forwarding::ForwardingTables,
     pins::PinDir,
     role::Role,
@@ -102,6 +105,8 @@ pub struct BpfConfig {
     pub hook: Option<Hook>,
     /// Mount a BPF filesystem on `/sys/fs/bpf` when `pin_dir` lies there and none is mounted.
     pub mount_bpffs: bool,
+    /// Every packet takes the slow path, through the node's whole IP stack and its firewall.
+    pub slow_only: bool,
 }
 
 impl Default for BpfConfig {
@@ -113,6 +118,7 @@ impl Default for BpfConfig {
             ports: vec![VXLAN_PORT],
             hook: None,
             mount_bpffs: true,
+            slow_only: false,
         }
     }
 }
@@ -201,6 +207,7 @@ pub struct ForeignVni {
 struct State {
     ebpf: Ebpf,
     tables: Tables,
+    fast: FastTables,
     forwarding: ForwardingTables,
     attachments: Attachments,
     block: Block,
@@ -213,6 +220,7 @@ struct State {
 struct Loaded {
     ebpf: Ebpf,
     tables: Tables,
+    fast: FastTables,
     forwarding: ForwardingTables,
     attachments: Attachments,
     sessions: PinnedSessions,
@@ -240,6 +248,7 @@ impl Bpf {
         let state = State {
             ebpf: loaded.ebpf,
             tables: loaded.tables,
+            fast: loaded.fast,
             forwarding: loaded.forwarding,
             block: Block::of(&config.pin_dir),
             attachments: loaded.attachments,
@@ -267,6 +276,7 @@ impl Bpf {
         for port in &config.ports {
             tables.add_port(*port)?;
         }
+        let fast = FastTables::adopt(&mut ebpf, config.slow_only)?;
         let sessions = PinnedSessions::take(&mut ebpf)?;
 
         // Last, so that no error finds programs attached.
@@ -291,6 +301,7 @@ impl Bpf {
         Ok(Loaded {
             ebpf,
             tables,
+            fast,
             forwarding,
             attachments,
             sessions,

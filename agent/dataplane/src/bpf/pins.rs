@@ -16,6 +16,7 @@ use nix::{
 use nsm_ebpf_common::{
     Counters, Foreign, LAYOUT, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, PORT_WORDS, REASONS,
     Tunnel, TunnelKey,
+    fast::{ACCEPTED, HOPS, Hop, Settings, Taken},
     forward::{Device, Forward, MAX_DEVICES, ProbePath},
     management::{MAX_SESSIONS, NodeState, Session},
 };
@@ -32,7 +33,7 @@ use super::{
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// The maps that are pinned, by name.
-pub(super) const MAPS: [&str; 14] = [
+pub(super) const MAPS: [&str; 18] = [
     "TUNNELS",
     "FORWARD",
     "DEVICES",
@@ -46,6 +47,10 @@ pub(super) const MAPS: [&str; 14] = [
     "NODE",
     "SESSIONS",
     "SESSION_INDEX",
+    "SETTINGS",
+    "HOPS",
+    "ACCEPTED",
+    "TAKEN",
     "LAYOUT",
 ];
 
@@ -296,6 +301,15 @@ fn expected_shape(name: &str) -> (Option<MapType>, u32, u32, u32) {
         "NODE" => (MapType::Array, 4, size::<NodeState>(), 1),
         "SESSIONS" => (MapType::Array, 4, size::<Session>(), MAX_SESSIONS),
         "SESSION_INDEX" => (MapType::Hash, 8, 4, MAX_SESSIONS),
+        "SETTINGS" => (MapType::Array, 4, size::<Settings>(), 1),
+        "HOPS" => (MapType::PerCpuArray, 4, size::<Hop>(), HOPS),
+        "ACCEPTED" => (MapType::Array, 4, size::<u64>(), ACCEPTED),
+        "TAKEN" => (
+            MapType::PerCpuArray,
+            4,
+            size::<u64>(),
+            Taken::ALL.len() as u32,
+        ),
         "LAYOUT" => (MapType::Array, 4, size::<u32>(), 1),
         _ => return (None, 0, 0, 0),
     };

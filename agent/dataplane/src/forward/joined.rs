@@ -9,7 +9,7 @@ use std::{
 use ipnet::IpNet;
 use nsm_core::{
     link::{LinkAlias, NodeLink, PodLinkSpec, VxlanSpec},
-    net::Vni,
+    net::{MacAddr, Vni},
 };
 
 use super::ForwardError;
@@ -70,6 +70,8 @@ pub(super) enum Written {
         local: IpAddr,
         port: u16,
         sources: Vec<IpNet>,
+        addresses: Vec<IpNet>,
+        neighbours: Vec<(IpAddr, MacAddr)>,
     },
     /// The client's and the endpoint's, each with the addresses that its pod may send from.
     Pair([(PodEnds, Vec<IpNet>); 2]),
@@ -83,6 +85,8 @@ impl Written {
             local: spec.local,
             port: spec.port,
             sources: spec.sources.clone(),
+            addresses: spec.link.addresses.clone(),
+            neighbours: spec.link.neighbours.clone(),
         }
     }
 
@@ -277,7 +281,7 @@ impl Joined {
 mod tests {
     use std::time::Instant;
 
-    use nsm_core::{link::VethPeer, net::MacAddr};
+    use nsm_core::link::VethPeer;
 
     use super::*;
 

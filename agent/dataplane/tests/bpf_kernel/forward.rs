@@ -11,19 +11,20 @@ use nsm_ebpf_common::{
 use super::support::{DROP, Gso, PIN_DIR, Programs, drops, ip, load_detached, programs, sandbox};
 
 /// TC_ACT_REDIRECT.
-const REDIRECT: i32 = 7;
+pub(crate) const REDIRECT: i32 = 7;
 
-const POD: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const PEER: [u8; 6] = [2, 0, 0, 0, 0, 2];
-const OWN: [u8; 4] = [172, 16, 1, 2];
+pub(crate) const POD: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub(crate) const PEER: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub(crate) const OWN: [u8; 4] = [172, 16, 1, 2];
+pub(crate) const LOCAL: [u8; 4] = [192, 0, 2, 1];
 
-fn open(name: &str) -> Map {
+pub(crate) fn open(name: &str) -> Map {
     let map = MapData::from_pin(format!("{PIN_DIR}/{name}")).expect("a pinned map");
     Map::from_map_data(map).expect("a map")
 }
 
 /// Programs that know the pod link with this index, whose frames go through a tunnel.
-fn load(link: u32, remote: [u8; 16], device: Device) -> (Bpf, Programs) {
+pub(crate) fn load(link: u32, remote: [u8; 16], device: Device) -> (Bpf, Programs) {
     load_with(link, remote, Tunnel::counted(0), device)
 }
 
@@ -38,7 +39,7 @@ fn load_with(link: u32, remote: [u8; 16], pod: Tunnel, device: Device) -> (Bpf, 
         vni: 42,
         slot: 7,
         checked: 1,
-        local: UNSPECIFIED,
+        local: mapped(LOCAL),
         remote,
         mac: mac_words(POD),
         reserved: 0,
@@ -52,12 +53,12 @@ fn load_with(link: u32, remote: [u8; 16], pod: Tunnel, device: Device) -> (Bpf, 
     (bpf, programs())
 }
 
-const DEVICE: Device = Device {
+pub(crate) const DEVICE: Device = Device {
     index: 1,
     port: 4789,
 };
 
-fn frame(source_mac: [u8; 6], source: [u8; 4]) -> Vec<u8> {
+pub(crate) fn frame(source_mac: [u8; 6], source: [u8; 4]) -> Vec<u8> {
     let mut frame = [PEER, source_mac].concat();
     frame.extend([0x08, 0x00, 0x45, 0, 0, 84, 0, 0, 0, 0, 64, 17, 0, 0]);
     frame.extend(source);
@@ -87,7 +88,7 @@ fn counted(slot: u32) -> [(u64, u64); 2] {
     ]
 }
 
-fn index_of(name: &str) -> u32 {
+pub(crate) fn index_of(name: &str) -> u32 {
     nix::net::if_::if_nametoindex(name).expect("a link")
 }
 
@@ -119,11 +120,10 @@ fn a_pods_own_frames_reach_the_pod_of_its_connection_and_no_other() {
         let link = index_of("pod");
         for flags in [0, tunnel_flags::SAME_NAMESPACE] {
             let pod = Tunnel {
-                slot: 8,
                 link: index_of("far"),
                 flags,
                 mac: mac_words(PEER),
-                reserved: 0,
+                ..Tunnel::counted(8)
             };
             // No device: none is needed.
             let (bpf, programs) = load_with(link, UNSPECIFIED, pod, Device::default());

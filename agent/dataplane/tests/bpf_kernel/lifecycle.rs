@@ -10,13 +10,15 @@ use super::support::{
 use aya::maps::{Array, Map, MapData};
 use nsm_dataplane::bpf::{Bpf, BpfConfig, BpfError, Direction, Hook, underlay_interfaces};
 
-const MAPS: [&str; 14] = [
+const MAPS: [&str; 18] = [
+    "ACCEPTED",
     "COUNTERS",
     "DEVICES",
     "DROPS",
     "FOREIGN",
     "FORWARD",
     "GENERATION",
+    "HOPS",
     "LAYOUT",
     "LINKS",
     "NODE",
@@ -24,6 +26,8 @@ const MAPS: [&str; 14] = [
     "PROBE_PATHS",
     "SESSIONS",
     "SESSION_INDEX",
+    "SETTINGS",
+    "TAKEN",
     "TUNNELS",
 ];
 

@@ -83,7 +83,8 @@ impl Programs {
         context[SK_BUFF_IFINDEX..][..4].copy_from_slice(&interface.to_ne_bytes());
         context[SK_BUFF_GSO_SEGS..][..4].copy_from_slice(&gso.segs.to_ne_bytes());
         context[SK_BUFF_GSO_SIZE..][..4].copy_from_slice(&gso.size.to_ne_bytes());
-        let mut output = vec![0; frame.len()];
+        // Encapsulation makes it longer.
+        let mut output = vec![0; frame.len() + 64];
         let options = TestRunOptions {
             data_in: Some(frame),
             data_out: Some(&mut output),

@@ -12,7 +12,7 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use nsm_core::link::{LinkSpec, VxlanSpec, vxlan_overhead};
+use nsm_core::link::{LinkAlias, LinkSpec, VxlanSpec, vxlan_overhead};
 use nsm_dataplane::{
     bpf::{Bpf, BpfConfig},
     forward::{Forwarding, TunnelDevices},
@@ -25,10 +25,10 @@ use crate::support::{
     add_foreign_vxlan, domain, eventually, inside, ip, ip_tool, link, link_names, netns, two_nodes,
 };
 
-const PORT: u16 = 4789;
+pub(crate) const PORT: u16 = 4789;
 
 /// Runs a test in a mount namespace with a BPF filesystem of its own, where every pin goes with it.
-fn sandbox(test: impl FnOnce(&Runtime) + Send) {
+pub(crate) fn sandbox(test: impl FnOnce(&Runtime) + Send) {
     crate::support::in_thread(|| {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
@@ -43,20 +43,32 @@ fn sandbox(test: impl FnOnce(&Runtime) + Send) {
 }
 
 /// A node with an agent's dataplane, and a pod.
-struct Node {
-    netns: Netns,
-    pod: Netns,
-    spec: VxlanSpec,
+pub(crate) struct Node {
+    pub(crate) netns: Netns,
+    pub(crate) pod: Netns,
+    pub(crate) spec: VxlanSpec,
     forwarding: Forwarding,
-    bpf: Arc<Bpf>,
+    pub(crate) bpf: Arc<Bpf>,
 }
 
 impl Node {
-    fn start(runtime: &Runtime, netns: &Netns, spec: VxlanSpec, pod: Netns) -> Self {
+    pub(crate) fn start(runtime: &Runtime, netns: &Netns, spec: VxlanSpec, pod: Netns) -> Self {
+        Self::start_with(runtime, netns, spec, pod, false)
+    }
+
+    /// With or without a fast path.
+    fn start_with(
+        runtime: &Runtime,
+        netns: &Netns,
+        spec: VxlanSpec,
+        pod: Netns,
+        slow_only: bool,
+    ) -> Self {
         let config = BpfConfig {
             pin_dir: format!("/sys/fs/bpf/{}", netns.inode()).into(),
             interfaces: vec!["eth0".to_owned()],
             mount_bpffs: false,
+            slow_only,
             ..BpfConfig::default()
         };
         let bpf = Arc::new(inside(netns, || Bpf::load(&config).unwrap()));
@@ -73,12 +85,21 @@ impl Node {
         }
     }
 
-    fn up(&self, runtime: &Runtime) -> nsm_dataplane::links::PodLink {
+    pub(crate) fn up(&self, runtime: &Runtime) -> nsm_dataplane::links::PodLink {
         let up = self.forwarding.up(&self.pod, &self.spec);
         runtime.block_on(up).unwrap()
     }
 
-    fn close(&self, runtime: &Runtime) {
+    /// One more connection.
+    pub(crate) fn add(&self, runtime: &Runtime, pod: &Netns, spec: &VxlanSpec) {
+        runtime.block_on(self.forwarding.up(pod, spec)).unwrap();
+    }
+
+    pub(crate) fn remove(&self, runtime: &Runtime, alias: &LinkAlias) {
+        runtime.block_on(self.forwarding.down(alias)).unwrap();
+    }
+
+    pub(crate) fn close(&self, runtime: &Runtime) {
         let down = self.forwarding.down(&self.spec.link.alias);
         runtime.block_on(down).unwrap();
         runtime.block_on(self.forwarding.close()).unwrap();
@@ -93,10 +114,9 @@ impl Node {
     }
 }
 
-/// Two nodes that are joined, and a connection between their pods that is up.
-fn joined(runtime: &Runtime, local: [&str; 2]) -> (Node, Node) {
-    let nodes = two_nodes();
-    let spec = |own: u8, other: u8, local: &str, remote: &str| VxlanSpec {
+/// A connection of one side's pod, by the last byte of its addresses.
+pub(crate) fn spec(own: u8, other: u8, local: &str, remote: &str) -> VxlanSpec {
+    VxlanSpec {
         link: LinkSpec {
             mtu: 1500 - vxlan_overhead(ip(remote)),
             ..link(own, other)
@@ -106,15 +126,27 @@ fn joined(runtime: &Runtime, local: [&str; 2]) -> (Node, Node) {
         local: ip(local),
         remote: ip(remote),
         port: PORT,
-    };
-    let one = Node::start(runtime, &nodes.0, spec(1, 2, local[0], local[1]), netns());
-    let two = Node::start(runtime, &nodes.1, spec(2, 1, local[1], local[0]), netns());
+    }
+}
+
+/// Two nodes that are joined, and a connection between their pods that is up.
+pub(crate) fn joined(runtime: &Runtime, local: [&str; 2]) -> (Node, Node) {
+    joined_with(runtime, local, false)
+}
+
+/// Likewise, with or without a fast path.
+pub(crate) fn joined_with(runtime: &Runtime, local: [&str; 2], slow_only: bool) -> (Node, Node) {
+    let nodes = two_nodes();
+    let [near, far] = local;
+    let start = |node, spec| Node::start_with(runtime, node, spec, netns(), slow_only);
+    let one = start(&nodes.0, spec(1, 2, near, far));
+    let two = start(&nodes.1, spec(2, 1, far, near));
     assert!(one.up(runtime).pod.created && two.up(runtime).pod.created);
     (one, two)
 }
 
 /// Many segments, so that what the kernel offloads is used; each byte is compared.
-fn stream(from: &Netns, to: &Netns, address: &str) {
+pub(crate) fn stream(from: &Netns, to: &Netns, address: &str) {
     const LENGTH: usize = 4 << 20;
     let data: Vec<u8> = (0..LENGTH)
         .map(|at| (at * 31 + at / 251).to_le_bytes()[0])
@@ -136,7 +168,7 @@ fn stream(from: &Netns, to: &Netns, address: &str) {
 }
 
 /// Sends a datagram from one namespace to another and back. Retries, for a datagram may be lost.
-fn echo(from: &Netns, to: &Netns, address: &str, size: usize) {
+pub(crate) fn echo(from: &Netns, to: &Netns, address: &str, size: usize) {
     let address: SocketAddr = address.parse().unwrap();
     let (server, client) = (
         inside(to, || UdpSocket::bind(address).unwrap()),

@@ -7,6 +7,7 @@ mod addresses;
 mod contents;
 mod converge;
 mod failure;
+mod fast;
 mod fence;
 mod forward;
 mod leftover;

@@ -71,13 +71,26 @@ pub(crate) fn link_names(netns: &Netns) -> Vec<String> {
 
 /// Runs `ip` in a namespace, as a person would.
 pub(crate) fn ip_tool(netns: &Netns, arguments: &[&str]) {
+    run_tool(netns, "ip", arguments);
+}
+
+/// Runs a program with these words in a namespace, and gives back what it wrote.
+pub(crate) fn tool(netns: &Netns, program: &str, words: &str) -> String {
+    run_tool(netns, program, &words.split(' ').collect::<Vec<_>>())
+}
+
+fn run_tool(netns: &Netns, program: &str, arguments: &[&str]) -> String {
     let output = inside(netns, || {
-        std::process::Command::new("ip")
+        std::process::Command::new(program)
             .args(arguments)
             .output()
             .unwrap()
     });
-    assert!(output.status.success(), "ip {arguments:?}: {output:?}");
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {output:?}"
+    );
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Waits for a condition; the last thing seen tells why it never came.

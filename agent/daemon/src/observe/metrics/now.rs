@@ -3,7 +3,7 @@
 use std::{fmt::Debug, hash::Hash, sync::atomic::AtomicU64};
 
 use nsm_core::{link::Count, liveness::Verdict};
-use nsm_dataplane::bpf::Bpf;
+use nsm_dataplane::bpf::{Bpf, PathsTaken};
 use nsm_proto::connection::State as ConnectionState;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -29,6 +29,12 @@ impl From<Verdict> for OfPath {
             path: verdict.as_str(),
         }
     }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfFrames {
+    direction: &'static str,
+    path: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -61,8 +67,11 @@ pub(super) fn register(evidence: &Evidence, registry: &mut Registry) {
     agent(evidence, registry);
     connections(&evidence.connections, registry);
     peers(&evidence.peers, registry);
-    if evidence.programs.is_none() {
+    let Some(programs) = &evidence.programs else {
         return;
+    };
+    if let Some(taken) = programs.taken {
+        frames(taken, registry);
     }
     tunnels(&evidence.connections, registry);
     pairs(&evidence.connections, registry);
@@ -74,6 +83,24 @@ pub(super) fn register(evidence: &Evidence, registry: &mut Registry) {
         "underlay_drops_packets",
         "Packets of the underlay that were dropped, or passed uncounted, by reason",
         drops,
+    );
+}
+
+fn frames(taken: PathsTaken, registry: &mut Registry) {
+    let frames = Family::<OfFrames, Counter>::default();
+    for (direction, path, count) in [
+        ("out", "fast", taken.fast_out),
+        ("out", "slow", taken.slow_out),
+        ("in", "fast", taken.fast_in),
+        ("in", "slow", taken.slow_in),
+    ] {
+        let of = OfFrames { direction, path };
+        frames.get_or_create(&of).inc_by(count);
+    }
+    registry.register(
+        "tunnel_frames",
+        "Frames of connections by the path that they took: fast by BPF, or slow through the external device",
+        frames,
     );
 }
 

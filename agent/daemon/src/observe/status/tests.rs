@@ -1,5 +1,5 @@
 use nsm_proto::admin::{
-    AddressFinding, Bpf, Bundle, Counters, DrainRequest, DrainResponse, Identity, Listener,
+    AddressFinding, Bpf, Bundle, Counters, DrainRequest, DrainResponse, Frames, Identity, Listener,
     PairedLink, PathHealth, Peer, PublicAddress, Tunnel, WayHealth,
     admin_server::{Admin, AdminServer},
 };
@@ -64,6 +64,12 @@ fn full() -> Status {
             object_sha256: "0123456789abcdef".to_owned(),
             pin_path: "/sys/fs/bpf/proxy-nsmgr".to_owned(),
             interfaces: vec!["eth0".to_owned()],
+            frames: Some(Frames {
+                fast_out: 18,
+                slow_out: 2,
+                fast_in: 16,
+                slow_in: 3,
+            }),
         }),
         connections: vec![
             connection("11111111-aaaa", Some(tunnel)),
@@ -128,6 +134,7 @@ fn a_full_answer_is_shown_as_tables() {
 node-1 of cluster-1.example, version 0.1.0: ready
   degraded: no probes: UDP port 4789 is in use
   bpf: clsact on eth0, maps in /sys/fs/bpf/proxy-nsmgr, object 01234567
+  frames out: 18 fast, 2 slow; in: 16 fast, 3 slow
   public address: 203.0.113.1 (AWS metadata)
   conflict: 203.0.113.1 by AWS metadata, but 203.0.113.9 by STUN stun.example:3478
   identity: spiffe://one.example/agent, ends in 30m0s, from the file /svid.pem
