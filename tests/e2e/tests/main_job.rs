@@ -44,6 +44,12 @@ fn client_reaches_endpoint(name: &str, cloud: Cloud) -> Result<()> {
         tunnel["counters"]["rx_packets"].as_u64() >= Some(20),
         "{tunnel}"
     );
+    // The kernel showed the way, and most of the rest took the fast path, there and back.
+    for agent in [&pair.near, &pair.far] {
+        let frames = &agent.status()?["bpf"]["frames"];
+        let count = |name: &str| frames[name].as_u64().unwrap_or_default();
+        assert!(count("fast_out") > 10 && count("fast_in") > 10, "{frames}");
+    }
     // One address, asked for once.
     assert_eq!(pair.world.dns().asked("cluster-2.example", "A")?, 1);
 

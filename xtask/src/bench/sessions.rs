@@ -51,7 +51,7 @@ pub(super) fn throughput(setting: &Setting<'_>, programs: &Programs, sink: &Sink
         "the agents that should not probe say that the path is {probes:?}"
     );
     let ends = [&probed, &unprobed];
-    sink.rows(compare(Protocol::Tcp, ends, RATIO, rounds, seconds)?);
+    sink.rows(compare(Protocol::Tcp, ends, Some(RATIO), rounds, seconds)?);
     let counted = [packets_counted(&with)?, packets_counted(&without)?];
     sink.note(format!(
             "sessions: iperf3 in two worlds, {rounds} rounds of {seconds} s each in turn, medians; without is `reachability: off` on both \

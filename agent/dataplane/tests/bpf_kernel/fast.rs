@@ -138,6 +138,15 @@ fn tunnel(link: u32) -> Tunnel {
     }
 }
 
+/// Whether the kernel lets BPF take IPv6 out of a tunnel over IPv4: since 6.3.
+fn takes_v6_in() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
+    let mut numbers = release
+        .split('.')
+        .map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(3))
+}
+
 /// What the peer's pod sends to ours, in a packet of the tunnel as [`Frame`] builds it but for its checksum.
 fn from_peer(inner: &[u8], change: impl FnOnce(&mut Frame)) -> Vec<u8> {
     let mut frame = Frame::new("198.51.100.7", "192.0.2.1", VNI);
@@ -264,14 +273,16 @@ fn a_peers_frame_comes_out_as_it_was_once_the_kernel_has_accepted_one() {
         node.kernel_accepted(0);
         assert_eq!(comes(&whole), (REDIRECT, inner.clone()));
         let v6 = to_pod_v6();
-        assert_eq!(
-            comes(&from_peer(&v6, |_| {})),
-            (REDIRECT, v6),
-            "Linux 6.3 and later"
-        );
+        let whole_v6 = from_peer(&v6, |_| {});
+        let (expected, fast) = if takes_v6_in() {
+            ((REDIRECT, v6), 2)
+        } else {
+            ((NEXT, whole_v6.clone()), 1)
+        };
+        assert_eq!(comes(&whole_v6), expected);
         let counted = node.bpf.counters(node.slot).expect("counters").received;
         assert_eq!(counted.packets, 3, "at the underlay on either path");
-        assert_eq!(node.taken().fast_in, 2);
+        assert_eq!(node.taken().fast_in, fast);
         node.kernel_accepted(2 * LIFETIME_NS);
         assert_eq!(comes(&whole).0, NEXT, "too long ago");
         assert_eq!(drops(&node.bpf), []);
