@@ -316,7 +316,7 @@ impl Scene {
             endpoint.stop(END_DEADLINE)?;
         }
         for agent in self.agents.drain(..).flatten() {
-            agent.process.terminate(END_DEADLINE)?;
+            agent.drain(END_DEADLINE)?;
         }
         let left = self.world.leaks()?;
         if !left.links.is_empty() || !left.pins.is_empty() {
