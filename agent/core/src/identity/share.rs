@@ -7,9 +7,10 @@
 //! | network | everybody else | likewise |
 //!
 //! A holder that is not our own has a limit for itself, too. The last quarter of what a rank may have is for those that hold little: the
-//! first few to come cannot take what the others need.
+//! first few to come cannot take what the others need. Hosts of the network count together there with their neighbours, an IPv4 network of
+//! 24 bits or an IPv6 network of 48: who has one of these has all its addresses.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{collections::HashMap, hash::Hash, net::IpAddr};
 
 use super::{
     Caller, NetnsCookie, Owner, Transport,
@@ -77,6 +78,14 @@ impl Holder {
         }
     }
 
+    /// The network whose addresses are taken to be one party's; none of a process, and of a host without an address.
+    fn neighbours(&self) -> Option<IpAddr> {
+        match self.owner {
+            Owner::Network(address) => address.map(neighbours),
+            _ => None,
+        }
+    }
+
     /// Its rank.
     #[must_use]
     pub const fn rank(&self) -> Rank {
@@ -106,6 +115,14 @@ fn site(address: IpAddr) -> IpAddr {
     }
 }
 
+/// The network of an address that providers give to one customer: an IPv4 network of 24 bits, or an IPv6 site of 48 (RFC 6177).
+fn neighbours(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(v4) => IpAddr::V4((v4.to_bits() >> 8 << 8).into()),
+        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() >> 80 << 80).into()),
+    }
+}
+
 /// How much of something there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit {
@@ -130,6 +147,8 @@ pub enum NoShare {
 #[derive(Debug, Default)]
 pub struct Shares {
     of_one: HashMap<Holder, usize>,
+    /// By network of neighbours.
+    of_neighbours: HashMap<IpAddr, usize>,
     own: usize,
     node: usize,
     network: usize,
@@ -149,12 +168,20 @@ impl Shares {
             if held > limit.of_one {
                 return Err(NoShare::OfOne);
             }
-            let is_little = held <= (limit.all / LITTLE).max(1);
+            let near = holder
+                .neighbours()
+                .and_then(|it| self.of_neighbours.get(&it));
+            // What a holder has is among what its neighbours have.
+            let counted = near.map_or(held, |near| near.saturating_add(amount));
+            let is_little = counted <= (limit.all / LITTLE).max(1);
             if !self.has_room(holder.rank, amount, limit.all, is_little) {
                 return Err(NoShare::Reserved);
             }
         }
         *self.of_one.entry(holder).or_default() += amount;
+        if let Some(neighbours) = holder.neighbours() {
+            *self.of_neighbours.entry(neighbours).or_default() += amount;
+        }
         *self.of_rank(holder.rank) += amount;
         Ok(())
     }
@@ -162,11 +189,9 @@ impl Shares {
     /// Takes `amount` back from a holder, which has it.
     pub fn give_back(&mut self, holder: Holder, amount: usize) {
         *self.of_rank(holder.rank) -= amount;
-        if let Some(held) = self.of_one.get_mut(&holder) {
-            *held -= amount;
-            if *held == 0 {
-                self.of_one.remove(&holder);
-            }
+        reduce(&mut self.of_one, &holder, amount);
+        if let Some(neighbours) = holder.neighbours() {
+            reduce(&mut self.of_neighbours, &neighbours, amount);
         }
     }
 
@@ -208,6 +233,16 @@ impl Shares {
             Rank::Own => &mut self.own,
             Rank::Node => &mut self.node,
             Rank::Network => &mut self.network,
+        }
+    }
+}
+
+/// Takes `amount` off; what has nothing left is forgotten.
+fn reduce<K: Eq + Hash>(held: &mut HashMap<K, usize>, whose: &K, amount: usize) {
+    if let Some(left) = held.get_mut(whose) {
+        *left -= amount;
+        if *left == 0 {
+            held.remove(whose);
         }
     }
 }

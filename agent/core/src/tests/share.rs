@@ -16,8 +16,14 @@ const LIMIT: Limit = Limit {
     of_one: 48,
 };
 
-fn far(last: u8) -> Holder {
-    Holder::at(Some([192, 0, 2, last].into()), &Relays::default())
+/// Hosts of networks that have nothing to do with each other.
+fn far(network: u8) -> Holder {
+    beside(network, 1)
+}
+
+/// A host of a network.
+fn beside(network: u8, last: u8) -> Holder {
+    Holder::at(Some([192, 0, network, last].into()), &Relays::default())
 }
 
 fn near(user: u32) -> Holder {
@@ -65,6 +71,38 @@ fn a_few_of_the_network_leave_room_for_others_for_the_node_and_for_our_own() {
     assert_eq!(shares.take(far(6), 1, LIMIT), Err(NoShare::All));
 }
 
+/// However many addresses of a network take part, others have most of the last quarter.
+#[test]
+fn neighbours_are_one_holder_where_little_is_left() {
+    let v6 = |site: u16| {
+        let address = format!("2001:db8:{site:x}:7::1").parse().unwrap();
+        Holder::at(Some(address), &Relays::default())
+    };
+    let v6_beside = |network: u16| {
+        let address = format!("2001:db8:1:{network:x}::1").parse().unwrap();
+        Holder::at(Some(address), &Relays::default())
+    };
+    let mut shares = Shares::default();
+    for last in 0..=255 {
+        take_all(&mut shares, beside(1, last), LIMIT);
+    }
+    for network in 0..256 {
+        take_all(&mut shares, v6_beside(network), LIMIT);
+    }
+    // Of 128 the network may have 96; each of the two has had its 64th beyond the first three quarters of that.
+    assert!((72..=76).contains(&shares.all()), "{}", shares.all());
+    for network in 2..8 {
+        assert_eq!(take_all(&mut shares, far(network), LIMIT), 2);
+    }
+    assert_eq!(take_all(&mut shares, v6(2), LIMIT), 2);
+    // What is given back is forgotten.
+    for last in 0..=255 {
+        let held = shares.of(beside(1, last));
+        shares.give_back(beside(1, last), held);
+    }
+    assert!(shares.take(beside(1, 77), 2, LIMIT).is_ok());
+}
+
 #[test]
 fn ranks_follow_from_the_transport() {
     let relays = Relays {
@@ -95,7 +133,7 @@ fn a_network_of_ipv6_is_one_holder() {
     let at = |text: &str| Holder::at(Some(text.parse().unwrap()), &Relays::default());
     assert_eq!(at("2001:db8::1"), at("2001:db8::ffff:1"));
     assert_ne!(at("2001:db8::1"), at("2001:db8:0:1::1"));
-    assert_eq!(at("::ffff:192.0.2.1"), far(1));
+    assert_eq!(at("::ffff:192.0.2.1"), far(2));
     assert_ne!(far(1), far(2));
 }
 
