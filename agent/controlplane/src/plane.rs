@@ -115,6 +115,7 @@ impl Settings {
             self.max_message_bytes,
         )
         .guarded_by(self.guard(registry))
+        .gated_by(Arc::clone(&self.gate))
         .secured_by(self.tls.clone())
     }
 

@@ -124,7 +124,7 @@ impl Registrar {
         let registry = match &domain {
             Some(domain) if !is_ours => {
                 let resolved = self.lookup.resolve(domain, holder).await?;
-                Arc::new(self.lookup.registry_of(&resolved))
+                Arc::new(self.lookup.registry_of(domain, &resolved))
             }
             _ => Arc::clone(&self.lookup.registry),
         };

@@ -13,8 +13,8 @@ use std::{
 use nsm_core::{
     identity::{
         SpiffeId, TrustDomain, Workload,
-        access::{Access, Ask, BadRules, Denied, Rules},
-        chain::{Certified, Check, LONGEST_LIFE, Proved, TokensRefused, check_call},
+        access::{Access, Ask, BadRules, Denied, Role, Rules, Server},
+        chain::{Certified, Check, LONGEST_LIFE, Proved, TokensRefused, check_answer, check_call},
         es256::P256Key,
     },
     nsm::name::Domain,
@@ -179,6 +179,20 @@ impl Gate {
         proved.inspect_err(|refusal| self.refusals.of_tokens(shown, refusal))
     }
 
+    /// Checks the tokens of an answer: those of all segments. `own` is the index of ours.
+    ///
+    /// # Errors
+    /// The rule that refuses them.
+    pub(crate) fn prove_answer(
+        &self,
+        shown: &Shown,
+        tokens: &[&str],
+        own: usize,
+    ) -> Result<Proved, TokensRefused> {
+        let proved = check_answer(tokens, own, shown.certified(), self.check());
+        proved.inspect_err(|refusal| self.refusals.of_tokens(shown, refusal))
+    }
+
     /// Decides a call over the network.
     ///
     /// # Errors
@@ -198,6 +212,20 @@ impl Gate {
         domain: Option<&Domain>,
     ) -> Result<(), Denied> {
         let decided = self.of(shown).check_on_node(&shown.peer, domain);
+        self.counted(decided)
+    }
+
+    /// Decides whether a server is who it should be.
+    ///
+    /// # Errors
+    /// The rule that denies it.
+    pub(crate) fn admit_server(
+        &self,
+        shown: &Shown,
+        server: Server<'_>,
+        role: Role,
+    ) -> Result<(), Denied> {
+        let decided = self.of(shown).check_server(&shown.peer, server, role);
         self.counted(decided)
     }
 

@@ -1,5 +1,6 @@
 //! The next hops of our connections: their channels, and the monitor streams from them.
 
+pub(crate) mod calls;
 pub(crate) mod peers;
 mod reach;
 pub(crate) mod stream;

@@ -15,35 +15,29 @@ use nsm_core::{
     liveness::PathId,
     net::{PeerPlace, PeerUrl},
 };
-use nsm_proto::{
-    connection::{Connection, monitor_connection_client::MonitorConnectionClient},
-    networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
-};
+use nsm_proto::connection::monitor_connection_client::MonitorConnectionClient;
 use tokio::{
     sync::{Notify, OnceCell},
     task::AbortHandle,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout},
 };
-use tonic::{Code, Request, Response, Status, transport::Channel};
+use tonic::{Code, transport::Channel};
 
 use crate::{
     error::RequestError,
-    identity::{session::Session, token::TokenSource},
+    identity::{gate::Gate, session::Session, token::TokenSource},
     places::Place,
     sync::lock,
     transport::{
         dial::{self, DialError, Link, Rules},
         guard::DialGuard,
-        tls::{self, Tls},
+        tls::Tls,
         unix::{Descriptors, Passed},
     },
 };
 
 /// Peers without connections that are kept for the next Request before the oldest go.
 const IDLE_PEERS: usize = 256;
-
-/// What the timeouts of calls to peers are rounded to.
-const TIMEOUT_STEP: Duration = Duration::from_millis(10);
 
 /// The monitor stream from a peer.
 #[derive(Debug)]
@@ -128,7 +122,7 @@ pub(crate) struct Peer {
     emptied: Notify,
     /// What is watched of where tunnels to it went last.
     tunnel: Mutex<Option<PathId>>,
-    max_message_bytes: usize,
+    pub(super) max_message_bytes: usize,
     guard: Arc<DialGuard>,
     tls: Option<Arc<Tls>>,
 }
@@ -188,6 +182,11 @@ impl Peer {
         let is_doubtful = matches!(outcome, Err(error) if error.code() == Code::Unavailable)
             || matches!(outcome, Err(RequestError::Silent { .. }));
         self.state.set_doubtful(is_doubtful);
+    }
+
+    /// Whether the last call may have been answered with the error of an earlier try to connect.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.state.is_doubtful()
     }
 
     async fn dial(&self, dial_timeout: Duration) -> Result<Link, DialError> {
@@ -315,7 +314,8 @@ pub(crate) struct Peers {
     passed: Mutex<HashMap<PeerUrl, Weak<Peer>>>,
     dial_timeout: Duration,
     max_message_bytes: usize,
-    tokens: Arc<TokenSource>,
+    pub(super) tokens: Arc<TokenSource>,
+    pub(super) gate: Option<Arc<Gate>>,
     guard: Arc<DialGuard>,
     tls: Option<Arc<Tls>>,
 }
@@ -333,9 +333,16 @@ impl Peers {
             dial_timeout,
             max_message_bytes,
             tokens,
+            gate: None,
             guard: Arc::default(),
             tls: None,
         }
+    }
+
+    /// Asks `gate` about servers that show certificates.
+    pub(crate) fn gated_by(mut self, gate: Arc<Gate>) -> Self {
+        self.gate = Some(gate);
+        self
     }
 
     /// Speaks TLS with every peer; plain text without.
@@ -448,72 +455,6 @@ impl Peers {
         peer.link(self.dial_timeout, budget).await
     }
 
-    /// Sends a Request to the peer.
-    pub(crate) async fn request(
-        &self,
-        peer: &Peer,
-        request: NetworkServiceRequest,
-        deadline: Instant,
-    ) -> Result<Connection, RequestError> {
-        again_if_unsent(peer, request, |request| {
-            self.request_once(peer, request, deadline)
-        })
-        .await
-    }
-
-    async fn request_once(
-        &self,
-        peer: &Peer,
-        request: NetworkServiceRequest,
-        deadline: Instant,
-    ) -> Result<Connection, RequestError> {
-        let link = self.link_to(peer, deadline).await?;
-        let request = self.outgoing(&link, request, Some(deadline));
-        let mut client = NetworkServiceClient::new(link.channel)
-            .max_decoding_message_size(peer.max_message_bytes);
-        let response = call(
-            &peer.url,
-            "Request",
-            deadline,
-            Box::pin(client.request(request)),
-        )
-        .await?;
-        Ok(response.into_inner())
-    }
-
-    /// Sends a Close to the peer.
-    pub(crate) async fn close(
-        &self,
-        peer: &Peer,
-        connection: Connection,
-        deadline: Instant,
-    ) -> Result<(), RequestError> {
-        again_if_unsent(peer, connection, |connection| {
-            self.close_once(peer, connection, deadline)
-        })
-        .await
-    }
-
-    async fn close_once(
-        &self,
-        peer: &Peer,
-        connection: Connection,
-        deadline: Instant,
-    ) -> Result<(), RequestError> {
-        let link = self.link_to(peer, deadline).await?;
-        let request = self.outgoing(&link, connection, Some(deadline));
-        let mut client = NetworkServiceClient::new(link.channel)
-            .max_decoding_message_size(peer.max_message_bytes);
-        call(
-            &peer.url,
-            "Close",
-            deadline,
-            Box::pin(client.close(request)),
-        )
-        .await?;
-        Ok(())
-    }
-
     /// A monitor client of the peer, and the link that it uses.
     pub(crate) async fn monitor(
         &self,
@@ -524,106 +465,4 @@ impl Peers {
         let client = client.max_decoding_message_size(peer.max_message_bytes);
         Ok((client, link))
     }
-
-    /// A message with our token for who is at the other end of `link`, and with what is left of the time as its gRPC timeout.
-    pub(crate) fn outgoing<T>(
-        &self,
-        link: &Link,
-        message: T,
-        deadline: Option<Instant>,
-    ) -> Request<T> {
-        let mut request = Request::new(message);
-        let session = link.session();
-        self.tokens
-            .apply_for(session.as_deref(), request.metadata_mut());
-        if let Some(deadline) = deadline {
-            request.set_timeout(sent_timeout(
-                deadline.saturating_duration_since(Instant::now()),
-            ));
-        }
-        request
-    }
-}
-
-/// Makes a call, and once more where it was not sent because the channel answered with the error of an earlier try to connect. Only a
-/// peer that is in doubt costs a copy of the message.
-async fn again_if_unsent<M: Clone, T, F>(
-    peer: &Peer,
-    message: M,
-    send: impl Fn(M) -> F + Send + Sync,
-) -> Result<T, RequestError>
-where
-    F: Future<Output = Result<T, RequestError>> + Send,
-{
-    let spare = (peer.is_reached() && peer.state.is_doubtful()).then(|| message.clone());
-    let mut outcome = send(message).await;
-    peer.note(&outcome);
-    if let (Err(RequestError::Dial(_)), Some(spare)) = (&outcome, spare) {
-        outcome = send(spare).await;
-        peer.note(&outcome);
-    }
-    outcome
-}
-
-/// What is left of a call's time as it is sent, rounded up: [`call`] keeps the time, and most calls of a peer then have the same value.
-/// HTTP/2 sends a header again as one byte; each new value pushes others, such as our token, out of its table.
-fn sent_timeout(left: Duration) -> Duration {
-    let steps = left.as_nanos().div_ceil(TIMEOUT_STEP.as_nanos());
-    TIMEOUT_STEP * u32::try_from(steps).unwrap_or(u32::MAX)
-}
-
-/// Awaits a call until `deadline`. Its error names the peer and the fault.
-pub(crate) async fn call<T>(
-    url: &PeerUrl,
-    method: &'static str,
-    deadline: Instant,
-    answer: impl Future<Output = Result<Response<T>, Status>>,
-) -> Result<Response<T>, RequestError> {
-    let began = Instant::now();
-    let silent = || RequestError::Silent {
-        url: url.to_string(),
-        method,
-        after: began.elapsed(),
-    };
-    match timeout_at(deadline, answer).await {
-        Ok(Ok(response)) => Ok(response),
-        // The client side reports our own timeout as cancelled or deadline exceeded.
-        Ok(Err(_)) if Instant::now() >= deadline => Err(silent()),
-        Ok(Err(status)) => Err(refused(url, method, &status)),
-        Err(_) => Err(silent()),
-    }
-}
-
-/// The peer's status as our error. Tonic reports a broken transport as `Unknown`, and one that broke under the call as `Cancelled`: our
-/// caller must get that the peer could not be reached.
-pub(crate) fn refused(url: &PeerUrl, method: &'static str, status: &Status) -> RequestError {
-    let alert = tls::alert(status).map(|alert| alert.to_string());
-    let cause = alert.or_else(|| root_cause(status));
-    if let (true, Some(cause)) = (dial::is_unsent(status), &cause) {
-        let (url, cause) = (url.clone(), cause.clone());
-        return DialError::Connect { url, cause }.into();
-    }
-    let code = match status.code() {
-        Code::Unknown | Code::Cancelled if cause.is_some() => Code::Unavailable,
-        code => code,
-    };
-    let mut message = status.message().to_owned();
-    if let Some(cause) = cause.filter(|cause| !message.contains(cause)) {
-        message = format!("{message} ({cause})");
-    }
-    RequestError::Refused {
-        url: url.to_string(),
-        method,
-        code,
-        message,
-    }
-}
-
-/// The innermost cause of a broken transport; a peer that answered has none.
-pub(crate) fn root_cause(status: &Status) -> Option<String> {
-    let mut cause = std::error::Error::source(status)?;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    Some(cause.to_string())
 }

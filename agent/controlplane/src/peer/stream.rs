@@ -8,7 +8,10 @@ use tokio::task::AbortHandle;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status, metadata::MetadataValue};
 
-use super::peers::{Peer, Peers, root_cause};
+use super::{
+    calls::root_cause,
+    peers::{Peer, Peers},
+};
 
 /// Metadata of MonitorConnections: the hop that the selector names does not want events of what it asked for itself. Agents send it to
 /// each other; an NSM component that does not know the key sends every event.

@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use futures_util::{FutureExt as _, TryFutureExt as _, stream::unfold};
-use nsm_core::net::PeerUrl;
+use nsm_core::{
+    identity::access::{Role, Server},
+    net::PeerUrl,
+    nsm::name::Domain,
+};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::{Stream, StreamExt as _};
@@ -12,7 +16,10 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::{Asker, DomainRegistry, Entries, Events, Terms, entry::Event, wire::Wire};
 use crate::{
     error::RequestError,
-    peer::peers::{Peer, Peers, call, refused},
+    peer::{
+        calls::{call, refused},
+        peers::{Peer, Peers},
+    },
     transport::dial::Link,
 };
 
@@ -22,6 +29,8 @@ pub struct Remote {
     peers: Arc<Peers>,
     /// The ways to one registry, the best first.
     urls: Vec<PeerUrl>,
+    /// The domain whose registry it has to be; none: ours.
+    domain: Option<Domain>,
 }
 
 impl Remote {
@@ -30,6 +39,15 @@ impl Remote {
         Self {
             peers: Arc::clone(peers),
             urls: urls.into_iter().collect(),
+            domain: None,
+        }
+    }
+
+    /// The same as the registry of another domain: a server that shows a certificate has to be that.
+    pub(crate) fn of_domain(self, domain: Domain) -> Self {
+        Self {
+            domain: Some(domain),
+            ..self
         }
     }
 
@@ -42,7 +60,11 @@ impl Remote {
         if urls.is_empty() {
             return Err(RequestError::Missing("registry address"));
         }
-        self.peers.first_reached(urls, deadline).await
+        let (peer, link) = self.peers.first_reached(urls, deadline).await?;
+        let server = self.domain.as_ref().map_or(Server::Own, Server::Of);
+        let session = link.session();
+        self.peers.check(session.as_ref(), server, Role::Registry)?;
+        Ok((peer, link))
     }
 
     /// Makes a call at the first URL that takes the connection; once more where the channel could not connect after all, and nothing was

@@ -16,7 +16,7 @@ use nsm_core::{
     net::PeerUrl,
 };
 
-use crate::{peer::peers::Peer, places::Place, sync::lock};
+use crate::{peer::peers::Peer, places::Place, route::expected::Expected, sync::lock};
 
 /// Longer than the longest life of a path token (10 minutes): a connection that is refreshed
 /// without a new Find keeps its route.
@@ -56,6 +56,8 @@ impl Ways {
 pub(crate) struct Way {
     /// The URL to dial.
     pub(crate) url: PeerUrl,
+    /// Whom its server has to be.
+    pub(crate) expected: Expected,
     /// The endpoint registered through us: what is asked of it comes in, what we found leaves.
     pub(crate) registered_here: bool,
     /// The services that it was registered for through us, with their domain; none where we found it.
@@ -166,6 +168,7 @@ mod tests {
     fn way(registered_here: bool) -> Way {
         Way {
             url: "tcp://192.0.2.1:5006".parse().expect("a URL"),
+            expected: Expected::Own,
             registered_here,
             services: Vec::new(),
             registrant: Caller::over_network(),

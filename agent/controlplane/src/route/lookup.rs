@@ -94,7 +94,7 @@ impl Lookup {
             RegistryAt::Own => Arc::clone(&self.registry),
             RegistryAt::Domain(domain) => {
                 let resolved = self.resolve(domain, Holder::our_own()).await?;
-                Arc::new(self.registry_of(&resolved))
+                Arc::new(self.registry_of(domain, &resolved))
             }
             RegistryAt::Url(url) => Arc::new(Remote::at(&self.peers, [url.clone()])),
         })
@@ -142,9 +142,9 @@ impl Lookup {
     }
 
     /// The registry of another domain.
-    pub(crate) fn registry_of(&self, resolved: &Resolved) -> Remote {
+    pub(crate) fn registry_of(&self, domain: &Domain, resolved: &Resolved) -> Remote {
         let urls = resolved.registry.iter().copied().map(PeerUrl::from);
-        Remote::at(&self.peers, urls)
+        Remote::at(&self.peers, urls).of_domain(domain.clone())
     }
 }
 

@@ -6,7 +6,7 @@ use nsm_core::net::PeerUrl;
 
 use crate::{
     peer::peers::Peer,
-    route::{addresses::Crossing, lookup::Matched},
+    route::{addresses::Crossing, expected::Expected, lookup::Matched},
 };
 
 /// The next hop of a connection, and the names by which it is asked.
@@ -14,6 +14,8 @@ use crate::{
 pub(crate) struct Route {
     pub(crate) url: PeerUrl,
     pub(crate) crossing: Crossing,
+    /// Whom the next hop has to be.
+    pub(crate) expected: Expected,
     /// The service as the next hop is asked for it.
     pub(crate) service: String,
     /// The endpoint as the next hop is asked for it.
@@ -62,6 +64,7 @@ impl Route {
         Self {
             url: url.parse().expect("a URL"),
             crossing: Crossing::Inside,
+            expected: Expected::Own,
             service: "svc".to_owned(),
             endpoint: "nse".to_owned(),
             endpoint_answered: "nse".to_owned(),

@@ -42,6 +42,7 @@ use crate::{
         addresses::Crossing,
         bypass::Way,
         directory::{Found, Wanted},
+        expected::Expected,
         lookup::{Lookup, Matched, RegistryAt, Rules, ServiceAt},
         next::{Resolution, Route},
     },
@@ -196,7 +197,7 @@ impl Router {
         connection: &Connection,
         deadline: Instant,
     ) -> Result<Vec<Route>, RequestError> {
-        let registry = self.lookup.registry_of(resolved);
+        let registry = self.lookup.registry_of(domain, resolved);
         let found = wanted.find_in(&registry, deadline).await?;
         let chosen = self.choose(&found, wanted, domain, connection)?;
         let proxies = self.reached_first(&resolved.proxy, deadline).await?;
@@ -211,24 +212,33 @@ impl Router {
         let matched = matched(&RegistryAt::Domain(domain.clone()), &found);
         for endpoint in chosen {
             let name = format!("{}@{domain}", endpoint.name);
-            let out = |url| (url, Crossing::Out);
+            let out = |expected: &Expected, url| (url, Crossing::Out, expected.clone());
+            let of_domain = Expected::Of(domain.clone());
             // A floating domain has no proxy: its endpoints are registered with the URL of theirs,
             // which may be us.
             let ways = match proxies.as_slice() {
                 [] if self.lookup.addresses.is_own_url(&endpoint.url) => self
                     .way(&name)
-                    .map(|way| (way.url, Crossing::Inside))
+                    .map(|way| (way.url, Crossing::Inside, way.expected))
                     .into_iter()
                     .collect(),
                 // A socket of our own node is not in another domain, whatever its registry answers.
                 [] if !endpoint.url.starts_with("tcp://") => Vec::new(),
-                [] => bad.good(&endpoint.url).map(out).into_iter().collect(),
-                proxies => proxies.iter().cloned().map(out).collect(),
+                [] => {
+                    let expected = Expected::of_entry(endpoint, of_domain);
+                    let url = bad.good(&endpoint.url);
+                    url.map(|url| out(&expected, url)).into_iter().collect()
+                }
+                proxies => {
+                    let proxies = proxies.iter().cloned();
+                    proxies.map(|url| out(&of_domain, url)).collect()
+                }
             };
-            for (url, crossing) in ways {
+            for (url, crossing, expected) in ways {
                 routes.push(Route {
                     url,
                     crossing,
+                    expected,
                     service: service.clone(),
                     endpoint: name.clone(),
                     endpoint_answered: answered_name(connection, &endpoint.name),
@@ -280,12 +290,13 @@ impl Router {
         let routes: Vec<Route> = chosen
             .into_iter()
             .filter_map(|endpoint| {
-                let url = if self.lookup.addresses.is_own_url(&endpoint.url) {
+                let (url, expected) = if self.lookup.addresses.is_own_url(&endpoint.url) {
                     // Else registered through an earlier life of this agent, and not again since.
                     let local = self.lookup.local_endpoints.get(&endpoint.name)?;
-                    local.url
+                    (local.url, Expected::Own)
                 } else if endpoint.url.starts_with("tcp://") {
-                    bad.good(&endpoint.url)?
+                    let expected = Expected::of_entry(endpoint, Expected::Own);
+                    (bad.good(&endpoint.url)?, expected)
                 } else {
                     // A socket of this node that no process of this node has registered with us.
                     return None;
@@ -293,6 +304,7 @@ impl Router {
                 Some(Route {
                     url,
                     crossing,
+                    expected,
                     service: wanted.service.to_owned(),
                     endpoint: endpoint.name.clone(),
                     endpoint_answered: answered_name(connection, &endpoint.name),
@@ -329,22 +341,24 @@ impl Router {
         let mut bad = BadUrl::default();
         let matched = matched(&RegistryAt::Url(registry.clone()), &found);
         for endpoint in self.choose(&found, wanted, own, connection)? {
-            let (url, crossing, socket) = if self.lookup.addresses.is_own_url(&endpoint.url) {
-                // Found through us in the proxy's place: the way is known.
-                let Some(way) = self.way(&endpoint.name) else {
-                    continue;
+            let (url, crossing, expected, socket) =
+                if self.lookup.addresses.is_own_url(&endpoint.url) {
+                    // Found through us in the proxy's place: the way is known.
+                    let Some(way) = self.way(&endpoint.name) else {
+                        continue;
+                    };
+                    (way.url, Crossing::Out, way.expected, None)
+                } else {
+                    let Some(url) = bad.good(&endpoint.url) else {
+                        continue;
+                    };
+                    let socket = self.found_socket(registry, &url).await?;
+                    (url, Crossing::Inside, Expected::Own, socket)
                 };
-                (way.url, Crossing::Out, None)
-            } else {
-                let Some(url) = bad.good(&endpoint.url) else {
-                    continue;
-                };
-                let socket = self.found_socket(registry, &url).await?;
-                (url, Crossing::Inside, socket)
-            };
             routes.push(Route {
                 url,
                 crossing,
+                expected,
                 service: connection.network_service.clone(),
                 endpoint: endpoint.name.clone(),
                 endpoint_answered: endpoint.name.clone(),
@@ -534,6 +548,7 @@ fn known_route(way: Way, connection: &Connection) -> Route {
     let endpoint = &connection.network_service_endpoint_name;
     Route {
         url: way.url,
+        expected: way.expected,
         crossing: if way.registered_here {
             Crossing::In
         } else {

@@ -26,7 +26,9 @@ use crate::{
     peer::peers::{PassedSocket, Peer},
     places::{NoPlace, Place as Held},
     registry::{path_header::PathHeader, wire::Answers},
-    route::{bypass::Way, local::LocalEndpoint, lookup::Lookup, router::Arrival},
+    route::{
+        bypass::Way, expected::Expected, local::LocalEndpoint, lookup::Lookup, router::Arrival,
+    },
     transport::unix::{FileId, Kind, PATIENCE},
 };
 
@@ -158,6 +160,7 @@ impl Registrar {
         } else {
             let way = Way {
                 url: behind.url,
+                expected: Expected::Own,
                 registered_here: true,
                 services: behind.services,
                 registrant: behind.registrant,
@@ -311,7 +314,13 @@ impl Registrar {
                     // A floating domain has no proxy: the endpoint's URL is then that of the
                     // proxy which registered it there.
                     let url = proxy.clone().or_else(|| endpoint.url.parse().ok());
-                    learn_way(&lookup, &endpoint.name, url);
+                    let expected = match place.domain.clone().map(Expected::Of) {
+                        Some(domain) if proxy.is_some() => domain,
+                        otherwise => {
+                            Expected::of_entry(endpoint, otherwise.unwrap_or(Expected::Own))
+                        }
+                    };
+                    learn_way(&lookup, &endpoint.name, url, expected);
                 }
                 // A caller that was answered a name with a domain asks for it so, also for one of our own
                 // domain: our proxy takes the domain off.
@@ -344,12 +353,13 @@ fn bound(endpoint: &mut NetworkServiceEndpoint, token_expires: Option<SystemTime
 }
 
 /// Learns where an endpoint of another domain was found.
-fn learn_way(lookup: &Lookup, name: &str, url: Option<PeerUrl>) {
+fn learn_way(lookup: &Lookup, name: &str, url: Option<PeerUrl>, expected: Expected) {
     // A socket of our own node is not in another domain. An endpoint that registered through us there is known better already.
     let url = url.filter(|url| !url.is_local() && !lookup.addresses.is_own_url(url.as_str()));
     if let Some(url) = url {
         let way = Way {
             url,
+            expected,
             registered_here: false,
             services: Vec::new(),
             registrant: Caller::over_network(),

@@ -124,16 +124,25 @@ impl Calls {
         let sent_source = source(&request);
         let stands = attempt.is_same_hop() && !attempt.ask.is_moved();
         let deadline = attempt.ask.deadline;
-        let asked = self.lookup.peers.request(&attempt.peer, request, deadline);
-        let mut reply = match asked.await {
-            Ok(reply) => reply,
+        let (peer, server) = (&attempt.peer, attempt.route.expected.server());
+        let asked = self.lookup.peers.request(peer, server, request, deadline);
+        let granted = match asked.await {
+            Ok(granted) => granted,
             Err(error) => {
                 self.undo_failed(attempt, stands, &error);
                 return Err(error);
             }
         };
-        let accepted = self.accept(attempt, &mut reply, sent_source.as_deref());
-        match accepted.await {
+        let proved = self.lookup.peers.prove(&granted);
+        let mut reply = granted.connection;
+        let accepted = match proved {
+            Ok(()) => {
+                let accepted = self.accept(attempt, &mut reply, sent_source.as_deref());
+                accepted.await
+            }
+            Err(error) => Err(error),
+        };
+        match accepted {
             Ok(established) => Ok(established),
             Err(error) => {
                 self.undo_refused(attempt, stands, reply, &error).await;
