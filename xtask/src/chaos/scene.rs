@@ -295,6 +295,10 @@ impl Scene {
             }) else {
                 continue;
             };
+            // One that has just started grows to its usual size.
+            if !self.sizes.contains_key(&pid) && !agent.as_ref().is_some_and(is_ready) {
+                continue;
+            }
             let first = *self.sizes.entry(pid).or_insert(now);
             if now.files > first.files + FILES || now.kib > first.kib + KIB {
                 found.push(format!(
@@ -320,7 +324,8 @@ impl Scene {
         }
         let left = self.world.leaks()?;
         if !left.links.is_empty() || !left.pins.is_empty() {
-            found.push(format!("left behind: {:?} {:?}", left.links, left.pins));
+            let pins = left.pins.len();
+            found.push(format!("left behind: {pins} pins, and {:?}", left.links));
         }
         Ok(found)
     }
@@ -334,4 +339,8 @@ fn size(pid: u32) -> Option<Size> {
         .find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kib = line.split_whitespace().next()?.parse().ok()?;
     Some(Size { files, kib })
+}
+
+fn is_ready(agent: &Agent) -> bool {
+    agent.status().is_ok_and(|status| status["ready"] == true)
 }
