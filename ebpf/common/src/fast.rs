@@ -4,7 +4,7 @@
 //! IPsec, the host's firewall. A program at the underlay sees what came of it. For [`LIFETIME_NS`] other packets of the same kind are
 //! given the same treatment by BPF alone; then the next one takes the slow path again.
 //!
-//! - Out: `underlay_egress` learns the next hop ([`Hop`]) from a packet that the kernel has sent.
+//! - Out: `underlay_egress` learns the next hop ([`Hop`]) from a packet that our program has just handed to the kernel ([`Asked`]).
 //! - In: `external_ingress` notes that the kernel has accepted a packet of a peer ([`accepted`]).
 //!
 //! So nothing takes the fast path that the kernel would not have sent or accepted at most that long ago, with forwarding on or off, whatever the
@@ -23,6 +23,9 @@ pub const ACCEPTED: u32 = 4096;
 /// The `skb->mark` of a packet that BPF has encapsulated, until `underlay_egress` takes it off: nothing is learned from such a packet.
 /// As [`crate::TUNNEL_MARK`] it has none of the bits that others give a meaning.
 pub const FAST_MARK: u32 = 0x3056;
+
+/// Beside [`crate::TUNNEL_MARK`]: the packet came by IPsec. That the kernel accepts it says nothing of one that does not.
+pub const SECURED: u32 = 0x8;
 
 /// Bytes in front of the inner frame: Ethernet, IPv4, UDP, VXLAN.
 pub const OVERHEAD: u32 = 14 + 20 + 8 + 8;
@@ -86,20 +89,52 @@ impl Hop {
 #[inline(always)]
 #[must_use]
 pub const fn hop_place(remote: u32) -> u32 {
-    spread(remote) % HOPS
+    spread(remote) >> (32 - HOPS.ilog2())
 }
 
 /// The place of a peer in ACCEPTED.
 #[inline(always)]
 #[must_use]
 pub const fn accepted_place(peer: u32) -> u32 {
-    spread(peer) % ACCEPTED
+    spread(peer) >> (32 - ACCEPTED.ilog2())
 }
 
-/// Multiplicative hashing: 2^32 by the golden ratio. The upper bits depend on all of the address.
+/// Multiplicative hashing: 2^32 by the golden ratio. The upper bits depend on all of the address, most on its last byte.
 #[inline(always)]
 const fn spread(address: u32) -> u32 {
-    address.wrapping_mul(0x9e37_79b9) >> 16
+    u32::from_be(address).wrapping_mul(0x9e37_79b9)
+}
+
+/// A packet that a program has just handed to the external device, for each CPU: what the kernel sends of it is what the next hop is learned
+/// from, and nothing that others put on the card.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// When: CLOCK_MONOTONIC at the resolution of a timer tick, nanoseconds.
+    pub at_ns: u64,
+    /// The peer's IPv4 address, as it lies in a packet; 0: nothing is asked.
+    pub remote: u32,
+    /// The VNI.
+    pub vni: u32,
+    /// Bytes of the inner frame.
+    pub length: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+impl Asked {
+    /// How long the kernel may take, nanoseconds: it sends on the same CPU, before anything else runs there, and a timer tick may fall between.
+    const TIME_NS: u64 = 20_000_000;
+
+    /// Whether this packet is the answer; `length` is that of the outer frame.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_answered(&self, remote: u32, vni: u32, length: u32, now_ns: u64) -> bool {
+        self.remote != 0
+            && (self.remote ^ remote) | (self.vni ^ vni) == 0
+            && length == self.length + OVERHEAD
+            && now_ns.wrapping_sub(self.at_ns) < Self::TIME_NS
+    }
 }
 
 /// Value of ACCEPTED: that the kernel has accepted a packet of this IPv4 peer at this time. One number, so that no reader sees a half of it.
@@ -148,6 +183,7 @@ impl Taken {
 const _: () = {
     assert!(size_of::<Settings>() == 3 * 4);
     assert!(size_of::<Hop>() == 8 + 5 * 4 + 6 * 2 + 2 + 3 * 2);
+    assert!(size_of::<Asked>() == 8 + 4 * 4);
     assert!(HOPS.is_power_of_two() && ACCEPTED.is_power_of_two());
 };
 
@@ -181,6 +217,37 @@ mod tests {
         assert!(!hop.holds(1, 3, 4789, last) && !hop.holds(2, 2, 4789, last));
         assert!(!hop.holds(1, 2, 4790, last));
         assert!(!Hop::default().holds(0, 0, 0, 1), "nothing was learned");
+    }
+
+    #[test]
+    fn the_peers_of_one_network_have_places_of_their_own() {
+        let mut hops = [false; HOPS as usize];
+        let mut accepted = [false; ACCEPTED as usize];
+        for last in 0..=255 {
+            let peer = u32::from_ne_bytes([10, 0, 0, last]);
+            hops[hop_place(peer) as usize] = true;
+            accepted[accepted_place(peer) as usize] = true;
+        }
+        let count = |places: &[bool]| places.iter().filter(|it| **it).count();
+        assert!(count(&hops) > 200, "{}", count(&hops));
+        assert!(count(&accepted) > 250, "{}", count(&accepted));
+    }
+
+    #[test]
+    fn only_the_packet_that_was_asked_for_teaches() {
+        let asked = Asked {
+            at_ns: 5,
+            remote: 2,
+            vni: 3,
+            length: 100,
+            reserved: 0,
+        };
+        assert!(asked.is_answered(2, 3, 150, 6));
+        assert!(!asked.is_answered(1, 3, 150, 6) && !asked.is_answered(2, 4, 150, 6));
+        assert!(
+            !asked.is_answered(2, 3, 151, 6) && !asked.is_answered(2, 3, 150, 5 + Asked::TIME_NS)
+        );
+        assert!(!Asked::default().is_answered(0, 0, 50, 1));
     }
 
     #[test]

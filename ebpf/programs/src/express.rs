@@ -3,15 +3,18 @@
 //!
 //! A frame is changed only after all that could say no; whatever says no leaves it to the slow path as it was.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_CSUM_LEVEL_QUERY, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L2_ETH,
         BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_xfrm_state,
     },
     btf_maps::{Array, PerCpuArray},
     helpers::generated::{
         bpf_csum_level, bpf_get_hash_recalc, bpf_redirect, bpf_redirect_peer, bpf_skb_adjust_room,
+        bpf_skb_get_xfrm_state,
     },
     macros::btf_map,
     programs::TcContext,
@@ -19,8 +22,8 @@ use aya_ebpf::{
 use nsm_ebpf_common::{
     Reason, Tunnel, TunnelKey,
     fast::{
-        ACCEPTED as ACCEPTED_PLACES, FAST_MARK, HOPS as HOP_PLACES, Hop, OVERHEAD, Settings, Taken,
-        accepted, accepted_place, hop_place, is_accepted, settings_flags,
+        ACCEPTED as ACCEPTED_PLACES, Asked, FAST_MARK, HOPS as HOP_PLACES, Hop, OVERHEAD, Settings,
+        Taken, accepted, accepted_place, hop_place, is_accepted, settings_flags,
     },
     forward::{Forward, tunnel_flags},
     mapped,
@@ -58,6 +61,10 @@ static HOPS: PerCpuArray<Hop, { HOP_PLACES as usize }> = PerCpuArray::new();
 #[btf_map]
 static ACCEPTED: Array<u64, { ACCEPTED_PLACES as usize }> = Array::new();
 
+/// What this CPU has just handed to the external device.
+#[btf_map]
+static ASKED: PerCpuArray<Asked, 1> = PerCpuArray::new();
+
 /// Which way frames of connections took, by [`Taken`].
 #[btf_map]
 static TAKEN: PerCpuArray<u64, { Taken::ALL.len() }> = PerCpuArray::new();
@@ -92,6 +99,9 @@ pub(crate) fn send(
         return None;
     }
     let settings = SETTINGS.get(0)?;
+    if settings.ports == 0 {
+        return None;
+    }
     // SAFETY: the context of this program. It reads the frame, or what a socket of the pod has left there.
     let hash = unsafe { bpf_get_hash_recalc(ctx.skb.skb) };
     let packet = fast::Packet {
@@ -150,6 +160,22 @@ pub(crate) fn unmark(ctx: &TcContext) -> bool {
     is_marked
 }
 
+/// Notes a frame that is handed to the external device.
+#[inline(always)]
+pub(crate) fn ask(ctx: &TcContext, vni: u32, remote: &nsm_ebpf_common::Address) {
+    if let (Some(remote), Some(asked)) = (v4(remote), ASKED.get_ptr_mut(0)) {
+        let now = Asked {
+            at_ns: coarse_now(),
+            remote,
+            vni,
+            length: ctx.len(),
+            reserved: 0,
+        };
+        // SAFETY: as in `take`.
+        unsafe { *asked = now };
+    }
+}
+
 /// Learns the next hop from a packet of a tunnel that the kernel sends.
 #[inline(always)]
 pub(crate) fn learn(ctx: &TcContext) {
@@ -169,6 +195,14 @@ fn learn_of(ctx: &TcContext) -> Option<()> {
     let frame = Skb::new(ctx);
     let plain = frame.head_ref()?;
     if !PlainV4(*plain).is_plain() || has_vlan(ctx.skb.skb) || is_slow_only()? {
+        return None;
+    }
+    // SAFETY: as in `take`.
+    let asked = unsafe { &mut *ASKED.get_ptr_mut(0)? };
+    let (remote, vni) = (fast::destination(plain), fast::vni(plain));
+    let is_answer = asked.is_answered(remote, vni, ctx.len(), coarse_now());
+    asked.remote = 0;
+    if !is_answer || is_secured(ctx.skb.skb) {
         return None;
     }
     let size = fast::size_outside(&frame, size(ctx), OVERHEAD)?;
@@ -236,11 +270,18 @@ fn receive_of(ctx: &TcContext) -> Option<i32> {
     let plain: &PlainV4Words = frame.head_ref()?;
     let tunnel = tunnel_of(plain)?;
     let size = size(ctx);
-    if !is_for_us(ctx.skb.skb) || !fast::is_simple(plain, size.len) || !is_sound(ctx.skb.skb, plain)
+    if is_secured(ctx.skb.skb)
+        || !is_for_us(ctx.skb.skb)
+        || !fast::is_simple(plain, size.len)
+        || !is_sound(ctx.skb.skb, plain)
     {
         return None;
     }
     let ethernet = inside(ctx, tunnel)?;
+    if size.gso_size != 0 && !fast::is_tcp(Skb::new(ctx).words_at::<INNER, 17>()?) {
+        // BPF leaves the marks of the tunnel on it, which a socket of TCP does not look at, and one of UDP does.
+        return None;
+    }
     let (packets, bytes) = on_the_wire(&Skb::new(ctx), size, OVERHEAD);
     let mut flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
     if fast::is_v6(ethernet) {
@@ -264,6 +305,8 @@ fn receive_of(ctx: &TcContext) -> Option<i32> {
     count(Direction::In, &traffic);
     link::count(Direction::In, tunnel.slot, packets, ctx.len().into());
     take(Taken::FastIn);
+    // It means nothing in the pod.
+    set_mark(ctx, 0);
     // SAFETY: the helper takes numbers.
     Some(unsafe { bpf_redirect_peer(tunnel.link, 0) } as i32)
 }
@@ -321,6 +364,15 @@ fn is_for_us(skb: *mut __sk_buff) -> bool {
 fn is_sound(skb: *mut __sk_buff, plain: &PlainV4Words) -> bool {
     // SAFETY: the context of this program; the query changes nothing, and fails where nothing was checked.
     !fast::has_checksum(plain) || unsafe { bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY.into()) } >= 0
+}
+
+/// Whether a packet came, or goes, by IPsec.
+#[inline(always)]
+pub(crate) fn is_secured(skb: *mut __sk_buff) -> bool {
+    const SIZE: u32 = size_of::<bpf_xfrm_state>() as u32;
+    let mut state = MaybeUninit::<bpf_xfrm_state>::zeroed();
+    // SAFETY: the context of this program; the helper writes SIZE bytes, or fails where there is none.
+    unsafe { bpf_skb_get_xfrm_state(skb, 0, state.as_mut_ptr(), SIZE, 0) == 0 }
 }
 
 /// Whether a frame has a VLAN tag beside its bytes.

@@ -269,6 +269,15 @@ pub const fn is_v4_for_pod(frame: &HeadWords, tunnel: &Tunnel) -> bool {
         && joined(frame[15], frame[16]) == tunnel.own_v4
 }
 
+/// Whether a whole packet without options or extension headers is TCP.
+#[inline(always)]
+#[must_use]
+pub const fn is_tcp(frame: &HeadWords) -> bool {
+    let ([next, _], [_, protocol]) = (frame[10].to_ne_bytes(), frame[11].to_ne_bytes());
+    let is_v6 = u16::from_be(frame[6]) == ETHERTYPE_IPV6;
+    is_v6 && next == PROTOCOL_TCP || !is_v6 && protocol == PROTOCOL_TCP
+}
+
 /// Whether an inner frame says that it is IPv6.
 #[inline(always)]
 #[must_use]

@@ -20,7 +20,7 @@ use aya_ebpf::{
 };
 use nsm_ebpf_common::{
     Address, Counters, MAX_SLOTS, Reason, TUNNEL_MARK, Tunnel, TunnelKey, UNSPECIFIED,
-    fast::Taken,
+    fast::{SECURED, Taken},
     forward::{Device, Forward, MAX_DEVICES, check_destination, check_source, tunnel_flags},
     mapped,
 };
@@ -255,6 +255,9 @@ pub(crate) fn encapsulate(ctx: &TcContext, route: &Route<'_>) -> Result<i32, Rea
     if set != 0 {
         return Err(Reason::NotEncapsulated);
     }
+    if is_v4 {
+        express::ask(ctx, route.vni, route.remote);
+    }
     // The fence lets nothing else of this node send to the tunnels' port.
     set_mark(ctx, TUNNEL_MARK);
     // SAFETY: the helper takes numbers.
@@ -324,9 +327,9 @@ fn port_of(route: &Route<'_>) -> u32 {
     DEVICES.get(route.device).map_or(0, |device| device.port)
 }
 
-/// Whether a packet has the mark that the program at the underlay has given it.
+/// Whether a packet has the mark that the program at the underlay has given it, and came without IPsec.
 #[inline(always)]
 fn is_marked(ctx: &TcContext) -> bool {
     // SAFETY: as in `from_pod`. Others may have set bits of their own meanwhile.
-    unsafe { (*ctx.skb.skb).mark & TUNNEL_MARK == TUNNEL_MARK }
+    unsafe { (*ctx.skb.skb).mark & (TUNNEL_MARK | SECURED) == TUNNEL_MARK }
 }

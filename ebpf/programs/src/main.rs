@@ -30,7 +30,7 @@ use aya_ebpf::{
 use nsm_ebpf_common::{
     Clock, Counters, Fate, Foreign, MAX_FOREIGN, MAX_SLOTS, MAX_TUNNEL_ENTRIES, NO_SLOT,
     PEER_MARKER, PORT_WORDS, REASONS, RECENT_ENTRIES, Reason, Recent, TUNNEL_MARK, Tunnel,
-    TunnelKey, port_bit, recent_place,
+    TunnelKey, fast::SECURED, port_bit, recent_place,
 };
 use nsm_ebpf_programs::{
     Bytes,
@@ -159,7 +159,12 @@ fn conclude(ctx: &TcContext, direction: Direction, decided: Result<Traffic, Miss
         Ok(traffic) => {
             count(direction, &traffic);
             if direction == Direction::In {
-                set_mark(ctx, TUNNEL_MARK);
+                let secured = if express::is_secured(ctx.skb.skb) {
+                    SECURED
+                } else {
+                    0
+                };
+                set_mark(ctx, TUNNEL_MARK | secured);
             }
             TC_ACT_UNSPEC
         }

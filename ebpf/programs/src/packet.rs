@@ -500,6 +500,8 @@ pub fn is_router_advertisement<B: Bytes + ?Sized>(frame: &B) -> bool {
             let start: Option<[u8; 2]> = frame.load(header.offset);
             start.is_some_and(|[kind, _code]| kind == ROUTER_ADVERTISEMENT)
         }
+        // More than we follow, and what is behind might be one.
+        Step::Header(header) => is_extension(header.kind),
         _ => false,
     }
 }

@@ -252,6 +252,12 @@ fn router_advertisements_are_seen_behind_headers() {
     hidden[62] = 134;
     assert!(packet::is_router_advertisement(hidden.as_slice()));
     assert!(!packet::is_router_advertisement(&hidden[..62]));
+    // Behind more headers than are followed.
+    let mut deep = inner_v6(60, 0);
+    deep.truncate(54);
+    deep.extend([60, 0, 1, 4, 0, 0, 0, 0].repeat(9));
+    deep.extend([58, 0, 1, 4, 0, 0, 0, 0, 134, 0]);
+    assert!(packet::is_router_advertisement(deep.as_slice()));
     assert!(!packet::is_router_advertisement(
         inner(OTHER, POD, 0).as_slice()
     ));

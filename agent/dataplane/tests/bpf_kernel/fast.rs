@@ -82,8 +82,17 @@ impl Node {
         (run.return_value.cast_signed(), left)
     }
 
-    /// The kernel sends a packet of the tunnel to the gateway.
+    /// The pod sends a frame that is never simple, and the kernel sends it to the gateway.
     fn kernel_sends(&self, inner: usize) -> Vec<u8> {
+        let mut to_all = frame(POD, OWN);
+        to_all[..6].fill(0xff);
+        to_all.resize(inner, 0);
+        assert!(!self.is_fast(&to_all));
+        self.leaves(inner)
+    }
+
+    /// A packet of the tunnel leaves to the gateway, whoever sends it.
+    fn leaves(&self, inner: usize) -> Vec<u8> {
         let sent =
             Frame::new("192.0.2.1", "198.51.100.7", VNI).with(|it| it.inner = vec![0; inner]);
         let mut sent = sent.bytes();
@@ -187,6 +196,8 @@ fn a_pods_frame_leaves_as_the_kernel_sent_the_last_one() {
         let node = Node::new();
         let own = frame(POD, OWN);
         assert!(!node.is_fast(&own), "nothing is known of the way");
+        node.leaves(own.len() + 1);
+        assert!(!node.is_fast(&own), "what others send teaches nothing");
         let sent = node.kernel_sends(own.len());
         let left = node.pod_sends(&own);
         assert_eq!(left[50..], own);
@@ -206,7 +217,7 @@ fn a_pods_frame_leaves_as_the_kernel_sent_the_last_one() {
         assert_eq!(after.bytes - before.bytes, left.len() as u64);
         let expected = PathsTaken {
             fast_out: 1,
-            slow_out: 1,
+            slow_out: 3,
             ..PathsTaken::default()
         };
         assert_eq!(node.taken(), expected);
