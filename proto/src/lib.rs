@@ -44,5 +44,10 @@ pub mod registry {
     tonic::include_proto!("registry");
 }
 
+/// SPIFFE's Workload API, which agents are clients of.
+pub mod workload {
+    tonic::include_proto!("_");
+}
+
 /// The encoded `FileDescriptorSet` of every message and service above, for gRPC reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

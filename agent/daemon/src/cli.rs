@@ -52,6 +52,12 @@ pub(crate) enum Command {
     /// Closes all connections of the agent on this node, on both sides, removes what it made, and ends it
     #[command(after_help = DRAIN_HELP)]
     Drain(DrainArgs),
+    /// Shows who the agent on this node is in mutual TLS, and whom it believes
+    #[command(after_help = IDENTITY_HELP)]
+    Identity(StatusArgs),
+    /// Asks an agent whether it is ready, by gRPC health: a probe that speaks TLS
+    #[command(after_help = HEALTH_HELP)]
+    Health(HealthArgs),
 }
 
 const AGENT_HELP: &str = "\
@@ -103,6 +109,34 @@ Examples:
   proxy-nsmgr drain
 
 Exit codes: 0 everything is closed and the agent has ended, 1 it is not (the reason is on standard error), 2 the command line is wrong.";
+
+const IDENTITY_HELP: &str = "\
+Examples:
+  proxy-nsmgr identity
+  proxy-nsmgr identity --json | jq .ends_in_seconds
+
+Exit codes: 0 the agent answered, 1 it did not (the reason is on standard error), 2 the command line is wrong.";
+
+const HEALTH_HELP: &str = "\
+Examples:
+  proxy-nsmgr health --connect-to tcp://127.0.0.1:5006
+  proxy-nsmgr health --identity-workload-api unix:///run/spire/sockets/agent.sock
+
+Exit codes: 0 ready, 1 not ready or not reachable (the reason is on standard error), 2 the command line is wrong.";
+
+#[derive(Debug, Args)]
+pub(crate) struct HealthArgs {
+    /// The agent to ask
+    #[arg(long, value_name = "URL", env = "NSM_CONNECT_TO", default_value = DEFAULT_CONNECT_TO, value_parser = PeerUrl::configured)]
+    pub(crate) connect_to: PeerUrl,
+
+    /// The longest time for all of it
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub(crate) timeout: Duration,
+
+    #[command(flatten)]
+    pub(crate) identity: IdentityArgs,
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct AgentArgs {
@@ -463,7 +497,9 @@ mod tests {
             parse("proxy-nsmgr --version").unwrap_err().kind(),
             ErrorKind::DisplayVersion
         );
-        for command in ["", "agent", "connect", "endpoint", "status"] {
+        for command in [
+            "", "agent", "connect", "endpoint", "status", "identity", "health",
+        ] {
             let error = parse(&format!("proxy-nsmgr {command} --help")).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::DisplayHelp);
             assert!(error.to_string().contains("Exit codes"), "{command}");

@@ -1,12 +1,13 @@
 //! The identity of this process, agent or tool: where it comes from, and that it is followed.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use nsm_controlplane::{
     identity::{
         pem::{PemFiles, PemTexts},
         source::Identity,
+        workload_api,
     },
     transport::tls::Tls,
 };
@@ -18,21 +19,28 @@ use crate::config::IdentitySource;
 /// watch on the files does not see.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// TLS by an identity of this source, and what follows the source, for ever.
+/// What follows a source of the identity, for ever.
+pub(crate) type Following = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// TLS by an identity of this source, and what follows the source. A Workload API may be away; files must be there.
 ///
 /// # Errors
 /// The files are no identity.
-pub(crate) fn open(
-    source: IdentitySource,
-) -> anyhow::Result<(Arc<Tls>, impl Future<Output = ()> + Send + 'static)> {
-    let IdentitySource::Files(files) = source else {
-        anyhow::bail!("the Workload API")
+pub(crate) fn open(source: IdentitySource) -> anyhow::Result<(Arc<Tls>, Following)> {
+    let files = match source {
+        IdentitySource::Files(files) => files,
+        IdentitySource::WorkloadApi(socket) => {
+            let origin = format!("the Workload API at {}", socket.display());
+            let identity = Identity::from_source(&origin);
+            let tls = Arc::new(Tls::of(identity.clone()));
+            return Ok((tls, Box::pin(workload_api::follow(socket, identity))));
+        }
     };
     let origin = format!("the file {}", files.certificate.display());
     let identity = Identity::from_source(&origin);
     let texts = load(&files, &identity).context("the identity cannot be used (`identity`)")?;
     let tls = Arc::new(Tls::of(identity.clone()));
-    Ok((tls, follow(files, identity, texts)))
+    Ok((tls, Box::pin(follow(files, identity, texts))))
 }
 
 fn load(files: &PemFiles, identity: &Identity) -> anyhow::Result<PemTexts> {

@@ -13,6 +13,7 @@ mod connect;
 mod drain;
 mod endpoint;
 pub mod files;
+mod health;
 mod identity;
 mod logging;
 mod netns;
@@ -51,6 +52,8 @@ fn execute(command: Command) -> anyhow::Result<()> {
         Command::Endpoint(args) => one_thread()?.block_on(endpoint::run(&args)),
         Command::Status(args) => one_thread()?.block_on(observe::status::run(&args)),
         Command::Drain(args) => one_thread()?.block_on(drain::run(&args)),
+        Command::Identity(args) => one_thread()?.block_on(observe::status::run_identity(&args)),
+        Command::Health(args) => one_thread()?.block_on(health::run(&args)),
     }
 }
 

@@ -123,7 +123,11 @@ impl Agent {
         ));
         if let Some(url) = &config.registry_url {
             let (url, timeout) = (url.clone(), config.dial_timeout);
-            tasks.spawn(readiness.clone().until_registry_answers(url, timeout));
+            tasks.spawn(
+                readiness
+                    .clone()
+                    .until_registry_answers(url, tls.clone(), timeout),
+            );
         }
         if let Some(forwarder) = &forwarder {
             let probing = Arc::clone(forwarder.probing());

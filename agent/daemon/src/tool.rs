@@ -26,7 +26,10 @@ use tokio::{
 };
 use tonic::{Code, Request, Response, Status, transport::Channel};
 
-use crate::{cli::ClientArgs, identity};
+use crate::{
+    cli::{ClientArgs, IdentityArgs},
+    identity,
+};
 
 /// How long closing may take: the person who pressed Ctrl-C waits for it.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(5);
@@ -105,7 +108,7 @@ impl Agent {
         let descriptors = Arc::default();
         let timeout = args.timeout.min(DIAL_TIMEOUT);
         let mut following = JoinSet::new();
-        let tls = open_identity(args, &mut following).await?;
+        let tls = open_identity(&args.identity, args.timeout, &mut following).await?;
         let dialed = dial_with(&url, &descriptors, tls.as_ref(), timeout).await;
         let link = dialed.map_err(|error: DialError| {
             anyhow::Error::new(error).context(
@@ -225,19 +228,24 @@ impl Agent {
 }
 
 /// TLS by the identity of the command line, once there is one; none where there is to be none.
-async fn open_identity(
-    args: &ClientArgs,
+///
+/// # Errors
+///
+/// The files are no identity, or the Workload API gives none in time.
+pub(crate) async fn open_identity(
+    args: &IdentityArgs,
+    timeout: Duration,
     following: &mut JoinSet<()>,
 ) -> anyhow::Result<Option<Arc<Tls>>> {
-    let Some(source) = args.identity.source()? else {
+    let Some(source) = args.source()? else {
         return Ok(None);
     };
     let (tls, follow) = identity::open(source)?;
     following.spawn(follow);
-    let arrived = tokio::time::timeout(args.timeout, tls.identity().arrived()).await;
+    let arrived = tokio::time::timeout(timeout, tls.identity().arrived()).await;
     arrived.map_err(|_| {
         let origin = tls.identity().origin();
-        anyhow::anyhow!("{origin} has given no SVID within {:?}: is it running, and has it an entry for this process?", args.timeout)
+        anyhow::anyhow!("{origin} has given no SVID within {:?}: is it running, and has it an entry for this process?", timeout)
     })?;
     Ok(Some(tls))
 }

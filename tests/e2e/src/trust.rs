@@ -58,6 +58,20 @@ impl Trust {
         command: &mut Command,
         n: usize,
         name: &str,
+        other: (&str, usize),
+    ) -> Result<()> {
+        self.give_policy(command, name, other)?;
+        self.give(command, n, name)
+    }
+
+    /// Gives an agent the policy that lets `other` in, whose ids are of the `of`-th trust domain.
+    ///
+    /// # Errors
+    /// Its file cannot be written.
+    pub fn give_policy(
+        &self,
+        command: &mut Command,
+        name: &str,
         (other, of): (&str, usize),
     ) -> Result<()> {
         let policy = self.folder.join(format!("{name}-policy.yaml"));
@@ -69,7 +83,7 @@ impl Trust {
         command
             .args(["--insecure", "false", "--policy-file"])
             .arg(policy);
-        self.give(command, n, name)
+        Ok(())
     }
 
     /// Lets a process show a certificate, by flags; it believes all trust domains.

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use nsm_e2e::{CIDR, PATIENCE, Pair, REMOTE_SERVICE, SERVICE, Served, metrics, trust::Trust};
 use nsm_spiffe::{Authority, Wanted};
-use nsm_world::{Agent, Client, Cloud, Node, binary};
+use nsm_world::{Agent, Client, Cloud, Node, Process, World, binary};
 use serde_json::Value;
 
 /// The trust domains; what they are called has nothing to do with the names of the domains.
@@ -184,4 +184,137 @@ fn an_svid_is_renewed_under_a_connection() -> Result<()> {
     })?;
     second.wait_for_event("connected", PATIENCE)?;
     secured.served.close([second, client])
+}
+
+/// Two domains, whose processes have their SVIDs from Workload APIs; all of them renew each second.
+struct Renewed {
+    pair: Pair,
+    _endpoint: nsm_world::Endpoint,
+    api: Process,
+    start_api: StartApi,
+}
+
+/// Starts the Workload APIs of a world.
+type StartApi = Box<dyn Fn(&World) -> Result<Process>>;
+
+/// Clients at one time.
+const CLIENTS: usize = 8;
+
+impl Renewed {
+    fn start(name: &str) -> Result<Self> {
+        let world = Pair::world(name, Cloud::Packet, CLIENTS)?;
+        let trust = Trust::of(&world, &DOMAINS)?;
+        let workloads =
+            [(0, AGENTS[0]), (1, AGENTS[1]), (0, "nsc"), (1, "nse")].map(|(n, name)| {
+                format!(
+                    "{name}={}",
+                    trust.authorities[n].id(&format!("ns/nsm-system/pod/{name}"))
+                )
+            });
+        let (folder, program) = (world.run_dir().to_owned(), binary("nsm-spiffe")?);
+        let start_api = move |world: &World| -> Result<Process> {
+            let mut command = Command::new(&program);
+            command.arg(&folder).args(["20", "1000"]).args(&workloads);
+            let api = world.spawn("workload-api", command)?;
+            api.wait_for("its sockets", PATIENCE, |line| {
+                (line == "serving").then_some(())
+            })?;
+            Ok(api)
+        };
+        let api = start_api(&world)?;
+        let program = binary("proxy-nsmgr")?;
+        let start = |n: usize, node: &str, other: &str| -> Result<Agent> {
+            let mut outcome = Ok(());
+            let agent = Agent::start(&world, &world.node(node)?, &program, |command| {
+                outcome = trust.give_policy(command, AGENTS[n], (other, 1 - n));
+                from_api(command, &world, AGENTS[n]);
+            })?;
+            outcome?;
+            Ok(agent)
+        };
+        let near = start(0, "node-1", "cluster-2.example")?;
+        let far = start(1, "node-2", "cluster-1.example")?;
+        near.wait_ready()?;
+        far.wait_ready()?;
+        let pod = world.pod("endpoint")?;
+        let endpoint = far.endpoint(&world, &pod, SERVICE, CIDR, |command| {
+            from_api(command, &world, "nse");
+        })?;
+        Ok(Self {
+            pair: Pair { near, far, world },
+            _endpoint: endpoint,
+            api,
+            start_api: Box::new(start_api),
+        })
+    }
+
+    fn client(&self, n: usize) -> Result<Client> {
+        let Pair { near, world, .. } = &self.pair;
+        let pod = self.pair.client_pod(n)?;
+        Ok(near.connect(world, &pod, REMOTE_SERVICE, |command| {
+            from_api(command, world, "nsc");
+        })?)
+    }
+
+    fn generation(&self) -> Result<u64> {
+        let status = self.pair.near.status()?;
+        status["identity"]["generation"]
+            .as_u64()
+            .context("no generation")
+    }
+}
+
+fn from_api(command: &mut Command, world: &World, name: &str) {
+    let socket = world.run_dir().join(format!("{name}.sock"));
+    command.args([
+        "--identity-workload-api",
+        &format!("unix://{}", socket.display()),
+    ]);
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn svids_that_are_renewed_each_second_fail_no_request() -> Result<()> {
+    let renewed = Renewed::start("each-second")?;
+    let before = renewed.generation()?;
+    let mut rounds = 0;
+    // Eight at a time, until the SVID was renewed ten times under them.
+    while renewed.generation()? < before + 10 {
+        let clients = (0..CLIENTS)
+            .map(|n| renewed.client(n))
+            .collect::<Result<Vec<_>>>()?;
+        for client in &clients {
+            client.wait_for_event("connected", PATIENCE)?;
+        }
+        for client in &clients {
+            nsm_e2e::close(client)?;
+        }
+        rounds += 1;
+    }
+    println!(
+        "{rounds} rounds of {CLIENTS} Requests, {} renewals",
+        renewed.generation()? - before
+    );
+    renewed.pair.assert_quiet()
+}
+
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn a_workload_api_that_goes_and_comes_back_costs_no_connection() -> Result<()> {
+    let renewed = Renewed::start("api-away")?;
+    let pair = &renewed.pair;
+    let client = renewed.client(0)?;
+    let connected = client.wait_for_event("connected", PATIENCE)?;
+    renewed.api.terminate(PATIENCE)?;
+    let left = renewed.generation()?;
+    // What the agents have is good meanwhile.
+    let refreshed = nsm_e2e::nth_event(&client, "refreshed", 1);
+    ensure!(refreshed.is_ok(), "{}", client.process.stdout());
+    pair.assert_pings(0, &connected, 5)?;
+    assert_eq!(renewed.generation()?, left);
+    let _api = (renewed.start_api)(&pair.world)?;
+    nsm_world::wait_until("another SVID", PATIENCE, || {
+        renewed.generation().is_ok_and(|now| now > left)
+    })?;
+    Ok(())
 }

@@ -1,6 +1,8 @@
 //! Trust domains of tests: their signing authorities, and the SVIDs of workloads, good ones and such as nobody should believe.
 #![forbid(unsafe_code)]
 
+pub mod workload;
+
 use std::{fs, io, path::Path};
 
 use rcgen::{

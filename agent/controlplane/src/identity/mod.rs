@@ -9,3 +9,4 @@ pub mod session;
 pub mod source;
 pub mod svid;
 pub mod token;
+pub mod workload_api;

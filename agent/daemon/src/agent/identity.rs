@@ -53,7 +53,7 @@ async fn watch(identity: Identity, readiness: Readiness, guard: String) {
         let now: Vec<String> = late(&identity, SystemTime::now()).into_iter().collect();
         if now != shown {
             if let Some(reason) = now.first() {
-                tracing::error!("{reason}");
+                tracing::warn!("{reason}");
             }
             readiness.replace_degradations(&shown, now.clone());
             shown = now;

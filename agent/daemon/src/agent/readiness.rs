@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use nsm_controlplane::transport::dial::dial;
+use nsm_controlplane::transport::{dial::dial_with, tls::Tls};
 use nsm_core::net::PeerUrl;
 use tonic_health::{
     ServingStatus,
@@ -110,12 +110,15 @@ impl Readiness {
     pub(crate) fn until_registry_answers(
         self,
         url: PeerUrl,
+        tls: Option<Arc<Tls>>,
         dial_timeout: Duration,
     ) -> impl Future<Output = ()> + Send + use<> {
         let guard = format!("the registry {url}");
         self.wait_for(guard.clone());
         async move {
-            while let Err(error) = dial(&url, dial_timeout).await {
+            while let Err(error) =
+                dial_with(&url, &Arc::default(), tls.as_ref(), dial_timeout).await
+            {
                 tracing::warn!(registry.url = %url, %error, "the registry does not answer yet");
                 tokio::time::sleep(REGISTRY_PAUSE).await;
             }

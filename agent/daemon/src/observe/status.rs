@@ -46,6 +46,30 @@ pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
     }
 }
 
+/// Asks the agent who it is, and prints that.
+///
+/// # Errors
+///
+/// No agent answers on the admin socket.
+pub(crate) async fn run_identity(args: &StatusArgs) -> anyhow::Result<()> {
+    let status = ask(&args.admin).await?;
+    let found = status.identity.unwrap_or_default();
+    if args.json {
+        return print_line(&serde_json::to_string(&found)?);
+    }
+    for line in identity(&found) {
+        print_line(&shown(line.trim_start()))?;
+    }
+    for peer in status
+        .peers
+        .iter()
+        .filter(|peer| !peer.spiffe_id.is_empty())
+    {
+        print_line(&shown(&format!("peer {}: {}", peer.url, peer.spiffe_id)))?;
+    }
+    Ok(())
+}
+
 async fn ask(admin: &PeerUrl) -> anyhow::Result<Status> {
     let channel = dial(admin, DIAL_TIMEOUT)
         .await
@@ -177,7 +201,7 @@ fn render(status: &Status) -> String {
 }
 
 /// Who the agent is, and whom it believes.
-pub(super) fn identity(identity: &Identity) -> Vec<String> {
+fn identity(identity: &Identity) -> Vec<String> {
     if identity.insecure {
         let what = "  INSECURE: plain text, everybody who reaches this agent may do everything (`insecure`)";
         return vec![what.to_owned()];
