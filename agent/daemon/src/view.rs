@@ -130,11 +130,15 @@ pub(crate) fn path_down(connection: &Connection) -> Option<String> {
     Some(down.reason.unwrap_or_else(|| "the path is down".to_owned()))
 }
 
-/// What is wrong with the link of a pod, by the first hop that publishes so.
-pub(crate) fn bad_link(connection: &Connection) -> Option<String> {
-    let mut hops = connection.path.iter().flat_map(|path| &path.path_segments);
-    let bad = hops.find_map(|hop| BadLink::read(&hop.metrics))?;
-    Some(bad.reason.to_string())
+/// What is wrong with the link of a pod, by the first hop that publishes so; and whether it is that of the client, on the node of its
+/// agent, which is the first hop behind it.
+pub(crate) fn bad_link(connection: &Connection) -> Option<(String, bool)> {
+    let hops = connection.path.iter().flat_map(|path| &path.path_segments);
+    let mut bad = hops
+        .enumerate()
+        .filter_map(|(at, hop)| Some((at, BadLink::read(&hop.metrics)?)));
+    let (at, bad) = bad.next()?;
+    Some((bad.reason.to_string(), at <= 1))
 }
 
 /// The first hop whose next one is lost, and whether packets are known to pass. What hops behind a lost one published is old: it does not

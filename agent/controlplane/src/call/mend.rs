@@ -71,6 +71,31 @@ impl Mends {
     }
 }
 
+/// What is published of a link that cannot be looked at or repaired: the cause has names of the node, and other domains read this.
+const UNREPAIRED: &str =
+    "the link of the pod cannot be looked at or repaired: the log of its agent has the cause";
+
+/// Tries that ended with a refusal.
+struct Tries {
+    backoff: Backoff,
+    is_refused: bool,
+}
+
+impl Default for Tries {
+    fn default() -> Self {
+        Self {
+            backoff: Backoff::new(SHORTEST_WAIT, LONGEST_WAIT),
+            is_refused: false,
+        }
+    }
+}
+
+impl Tries {
+    fn again(&mut self) -> Next {
+        Next::At(Instant::now() + self.backoff.next(rand::random()))
+    }
+}
+
 /// When a link is looked at again.
 enum Next {
     /// With the next change of it.
@@ -106,9 +131,9 @@ impl Calls {
     /// Keeps the link of a connection right, until it has been so for a while or the connection is closed.
     async fn keep_link(self: Arc<Self>, id: String, again: Arc<Notify>) {
         let mut repairs = Repairs::default();
-        let mut backoff = Backoff::new(SHORTEST_WAIT, LONGEST_WAIT);
+        let mut tries = Tries::default();
         loop {
-            let next = self.mend_link(&id, &mut repairs, &mut backoff).await;
+            let next = self.mend_link(&id, &mut repairs, &mut tries).await;
             let is_over = repairs.is_over(Instant::now().into_std());
             let until = match next {
                 Next::Never => return self.mends.end(&id),
@@ -131,16 +156,15 @@ impl Calls {
         self: &Arc<Self>,
         id: &str,
         repairs: &mut Repairs,
-        backoff: &mut Backoff,
+        tries: &mut Tries,
     ) -> Next {
-        let mut again = || Next::At(Instant::now() + backoff.next(rand::random()));
         let patience = Instant::now() + 2 * self.config.request_timeout;
         let turn = match self.held.connections.admit_known(id, patience).await {
             Ok(Some(turn)) => turn,
             Ok(None) => return Next::Never,
             Err(error) => {
                 tracing::debug!(connection.id = %id, %error, "its link is looked at later");
-                return again();
+                return tries.again();
             }
         };
         let established = turn.current();
@@ -152,7 +176,7 @@ impl Calls {
         match look(forwarder, plan, repairs).await {
             Ok(None) => {
                 self.publish_link(&turn, established, None);
-                backoff.reset();
+                *tries = Tries::default();
                 Next::Changed
             }
             Ok(Some((reason, until))) => {
@@ -166,8 +190,12 @@ impl Calls {
                 Next::Never
             }
             Err(error) => {
-                self.publish_link(&turn, established, Some(error.to_string()));
-                again()
+                tracing::warn!(connection.id = %id, %error, "the link of a pod cannot be looked at or repaired");
+                // Once, it may be of this moment, and nothing is known of the link.
+                if std::mem::replace(&mut tries.is_refused, true) {
+                    self.publish_link(&turn, established, Some(UNREPAIRED.to_owned()));
+                }
+                tries.again()
             }
         }
     }

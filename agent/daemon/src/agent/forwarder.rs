@@ -237,7 +237,7 @@ impl NodeForwarder {
         let lacking = self.forwarding.lacks(&netns, link).await;
         let lacking = lacking.map_err(not_forwarded)?;
         let clauses: Vec<String> = lacking.iter().map(ToString::to_string).collect();
-        let what = || format!("link `{}` in {pod}: {}", link.name, clauses.join(", "));
+        let what = || format!("link `{}`: {}", link.name, clauses.join(", "));
         Ok((!clauses.is_empty()).then(what))
     }
 

@@ -124,7 +124,9 @@ fn interpret(event: &ConnectionEvent, id: &str) -> Option<News> {
         State::RefreshRequested => Some(News::RefreshRequested),
         State::Down => match (path_down(ours), bad_link(ours), lost_hop(ours)) {
             (Some(reason), ..) => Some(News::Lost(Loss::Path, reason)),
-            (None, Some(reason), _) => Some(News::Lost(Loss::Link, reason)),
+            // Another endpoint is of no use where our own link is bad.
+            (None, Some((reason, true)), _) => Some(News::Lost(Loss::Link, reason)),
+            (None, Some((reason, false)), _) => Some(News::Lost(Loss::Path, reason)),
             (None, None, Some((reason, is_path_good))) => {
                 Some(News::Lost(Loss::ControlPlane { is_path_good }, reason))
             }

@@ -10,7 +10,7 @@ use nsm_core::link::NodeLink;
 use super::ForwardError;
 use crate::{
     bpf::Bpf,
-    links::{Changed, Mended, NodeWatch, PodEndPlaces, PodWatch, Suspects},
+    links::{Changed, Mended, NodeWatch, PodEndPlaces, PodWatch},
     netlink::{Netlink, NetlinkError},
 };
 
@@ -28,6 +28,8 @@ pub(super) struct Watch {
     pods: Option<PodWatch>,
     /// The nodes' ends of links whose pods' ends are still to be looked at.
     rest: Vec<u32>,
+    /// Whether any may have changed since that began.
+    is_any: bool,
     /// What could not be repaired, by link.
     faults: BTreeMap<u32, String>,
 }
@@ -84,18 +86,14 @@ impl Watch {
             Some(pods) => pods,
             none => none.insert(PodWatch::open().map_err(NetlinkError::from)?),
         };
-        let mut suspects: Vec<u32> = match pods.suspects(ends).map_err(NetlinkError::from)? {
-            Suspects::Ends(places) => {
-                let found = places.iter().filter_map(|place| ends.get(place));
-                found.map(|end| end.node).collect()
-            }
-            // A round that is under way goes to its end first.
-            Suspects::Any if self.rest.is_empty() => {
-                self.rest = ends.values().map(|end| end.node).collect();
-                Vec::new()
-            }
-            Suspects::Any => Vec::new(),
-        };
+        let found = pods.suspects(ends).map_err(NetlinkError::from)?;
+        let places = found.ends.iter().filter_map(|place| ends.get(place));
+        let mut suspects: Vec<u32> = places.map(|end| end.node).collect();
+        self.is_any |= found.any;
+        // A round that is under way goes to its end first, for those that it has not reached yet; then there is another one.
+        if self.rest.is_empty() && std::mem::take(&mut self.is_any) {
+            self.rest = ends.values().map(|end| end.node).collect();
+        }
         let first = self.rest.len().saturating_sub(AT_ONCE);
         suspects.extend(self.rest.drain(first..));
         Ok(suspects)

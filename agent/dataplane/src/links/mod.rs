@@ -47,7 +47,7 @@ pub use self::{
     node_watch::{Changed, Looked, Mended, NodeWatch},
 };
 pub(crate) use self::{
-    pod_watch::{PodEnd, PodEndPlaces, PodWatch, Suspects},
+    pod_watch::{PodEnd, PodEndPlaces, PodWatch},
     probe_link::Family,
     underlay::{
         default_source as default_route_source, interface as outgoing_interface,

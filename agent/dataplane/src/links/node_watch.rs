@@ -285,13 +285,15 @@ fn repair(
         .map_err(|error| NetlinkError::Malformed(error.to_string()))?;
     let refused = |kernel| LinkError::refused(format!("repair link `{name}`"), kernel);
     let index = now.index;
+    let steps = repair_node_link(&name, None, now);
+    take_steps(netlink, index, &name, &steps)?.map_err(|it| refused(it.1))?;
     let alias = made.alias.as_ref().filter(|_| now.alias != made.alias);
     let mut requests: Vec<Request> = strange
         .iter()
         .map(|address| message::remove_address(index, *address))
         .collect();
     requests.extend(alias.map(|alias| message::set_alias_at(index, &alias.to_string())));
-    let mut count = requests.len();
+    let count = steps.len() + requests.len();
     for answer in netlink.transact(requests)? {
         match answer {
             // Gone meanwhile.
@@ -299,12 +301,9 @@ fn repair(
             answer => drop(answer.map_err(refused)?),
         }
     }
-    let steps = repair_node_link(&name, None, now);
-    take_steps(netlink, index, &name, &steps)?.map_err(|it| refused(it.1))?;
     if !strange.is_empty() {
         disable_ipv6(&name);
     }
-    count += steps.len();
     Ok(count)
 }
 

@@ -280,6 +280,8 @@ impl<'a> Place<'a> {
     fn apply(&mut self, index: u32, plan: &[Operation]) -> Result<(), LinkError> {
         if plan.iter().any(is_of_ipv6) {
             self.enable_ipv6()?;
+            // The kernel forgets that where it has dropped IPv6 from the link meanwhile, for an MTU below 1,280 bytes or by a switch.
+            self.refuse_advertisements()?;
         }
         let requests = plan
             .iter()

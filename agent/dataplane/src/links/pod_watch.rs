@@ -27,7 +27,7 @@ use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use nix::{
     cmsg_space,
     errno::Errno,
-    sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt},
+    sys::socket::{ControlMessageOwned, MsgFlags, NetlinkAddr, recvmsg, setsockopt, sockopt},
 };
 use nsm_core::{
     link::VethPeer,
@@ -40,11 +40,18 @@ const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
 /// The receive buffer, bytes: room for the announcements of some 1,000 new connections between two looks.
 const BUFFER: usize = 8 << 20;
 
-/// Room for one datagram of announcements; the kernel makes none larger.
-const DATAGRAM: usize = 32 * 1024;
+/// Room for one datagram. The kernel's announcements have some hundred bytes, but for routes with very many next hops; one that is cut makes
+/// all links of its namespace suspect.
+const DATAGRAM: usize = 64 * 1024;
+
+/// The most datagrams of one look: some 1,000 new connections.
+const MOST_DATAGRAMS: usize = 16 * 1024;
 
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
+
+/// Where the messages about links, addresses and neighbours have the link's index.
+const INDEX: usize = HEADER + 4;
 
 /// SOL_NETLINK of linux/socket.h.
 const SOL_NETLINK: i32 = 270;
@@ -70,11 +77,11 @@ pub(crate) type PodEndPlaces = HashMap<VethPeer, PodEnd>;
 
 /// Pods' ends that may lack something now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Suspects {
+pub(crate) struct Suspects {
     /// These.
-    Ends(HashSet<VethPeer>),
-    /// Any: announcements were lost, or nothing was looked at before.
-    Any,
+    pub(crate) ends: HashSet<VethPeer>,
+    /// And any other: announcements were lost, or nothing was looked at before.
+    pub(crate) any: bool,
 }
 
 /// A watch over the links of pods.
@@ -136,21 +143,21 @@ impl PodWatch {
             self.is_unknown = true;
             return Err(error);
         }
-        if std::mem::take(&mut self.is_unknown) || !self.is_told {
-            return Ok(Suspects::Any);
-        }
-        Ok(Suspects::Ends(seen.into_suspects()))
+        Ok(Suspects {
+            ends: seen.into_suspects(),
+            any: std::mem::take(&mut self.is_unknown) || !self.is_told,
+        })
     }
 
+    /// Reads what is there, up to a limit: what a pod announces faster than that overflows the buffer, which is noticed, and keeps nothing
+    /// else of the node from being looked after.
     fn read(&mut self, seen: &mut Seen<'_>) -> io::Result<()> {
-        loop {
+        for _ in 0..MOST_DATAGRAMS {
             let mut space = cmsg_space!(i32);
             let mut parts = [IoSliceMut::new(&mut self.buffer)];
-            let flags = MsgFlags::MSG_DONTWAIT;
-            let received =
-                recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags);
-            let (length, netns) = match received {
-                Ok(received) => (received.bytes, namespace(received.cmsgs()?)),
+            let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
+            let received = match recvmsg::<NetlinkAddr>(fd, &mut parts, Some(&mut space), flags) {
+                Ok(received) => received,
                 Err(Errno::EAGAIN) => return Ok(()),
                 Err(Errno::EINTR) => continue,
                 Err(Errno::ENOBUFS) => {
@@ -159,10 +166,18 @@ impl PodWatch {
                 }
                 Err(errno) => return Err(errno.into()),
             };
-            if seen.datagram(&self.buffer[..length], netns).is_none() {
-                self.is_unknown = true;
+            // Root of a pod may send into the groups of its namespace. The kernel alone is nobody's process.
+            if received.address.is_none_or(|sender| sender.pid() != 0) {
+                continue;
+            }
+            let is_cut = received.flags.contains(MsgFlags::MSG_TRUNC);
+            let (length, netns) = (received.bytes, namespace(received.cmsgs()?));
+            let bytes = self.buffer.get(..length).unwrap_or_default();
+            if is_cut || seen.datagram(bytes, netns).is_none() {
+                seen.rerouted.insert(netns);
             }
         }
+        Ok(())
     }
 }
 
@@ -190,7 +205,7 @@ struct Seen<'a> {
     lacking: HashSet<VethPeer>,
     /// The Ethernet addresses of neighbours that were set, the first of each.
     neighbours: HashMap<(VethPeer, Option<IpAddr>), Option<Vec<u8>>>,
-    /// Namespaces in which a route took the place of another.
+    /// Namespaces of which any link may lack something: a route took the place of another, or an announcement cannot be read.
     rerouted: HashSet<Option<i32>>,
 }
 
@@ -227,11 +242,18 @@ impl<'a> Seen<'a> {
                 return None;
             }
             let bytes = rest.get(..length)?;
-            // One that cannot be decoded is about something that is not ours, such as a device of a kind newer than the decoder.
-            if let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) {
-                let is_replacement = message.header.flags & NLM_F_REPLACE != 0;
-                if let NetlinkPayload::InnerMessage(message) = &message.payload {
-                    self.message(message, is_replacement, netns);
+            match NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) {
+                Ok(message) => {
+                    let is_replacement = message.header.flags & NLM_F_REPLACE != 0;
+                    if let NetlinkPayload::InnerMessage(message) = &message.payload {
+                        self.message(message, is_replacement, netns);
+                    }
+                }
+                // Of a device of a kind newer than the decoder; or of ours, with a name that is no text.
+                Err(_) => {
+                    if let Some(index) = bytes.get(INDEX..INDEX + 4) {
+                        self.lacks(u32::from_ne_bytes(index.try_into().ok()?), netns);
+                    }
                 }
             }
             rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
@@ -445,6 +467,47 @@ mod tests {
         let (message, flags) = neighbour(9);
         seen.datagram(&datagram(message, flags), Some(7));
         assert!(seen.into_suspects().contains(&HERE), "it was made before");
+    }
+
+    /// A name need not be text.
+    #[test]
+    fn a_link_that_cannot_be_decoded_is_suspect() {
+        let mut bytes = datagram(link(2, "nsm-1", true), 0);
+        let at = bytes.windows(5).position(|it| it == b"nsm-1").unwrap();
+        bytes[at] = 0xff;
+        let looked = Instant::now();
+        let ends = ends(looked);
+        let mut seen = Seen::new(&ends, looked);
+        assert_eq!(seen.datagram(&bytes, Some(7)), Some(()));
+        assert!(seen.into_suspects().contains(&HERE));
+    }
+
+    /// What a pod sends into the groups of its namespace is not the kernel's.
+    #[test]
+    #[ignore = "needs root: makes a network namespace, and sends to a multicast group"]
+    fn what_is_not_the_kernels_does_not_count() {
+        std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let ends = ends(Instant::now());
+            let mut watch = PodWatch::open().unwrap();
+            assert!(watch.suspects(&ends).unwrap().any, "the first look");
+            let mut forger = Socket::new(NETLINK_ROUTE).unwrap();
+            forger.bind_auto().unwrap();
+            let overrun = [
+                &16u32.to_ne_bytes()[..],
+                &NLMSG_OVERRUN.to_ne_bytes(),
+                &[0; 10],
+            ];
+            let group = netlink_sys::SocketAddr::new(0, 1);
+            forger.send_to(&overrun.concat(), &group, 0).unwrap();
+            let nothing = Suspects {
+                ends: HashSet::new(),
+                any: false,
+            };
+            assert_eq!(watch.suspects(&ends).unwrap(), nothing);
+        })
+        .join()
+        .unwrap();
     }
 
     proptest! {
