@@ -363,6 +363,7 @@ mod tests {
             name: "nsm-1".parse().unwrap(),
             mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
             since: Instant::now(),
+            noted: Instant::now(),
         }
     }
 

@@ -401,6 +401,7 @@ fn pod_end(link: &PodLink, since: Instant) -> PodEnd {
         name: link.pod.name.clone(),
         mac: link.pod.mac,
         since,
+        noted: Instant::now(),
     }
 }
 

@@ -70,6 +70,15 @@ pub(crate) struct PodEnd {
     pub(crate) mac: MacAddr,
     /// When the call began that made or changed it last: what it lays on the link is announced after that.
     pub(crate) since: Instant,
+    /// When it came to be known here. A look between the two has taken its announcements for those of somebody else's link.
+    pub(crate) noted: Instant,
+}
+
+impl PodEnd {
+    /// Whether it was being made at that time.
+    fn was_half_made(&self, at: Instant) -> bool {
+        self.since < at && at <= self.noted
+    }
 }
 
 /// The pods' ends of links, by where they are.
@@ -137,6 +146,10 @@ impl PodWatch {
     pub(crate) fn suspects(&mut self, ends: &PodEndPlaces) -> io::Result<Suspects> {
         let now = Instant::now();
         let mut seen = Seen::new(ends, self.looked);
+        let half_made = ends
+            .iter()
+            .filter(|(_, end)| end.was_half_made(self.looked));
+        seen.lacking.extend(half_made.map(|(place, _)| *place));
         let read = self.read(&mut seen);
         self.looked = now;
         if let Err(error) = read {
@@ -365,6 +378,7 @@ mod tests {
             name: "nsm-1".parse().unwrap(),
             mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
             since: looked,
+            noted: looked,
         };
         HashMap::from([(HERE, end)])
     }
@@ -467,6 +481,20 @@ mod tests {
         let (message, flags) = neighbour(9);
         seen.datagram(&datagram(message, flags), Some(7));
         assert!(seen.into_suspects().contains(&HERE), "it was made before");
+    }
+
+    /// Programs in a pod that set up each new link are quicker than the agent's next look.
+    #[test]
+    fn a_link_that_was_being_made_at_a_look_is_suspect_once() {
+        let made = Instant::now();
+        let after = |ms| made + std::time::Duration::from_millis(ms);
+        let end = PodEnd {
+            noted: after(20),
+            ..ends(made)[&HERE].clone()
+        };
+        assert!(end.was_half_made(after(10)));
+        assert!(!end.was_half_made(after(510)));
+        assert!(!end.was_half_made(made));
     }
 
     /// A name need not be text.
