@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use nsm_e2e::{CIDR, PATIENCE, Pair, REMOTE_SERVICE, SERVICE, Served, metrics, trust::Trust};
 use nsm_spiffe::{Authority, Wanted};
-use nsm_world::{Agent, Client, Cloud, Node, Process, World, binary};
+use nsm_world::{Agent, Client, Cloud, Node, Process, Signal, World, binary};
 use serde_json::Value;
 
 /// The trust domains; what they are called has nothing to do with the names of the domains.
@@ -111,6 +111,62 @@ fn two_trust_domains_are_joined_in_mutual_tls() -> Result<()> {
         ["spiffe://trust-2.example/ns/nsm-system/pod/nse"]
     );
     secured.served.close([client])
+}
+
+/// What of a domain is hidden, and who does not speak for a domain: refused, counted, and what stood is closed.
+#[test]
+#[ignore = "needs root: namespaces, links, BPF"]
+fn a_policy_that_is_read_again_decides_on_what_stands() -> Result<()> {
+    let secured = Secured::start("policy")?;
+    let pair = &secured.served.pair;
+    let client = secured.client(|command| secured.trust.give(command, 0, "nsc"))?;
+    client.wait_for_event("connected", PATIENCE)?;
+
+    let write = |name: &str, text: &str| {
+        let file = pair.world.run_dir().join(format!("{name}-policy.yaml"));
+        nsm_spiffe::replace(&file, text)
+    };
+    let near = "domains: [{domain: cluster-1.example, trust_domain: trust-1.example}]\n";
+    write(AGENTS[1], near)?;
+    pair.far.process.signal(Signal::SIGHUP);
+    let stands = |agent: &Agent| -> Result<usize> {
+        let status = agent.status()?;
+        Ok(status["connections"].as_array().map_or(0, Vec::len))
+    };
+    nsm_world::wait_until("the end of the connection", PATIENCE, || {
+        stands(&pair.far).is_ok_and(|count| count == 0)
+    })?;
+    let said = secured.refused(|command| {
+        command.args(["--interface", "nsm-2"]);
+        secured.trust.give(command, 0, "nsc-2")
+    })?;
+    ensure!(said.contains("no network service"), "{said}");
+    let counted = |agent: &Agent, rule: &str| {
+        let labels = [format!("rule=\"{rule}\"")];
+        metrics::value(
+            &metrics::page(agent)?,
+            "proxy_nsmgr_identity_refusals_total",
+            &labels,
+        )
+    };
+    ensure!(counted(&pair.far, "services")? >= 1.0);
+
+    // Another trust domain is said to speak for the domain: its agent does not.
+    let far = "domains: [{domain: cluster-2.example, trust_domain: trust-1.example}]\n";
+    write(AGENTS[0], far)?;
+    pair.near.process.signal(Signal::SIGHUP);
+    let refused = nsm_world::wait_until("the new policy", PATIENCE, || {
+        secured
+            .refused(|command| {
+                command.args(["--interface", "nsm-3"]);
+                secured.trust.give(command, 0, "nsc-3")
+            })
+            .is_ok_and(|said| said.contains("speaks for cluster-2.example"))
+    });
+    refused?;
+    ensure!(counted(&pair.near, "server")? >= 1.0);
+    drop(client);
+    Ok(())
 }
 
 #[test]
