@@ -13,13 +13,14 @@ use futures_util::StreamExt as _;
 use nsm_core::identity::{
     Caller, Process,
     access::Ask,
+    claims::ReadToken,
     policy::{Action, decide},
     relay::Source,
     share::Holder,
 };
 use nsm_proto::{
     connection::{
-        Connection, ConnectionEvent, MonitorScopeSelector,
+        Connection, ConnectionEvent, MonitorScopeSelector, Path,
         monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
     },
     networkservice::{
@@ -243,7 +244,8 @@ impl Front {
         request: Request<NetworkServiceRequest>,
     ) -> Result<Response<Connection>, Status> {
         let call = self.admit(request, Action::Request)?;
-        let answer = self
+        let session = call.session.clone();
+        let mut answer = self
             .services
             .calls
             .request(call)
@@ -251,7 +253,24 @@ impl Front {
             .inspect_err(|error| {
                 tracing::info!(%error, "refused a Request");
             })?;
+        if let (Some(session), Some(path)) = (session, answer.connection.path.as_mut()) {
+            self.sign(&session, path);
+        }
         Ok(with_facts(answer))
+    }
+
+    /// Puts a token into our segment of an answer that the caller can check: the next hop left the one there that it got from us, signed
+    /// with the key of that connection, which after a renewal is another. The index is the caller's.
+    fn sign(&self, session: &Session, path: &mut Path) {
+        let own = path.index as usize + 1;
+        let next = path.path_segments.get(own + 1);
+        let next = next.and_then(|next| ReadToken::read(&next.token).ok());
+        let next = next.map_or_else(|| session.peer().clone(), |next| next.claims.subject);
+        if let Some(segment) = path.path_segments.get_mut(own) {
+            let tokens = &self.services.tokens;
+            let token = tokens.token_to(&next, session, SystemTime::now());
+            segment.token = token.text;
+        }
     }
 
     async fn serve_close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {

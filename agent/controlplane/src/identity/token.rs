@@ -163,9 +163,19 @@ impl TokenSource {
     /// `pkg/tools/spiffejwt`). It lives no longer than the certificates of both. In plain text it is [`Self::token`].
     pub fn token_for(&self, session: Option<&Session>, now: SystemTime) -> Token {
         match session {
-            Some(session) => self.with_addressed(session, now, Signed::token),
+            Some(session) => self.token_to(session.peer(), session, now),
             None => self.token(now),
         }
+    }
+
+    /// A token for `audience` that the other end of `session` can check: it is signed with the key that was shown there.
+    pub(crate) fn token_to(
+        &self,
+        audience: &SpiffeId,
+        session: &Session,
+        now: SystemTime,
+    ) -> Token {
+        self.with_addressed(audience, session, now, Signed::token)
     }
 
     /// Puts the token for the other end of a connection and its expiry into the metadata of a call, in place of what is there.
@@ -181,7 +191,7 @@ impl TokenSource {
     fn apply_at(&self, now: SystemTime, session: Option<&Session>, metadata: &mut MetadataMap) {
         let both = |signed: &Signed| (signed.token.clone(), signed.expires_text.clone());
         let (token, expires) = match session {
-            Some(session) => self.with_addressed(session, now, both),
+            Some(session) => self.with_addressed(session.peer(), session, now, both),
             None => self.with_current(now, both),
         };
         metadata.insert(TOKEN_KEY, token);
@@ -190,12 +200,13 @@ impl TokenSource {
 
     fn with_addressed<T>(
         &self,
+        audience: &SpiffeId,
         session: &Session,
         now: SystemTime,
         use_it: impl FnOnce(&Signed) -> T,
     ) -> T {
         let addressed = Addressed {
-            peer: session.peer().clone(),
+            peer: audience.clone(),
             generation: session.generation(),
             ends: session.ends(),
         };
@@ -214,7 +225,7 @@ impl TokenSource {
         }
         let claims = Claims {
             sub: session.svid().id().as_str(),
-            aud: &[session.peer().to_string()],
+            aud: &[audience.to_string()],
             exp: 0,
         };
         let expires = session.ends().min(now + self.lifetime);
