@@ -6,6 +6,7 @@
 use sha2::{Digest as _, Sha256};
 
 use super::{SpiffeId, TrustDomain};
+use crate::nsm::name::Domain;
 
 type Key = [u8; 16];
 
@@ -19,11 +20,17 @@ pub struct Workload {
 }
 
 impl Workload {
-    /// The things that a role's pods make for `first`, whichever of them it is.
+    /// The things that a role's pods of one domain make for `first`, whichever of them it is.
     #[must_use]
-    pub fn of_role(trust_domain: &TrustDomain, role: &str, first: &SpiffeId) -> Self {
+    pub fn of_role(
+        trust_domain: &TrustDomain,
+        domain: &Domain,
+        role: &str,
+        first: &SpiffeId,
+    ) -> Self {
+        let domain = domain.to_string();
         Self {
-            station: key(&["role", trust_domain.as_str(), role]),
+            station: key(&["role", trust_domain.as_str(), &domain, role]),
             first: key(&["first", first.as_str()]),
         }
     }

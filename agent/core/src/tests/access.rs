@@ -350,6 +350,31 @@ fn a_trust_domain_may_speak_for_several_domains() {
     }
 }
 
+/// Told apart by their roles, the domains of one trust domain see what is theirs, and own what they made.
+#[test]
+fn domains_of_one_trust_domain_are_strangers_to_each_other() {
+    let rules = rules(
+        r#"{"domains": [
+            {"domain": "a.example", "trust_domain": "td-2", "services": ["secret"], "roles": {"proxy": ["/a/*"]}},
+            {"domain": "b.example", "trust_domain": "td-2", "services": ["public"], "roles": {"proxy": ["/b/*"]}}
+        ]}"#,
+    );
+    let access = access_of(rules.unwrap()).unwrap();
+    let [a, b]: [SpiffeId; 2] =
+        ["spiffe://td-2/a/x", "spiffe://td-2/b/x"].map(|id| id.parse().unwrap());
+    assert!(access.sees(&a, "secret") && !access.sees(&a, "public"));
+    assert!(access.sees(&b, "public") && !access.sees(&b, "secret"));
+    let first = two_client();
+    let [of_a, of_b] = [&a, &b].map(|id| access.workload(id, &first));
+    assert!(!of_a.is_of_station(&of_b));
+    let other_pod: SpiffeId = "spiffe://td-2/a/y".parse().unwrap();
+    assert_eq!(
+        of_a,
+        access.workload(&other_pod, &first),
+        "its pods are replaced"
+    );
+}
+
 #[test]
 fn rules_that_cannot_hold_are_refused() {
     let two = || Remote {
@@ -502,7 +527,7 @@ proptest! {
         let owners = [
             Workload::of_id(&nsmgr, &nsc),
             Workload::of_id(&nsc, &nsmgr),
-            Workload::of_role(nsc.trust_domain(), "nsmgr", &nsc),
+            Workload::of_role(nsc.trust_domain(), &domain("one.example"), "nsmgr", &nsc),
         ];
         for (at, owner) in owners.iter().enumerate() {
             let bound = owner.bound_id(seed);

@@ -475,7 +475,8 @@ fn an_owner_over_the_network_is_alike_whatever_its_address() {
 fn a_proven_workload_owns_what_it_made_wherever_it_calls_from() {
     let id = |text: &str| text.parse::<SpiffeId>().unwrap();
     let [nsc, other] = ["spiffe://td/nsc", "spiffe://td/other"].map(id);
-    let role = |first: &SpiffeId| Workload::of_role(nsc.trust_domain(), "nsmgr", first);
+    let domain = "one.example".parse().unwrap();
+    let role = |first: &SpiffeId| Workload::of_role(nsc.trust_domain(), &domain, "nsmgr", first);
     let by = |last, workload| peer(last).with_workload(workload);
     let owner = by(1, role(&nsc)).owner();
     let shown = Some(("client", "1"));

@@ -294,11 +294,13 @@ impl Access {
         Err(denied)
     }
 
-    /// Whether a caller over the network sees a network service of ours.
+    /// Whether a caller over the network sees a network service of ours: by the domain whose registry or proxy it is, where one trust
+    /// domain speaks for several.
     #[must_use]
     pub fn sees(&self, id: &SpiffeId, service: &str) -> bool {
         let mut remotes = self.remotes(id.trust_domain());
-        *id.trust_domain() == self.trust_domain || remotes.any(|it| sees(it, service))
+        *id.trust_domain() == self.trust_domain
+            || remotes.any(|it| has_one(it, id, OF_FIND).is_ok() && sees(it, service))
     }
 
     /// Whether a peer is still one that we have to do with: of our own trust domain, or of one that is named.
@@ -313,14 +315,16 @@ impl Access {
     #[must_use]
     pub fn workload(&self, id: &SpiffeId, first: &SpiffeId) -> Workload {
         let role = if *id.trust_domain() == self.trust_domain {
-            self.roles.first_of(id)
+            let role = self.roles.first_of(id);
+            role.map(|role| (role, &self.domain))
         } else {
             let mut remotes = self.remotes(id.trust_domain());
-            remotes.find_map(|remote| remote.roles.first_of(id))
+            remotes.find_map(|remote| Some((remote.roles.first_of(id)?, &remote.domain)))
         };
         match role {
-            Some(role) if role.is_replaced() => {
-                Workload::of_role(id.trust_domain(), role.key(), first)
+            // A trust domain may speak for several domains, whose systems are strangers to each other.
+            Some((role, domain)) if role.is_replaced() => {
+                Workload::of_role(id.trust_domain(), domain, role.key(), first)
             }
             _ => Workload::of_id(id, first),
         }
