@@ -8,9 +8,13 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
+    time::SystemTime,
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Sleep,
+};
 use tokio_rustls::TlsStream;
 use tonic::transport::server::Connected;
 
@@ -131,7 +135,28 @@ pub(crate) struct Secured<S> {
 #[derive(Debug)]
 enum Inner<S> {
     Plain(Opening<S>),
-    Tls(Box<TlsStream<Opening<S>>>),
+    Tls(Box<Sealed<S>>),
+}
+
+/// TLS, as long as both certificates hold.
+#[derive(Debug)]
+struct Sealed<S> {
+    stream: TlsStream<Opening<S>>,
+    /// When the certificate ends that ends first. Whoever dials has dialled anew long before.
+    end: Pin<Box<Sleep>>,
+}
+
+impl<S> Sealed<S> {
+    /// Whether the connection has outlived a certificate. Its reader is woken then.
+    fn check_end(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        match self.end.as_mut().poll(context) {
+            Poll::Ready(()) => Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "a certificate of this connection has ended: connect anew with one that holds",
+            )),
+            Poll::Pending => Ok(()),
+        }
+    }
 }
 
 impl<S> Secured<S> {
@@ -156,8 +181,10 @@ impl<S> Secured<S> {
     }
 
     pub(super) fn tls(stream: TlsStream<Opening<S>>, session: Arc<Session>) -> Self {
+        let left = session.ends().duration_since(SystemTime::now());
+        let end = Box::pin(tokio::time::sleep(left.unwrap_or_default()));
         Self {
-            inner: Inner::Tls(Box::new(stream)),
+            inner: Inner::Tls(Box::new(Sealed { stream, end })),
             session: Some(session),
             ended: None,
         }
@@ -177,7 +204,7 @@ impl<S> Secured<S> {
     fn transport(&self) -> &S {
         match &self.inner {
             Inner::Plain(opening) => &opening.stream,
-            Inner::Tls(stream) => &stream.get_ref().0.stream,
+            Inner::Tls(sealed) => &sealed.stream.get_ref().0.stream,
         }
     }
 }
@@ -198,7 +225,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Secured<S> {
     ) -> Poll<io::Result<()>> {
         match &mut self.get_mut().inner {
             Inner::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
-            Inner::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+            Inner::Tls(sealed) => {
+                sealed.check_end(context)?;
+                Pin::new(&mut sealed.stream).poll_read(context, buffer)
+            }
         }
     }
 }
@@ -211,7 +241,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Secured<S> {
     ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().inner {
             Inner::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
-            Inner::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+            Inner::Tls(sealed) => Pin::new(&mut sealed.stream).poll_write(context, bytes),
         }
     }
 
@@ -222,28 +252,28 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Secured<S> {
     ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().inner {
             Inner::Plain(stream) => Pin::new(stream).poll_write_vectored(context, bytes),
-            Inner::Tls(stream) => Pin::new(stream).poll_write_vectored(context, bytes),
+            Inner::Tls(sealed) => Pin::new(&mut sealed.stream).poll_write_vectored(context, bytes),
         }
     }
 
     fn is_write_vectored(&self) -> bool {
         match &self.inner {
             Inner::Plain(stream) => stream.is_write_vectored(),
-            Inner::Tls(stream) => stream.is_write_vectored(),
+            Inner::Tls(sealed) => sealed.stream.is_write_vectored(),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().inner {
             Inner::Plain(stream) => Pin::new(stream).poll_flush(context),
-            Inner::Tls(stream) => Pin::new(stream).poll_flush(context),
+            Inner::Tls(sealed) => Pin::new(&mut sealed.stream).poll_flush(context),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().inner {
             Inner::Plain(stream) => Pin::new(stream).poll_shutdown(context),
-            Inner::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+            Inner::Tls(sealed) => Pin::new(&mut sealed.stream).poll_shutdown(context),
         }
     }
 }

@@ -83,6 +83,24 @@ async fn a_connection_keeps_what_it_began_with_and_the_next_has_what_came_since(
     assert!(session.is_due(SystemTime::now() + Duration::from_secs(1900)));
 }
 
+/// Whoever has shown a certificate that ends is not served by it for ever.
+#[tokio::test]
+async fn a_connection_ends_with_the_certificate_that_ends_first() {
+    let authority = Authority::of("one.example");
+    let short = Wanted {
+        ends: 2,
+        ..Wanted::of(&authority.id("nsc"))
+    };
+    let client = tls(&authority.issue(&short), &[&authority]);
+    let server = tls(&authority.svid("nsmgr"), &[&authority]);
+    let (near, far) = shake(&client, &server).await;
+    let (mut near, mut far) = (near.unwrap(), far.unwrap());
+    let (here, there) = tokio::join!(near.read_u8(), far.read_u8());
+    for error in [here.unwrap_err(), there.unwrap_err()] {
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
+    }
+}
+
 /// What the server says of a client that shows such a certificate.
 async fn refused(issued: &Issued, authority: &Authority) -> TlsError {
     let server = tls(&authority.svid("nsmgr"), &[authority]);
