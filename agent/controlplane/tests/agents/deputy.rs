@@ -18,7 +18,7 @@ use nsm_controlplane::{
     },
 };
 use nsm_proto::registry::{
-    NetworkServiceEndpoint,
+    NetworkService, NetworkServiceEndpoint,
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
 };
 use tokio::{io::AsyncReadExt as _, net::UnixListener, process::Command, sync::mpsc};
@@ -113,6 +113,12 @@ async fn a_socket_of_another_user_is_not_reached_through_the_agent() {
         assert!(said.contains(line), "{line}\n{said}");
     }
     let client = Client::on_node(a).await;
+    let service = NetworkService {
+        name: "stolen".to_owned(),
+        ..NetworkService::default()
+    };
+    let registered = client.register_service(service).await;
+    registered.expect("registered");
     let status = client.refused(client.request_for("stolen")).await;
     let words = ["is not of the user and pod that registered it"];
     assert_refusal(&status, Code::Unavailable, &words);
