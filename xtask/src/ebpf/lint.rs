@@ -236,9 +236,9 @@ mod tests {
             ]
         );
         assert!(contents.maps.len() >= 16);
-        // With the two that it calls and `memset` behind it.
+        // With the four that it calls and `memset` behind it.
         let egress = &contents.programs[4];
-        assert_eq!(egress.functions().len(), 4, "{egress:?}");
+        assert_eq!(egress.functions().len(), 6, "{egress:?}");
         assert!(check(b"no object").is_err());
     }
 
