@@ -1,4 +1,4 @@
-//! `proxy-nsmgr health`: whether an agent is ready, by gRPC health over TLS where it speaks TLS. Kubernetes' own gRPC probe knows no TLS.
+//! `proxy-nsmgr health`: whether an agent is ready, by gRPC health over TLS where it speaks TLS. Kubernetes' own gRPC probe has no TLS.
 
 use std::sync::Arc;
 

@@ -124,7 +124,7 @@ fn what_is_done_to_an_endpoints_link_is_undone() -> Result<()> {
     changes_are_repaired("changed-6", false, &CHANGES[6..])
 }
 
-/// The pod's owner wants it so: DOWN at both ends of the path to the client, with the reason, and UP when it is right.
+/// The pod's owner means it: DOWN at both ends of the path to the client, with the reason, and UP when it is right.
 #[test]
 #[ignore = "needs root: namespaces, links, BPF"]
 fn what_is_undone_again_and_again_is_down_with_the_reason() -> Result<()> {

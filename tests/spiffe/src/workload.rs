@@ -1,4 +1,4 @@
-//! A Workload API for tests: a socket for each workload, whose SVIDs it renews as fast as a test wants.
+//! A Workload API for tests: a socket for each workload, whose SVIDs it renews as fast as a test sets.
 
 use std::{
     collections::BTreeMap,

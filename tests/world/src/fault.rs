@@ -84,7 +84,7 @@ pub(crate) fn inject(
     let rule = rule(source, destination, what);
     if matches!(what, Fault::MtuBlackHole { .. }) {
         let sender = &plan.domains[from.domain].nodes[from.node].name;
-        // Both: of what BPF has encapsulated the kernel does not know yet how many segments it is.
+        // Both: of what BPF has encapsulated the kernel has not counted the segments yet.
         netns::ip(
             Some(&plan.netns(sender)),
             &format!("link set dev {NODE_INTERFACE} gso_max_segs 1 gso_max_size 1000\n"),

@@ -43,7 +43,7 @@ const REGISTRIES: [(usize, usize); 2] = [(2, 1), (4, 0)];
 /// What an agent may take to end after SIGTERM.
 const END_DEADLINE: Duration = Duration::from_secs(15);
 
-/// After its start an agent may take this long until its clients are told of losses again.
+/// After its start an agent may take this long until its clients get events of losses again.
 const BACK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Memory and open files of a process.

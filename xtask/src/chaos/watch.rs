@@ -57,7 +57,7 @@ impl Claim {
                 });
                 match (address, self) {
                     (None, _) => self,
-                    // Granted although the path is known to be down, which the client was told.
+                    // Granted although the path is down, which the answer says.
                     (Some(address), _) if connection["path_down"].is_string() => {
                         Self::Down { address }
                     }
@@ -83,7 +83,7 @@ struct State {
     /// The client's standard output, and how much of it was read.
     output: Option<(PathBuf, u64)>,
     last_reply: Instant,
-    /// Until then nobody can tell the client of a loss: its own agent is away.
+    /// Until then the client gets no events of a loss: its own agent is away.
     excused_until: Instant,
     sent: u64,
     received: u64,

@@ -15,7 +15,7 @@ use crate::sync::lock;
 /// one that was checked before; with 32 bytes each, both generations take half a megabyte.
 const REMEMBERED: usize = 8192;
 
-/// Checks signatures, and remembers those that were good: a look-up costs a fiftieth of a check.
+/// Checks signatures, and keeps those that were good: a look-up costs a fiftieth of a check.
 #[derive(Default)]
 pub(super) struct Verifier {
     good: Mutex<Generations>,

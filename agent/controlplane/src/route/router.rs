@@ -408,7 +408,7 @@ impl Router {
     }
 
     /// The endpoints that serve the connection, best first; never empty. One that is named must meet the service's matches like any
-    /// other, or whoever knows its name would be served whom they exclude.
+    /// other, or a client that they exclude would be served by its name.
     fn choose<'a>(
         &self,
         found: &'a Found,

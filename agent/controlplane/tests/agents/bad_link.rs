@@ -77,7 +77,7 @@ async fn a_request_makes_a_bad_link_right() {
     it.settles().await;
 }
 
-/// The client's pod: both sides close. The endpoint's: its side closes, and the client is told.
+/// The client's pod: both sides close. The endpoint's: its side closes, which the client's monitor gets as an event.
 #[tokio::test]
 async fn the_connection_of_a_pod_that_is_gone_is_closed() {
     let gone = || ForwarderError::Gone("no network namespace at /run/netns/pod".to_owned());

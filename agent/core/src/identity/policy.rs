@@ -8,7 +8,7 @@
 //! | the socket of an endpoint, by path | administrators of the node |
 //! | a network namespace, by path or inode number | administrators of the node |
 //! | a network namespace, by its passed descriptor | who is in it or could enter it; the NSMgr on the forwarder's socket |
-//! | the network namespaces of the node itself, and all where the agent does not know which those are | nobody, unless the configuration allows administrators to |
+//! | the network namespaces of the node itself, and all where the agent cannot find out which those are | nobody, unless the configuration allows administrators to |
 //! | status | administrators of the node |
 //!
 //! A rule is a variant of [`Refusal`] and an arm of [`decide`]; its table of cases is in `tests/policy.rs`.

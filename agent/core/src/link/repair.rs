@@ -1,6 +1,6 @@
 //! When a pod's link that somebody else changed is repaired, and when it is left as it is.
 //!
-//! A change by mistake is repaired at once. Who changes the link again after each repair wants it so: after a few repairs in a minute the
+//! A change by mistake is repaired at once. Who changes the link again after each repair means it: after a few repairs in a minute the
 //! link is left alone, and the connection is DOWN with the reason. Later it is tried once more, each time after a longer pause. Whoever
 //! makes the link right ends that, and so does a Request.
 
@@ -60,7 +60,7 @@ impl Repairs {
             && last.is_some_and(|last| now.saturating_duration_since(*last) < self.pause * 2)
     }
 
-    /// Whether there is nothing to remember any more.
+    /// Whether there is nothing to keep any more.
     #[must_use]
     pub fn is_over(&self, now: Instant) -> bool {
         let last = self.made.last();

@@ -184,7 +184,7 @@ fn a_remote_domain_gets_what_it_is_given() {
         );
     }
     assert!(access.sees(&two, "web-2") && !access.sees(&two, "secret"));
-    // One that may relay, by roles of its own, to domains that we know.
+    // One that may relay, by roles of its own, to domains that are named.
     let three = id("td-3/proxies/a/b");
     let client = id("td-3/nsc");
     for (ask, wanted) in [

@@ -48,7 +48,7 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    /// Binds all sockets, unless the agent would be open to the network without being told so; a taken port or path fails at once.
+    /// Binds all sockets, unless the agent would be open to the network without `insecure`; a taken port or path fails at once.
     pub(crate) async fn bind(config: &Config) -> anyhow::Result<Self> {
         config.check_openness()?;
         let listen = &config.listen;

@@ -1,5 +1,5 @@
-//! The keys of the agent's identity, and what holds between them: without an identity an agent speaks plain text only where it was told to,
-//! or where only its own node can reach it.
+//! The keys of the agent's identity, and what holds between them: without an identity an agent speaks plain text only where the
+//! configuration says so, or where only its own node can reach it.
 
 use std::path::PathBuf;
 
@@ -77,10 +77,10 @@ impl Config {
         found
     }
 
-    /// Whether the agent may listen where it is told to.
+    /// Whether the agent may listen where the configuration says.
     ///
     /// # Errors
-    /// It would be open to the network, and was not told so.
+    /// It would be open to the network, and the configuration does not allow that.
     pub(crate) fn check_openness(&self) -> anyhow::Result<()> {
         if self.insecure || self.identity.source().is_some() {
             return Ok(());

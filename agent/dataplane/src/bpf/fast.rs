@@ -1,4 +1,4 @@
-//! The maps of the fast path: how it is set, and what takes it. What the programs remember in it ends by itself
+//! The maps of the fast path: how it is set, and what takes it. What the programs keep in it ends by itself
 //! ([`nsm_ebpf_common::fast`]).
 
 use std::fs;

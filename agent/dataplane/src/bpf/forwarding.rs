@@ -58,7 +58,7 @@ pub(crate) struct PairedEnd<'a> {
     pub(crate) sources: &'a [IpNet],
 }
 
-/// A pod link that the programs know.
+/// A pod link that the maps have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Connected {
     /// The interface index of the node's end.

@@ -66,7 +66,7 @@ impl Node {
             peer: mapped(REMOTE),
         };
         tunnels.insert(key, tunnel, 0).expect("inserted");
-        // Programs may remember another entry.
+        // Programs may have another entry cached.
         self.bpf
             .add_tunnel(vni(77), addr("198.51.100.9"))
             .expect("a slot");

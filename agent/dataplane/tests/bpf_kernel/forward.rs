@@ -23,7 +23,7 @@ pub(crate) fn open(name: &str) -> Map {
     Map::from_map_data(map).expect("a map")
 }
 
-/// Programs that know the pod link with this index, whose frames go through a tunnel.
+/// Programs whose maps have the pod link with this index, whose frames go through a tunnel.
 pub(crate) fn load(link: u32, remote: [u8; 16], device: Device) -> (Bpf, Programs) {
     load_with(link, remote, Tunnel::counted(0), device)
 }

@@ -224,7 +224,7 @@ impl<L: Labels> Default for Stage<L> {
     }
 }
 
-/// What a series can be told apart by.
+/// What distinguishes a series.
 trait Labels: EncodeLabelSet + Clone + Eq + Hash + Debug + Send + Sync + 'static {}
 
 impl<L: EncodeLabelSet + Clone + Eq + Hash + Debug + Send + Sync + 'static> Labels for L {}
