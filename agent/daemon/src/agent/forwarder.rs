@@ -206,9 +206,15 @@ impl NodeForwarder {
         }
     }
 
-    /// Ends the sessions and releases the programs, with everything that is pinned.
+    /// Ends the sessions and releases the programs, with everything that is pinned. What is left of an earlier agent's connections, which
+    /// no client has taken over, goes too.
     pub(crate) async fn close(&self) {
         self.probing.close().await;
+        for alias in self.forwarding.connections() {
+            if let Err(error) = self.forwarding.down(&alias).await {
+                tracing::warn!(%alias, %error, "a link of an earlier agent stays behind");
+            }
+        }
         if let Err(error) = self.forwarding.close().await {
             tracing::warn!(%error, "an external device stays behind");
         }

@@ -3,17 +3,11 @@
 use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use nsm_world::{Link, Node};
+use nsm_world::Node;
 use serde_json::Value;
 
-/// Deletes the links of connections in the node's pods, and what the BPF maps hold of the VNI.
+/// Deletes what the BPF maps hold of the VNI. (A deleted link is made again by the agent, and its tunnel with it.)
 pub(crate) fn forget_tunnel(node: &Node, vni: u64) -> Result<()> {
-    for pod in node.pods() {
-        let lost = pod.links()?.into_iter().filter(Link::is_of_connection);
-        for link in lost {
-            run(pod.command("ip")?.args(["link", "delete", &link.name]))?;
-        }
-    }
     let tunnels = node.pin_dir().join("TUNNELS");
     let known: Vec<Value> = dump(&tunnels)?
         .into_iter()
