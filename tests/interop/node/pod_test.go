@@ -264,6 +264,14 @@ func (p *pod) links() []string {
 	return names
 }
 
+// linksGo waits until the pod has no link: a Close is answered when nothing is sent by it any more, and the link goes a moment later.
+func (p *pod) linksGo() {
+	p.t.Helper()
+	harness.Eventually(p.t, harness.EventDeadline, func() bool { return len(p.links()) == 0 }, func() string {
+		return fmt.Sprintf("links of the pod: %v", p.links())
+	})
+}
+
 // runPod is the pod's main function.
 func runPod(text string) int {
 	var config podConfig
