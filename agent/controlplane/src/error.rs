@@ -85,7 +85,7 @@ pub enum RequestError {
         /// The domain that was asked.
         domain: String,
     },
-    /// Endpoints offer the service, and it is not registered itself: nobody has said which clients it is for.
+    /// Endpoints offer the service, and it is not registered itself: there are no matches that decide which clients it is for.
     #[error(
         "network service `{service}` is not registered in domain `{domain}`, though endpoints offer it: register it, with its matches if it has any"
     )]

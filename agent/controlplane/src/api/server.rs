@@ -173,7 +173,7 @@ impl Front {
             return Ok(caller);
         }
         self.gate().admit(&shown, Ask::Follow)?;
-        // It shows no path, and follows what its station made for whoever has begun one.
+        // A monitor call has no path: it gets the events of all that its station has made, whichever the first segment is.
         Ok(caller.with_workload(self.gate().workload(&shown, &shown.peer)))
     }
 

@@ -19,7 +19,7 @@ use crate::{
     ports::{Plan, PlannedLink, PodNetns},
 };
 
-/// The MTU between two pods of this node for which nobody asked for another.
+/// The MTU between two pods of this node where neither end has asked for another.
 const PAIR_MTU: u32 = 1500;
 
 /// The MAC address of an end of connection `id`: the same for every refresh, without keeping it.
